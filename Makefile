@@ -1,0 +1,28 @@
+# Everything happens in .venv, which is made when it is needed.
+PYTHON ?= $(firstword $(wildcard $(shell command -v python3.11 || true)) python3)
+BIN = .venv/bin
+READY = .venv/ready
+
+run: $(READY)  ## the tour: the embedded model through SFT, DPO and GRPO
+	$(BIN)/polm run tour
+
+test: $(READY)  ## notebooks clean, export in sync, notebooks run, tests pass
+	$(BIN)/python tests/tree.py
+	$(BIN)/nbdev_test --n_workers 1 --do_print
+	$(BIN)/pytest
+
+lab: $(READY)  ## JupyterLab on the front page
+	$(BIN)/polm lab
+
+docs: $(READY)  ## the site (needs Quarto)
+	$(BIN)/nbdev_docs
+
+bench: $(READY)  ## speed and memory, side by side with peers
+	$(BIN)/python benchmarks/run.py
+
+$(READY): settings.ini setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $(READY)
+
+.PHONY: run test lab docs bench
