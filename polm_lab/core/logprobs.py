@@ -53,7 +53,7 @@ class Readout(NamedTuple):
         z = z.to(torch.promote_types(z.dtype, torch.float32)) * self.scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
-# %% ../../nbs/core/logprobs.ipynb #675c9375
+# %% ../../nbs/core/logprobs.ipynb #d367a2f7
 def _blocks(hidden: Tensor, readout: Readout, temperature: float, step: int, dtype: torch.dtype):
     "Yield `(start, weight block [m, width], z [n, m])` along the vocabulary; every z is a view of one buffer, free to be overwritten."
     rows, vocab = hidden.shape[0], readout.weight.shape[0]
@@ -83,8 +83,9 @@ class _Normalizer:
         drop = old - self.top
         return drop, drop.exp()
 
-    @property
-    def lse(self) -> Tensor: return self.top + self.total.log()
+    def parts(self) -> tuple[Tensor, Tensor]:
+        "Maximum and log of the sum, kept apart: subtracted one after the other they lose nothing to a large maximum."
+        return self.top, self.total.log()
 
 # %% ../../nbs/core/logprobs.ipynb #2ea85264
 class _Gradient:
@@ -112,7 +113,7 @@ class _Gradient:
     def result(self, like: Tensor) -> tuple:
         return (None if self.of_hidden is None else self.of_hidden.to(like.dtype)), self.of_weight, self.of_bias
 
-# %% ../../nbs/core/logprobs.ipynb #b8d5e73b
+# %% ../../nbs/core/logprobs.ipynb #c3fd0b54
 class _Selected(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, temperature, entropy, chunk, scale, softcap):
@@ -131,27 +132,30 @@ class _Selected(torch.autograd.Function):
                     moment = factor * (moment + drop * norm.total) + z.mul_(weights).sum(1)
                 else: weights = z.exp_()
                 norm.total = factor * norm.total + weights.sum(1)
-        lse, spread = norm.lse, (norm.total.log() - moment / norm.total) if entropy else None
-        ctx.save_for_backward(hidden, weight, bias, targets, lse, spread)
+        top, rest = norm.parts()
+        spread = rest - moment / norm.total if entropy else None
+        ctx.save_for_backward(hidden, weight, bias, targets, top, rest, spread)
         ctx.settings = temperature, step, scale, softcap, kind, dtype
         ctx.set_materialize_grads(False)
-        return chosen - lse, spread
+        return chosen - top - rest, spread
 
     @staticmethod
     @once_differentiable
     def backward(ctx, by_logp, by_entropy):
-        hidden, weight, bias, targets, lse, spread = ctx.saved_tensors
+        hidden, weight, bias, targets, top, rest, spread = ctx.saved_tensors
         temperature, step, scale, softcap, kind, dtype = ctx.settings
         if by_logp is None and by_entropy is None: return (None,) * 9
-        if by_logp is None: by_logp = torch.zeros_like(lse)
+        if by_logp is None: by_logp = torch.zeros_like(top)
         readout, states = Readout(weight, bias, scale, softcap), hidden.to(kind)
-        gradient = _Gradient(ctx, states, readout, temperature, dtype)
+        gradient, share = _Gradient(ctx, states, readout, temperature, dtype), -by_logp * torch.exp(-rest)
         with torch.autocast(hidden.device.type, enabled=False):
             for start, block, z in _blocks(states, readout, temperature, step, dtype):
                 slope = gradient.slope(z)
-                z.sub_(lse[:, None])  # log p
-                if by_entropy is None: d = z.exp_().mul_(-by_logp[:, None])
-                else: d = z.exp().mul_(z.add_(spread[:, None]).mul_(-by_entropy[:, None]).sub_(by_logp[:, None]))
+                z.sub_(top[:, None])
+                if by_entropy is None: d = z.exp_().mul_(share[:, None])  # - p by_logp
+                else:  # - p (by_logp + (log p + H) by_entropy)
+                    p = z.exp().mul_(torch.exp(-rest)[:, None])
+                    d = z.add_((spread - rest)[:, None]).mul_(-by_entropy[:, None]).sub_(by_logp[:, None]).mul_(p)
                 here, column = _inside(targets, start, z.shape[1])
                 d[here, column] += by_logp[here]
                 gradient.add(start, block, d, slope)
@@ -169,7 +173,7 @@ def selected_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Ten
         raise WrongInput(f"hidden: width {hidden.shape[-1]}; expected {weight.shape[-1]}, the width of the head; pass the states that the head reads")
     return _Selected.apply(hidden, weight, bias, targets, float(temperature), entropy, chunk, float(scale), softcap)
 
-# %% ../../nbs/core/logprobs.ipynb #6ca1e2a5
+# %% ../../nbs/core/logprobs.ipynb #7c5619cd
 class _FullKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, scale, softcap, ref_hidden, ref, temperature, reverse, chunk):
@@ -188,15 +192,15 @@ class _FullKL(torch.autograd.Function):
                     norm.total = factor * norm.total + z.sum(1)
                     if (norm is q) == reverse: moment = factor * moment + gap.mul_(z).sum(1)  # the mean is under the first argument
         first, second = (q, p) if reverse else (p, q)
-        kl = moment / first.total - first.lse + second.lse
-        ctx.save_for_backward(hidden, weight, bias, ref_hidden, ref.weight, ref.bias, p.lse, q.lse, kl)
+        kl = moment / first.total + (second.top - first.top) + (second.total.log() - first.total.log())
+        ctx.save_for_backward(hidden, weight, bias, ref_hidden, ref.weight, ref.bias, *p.parts(), *q.parts(), kl)
         ctx.settings = scale, softcap, ref.scale, ref.softcap, temperature, reverse, step, kind, ref_kind, dtype
         return kl
 
     @staticmethod
     @once_differentiable
     def backward(ctx, by_kl):
-        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, lse_p, lse_q, kl = ctx.saved_tensors
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, top_p, rest_p, top_q, rest_q, kl = ctx.saved_tensors
         scale, softcap, ref_scale, ref_softcap, temperature, reverse, step, kind, ref_kind, dtype = ctx.settings
         readout, ref, states = Readout(weight, bias, scale, softcap), Readout(ref_weight, ref_bias, ref_scale, ref_softcap), hidden.to(kind)
         gradient = _Gradient(ctx, states, readout, temperature, dtype)
@@ -204,8 +208,8 @@ class _FullKL(torch.autograd.Function):
             pairs = zip(_blocks(states, readout, temperature, step, dtype), _blocks(ref_hidden.to(ref_kind), ref, temperature, step, dtype))
             for (start, block, zp), (_, _, zq) in pairs:
                 slope = gradient.slope(zp)
-                zp.sub_(lse_p[:, None])
-                zq.sub_(lse_q[:, None])
+                zp.sub_(top_p[:, None]).sub_(rest_p[:, None])  # log p
+                zq.sub_(top_q[:, None]).sub_(rest_q[:, None])
                 if reverse: d = zp.exp_().sub_(zq.exp_())  # p - q
                 else: d = torch.sub(zp, zq, out=zq).sub_(kl[:, None]).mul_(zp.exp_())  # p (log p - log q - KL)
                 gradient.add(start, block, d.mul_(by_kl[:, None]), slope)
@@ -264,7 +268,7 @@ def _quiet(model: nn.Module, device: torch.device):
         finally:
             for m in training: m.training = True
 
-# %% ../../nbs/core/logprobs.ipynb #1965a352
+# %% ../../nbs/core/logprobs.ipynb #b7258200
 class Policy(nn.Module):
     """Wraps a causal LM (or PeftModel); calling it gives `TokenStats` of a batch, and the logits are never built.
 
@@ -289,11 +293,11 @@ class Policy(nn.Module):
         """
         if not temperature > 0: raise WrongInput(f"temperature: {temperature}; expected more than 0; use 1.0 for the model's own distribution")
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        wanted = real if target_mask is None else real & target_mask.bool()
-        for name, mask in (("attention_mask", real), ("target_mask", wanted)):
-            if mask.shape != input_ids.shape:
+        wanted = real if target_mask is None else target_mask.bool()
+        for name, mask in (("attention_mask", real), ("target_mask", wanted), ("position_ids", position_ids)):
+            if mask is not None and mask.shape != input_ids.shape:
                 raise WrongInput(f"{name}: shape {tuple(mask.shape)}; expected {tuple(input_ids.shape)}, the shape of input_ids; build it with collate")
-        order = None
+        order, wanted = None, wanted & real
         if position_ids is None and attention_mask is not None:  # move real tokens to the left and drop columns of padding only
             order = (~real).sort(dim=1, stable=True).indices[:, : max(int(real.sum(1).max()), 1)]
             input_ids, real, wanted, full = input_ids.gather(1, order), real.gather(1, order), wanted.gather(1, order), wanted
