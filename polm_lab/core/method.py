@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'REGISTRY', 'Method', 'method', 'find', 'methods']
 
-# %% ../../nbs/core/method.ipynb #c276d68a
+# %% ../../nbs/core/method.ipynb #2c954d9a
 import importlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, get_type_hints
 
-from .knobs import Knob, Settings, WrongInput, knob, knobs, nearest
+from .knobs import Knob, RunSettings, Settings, WrongInput, knob, knobs, nearest
 
-# %% ../../nbs/core/method.ipynb #4d0510b8
+# %% ../../nbs/core/method.ipynb #e1adbcd8
 FAMILIES = ("finetuning", "alignment", "reasoning", "efficiency", "integration", "recipes")  # folders, in the order of the survey
 
 
@@ -27,13 +27,14 @@ class Method:
     title: str
     summary: str  # first line of the function's docstring
     paper: str
-    settings: type[Settings]
+    settings: type[RunSettings]
     function: Callable
     data: str  # dataset type that it learns from (see core.data); empty: none
     needs: tuple[str, ...]  # "reference", "reward", "preference pairs", "calibration text", ...
     changes: str  # "weights" (or an adapter) or "nothing"
     trains: bool  # by gradient, through core.train: the conformance suite applies
     engines: tuple[str, ...]
+    small: dict  # knob values that make a run short, for the conformance suite
 
     @property
     def notebook(self) -> str:
@@ -59,6 +60,7 @@ def method(
     changes: str = "weights",
     trains: bool = True,
     engines: tuple[str, ...] = ("lab",),
+    small: dict | None = None,
 ):
     """Record a function `name(settings: SettingsClass, run: Run) -> None` as the method `name`.
 
@@ -70,11 +72,11 @@ def method(
     def record(function):
         hints = get_type_hints(function)
         settings = hints.get("settings")
-        if not (isinstance(settings, type) and issubclass(settings, Settings)):
-            raise WrongInput(f"method {function.__name__}: expected a first argument `settings: <a Settings class>`, found {settings!r}")
+        if not (isinstance(settings, type) and issubclass(settings, RunSettings)):
+            raise WrongInput(f"method {function.__name__}: expected a first argument `settings: <a class of RunSettings or Settings>`, found {settings!r}")
         summary = (function.__doc__ or "").strip().split("\n")[0]
         REGISTRY[function.__name__] = Method(
-            function.__name__, family, title, summary, paper, settings, function, data, tuple(needs), changes, trains, tuple(engines)
+            function.__name__, family, title, summary, paper, settings, function, data, tuple(needs), changes, trains, tuple(engines), small or {}
         )
         return function
 

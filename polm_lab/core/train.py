@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['seed_of', 'seed_all', 'learning_rate_at', 'Meter', 'Progress', 'world', 'my_share', 'gather_meters',
-           'make_accelerator', 'checkpoints', 'save_checkpoint', 'load_checkpoint', 'optimizer_for', 'fit']
+           'make_accelerator', 'load_policy', 'token_batches', 'checkpoints', 'save_checkpoint', 'load_checkpoint',
+           'optimizer_for', 'fit']
 
-# %% ../../nbs/core/train.ipynb #1bab9788
+# %% ../../nbs/core/train.ipynb #cead71c5
 import contextlib
 import hashlib
+import logging
 import math
 import os
 import random
@@ -116,7 +118,7 @@ class Progress:
         elif sys.stderr.isatty():
             print(f"\r\x1b[2K{text}", end="\n" if step == self.total else "", file=sys.stderr, flush=True)
 
-# %% ../../nbs/core/train.ipynb #2d210818
+# %% ../../nbs/core/train.ipynb #d1ed7491
 def world() -> tuple[int, int]:
     "(rank, number of processes)."
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -153,9 +155,33 @@ def make_accelerator(settings: Settings):
 
         if not importlib.util.find_spec(trackers):
             raise WrongInput(f"tracker = {trackers!r}: the package {trackers} is not installed; `pip install {trackers}`, or tracker none")
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
     AcceleratorState._reset_state()  # a notebook runs several methods, with different precisions, in one process
     mixed = {"bfloat16": "bf16", "float16": "fp16"}.get(settings.dtype, "no")
     return Accelerator(cpu=settings.device == "cpu" or not torch.cuda.is_available(), mixed_precision=mixed, log_with=trackers)
+
+# %% ../../nbs/core/train.ipynb #477ed738
+def load_policy(settings: Settings):
+    "The policy that the settings ask for, and its tokenizer."
+    from polm_lab.core.logprobs import Policy
+    from polm_lab.core.models import load_model, load_tokenizer
+
+    model = load_model(
+        settings.model, dtype=settings.dtype, device=settings.device, adapter=settings.adapter, seed=settings.seed,
+        gradient_checkpointing=settings.gradient_checkpointing,
+    )  # fmt: skip
+    return Policy(model), load_tokenizer(settings.model)
+
+
+def token_batches(examples: list[dict], settings: Settings, pad_id: int, packing: bool = False) -> list[dict]:
+    "This process's rows of a step as microbatches whose weight is the number of learned tokens; rows of like length go together."
+    from polm_lab.core.data import collate, microbatches
+
+    batches = []
+    for part in microbatches(examples, max(1, settings.batch_size // world()[1])):
+        batch = collate(part, pad_id, pack=settings.max_length if packing else 0)
+        batches.append(dict(batch, weight=float(sum(sum(e["target_mask"][1:]) for e in part))))
+    return batches
 
 # %% ../../nbs/core/train.ipynb #c6062c14
 def checkpoints(run: Run) -> list[Path]:
@@ -193,7 +219,7 @@ def load_checkpoint(run: Run, accelerator) -> int:
         ) from error
     return int(found[-1].name.removeprefix("step-"))
 
-# %% ../../nbs/core/train.ipynb #cbcf2178
+# %% ../../nbs/core/train.ipynb #0cee9985
 def optimizer_for(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
     "AdamW over the trainable weights; only matrices decay."
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -255,7 +281,7 @@ def fit(
                         _not_finite(run, step, batch)
                     accelerator.backward(summed * (processes / max(total, 1e-30)))  # distributed training averages over processes
                 meter.add_sum("loss", summed.item(), float(batch["weight"]))
-                tokens += int(batch["attention_mask"].sum()) if "attention_mask" in batch else 0
+                tokens += int(batch["attention_mask"].sum()) if batch.get("attention_mask") is not None else batch["input_ids"].numel() if "input_ids" in batch else 0
             norm = accelerator.clip_grad_norm_(trained.parameters(), settings.clip or math.inf)
             if not torch.isfinite(norm):
                 _not_finite(run, step, batches[-1])

@@ -6,7 +6,7 @@
 __all__ = ['check', 'create', 'execute', 'run', 'notebooks_folder', 'execute_notebook', 'work', 'launch', 'resumable', 'resume',
            'stop', 'wait', 'watching', 'runs', 'compare', 'method_table', 'claims']
 
-# %% ../../nbs/workbench/launch.ipynb #10691ed4
+# %% ../../nbs/workbench/launch.ipynb #edac859c
 import os
 import subprocess
 import sys
@@ -15,19 +15,20 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..core.knobs import Settings, WrongInput, knobs, make_settings
+from ..core.knobs import RunSettings, WrongInput, knobs, make_settings
 from ..core.method import Method, find, methods
 from ..core.run import Run, Stopped, all_runs, open_run, parent_of
 
-# %% ../../nbs/workbench/launch.ipynb #bbbb9089
-def check(name: str, values: dict) -> tuple[Method, Settings]:
+# %% ../../nbs/workbench/launch.ipynb #63b1d435
+def check(name: str, values: dict) -> tuple[Method, RunSettings]:
     "The method and its settings; raises `WrongInput` before anything is written."
     found = find(name)
     settings = make_settings(found.settings, values)
-    if settings.engine not in found.engines:
-        raise WrongInput(f"engine = {settings.engine!r}: {name} runs on {', '.join(found.engines)}")
+    engine = getattr(settings, "engine", "lab")
+    if engine not in found.engines:
+        raise WrongInput(f"engine = {engine!r}: {name} runs on {', '.join(found.engines)}")
     for knob in ("model", "data", "eval_data"):  # a run can be resumed from another folder
-        value = getattr(settings, knob)
+        value = getattr(settings, knob, "")
         if value and Path(value).expanduser().exists():
             setattr(settings, knob, str(Path(value).expanduser().absolute()))
     return found, settings
