@@ -144,7 +144,7 @@ def cost(model) -> dict[str, float]:
     "Size and speed of a model."
     return {"size_mib": size_mib(model), "latency_ms": latency_ms(model)}
 
-# %% ../../nbs/core/evaluate.ipynb #217c01aa
+# %% ../../nbs/core/evaluate.ipynb #98e09fa7
 class Evaluation:
     """The evaluation that frames a run; calling it gives metrics of the policy as it is now.
 
@@ -179,7 +179,7 @@ class Evaluation:
         if self.examples:
             found["perplexity"] = perplexity(self.policy, self.examples, pad)
         if self.prompts:
-            rolled = self.sample()
+            rolled = self.rolled = self.sample()  # kept for whoever scores the same samples in another way
             if self.score:
                 scores = [self.score(self.rows[i // self.samples], text) for i, text in enumerate(rolled.texts)]
                 found["accuracy"] = sum(scores) / len(scores)
