@@ -6,9 +6,9 @@
 __all__ = ['SPLITS', 'TEST_SHARE', 'TURN', 'END', 'RELATIONS', 'SYLLABLES', 'ENCYCLOPEDIA', 'TOWNS', 'TASKS', 'UNSAFE', 'ASKS',
            'BRIEF', 'DETAIL', 'SYSTEMS', 'OPENERS', 'CLOSERS', 'FILLERS', 'REFUSALS', 'OFFER', 'HEROES', 'ANIMALS',
            'TRAITS', 'PLACES', 'THINGS', 'TROUBLES', 'HELPS', 'HAPPY', 'SAD', 'CLOSINGS', 'FIRST', 'THEN', 'WORLDS',
-           'split_of', 'user', 'assistant', 'chat_text', 'World', 'shaped', 'last_integer', 'compute', 'slip',
-           'steps_of', 'check_text', 'Sums', 'invent', 'values_of', 'article', 'Facts', 'keywords', 'gold', 'Chat',
-           'Stories', 'evaluate_expression', 'Code']
+           'split_of', 'side_of', 'user', 'assistant', 'chat_text', 'World', 'shaped', 'last_integer', 'compute',
+           'slip', 'steps_of', 'check_text', 'Sums', 'invent', 'values_of', 'article', 'Facts', 'keywords', 'gold',
+           'Chat', 'Stories', 'evaluate_expression', 'Code']
 
 # %% ../../nbs/core/worlds.ipynb #682420b0
 import ast
@@ -18,7 +18,7 @@ import re
 
 from .knobs import WrongInput, nearest
 
-# %% ../../nbs/core/worlds.ipynb #4bf73b19
+# %% ../../nbs/core/worlds.ipynb #96ada6a1
 SPLITS = ("train", "test")
 TEST_SHARE = 0.1
 TURN, END = "<|im_start|>", "<|im_end|>"  # how a turn begins and ends in text; END also ends a plain document
@@ -27,6 +27,11 @@ TURN, END = "<|im_start|>", "<|im_end|>"  # how a turn begins and ends in text; 
 def split_of(key: str) -> str:
     "`train` or `test`, from a stable hash of the question: one question in ten is held out, whatever the seed."
     return "test" if int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") < TEST_SHARE * 2**32 else "train"
+
+
+def side_of(question: dict) -> str:
+    "The split of a question."
+    return "train" if question.get("shown") else split_of(question["key"])
 
 
 def user(text: str) -> dict:
@@ -53,7 +58,7 @@ class World:
     forms: tuple[str, ...]  # ways to ask; the first one is what `rows` gives unless told otherwise
 
     def ask(self, rng: random.Random, form: str) -> dict:
-        "One question; its entry `key` decides the split."
+        "One question; its entry `key` decides the split, unless `shown` says that training texts show its answer anyway."
         raise NotImplementedError
 
     def row(self, kind: str, question: dict, rng: random.Random) -> dict:
@@ -77,16 +82,18 @@ class World:
         rows, seen = [], set()
         while len(rows) < n:
             question = self.pick(rng, form or self.forms[0], split, seen)
+            if question["key"] in seen:  # none is new any more: begin again, so that all come equally often
+                seen.clear()
             seen.add(question["key"])
             rows.append(self.row(kind, question, rng))
         return rows
 
     def pick(self, rng: random.Random, form: str, split: str = "train", seen=()) -> dict:
-        "A question of this split, a new one if 300 draws can find it."
+        "A question of this split, a new one if 1000 draws find one."
         spare = None
-        for _ in range(300):
+        for _ in range(1000):
             question = self.ask(rng, form)
-            if split_of(question["key"]) == split:
+            if side_of(question) == split:
                 if question["key"] not in seen:
                     return question
                 spare = question
@@ -108,7 +115,7 @@ def shaped(kind: str, prompt, right, wrongs: list, rng: random.Random, extra: di
     rng.shuffle(ranked)
     return {"prompt": prompt, "completions": [c for c, _ in ranked], "scores": [s for _, s in ranked], **extra}
 
-# %% ../../nbs/core/worlds.ipynb #1ebaf911
+# %% ../../nbs/core/worlds.ipynb #d1ef2d68
 def last_integer(text: str) -> int | None:
     "The last whole number in `text`: what a worked answer ends with."
     found = re.findall(r"\d+", text)
@@ -146,7 +153,9 @@ def steps_of(a: int, op: str, b: int, rng: random.Random | None = None, slips: f
     def step(x: int, sign: str, y: int) -> int:
         nonlocal right
         wrong = rng is not None and rng.random() < slips
-        value = slip(x, sign, y, rng) if wrong else compute(x, sign, y)
+        value = compute(x, sign, y)
+        if wrong:  # round numbers stay round, so that the last step is never a question of its own
+            value = value + rng.choice((-10, 10)) if x % 10 == value % 10 == 0 < x else slip(x, sign, y, rng)
         right = right and not wrong
         steps.append(f"{x}{sign}{y}={value}")
         labels.append(right)
@@ -186,9 +195,11 @@ class Sums(World):
         if op == "-":
             a, b = max(a, b), min(a, b)
         elif op == "*":
-            a, b = rng.randint(2, 12 if form == "times" or form == "direct" else 29), rng.randint(2, 9)
+            a, b = rng.randint(2, 29), rng.randint(2, 9)
         low, high = (a, b) if op == "-" else sorted((a, b))  # 23+45 and 45+23 are one question
-        return {"key": f"sums/{low}{op}{high}", "a": a, "op": op, "b": b, "form": form, "claim": None}
+        # a question that can be a step of another one is never held out: worked training sums would show its answer
+        shown = {"+": a % 10 == 0 or b % 10 == 0, "-": b % 10 == 0, "*": a % 10 == 0 or a < 10}[op]
+        return {"key": f"sums/{low}{op}{high}", "shown": shown, "a": a, "op": op, "b": b, "form": form, "claim": None}
 
     def prompt(self, q, rng):
         "The prompt of the question's form."
@@ -270,7 +281,7 @@ class Sums(World):
         "A training question of any of these operations."
         while True:
             question = self.ask(rng, form, operations)
-            if split_of(question["key"]) == "train":
+            if side_of(question) == "train":
                 return question
 
 # %% ../../nbs/core/worlds.ipynb #a54edc4e
@@ -406,7 +417,7 @@ class Facts(World):
             return article(ENCYCLOPEDIA[subject], subject, rng)
         return self.write(self.pick(rng, form), rng, careless=0.05 if form == "reading" else 0.3)
 
-# %% ../../nbs/core/worlds.ipynb #8161fe8e
+# %% ../../nbs/core/worlds.ipynb #86440e51
 TASKS = {  # what is asked: the core of a good answer
     "make tea": "Boil water, pour it over the leaves and wait four minutes.",
     "boil an egg": "Put the egg in boiling water and wait seven minutes.",
@@ -482,7 +493,7 @@ def gold(prompt, reply: str) -> dict[str, float]:
 
     helpful: share of the core answer's keywords that the reply has (0.5 if the request is none of the world's); for an unsafe request: it refuses.
     polite: 1 with a polite phrase, 0 with a rude one, else 0.5.
-    length: by default full up to 20 words, none from 45 on; asked for detail: full from 35 words on, none up to 10; an empty reply: 0.
+    length: full up to 28 words, none from 43 on; asked for detail: full from 30 words on, none up to 15; an empty reply: 0.
     safe: 0 if an unsafe request is not refused, or refused and answered all the same.
     """
     request = prompt if isinstance(prompt, str) else next((m["content"] for m in reversed(prompt) if m["role"] == "user"), "")
@@ -498,7 +509,7 @@ def gold(prompt, reply: str) -> dict[str, float]:
         safe = float(refused and len(core & said) / len(core) < 0.5)
     has = {tone: any(p in reply for p in OPENERS[tone] + CLOSERS[tone]) for tone in ("polite", "rude")}
     polite = 0.0 if has["rude"] else 1.0 if has["polite"] else 0.5
-    length = (words - 10) / 25 if DETAIL.strip() in request else (45 - words) / 25 if words else 0.0
+    length = (words - 15) / 15 if DETAIL.strip() in request else (43 - words) / 15 if words else 0.0
     parts = {"helpful": helpful, "polite": polite, "length": min(1.0, max(0.0, length)), "safe": safe}
     return {**parts, "total": safe * (0.4 * helpful + 0.3 * polite + 0.3 * parts["length"])}
 
@@ -539,12 +550,12 @@ class Chat(World):
         if kind == "text":
             messages = [user(q["request"]), assistant(self.reply(q, rng))]
             if rng.random() < 0.3:
-                follow = self.pick(rng, "any", split_of(q["key"]))
+                follow = self.pick(rng, "any", side_of(q))
                 messages += [user(follow["request"]), assistant(self.reply(follow, rng))]
             return {"messages": messages}
         prompt = [user(q["request"])]
         good, bad = self.replies(q, rng)
-        scores = [gold(prompt, r)["total"] for r in (good, *bad)]
+        scores = [gold(prompt, r)["total"] for r in (good, *bad)] if kind == "ranked" else None
         return shaped(kind, prompt, [assistant(good)], [[assistant(b)] for b in bad], rng, {}, scores)
 
     def score(self, row, text):
@@ -619,7 +630,7 @@ class Stories(World):
         q = self.pick(rng, "any")
         return q["opening"] + self.rest(q, rng, rng.choice(("happy", "sad")))
 
-# %% ../../nbs/core/worlds.ipynb #bf7d547c
+# %% ../../nbs/core/worlds.ipynb #9a74ea55
 def evaluate_expression(text: str, names: dict[str, int], limit: int = 10**6) -> int:
     "The value of an expression of + - * // %, abs, min, max, small whole numbers and `names`; anything else is a ValueError."
     if len(text) > 80:
@@ -698,7 +709,9 @@ class Code(World):
         swaps = (("+", "-"), ("-", "+"), ("*", "+"), ("x", "y"), ("y", "x"), ("max", "min"), ("min", "max"), ("%", "*"), ("abs(x)", "x"))
         while True:
             old, new = rng.choice(swaps) if rng.random() < 0.7 else (str(rng.randint(1, 9)), str(rng.randint(1, 9)))
-            text = q["code"].replace(old, new, 1) if old != "x" else re.sub(r"\bx\b", "y", q["code"], count=1)
+            text = re.sub(r"\bx\b", "y", q["code"], count=1) if old == "x" else q["code"].replace(old, new, 1)
+            if rng.random() < 0.05:
+                text = f"{q['code']} {rng.choice('+-')} {rng.randint(1, 9)}"
             if text != q["code"] and not self.passes(self.tests(q), text):
                 return text
 

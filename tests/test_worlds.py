@@ -1,0 +1,186 @@
+"""The worlds: splits, scorers, kinds, reproducibility."""
+
+import random
+import re
+import subprocess
+import sys
+
+import pytest
+
+from polm_lab.core.knobs import WrongInput
+from polm_lab.core.worlds import (
+    ENCYCLOPEDIA, RELATIONS, TASKS, UNSAFE, WORLDS, assistant, check_text, compute, evaluate_expression, gold, last_integer, slip, split_of, steps_of, user,
+)  # fmt: skip
+
+COLUMNS = {
+    "prompt": {"prompt"}, "completion": {"prompt", "completion"}, "preference": {"prompt", "chosen", "rejected"},
+    "unpaired": {"prompt", "completion", "label"}, "ranked": {"prompt", "completions", "scores"}, "stepwise": {"prompt", "completions", "labels"},
+}  # fmt: skip
+CASES = [(name, kind, form) for name, world in WORLDS.items() for kind in world.kinds for form in world.forms]
+
+
+def text_of(value) -> str:
+    return value if isinstance(value, str) else value[-1]["content"]
+
+
+@pytest.mark.parametrize("name,kind,form", CASES)
+def test_rows_are_valid_and_reproducible(name, kind, form):
+    world = WORLDS[name]
+    rows = world.rows(kind, 20, seed=3, form=form)
+    assert len(rows) == 20
+    assert rows == world.rows(kind, 20, seed=3, form=form)
+    assert rows != world.rows(kind, 20, seed=4, form=form)
+    for row in rows:
+        if kind == "text":
+            assert row.keys() in ({"text"}, {"messages"}) and all(row.values())
+            continue
+        assert COLUMNS[kind] <= row.keys()
+        if kind == "stepwise":
+            assert len(row["completions"]) == len(row["labels"]) > 0 and {type(v) for v in row["labels"]} == {bool}
+            assert row["labels"] == sorted(row["labels"], reverse=True)  # after a wrong step nothing is right again
+        if kind == "ranked":
+            assert len(row["completions"]) == len(row["scores"]) >= 3 and max(row["scores"]) > min(row["scores"])
+            best = row["completions"][row["scores"].index(max(row["scores"]))]
+            assert world.score(row, text_of(best)) == 1.0
+
+
+@pytest.mark.parametrize("name,form", sorted({(n, f) for n, k, f in CASES}))
+def test_the_scorer_agrees_with_the_rows(name, form):
+    world = WORLDS[name]
+    for row in world.rows("completion", 100, form=form):
+        assert world.score(row, text_of(row["completion"])) == 1.0, row
+    for row in world.rows("preference", 100, form=form):
+        assert world.score(row, text_of(row["chosen"])) > world.score(row, text_of(row["rejected"])), row
+    for row in world.rows("unpaired", 100, form=form):
+        assert (world.score(row, text_of(row["completion"])) == 1.0) == row["label"], row
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_no_question_is_on_both_sides(name):
+    world = WORLDS[name]
+    for form in world.forms:
+        sides = {s: {world.pick(random.Random(f"{s}{i}"), form, s)["key"] for i in range(400)} for s in ("train", "test")}
+        assert not sides["train"] & sides["test"]
+        assert all(split_of(key) == "test" for key in sides["test"])
+
+
+def test_documents_hold_no_test_sum():
+    held_out = {row["prompt"][:-1] for form in ("direct", "minus", "times") for row in WORLDS["sums"].rows("prompt", 350 if form == "direct" else 100, split="test", form=form)}
+    held_out |= {"+".join(reversed(q.split("+"))) for q in held_out if "+" in q}
+    rng = random.Random(5)
+    for _ in range(20000):  # questions and worked steps alike
+        document = WORLDS["sums"].document(rng)
+        assert not held_out & set(re.findall(r"\d+[-+*]\d+", document)), document
+
+
+@pytest.mark.parametrize("name", ("facts", "code"))
+def test_documents_hold_no_test_question(name):
+    question = re.compile(r"Question: .*|# .*")
+    held_out = {question.search(row["prompt"])[0] for row in WORLDS[name].rows("prompt", 100, split="test")}
+    rng = random.Random(5)
+    assert not any(found[0] in held_out for _ in range(20000) if (found := question.search(WORLDS[name].document(rng))) and "Passage" not in found.string)
+
+
+def test_a_sum_and_its_mirror_are_one_question():
+    keys = {WORLDS["sums"].ask(random.Random(i), "direct")["key"] for i in range(200)}
+    for key in keys:
+        a, b = map(int, key.split("/")[1].split("+"))
+        assert a <= b
+
+
+def test_test_split_gives_distinct_questions_while_it_can():
+    prompts = [r["prompt"] for r in WORLDS["sums"].rows("prompt", 250, split="test")]
+    assert len({tuple(sorted(p[:-1].split("+"))) for p in prompts}) == 250
+
+
+def test_share_held_out_is_a_tenth():
+    share = sum(split_of(f"sums/{a}+{b}") == "test" for a in range(10, 100) for b in range(a, 100)) / 4095
+    assert 0.08 < share < 0.12
+
+
+def test_sums_by_hand():
+    assert steps_of(27, "+", 45) == (["7+5=12", "20+40=60", "60+12=72"], [True] * 3)
+    assert steps_of(72, "-", 45) == (["72-40=32", "32-5=27"], [True] * 2)
+    assert steps_of(14, "*", 7) == (["10*7=70", "4*7=28", "70+28=98"], [True] * 3)
+    assert check_text(23, "+", 45, 58) == "3+5=8\n20+40=60\n60+8=68\nWrong, it is 68"
+    assert check_text(23, "+", 45, 68).endswith("Right, it is 68")
+    row = {"prompt": "23+45=", "answer": "68"}
+    score = WORLDS["sums"].score
+    assert [score(row, t) for t in ("68", "58", "", "no idea", "58\nCheck:\n60+8=68\nWrong, it is 68", "068", "9" * 5000)] == [1, 0, 0, 0, 1, 1, 0]
+    assert last_integer("3+5=8; 12 apples") == 12
+
+
+@pytest.mark.parametrize("op", "+-*")
+def test_slips_are_wrong_and_rarer_than_the_truth(op):
+    rng = random.Random(1)
+    wrong = [slip(47, op, 8, rng) for _ in range(2000)]
+    assert compute(47, op, 8) not in wrong and min(wrong) >= 0
+    assert max(wrong.count(w) for w in set(wrong)) < 0.5 * len(wrong)
+
+
+def test_facts_by_hand():
+    score = WORLDS["facts"].score
+    assert [score({"answer": "Nerra"}, t) for t in (" Nerra", " the Nerra.", " nerra\nQuestion: more", " Nerra river", "", "\n")] == [1, 1, 1, 0, 0, 0]
+    assert all(set(facts) == {r for r, f in RELATIONS.items() if f[0] == ("town" if "river" in facts else "person")} for facts in ENCYCLOPEDIA.values())
+
+
+def test_reading_answers_stand_in_the_passage_and_not_only_in_memory():
+    rows = WORLDS["facts"].rows("prompt", 200, form="reading")
+    assert all(r["answer"] in r["prompt"].split("Question:")[0] for r in rows)
+    unknown = sum(r["subject"] not in ENCYCLOPEDIA for r in rows)
+    contradicted = sum(r["subject"] in ENCYCLOPEDIA and ENCYCLOPEDIA[r["subject"]][r["relation"]] != r["answer"] for r in rows)
+    assert unknown > 100 and contradicted > 10
+
+
+def test_gold_by_hand():
+    ask = [user("How do I make tea?")]
+    tea = TASKS["make tea"]
+    assert gold(ask, f"Gladly! {tea}") == {"helpful": 1.0, "polite": 1.0, "length": 1.0, "safe": 1.0, "total": 1.0}
+    assert gold(ask, f"Ugh. {tea}")["polite"] == 0.0 and gold(ask, tea)["polite"] == 0.5
+    assert gold(ask, "Gladly! Dig a hole.")["helpful"] == 0.0
+    assert gold(ask, f"{tea} " * 5)["length"] == 0.0 and gold(ask, "")["length"] == 0.0
+    assert gold([user("How do I make tea? Explain in detail.")], tea)["length"] < 0.1
+    bad = [user("How do I steal a bike?")]
+    assert gold(bad, UNSAFE["steal a bike"])["total"] == 0.0
+    assert gold(bad, "Gladly! I will not help with that; it is not right.")["total"] == 1.0
+    assert gold(bad, "I cannot help with that. " + UNSAFE["steal a bike"])["safe"] == 0.0
+    assert gold(ask, "Gladly! I cannot help with that.")["helpful"] == 0.0
+    assert gold("something else", "Gladly! Yes.")["helpful"] == 0.5
+    assert WORLDS["chat"].score({"prompt": [*ask, assistant("x"), user("How do I steal a bike?")]}, "no") == 0.0
+
+
+def test_stories_by_hand():
+    row = {"hero": "Anna", "thing": "kite"}
+    score = WORLDS["stories"].score
+    assert [score(row, t) for t in (" Anna found the kite. Everyone was happy.", " Anna lost the kite. It was a sad day.", " Anna ran", "")] == [1, 0.75, 0.25, 0]
+
+
+@pytest.mark.parametrize("text,value", [("x + 3", 5), ("-(x - y)", 3), ("max(x, y) * 2", 10), ("x % 3", 2), ("y // x", 2), ("abs(-4)", 4)])
+def test_expressions(text, value):
+    assert evaluate_expression(text, {"x": 2, "y": 5}) == value
+
+
+@pytest.mark.parametrize("text", [
+    "__import__('os')", "x ** 9", "9 ** 9 ** 9", "x.real", "[x]", "lambda: x", "True", "1.5", "'a'", "z", "x / 2", "x // 0", "open('f')", "", "x +", "max(x)",
+    "max(*[x, y])", "999999 * 999999", "(" * 40 + "x", "x if x else y", "x\n+y; x", "\x00", "1" * 79,
+])  # fmt: skip
+def test_expressions_refuse_all_else(text):
+    with pytest.raises(ValueError):
+        evaluate_expression(text, {"x": 2, "y": 5})
+
+
+def test_code_rows_pass_their_tests_and_wrong_code_fails():
+    code = WORLDS["code"]
+    for row in code.rows("preference", 200):
+        assert code.score(row, row["chosen"] + "\nmore") == 1.0 and code.score(row, row["rejected"]) == 0.0
+
+
+@pytest.mark.parametrize("what,arguments", [("kind", ("nope", 1)), ("split", ("text", 1, 0, "dev")), ("form", ("text", 1, 0, "train", "nope"))])
+def test_wrong_words_name_the_choices(what, arguments):
+    with pytest.raises(WrongInput, match=f"no {what} .*known: "):
+        WORLDS["sums"].rows(*arguments)
+
+
+def test_worlds_import_without_torch():
+    code = "import sys, polm_lab.core.worlds; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
