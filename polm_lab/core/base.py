@@ -24,7 +24,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from .worlds import END, TURN, WORLDS, chat_text
 
-# %% ../../nbs/core/base.ipynb #544ec677
+# %% ../../nbs/core/base.ipynb #279a43a1
 PAD = "<|pad|>"
 TEMPLATE = (
     "{%- for message in messages -%}{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -44,15 +44,15 @@ class Recipe:
     inner: int = 432  # width of the gated feed-forward layer
     vocabulary: int = 1024
     context: int = 512
-    steps: int = 4000
-    tokens: int = 8192  # target tokens per step
+    steps: int = 3200
+    tokens: int = 4096  # target tokens per step
     learning_rate: float = 3e-3
     warmup: int = 100  # steps
     decay: float = 0.3  # last share of the steps, in which the learning rate falls linearly to 0
     weight_decay: float = 0.1
     clip: float = 1.0
     seed: int = 0
-    shares: tuple = (("sums", 0.42), ("facts", 0.22), ("chat", 0.18), ("stories", 0.08), ("code", 0.10))  # of the tokens
+    shares: tuple = (("sums", 0.41), ("facts", 0.23), ("chat", 0.18), ("stories", 0.08), ("code", 0.10))  # of the tokens
 
 
 def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
@@ -97,7 +97,7 @@ def make_model(recipe: Recipe, tokenizer) -> LlamaForCausalLM:
         )
     )
 
-# %% ../../nbs/core/base.ipynb #5e5873b9
+# %% ../../nbs/core/base.ipynb #3c76b31e
 def encode_document(tokenizer, text: str) -> list[int]:
     "Token ids of a document, which ends in exactly one END."
     return tokenizer.backend_tokenizer.encode(text.removesuffix("\n").removesuffix(END) + END).ids
@@ -158,7 +158,9 @@ def save_atomic(value, path: Path):
 def pretrain(recipe: Recipe, work: Path, save_every: int = 100, stop_at: int | None = None, say=print):
     "Train from the newest state in `work`, or from the start; returns (model, tokenizer). Killed and called again, it ends in the same bits."
     work.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer(recipe)
+    if not (work / "tokenizer.json").exists():
+        make_tokenizer(recipe).save_pretrained(work)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(work)
     model = make_model(recipe, tokenizer)
     optimizer, first, state = make_optimizer(recipe, model), 0, work / "state.pt"
     if state.exists():
@@ -188,7 +190,7 @@ def pretrain(recipe: Recipe, work: Path, save_every: int = 100, stop_at: int | N
             save_atomic({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}, state)
     return model, tokenizer
 
-# %% ../../nbs/core/base.ipynb #90f1a84e
+# %% ../../nbs/core/base.ipynb #7b7bca17
 @torch.no_grad()
 def sample(model, tokenizer, prompts: list, samples: int = 1, max_new_tokens: int = 64, seed: int = 0, greedy: bool = False) -> list[list[str]]:
     "`samples` completions of each prompt (text or conversation) at temperature 1; prompts of one length go through together."
@@ -220,7 +222,7 @@ def perplexity(model, tokenizer, texts: list[str]) -> float:
 
 
 TESTS = (("sums", "direct", 8), ("sums", "steps", 32), ("sums", "check", 40), ("sums", "solve", 48), ("facts", "recall", 8), ("facts", "reading", 8),
-         ("chat", "safe", 96), ("chat", "unsafe", 96), ("stories", "any", 64), ("code", "any", 24))  # fmt: skip
+         ("chat", "safe", 96), ("chat", "unsafe", 96), ("stories", "tell", 64), ("stories", "label", 4), ("code", "any", 24))  # fmt: skip
 
 
 def measure(model, tokenizer, n: int = 100, samples: int = 4, tests=TESTS) -> dict[str, dict[str, float]]:

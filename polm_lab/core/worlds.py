@@ -115,7 +115,7 @@ def shaped(kind: str, prompt, right, wrongs: list, rng: random.Random, extra: di
     rng.shuffle(ranked)
     return {"prompt": prompt, "completions": [c for c, _ in ranked], "scores": [s for _, s in ranked], **extra}
 
-# %% ../../nbs/core/worlds.ipynb #d1ef2d68
+# %% ../../nbs/core/worlds.ipynb #202ac09e
 def last_integer(text: str) -> int | None:
     "The last whole number in `text`: what a worked answer ends with."
     found = re.findall(r"\d+", text)
@@ -275,7 +275,7 @@ class Sums(World):
             careless = rng.choice((0.0, 0.8))
             sheet = [self.pick_any(rng, "direct", operations) for _ in range(rng.randint(3, 6))]
             return "Sums:\n" + "\n".join(self.write(q, rng, careless) for q in sheet)
-        return self.write(self.pick_any(rng, form, operations), rng, careless=0.5)
+        return self.write(self.pick_any(rng, form, operations), rng, careless=0.55)
 
     def pick_any(self, rng, form, operations):
         "A training question of any of these operations."
@@ -574,7 +574,7 @@ class Chat(World):
             messages += [user(q["request"]), assistant(self.reply(q, rng, tone, wordy, rng.random() < 0.6, rng.random() < 0.12))]
         return chat_text(messages)
 
-# %% ../../nbs/core/worlds.ipynb #8cf3d2a9
+# %% ../../nbs/core/worlds.ipynb #c1b7b7f5
 HEROES = ("Anna", "Ben", "Clara", "Dan", "Ella", "Finn", "Greta", "Hugo", "Ida", "Jack", "Lily", "Max", "Nora", "Oscar", "Rosa", "Tom")
 ANIMALS = ("bear", "bird", "cat", "dog", "duck", "fox", "frog", "goat", "mouse", "rabbit", "turtle", "wolf")
 TRAITS = ("brave", "clever", "curious", "funny", "kind", "lazy", "proud", "quiet", "shy", "tired")
@@ -592,16 +592,16 @@ class Stories(World):
     "Short stories with a hero, a thing, a trouble and an ending."
 
     name = "stories"
-    meaning = "short stories that end well or badly"
+    meaning = "short stories that end well or badly: to tell, or to label"
     kinds = ("text", "prompt", "completion", "preference", "unpaired", "ranked")
-    forms = ("any",)
+    forms = ("tell", "label")
 
     def ask(self, rng, form):
         q = {"h": rng.choice(HEROES), "b": rng.choice(ANIMALS), "t": rng.choice(THINGS)}
         opening = rng.choice(("Once upon a time there was a {r} child called {h}.", "{h} was a {r} child who lived by the {p}.", "One day {h}, a {r} child, went to the {p}."))
         want = rng.choice(("{h} had a red {t}.", "{h} loved a little {t}.", "{h} wanted to show a {b} the {t}.", "There {h} played with a {t}."))
         q["opening"] = f"{opening} {want}".format(r=rng.choice(TRAITS), p=rng.choice(PLACES), **q)
-        return {**q, "key": f"stories/{q['opening']}"}
+        return {**q, "key": f"stories/{q['opening']}", "ending": rng.choice(("happy", "sad")) if form == "label" else ""}
 
     def rest(self, q, rng, ending):
         "How the story goes on, from the trouble to the end."
@@ -610,7 +610,10 @@ class Stories(World):
 
     def row(self, kind, q, rng):
         if kind == "text":
-            return {"text": q["opening"] + self.rest(q, rng, rng.choice(("happy", "sad")))}
+            return {"text": self.write(q, rng, careless=0.0)}
+        if q["ending"]:
+            wrongs = [" sad" if q["ending"] == "happy" else " happy", " strange"]
+            return shaped(kind, self.unlabelled(q, rng), f" {q['ending']}", wrongs, rng, {"answer": q["ending"]})
         right, wrong = self.rest(q, rng, "happy"), self.rest(q, rng, "sad")
         cut = ". ".join(right.split(". ")[:-2]) + "."
         wrongs, scores = [wrong, cut], [self.value(q["h"], q["t"], r) for r in (right, wrong, cut)]
@@ -623,12 +626,24 @@ class Stories(World):
         return (float(hero in text) + float(thing in text) + float(any(closed)) + float(closed[0])) / 4
 
     def score(self, row, text):
-        "Hero, thing, closing line, happy end: a quarter each."
+        "Hero, thing, closing line, happy end: a quarter each; a label: 1 if it is right."
+        if "answer" in row:
+            return float(text.strip().rstrip(".") == row["answer"])
         return self.value(row["hero"], row["thing"], text)
 
+    def unlabelled(self, q, rng):
+        "A story without its closing line, and the question how it ended."
+        return q["opening"] + self.rest(q, rng, q["ending"]).removesuffix(" " + CLOSINGS[q["ending"]]) + "\nEnding:"
+
+    def write(self, q, rng, careless):
+        "A story to its end, or a story with its label."
+        ending = q["ending"] or rng.choice(("happy", "sad"))
+        if not q["ending"]:
+            return q["opening"] + self.rest(q, rng, ending)
+        return f"{self.unlabelled(q, rng)} {rng.choice(('happy', 'sad')) if rng.random() < careless else ending}"
+
     def document(self, rng):
-        q = self.pick(rng, "any")
-        return q["opening"] + self.rest(q, rng, rng.choice(("happy", "sad")))
+        return self.write(self.pick(rng, rng.choices(("tell", "label"), (80, 20))[0]), rng, careless=0.4)
 
 # %% ../../nbs/core/worlds.ipynb #9a74ea55
 def evaluate_expression(text: str, names: dict[str, int], limit: int = 10**6) -> int:
