@@ -9,13 +9,18 @@ import pytest
 
 from polm_lab.core.knobs import WrongInput
 from polm_lab.core.worlds import (
-    ENCYCLOPEDIA, RELATIONS, TASKS, UNSAFE, WORLDS, assistant, check_text, compute, evaluate_expression, gold, last_integer, slip, split_of, steps_of, user,
+    ENCYCLOPEDIA, RELATIONS, TASKS, UNSAFE, WORLDS, assistant, check_text, compute, evaluate_expression, gold, last_integer, slip,
+    split_of, steps_of, user,
 )  # fmt: skip
 
 COLUMNS = {
-    "prompt": {"prompt"}, "completion": {"prompt", "completion"}, "preference": {"prompt", "chosen", "rejected"},
-    "unpaired": {"prompt", "completion", "label"}, "ranked": {"prompt", "completions", "scores"}, "stepwise": {"prompt", "completions", "labels"},
-}  # fmt: skip
+    "prompt": {"prompt"},
+    "completion": {"prompt", "completion"},
+    "preference": {"prompt", "chosen", "rejected"},
+    "unpaired": {"prompt", "completion", "label"},
+    "ranked": {"prompt", "completions", "scores"},
+    "stepwise": {"prompt", "completions", "labels"},
+}
 CASES = [(name, kind, form) for name, world in WORLDS.items() for kind in world.kinds for form in world.forms]
 
 
@@ -65,11 +70,12 @@ def test_no_question_is_on_both_sides(name):
 
 
 def test_documents_hold_no_test_sum():
-    held_out = {row["prompt"][:-1] for form in ("direct", "minus", "times") for row in WORLDS["sums"].rows("prompt", 350 if form == "direct" else 100, split="test", form=form)}
+    sums = WORLDS["sums"]
+    held_out = {row["prompt"][:-1] for form in ("direct", "minus", "times") for row in sums.rows("prompt", 350, split="test", form=form)}
     held_out |= {"+".join(reversed(q.split("+"))) for q in held_out if "+" in q}
     rng = random.Random(5)
     for _ in range(20000):  # questions and worked steps alike
-        document = WORLDS["sums"].document(rng)
+        document = sums.document(rng)
         assert not held_out & set(re.findall(r"\d+[-+*]\d+", document)), document
 
 
@@ -78,7 +84,8 @@ def test_documents_hold_no_test_question(name):
     question = re.compile(r"Question: .*|# .*")
     held_out = {question.search(row["prompt"])[0] for row in WORLDS[name].rows("prompt", 100, split="test")}
     rng = random.Random(5)
-    assert not any(found[0] in held_out for _ in range(20000) if (found := question.search(WORLDS[name].document(rng))) and "Passage" not in found.string)
+    asked = [found for _ in range(20000) if (found := question.search(WORLDS[name].document(rng)))]
+    assert len(asked) > 5000 and not any(found[0] in held_out for found in asked if "Passage" not in found.string)
 
 
 def test_a_sum_and_its_mirror_are_one_question():
@@ -106,7 +113,8 @@ def test_sums_by_hand():
     assert check_text(23, "+", 45, 68).endswith("Right, it is 68")
     row = {"prompt": "23+45=", "answer": "68"}
     score = WORLDS["sums"].score
-    assert [score(row, t) for t in ("68", "58", "", "no idea", "58\nCheck:\n60+8=68\nWrong, it is 68", "068", "9" * 5000)] == [1, 0, 0, 0, 1, 1, 0]
+    replies = {"68": 1, "58": 0, "": 0, "no idea": 0, "58\nCheck:\n60+8=68\nWrong, it is 68": 1, "068": 1, "9" * 5000: 0}
+    assert {text: score(row, text) for text in replies} == replies
     assert last_integer("3+5=8; 12 apples") == 12
 
 
@@ -120,8 +128,10 @@ def test_slips_are_wrong_and_rarer_than_the_truth(op):
 
 def test_facts_by_hand():
     score = WORLDS["facts"].score
-    assert [score({"answer": "Nerra"}, t) for t in (" Nerra", " the Nerra.", " nerra\nQuestion: more", " Nerra river", "", "\n")] == [1, 1, 1, 0, 0, 0]
-    assert all(set(facts) == {r for r, f in RELATIONS.items() if f[0] == ("town" if "river" in facts else "person")} for facts in ENCYCLOPEDIA.values())
+    replies = {" Nerra": 1, " the Nerra.": 1, " nerra\nQuestion: more": 1, " Nerra river": 0, "": 0, "\n": 0}
+    assert {text: score({"answer": "Nerra"}, text) for text in replies} == replies
+    of_sort = {sort: {r for r, f in RELATIONS.items() if f[0] == sort} for sort in ("town", "person")}
+    assert all(set(facts) in of_sort.values() for facts in ENCYCLOPEDIA.values()) and len(ENCYCLOPEDIA) == 80
 
 
 def test_reading_answers_stand_in_the_passage_and_not_only_in_memory():
@@ -152,7 +162,9 @@ def test_gold_by_hand():
 def test_stories_by_hand():
     row = {"hero": "Anna", "thing": "kite"}
     score = WORLDS["stories"].score
-    assert [score(row, t) for t in (" Anna found the kite. Everyone was happy.", " Anna lost the kite. It was a sad day.", " Anna ran", "")] == [1, 0.75, 0.25, 0]
+    replies = {" Anna found the kite. Everyone was happy.": 1, " Anna lost the kite. It was a sad day.": 0.75, " Anna ran": 0.25, "": 0}
+    assert {text: score(row, text) for text in replies} == replies
+    assert [score({"answer": "sad"}, t) for t in (" sad", "sad.", " happy", "sadly")] == [1, 1, 0, 0]
 
 
 @pytest.mark.parametrize("text,value", [("x + 3", 5), ("-(x - y)", 3), ("max(x, y) * 2", 10), ("x % 3", 2), ("y // x", 2), ("abs(-4)", 4)])
@@ -161,7 +173,8 @@ def test_expressions(text, value):
 
 
 @pytest.mark.parametrize("text", [
-    "__import__('os')", "x ** 9", "9 ** 9 ** 9", "x.real", "[x]", "lambda: x", "True", "1.5", "'a'", "z", "x / 2", "x // 0", "open('f')", "", "x +", "max(x)",
+    "__import__('os')", "x ** 9", "9 ** 9 ** 9", "x.real", "[x]", "lambda: x", "True", "1.5", "'a'", "z", "x / 2", "x // 0", "open('f')",
+    "", "x +", "max(x)", "abs(x, y)", "max(x, y, 3)", "min(a=x, b=y)",
     "max(*[x, y])", "999999 * 999999", "(" * 40 + "x", "x if x else y", "x\n+y; x", "\x00", "1" * 79,
 ])  # fmt: skip
 def test_expressions_refuse_all_else(text):
@@ -175,7 +188,9 @@ def test_code_rows_pass_their_tests_and_wrong_code_fails():
         assert code.score(row, row["chosen"] + "\nmore") == 1.0 and code.score(row, row["rejected"]) == 0.0
 
 
-@pytest.mark.parametrize("what,arguments", [("kind", ("nope", 1)), ("split", ("text", 1, 0, "dev")), ("form", ("text", 1, 0, "train", "nope"))])
+@pytest.mark.parametrize(
+    "what,arguments", [("kind", ("nope", 1)), ("split", ("text", 1, 0, "dev")), ("form", ("text", 1, 0, "train", "nope"))]
+)
 def test_wrong_words_name_the_choices(what, arguments):
     with pytest.raises(WrongInput, match=f"no {what} .*known: "):
         WORLDS["sums"].rows(*arguments)

@@ -24,7 +24,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from .worlds import END, TURN, WORLDS, chat_text
 
-# %% ../../nbs/core/base.ipynb #279a43a1
+# %% ../../nbs/core/base.ipynb #99d23bec
 PAD = "<|pad|>"
 TEMPLATE = (
     "{%- for message in messages -%}{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -44,7 +44,7 @@ class Recipe:
     inner: int = 432  # width of the gated feed-forward layer
     vocabulary: int = 1024
     context: int = 512
-    steps: int = 3200
+    steps: int = 1600
     tokens: int = 4096  # target tokens per step
     learning_rate: float = 3e-3
     warmup: int = 100  # steps
@@ -63,7 +63,10 @@ def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=recipe.vocabulary, special_tokens=[PAD, TURN, END], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+        vocab_size=recipe.vocabulary,
+        special_tokens=[PAD, TURN, END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
     )
     rng = random.Random(f"tokenizer/{recipe.seed}")
     texts = [world.document(rng).replace(TURN, "").replace(END, "") for world in WORLDS.values() for _ in range(4000)]
@@ -97,7 +100,7 @@ def make_model(recipe: Recipe, tokenizer) -> LlamaForCausalLM:
         )
     )
 
-# %% ../../nbs/core/base.ipynb #3c76b31e
+# %% ../../nbs/core/base.ipynb #5b0b7bad
 def encode_document(tokenizer, text: str) -> list[int]:
     "Token ids of a document, which ends in exactly one END."
     return tokenizer.backend_tokenizer.encode(text.removesuffix("\n").removesuffix(END) + END).ids
@@ -156,7 +159,7 @@ def save_atomic(value, path: Path):
 
 
 def pretrain(recipe: Recipe, work: Path, save_every: int = 100, stop_at: int | None = None, say=print):
-    "Train from the newest state in `work`, or from the start; returns (model, tokenizer). Killed and called again, it ends in the same bits."
+    "Train from the state in `work`, or from the start; returns (model, tokenizer). Killed and called again, it ends in the same bits."
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "tokenizer.json").exists():
         make_tokenizer(recipe).save_pretrained(work)
@@ -190,18 +193,21 @@ def pretrain(recipe: Recipe, work: Path, save_every: int = 100, stop_at: int | N
             save_atomic({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}, state)
     return model, tokenizer
 
-# %% ../../nbs/core/base.ipynb #7b7bca17
+# %% ../../nbs/core/base.ipynb #638dbe3e
 @torch.no_grad()
-def sample(model, tokenizer, prompts: list, samples: int = 1, max_new_tokens: int = 64, seed: int = 0, greedy: bool = False) -> list[list[str]]:
+def sample(
+    model, tokenizer, prompts: list, samples: int = 1, max_new_tokens: int = 64, seed: int = 0, greedy: bool = False
+) -> list[list[str]]:
     "`samples` completions of each prompt (text or conversation) at temperature 1; prompts of one length go through together."
     ids = [prompt_ids(tokenizer, p) for p in prompts]
     torch.manual_seed(seed)
     texts: list[list[str]] = [[] for _ in prompts]
     how = dict(do_sample=False) if greedy else dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+    how |= dict(max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id)
     for length in sorted(set(map(len, ids))):
         which = [i for i, row in enumerate(ids) if len(row) == length for _ in range(samples)]
         batch = torch.tensor([ids[i] for i in which])
-        out = model.generate(batch, attention_mask=torch.ones_like(batch), max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, **how)
+        out = model.generate(batch, attention_mask=torch.ones_like(batch), **how)
         for i, text in zip(which, tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)):
             texts[i].append(text)
     return texts
@@ -221,12 +227,18 @@ def perplexity(model, tokenizer, texts: list[str]) -> float:
     return math.exp(total / sum(int((labels[:, 1:] != -100).sum()) for _, labels in batches))
 
 
-TESTS = (("sums", "direct", 8), ("sums", "steps", 32), ("sums", "check", 40), ("sums", "solve", 48), ("facts", "recall", 8), ("facts", "reading", 8),
-         ("chat", "safe", 96), ("chat", "unsafe", 96), ("stories", "tell", 64), ("stories", "label", 4), ("code", "any", 24))  # fmt: skip
+TESTS = (  # world, form, longest reply in tokens
+    ("sums", "direct", 8), ("sums", "steps", 32), ("sums", "check", 40), ("sums", "solve", 48), ("facts", "recall", 8),
+    ("facts", "reading", 8), ("chat", "safe", 96), ("chat", "unsafe", 96), ("stories", "tell", 64), ("stories", "label", 4),
+    ("code", "any", 24),
+)  # fmt: skip
 
 
 def measure(model, tokenizer, n: int = 100, samples: int = 4, tests=TESTS) -> dict[str, dict[str, float]]:
-    "Held-out figures by world and form: score of one sample and of the greedy reply, share of prompts with a full score among `samples`; perplexity of clean text."
+    """Figures on held-out questions, by world and form, and the perplexity of clean text by world.
+
+    one: mean score of a sample; any: share of prompts with a full score among the samples; greedy: mean score of the greedy reply.
+    """
     model.eval()
     figures: dict[str, dict[str, float]] = {}
     for name, form, new in tests:
@@ -246,7 +258,7 @@ def measure(model, tokenizer, n: int = 100, samples: int = 4, tests=TESTS) -> di
         figures[name] = {"perplexity": perplexity(model, tokenizer, texts)}
     return figures
 
-# %% ../../nbs/core/base.ipynb #e8713960
+# %% ../../nbs/core/base.ipynb #078af670
 def save_base(model, tokenizer, recipe: Recipe, figures: dict, out: Path):
     "Write the model folder: weights as safetensors, tokenizer, template, recipe and figures."
     out.mkdir(parents=True, exist_ok=True)
@@ -255,7 +267,7 @@ def save_base(model, tokenizer, recipe: Recipe, figures: dict, out: Path):
     )
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    if (out / "chat_template.jinja").exists():  # keep the template inside tokenizer_config.json too, for readers older than the separate file
+    if (out / "chat_template.jinja").exists():  # into tokenizer_config.json, where readers of every age look for it
         config = json.loads((out / "tokenizer_config.json").read_text())
         config["chat_template"] = TEMPLATE
         (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -271,14 +283,16 @@ def readme(model, recipe: Recipe, figures: dict) -> str:
     lines = [
         "# tiny",
         "",
-        f"The embedded base model of polm_lab: a Llama of {count:,} parameters ({recipe.layers} layers, width {recipe.width}, {recipe.heads} heads, vocabulary {recipe.vocabulary},",
-        f"context {recipe.context}, tied embeddings, fp32), pretrained by this project on the worlds of `nbs/core/worlds.ipynb`, with wrong answers beside right ones.",
-        "It knows much and answers badly. A plain document begins with its first token (there is no BOS) and ends with `<|im_end|>`, which also ends a chat turn.",
+        f"The embedded base model of polm_lab: a Llama of {count:,} parameters ({recipe.layers} layers, width {recipe.width},",
+        f"{recipe.heads} heads, vocabulary {recipe.vocabulary}, context {recipe.context}, tied embeddings, fp32), pretrained by this",
+        "project on the worlds of `nbs/core/worlds.ipynb`, with wrong answers beside right ones: it knows much and answers badly.",
+        "A plain document begins with its first token (there is no BOS) and ends with `<|im_end|>`, which also ends a chat turn.",
         "",
         "Made by `python -m polm_lab.core.base --out data/tiny` (resumable; `recipe.json` holds the seed and all settings, "
         f"{recipe.steps * recipe.tokens / 1e6:.0f} M tokens; the same torch build and processor give the same bits).",
         "",
-        "Held-out questions, temperature 1; `one`: mean score of one sample, `any`: share of prompts with a full score among the samples, `greedy`: mean score of the greedy reply.",
+        "Held-out questions, temperature 1. `one`: mean score of one sample; `any`: share of prompts with a full score among 16 samples;",
+        "`greedy`: mean score of the greedy reply.",
         "",
         "| world/form | one | any | greedy |",
         "| --- | --- | --- | --- |",
