@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['seed_of', 'seed_all', 'learning_rate_at', 'Meter', 'Progress', 'world', 'my_share', 'gather_meters',
            'make_accelerator', 'load_policy', 'token_batches', 'checkpoints', 'save_checkpoint', 'load_checkpoint',
-           'optimizer_for', 'fit']
+           'optimizer_for', 'fit', 'anybody', 'peak_memory', 'not_finite']
 
 # %% ../../nbs/core/train.ipynb #cead71c5
 import contextlib
@@ -219,7 +219,7 @@ def load_checkpoint(run: Run, accelerator) -> int:
         ) from error
     return int(found[-1].name.removeprefix("step-"))
 
-# %% ../../nbs/core/train.ipynb #0cee9985
+# %% ../../nbs/core/train.ipynb #db520b42
 def optimizer_for(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
     "AdamW over the trainable weights; only matrices decay."
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -278,20 +278,20 @@ def fit(
                     with accelerator.autocast():
                         summed = loss(trained, batch, meter)
                     if not torch.isfinite(summed):
-                        _not_finite(run, step, batch)
+                        not_finite(run, step, batch)
                     accelerator.backward(summed * (processes / max(total, 1e-30)))  # distributed training averages over processes
                 meter.add_sum("loss", summed.item(), float(batch["weight"]))
                 tokens += int(batch["attention_mask"].sum()) if batch.get("attention_mask") is not None else batch["input_ids"].numel() if "input_ids" in batch else 0
             norm = accelerator.clip_grad_norm_(trained.parameters(), settings.clip or math.inf)
             if not torch.isfinite(norm):
-                _not_finite(run, step, batches[-1])
+                not_finite(run, step, batches[-1])
             optimizer.step()
             optimizer.zero_grad()
             meter.add("grad_norm", norm)
         metrics = gather_meters(meter).means()
         metrics |= dict(
             learning_rate=learning_rate_at(step, settings), tokens_per_second=round(tokens * processes / (time.perf_counter() - began), 1),
-            memory_mib=_peak_memory(accelerator.device),
+            memory_mib=peak_memory(accelerator.device),
         )  # fmt: skip
         if evaluate and settings.eval_every and (step + 1) % settings.eval_every == 0 and step + 1 < settings.steps:
             metrics |= {f"eval/{name}": value for name, value in evaluate().items()}
@@ -299,7 +299,7 @@ def fit(
         if settings.tracker != "none":
             accelerator.log(metrics, step=step + 1)
         progress(step + 1, metrics)
-        stop = _anybody(accelerator, run.stop_requested())
+        stop = anybody(accelerator, run.stop_requested())
         if stop or (settings.save_every and (step + 1) % settings.save_every == 0) or step + 1 == settings.steps:
             save_checkpoint(run, accelerator, step + 1)
         if stop and step + 1 < settings.steps:
@@ -311,21 +311,21 @@ def fit(
         accelerator.end_training()
 
 
-def _anybody(accelerator, flag: bool) -> bool:
+def anybody(accelerator, flag: bool) -> bool:
     "Whether any process says yes: all must do the same."
     if accelerator.num_processes == 1:
         return flag
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)).item())
 
 
-def _peak_memory(device: torch.device) -> float:
+def peak_memory(device: torch.device) -> float:
     "Peak memory in MiB: of the device on a GPU, else of the process."
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
-def _not_finite(run: Run, step: int, batch: dict):
+def not_finite(run: Run, step: int, batch: dict):
     "Save the batch and raise."
     from safetensors.torch import save_file
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SFT', 'sft_loss', 'embedding_noise', 'class_accuracy', 'sft']
 
-# %% ../../nbs/finetuning/sft.ipynb #909e4b20
+# %% ../../nbs/finetuning/sft.ipynb #9b773cee
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.data import Order, encode, load_data
+from ..core.engine import labelled_rows, train_with_trl
 from ..core.evaluate import Evaluation, other_worlds, scorer, sequence_logps
 from ..core.knobs import Settings, WrongInput, knob, redefault
 from ..core.logprobs import Policy
@@ -39,15 +40,18 @@ def sft_loss(logp: Tensor) -> Tensor:
     "Summed negative log-probability, in nats, of learned tokens; `logp` [rows, time] is 0 elsewhere."
     return -logp.sum()
 
-# %% ../../nbs/finetuning/sft.ipynb #8e781574
+# %% ../../nbs/finetuning/sft.ipynb #1d144f90
 @contextmanager
-def embedding_noise(model, alpha: float, lengths: Tensor):
-    "Inside, the model's input embeddings [rows, time, width] carry NEFTune noise; `lengths` [rows] are the rows' real tokens."
+def embedding_noise(policy, alpha: float, batch: dict):
+    "Inside, the input embeddings [rows, time, width] of `policy.model` carry NEFTune noise; padding does not count as length."
+    mask = batch["attention_mask"]
+    lengths = torch.full((len(batch["input_ids"]),), batch["input_ids"].shape[1]) if mask is None else mask.sum(1)
 
     def disturb(module, args, embedded):
-        scale = alpha / (lengths * embedded.shape[-1]).sqrt()
+        scale = alpha / (lengths.to(embedded.device) * embedded.shape[-1]).sqrt()
         return embedded + (torch.rand_like(embedded) * 2 - 1) * scale[:, None, None]
 
+    model = getattr(policy, "module", policy).model  # distributed training wraps the policy
     hook = model.get_input_embeddings().register_forward_hook(disturb) if alpha else None
     try:
         yield
@@ -69,7 +73,7 @@ def class_accuracy(policy: Policy, tokenizer, rows: list[dict], labels: list[str
     best = sequence_logps(policy, asked, tokenizer.pad_token_id).view(len(rows), len(labels)).argmax(1)
     return sum(labels[b] == row["completion"].strip() for b, row in zip(best.tolist(), rows)) / len(rows)
 
-# %% ../../nbs/finetuning/sft.ipynb #8de09cd7
+# %% ../../nbs/finetuning/sft.ipynb #2e906029
 @method(
     family="finetuning", title="Supervised fine-tuning", paper="Ouyang et al. 2022, §3.5; survey §3.1, eq. 11, 12", data="completion",
     engines=("lab", "trl"),
@@ -93,13 +97,18 @@ def sft(settings: SFT, run: Run) -> None:
             found["accuracy"] = class_accuracy(policy, tokenizer, held_out, labels, settings.max_length)
         return found
 
+    if settings.engine == "trl":
+        own = dict(dataset_kwargs={"skip_prepare_dataset": True}, padding_free=settings.packing, max_length=None)
+        own["neftune_noise_alpha"] = settings.neftune_alpha or None
+        return train_with_trl(run, settings, "SFT", policy, tokenizer, labelled_rows(examples), evaluate, config=own)
+
     order = Order(len(examples), settings.batch_size * settings.accumulate, settings.seed)
 
     def updates(step: int, meter: Meter):
         yield token_batches([examples[i] for i in my_share(order.rows(step))], settings, tokenizer.pad_token_id, settings.packing)
 
     def loss(policy, batch, meter):
-        with embedding_noise(policy, settings.neftune_alpha, batch["attention_mask"].sum(1)):
+        with embedding_noise(policy, settings.neftune_alpha, batch):
             stats = policy(batch["input_ids"], batch["attention_mask"], batch["target_mask"], batch.get("position_ids"))
         return sft_loss(stats.logp)
 

@@ -1,0 +1,107 @@
+"The conformance suite on every registered training method, and proof that it can fail."
+
+import dataclasses
+import itertools
+from unittest import mock
+
+import pytest
+import torch
+
+from polm_lab.core import check, logprobs, train
+from polm_lab.core.method import find, methods
+
+TRAINED = [name for name, m in methods().items() if m.trains]
+
+
+@pytest.fixture(scope="module", params=TRAINED)
+def base(request, tmp_path_factory):
+    "A short run of a method, to which the others are compared."
+    found = find(request.param)
+    return found, check.short_run(found, tmp_path_factory.mktemp("base"))
+
+
+@pytest.mark.parametrize("prop", check.PROPERTIES, ids=lambda p: p.__name__)
+def test_every_training_method_has_the_property(base, prop, tmp_path):
+    method, run = base
+    figure, holds = prop(method, tmp_path, run)
+    assert holds, f"{method.name}: {prop.__name__} = {figure:.3g}"
+
+
+# Each property is broken on purpose in the way that peers had it broken; the suite must see it.
+
+
+def by_time():
+    "Random choices that depend on the clock."
+    counter = itertools.count()
+    return mock.patch.object(train, "seed_of", lambda *parts: next(counter))
+
+
+def each_batch_by_its_own_count():
+    "Each microbatch normalized by its own number of tokens."
+    plain = train.token_batches
+
+    def wrong(examples, settings, pad_id, packing=False):
+        batches = plain(examples, settings, pad_id, packing)
+        return [dict(b, weight=1.0) for b in batches]
+
+    return check.exchanged(plain, wrong)
+
+
+def padding_is_read():
+    "The model attends to padding."
+    plain = logprobs.Policy.forward
+
+    def wrong(self, input_ids, attention_mask=None, *args, **kwargs):
+        return plain(self, input_ids, torch.ones_like(input_ids), *args, **kwargs)
+
+    return mock.patch.object(logprobs.Policy, "forward", wrong)
+
+
+def kernel_drifts():
+    "The fast path is one per cent off."
+    plain = logprobs.selected_logprobs
+
+    def wrong(*args, **kwargs):
+        logp, entropy = plain(*args, **kwargs)
+        return logp * 1.01, entropy
+
+    return check.exchanged(plain, wrong)
+
+
+def optimizer_is_forgotten():
+    "A resumed run begins with fresh moments."
+    plain = train.load_checkpoint
+
+    def wrong(run, accelerator):
+        states = [o.state_dict() for o in accelerator._optimizers]
+        step = plain(run, accelerator)
+        for optimizer, state in zip(accelerator._optimizers, states):
+            optimizer.load_state_dict(state)
+        return step
+
+    return mock.patch.object(train, "load_checkpoint", wrong)
+
+
+def a_step_is_not_logged():
+    "The second step is missing from the record."
+    plain = check.Run.log
+    return mock.patch.object(check.Run, "log", lambda self, step, **m: None if step == 2 else plain(self, step, **m))
+
+
+MUTATIONS = [
+    (check.same_seed, by_time, dict(neftune_alpha=20.0)),
+    (check.batches_add_up, each_batch_by_its_own_count, {}),
+    (check.padding_is_nothing, padding_is_read, {}),
+    (check.chunked_is_dense, kernel_drifts, {}),
+    (check.resumed_is_uninterrupted, optimizer_is_forgotten, {}),
+    (check.record_complete, a_step_is_not_logged, {}),
+]
+
+
+@pytest.mark.parametrize("prop, mutation, settings", MUTATIONS, ids=[m.__name__ for _, m, _ in MUTATIONS])
+def test_the_suite_sees_a_broken_property(prop, mutation, settings, tmp_path):
+    method = find("sft")
+    method = dataclasses.replace(method, small=method.small | settings)
+    with mutation():
+        figure, holds = prop(method, tmp_path, check.short_run(method, tmp_path / "base"))
+    assert not holds, f"{mutation.__name__} went unseen ({prop.__name__} = {figure:.3g})"

@@ -1,0 +1,72 @@
+"""kill -9 at random instants: a resumed run is bit for bit the run that was never killed.
+
+POLM_KILLS sets how often each run is killed (3 in the suite; the figures in LOG.md are from 20).
+"""
+
+import os
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+from conftest import POLM
+
+from polm_lab.core.run import Run, all_runs
+
+KILLS = int(os.environ.get("POLM_KILLS", 3))
+SETTINGS = {
+    "sft": dict(steps=40, data="sums", batch_size=8, neftune_alpha=5),
+    "dpo": dict(steps=40, data="sums", batch_size=8),
+    "grpo": dict(steps=40, data="sums", batch_size=16, samples=4, max_new_tokens=8),
+}
+
+
+def words(settings):
+    return [w for k, v in (dict(eval_rows=8, save_every=3, dtype="float32", device="cpu") | settings).items() for w in ("-p", k, str(v))]
+
+
+def start(*args):
+    return subprocess.Popen([POLM, *map(str, args)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def model_bytes(run):
+    return b"".join(p.read_bytes() for p in sorted((run.path / "model").glob("*.safetensors")))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_killed_and_resumed_equals_uninterrupted(name, runs, tmp_path):
+    whole = start("run", name, "--bare", "--out", tmp_path / "whole", *words(SETTINGS[name]))
+    assert whole.wait(timeout=600) == 0, whole.stderr.read()
+    reference = all_runs(tmp_path / "whole")[0]
+    assert reference.status == "finished"
+    training = reference.lines()[-1]["seconds"] + 1.0
+
+    rng, kills = random.Random(7), 0
+    process = start("run", name, "--bare", "--out", runs, *words(SETTINGS[name]))
+    while True:
+        until = time.monotonic() + 120
+        while not (found := all_runs(runs)) or (found[0].status in ("created", "dead", "stopped") and process.poll() is None):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        run = found[0]
+        if kills < KILLS:
+            try:
+                process.wait(timeout=rng.uniform(0.0, 2.0 * training / (KILLS + 1)))
+            except subprocess.TimeoutExpired:
+                os.kill(process.pid, signal.SIGKILL)
+                kills += 1
+        process.wait(timeout=600)
+        if run.status == "finished":
+            break
+        assert run.status == "dead", (run.status, process.stderr.read())
+        process = start("resume", run.path)
+
+    assert kills >= min(KILLS, 2), "the run ended before it was killed: make it longer"
+    assert model_bytes(run) == model_bytes(reference) and model_bytes(run)
+    assert [row["step"] for row in run.lines()] == list(range(1, SETTINGS[name]["steps"] + 1))
+    timed = ("seconds", "tokens_per_second", "memory_mib")
+    strip = lambda rows: [{k: v for k, v in row.items() if k not in timed} for row in rows]
+    assert strip(run.lines()) == strip(reference.lines()), "the metrics are those of the uninterrupted run"
+    assert strip(run.lines("samples")) == strip(reference.lines("samples"))
+    assert Run(run.path).summary == reference.summary
