@@ -4,20 +4,23 @@
 
 # %% auto #0
 __all__ = ['DPO', 'optimal_policy', 'implicit_reward', 'dpo_loss', 'encode_pairs', 'pair_batches', 'pair_logps', 'pair_metrics',
-           'can_switch_off', 'pick_reference', 'both_logps', 'precompute', 'dpo']
+           'can_switch_off', 'pick_reference', 'both_logps', 'precompute', 'make_reference', 'trl_loss',
+           'train_pairs_with_trl', 'sample_rows', 'dpo']
 
-# %% ../../nbs/alignment/dpo.ipynb #c0f5aef2
+# %% ../../nbs/alignment/dpo.ipynb #eb33edb0
 import copy
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.data import Order, collate, encode, load_data, microbatches
-from ..core.evaluate import Evaluation, other_worlds, quiet, scorer, sequence_logps
+from ..core.engine import paired_collator, paired_rows, train_with_trl
+from ..core.evaluate import Evaluation, as_example, other_worlds, quiet, scorer, sequence_logps
 from ..core.knobs import Settings, WrongInput, knob, redefault
 from ..core.logprobs import Policy
 from ..core.method import method
@@ -25,18 +28,20 @@ from ..core.models import save_model
 from ..core.run import Run
 from ..core.train import Meter, fit, load_policy, my_share, world
 
-# %% ../../nbs/alignment/dpo.ipynb #d21cbe6f
+# %% ../../nbs/alignment/dpo.ipynb #109b4ae9
 @dataclass(kw_only=True)
 class DPO(Settings):
     "Settings of direct preference optimization."
 
     beta: float = knob(0.1, "strength β of the KL term: a large β keeps the policy near the reference", "reward/nat", low=1e-6, high=100, log=True,
                        source="Rafailov et al. 2023, appendix B")  # fmt: skip
-    label_smoothing: float = knob(0.0, "share ε of pairs taken to be labelled the wrong way round", "share", low=0, high=0.5, source="Mitchell 2023, eq. 3")
+    label_smoothing: float = knob(0.0, "share ε of pairs taken to be labelled the wrong way round", "share", low=0, high=0.49,
+                                  source="Mitchell 2023, eq. 3")  # fmt: skip
     reference: str = knob("auto", "where log π_ref comes from: a copy of the start model, the model with its adapter off, computed once before training; auto: what is cheapest",
                           choices=("auto", "copy", "adapter", "precomputed"))  # fmt: skip
     data: str = redefault("data", "chat")
-    learning_rate: float = redefault("learning_rate", 1e-4)
+    steps: int = redefault("steps", 60)
+    learning_rate: float = redefault("learning_rate", 3e-4)
 
 # %% ../../nbs/alignment/dpo.ipynb #c2f9b86b
 def optimal_policy(ref_logp: Tensor, reward: Tensor, beta: float) -> Tensor:
@@ -85,7 +90,7 @@ def pair_metrics(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejec
         logp_rejected=rejected.detach(),
     )  # fmt: skip
 
-# %% ../../nbs/alignment/dpo.ipynb #7d235ff6
+# %% ../../nbs/alignment/dpo.ipynb #7a3ae6f9
 def can_switch_off(policy: Policy, batch: dict) -> bool:
     "Whether the model with its adapter off gives this batch the log-probabilities of the model as it is now."
     if not hasattr(policy.model, "disable_adapter"):
@@ -111,7 +116,7 @@ def pick_reference(asked: str, has_adapter: bool, switchable: bool, visits: int,
         return asked
     return "adapter" if switchable and visits <= pairs else "precomputed"
 
-# %% ../../nbs/alignment/dpo.ipynb #9f501d36
+
 def both_logps(policy: Policy, pairs: list[dict], pad_id: int, rows: int) -> Tensor:
     "Log-probabilities [pairs, 2] of chosen and rejected under the policy as it is; rows of like length go together, `rows` at a time."
     sides = [pair[side] for side in ("chosen", "rejected") for pair in pairs]
@@ -122,7 +127,7 @@ def precompute(policy: Policy, pairs: list[dict], visited: list[int], pad_id: in
     "Reference log-probabilities [pairs, 2]: of the pairs numbered in `visited`, NaN elsewhere; kept in the safetensors file `path` and read from there the next time."
     from safetensors.torch import load_file, save_file
 
-    table, index = torch.full((len(pairs), 2), torch.nan), torch.tensor(visited)
+    table, index = torch.full((len(pairs), 2), torch.nan), torch.tensor(visited, dtype=torch.long)
     kept = load_file(path) if path.exists() else {}
     if not (kept and torch.equal(kept["rows"], index)):
         kept = {"rows": index, "logps": both_logps(policy, [pairs[i] for i in visited], pad_id, rows)}
@@ -132,10 +137,64 @@ def precompute(policy: Policy, pairs: list[dict], visited: list[int], pad_id: in
     table[index] = kept["logps"]
     return table
 
-# %% ../../nbs/alignment/dpo.ipynb #c98e8afa
+
+def make_reference(settings: DPO, policy: Policy, pairs: list[dict], visits: list[int], pad_id: int, rows: int, run: Run) -> tuple[Callable, Policy | None]:
+    """The reference of a run that will visit the pairs numbered in `visits`: a function from a batch to its log-probabilities (chosen, rejected), and the
+    start model, if it is kept in memory. To be called while `policy` is still the start model.
+    """
+    switchable, visited = can_switch_off(policy, pair_batches(pairs[:1], 1, pad_id)[0]), sorted(set(visits))
+    way = pick_reference(settings.reference, hasattr(policy.model, "disable_adapter"), switchable, len(visits), len(visited))
+    run.note(f"reference: {way}")
+    start = copy.deepcopy(policy).requires_grad_(False) if way == "copy" else Policy(policy.model, adapter=False) if switchable else None
+    if way == "precomputed":
+        table = precompute(policy, pairs, visited, pad_id, rows, run.path / f"reference-{world()[0]}.safetensors").to(next(policy.parameters()).device)
+        return lambda batch: table[batch["rows"]].unbind(1), start
+
+    def ask(batch):
+        with quiet(start):
+            return pair_logps(start, batch)
+
+    return ask, start
+
+# %% ../../nbs/alignment/dpo.ipynb #73ef4569
+def trl_loss(beta: float, label_smoothing: float) -> dict:
+    "`dpo_loss` as arguments of TRL's DPOConfig."
+    if not label_smoothing:
+        return dict(beta=beta, loss_type="sigmoid")
+    weights = [2 * (1 - label_smoothing), -(1 - 2 * label_smoothing)]
+    return dict(beta=beta, label_smoothing=label_smoothing, loss_type=["sigmoid", "robust"], loss_weights=weights)
+
+
+def train_pairs_with_trl(run: Run, settings: DPO, policy: Policy, tokenizer, pairs: list[dict], evaluate):
+    "What `dpo` does, by TRL's DPOTrainer. A model with an adapter gets its reference in TRL's way: from the adapter as it was at the start."
+    config, more = trl_loss(settings.beta, settings.label_smoothing), {}
+    if settings.reference == "copy":
+        more["ref_model"] = copy.deepcopy(policy.model).requires_grad_(False)
+    elif not hasattr(policy.model, "disable_adapter"):
+        pick_reference(settings.reference, False, False, 0, 0)
+        config["precompute_ref_log_probs"] = True
+    train_with_trl(
+        run, settings, "DPO", policy, tokenizer, paired_rows(pairs), evaluate, config=config, data_collator=paired_collator(tokenizer.pad_token_id), **more
+    )  # fmt: skip
+
+# %% ../../nbs/alignment/dpo.ipynb #2705831e
+def sample_rows(policy: Policy, start: Policy, tokenizer, answers: list[tuple[dict, dict]], beta: float) -> list[dict]:
+    "Rows for samples.jsonl of (encoded answer, facts): its text, implicit reward, and tokens with their log-probabilities under policy and start model."
+    batch, rows = collate([encoded for encoded, _ in answers], tokenizer.pad_token_id), []
+    batch = {k: v.to(next(policy.parameters()).device) for k, v in batch.items()}
+    with quiet(policy), quiet(start):
+        both = [model(batch["input_ids"], batch["attention_mask"], batch["target_mask"]).logp.cpu() for model in (policy, start)]
+    for (encoded, facts), logp, ref_logp in zip(answers, *both):
+        ids, at = encoded["input_ids"], [t for t, learned in enumerate(encoded["target_mask"]) if learned and t]
+        tokens = [tokenizer.decode(ids[t - 1 : t + 1])[len(tokenizer.decode(ids[t - 1 : t])) :] for t in at]  # alone, a token may lose its space
+        facts = dict(facts, completion=tokenizer.decode([ids[t] for t in at], skip_special_tokens=True), reward=implicit_reward(logp.sum(), ref_logp.sum(), beta).item())
+        rows.append(dict(facts, tokens=tokens, logp=[round(logp[t].item(), 4) for t in at], ref_logp=[round(ref_logp[t].item(), 4) for t in at]))
+    return rows
+
+
 @method(
     family="alignment", title="Direct preference optimization", paper="Rafailov et al. 2023; survey §2.2.3, §4.3.1, eq. 6, 7, 14–20", data="preference",
-    needs=("reference", "preference pairs"), engines=("lab",),
+    needs=("reference", "preference pairs"), engines=("lab", "trl"),
 )  # fmt: skip
 def dpo(settings: DPO, run: Run) -> None:
     "Learn from pairs which of two answers is better, without a reward model."
@@ -143,53 +202,57 @@ def dpo(settings: DPO, run: Run) -> None:
     for module in policy.modules():  # noise on one side of a ratio is noise in the margin
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    device, pad = next(policy.parameters()).device, tokenizer.pad_token_id
+    pad, size, beta = tokenizer.pad_token_id, max(1, settings.batch_size // world()[1]), settings.beta
     pairs = encode_pairs(tokenizer, load_data(settings.data, "preference"), settings.max_length)
     held_rows = load_data(settings.eval_data or settings.data, "preference", "test")[: settings.eval_rows]
     held_out = encode_pairs(tokenizer, held_rows, settings.max_length)
     order = Order(len(pairs), settings.batch_size * settings.accumulate, settings.seed)
-    size = max(1, settings.batch_size // world()[1])
-
     visits = [i for step in range(settings.steps) for i in my_share(order.rows(step))]
-    visited = sorted(set(visits))
-    switchable = can_switch_off(policy, pair_batches(pairs[:1], 1, pad)[0])
-    mode = pick_reference(settings.reference, hasattr(policy.model, "disable_adapter"), switchable, len(visits), len(visited))
-    run.note(f"reference: {mode}")
-    frozen = Policy(policy.model, adapter=False) if switchable and mode != "copy" else copy.deepcopy(policy).requires_grad_(False) if mode == "copy" else None
-    held_ref = both_logps(policy, held_out, pad, 2 * size)
-    if mode == "precomputed":
-        table = precompute(policy, pairs, visited, pad, 2 * size, run.path / f"reference-{world()[0]}.safetensors").to(device)
 
-    def reference(batch):
-        if mode == "precomputed":
-            return table[batch["rows"]].unbind(1)
-        with quiet(frozen):
-            return pair_logps(frozen, batch)
+    held_ref = both_logps(policy, held_out, pad, 2 * size)
+    score = scorer(settings.data, held_rows)
+    evaluation = Evaluation(
+        policy, tokenizer, held_rows, "preference", max_length=settings.max_length, score=score, reference=policy, others=other_worlds(settings, tokenizer),
+        seed=settings.seed, before=run.summary.get("before"),
+    )  # fmt: skip
+    start = None
+
+    def start_model():
+        return start or load_policy(settings)[0]  # where nothing keeps it, it is in memory only while it is asked
+
+    def evaluate():
+        evaluation.reference = start_model()
+        found = evaluation()
+        evaluation.reference = policy
+        if "accuracy" in found:  # of what the policy says, by the data's own rule
+            found["reward"] = found.pop("accuracy")
+        if not held_out:
+            return found
+        judged = pair_metrics(*both_logps(policy, held_out, pad, 2 * size).unbind(1), *held_ref.unbind(1), beta)
+        return found | {name: values.mean().item() for name, values in judged.items()}
+
+    if settings.engine == "trl":
+        return train_pairs_with_trl(run, settings, policy, tokenizer, pairs, evaluate)
+
+    reference, start = make_reference(settings, policy, pairs, visits, pad, 2 * size, run)
 
     def updates(step: int, meter: Meter):
         part = [pairs[i] for i in my_share(order.rows(step))]
-        meter.add("truncated", torch.tensor([float(len(p[side]["input_ids"]) >= settings.max_length) for p in part for side in ("chosen", "rejected")]))
+        meter.add("truncated", torch.tensor([float(len(pair[side]["input_ids"]) >= settings.max_length) for pair in part for side in ("chosen", "rejected")]))
         yield pair_batches(part, size, pad)
 
     def loss(policy, batch, meter):
         logps = (*pair_logps(policy, batch), *reference(batch))
-        for name, values in pair_metrics(*logps, settings.beta).items():
+        for name, values in pair_metrics(*logps, beta).items():
             meter.add(name, values)
-        return dpo_loss(*logps, settings.beta, settings.label_smoothing).sum()
-
-    evaluation = Evaluation(
-        policy, tokenizer, held_rows, "preference", max_length=settings.max_length, score=scorer(settings.data, held_rows), reference=policy,
-        others=other_worlds(settings, tokenizer), seed=settings.seed, before=run.summary.get("before"),
-    )  # fmt: skip
-
-    def evaluate():
-        evaluation.reference = frozen or load_policy(settings)[0]  # with precomputed values the start model is in memory only here
-        found = evaluation()
-        evaluation.reference = policy
-        if "accuracy" in found:  # the gold rule's score of what the policy says
-            found["reward"] = found.pop("accuracy")
-        pair = pair_metrics(*both_logps(policy, held_out, pad, 2 * size).unbind(1), *held_ref.unbind(1), settings.beta)
-        return found | {name: values.mean().item() for name, values in pair.items()}
+        return dpo_loss(*logps, beta, settings.label_smoothing).sum()
 
     fit(run, settings, policy, updates, loss, evaluate)
-    save_model(policy.model, tokenizer, run.path / "model")
+    if held_out and not run.lines("samples"):  # eight held-out prompts: the pair, and what the policy says now
+        said, answers = evaluation.rolled, []
+        for row, pair, prompt, completion, text in list(zip(held_rows, held_out, said.prompts, said.completions, said.texts))[:8]:
+            answers += [(pair[side], dict(prompt=row["prompt"], side=side)) for side in ("chosen", "rejected")]
+            answers.append((as_example(prompt, completion), dict(prompt=row["prompt"], side="sampled", rewards={"gold": score(row, text)} if score else {})))
+        run.sample(settings.steps, sample_rows(policy, start_model(), tokenizer, answers, beta))
+    if run.writes:
+        save_model(policy.model, tokenizer, run.path / "model")
