@@ -40,7 +40,9 @@ def batch(rows=3, time=9, seed=1, vocab=97):
     ids = torch.randint(1, vocab, (rows, time))
     lengths = torch.tensor([time, time - 3, time - 2])[:rows]
     real = (torch.arange(time) < lengths[:, None]).long()
-    return ids * real, real, real * (torch.rand(rows, time) < 0.7).long()
+    target = real * (torch.rand(rows, time) < 0.7).long()
+    target[:, 0] = 1  # a first token has nothing before it: asking for it must give 0
+    return ids * real, real, target
 
 
 def plain(model, ids, real, target, temperature=1.0, entropy=False, offset=0):
