@@ -7,8 +7,9 @@ __all__ = ['KINDS', 'ROLES', 'SHAREGPT', 'TRAIN_ROWS', 'TEST_ROWS', 'EXTENSIONS'
            'standard', 'convert', 'held_out', 'load_data', 'encode', 'encode_rows', 'pack_rows', 'collate',
            'check_packing', 'microbatches', 'Order', 'datasets_table']
 
-# %% ../../nbs/core/data.ipynb #cc4129b2
+# %% ../../nbs/core/data.ipynb #912bad2c
 import csv
+import difflib
 import functools
 import gzip
 import io
@@ -226,7 +227,7 @@ def read_file(path) -> list[Row]:
         raise WrongInput(f"{path}: empty, no rows found; expected at least one row; check what wrote the file")
     return rows
 
-# %% ../../nbs/core/data.ipynb #bf134985
+# %% ../../nbs/core/data.ipynb #dfe5cf8f
 def turns(value, row, field: str) -> list[dict]:
     "A conversation in any of the usual spellings as a list of `{'role', 'content'}`."
     if isinstance(value, dict):
@@ -276,8 +277,8 @@ def _transcript(text: str, row, field: str) -> list[dict]:
     return [{"role": "user" if who == "Human" else "assistant", "content": said.strip()} for who, said in zip(pieces[1::2], pieces[2::2])]
 
 
-def _said(text, role: str, row, field: str):
-    "One turn; what is no text is kept for the check to name."
+def _said(text, role: str):
+    "Text as one turn; what is no text is kept for the check to name."
     return [{"role": role, "content": text}] if isinstance(text, str) else text
 
 
@@ -293,7 +294,7 @@ def standard(row: Row) -> Row:
     new = Row(row, row.where)
     for media in ("images", "image", "audios", "audio", "videos", "video"):
         if new.get(media):
-            _refuse(row, media, "is there", "text only", "use a text data set")
+            _refuse(row, media, f"is {_shown(new[media])}", "text only", "use a text data set")
     for old, name in (("conversations", "messages"), ("conversation", "messages"), ("chosen_messages", "chosen"), ("rejected_messages", "rejected")):
         if old in new and name not in new:
             new[name] = new.pop(old)
@@ -308,7 +309,7 @@ def standard(row: Row) -> Row:
             _refuse(row, name, "is empty" if isinstance(text, str) else f"is {_shown(text)}", "text")
         if more is not None and not isinstance(more, str):
             _refuse(row, "input", f"is {_shown(more)}", "text")
-        new["prompt"] = _said(text + (f"\n\n{more}" if more and more.strip() else ""), "user", row, name)
+        new["prompt"] = _said(text + (f"\n\n{more}" if more and more.strip() else ""), "user")
         if name == "question" and "completion" not in new and "response" not in new and "answer" in new:
             answer = new["answer"]
             new["completion"] = answer
@@ -321,7 +322,7 @@ def standard(row: Row) -> Row:
                 break
     if "system" in new and isinstance(new.get("prompt"), (str, list)):
         system = new.pop("system")
-        new["prompt"] = _said(new["prompt"], "user", row, "prompt")
+        new["prompt"] = _said(new["prompt"], "user")
         if isinstance(system, str) and system.strip():
             new["prompt"] = [{"role": "system", "content": system}, *new["prompt"]]
     if isinstance(new.get("prompt"), (list, dict)):
@@ -334,9 +335,11 @@ def standard(row: Row) -> Row:
         if isinstance(new["completion"], (list, dict)):
             new["completion"] = turns(new["completion"], row, "completion")
             if isinstance(new.get("prompt"), str):
-                new["prompt"] = _said(new["prompt"], "user", row, "prompt")
+                new["prompt"] = _said(new["prompt"], "user")
         elif isinstance(new.get("prompt"), list):
-            new["completion"] = _said(new["completion"], "assistant", row, "completion")
+            new["completion"] = _said(new["completion"], "assistant")
+    if isinstance(new.get("completions"), list) and "scores" in new and isinstance(new.get("prompt"), list):
+        new["completions"] = [turns(c, row, "completions") if isinstance(c, (list, dict)) else _said(c, "assistant") for c in new["completions"]]
     return new
 
 
@@ -358,12 +361,12 @@ def _pair(new: Row, row: Row):
         elif isinstance(new.get("prompt"), list) and all(s[: len(new["prompt"])] == new["prompt"] for s in sides):
             sides = [s[len(new["prompt"]) :] for s in sides]  # each side repeats the prompt
         if isinstance(new.get("prompt"), str):
-            new["prompt"] = _said(new["prompt"], "user", row, "prompt")
+            new["prompt"] = _said(new["prompt"], "user")
     elif all(isinstance(s, str) for s in sides):
         if "messages" in new and "prompt" not in new:
             new["prompt"] = new.pop("messages")
         if isinstance(new.get("prompt"), list):
-            sides = [_said(s, "assistant", row, name) for s, name in zip(sides, names)]
+            sides = [_said(s, "assistant") for s in sides]
         elif "prompt" not in new:
             shared = os.path.commonprefix(sides)
             cut = max(shared.rfind(" "), shared.rfind("\n"))  # between words; the space goes with the answer
@@ -371,7 +374,7 @@ def _pair(new: Row, row: Row):
                 new["prompt"], sides = shared[:cut], [s[cut:] for s in sides]
     new["chosen"], new["rejected"] = sides
 
-# %% ../../nbs/core/data.ipynb #90fbb337
+# %% ../../nbs/core/data.ipynb #937799a7
 def convert(row: Row, kind: str) -> list[Row]:
     "A row under standard names as rows of `kind`: one, or two where a pair is taken apart. Only what loses nothing that the kind needs is done; else `WrongInput`."
     drop = lambda *names, **new: Row({**{k: v for k, v in row.items() if k not in names}, **new}, row.where)
@@ -479,6 +482,8 @@ def _check(row: Row, kind: str):
         if not isinstance(many, list) or len(many) < least:
             _refuse(row, "completions", f"is {_shown(many)}", f"a list of at least {least}")
         for one in many:
+            if kind == "stepwise" and not isinstance(one, str):
+                _refuse(row, "completions", f"holds {_shown(one)}", "steps as text")
             _check_answer(Row({"completions": one}, row.where), "completions")
         if not isinstance(row[marks], list) or len(row[marks]) != len(many):
             found = f"has {len(row[marks])} entries" if isinstance(row[marks], list) else f"is {_shown(row[marks])}"
@@ -488,7 +493,7 @@ def _check(row: Row, kind: str):
             if not sound:
                 _refuse(row, marks, f"holds {_shown(mark)}", "true or false" if kind == "stepwise" else "finite numbers")
 
-# %% ../../nbs/core/data.ipynb #c384607c
+# %% ../../nbs/core/data.ipynb #8b65563a
 def _parse_spec(spec: str) -> tuple[str, str, int | None, bool]:
     "`source#part,n,skip` -> source, part, n, skip; all but the source may be left out, and stand in any order."
     if Path(spec).exists() or "#" not in spec:
@@ -572,43 +577,68 @@ def _world_rows(worlds, name: str, kind: str, split: str, limit: int | None) -> 
 
 
 def _near_files(path: Path, worlds) -> str:
-    there = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else []
-    return f"expected a built-in world, a file, a folder or a Hub id; {nearest(str(path), [*worlds, *(p for p in there if _extension(Path(p)) in EXTENSIONS)])}"
+    there = [p.name for p in path.parent.glob("*") if _extension(p) in EXTENSIONS] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, [*there, *worlds], n=3, cutoff=0.5)
+    guess = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+    return f"expected a file, a folder, a Hub id or a built-in world; {guess}built in: {', '.join(worlds)}"
 
 
 def _dataset_rows(source: str, part: str, split: str, worlds) -> tuple[list[Row], bool]:
     "The rows of a folder or a Hub data set, read by `datasets`, and whether they are from a split of the data's own."
-    import datasets
+    from datasets.utils import logging
 
-    name, _, config = source.partition(":") if not Path(source).expanduser().is_dir() else (str(Path(source).expanduser()), "", "")
-    bars = datasets.utils.logging.is_progress_bar_enabled()
+    folder = Path(source).expanduser()
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
-        datasets.utils.logging.disable_progress_bar()
-        if not Path(name).is_dir():
-            _reach(name)
-        found = datasets.load_dataset(name, config or None)
-    except Exception as error:
-        what = " ".join(str(error).split("\n")[0].split())[:300]
-        raise WrongInput(f"data {source!r}: no built-in world, no file, and not to be had through datasets ({type(error).__name__}: {what}); {nearest(source, worlds)}") from None
+        found = _load_dataset(str(folder), "") if folder.is_dir() else _from_hub(*source.partition(":")[::2])
+    except Exception as error:  # each builder has its own ways to fail
+        what = " ".join(str(error.__cause__ or error).split("\n")[0].split())[:200]
+        what = f"{type(error).__name__}: {what}"
+        if folder.is_dir():
+            raise WrongInput(f"{source}: datasets cannot read this folder ({what}); expected data files such as train.jsonl and test.jsonl; or name one file") from None
+        raise WrongInput(f"data {source!r}: no built-in world, no file, and not to be had from the Hub ({what}); {nearest(source, worlds)}; or a Hub id that can be reached") from None
     finally:
+        logging.set_verbosity(level)
         if bars:
-            datasets.utils.logging.enable_progress_bar()
+            logging.enable_progress_bar()
     train = part or next((s for s in ("train", *found) if s in found), "")
     if train not in found:
         raise WrongInput(f"data {source!r}: no split {train!r}; {nearest(train, found)}")
-    test = next((s for s in (train.replace("train", "test"), "test", "validation", "valid", "dev", "eval") if s in found and s != train), "") if not part or "train" in part else ""
+    names = (train.replace("train", "test"), "test", "validation", "valid", "dev") if "train" in train else ()
+    test = next((name for name in names if name in found), "")
     use = test if split == "test" and test else train
-    rows = [Row(r, f"{source}#{use}:row {i}") for i, r in enumerate(found[use].with_format(None), 1)]
-    return rows, bool(test)
+    return [Row(r, f"{source}#{use}:row {i}") for i, r in enumerate(found[use], 1)], bool(test)
 
 
-def _reach(name: str):
-    "Ask the Hub once; without network `datasets` would try for half a minute before it looks into its cache."
-    from huggingface_hub import HfApi
+def _load_dataset(name: str, config: str):
+    import datasets
 
-    HfApi().dataset_info(name, timeout=10)
+    return datasets.load_dataset(name, config or None)
 
-# %% ../../nbs/core/data.ipynb #157df65a
+
+def _from_hub(name: str, config: str):
+    "The splits of a Hub data set: from the Hub if it answers, else from a snapshot or a prepared copy in the local cache."
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    try:
+        HfApi().dataset_info(name, timeout=10)  # asks once; without network `datasets` would try for half a minute
+    except Exception as error:
+        if getattr(error, "response", None) is not None:
+            raise  # the Hub answered: there is no such data set, or it is not for everybody
+        try:
+            return _load_dataset(snapshot_download(name, repo_type="dataset", local_files_only=True), config)
+        except (OSError, ValueError):
+            pass
+        offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+        try:
+            return _load_dataset(name, config)
+        finally:
+            constants.HF_HUB_OFFLINE = offline
+    return _load_dataset(name, config)
+
+# %% ../../nbs/core/data.ipynb #e3635e6f
 MARGIN = 32  # tokens beyond the cut: the last ones before a cut in the text may be others than in the whole text
 
 
@@ -649,7 +679,10 @@ def _render(tokenizer, messages: list[dict], row, opened: bool = False) -> str:
 def _template_words(row) -> dict:
     tools = row.get("tools") if isinstance(row, dict) else None
     if isinstance(tools, str) and tools.strip():
-        tools = json.loads(tools)
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise WrongInput(f"{_where(row)}: tools are malformed JSON ({error}); expected a list of tool descriptions; correct this row") from None
     return {**({"tools": tools} if tools else {}), **((row.get("chat_template_kwargs") or {}) if isinstance(row, dict) else {})}
 
 
@@ -799,7 +832,7 @@ def _steps(tokenizer, row, max_length: int) -> dict:
         raise WrongInput(f"{_where(row)}: prompt and first step have more than max_length = {max_length} tokens; expected fewer; raise max_length")
     return {"input_ids": ids, "target_mask": mask, "labels": labels}
 
-# %% ../../nbs/core/data.ipynb #48aaa793
+# %% ../../nbs/core/data.ipynb #75f43695
 def pack_rows(lengths: list[int], size: int) -> list[list[int]]:
     "Which examples share a row of at most `size` tokens: first-fit decreasing, each longest first into the first row with room."
     rows, room = [], []
@@ -863,10 +896,10 @@ def check_packing(model):
         packed = [model(input_ids=x, position_ids=position, attention_mask=None, use_cache=False).logits[:, -6:] for x in (ids, other)]
     model.train(was)
     scale = alone.abs().max().clamp_min(1e-6)
-    error = max((p - alone).abs().max() / scale for p in packed)
-    if not error < 0.02:  # 16-bit floats differ by less, leaking examples by more
+    error = max((p - alone).abs().max() / scale for p in packed).item()
+    if not error < (1e-4 if alone.dtype == torch.float32 else 0.03):  # rounding is less, a leak is more
         kind = getattr(model.config, "model_type", "this")
-        raise WrongInput(f"pack: a {kind} model mixes the examples of a packed row (logits differ by {float(error):.0%}); expected none to see another; use pack = 0")
+        raise WrongInput(f"pack: a {kind} model mixes the examples of a packed row (logits differ by {error:.1%}); expected none to see another; use pack = 0")
 
 
 def _length(example: dict) -> int:
@@ -881,7 +914,7 @@ def microbatches(examples: list[dict], rows: int) -> list[list[dict]]:
     order = sorted(range(len(examples)), key=lambda i: -_length(examples[i]))
     return [[examples[i] for i in order[k : k + rows]] for k in range(0, len(order), rows)]
 
-
+# %% ../../nbs/core/data.ipynb #653101ae
 class Order:
     "Which rows make up a step: a pure function of seed and step, in which each row comes once an epoch."
 
@@ -905,14 +938,14 @@ class Order:
         start = step * self.rows_per_step
         return [self._epoch(i // self.n)[i % self.n] for i in range(start, start + self.rows_per_step)]
 
-
+# %% ../../nbs/core/data.ipynb #0cda5c43
 def datasets_table():
-    "The built-in data sets as a table: name, kinds, what is in them."
+    "The built-in data sets as a table: name, the kinds they give, what is in them."
     import pandas as pd
 
     from polm_lab.core.worlds import WORLDS
 
     rows = []
     for name, world in WORLDS.items():
-        rows.append({"data": name, "kinds": ", ".join(getattr(world, "kinds", KINDS)), "what": getattr(world, "title", None) or (world.__doc__ or "").split("\n")[0]})
+        rows.append({"data": name, "kinds": ", ".join(world.kinds), "meaning": world.meaning})
     return pd.DataFrame(rows)

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['HUB_FILES', 'DTYPES', 'CHAT_TEMPLATES', 'TOKENIZER_FILES', 'NEEDS_MORE', 'OWN_TARGETS', 'VIRTUAL_TOKENS',
            'data_folder', 'built_in_models', 'model_path', 'pick_device', 'pick_dtype', 'has_chat_template',
-           'load_tokenizer', 'load_model', 'adapter_names', 'parse_adapter', 'save_model', 'count_parameters',
-           'size_mib']
+           'load_tokenizer', 'count_parameters', 'size_mib', 'adapter_names', 'parse_adapter', 'load_model',
+           'save_model']
 
-# %% ../../nbs/core/models.ipynb #4d39f963
+# %% ../../nbs/core/models.ipynb #350c5e19
 import functools
+import io
 import json
 import os
 import shutil
@@ -17,14 +18,14 @@ import time
 import types
 import typing
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import polm_lab
 from .knobs import WrongInput, nearest
 from .run import runs_folder
 
-# %% ../../nbs/core/models.ipynb #05723a65
+# %% ../../nbs/core/models.ipynb #604d5d14
 HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]  # neither code nor pickles are even downloaded
 
 
@@ -37,7 +38,7 @@ def _quiet():
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # some tuners draw bars of their own
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -114,7 +115,7 @@ def _hub_folder(spec: str, known: str) -> Path:
             "or a Hub id that is in the local cache or can be reached"
         ) from None
 
-# %% ../../nbs/core/models.ipynb #137673d2
+# %% ../../nbs/core/models.ipynb #a20f2ad1
 def _weight_files(folder: Path) -> list[Path]:
     "The safetensors files of a model folder, each checked to be there and as long as its header says."
     from safetensors import safe_open
@@ -124,7 +125,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise WrongInput(f"{index}: not an index of shards ({_line(error)}); copy the file again") from None
         files = [folder / Path(name).name for name in names]
     else:
@@ -141,7 +142,7 @@ def _weight_files(folder: Path) -> list[Path]:
             raise WrongInput(f"{file}: {file.stat().st_size} bytes, truncated or damaged ({_line(error)}); copy or download the file again") from None
     return files
 
-# %% ../../nbs/core/models.ipynb #d43e8af1
+# %% ../../nbs/core/models.ipynb #3fb9f467
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -170,7 +171,7 @@ def _measure(device: str) -> dict:
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.ones(256, 256, device=device, dtype=dtype)
         best = float("inf")
-        for _ in range(6):
+        for _ in range(20):
             start = time.perf_counter()
             (a @ a).sum().item()  # .item() waits for the device
             best = min(best, time.perf_counter() - start)
@@ -274,109 +275,18 @@ def _config(folder: Path) -> dict:
         raise WrongInput(f"{file}: no model_type; expected the configuration of a transformers model; copy the file again")
     return config
 
-# %% ../../nbs/core/models.ipynb #d8f8624f
-def _read_model(folder: Path, dtype):
-    "The causal model in `folder` on the CPU, with every weight from the files."
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = _config(folder)
-    _weight_files(folder)
-    if config.get("auto_map") and not config.get("model_type"):
-        raise WrongInput(f"{folder}: this model brings code of its own, which is not run; use one that transformers knows")
-    try:
-        with _quiet():
-            settings = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder, config=settings, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
-                output_loading_info=True, ignore_mismatched_sizes=True,
-            )  # fmt: skip
-    except Exception as error:
-        if "Unrecognized configuration class" in str(error):
-            raise WrongInput(f"{folder}: a {config['model_type']} model is no causal language model; expected one that continues text, such as Llama or Qwen") from None
-        raise WrongInput(f"{folder}: cannot be loaded as a {config['model_type']} model ({_line(error)})") from None
-    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-    mismatched = sorted(f"{name} {list(found)} instead of {list(expected)}" for name, found, expected in info["mismatched_keys"])
-    for what, names in (("lacks", missing), ("has unknown", unexpected), ("has wrong shapes:", mismatched)):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise WrongInput(f"{folder}: the weight file {what} {names[0]}{more}; expected exactly the weights of config.json; the files do not belong together, copy them again")
-    return model
+# %% ../../nbs/core/models.ipynb #f2ae1e58
+def count_parameters(model, trainable: bool = False) -> int:
+    "How many weights a model has (only those that train, if `trainable`); a tied weight counts once."
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
-def _adapter_base(folder: Path) -> str:
-    "The spec of the model that a saved adapter belongs to."
-    file = folder / "adapter_config.json"
-    try:
-        base = json.loads(file.read_text()).get("base_model_name_or_path")
-    except (ValueError, OSError, AttributeError) as error:
-        raise WrongInput(f"{file}: cannot be read ({_line(error)}); copy the file again") from None
-    if not base:
-        raise WrongInput(f"{file}: no base_model_name_or_path; expected the model that the adapter belongs to; write it there")
-    return base
+def size_mib(model) -> float:
+    "Memory of a model's weights and buffers in MiB; a tied weight counts once."
+    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values()) / 2**20
 
-
-def _read_adapter(folder: Path, dtype, trainable: bool):
-    "Base model and saved adapter, with every adapter weight from the file."
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
-
-    spec = _adapter_base(folder)
-    files = _weight_files(folder)
-    base = _read_any(model_path(spec), dtype)
-    try:
-        with _quiet():
-            model = PeftModel.from_pretrained(base, folder, is_trainable=trainable)
-    except Exception as error:
-        raise WrongInput(f"{folder}: the adapter does not fit its base model {spec} ({_line(error)})") from None
-    with safe_open(files[0], framework="pt") as opened:
-        found = set(opened.keys())
-    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    if expected - found:
-        raise WrongInput(f"{files[0]}: lacks {sorted(expected - found)[0]}; expected the weights that adapter_config.json asks for; copy both files again")
-    return model
-
-
-def _read_any(folder: Path, dtype):
-    "A plain model: one with a saved adapter has it merged in."
-    if not (folder / "adapter_config.json").is_file():
-        return _read_model(folder, dtype)
-    model = _read_adapter(folder, dtype, trainable=False)
-    if not hasattr(model.base_model, "merge_and_unload"):
-        kind = model.peft_config["default"].peft_type.value.lower()
-        raise WrongInput(f"{folder}: a {kind} adapter cannot be merged, so no second adapter can stand on it; go on training it with adapter none")
-    return model.merge_and_unload()
-
-
-def load_model(spec, dtype="auto", device="auto", adapter: str = "none", seed: int = 0, gradient_checkpointing: bool = False):
-    """The causal language model `spec`, ready to train.
-
-    A folder with a saved adapter gives base model + that adapter, which goes on training; with a new `adapter` on top of it, the saved one is merged into the
-    base first. `model.fresh_adapter` says whether switching the adapter off gives the model as it was loaded. `seed` sets the new adapter's initial weights.
-    Raises `WrongInput` for whatever does not fit, before anything is computed.
-    """
-    device = pick_device(device)
-    dtype = _dtype(dtype, device)
-    kind, settings = parse_adapter(adapter)
-    folder = model_path(spec)
-    if kind != "none":
-        model = _add_adapter(_read_any(folder, dtype), kind, settings, seed, _portable(spec, folder))
-    elif (folder / "adapter_config.json").is_file():
-        model = _read_adapter(folder, dtype, trainable=True)
-    else:
-        model = _read_model(folder, dtype)
-    model.fresh_adapter = kind != "none"
-    if gradient_checkpointing:
-        if kind != "none" or hasattr(model, "peft_config"):
-            model.enable_input_require_grads()  # the frozen embedding would cut the gradient off at the first checkpoint
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.to(device)
-
-
-def _portable(spec, folder: Path) -> str:
-    "How an adapter names its base model: a built-in name or Hub id as it is, a folder by its full path."
-    return str(folder.resolve()) if Path(str(spec)).expanduser().is_dir() or (runs_folder() / str(spec)).is_dir() else str(spec)
-
-# %% ../../nbs/core/models.ipynb #d387d3c5
+# %% ../../nbs/core/models.ipynb #76c473f6
 NEEDS_MORE = {  # kinds that cannot work from a model and a text alone
     "poly": "it needs a task id with every row",
     "multitask_prompt_tuning": "it needs a task id with every row",
@@ -438,8 +348,8 @@ def _typed(text: str, wanted):
     if origin in (typing.Union, types.UnionType):
         order = {type(None): 0, bool: 1, int: 2, float: 3, list: 4}
         for option in sorted(inner, key=lambda t: order.get(typing.get_origin(t) or t, 9)):
-            if typing.get_origin(option) is list and str in inner and "," not in text:
-                continue  # one word is a word
+            if typing.get_origin(option) is list and str in inner and ("," not in text and not text.isidentifier()):
+                continue  # all-linear, or a regular expression over whole names; a bare name is a list of one, since PEFT takes a string for an expression
             try:
                 return _typed(text, option)
             except ValueError:
@@ -473,7 +383,7 @@ def _add_adapter(model, kind: str, settings: dict, seed: int, base: str):
     known = typing.get_type_hints(cls)
     spec = kind + (":" + ",".join(f"{k}={v}" for k, v in settings.items()) if settings else "")
     filled = dict(settings, task_type="CAUSAL_LM")
-    if "num_virtual_tokens" in known and kind != "cartridge":
+    if "num_virtual_tokens" in known:
         filled.setdefault("num_virtual_tokens", VIRTUAL_TOKENS)
     if "target_modules" in known and kind not in OWN_TARGETS and not filled.get("target_parameters"):
         filled.setdefault("target_modules", "all-linear")
@@ -494,7 +404,136 @@ def _add_adapter(model, kind: str, settings: dict, seed: int, base: str):
     adapted.peft_config["default"].base_model_name_or_path = base
     return adapted
 
-# %% ../../nbs/core/models.ipynb #91211743
+# %% ../../nbs/core/models.ipynb #0214f2ac
+def _read_model(folder: Path, dtype):
+    "The causal model in `folder` on the CPU, with every weight from the files."
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = _config(folder)
+    _weight_files(folder)
+    if config.get("auto_map") and not config.get("model_type"):
+        raise WrongInput(f"{folder}: this model brings code of its own, which is not run; use one that transformers knows")
+    try:
+        with _quiet():
+            settings = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, config=settings, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
+                output_loading_info=True, ignore_mismatched_sizes=True,
+            )  # fmt: skip
+    except Exception as error:
+        if "Unrecognized configuration class" in str(error):
+            raise WrongInput(f"{folder}: a {config['model_type']} model is no causal language model; expected one that continues text, such as Llama or Qwen") from None
+        raise WrongInput(f"{folder}: cannot be loaded as a {config['model_type']} model ({_line(error)})") from None
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    mismatched = sorted(f"{name} {list(found)} instead of {list(expected)}" for name, found, expected in info["mismatched_keys"])
+    for what, names in (("lacks", missing), ("has unknown", unexpected), ("has wrong shapes:", mismatched)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise WrongInput(f"{folder}: the weight file {what} {names[0]}{more}; expected exactly the weights of config.json; the files do not belong together, copy them again")
+    return model
+
+
+def _adapter_base(folder: Path) -> str:
+    "The spec of the model that a saved adapter belongs to."
+    file = folder / "adapter_config.json"
+    try:
+        base = json.loads(file.read_text()).get("base_model_name_or_path")
+    except (ValueError, OSError, AttributeError) as error:
+        raise WrongInput(f"{file}: cannot be read ({_line(error)}); copy the file again") from None
+    if not base:
+        raise WrongInput(f"{file}: no base_model_name_or_path; expected the model that the adapter belongs to; write it there")
+    return base
+
+
+def _read_adapter(folder: Path, dtype, trainable: bool):
+    "Base model and saved adapter, with every adapter weight from the file."
+    from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+    from safetensors import safe_open
+
+    spec = _adapter_base(folder)
+    files = _weight_files(folder)
+    base = _read_any(model_path(spec), dtype)
+    try:
+        with _quiet():
+            config = PeftConfig.from_pretrained(folder)
+            kind = config.peft_type.value.lower()
+            if trainable and (kind == "prompt_tuning" or kind == "prefix_tuning" and not config.prefix_projection):  # PEFT loads these fixed only
+                config.inference_mode = False
+                model = get_peft_model(base, config)
+                set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
+                model.peft_config["default"].base_model_name_or_path = spec
+            else:  # other prompts are saved without the network that made them, so they cannot be trained further
+                model = PeftModel.from_pretrained(base, folder, is_trainable=trainable and not config.is_prompt_learning)
+    except Exception as error:
+        raise WrongInput(f"{folder}: the adapter does not fit its base model {spec} ({_line(error)})") from None
+    with safe_open(files[0], framework="pt") as opened:
+        found = set(opened.keys())
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if expected - found:
+        raise WrongInput(f"{files[0]}: lacks {sorted(expected - found)[0]}; expected the weights that adapter_config.json asks for; copy both files again")
+    return model
+
+
+def _read_any(folder: Path, dtype):
+    "A plain model: one with a saved adapter has it merged in."
+    if not (folder / "adapter_config.json").is_file():
+        return _read_model(folder, dtype)
+    model = _read_adapter(folder, dtype, trainable=False)
+    if not hasattr(model.base_model, "merge_and_unload"):
+        kind = model.peft_config["default"].peft_type.value.lower()
+        raise WrongInput(f"{folder}: a {kind} adapter cannot be merged, so no second adapter can stand on it; go on training it with adapter none")
+    try:
+        with _quiet():
+            return model.merge_and_unload()
+    except Exception as error:
+        raise WrongInput(f"{folder}: its adapter cannot be merged into the base model ({_line(error)}); go on training it with adapter none") from None
+
+
+def load_model(spec, dtype="auto", device="auto", adapter: str = "none", seed: int = 0, gradient_checkpointing: bool = False):
+    """The causal language model `spec`, ready to train.
+
+    A folder with a saved adapter gives base model + that adapter, which goes on training; with a new `adapter` on top of it, the saved one is merged into the
+    base first (some kinds of soft prompts cannot be trained further, and stay as they are). `model.fresh_adapter` says whether switching the adapter off gives the model as it was loaded. `seed` sets the new adapter's initial weights.
+    Raises `WrongInput` for whatever does not fit, before anything is computed.
+    """
+    device = pick_device(device)
+    dtype = _dtype(dtype, device)
+    kind, settings = parse_adapter(adapter)
+    folder = model_path(spec)
+    if kind != "none":
+        model = _add_adapter(_read_any(folder, dtype), kind, settings, seed, _portable(spec, folder))
+    elif (folder / "adapter_config.json").is_file():
+        model = _read_adapter(folder, dtype, trainable=True)
+    else:
+        model = _read_model(folder, dtype)
+    model.fresh_adapter = kind != "none"
+    if gradient_checkpointing:
+        if kind != "none" or hasattr(model, "peft_config"):
+            model.enable_input_require_grads()  # the frozen embedding would cut the gradient off at the first checkpoint
+        with _quiet():
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.to(device)
+
+
+def _portable(spec, folder: Path) -> str:
+    "How an adapter names its base model: a built-in name or Hub id as it is, a folder by its full path."
+    return str(folder.resolve()) if Path(str(spec)).expanduser().is_dir() or (runs_folder() / str(spec)).is_dir() else str(spec)
+
+# %% ../../nbs/core/models.ipynb #692c3e21
+def _save_plain(model, folder: Path, more: dict):
+    "Weights, configuration and generation settings. transformers refuses to save generation settings that do not agree, with which many models on the Hub come."
+    from transformers import GenerationConfig
+
+    settings = model.generation_config
+    try:
+        model.generation_config = GenerationConfig()
+        model.save_pretrained(folder, **more)
+    finally:
+        model.generation_config = settings
+    if settings is not None:
+        settings.to_json_file(folder / "generation_config.json")
+
+
 def save_model(model, tokenizer, folder, state_dict=None) -> Path:
     """Write `model` (an adapter alone, if it has one), `tokenizer` (with chat template) and generation settings to `folder` as safetensors, all at once.
 
@@ -509,8 +548,11 @@ def save_model(model, tokenizer, folder, state_dict=None) -> Path:
     fresh.mkdir(parents=True)
     try:
         with _quiet():
-            more = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}  # otherwise PEFT asks the Hub about the base model
-            model.save_pretrained(fresh, **more, **({"state_dict": state_dict} if state_dict is not None else {}))
+            more = {"state_dict": state_dict} if state_dict is not None else {}
+            if hasattr(model, "peft_config"):
+                model.save_pretrained(fresh, save_embedding_layers=False, **more)  # otherwise PEFT asks the Hub about the base model
+            else:
+                _save_plain(model, fresh, more)
             if tokenizer is not None:
                 tokenizer.save_pretrained(fresh)
         if folder.exists():
@@ -520,14 +562,3 @@ def save_model(model, tokenizer, folder, state_dict=None) -> Path:
         shutil.rmtree(fresh, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
     return folder
-
-# %% ../../nbs/core/models.ipynb #f2ae1e58
-def count_parameters(model, trainable: bool = False) -> int:
-    "How many weights a model has (only those that train, if `trainable`); a tied weight counts once."
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
-
-
-def size_mib(model) -> float:
-    "Memory of a model's weights and buffers in MiB; a tied weight counts once."
-    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.numel() * t.element_size() for t in tensors.values()) / 2**20
