@@ -92,7 +92,7 @@ def our_metrics(logs: dict) -> dict[str, float]:
             found[f"reward/{part[1]}"] = value
     return found
 
-# %% ../../nbs/core/engine.ipynb #fa928fb8
+# %% ../../nbs/core/engine.ipynb #81336852
 def labelled_rows(examples: list[dict]) -> list[dict]:
     "Encoded rows (`input_ids`, `target_mask`) for SFTTrainer: `labels` are -100 where nothing is learned, and at the first token, which has nothing before it."
     return [
@@ -107,14 +107,16 @@ def paired_rows(examples: list[dict]) -> list[dict]:
 
 
 def paired_collator(pad_id: int):
-    "A collator for `paired_rows`: a batch as DPOTrainer wants it, the chosen rows first, then the rejected ones."
+    "A collator for `paired_rows`: a batch as DPOTrainer wants it, the chosen rows first, then the rejected ones, and what it has precomputed."
 
     def collate_pairs(rows: list[dict]) -> dict:
+        import torch
+
         from polm_lab.core.data import collate
 
         batch = collate([row["pair"][side] for side in ("chosen", "rejected") for row in rows], pad_id)
         batch["completion_mask"] = batch.pop("target_mask")
-        return batch
+        return batch | {name: torch.tensor([row[name] for row in rows]) for name in ("ref_chosen_logps", "ref_rejected_logps") if name in rows[0]}
 
     return collate_pairs
 
@@ -170,7 +172,7 @@ def _record(run: Run, settings: Settings, evaluate):
 
     return Record()
 
-# %% ../../nbs/core/engine.ipynb #02d158c5
+# %% ../../nbs/core/engine.ipynb #423f744f
 def last_checkpoint(run: Run) -> tuple[Path | None, int]:
     "TRL's newest whole checkpoint and the steps done by then, or (None, 0)."
     found = sorted((run.path / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
@@ -240,9 +242,12 @@ def train_with_trl(
                 vars(model).pop("forward", None)
                 if own_forward:
                     model.forward = own_forward
+                if "ref" in getattr(model, "peft_config", {}):  # DPOTrainer's copy of the adapter as it was
+                    model.delete_adapter("ref")
         if made.state.global_step < settings.steps:
             raise Stopped(f"{run.id}: stopped after step {made.state.global_step}; `polm resume {run.id}` goes on from there")
 
     if evaluate:
         run.frame("after", evaluate())
-    save_model(policy.model, tokenizer, run.path / "model")
+    if run.writes:
+        save_model(policy.model, tokenizer, run.path / "model")
