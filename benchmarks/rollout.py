@@ -2,12 +2,13 @@
 
     python benchmarks/rollout.py [--prompts 8] [--samples 8] [--read 192] [--new 64] [--threads 2] [--repeats 5] [--check]
 
-A Llama of about 10 M random parameters (6 layers, width 320, vocabulary 4,096) in fp32. `generate` gets the prompts repeated `samples` times,
-`do_sample=True`, the same limit and the same end tokens: 99 ids of the vocabulary, so that a row ends with probability 0.024 a token and lengths
-vary. The two take turns in one process; the figure is the median of the ratios of neighbouring runs, in new tokens per second (end tokens
-counted, padding not). `plain` is `rollout(share=False)`: one prefill, a cache written in place, rows that leave, but a copy of the prompt's keys and values
-a row. Limit = the matrix products that cannot be avoided (every prompt token once, every new token that is read once) at the speed measured for products of
-the same shapes; attention, norms, sampling and Python come on top. `--check` exits 1 unless the ratio is 2 or more.
+A Llama of about 10 M random parameters (6 layers, width 320, vocabulary 4,096) in fp32. `generate` gets the prompts repeated `samples`
+times, `do_sample=True`, the same limit and the same end tokens: 99 ids of the vocabulary, so that a row ends with probability 0.024 a token
+and lengths vary. The two take turns in one process; the figure is the median of the ratios of neighbouring runs, in new tokens per second
+(end tokens counted, padding not). `plain` is `rollout(share=False)`: one prefill, a cache written in place, rows that leave, but a copy of the
+prompt's keys and values for each row. Limit = the matrix products that cannot be avoided (every prompt token once, every new token that is
+read once) at the speed measured for products of the same shapes; attention, norms, sampling and Python come on top. `--check` exits 1 unless
+the ratio is 2 or more.
 """
 import argparse
 import statistics
@@ -31,7 +32,8 @@ def timed(call):
 
 def gemm_seconds(model, rows, times):
     "Seconds of the linear layers of one forward pass over `rows` tokens, as bare matrix products: median of `times`."
-    pairs = [(m.weight, torch.randn(rows, m.in_features)) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
+    layers = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
+    pairs = [(m.weight, torch.randn(rows, m.in_features)) for m in layers]
 
     def products():
         for weight, x in pairs:
@@ -58,7 +60,8 @@ def main():
 
     def by_generate(seed):
         torch.manual_seed(seed)
-        out = model.generate(repeated, attention_mask=torch.ones_like(repeated), do_sample=True, top_k=0, max_new_tokens=a.new, pad_token_id=0)
+        mask = torch.ones_like(repeated)
+        out = model.generate(repeated, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=a.new, pad_token_id=0)
         hit = torch.isin(out[:, a.read :], ends)
         return torch.where(hit.any(1), hit.int().argmax(1) + 1, hit.shape[1]).tolist()
 
@@ -84,14 +87,16 @@ def main():
         read = statistics.median(timed(lambda: model(prompts, logits_to_keep=1))[1] for _ in range(3))
 
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters / 1e6:.1f} M parameters, {a.prompts} prompts x {a.samples} samples, {a.read} prompt tokens, up to {a.new} new, {a.threads} threads")
+    print(f"{parameters / 1e6:.1f} M parameters, {a.prompts} prompts x {a.samples} samples, {a.read} prompt tokens, up to {a.new} new, "
+          f"{a.threads} threads")
     lasting = lengths["rollout"]
     print(f"new tokens a row: {min(lasting)} to {max(lasting)}, mean {statistics.mean(lasting):.0f}\n")
     print(f"{'':10}{'seconds':>9}{'tokens/s':>10}{'x generate':>12}")
     for way in ways:
         ratio = statistics.median(r / g for r, g in zip(rates[way], rates["generate"]))
         print(f"{way:10}{statistics.median(seconds[way]):9.2f}{statistics.median(rates[way]):10.0f}{ratio:12.2f}")
-    print(f"\nlimit: {limit:.2f} s of matrix products ({limit / seconds['rollout'][-1]:.0%} of the last rollout's {seconds['rollout'][-1]:.2f} s); "
+    last = seconds["rollout"][-1]
+    print(f"\nlimit: {limit:.2f} s of matrix products ({limit / last:.0%} of the last rollout's {last:.2f} s); "
           f"reading the prompts once takes {read:.2f} s")
     if a.check and ratio < 2:
         sys.exit(f"rollout is {ratio:.2f} x generate; the bar is 2")

@@ -20,12 +20,13 @@ KINDS = {
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", {}),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {}),
     "mistral": ("MistralConfig", "MistralForCausalLM", dict(sliding_window=8)),  # every layer slides
-    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", dict(sliding_window=8, head_dim=16, num_hidden_layers=7, initializer_range=0.2)),  # some slide
+    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", dict(  # some layers slide
+        sliding_window=8, head_dim=16, num_hidden_layers=7, initializer_range=0.2)),
     "bloom": ("BloomConfig", "BloomForCausalLM", dict(n_layer=2, n_head=4)),  # ALiBi: no position ids
     "lfm2": ("Lfm2Config", "Lfm2ForCausalLM", dict(layer_types=["conv", "full_attention"])),  # layers with a state
     "deepseek": ("DeepseekV3Config", "DeepseekV3ForCausalLM", dict(  # the cache holds latents, not keys
-        n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, v_head_dim=16,
-        qk_nope_head_dim=16, moe_intermediate_size=32, num_key_value_heads=4)),
+        n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8,
+        v_head_dim=16, qk_nope_head_dim=16, moe_intermediate_size=32, num_key_value_heads=4)),
 }
 
 
@@ -133,7 +134,8 @@ def test_a_row_does_not_depend_on_its_company(share):
         assert alone.completions[0] == whole.completions[r]
         assert np.allclose(alone.logps[0], whole.logps[r], atol=1e-4)
     order = [2, 0, 3, 1]
-    moved = rollout(model, None, [prompts[i] for i in order], 3, 20, 0.8, 0.95, seeds=[seeds[3 * i + k] for i in order for k in range(3)], share=share)
+    reordered = [seeds[3 * i + k] for i in order for k in range(3)]
+    moved = rollout(model, None, [prompts[i] for i in order], 3, 20, 0.8, 0.95, seeds=reordered, share=share)
     assert moved.completions == [whole.completions[3 * i + k] for i in order for k in range(3)]
     parts = rollout(model, None, prompts, 3, 20, 0.8, 0.95, seeds=seeds, at_once=5, share=share)
     assert parts.completions == whole.completions
@@ -170,7 +172,8 @@ def test_tokens_follow_the_model_s_distribution():
         assert max(abs(whole[c[0]].item() - l[0]) for c, l in zip(out.completions, out.logps)) < 1e-4
 
 
-@pytest.mark.parametrize("top_k, top_p", [(1, 1.0), (5, 1.0), (500, 1.0), (0, 0.01), (0, 0.5), (0, 0.97), (0, 0.9999), (20, 0.8), (300, 0.99)])
+@pytest.mark.parametrize("top_k, top_p", [(1, 1.0), (5, 1.0), (500, 1.0), (0, 0.01), (0, 0.5), (0, 0.97), (0, 0.9999), (20, 0.8),
+                                          (300, 0.99)])
 def test_sets_equal_the_warpers_of_transformers(top_k, top_p):
     torch.manual_seed(0)
     for spread in (0.1, 1.0, 5.0):
@@ -217,8 +220,8 @@ def test_stop_detection_is_that_of_the_whole_text():
         letters = [tokenizer.convert_tokens_to_ids(c) for c in "abc"] + [0, 1, 120]
         for _ in range(60):
             tokens = rng.choice(letters, 30).tolist()
-            special = "<eos>" in stop[0]
-            first = next((t for t in range(1, 31) if any(s in tokenizer.decode(tokens[:t], skip_special_tokens=not special) for s in stop)), None)
+            texts = [tokenizer.decode(tokens[:t], skip_special_tokens="<eos>" not in stop[0]) for t in range(31)]
+            first = next((t for t in range(1, 31) if any(s in texts[t] for s in stop)), None)
             assert next((t for t in range(1, 31) if stops.hit(tokens[:t])), None) == first
             assert not any(s in stops.text(tokens[:first]) for s in stop)
 

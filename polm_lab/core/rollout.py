@@ -61,7 +61,7 @@ def uniforms(seeds: list[int], steps: int) -> np.ndarray:
     # 48 bits: far enough below 1 that u * total stays below total in float64
     return ((bits >> np.uint64(16)).astype(np.float64) + 0.5) / 2.0**48
 
-# %% ../../nbs/core/rollout.ipynb #9ef92420
+# %% ../../nbs/core/rollout.ipynb #15ec3f74
 def narrow(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     "Logits [rows, vocab], -inf outside of the `top_k` largest (0: all) and then of the nucleus of mass `top_p`; ties at the edge stay in."
     vocab = logits.shape[-1]
@@ -83,7 +83,7 @@ def narrow(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
 
 
 def pick(logits: Tensor, u: Tensor, top_k: int = 0, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
-    "A token [rows] by inverse CDF from fp32 logits [rows, vocab] and u [rows] in (0, 1), and its log-softmax over the whole vocabulary [rows]."
+    "A token [rows] by inverse CDF from fp32 logits [rows, vocab] and u [rows] in (0, 1), and its log-softmax over all tokens [rows]."
     logp = torch.log_softmax(logits, -1)
     # float64: in fp32 the running sum over a large vocabulary is off by more than a rare token's probability
     cdf = narrow(logp, top_k, top_p).double().exp_().cumsum_(-1)
@@ -146,7 +146,7 @@ class Slab(CacheLayerMixin):
         _fill(self.values, holes, fillers, self.length)
         self.rows = left
 
-# %% ../../nbs/core/rollout.ipynb #39324854
+# %% ../../nbs/core/rollout.ipynb #bca2c300
 class Family:
     "Which rows of the batch read which prompt, and the padding of the prompts."
 
@@ -191,7 +191,7 @@ class SharedSlab(Slab):
 
     family: Family | None = None  # the same for all layers; None while prompts are read
     read = 0  # prompt tokens, padding included
-    seen = False  # attention was handed what `update` returned: some architectures (latent attention) compute other keys from it
+    seen = False  # attention was handed what `update` returned (latent attention computes other keys from it), in fp32
 
     def fork(self, samples: int, new: int) -> None:
         if self.family is None:
@@ -218,11 +218,11 @@ class SharedSlab(Slab):
 
 
 def shared_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, scaling: float | None = None, **kwargs):
-    "One query a row, [rows, heads, 1, width], attends to its prompt and to its own tokens, by one softmax over both; without a family, sdpa."
+    "One query a row, [rows, heads, 1, width], attends to its prompt and to its own tokens, by one softmax over both; sdpa without a family."
     layer = getattr(key, "shared", None)
     if layer is None or layer.family is None:
         if layer is not None:
-            layer.seen = True
+            layer.seen = query.dtype == key.dtype == torch.float32
         return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     family = layer.family
     rows, heads, _, width = query.shape
@@ -287,7 +287,7 @@ class Stops:
                 text = text.replace(name, "")
         return text[: min((i for i in map(text.find, self.plain) if i >= 0), default=len(text))]
 
-# %% ../../nbs/core/rollout.ipynb #2b1b6d34
+# %% ../../nbs/core/rollout.ipynb #53a2fb1c
 @contextmanager
 def evaluating(model):
     "Evaluation mode inside; afterwards exactly those modules train that trained before."
@@ -313,7 +313,7 @@ def sharing(model, share: bool):
     "Inside, where `share` and the architecture allow it, attention is `shared_attention`; yields whether it is."
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = base.config._attn_implementation
-    able = share and before == "sdpa" and base.dtype == torch.float32 and getattr(base, "_supports_attention_backend", False) \
+    able = share and before == "sdpa" and getattr(base, "_supports_attention_backend", False) \
         and all(type(layer) is DynamicLayer for layer in DynamicCache(config=base.config).layers)
     if able:
         base.set_attn_implementation("polm_shared")
@@ -408,7 +408,7 @@ class Batch:
         self.mask = None if self.mask is None else self.mask[order]
         return order
 
-# %% ../../nbs/core/rollout.ipynb #5dd72cbf
+# %% ../../nbs/core/rollout.ipynb #2be3835d
 def _whole(x) -> bool:
     return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
@@ -423,8 +423,10 @@ def _check(model, tokenizer, prompts, samples, max_new_tokens, temperature, top_
         return isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x)
 
     expect(_whole(samples) and samples >= 1, "samples", samples, "a whole number >= 1", "set it to the completions wanted for each prompt")
-    expect(_whole(max_new_tokens) and max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "a whole number >= 1", "set it to the longest completion")
-    expect(number(temperature) and temperature >= 0, "temperature", temperature, "a number >= 0", "use 0 for greedy, 1 for the model's distribution")
+    expect(_whole(max_new_tokens) and max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "a whole number >= 1",
+           "set it to the longest completion wanted")
+    expect(number(temperature) and temperature >= 0, "temperature", temperature, "a number >= 0",
+           "use 0 for greedy, 1 for the model's own distribution")
     expect(number(top_p) and 0 < top_p <= 1, "top_p", top_p, "a number above 0 and at most 1", "use 1 to keep all tokens")
     expect(_whole(top_k) and top_k >= 0, "top_k", top_k, "a whole number >= 0", "use 0 to keep all tokens")
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -432,8 +434,8 @@ def _check(model, tokenizer, prompts, samples, max_new_tokens, temperature, top_
     expect(not stop or tokenizer is not None, "stop", f"{stop} and no tokenizer", "a tokenizer to decode with", "pass one")
     config = model.config.get_text_config(decoder=True)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    expect("past_key_values" in inspect.signature(base.forward).parameters, "model", f"{type(base).__name__}, which takes no past_key_values",
-           "a causal LM with a key-value cache", "sample from it with model.generate")
+    expect("past_key_values" in inspect.signature(base.forward).parameters, "model",
+           f"{type(base).__name__}, which takes no past_key_values", "a causal LM with a key-value cache", "sample from it with model.generate")
     limit, vocab, soft = getattr(config, "max_position_embeddings", None), config.vocab_size, soft_tokens(model)
     for i, prompt in enumerate(prompts):
         expect(len(prompt) > 0, f"prompts:{i}", "no tokens", "at least one", "start an empty prompt with the tokenizer's bos or eos token")
@@ -446,8 +448,8 @@ def _check(model, tokenizer, prompts, samples, max_new_tokens, temperature, top_
     if _whole(seeds):
         return stop, row_seeds(int(seeds), rows)
     seeds = list(seeds) if hasattr(seeds, "__iter__") else [seeds]
-    expect(len(seeds) == rows and all(map(_whole, seeds)), "seeds", f"{len(seeds)} entries, {seeds[:3]}...", f"a whole number, or one for each of {rows} rows",
-           "pass one number to have the rows' seeds hashed from it")
+    expect(len(seeds) == rows and all(map(_whole, seeds)), "seeds", f"{len(seeds)} entries, {seeds[:3]}...",
+           f"a whole number, or one for each of {rows} rows", "pass one number to have the rows' seeds hashed from it")
     return stop, [int(s) for s in seeds]
 
 # %% ../../nbs/core/rollout.ipynb #1cbd21f5
