@@ -7,14 +7,14 @@ __all__ = ['KLS', 'LOSSES', 'GRPO', 'group_advantages', 'clipped_objective', 'kl
            'summed_loss', 'Group', 'draw_groups', 'measure', 'beside', 'make_batches', 'starting_model', 'everywhere',
            'token_stats', 'batch_loss', 'trl_config', 'sample_rows', 'grpo']
 
-# %% ../../nbs/reasoning/grpo.ipynb #479136bf
+# %% ../../nbs/reasoning/grpo.ipynb #54a974e2
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..core.data import Order, collate, encode, load_data, microbatches
+from ..core.data import Order, collate, encode, load_data, load_held_out, microbatches
 from ..core.engine import train_with_trl
 from ..core.evaluate import Evaluation, as_example, other_worlds, quiet, scorer
 from ..core.knobs import Settings, WrongInput, knob, redefault
@@ -261,7 +261,7 @@ def sample_rows(groups: list[Group], advantages: Tensor, ref_logps: list[list[fl
             rows.append(row | ({"ref_logp": [round(x, 4) for x in ref_logps[g * size + i]]} if ref_logps else {}))
     return rows
 
-# %% ../../nbs/reasoning/grpo.ipynb #3edcaf28
+# %% ../../nbs/reasoning/grpo.ipynb #0bda6d7f
 @method(
     family="reasoning", title="Group relative policy optimization", paper="Shao et al. 2024 (DeepSeekMath), eq. 3, 4; survey eq. 8", data="prompt",
     needs=("reward", "reference"), engines=("lab", "trl"), small=dict(batch_size=8, samples=4, max_new_tokens=8, updates=2),
@@ -271,7 +271,7 @@ def grpo(settings: GRPO, run: Run) -> None:
     total = settings.batch_size * settings.accumulate
     if total % settings.samples:
         raise WrongInput(f"batch_size x accumulate = {total} completions a step: expected a multiple of samples = {settings.samples}, so that groups are whole")
-    rows, held_out = load_data(settings.data, "prompt"), load_data(settings.eval_data or settings.data, "prompt", "test")[: settings.eval_rows]
+    rows, held_out = load_data(settings.data, "prompt"), load_held_out(settings.data, settings.eval_data, "prompt", settings.eval_rows)
     score = scorer(settings.data, rows)
     rewards = make_rewards(settings.rewards, score, settings.max_new_tokens)
     policy, tokenizer = load_policy(settings)
