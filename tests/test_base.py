@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from polm_lab.core import base
 from polm_lab.core.base import (
     Recipe, draw_documents, encode_document, learning_rate, make_model, make_tokenizer, measure, microbatches, pretrain, save_base,
     summed_loss,
@@ -163,6 +164,9 @@ def test_saved_folder_loads_to_the_same_model(tmp_path, mini_tokenizer):
     assert tokenizer.chat_template == mini_tokenizer.chat_template
 
 
-def test_command_says_what_it_takes():
-    out = subprocess.run([sys.executable, "-m", "polm_lab.core.base", "--help"], capture_output=True, text=True, check=True).stdout
-    assert all(word in out for word in ("--out", "--work", "--steps"))
+def test_command_makes_a_model_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(base, "measure", lambda model, tokenizer, samples: {"sums": {"perplexity": 9.0}})
+    out, threads = tmp_path / "tiny", torch.get_num_threads()
+    base.main(["--out", str(out), "--work", str(tmp_path / "work"), "--threads", str(threads)], MINI)
+    assert (out / "model.safetensors").exists() and "| sums | 9.00 |" in (out / "README.md").read_text()
+    assert '"perplexity": 9.0' in capsys.readouterr().out

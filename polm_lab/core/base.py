@@ -7,14 +7,14 @@ __all__ = ['PAD', 'TEMPLATE', 'TESTS', 'Recipe', 'make_tokenizer', 'make_model',
            'microbatches', 'summed_loss', 'learning_rate', 'make_optimizer', 'save_atomic', 'pretrain', 'sample',
            'prompt_ids', 'perplexity', 'measure', 'save_base', 'readme', 'main']
 
-# %% ../../nbs/core/base.ipynb #fa7cf229
+# %% ../../nbs/core/base.ipynb #5ba99cf2
 import argparse
 import json
 import math
 import os
 import random
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -258,7 +258,7 @@ def measure(model, tokenizer, n: int = 100, samples: int = 4, tests=TESTS) -> di
         figures[name] = {"perplexity": perplexity(model, tokenizer, texts)}
     return figures
 
-# %% ../../nbs/core/base.ipynb #078af670
+# %% ../../nbs/core/base.ipynb #e5d9ee80
 def save_base(model, tokenizer, recipe: Recipe, figures: dict, out: Path):
     "Write the model folder: weights as safetensors, tokenizer, template, recipe and figures."
     out.mkdir(parents=True, exist_ok=True)
@@ -273,7 +273,8 @@ def save_base(model, tokenizer, recipe: Recipe, figures: dict, out: Path):
         (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
         (out / "chat_template.jinja").unlink()
     (out / "recipe.json").write_text(json.dumps({**asdict(recipe), "torch": torch.__version__}, indent=2) + "\n")
-    (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    rounded = {name: {key: round(value, 4) for key, value in f.items()} for name, f in figures.items()}
+    (out / "figures.json").write_text(json.dumps(rounded, indent=2) + "\n")
     (out / "README.md").write_text(readme(model, recipe, figures))
 
 
@@ -288,8 +289,9 @@ def readme(model, recipe: Recipe, figures: dict) -> str:
         "project on the worlds of `nbs/core/worlds.ipynb`, with wrong answers beside right ones: it knows much and answers badly.",
         "A plain document begins with its first token (there is no BOS) and ends with `<|im_end|>`, which also ends a chat turn.",
         "",
-        "Made by `python -m polm_lab.core.base --out data/tiny` (resumable; `recipe.json` holds the seed and all settings, "
-        f"{recipe.steps * recipe.tokens / 1e6:.0f} M tokens; the same torch build and processor give the same bits).",
+        f"Made by `python -m polm_lab.core.base --out data/tiny`: {recipe.steps:,} steps of {recipe.tokens:,} tokens,"
+        f" {recipe.steps * recipe.tokens / 1e6:.1f} M in all, seed {recipe.seed}.",
+        "It may be killed and called again. `recipe.json` holds every setting; another machine gives a model as good, not the same bits.",
         "",
         "Held-out questions, temperature 1. `one`: mean score of one sample; `any`: share of prompts with a full score among 16 samples;",
         "`greedy`: mean score of the greedy reply.",
@@ -305,16 +307,16 @@ def readme(model, recipe: Recipe, figures: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main():
+def main(arguments: list[str] | None = None, recipe: Recipe = Recipe()):
     "Train `tiny` (or go on where a killed training stopped) and write its folder."
     parser = argparse.ArgumentParser(description="Pretrain the embedded base model.")
     parser.add_argument("--out", type=Path, default=Path("data/tiny"), help="model folder to write")
     parser.add_argument("--work", type=Path, default=Path("runs/base"), help="folder of the resumable state")
-    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--steps", type=int, default=recipe.steps)
     parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
-    recipe = Recipe(steps=args.steps)
+    recipe = replace(recipe, steps=args.steps)
     model, tokenizer = pretrain(recipe, args.work, say=lambda line: print(line, flush=True))
     figures = measure(model, tokenizer, samples=16)
     save_base(model, tokenizer, recipe, figures, args.out)
