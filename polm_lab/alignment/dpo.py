@@ -7,7 +7,7 @@ __all__ = ['DPO', 'optimal_policy', 'implicit_reward', 'dpo_loss', 'encode_pairs
            'can_switch_off', 'pick_reference', 'both_logps', 'precompute', 'make_reference', 'trl_loss',
            'train_pairs_with_trl', 'sample_rows', 'dpo']
 
-# %% ../../nbs/alignment/dpo.ipynb #eb33edb0
+# %% ../../nbs/alignment/dpo.ipynb #1d4ae204
 import copy
 import os
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.data import Order, collate, encode, load_data, microbatches
+from ..core.data import Order, collate, encode, load_data, load_held_out, microbatches
 from ..core.engine import paired_collator, paired_rows, train_with_trl
 from ..core.evaluate import Evaluation, as_example, other_worlds, quiet, scorer, sequence_logps
 from ..core.knobs import Settings, WrongInput, knob, redefault
@@ -177,7 +177,7 @@ def train_pairs_with_trl(run: Run, settings: DPO, policy: Policy, tokenizer, pai
         run, settings, "DPO", policy, tokenizer, paired_rows(pairs), evaluate, config=config, data_collator=paired_collator(tokenizer.pad_token_id), **more
     )  # fmt: skip
 
-# %% ../../nbs/alignment/dpo.ipynb #2705831e
+# %% ../../nbs/alignment/dpo.ipynb #859b085e
 def sample_rows(policy: Policy, start: Policy, tokenizer, answers: list[tuple[dict, dict]], beta: float) -> list[dict]:
     "Rows for samples.jsonl of (encoded answer, facts): its text, implicit reward, and tokens with their log-probabilities under policy and start model."
     batch, rows = collate([encoded for encoded, _ in answers], tokenizer.pad_token_id), []
@@ -204,7 +204,7 @@ def dpo(settings: DPO, run: Run) -> None:
             module.p = 0.0
     pad, size, beta = tokenizer.pad_token_id, max(1, settings.batch_size // world()[1]), settings.beta
     pairs = encode_pairs(tokenizer, load_data(settings.data, "preference"), settings.max_length)
-    held_rows = load_data(settings.eval_data or settings.data, "preference", "test")[: settings.eval_rows]
+    held_rows = load_held_out(settings.data, settings.eval_data, "preference", settings.eval_rows)
     held_out = encode_pairs(tokenizer, held_rows, settings.max_length)
     order = Order(len(pairs), settings.batch_size * settings.accumulate, settings.seed)
     visits = [i for step in range(settings.steps) for i in my_share(order.rows(step))]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'ROLES', 'SHAREGPT', 'TRAIN_ROWS', 'TEST_ROWS', 'EXTENSIONS', 'PIECE', 'MARGIN', 'Row', 'read_file', 'turns',
-           'standard', 'convert', 'held_out', 'load_data', 'encode', 'encode_rows', 'pack_rows', 'collate',
-           'check_packing', 'microbatches', 'Order', 'datasets_table']
+           'standard', 'convert', 'held_out', 'load_data', 'natural_kind', 'load_held_out', 'encode', 'encode_rows',
+           'pack_rows', 'collate', 'check_packing', 'microbatches', 'Order', 'datasets_table']
 
 # %% ../../nbs/core/data.ipynb #912bad2c
 import csv
@@ -493,7 +493,7 @@ def _check(row: Row, kind: str):
             if not sound:
                 _refuse(row, marks, f"holds {_shown(mark)}", "true or false" if kind == "stepwise" else "finite numbers")
 
-# %% ../../nbs/core/data.ipynb #8b65563a
+# %% ../../nbs/core/data.ipynb #a51a4919
 def _parse_spec(spec: str) -> tuple[str, str, int | None, bool]:
     "`source#part,n,skip` -> source, part, n, skip; all but the source may be left out, and stand in any order."
     if Path(spec).exists() or "#" not in spec:
@@ -532,19 +532,10 @@ def load_data(spec: str, kind: str, split: str = "train") -> list[dict]:
         raise WrongInput(f"split {split!r}: expected train, test or all")
     from polm_lab.core.worlds import WORLDS
 
-    source, part, limit, skip = _parse_spec(str(spec))
+    source, _, limit, skip = _parse_spec(str(spec))
     if source in WORLDS:
         return _world_rows(WORLDS, source, kind, split, limit)
-    path = Path(source).expanduser()
-    if path.is_file():
-        groups, own = read_file(path), False
-    elif path.is_dir() or re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", source) and not (_extension(path) in EXTENSIONS):
-        groups, own = _dataset_rows(source, part, split, WORLDS)
-    else:
-        raise WrongInput(f"data {source!r}: no such file; {_near_files(path, WORLDS)}")
-    groups = groups[:limit] if limit is not None else groups
-    if not groups:
-        raise WrongInput(f"data {spec!r}: no rows; expected at least one")
+    groups, own = _source_rows(str(spec), split)
     rows, first = [], None
     for row in groups:
         try:
@@ -564,6 +555,40 @@ def load_data(spec: str, kind: str, split: str = "train") -> list[dict]:
         test = set(held_out(len(rows)))
         rows = [r for i, r in enumerate(rows) if (i in test) == (split == "test")]
     return [one for found in rows for one in found]
+
+
+def _source_rows(spec: str, split: str) -> tuple[list[Row], bool]:
+    "The rows of a file, folder or Hub data set as they stand there, and whether they are from a split of the data's own."
+    from polm_lab.core.worlds import WORLDS
+
+    source, part, limit, _ = _parse_spec(spec)
+    path = Path(source).expanduser()
+    if path.is_file():
+        groups, own = read_file(path), False
+    elif path.is_dir() or re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", source) and not (_extension(path) in EXTENSIONS):
+        groups, own = _dataset_rows(source, part, split, WORLDS)
+    else:
+        raise WrongInput(f"data {source!r}: no such file; {_near_files(path, WORLDS)}")
+    groups = groups[:limit] if limit is not None else groups
+    if not groups:
+        raise WrongInput(f"data {spec!r}: no rows; expected at least one")
+    return groups, own
+
+
+def natural_kind(spec: str) -> str:
+    "How rows are learned from: `text` where they are whole texts or conversations of several turns, else `completion`."
+    from polm_lab.core.worlds import WORLDS
+
+    if _parse_spec(str(spec))[0] in WORLDS:
+        return "completion"
+    first = standard(_source_rows(str(spec), "train")[0][0])
+    return "text" if ("messages" in first or "text" in first) and not ("completion" in first or "chosen" in first) else "completion"
+
+
+def load_held_out(data: str, eval_data: str, kind: str, rows: int) -> list[dict]:
+    "At most `rows` rows to evaluate on: of `eval_data` (a file whole, else its test split), or the held-out part of `data`."
+    source = _parse_spec(str(eval_data))[0] if eval_data else ""
+    return load_data(eval_data or data, kind, "all" if source and Path(source).expanduser().is_file() else "test")[:rows]
 
 
 def _world_rows(worlds, name: str, kind: str, split: str, limit: int | None) -> list[Row]:
