@@ -101,7 +101,7 @@ def knob(
     facts = dict(meaning=meaning, unit=unit, low=low, high=high, choices=tuple(choices), source=source, log=log)
     return field(default=default, metadata=facts)
 
-# %% ../../nbs/core/knobs.ipynb #777b60c7
+# %% ../../nbs/core/knobs.ipynb #5c742b46
 def redefault(name: str, default, source: str = ""):
     "The common knob `name` with another default."
     common = Settings.__dataclass_fields__[name]
@@ -148,6 +148,7 @@ class Settings(RunSettings):
     clip: float = knob(1.0, "largest norm of the gradient; 0 means no clipping", low=0)
     max_length: int = knob(256, "longest row", "tokens", low=2, log=True)
     adapter: str = knob("none", "PEFT adapter by name with its settings, such as `lora:r=8,lora_alpha=16`; `none` trains all weights")
+    chat_template: str = knob("", "template of conversations, for a model that has none: a built-in name or a .jinja file; empty keeps the model's own")
     gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, about a third more time")
     eval_every: int = knob(0, "evaluate each so many steps; 0 means only before and after", "steps", low=0)
     save_every: int = knob(50, "write a checkpoint each so many steps; 0 means only when stopped", "steps", low=0)

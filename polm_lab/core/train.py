@@ -160,7 +160,7 @@ def make_accelerator(settings: Settings):
     mixed = {"bfloat16": "bf16", "float16": "fp16"}.get(settings.dtype, "no")
     return Accelerator(cpu=settings.device == "cpu" or not torch.cuda.is_available(), mixed_precision=mixed, log_with=trackers)
 
-# %% ../../nbs/core/train.ipynb #477ed738
+# %% ../../nbs/core/train.ipynb #ca274faa
 def load_policy(settings: Settings):
     "The policy that the settings ask for, and its tokenizer."
     from polm_lab.core.logprobs import Policy
@@ -170,7 +170,7 @@ def load_policy(settings: Settings):
         settings.model, dtype=settings.dtype, device=settings.device, adapter=settings.adapter, seed=settings.seed,
         gradient_checkpointing=settings.gradient_checkpointing,
     )  # fmt: skip
-    return Policy(model), load_tokenizer(settings.model)
+    return Policy(model), load_tokenizer(settings.model, settings.chat_template)
 
 
 def token_batches(examples: list[dict], settings: Settings, pad_id: int, packing: bool = False) -> list[dict]:

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['SFT', 'sft_loss', 'embedding_noise', 'class_accuracy', 'sft']
 
-# %% ../../nbs/finetuning/sft.ipynb #9b773cee
+# %% ../../nbs/finetuning/sft.ipynb #fa895a3b
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..core.data import Order, encode, load_data
+from ..core.data import Order, encode, encode_rows, load_data, load_held_out, natural_kind
 from ..core.engine import labelled_rows, train_with_trl
 from ..core.evaluate import Evaluation, other_worlds, scorer, sequence_logps
 from ..core.knobs import Settings, WrongInput, knob, redefault
@@ -59,21 +59,25 @@ def embedding_noise(policy, alpha: float, batch: dict):
         if hook:
             hook.remove()
 
-# %% ../../nbs/finetuning/sft.ipynb #00b50ecd
+# %% ../../nbs/finetuning/sft.ipynb #2f54031c
 def class_accuracy(policy: Policy, tokenizer, rows: list[dict], labels: list[str], max_length: int) -> float:
     "Share of rows (prompt, completion) whose completion is the label that the policy finds likeliest after the prompt."
-    for row in rows:
-        if row["completion"].strip() not in labels:
-            raise WrongInput(f"classes: the label {row['completion'].strip()!r} is not among {', '.join(labels)}; add it to classes, or mend the data")
+
+    def said(row):
+        return row["completion"] if isinstance(row["completion"], str) else row["completion"][-1]["content"]
 
     def labelled(row, label):  # with the white space that the data puts before a label
-        return dict(row, completion=row["completion"].replace(row["completion"].strip(), label))
+        text = said(row).replace(said(row).strip(), label)
+        return dict(row, completion=text if isinstance(row["completion"], str) else [{"role": "assistant", "content": text}])
 
+    for row in rows:
+        if said(row).strip() not in labels:
+            raise WrongInput(f"classes: the label {said(row).strip()!r} is not among {', '.join(labels)}; add it to classes, or mend the data")
     asked = [encode(tokenizer, labelled(row, label), "completion", max_length) for row in rows for label in labels]
     best = sequence_logps(policy, asked, tokenizer.pad_token_id).view(len(rows), len(labels)).argmax(1)
-    return sum(labels[b] == row["completion"].strip() for b, row in zip(best.tolist(), rows)) / len(rows)
+    return sum(labels[b] == said(row).strip() for b, row in zip(best.tolist(), rows)) / len(rows)
 
-# %% ../../nbs/finetuning/sft.ipynb #2e906029
+# %% ../../nbs/finetuning/sft.ipynb #6386c98f
 @method(
     family="finetuning", title="Supervised fine-tuning", paper="Ouyang et al. 2022, §3.5; survey §3.1, eq. 11, 12", data="completion",
     engines=("lab", "trl"),
@@ -81,10 +85,10 @@ def class_accuracy(policy: Policy, tokenizer, rows: list[dict], labels: list[str
 def sft(settings: SFT, run: Run) -> None:
     "Learn to answer like the examples."
     policy, tokenizer = load_policy(settings)
-    kind = "completion"
+    kind = natural_kind(settings.data)
     rows = load_data(settings.data, kind)
-    held_out = load_data(settings.eval_data or settings.data, kind, "test")[: settings.eval_rows]
-    examples = [encode(tokenizer, row, kind, settings.max_length, settings.completion_only) for row in rows]
+    held_out = load_held_out(settings.data, settings.eval_data, kind, settings.eval_rows)
+    examples = encode_rows(tokenizer, rows, kind, settings.max_length, settings.completion_only)
     evaluation = Evaluation(
         policy, tokenizer, held_out, kind, max_length=settings.max_length, score=scorer(settings.data, held_out),
         others=other_worlds(settings, tokenizer), seed=settings.seed, before=run.summary.get("before"),
@@ -113,4 +117,5 @@ def sft(settings: SFT, run: Run) -> None:
         return sft_loss(stats.logp)
 
     fit(run, settings, policy, updates, loss, evaluate)
-    save_model(policy.model, tokenizer, run.path / "model")
+    if run.writes:
+        save_model(policy.model, tokenizer, run.path / "model")

@@ -19,7 +19,7 @@ from ..core.knobs import RunSettings, WrongInput, knobs, make_settings
 from ..core.method import Method, find, methods
 from ..core.run import Run, Stopped, all_runs, open_run, parent_of
 
-# %% ../../nbs/workbench/launch.ipynb #63b1d435
+# %% ../../nbs/workbench/launch.ipynb #806f1660
 def check(name: str, values: dict) -> tuple[Method, RunSettings]:
     "The method and its settings; raises `WrongInput` before anything is written."
     found = find(name)
@@ -43,8 +43,14 @@ def create(name: str, values: dict, out=None, parents=None, via: str = "python")
 
 def execute(run: Run) -> Run:
     "Run a prepared run in this process; what goes wrong is recorded and raised."
+    from polm_lab.core.models import pick_device, pick_dtype
+
     found, settings = check(run.method, run.settings)
     with run.active():
+        if settings.dtype == "auto":  # measured once: a resumed run must not choose another
+            chosen = run.record.get("dtype") or str(pick_dtype(pick_device(settings.device))).removeprefix("torch.")
+            run.update(dtype=chosen)
+            settings.dtype = chosen
         found.function(settings, run)
     return run
 
