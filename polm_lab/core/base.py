@@ -258,7 +258,7 @@ def measure(model, tokenizer, n: int = 100, samples: int = 4, tests=TESTS) -> di
         figures[name] = {"perplexity": perplexity(model, tokenizer, texts)}
     return figures
 
-# %% ../../nbs/core/base.ipynb #e5d9ee80
+# %% ../../nbs/core/base.ipynb #7e17bed1
 def save_base(model, tokenizer, recipe: Recipe, figures: dict, out: Path):
     "Write the model folder: weights as safetensors, tokenizer, template, recipe and figures."
     out.mkdir(parents=True, exist_ok=True)
@@ -270,6 +270,7 @@ def save_base(model, tokenizer, recipe: Recipe, figures: dict, out: Path):
     if (out / "chat_template.jinja").exists():  # into tokenizer_config.json, where readers of every age look for it
         config = json.loads((out / "tokenizer_config.json").read_text())
         config["chat_template"] = TEMPLATE
+        config = {k: v for k, v in config.items() if k not in ("is_local", "local_files_only")}  # where it was loaded from, not what it is
         (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
         (out / "chat_template.jinja").unlink()
     (out / "recipe.json").write_text(json.dumps({**asdict(recipe), "torch": torch.__version__}, indent=2) + "\n")
