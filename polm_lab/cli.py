@@ -182,9 +182,9 @@ def stop_command(run, out):
     stopped = stop(open_run(run, out))
     click.echo(f"{stopped.id}: {stopped.status} at step {stopped.read()['step']}")
 
-# %% ../nbs/cli.ipynb #469db1bd
+# %% ../nbs/cli.ipynb #c07471af
 def _print_frame(frame, index: bool = False):
-    "A DataFrame as a table on the terminal."
+    "A DataFrame as a table on the terminal, or as plain aligned text in a pipe or file."
     from rich.console import Console
     from rich.table import Table
 
@@ -193,11 +193,17 @@ def _print_frame(frame, index: bool = False):
         return
     if index:
         frame = frame.reset_index(names=frame.index.name or "")
+    rows = [["" if v is None or v != v else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in frame.itertuples(index=False)]
+    if not sys.stdout.isatty():
+        lines = [list(map(str, frame.columns)), *rows]
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        for line in lines:
+            click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+        return
     table = Table(*map(str, frame.columns))
-    for row in frame.itertuples(index=False):
-        table.add_row(*("" if v is None or v != v else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row))
-    width = None if sys.stdout.isatty() else 200
-    Console(width=width).print(table)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
 
 
 @polm.command("show")

@@ -32,13 +32,18 @@ def layer(module: str) -> int:
 @pytest.mark.parametrize("path", sorted((ROOT / "polm_lab").rglob("[a-z]*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_run_one_way(path):
     module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    tree = ast.parse(path.read_text())
-    imported = [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module] + [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
-    for other in (m for m in imported if m.startswith("polm_lab.")):
-        assert layer(other) <= layer(module), f"{module} imports {other}, which stands above it"
-    for node in ast.walk(tree):  # a family uses another module's public names only
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("polm_lab.") and node.module != module:
-            assert not [a.name for a in node.names if a.name.startswith("_")], f"{module} imports private names of {node.module}"
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            above = module.split(".")[: -node.level] if node.level else []
+            source, names = ".".join([*above, node.module or ""]), [a.name for a in node.names]
+        elif isinstance(node, ast.Import):
+            source, names = node.names[0].name, []
+        else:
+            continue
+        if source.startswith("polm_lab.") and source != module:
+            assert layer(source) <= layer(module), f"{module} imports {source}, which stands above it"
+            private = [n for n in names if n.startswith("_")]
+            assert not private, f"{module} imports {', '.join(private)} of {source}: only public names are for others"
 
 
 def test_one_notebook_exports_one_module():

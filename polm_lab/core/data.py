@@ -227,7 +227,7 @@ def read_file(path) -> list[Row]:
         raise WrongInput(f"{path}: empty, no rows found; expected at least one row; check what wrote the file")
     return rows
 
-# %% ../../nbs/core/data.ipynb #dfe5cf8f
+# %% ../../nbs/core/data.ipynb #23e2b416
 def turns(value, row, field: str) -> list[dict]:
     "A conversation in any of the usual spellings as a list of `{'role', 'content'}`."
     if isinstance(value, dict):
@@ -300,9 +300,7 @@ def standard(row: Row) -> Row:
             new[name] = new.pop(old)
     if "messages" in new:
         new["messages"] = turns(new["messages"], row, "messages")
-    chat = False
     if "prompt" not in new and ("instruction" in new or "question" in new):
-        chat = True
         name = "instruction" if "instruction" in new else "question"
         text, more = new.pop(name), new.pop("input", None) if name == "instruction" else None
         if not isinstance(text, str) or not text.strip():

@@ -172,7 +172,7 @@ def _record(run: Run, settings: Settings, evaluate):
 
     return Record()
 
-# %% ../../nbs/core/engine.ipynb #423f744f
+# %% ../../nbs/core/engine.ipynb #bdced948
 def last_checkpoint(run: Run) -> tuple[Path | None, int]:
     "TRL's newest whole checkpoint and the steps done by then, or (None, 0)."
     found = sorted((run.path / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
@@ -201,7 +201,7 @@ def train_with_trl(
     from accelerate.state import AcceleratorState
     from transformers import PrinterCallback
 
-    from polm_lab.core.models import _quiet, pick_device, save_model
+    from polm_lab.core.models import quiet_libraries, pick_device, save_model
 
     trainer_class, config_class = trl_class(f"{trainer}Trainer"), trl_class(f"{trainer}Config")
     arguments = {**trl_arguments(settings, run), **(dict(remove_unused_columns=False) if "data_collator" in trainer_arguments else {}), **(config or {})}
@@ -226,7 +226,7 @@ def train_with_trl(
         record, model = _record(run, settings, evaluate), policy.model
         AcceleratorState._reset_state()  # a notebook runs several methods, with different precisions, in one process
         own_forward = vars(model).get("forward")
-        with _quiet():
+        with quiet_libraries():
             try:
                 made = trainer_class(
                     model=model, args=config_class(**arguments), train_dataset=in_our_order(rows, settings, per_step), processing_class=tokenizer,

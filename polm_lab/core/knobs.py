@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['WrongInput', 'nearest', 'Knob', 'knob', 'redefault', 'knobs', 'RunSettings', 'Settings', 'make_settings', 'from_cell']
 
-# %% ../../nbs/core/knobs.ipynb #9ae5c02a
+# %% ../../nbs/core/knobs.ipynb #454d671b
 import dataclasses
 import difflib
 import math
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 # %% ../../nbs/core/knobs.ipynb #c9d3e90c

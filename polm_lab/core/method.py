@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'REGISTRY', 'Method', 'method', 'find', 'methods']
 
-# %% ../../nbs/core/method.ipynb #2c954d9a
+# %% ../../nbs/core/method.ipynb #95b2e083
 import importlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, get_type_hints
 
-from .knobs import Knob, RunSettings, Settings, WrongInput, knob, knobs, nearest
+from .knobs import Knob, RunSettings, Settings, WrongInput, knobs, nearest
 
 # %% ../../nbs/core/method.ipynb #e1adbcd8
 FAMILIES = ("finetuning", "alignment", "reasoning", "efficiency", "integration", "recipes")  # folders, in the order of the survey

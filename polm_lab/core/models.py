@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['HUB_FILES', 'DTYPES', 'CHAT_TEMPLATES', 'TOKENIZER_FILES', 'NEEDS_MORE', 'OWN_TARGETS', 'VIRTUAL_TOKENS',
-           'data_folder', 'built_in_models', 'model_path', 'pick_device', 'pick_dtype', 'has_chat_template',
-           'load_tokenizer', 'count_parameters', 'size_mib', 'adapter_names', 'parse_adapter', 'load_model',
-           'save_model']
+           'quiet_libraries', 'data_folder', 'built_in_models', 'model_path', 'pick_device', 'pick_dtype',
+           'has_chat_template', 'load_tokenizer', 'count_parameters', 'size_mib', 'adapter_names', 'parse_adapter',
+           'load_model', 'save_model']
 
 # %% ../../nbs/core/models.ipynb #350c5e19
 import functools
@@ -25,12 +25,12 @@ import polm_lab
 from .knobs import WrongInput, nearest
 from .run import runs_folder
 
-# %% ../../nbs/core/models.ipynb #604d5d14
+# %% ../../nbs/core/models.ipynb #e2622c47
 HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]  # neither code nor pickles are even downloaded
 
 
 @contextmanager
-def _quiet():
+def quiet_libraries():
     "No progress bars, load reports and warnings of the libraries: what matters of them is raised as `WrongInput`."
     from transformers.utils import logging
 
@@ -203,7 +203,7 @@ def _dtype(name, device):
         raise WrongInput(f"dtype {name!r}: expected one of {', '.join(DTYPES)}; {nearest(name, DTYPES)}")
     return pick_dtype(device) if name == "auto" else getattr(torch, name)
 
-# %% ../../nbs/core/models.ipynb #7b1fb7a2
+# %% ../../nbs/core/models.ipynb #0b82fe23
 CHAT_TEMPLATES = {  # {BOS} is the beginning-of-sequence token if the tokenizer puts it before plain text too
     "transcript": "{BOS}{% for m in messages %}{% if m.role == 'assistant' %}{{ '\n\nAssistant:' }}{% generation %}{{ ' ' + m.content + eos_token }}{% endgeneration %}"
     "{% else %}{{ '\n\n' + {'user': 'Human', 'system': 'System'}.get(m.role, m.role | capitalize) + ': ' + m.content }}{% endif %}{% endfor %}"
@@ -234,7 +234,7 @@ def load_tokenizer(spec, chat_template: str = ""):
             return load_tokenizer(_adapter_base(folder), chat_template)
         raise WrongInput(f"{folder}: no tokenizer; expected tokenizer.json (or {', '.join(TOKENIZER_FILES[1:4])}); copy it from the model that this one was made from")
     try:
-        with _quiet():
+        with quiet_libraries():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # whatever the parsers of a dozen formats raise
         raise WrongInput(f"{folder}: the tokenizer cannot be read ({_line(error)}); copy its files again") from None
@@ -286,7 +286,7 @@ def size_mib(model) -> float:
     tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
     return sum(t.numel() * t.element_size() for t in tensors.values()) / 2**20
 
-# %% ../../nbs/core/models.ipynb #76c473f6
+# %% ../../nbs/core/models.ipynb #d8971c7b
 NEEDS_MORE = {  # kinds that cannot work from a model and a text alone
     "poly": "it needs a task id with every row",
     "multitask_prompt_tuning": "it needs a task id with every row",
@@ -394,7 +394,7 @@ def _add_adapter(model, kind: str, settings: dict, seed: int, base: str):
             leaves = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight")}
             raise WrongInput(f"adapter {spec!r}: {model.config.model_type} has no layer {target!r}; {nearest(target, leaves)}")
     try:
-        with _quiet(), torch.random.fork_rng(devices=[]):
+        with quiet_libraries(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             adapted = get_peft_model(model, cls(**filled))
     except Exception as error:  # each tuner has its own ways to say that it does not fit
@@ -404,7 +404,7 @@ def _add_adapter(model, kind: str, settings: dict, seed: int, base: str):
     adapted.peft_config["default"].base_model_name_or_path = base
     return adapted
 
-# %% ../../nbs/core/models.ipynb #0214f2ac
+# %% ../../nbs/core/models.ipynb #fcfe15ac
 def _read_model(folder: Path, dtype):
     "The causal model in `folder` on the CPU, with every weight from the files."
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -414,7 +414,7 @@ def _read_model(folder: Path, dtype):
     if config.get("auto_map") and not config.get("model_type"):
         raise WrongInput(f"{folder}: this model brings code of its own, which is not run; use one that transformers knows")
     try:
-        with _quiet():
+        with quiet_libraries():
             settings = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder, config=settings, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
@@ -454,7 +454,7 @@ def _read_adapter(folder: Path, dtype, trainable: bool):
     files = _weight_files(folder)
     base = _read_any(model_path(spec), dtype)
     try:
-        with _quiet():
+        with quiet_libraries():
             config = PeftConfig.from_pretrained(folder)
             kind = config.peft_type.value.lower()
             if trainable and (kind == "prompt_tuning" or kind == "prefix_tuning" and not config.prefix_projection):  # PEFT loads these fixed only
@@ -483,7 +483,7 @@ def _read_any(folder: Path, dtype):
         kind = model.peft_config["default"].peft_type.value.lower()
         raise WrongInput(f"{folder}: a {kind} adapter cannot be merged, so no second adapter can stand on it; go on training it with adapter none")
     try:
-        with _quiet():
+        with quiet_libraries():
             return model.merge_and_unload()
     except Exception as error:
         raise WrongInput(f"{folder}: its adapter cannot be merged into the base model ({_line(error)}); go on training it with adapter none") from None
@@ -510,7 +510,7 @@ def load_model(spec, dtype="auto", device="auto", adapter: str = "none", seed: i
     if gradient_checkpointing:
         if kind != "none" or hasattr(model, "peft_config"):
             model.enable_input_require_grads()  # the frozen embedding would cut the gradient off at the first checkpoint
-        with _quiet():
+        with quiet_libraries():
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.to(device)
 
@@ -519,7 +519,7 @@ def _portable(spec, folder: Path) -> str:
     "How an adapter names its base model: a built-in name or Hub id as it is, a folder by its full path."
     return str(folder.resolve()) if Path(str(spec)).expanduser().is_dir() or (runs_folder() / str(spec)).is_dir() else str(spec)
 
-# %% ../../nbs/core/models.ipynb #692c3e21
+# %% ../../nbs/core/models.ipynb #34ba8541
 def _save_plain(model, folder: Path, more: dict):
     "Weights, configuration and generation settings. transformers refuses to save generation settings that do not agree, with which many models on the Hub come."
     from transformers import GenerationConfig
@@ -547,7 +547,7 @@ def save_model(model, tokenizer, folder, state_dict=None) -> Path:
         shutil.rmtree(leftover, ignore_errors=True)
     fresh.mkdir(parents=True)
     try:
-        with _quiet():
+        with quiet_libraries():
             more = {"state_dict": state_dict} if state_dict is not None else {}
             if hasattr(model, "peft_config"):
                 model.save_pretrained(fresh, save_embedding_layers=False, **more)  # otherwise PEFT asks the Hub about the base model

@@ -198,15 +198,15 @@ def watching(run: Run, show):
         over.set()
         watcher.join()
 
-# %% ../../nbs/workbench/launch.ipynb #32e2e623
-def runs(out=None):
-    "The runs below `out` as a DataFrame, newest first."
+# %% ../../nbs/workbench/launch.ipynb #44cfc6ec
+def runs(out=None, metrics=("perplexity", "accuracy", "reward", "margin", "kl")):
+    "The runs below `out` as a DataFrame, newest first, with those of `metrics` that their last evaluation has."
     import pandas as pd
 
     rows = []
     for r in reversed(all_runs(out)):
         last = r.read()
-        after = last["summary"].get("after", {})
+        after = {name: value for name, value in last["summary"].get("after", {}).items() if name in metrics}
         rows.append(
             dict(run=r.id, method=r.method, status=r.status, step=last["step"], total=last["total"], parents=", ".join(last["parents"]), **after)
         )
