@@ -216,7 +216,7 @@ def test_batches_hold_each_completion_once_beside_its_log_probs():
 def test_samples_are_whole_groups_within_a_limit():
     tokenizer = load_tokenizer("tiny")
     group = Group(3, {"prompt": "1+1="}, tokenizer("1+1=").input_ids, [tokenizer("the 2 of").input_ids] * 4, ["the 2 of"] * 4, [[-1.0] * 9] * 4, [True] * 4, {"f": [None] * 4}, [0.0] * 4)
-    rows = sample_rows([group] * 5, torch.zeros(20), None, tokenizer, limit=10)
+    rows = sample_rows([group] * 5, torch.zeros(20), tokenizer, limit=10)
     assert len(rows) == 8 and "".join(rows[0]["tokens"]) == "the 2 of" and "ref_logp" not in rows[0] and rows[0]["group"] == 3
 
 

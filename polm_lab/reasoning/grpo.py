@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['KLS', 'LOSSES', 'GRPO', 'group_advantages', 'clipped_objective', 'kl_estimate', 'token_loss', 'loss_weight',
-           'summed_loss', 'Group', 'draw_groups', 'measure', 'beside', 'make_batches', 'starting_model', 'everywhere',
-           'token_stats', 'batch_loss', 'trl_config', 'sample_rows', 'grpo']
+           'summed_loss', 'Group', 'draw_groups', 'measure', 'beside', 'make_batches', 'encode_prompts',
+           'starting_model', 'refer', 'everywhere', 'token_stats', 'batch_loss', 'trl_config', 'sample_rows', 'grpo']
 
-# %% ../../nbs/reasoning/grpo.ipynb #54a974e2
+# %% ../../nbs/reasoning/grpo.ipynb #a504615e
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -118,7 +118,7 @@ def summed_loss(losses: Tensor, mask: Tensor, loss_type: str) -> Tensor:
         return (losses.sum(1) / mask.sum(1).clamp_min(1)).sum()
     return losses.sum() * (len(mask) / mask.sum().clamp_min(1) if loss_type == "bnpo" else 1)
 
-# %% ../../nbs/reasoning/grpo.ipynb #42e477cd
+# %% ../../nbs/reasoning/grpo.ipynb #26a21fc3
 @dataclass
 class Group:
     "The completions of one prompt."
@@ -132,6 +132,10 @@ class Group:
     ended: list[bool]
     parts: dict[str, list[float | None]]
     rewards: list[float]
+    ref_logps: list[list[float]] = field(default_factory=list)  # one list a completion, empty without a reference
+
+    def __post_init__(self):
+        self.ref_logps = self.ref_logps or [[] for _ in self.completions]
 
     @property
     def equal(self) -> bool:
@@ -168,7 +172,7 @@ def measure(groups: list[Group], meter: Meter):
         meter.add("truncated", [float(not e) for e in group.ended])
         meter.add("zero_std_groups", float(group.equal))
 
-# %% ../../nbs/reasoning/grpo.ipynb #6eba9140
+
 def beside(values: list[list[float]], prompts: list[list[int]], time: int) -> Tensor:
     "Values of completion tokens as [rows, time], each beside its token; 0 elsewhere."
     table = torch.zeros(len(values), time)
@@ -193,12 +197,35 @@ def make_batches(groups: list[Group], settings: GRPO, pad_id: int) -> list[dict]
     return batches
 
 
+def encode_prompts(tokenizer, rows: list[dict], settings: GRPO) -> list[list[int]]:
+    "The rows' prompts as tokens, each with room for an answer. Raises `WrongInput`."
+    prompts, longest = [encode(tokenizer, row, "prompt", settings.max_length)["input_ids"] for row in rows], settings.max_length - settings.max_new_tokens
+    for row, prompt in zip(rows, prompts):
+        if len(prompt) > longest:
+            found = f"{row.where}: prompt has {len(prompt)} tokens"
+            raise WrongInput(f"{found}; expected at most max_length - max_new_tokens = {longest}; raise max_length or shorten the prompt")
+    return prompts
+
+
 def starting_model(policy: Policy, settings: GRPO) -> Policy:
     "The model at the start, frozen: the policy without its new adapter, or loaded again."
     if getattr(policy.model, "fresh_adapter", False) and hasattr(policy.model, "disable_adapter"):
         return Policy(policy.model, adapter=False)
     model = load_model(settings.model, dtype=settings.dtype, device=settings.device).requires_grad_(False)
     return Policy(model.eval())
+
+
+def refer(reference: Policy, batches: list[dict], groups: list[Group], settings: GRPO) -> Tensor:
+    "Put the reference's log-probs into batches and groups; returns what the KL takes off each completion's reward [rows]."
+    flat = [logps for group in groups for logps in group.ref_logps]
+    penalty = torch.zeros(len(flat))
+    with quiet(reference):
+        for batch in batches:
+            batch["ref_logp"], learned = token_stats(reference, batch, settings).logp.cpu(), batch["target_mask"].bool()
+            for row, values, mask in zip(batch["rows"].tolist(), batch["ref_logp"], learned):
+                flat[row].extend(values[mask].tolist())
+            penalty[batch["rows"]] = (kl_estimate(batch["old_logp"], batch["ref_logp"], settings.kl[:2]) * learned).sum(1)
+    return settings.beta * penalty if settings.kl.endswith("_reward") else torch.zeros_like(penalty)
 
 
 def everywhere(values: Tensor) -> Tensor:
@@ -209,7 +236,7 @@ def everywhere(values: Tensor) -> Tensor:
 
     return torch.tensor(gather_object(values.tolist()), dtype=values.dtype)
 
-# %% ../../nbs/reasoning/grpo.ipynb #f705d222
+
 def token_stats(policy, batch: dict, settings: GRPO, entropy: bool = False):
     "Log-probs of the completions' tokens at the sampling temperature."
     device = next(policy.parameters()).device
@@ -247,8 +274,8 @@ def trl_config(settings: GRPO) -> dict:
         mask_truncated_completions=settings.mask_truncated, shuffle_dataset=False,
     )  # fmt: skip
 
-# %% ../../nbs/reasoning/grpo.ipynb #c0c4365d
-def sample_rows(groups: list[Group], advantages: Tensor, ref_logps: list[list[float]] | None, tokenizer, limit: int = 32) -> list[dict]:
+# %% ../../nbs/reasoning/grpo.ipynb #da78e738
+def sample_rows(groups: list[Group], advantages: Tensor, tokenizer, limit: int = 32) -> list[dict]:
     "Rows for samples.jsonl: whole groups, as many as fit into `limit` rows."
     rows, size = [], len(groups[0].rewards)
     for g, group in enumerate(groups[: max(1, limit // size)]):
@@ -258,94 +285,77 @@ def sample_rows(groups: list[Group], advantages: Tensor, ref_logps: list[list[fl
             parts = {name: values[i] for name, values in group.parts.items()}
             row = dict(group=group.slot, prompt=group.row["prompt"], completion=group.texts[i], reward=group.rewards[i], rewards=parts)
             row |= dict(advantage=round(advantages[g * size + i].item(), 5), ended=group.ended[i], tokens=tokens, logp=[round(x, 4) for x in group.logps[i]])
-            rows.append(row | ({"ref_logp": [round(x, 4) for x in ref_logps[g * size + i]]} if ref_logps else {}))
+            rows.append(row | ({"ref_logp": [round(x, 4) for x in group.ref_logps[i]]} if group.ref_logps[i] else {}))
     return rows
 
-# %% ../../nbs/reasoning/grpo.ipynb #0bda6d7f
+
 @method(
     family="reasoning", title="Group relative policy optimization", paper="Shao et al. 2024 (DeepSeekMath), eq. 3, 4; survey eq. 8", data="prompt",
     needs=("reward", "reference"), engines=("lab", "trl"), small=dict(batch_size=8, samples=4, max_new_tokens=8, updates=2),
 )  # fmt: skip
 def grpo(settings: GRPO, run: Run) -> None:
     "Raise the probability of answers that score above the mean of their group."
-    total = settings.batch_size * settings.accumulate
-    if total % settings.samples:
-        raise WrongInput(f"batch_size x accumulate = {total} completions a step: expected a multiple of samples = {settings.samples}, so that groups are whole")
-    rows, held_out = load_data(settings.data, "prompt"), load_held_out(settings.data, settings.eval_data, "prompt", settings.eval_rows)
-    score = scorer(settings.data, rows)
-    rewards = make_rewards(settings.rewards, score, settings.max_new_tokens)
+    size = settings.batch_size * settings.accumulate
+    if size % settings.samples:
+        raise WrongInput(f"batch_size x accumulate = {size} completions a step: expected a multiple of samples = {settings.samples}, so that groups are whole")
+    rows, held_out = load_data(settings.data, "prompt"), load_data(settings.eval_data or settings.data, "prompt", "test")[: settings.eval_rows]
+    rewards = make_rewards(settings.rewards, scorer(settings.data, rows), settings.max_new_tokens)
     policy, tokenizer = load_policy(settings)
     for module in policy.modules():  # noise on one side of a ratio is noise in the ratio
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     try_rewards(rewards, rows, tokenizer)
-    longest = settings.max_length - settings.max_new_tokens
-    prompts = [encode(tokenizer, row, "prompt", settings.max_length)["input_ids"] for row in rows]
-    for row, prompt in zip(rows, prompts):
-        if len(prompt) > longest:
-            raise WrongInput(f"{row.where}: prompt has {len(prompt)} tokens; expected at most max_length - max_new_tokens = {longest}; raise max_length or shorten the prompt")
+    prompts = encode_prompts(tokenizer, rows, settings)
+    encode_prompts(tokenizer, held_out, settings)
     reference = starting_model(policy, settings) if settings.beta else None
+    order = Order(len(rows), size // settings.samples, settings.seed)
+    recorded = {round(i * (settings.steps - 1) / 19) for i in range(20)}
+
+    def draw(slots: list[tuple[int, int]], step: int, attempt: int, meter: Meter) -> list[Group]:
+        chosen = [(slot, rows[i], prompts[i]) for slot, i in slots]
+        groups = draw_groups(policy, tokenizer, rewards, chosen, settings, step, attempt)
+        measure(groups, meter)
+        return groups
+
+    def updates(step: int, meter: Meter):
+        groups = draw(my_share(list(enumerate(order.rows(step)))), step, 0, meter)
+        for attempt in range(1, settings.resample + 1):
+            equal = [n for n, group in enumerate(groups) if group.equal]
+            others = [(groups[n].slot, seed_of(settings.seed, step, attempt, groups[n].slot) % len(rows)) for n in equal]
+            for n, group in zip(equal, draw(others, step, attempt, meter) if equal else []):
+                groups[n] = group
+        batches = make_batches(groups, settings, tokenizer.pad_token_id)
+        totals = torch.tensor([r for group in groups for r in group.rewards])
+        if reference is not None:
+            totals = totals - refer(reference, batches, groups, settings)
+        advantages, _ = group_advantages(totals, settings.samples, settings.scale, batch=everywhere(totals) if settings.scale == "batch" else None)
+        meter.add("advantage_std", advantages.std())
+        for batch in batches:
+            batch["advantages"] = advantages[batch["rows"]]
+        if step in recorded:
+            run.sample(step + 1, sample_rows(groups, advantages, tokenizer))
+        for _ in range(settings.updates):
+            yield batches
+
     evaluation = Evaluation(
-        policy, tokenizer, held_out, "prompt", max_length=longest, score=scorer(settings.eval_data or settings.data, held_out), samples=settings.samples,
+        policy, tokenizer, held_out, "prompt", max_length=settings.max_length, score=scorer(settings.eval_data or settings.data, held_out), samples=settings.samples,
         max_new_tokens=settings.max_new_tokens, reference=reference, others=other_worlds(settings, tokenizer), seed=settings.seed,
         before=run.summary.get("before"),
     )  # fmt: skip
 
     def evaluate():
         evaluation.reference = reference or starting_model(policy, settings)  # without β it is needed here only, and takes no memory while training
-        found = evaluation()
-        rolled, evaluation.reference = evaluation.rolled, reference
+        found, rolled, evaluation.reference = evaluation(), evaluation.rolled, reference
         asked = [row for row in evaluation.rows for _ in range(settings.samples)]
         scores = call_rewards(rewards, asked, as_completions(asked, rolled.texts), rolled.completions, rolled.ended)
         return found | {"reward": torch.tensor(scores.total).nanmean().item()}
 
-    order = Order(len(rows), total // settings.samples, settings.seed)
-    sampled_steps = {round(i * (settings.steps - 1) / 19) for i in range(20)}
-
-    def groups_of(step: int, meter: Meter) -> list[Group]:
-        def draw(slots_rows, attempt):
-            chosen = [(slot, rows[i], prompts[i]) for slot, i in slots_rows]
-            drawn = draw_groups(policy, tokenizer, rewards, chosen, settings, step, attempt)
-            measure(drawn, meter)
-            return drawn
-
-        groups = draw(my_share(list(enumerate(order.rows(step)))), 0)
-        for attempt in range(1, settings.resample + 1):
-            equal = [n for n, group in enumerate(groups) if group.equal]
-            if not equal:
-                break
-            fresh = draw([(groups[n].slot, seed_of(settings.seed, step, attempt, groups[n].slot) % len(rows)) for n in equal], attempt)
-            for n, group in zip(equal, fresh):
-                groups[n] = group
-        return groups
-
-    def updates(step: int, meter: Meter):
-        groups = groups_of(step, meter)
-        batches = make_batches(groups, settings, tokenizer.pad_token_id)
-        totals, ref_logps = torch.tensor([r for group in groups for r in group.rewards]), None
-        if reference is not None:
-            ref_logps, penalty = [[] for _ in totals], torch.zeros(len(totals))
-            with quiet(reference):
-                for batch in batches:
-                    batch |= dict(ref_logp=token_stats(reference, batch, settings).logp.cpu())
-                    for r, mask, values in zip(batch["rows"].tolist(), batch["target_mask"].bool(), batch["ref_logp"]):
-                        ref_logps[r] = values[mask].tolist()
-                    penalty[batch["rows"]] = (kl_estimate(batch["old_logp"], batch["ref_logp"], settings.kl[:2]) * batch["target_mask"]).sum(1)
-            if settings.kl.endswith("_reward"):
-                totals = totals - settings.beta * penalty
-        advantages, _ = group_advantages(totals, settings.samples, settings.scale, batch=everywhere(totals) if settings.scale == "batch" else None)
-        meter.add("advantage_std", advantages.std().item())
-        if step in sampled_steps:
-            run.sample(step + 1, sample_rows(groups, advantages, ref_logps, tokenizer))
-        for batch in batches:
-            batch["advantages"] = advantages[batch["rows"]]
-        for _ in range(settings.updates):
-            yield batches
-
     if settings.engine == "trl":
-        more = dict(rows_per_step=total // settings.samples, reward_funcs=for_trl(rewards, end_tokens(policy.model, tokenizer)))
         config = trl_config(settings) | dict(reward_weights=[r.weight for r in rewards])
-        return train_with_trl(run, settings, "GRPO", policy, tokenizer, [dict(row) for row in rows], evaluate, config=config, **more)
+        functions = for_trl(rewards, end_tokens(policy.model, tokenizer))
+        return train_with_trl(
+            run, settings, "GRPO", policy, tokenizer, list(map(dict, rows)), evaluate, config=config, rows_per_step=order.rows_per_step, reward_funcs=functions
+        )  # fmt: skip
     fit(run, settings, policy, updates, lambda policy, batch, meter: batch_loss(policy, batch, settings, meter), evaluate)
     if run.writes:
         save_model(policy.model, tokenizer, run.path / "model")
