@@ -47,12 +47,12 @@ def each_batch_by_its_own_count():
     return check.exchanged(plain, wrong)
 
 
-def padding_is_read():
-    "The model attends to padding."
+def padding_is_learned():
+    "Padding counts as text that is learned."
     plain = logprobs.Policy.forward
 
-    def wrong(self, input_ids, attention_mask=None, *args, **kwargs):
-        return plain(self, input_ids, torch.ones_like(input_ids), *args, **kwargs)
+    def wrong(self, input_ids, attention_mask=None, target_mask=None, *args, **kwargs):
+        return plain(self, input_ids, torch.ones_like(input_ids), target_mask.bool() | ~attention_mask.bool(), *args, **kwargs)
 
     return mock.patch.object(logprobs.Policy, "forward", wrong)
 
@@ -91,7 +91,7 @@ def a_step_is_not_logged():
 MUTATIONS = [
     (check.same_seed, by_time, dict(neftune_alpha=20.0)),
     (check.batches_add_up, each_batch_by_its_own_count, {}),
-    (check.padding_is_nothing, padding_is_read, {}),
+    (check.padding_is_nothing, padding_is_learned, {}),
     (check.chunked_is_dense, kernel_drifts, {}),
     (check.resumed_is_uninterrupted, optimizer_is_forgotten, {}),
     (check.record_complete, a_step_is_not_logged, {}),

@@ -5,8 +5,10 @@ Each case is a line of a table: what is wrong, the files it needs, the command, 
 
 import json
 import shutil
+import subprocess
 
 import pytest
+from conftest import POLM
 
 import polm_lab as lab
 from polm_lab.cli import polm
@@ -78,7 +80,7 @@ REWARDS = {
     "a reward of the wrong length": ("return [1.0]", ["1"]),
     "a reward that is None everywhere": ("return [None] * len(completions)", ["None"]),
     "a reward that is text": ("return ['good'] * len(completions)", ["good"]),
-    "a reward that is no list": ("return 1.0", ["1.0"]),
+    "a reward that is no list": ("return 1.0", ["float", "list"]),
 }
 
 
@@ -221,22 +223,31 @@ def test_finished_and_damaged_runs(runs, capsys):
     refused(capsys, ["run.json", "damaged"], "show", run.path)
 
 
-@pytest.mark.parametrize("file", ["metrics.jsonl", "log.txt"])
-def test_a_full_disk(file, runs, capsys):
-    from polm_lab.workbench.launch import create
-
-    earlier = finished()
-    kept = {p: p.read_bytes() for p in earlier.path.rglob("*") if p.is_file()}
-    run = create("sft", dict(data="sums", steps=2, eval_rows=4, batch_size=4, learning_rate=10.0 if file == "log.txt" else 1e-3))
-    (run.path / file).symlink_to("/dev/full")
-    code, lines = attempt(capsys, "work", run.path)
-    if file == "metrics.jsonl":
-        assert code == 1 and "No space left" in lines[-1]
-        assert run.status == "failed" and "No space left" in run.read()["reason"]
-    assert {p: p.read_bytes() for p in earlier.path.rglob("*") if p.is_file()} == kept
+FULL = """
+mount -t tmpfs -o size=12m tmpfs {disk} && cp -r {earlier} {disk}/earlier
+{polm} run sft --bare --out {disk} -p data sums -p steps 3 -p save_every 1 -p eval_rows 4 -p batch_size 4
+echo "exit $?"
+cat {disk}/*-sft-*/run.json > {seen}/run.json; cat {disk}/*-sft-*/metrics.jsonl > {seen}/metrics.jsonl; ls {disk}/*-sft-*/checkpoints > {seen}/checkpoints; diff -r {earlier} {disk}/earlier && echo same
+"""
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_batch(tmp_path, runs, capsys, model):
+def test_a_full_disk(tmp_path, runs):
+    "A real one of 12 MiB, mounted in a namespace of its own; one checkpoint needs 20."
+    earlier, disk = tmp_path / "earlier", tmp_path / "disk"
+    earlier.mkdir(), disk.mkdir()
+    (earlier / "run.json").write_text(json.dumps({"id": "earlier"}))
+    script = FULL.format(disk=disk, earlier=earlier, polm=POLM, seen=tmp_path)
+    done = subprocess.run(["unshare", "-rm", "bash", "-c", script], capture_output=True, text=True)
+    if "exit" not in done.stdout:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert "exit 1" in done.stdout and "same" in done.stdout, done.stdout + done.stderr
+    assert record["status"] == "failed" and "No space left" in record["reason"], record["reason"]
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1]
+    assert (tmp_path / "checkpoints").read_text() == "", "no half checkpoint is left"
+
+
+def test_weights_that_are_not_finite_end_the_run(runs, capsys, model):
     from safetensors.torch import load_file, save_file
 
     weights = load_file(model / "model.safetensors")
@@ -244,10 +255,21 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_batch(tmp_path, ru
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     code, lines = attempt(capsys, "run", "sft", "--bare", *pairs({"model": model, "data": "sums", "steps": 2, "eval_rows": 4}))
     run = all_runs(runs)[0]
-    assert run.status == "failed" and code in (1, 2) and len(lines) == 1, (code, lines)
-    assert "finite" in run.read()["reason"]
-    if code == 1:
-        assert list(run.path.glob("nonfinite-*.safetensors"))
+    assert code in (1, 2) and len(lines) == 1 and run.status == "failed" and "finite" in run.read()["reason"], (code, lines)
+
+
+def test_a_loss_that_is_not_finite_keeps_its_batch(runs):
+    import torch
+    from safetensors.torch import load_file
+
+    from polm_lab.core.knobs import Settings
+    from polm_lab.core.run import Run
+    from polm_lab.core.train import fit
+
+    run, batch = Run.create("line", {"steps": 3}), dict(x=torch.tensor([[1.0], [2.0]]), weight=2)
+    with pytest.raises(FloatingPointError, match="step 1"), run.active():
+        fit(run, Settings(steps=3, device="cpu", dtype="float32"), torch.nn.Linear(1, 1), lambda step, meter: [[batch]], lambda m, b, _: (m(b["x"]) * float("inf")).sum())
+    assert run.status == "failed" and torch.equal(load_file(run.path / "nonfinite-step-1.safetensors")["x"], batch["x"])
 
 
 def test_the_table_is_long_enough():

@@ -7,8 +7,9 @@ __all__ = ['seed_of', 'seed_all', 'learning_rate_at', 'Meter', 'Progress', 'worl
            'make_accelerator', 'load_policy', 'token_batches', 'checkpoints', 'save_checkpoint', 'load_checkpoint',
            'optimizer_for', 'fit', 'anybody', 'peak_memory', 'not_finite']
 
-# %% ../../nbs/core/train.ipynb #cead71c5
+# %% ../../nbs/core/train.ipynb #4999026f
 import contextlib
+import errno
 import hashlib
 import logging
 import math
@@ -183,7 +184,7 @@ def token_batches(examples: list[dict], settings: Settings, pad_id: int, packing
         batches.append(dict(batch, weight=float(sum(sum(e["target_mask"][1:]) for e in part))))
     return batches
 
-# %% ../../nbs/core/train.ipynb #c6062c14
+# %% ../../nbs/core/train.ipynb #9935fd19
 def checkpoints(run: Run) -> list[Path]:
     "The whole checkpoints of a run, oldest first."
     return sorted((run.path / "checkpoints").glob("step-*"))
@@ -196,7 +197,14 @@ def save_checkpoint(run: Run, accelerator, step: int, keep: int = 2):
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
+    try:
+        accelerator.save_state(str(temporary))
+    except BaseException as error:
+        full = shutil.disk_usage(folder).free < 2**20
+        shutil.rmtree(temporary, ignore_errors=True)  # which leaves room for the record to say what happened
+        if full:
+            raise OSError(errno.ENOSPC, f"No space left on device for the checkpoint of step {step}", str(folder)) from error
+        raise
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         target = folder / f"step-{step:08d}"
