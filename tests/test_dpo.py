@@ -153,14 +153,17 @@ def test_loss_and_gradient_are_trls(tokenizer, start, tmp_path, epsilon):
         assert (p.grad - q.grad).norm() <= 1e-5 * max(q.grad.norm().item(), 1e-3), name
 
 
-def test_engine_trl_learns_the_same():
+@pytest.mark.parametrize("more", [{}, dict(adapter="lora:r=4", steps=2)])
+def test_engine_trl_learns_the_same(more):
     "Same rows, order, loss and optimizer; the schedules differ in the warm-up, which is off."
-    ours, theirs = (lab.run("dpo", **SHORT, clip=0.0, schedule="constant", label_smoothing=0.1, engine=engine) for engine in ("lab", "trl"))
+    ours, theirs = (lab.run("dpo", **SHORT | more, clip=0.0, schedule="constant", label_smoothing=0.1, engine=engine) for engine in ("lab", "trl"))
     for a, b in zip(ours.lines(), theirs.lines(), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=2e-4) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2e-2)
         assert a["reward_chosen"] == pytest.approx(b["reward_chosen"], abs=2e-3)
     assert ours.summary["after"]["margin"] == pytest.approx(theirs.summary["after"]["margin"], abs=5e-3)
     assert set(theirs.summary["after"]) == set(ours.summary["after"])
+    files = [sorted(p.relative_to(run.path).as_posix() for p in (run.path / "model").rglob("*.safetensors")) for run in (ours, theirs)]
+    assert files[0] == files[1]  # TRL trains beside a second adapter, which must not be saved
 
 
 # The reference ----------------------------------------------------------------------------------------------------

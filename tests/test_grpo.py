@@ -100,7 +100,7 @@ def microbatch(models, texts, masked):
         with quiet(model):
             batch[name] = model(batch["input_ids"], batch["attention_mask"], batch["target_mask"], temperature=0.8).logp
     batch["loss_mask"] = batch["target_mask"] * torch.tensor([[i not in masked] for i in range(len(texts))])
-    return dict(batch, prompt=len(prompt), advantages=torch.linspace(-1.2, 1.7, len(texts)))
+    return dict(batch, prompt=len(prompt), prefix=torch.tensor([[0, len(prompt)]] * len(texts)), advantages=torch.linspace(-1.2, 1.7, len(texts)))
 
 
 def as_trl(batch, items):

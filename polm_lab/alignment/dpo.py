@@ -28,7 +28,7 @@ from ..core.models import save_model
 from ..core.run import Run
 from ..core.train import Meter, fit, load_policy, my_share, world
 
-# %% ../../nbs/alignment/dpo.ipynb #109b4ae9
+# %% ../../nbs/alignment/dpo.ipynb #e98263df
 @dataclass(kw_only=True)
 class DPO(Settings):
     "Settings of direct preference optimization."
@@ -41,7 +41,7 @@ class DPO(Settings):
                           choices=("auto", "copy", "adapter", "precomputed"))  # fmt: skip
     data: str = redefault("data", "chat")
     steps: int = redefault("steps", 60)
-    learning_rate: float = redefault("learning_rate", 3e-4)
+    learning_rate: float = redefault("learning_rate", 1e-4)
 
 # %% ../../nbs/alignment/dpo.ipynb #c2f9b86b
 def optimal_policy(ref_logp: Tensor, reward: Tensor, beta: float) -> Tensor:

@@ -6,14 +6,17 @@
 __all__ = ['BLOCK_MIB', 'Readout', 'selected_logprobs', 'dense_logprobs', 'dense_kl', 'full_kl', 'TokenStats', 'states',
            'read_head', 'Policy']
 
-# %% ../../nbs/core/logprobs.ipynb #67aca9e4
+# %% ../../nbs/core/logprobs.ipynb #d0b185fc
 import contextlib
 import functools
+import inspect
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from .knobs import WrongInput
 
@@ -303,7 +306,7 @@ def read_head(model: nn.Module, device: torch.device | str = "cpu") -> Readout |
     expected = scale * z if cap is None else cap * torch.tanh(scale * z / cap)
     return Readout(head.weight, head.bias, scale, cap) if torch.allclose(got, expected, rtol=1e-4, atol=1e-4) else None
 
-# %% ../../nbs/core/logprobs.ipynb #1e0153a6
+# %% ../../nbs/core/logprobs.ipynb #bf3e9977
 class Policy(nn.Module):
     """Wraps a causal LM (or PeftModel); calling it gives `TokenStats` of a batch, and the logits are never built.
 
@@ -321,10 +324,12 @@ class Policy(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, target_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, temperature: float = 1.0, entropy: bool = False,
-                reference: "Policy | None" = None, reverse: bool = False) -> TokenStats:
+                reference: "Policy | None" = None, reverse: bool = False, prefix: Tensor | None = None) -> TokenStats:
         """Log-probs (and entropy, and KL to `reference`) of the tokens where `target_mask` [rows, time] is 1; default: all real tokens.
 
         `position_ids` are needed for packed rows only: they start again at 0 with every example. Padding may stand on either side.
+        `prefix` [rows, 2] = (group, n) says that the rows of a group have the same first n tokens, none of them a target: the model reads those once
+        for the group, where its architecture allows. Values and gradients are the same.
         """
         if not temperature > 0: raise WrongInput(f"temperature: {temperature}; expected more than 0; use 1.0 for the model's own distribution")
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
@@ -341,7 +346,8 @@ class Policy(nn.Module):
         if position_ids is not None: first |= position_ids == 0
         wanted = wanted & ~first  # the first token of an example has nothing before it
         batch = self._batch(input_ids, real, position_ids)
-        rows, readout = self._rows(batch, wanted)
+        together = prefix is not None and reference is None and position_ids is None and self._can_share()
+        rows, readout = self._rows_after_prefix(input_ids, real, wanted, prefix) if together else self._rows(batch, wanted)
         targets = input_ids[wanted]
         if readout.weight is None: logp, spread = dense_logprobs(rows, targets, temperature, entropy)
         else: logp, spread = selected_logprobs(rows, readout.weight, targets, readout.bias, temperature, entropy, None, readout.scale, readout.softcap)
@@ -368,6 +374,33 @@ class Policy(nn.Module):
         found, readout = self._states(batch)
         time = wanted.shape[1]
         return found[:, found.shape[1] - time :][:, :-1][wanted[:, 1:]], readout  # virtual tokens stand in front
+
+    def _can_share(self) -> bool:
+        "Whether keys and values that one row computed can stand in for another's: a plain cache in every layer, which training keeps."
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        learned = base is not self.model and getattr(self.model.active_peft_config, "is_prompt_learning", False)  # has tokens of its own in the cache
+        kinds = {type(layer) for layer in DynamicCache(config=base.config).layers}
+        takes = {"past_key_values", "position_ids"} <= set(inspect.signature(base.forward).parameters)
+        return kinds == {DynamicLayer} and takes and not learned and not (self.model.training and getattr(base, "is_gradient_checkpointing", False))
+
+    def _rows_after_prefix(self, input_ids: Tensor, real: Tensor, wanted: Tensor, prefix: Tensor) -> tuple[Tensor, Readout]:
+        "`_rows`, with the first tokens of each group read once: their keys and values go to all its rows, and gradients come back the same way."
+        owner = prefix[:, 0].unique(return_inverse=True)[1]
+        count = torch.arange(len(owner), device=owner.device)
+        first = torch.zeros_like(owner[: int(owner.max()) + 1]).scatter_reduce(0, owner, count, "amin", include_self=False)
+        shared = prefix[first, 1] - 1  # the last common token stays with the rows: its state predicts their first own one
+        longest, time = int(shared.max()), input_ids.shape[1] - int(shared.min())
+        if longest < 1: return self._rows(self._batch(input_ids, real, None), wanted)
+        place = count.new_ones(longest).cumsum(0) - 1 - (longest - shared)[:, None]  # padded on the left, so that rows go on in the same column
+        own = count.new_ones(time).cumsum(0) - 1 + shared[owner][:, None]
+        inside, column = own < input_ids.shape[1], own.clamp_max(input_ids.shape[1] - 1)
+        cache, mask = DynamicCache(config=self.model.config), torch.cat([(place >= 0)[owner], real.gather(1, column) & inside], 1)
+        fixed = dict(past_key_values=cache, use_cache=True)
+        self._states(dict(input_ids=input_ids[first].gather(1, place.clamp_min(0)), attention_mask=(place >= 0).long(), position_ids=place.clamp_min(0), **fixed))
+        cache.batch_select_indices(owner)
+        asked, column, mask = (wanted.gather(1, column) & inside)[:, 1:], column[:, :-1], mask[:, :-1].long()  # nothing follows the last column
+        found, readout = self._states(dict(input_ids=input_ids.gather(1, column), attention_mask=mask, position_ids=column, **fixed))
+        return found[asked], readout
 
     @torch.no_grad()
     def _constant_rows(self, batch: dict, wanted: Tensor) -> tuple[Tensor, Readout]: return self._rows(batch, wanted)

@@ -118,7 +118,7 @@ def summed_loss(losses: Tensor, mask: Tensor, loss_type: str) -> Tensor:
         return (losses.sum(1) / mask.sum(1).clamp_min(1)).sum()
     return losses.sum() * (len(mask) / mask.sum().clamp_min(1) if loss_type == "bnpo" else 1)
 
-# %% ../../nbs/reasoning/grpo.ipynb #26a21fc3
+# %% ../../nbs/reasoning/grpo.ipynb #9aea90ca
 @dataclass
 class Group:
     "The completions of one prompt."
@@ -183,13 +183,14 @@ def beside(values: list[list[float]], prompts: list[list[int]], time: int) -> Te
 
 def make_batches(groups: list[Group], settings: GRPO, pad_id: int) -> list[dict]:
     "The groups' completions as microbatches of this process; `rows` says which completions are in each."
-    flat = [(group, i) for group in groups for i in range(settings.samples)]
-    examples = [dict(as_example(group.prompt, group.completions[i]), row=n) for n, (group, i) in enumerate(flat)]
-    batches = []
-    for part in microbatches(examples, max(1, settings.batch_size // world()[1])):
-        rows = [e["row"] for e in part]
-        batch = collate(part, pad_id)
+    flat, size, batches = [(group, i) for group in groups for i in range(settings.samples)], max(1, settings.batch_size // world()[1]), []
+    lengths = [len(group.prompt) + len(group.completions[i]) for group, i in flat]
+    order = sorted(range(len(flat)), key=lambda r: (-max(lengths[r - r % settings.samples :][: settings.samples]), r // settings.samples, -lengths[r]))
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
         inside = [flat[r] for r in rows]
+        batch = collate([as_example(group.prompt, group.completions[i]) for group, i in inside], pad_id)
+        batch["prefix"] = torch.tensor([[group.slot, len(group.prompt)] for group, _ in inside])  # a group's prompt is read once
         batch["old_logp"] = beside([group.logps[i] for group, i in inside], [group.prompt for group, _ in inside], batch["input_ids"].shape[1])
         batch["loss_mask"] = batch["target_mask"] * torch.tensor([[group.ended[i] or not settings.mask_truncated] for group, i in inside])
         batch["weight"] = loss_weight(batch["loss_mask"], settings.loss_type, settings.max_new_tokens)
@@ -240,8 +241,8 @@ def everywhere(values: Tensor) -> Tensor:
 def token_stats(policy, batch: dict, settings: GRPO, entropy: bool = False):
     "Log-probs of the completions' tokens at the sampling temperature."
     device = next(policy.parameters()).device
-    ids, attention, target = (batch[name].to(device) for name in ("input_ids", "attention_mask", "target_mask"))
-    return policy(ids, attention, target, temperature=settings.temperature, entropy=entropy)
+    ids, attention, target, prefix = (batch[name].to(device) for name in ("input_ids", "attention_mask", "target_mask", "prefix"))
+    return policy(ids, attention, target, temperature=settings.temperature, entropy=entropy, prefix=prefix)
 
 
 def batch_loss(policy, batch: dict, settings: GRPO, meter: Meter) -> Tensor:
