@@ -251,6 +251,38 @@ def test_packing_is_refused_where_examples_would_see_each_other():
         Policy(model)(torch.ones(1, 6, dtype=torch.long), None, None, torch.tensor([[0, 1, 2, 0, 1, 2]]))
 
 
+def groups():
+    "Nine shuffled rows of three prompts (5, 1 and 9 tokens) with answers of 1, 3 and 6 tokens."
+    torch.manual_seed(3)
+    prompts = [torch.randint(1, 97, (n,)) for n in (5, 1, 9)]
+    rows = [(g, len(p), torch.cat([p, torch.randint(1, 97, (k,))])) for g, p in enumerate(prompts) for k in (3, 6, 1)]
+    rows = [rows[i] for i in (4, 0, 8, 2, 6, 1, 3, 7, 5)]
+    ids, real, target = (torch.zeros(9, 15, dtype=torch.long) for _ in range(3))
+    for i, (_, n, row) in enumerate(rows): ids[i, : len(row)], real[i, : len(row)], target[i, n : len(row)] = row, 1, 1
+    return ids, real, target, torch.tensor([[g + 7, n] for g, n, _ in rows])
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "llama-bf16"])
+def test_a_common_prefix_is_read_once(family):
+    policy, (ids, real, target, prefix), found = Policy(build(family)), groups(), []
+    assert policy._can_share() == (family != "gemma2-softcap")  # a sliding window keeps another kind of cache
+    for given in (None, prefix):
+        policy.zero_grad()
+        stats = policy(ids, real, target, temperature=0.7, entropy=True, prefix=given)
+        ((stats.logp * torch.linspace(-1, 1, 135).view(9, 15)).sum() + stats.entropy.sum()).backward()
+        found.append((stats.logp, stats.entropy, torch.cat([p.grad.flatten() for p in policy.parameters()])))
+    for a, b in zip(*found): close(b, a, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["lora", "ia3", "lora-on-head", "prompt-tuning", "p-tuning", "prefix-tuning"])
+def test_a_common_prefix_under_an_adapter(name):
+    from peft import get_peft_model
+    torch.manual_seed(0)
+    policy, (ids, real, target, prefix) = Policy(get_peft_model(build("llama"), adapters()[name][0])), groups()
+    assert policy._can_share() == (not name.endswith("tuning"))  # the three kinds of tuning have keys and values of their own
+    with torch.no_grad(): close(policy(ids, real, target, prefix=prefix).logp, policy(ids, real, target).logp, 1e-5)
+
+
 def test_no_targets_at_all():
     policy = Policy(build("llama"))
     ids, real, target = batch()

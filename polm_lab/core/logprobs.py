@@ -306,7 +306,7 @@ def read_head(model: nn.Module, device: torch.device | str = "cpu") -> Readout |
     expected = scale * z if cap is None else cap * torch.tanh(scale * z / cap)
     return Readout(head.weight, head.bias, scale, cap) if torch.allclose(got, expected, rtol=1e-4, atol=1e-4) else None
 
-# %% ../../nbs/core/logprobs.ipynb #bf3e9977
+# %% ../../nbs/core/logprobs.ipynb #62011b00
 class Policy(nn.Module):
     """Wraps a causal LM (or PeftModel); calling it gives `TokenStats` of a batch, and the logits are never built.
 
@@ -378,7 +378,9 @@ class Policy(nn.Module):
     def _can_share(self) -> bool:
         "Whether keys and values that one row computed can stand in for another's: a plain cache in every layer, which training keeps."
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        learned = base is not self.model and getattr(self.model.active_peft_config, "is_prompt_learning", False)  # has tokens of its own in the cache
+        config = getattr(self.model, "active_peft_config", None)
+        learned = getattr(config, "is_prompt_learning", False) or getattr(config, "is_adaption_prompt", False)  # have keys and values of their own
+        learned = learned or getattr(getattr(config, "peft_type", None), "value", "") in ("LILY", "SHADOW")  # look at a whole row at once
         kinds = {type(layer) for layer in DynamicCache(config=base.config).layers}
         takes = {"past_key_values", "position_ids"} <= set(inspect.signature(base.forward).parameters)
         return kinds == {DynamicLayer} and takes and not learned and not (self.model.training and getattr(base, "is_gradient_checkpointing", False))
