@@ -51,7 +51,7 @@ def main():
     "Entry point of the console script."
     sys.exit(polm.main())
 
-# %% ../nbs/cli.ipynb #d15a31c8
+# %% ../nbs/cli.ipynb #95c5c7f5
 out_option = click.option("--out", help="Folder that holds runs (default: $POLM_RUNS, or runs/).")
 json_option = click.option("--json", "as_json", is_flag=True, help="End standard output with one JSON line.")
 
@@ -63,20 +63,14 @@ def _report(run: Run, as_json: bool):
         click.echo(json.dumps(dict(run=run.id, path=str(run.path), status=run.status, reason=record["reason"], summary=record["summary"])))
         return
     click.echo(f"{run.id}: {run.status}" + (f" ({record['reason']})" if record["reason"] else ""))
-    if record["summary"]:
-        _print_summary(record["summary"])
-    click.echo(f"record: {run.path}")
+    states = record.get("states") or record["summary"]  # a recipe has one state of the model after each of its stages
+    if states:
+        import pandas as pd
 
-
-def _print_summary(summary: dict):
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("metric", "before", "after")
-    for name in dict.fromkeys(k for part in summary.values() for k in part):
-        cells = [summary.get(when, {}).get(name) for when in ("before", "after")]
-        table.add_row(name, *("" if c is None else f"{c:.4g}" for c in cells))
-    Console().print(table)
+        _print_frame(pd.DataFrame(states).rename_axis("metric"), index=True)
+    for what, name in (("record", ""), ("notebook", "notebook.ipynb"), ("panels", "panels.html")):
+        if (run.path / name).exists():
+            click.echo(f"{what + ':':10} {run.path / name}")
 
 
 def _show_progress(run: Run, row: dict):
