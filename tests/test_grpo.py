@@ -14,10 +14,12 @@ from polm_lab.core.knobs import WrongInput
 from polm_lab.core.logprobs import Policy
 from polm_lab.core.metrics import metric
 from polm_lab.core.models import load_model, load_tokenizer
-from polm_lab.core.train import Meter, seed_of
+from polm_lab.core.train import Meter
+from polm_lab.core.worlds import WORLDS
 from polm_lab.reasoning import grpo
-from polm_lab.reasoning.grpo import (GRPO, KLS, LOSSES, Group, batch_loss, beside, clipped_objective, group_advantages, kl_estimate, loss_weight, make_batches, sample_rows,
+from polm_lab.reasoning.grpo import (GRPO, KLS, LOSSES, Group, batch_loss, beside, clipped_objective, draw_groups, group_advantages, kl_estimate, loss_weight, make_batches, sample_rows,
                                      summed_loss, token_loss, trl_config)  # fmt: skip
+from polm_lab.reasoning.rewards import make_rewards
 
 SHORT = dict(steps=3, batch_size=8, samples=4, eval_rows=2, max_new_tokens=8, device="cpu", dtype="float32", save_every=0)
 
@@ -253,5 +255,12 @@ def test_a_reward_that_breaks_in_the_middle_fails_the_run_and_keeps_what_was_don
     assert run.status == "failed" and "got nan" in run.read()["reason"] and [row["step"] for row in run.lines()] == [1, 2]
 
 
-def test_seeds_do_not_depend_on_who_draws():
-    assert grpo.row_seeds(seed_of(0, 5, 0, 3), 4) == grpo.row_seeds(seed_of(0, 5, 0, 3), 4) != grpo.row_seeds(seed_of(0, 5, 1, 3), 4)
+def test_a_group_is_the_same_whoever_draws_it(models):
+    tokenizer, policy, _, _ = models
+    rows = WORLDS["sums"].rows("prompt", 3)
+    chosen = [(slot, row, tokenizer(row["prompt"]).input_ids) for slot, row in enumerate(rows)]
+    rewards, settings = make_rewards("correct", WORLDS["sums"].score), GRPO(samples=4, max_new_tokens=8)
+    together = draw_groups(policy, tokenizer, rewards, chosen, settings, 5, 0)
+    alone = [draw_groups(policy, tokenizer, rewards, [one], settings, 5, 0)[0] for one in reversed(chosen)][::-1]
+    assert [g.completions for g in together] == [g.completions for g in alone]
+    assert [g.completions for g in together] != [g.completions for g in draw_groups(policy, tokenizer, rewards, chosen, settings, 5, 1)]

@@ -272,6 +272,8 @@ def test_a_common_prefix_is_read_once(family):
         ((stats.logp * torch.linspace(-1, 1, 135).view(9, 15)).sum() + stats.entropy.sum()).backward()
         found.append((stats.logp, stats.entropy, torch.cat([p.grad.flatten() for p in policy.parameters()])))
     for a, b in zip(*found): close(b, a, 1e-5)
+    policy.model.train().gradient_checkpointing_enable()
+    assert not policy._can_share()  # nothing is kept to go on from
 
 
 @pytest.mark.parametrize("name", ["lora", "ia3", "lora-on-head", "prompt-tuning", "p-tuning", "prefix-tuning"])

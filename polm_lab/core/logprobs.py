@@ -306,7 +306,7 @@ def read_head(model: nn.Module, device: torch.device | str = "cpu") -> Readout |
     expected = scale * z if cap is None else cap * torch.tanh(scale * z / cap)
     return Readout(head.weight, head.bias, scale, cap) if torch.allclose(got, expected, rtol=1e-4, atol=1e-4) else None
 
-# %% ../../nbs/core/logprobs.ipynb #62011b00
+# %% ../../nbs/core/logprobs.ipynb #09692dea
 class Policy(nn.Module):
     """Wraps a causal LM (or PeftModel); calling it gives `TokenStats` of a batch, and the logits are never built.
 
@@ -382,8 +382,9 @@ class Policy(nn.Module):
         learned = getattr(config, "is_prompt_learning", False) or getattr(config, "is_adaption_prompt", False)  # have keys and values of their own
         learned = learned or getattr(getattr(config, "peft_type", None), "value", "") in ("LILY", "SHADOW")  # look at a whole row at once
         kinds = {type(layer) for layer in DynamicCache(config=base.config).layers}
+        recomputes = any(getattr(m, "gradient_checkpointing", False) for m in base.modules())  # it keeps no cache
         takes = {"past_key_values", "position_ids"} <= set(inspect.signature(base.forward).parameters)
-        return kinds == {DynamicLayer} and takes and not learned and not (self.model.training and getattr(base, "is_gradient_checkpointing", False))
+        return kinds == {DynamicLayer} and takes and not learned and not (self.model.training and recomputes)
 
     def _rows_after_prefix(self, input_ids: Tensor, real: Tensor, wanted: Tensor, prefix: Tensor) -> tuple[Tensor, Readout]:
         "`_rows`, with the first tokens of each group read once: their keys and values go to all its rows, and gradients come back the same way."
