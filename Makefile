@@ -14,9 +14,6 @@ test: $(READY)  ## notebooks clean, export in sync, notebooks run, tests pass
 lab: $(READY)  ## JupyterLab on the front page
 	$(BIN)/polm lab
 
-docs: $(READY)  ## the site (needs Quarto)
-	$(BIN)/nbdev_docs
-
 bench: $(READY)  ## speed and memory, side by side with peers
 	$(BIN)/python benchmarks/run.py
 
@@ -25,4 +22,4 @@ $(READY): settings.ini setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $(READY)
 
-.PHONY: run test lab docs bench
+.PHONY: run test lab bench
