@@ -110,12 +110,12 @@ def test_another_folder_for_runs(polm, tmp_path):
 
 def test_two_processes_by_accelerate(tmp_path):
     done = subprocess.run(
-        [POLM.parent / "accelerate", "launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+        [POLM.parent / "accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
          "--no_python", POLM, "run", "sft", "--bare", "--json", "--out", tmp_path, *map(str, SHORT)],
         capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(all_runs(tmp_path)) == 1 and all_runs(tmp_path)[0].status == "finished"
+    assert len(all_runs(tmp_path)) == 1 and all_runs(tmp_path)[0].status == "finished" and all_runs(tmp_path)[0].record["processes"] == 2
     refused = subprocess.run([POLM, "run", "sft"], capture_output=True, text=True, env={**os.environ, "WORLD_SIZE": "2", "RANK": "0"})
     assert refused.returncode == 2 and "--bare" in refused.stderr
 

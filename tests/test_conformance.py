@@ -98,6 +98,16 @@ MUTATIONS = [
 ]
 
 
+def test_the_suite_sees_processes_that_do_not_share_their_counts(tmp_path, monkeypatch):
+    "Each process divides by its own number of tokens: broken in the processes that the property starts."
+    (tmp_path / "sitecustomize.py").write_text("import accelerate\naccelerate.Accelerator.reduce = lambda self, tensor, *args, **kwargs: tensor\n")
+    method = find("sft")
+    base = check.short_run(method, tmp_path / "base")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    figure, holds = check.two_processes_are_one(method, tmp_path, base)
+    assert not holds, f"went unseen ({figure:.3g})"
+
+
 @pytest.mark.parametrize("prop, mutation, settings", MUTATIONS, ids=[m.__name__ for _, m, _ in MUTATIONS])
 def test_the_suite_sees_a_broken_property(prop, mutation, settings, tmp_path):
     method = find("sft")

@@ -19,7 +19,8 @@ from polm_lab.core.worlds import WORLDS
 from polm_lab.reasoning import grpo
 from polm_lab.reasoning.grpo import (GRPO, KLS, LOSSES, Group, batch_loss, beside, clipped_objective, draw_groups, group_advantages, kl_estimate, loss_weight, make_batches, sample_rows,
                                      summed_loss, token_loss, trl_config)  # fmt: skip
-from polm_lab.reasoning.rewards import make_rewards
+from polm_lab.reasoning.rewards import make_rewards, parse_rewards
+from polm_lab.workbench.launch import create, execute
 
 SHORT = dict(steps=3, batch_size=8, samples=4, eval_rows=2, max_new_tokens=8, device="cpu", dtype="float32", save_every=0)
 
@@ -264,3 +265,26 @@ def test_a_group_is_the_same_whoever_draws_it(models):
     alone = [draw_groups(policy, tokenizer, rewards, [one], settings, 5, 0)[0] for one in reversed(chosen)][::-1]
     assert [g.completions for g in together] == [g.completions for g in alone]
     assert [g.completions for g in together] != [g.completions for g in draw_groups(policy, tokenizer, rewards, chosen, settings, 5, 1)]
+
+
+def test_trl_leaves_the_same_samples(runs):
+    run = lab.run("grpo", engine="trl", data="sums", eval_rows=4, steps=2, batch_size=8, samples=4, max_new_tokens=8, max_length=64, device="cpu", dtype="float32")
+    rows = run.lines("samples")
+    assert [row["step"] for row in rows] == [1] * 8 + [2] * 8 and [row["group"] for row in rows] == [0] * 4 + [1] * 4 + [0] * 4 + [1] * 4
+    weights = dict(parse_rewards(run.settings["rewards"]))
+    for row in rows:
+        assert row["reward"] == pytest.approx(sum(weights[name] * value for name, value in row["rewards"].items())) and row["prompt"]
+        assert "".join(row["tokens"]).strip().startswith(row["completion"].strip()[:5]) and "logp" not in row
+    for step, metrics in enumerate(run.lines(), 1):
+        rewards = [row["reward"] for row in rows if row["step"] == step]
+        assert metrics["reward"] == pytest.approx(sum(rewards) / 8, abs=1e-5)
+
+
+def test_a_relative_reward_file_is_found_from_another_folder(runs, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "mine.py").write_text("def short(completions, **columns):\n    return [-float(len(c)) for c in completions]\n")
+    monkeypatch.chdir(tmp_path / "here")
+    run = create("grpo", dict(rewards="correct:0.5,mine.py:short:0.1", data="sums", eval_rows=4, steps=1, batch_size=4, samples=4, max_new_tokens=8), via="bare")
+    monkeypatch.chdir(tmp_path)
+    execute(run)
+    assert {"correct", "short"} == set(run.lines("samples")[0]["rewards"])

@@ -62,6 +62,7 @@ def test_killed_and_resumed_equals_uninterrupted(name, runs, tmp_path):
         assert run.status == "dead", (run.status, process.stderr.read())
         process = start("resume", run.path)
 
+    print(f"{name}: {kills} kills")
     assert kills >= min(KILLS, 2), "the run ended before it was killed: make it longer"
     assert model_bytes(run) == model_bytes(reference) and model_bytes(run)
     assert [row["step"] for row in run.lines()] == list(range(1, SETTINGS[name]["steps"] + 1))

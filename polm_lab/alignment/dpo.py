@@ -177,7 +177,7 @@ def train_pairs_with_trl(run: Run, settings: DPO, policy: Policy, tokenizer, pai
         run, settings, "DPO", policy, tokenizer, paired_rows(pairs), evaluate, config=config, data_collator=paired_collator(tokenizer.pad_token_id), **more
     )  # fmt: skip
 
-# %% ../../nbs/alignment/dpo.ipynb #859b085e
+# %% ../../nbs/alignment/dpo.ipynb #787a17c0
 def sample_rows(policy: Policy, start: Policy, tokenizer, answers: list[tuple[dict, dict]], beta: float) -> list[dict]:
     "Rows for samples.jsonl of (encoded answer, facts): its text, implicit reward, and tokens with their log-probabilities under policy and start model."
     batch, rows = collate([encoded for encoded, _ in answers], tokenizer.pad_token_id), []
@@ -198,13 +198,13 @@ def sample_rows(policy: Policy, start: Policy, tokenizer, answers: list[tuple[di
 )  # fmt: skip
 def dpo(settings: DPO, run: Run) -> None:
     "Learn from pairs which of two answers is better, without a reward model."
+    rows, held_rows = load_data(settings.data, "preference"), load_held_out(settings.data, settings.eval_data, "preference", settings.eval_rows)
     policy, tokenizer = load_policy(settings)
     for module in policy.modules():  # noise on one side of a ratio is noise in the margin
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     pad, size, beta = tokenizer.pad_token_id, max(1, settings.batch_size // world()[1]), settings.beta
-    pairs = encode_pairs(tokenizer, load_data(settings.data, "preference"), settings.max_length)
-    held_rows = load_held_out(settings.data, settings.eval_data, "preference", settings.eval_rows)
+    pairs = encode_pairs(tokenizer, rows, settings.max_length)
     held_out = encode_pairs(tokenizer, held_rows, settings.max_length)
     order = Order(len(pairs), settings.batch_size * settings.accumulate, settings.seed)
     visits = [i for step in range(settings.steps) for i in my_share(order.rows(step))]

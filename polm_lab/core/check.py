@@ -73,7 +73,7 @@ def distance(run: Run, other: Run) -> float:
     cosine = torch.nn.functional.cosine_similarity(saved_update(run), saved_update(other), dim=0).item()
     return max(*gaps, 1 - cosine)
 
-# %% ../../nbs/core/check.ipynb #13945298
+# %% ../../nbs/core/check.ipynb #9278ce6e
 CLOSE = 2e-3  # of `distance`: rounding stays below 1e-3 in these short runs, an error in a normalization is above 1e-2
 
 
@@ -152,18 +152,21 @@ def resumed_is_uninterrupted(method: Method, out, base: Run) -> tuple[float, boo
 
 
 def two_processes_are_one(method: Method, out, base: Run) -> tuple[float, bool]:
-    "Distance to the same run by two processes of `accelerate launch`."
+    "Distance to the same run by two processes of `accelerate launch`: its `--cpu` starts but one, `--multi_gpu` starts two on any device."
     pairs = [word for k, v in base.settings.items() for word in ("-p", k, str(v))]
     folder = Path(out) / "two"
     launched = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
          "--main_process_port", "0", "--no_python", str(Path(sys.executable).parent / "polm"), "run", method.name, "--bare", "--out", str(folder), *pairs],
         capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     made = sorted(folder.glob("*/run.json"))
     if launched.returncode or len(made) != 1:
         raise RuntimeError(f"{len(made)} records, exit {launched.returncode}: {launched.stderr[-2000:]}")
-    gap = distance(Run(made[0].parent), base)
+    two = Run(made[0].parent)
+    if two.record["processes"] != 2:
+        raise RuntimeError(f"{two.id}: ran in {two.record['processes']} processes instead of 2")
+    gap = distance(two, base)
     return gap, gap < CLOSE
 
 

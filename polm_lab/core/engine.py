@@ -172,7 +172,7 @@ def _record(run: Run, settings: Settings, evaluate):
 
     return Record()
 
-# %% ../../nbs/core/engine.ipynb #bdced948
+# %% ../../nbs/core/engine.ipynb #4bb9d8be
 def last_checkpoint(run: Run) -> tuple[Path | None, int]:
     "TRL's newest whole checkpoint and the steps done by then, or (None, 0)."
     found = sorted((run.path / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
@@ -215,7 +215,7 @@ def train_with_trl(
     for p in policy.parameters():  # as in our loop: what is trained is kept in 32 bits
         if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16):
             p.data = p.data.float()
-    run.update(device=str(pick_device(settings.device)))
+    run.update(device=str(pick_device(settings.device)), processes=int(os.environ.get("WORLD_SIZE", 1)))
     checkpoint, done = last_checkpoint(run)
     run.rewind(done)
     if evaluate and "before" not in run.record["summary"]:

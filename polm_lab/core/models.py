@@ -8,11 +8,10 @@ __all__ = ['HUB_FILES', 'DTYPES', 'CHAT_TEMPLATES', 'TOKENIZER_FILES', 'NEEDS_MO
            'has_chat_template', 'load_tokenizer', 'count_parameters', 'size_mib', 'adapter_names', 'parse_adapter',
            'load_model', 'save_model']
 
-# %% ../../nbs/core/models.ipynb #350c5e19
+# %% ../../nbs/core/models.ipynb #43281314
 import functools
 import io
 import json
-import os
 import shutil
 import time
 import types

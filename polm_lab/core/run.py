@@ -90,7 +90,7 @@ def versions() -> dict:
             found[name] = version(name)
     return found
 
-# %% ../../nbs/core/run.ipynb #eb27e4e3
+# %% ../../nbs/core/run.ipynb #268503e1
 class Run:
     """A run's folder. Make one with `Run.create`, open one with `open_run`.
 
@@ -119,7 +119,7 @@ class Run:
                     (folder / name).mkdir()
                     break
             record = dict(
-                id=name, method=method, settings=settings, seed=settings.get("seed"), versions=versions(), device=None, parents=list(parents),
+                id=name, method=method, settings=settings, seed=settings.get("seed"), versions=versions(), device=None, processes=1, parents=list(parents),
                 status="created", reason=None, created=made.isoformat(timespec="seconds"), started=None, ended=None, seconds=0.0, heartbeat=None,
                 host=socket.gethostname(), pid=None, via=via, step=0, total=settings.get("steps"), summary={},
             )  # fmt: skip

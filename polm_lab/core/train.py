@@ -227,7 +227,7 @@ def load_checkpoint(run: Run, accelerator) -> int:
         ) from error
     return int(found[-1].name.removeprefix("step-"))
 
-# %% ../../nbs/core/train.ipynb #db520b42
+# %% ../../nbs/core/train.ipynb #da5f98dc
 def optimizer_for(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
     "AdamW over the trainable weights; only matrices decay."
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -260,7 +260,7 @@ def fit(
             p.data = p.data.float()
     trained, optimizer = accelerator.prepare(policy, optimizer_for(policy, settings))
     processes = accelerator.num_processes
-    run.update(device=str(accelerator.device))
+    run.update(device=str(accelerator.device), processes=processes)
     if settings.tracker != "none":
         accelerator.init_trackers("polm_lab", config=run.settings)
 

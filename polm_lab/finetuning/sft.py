@@ -77,17 +77,17 @@ def class_accuracy(policy: Policy, tokenizer, rows: list[dict], labels: list[str
     best = sequence_logps(policy, asked, tokenizer.pad_token_id).view(len(rows), len(labels)).argmax(1)
     return sum(labels[b] == said(row).strip() for b, row in zip(best.tolist(), rows)) / len(rows)
 
-# %% ../../nbs/finetuning/sft.ipynb #6386c98f
+# %% ../../nbs/finetuning/sft.ipynb #a0802de3
 @method(
     family="finetuning", title="Supervised fine-tuning", paper="Ouyang et al. 2022, §3.5; survey §3.1, eq. 11, 12", data="completion",
     engines=("lab", "trl"),
 )  # fmt: skip
 def sft(settings: SFT, run: Run) -> None:
     "Learn to answer like the examples."
-    policy, tokenizer = load_policy(settings)
     kind = natural_kind(settings.data)
     rows = load_data(settings.data, kind)
     held_out = load_held_out(settings.data, settings.eval_data, kind, settings.eval_rows)
+    policy, tokenizer = load_policy(settings)
     examples = encode_rows(tokenizer, rows, kind, settings.max_length, settings.completion_only)
     evaluation = Evaluation(
         policy, tokenizer, held_out, kind, max_length=settings.max_length, score=scorer(settings.data, held_out),

@@ -5,26 +5,27 @@
 # %% auto #0
 __all__ = ['KLS', 'LOSSES', 'GRPO', 'group_advantages', 'clipped_objective', 'kl_estimate', 'token_loss', 'loss_weight',
            'summed_loss', 'Group', 'draw_groups', 'measure', 'beside', 'make_batches', 'encode_prompts',
-           'starting_model', 'refer', 'everywhere', 'token_stats', 'batch_loss', 'trl_config', 'sample_rows', 'grpo']
+           'starting_model', 'refer', 'everywhere', 'token_stats', 'batch_loss', 'trl_config', 'sample_rows',
+           'trl_groups', 'grpo']
 
-# %% ../../nbs/reasoning/grpo.ipynb #a504615e
+# %% ../../nbs/reasoning/grpo.ipynb #2a942972
 import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..core.data import Order, collate, encode, load_data, load_held_out, microbatches
+from ..core.data import Order, collate, encode, load_data
 from ..core.engine import train_with_trl
 from ..core.evaluate import Evaluation, as_example, other_worlds, quiet, scorer
 from ..core.knobs import Settings, WrongInput, knob, redefault
 from ..core.logprobs import Policy
 from ..core.method import method
-from ..core.models import load_model, load_tokenizer, save_model
+from ..core.models import load_model, save_model
 from ..core.rollout import end_tokens, rollout, row_seeds
 from ..core.run import Run
 from ..core.train import Meter, fit, load_policy, my_share, seed_of, world
-from .rewards import as_completions, call_rewards, for_trl, make_rewards, try_rewards
+from .rewards import as_completions, call_rewards, for_trl, make_rewards, try_rewards, weighted
 
 # %% ../../nbs/reasoning/grpo.ipynb #0fbf5a4d
 KLS = ("k1", "k2", "k3", "k3_weighted", "k1_reward", "k2_reward", "k3_reward")
@@ -275,7 +276,7 @@ def trl_config(settings: GRPO) -> dict:
         mask_truncated_completions=settings.mask_truncated, shuffle_dataset=False,
     )  # fmt: skip
 
-# %% ../../nbs/reasoning/grpo.ipynb #da78e738
+# %% ../../nbs/reasoning/grpo.ipynb #7e13ac50
 def sample_rows(groups: list[Group], advantages: Tensor, tokenizer, limit: int = 32) -> list[dict]:
     "Rows for samples.jsonl: whole groups, as many as fit into `limit` rows."
     rows, size = [], len(groups[0].rewards)
@@ -285,9 +286,21 @@ def sample_rows(groups: list[Group], advantages: Tensor, tokenizer, limit: int =
             tokens = [tokenizer.decode([a, b])[len(tokenizer.decode([a])) :] for a, b in zip(before, ids)]
             parts = {name: values[i] for name, values in group.parts.items()}
             row = dict(group=group.slot, prompt=group.row["prompt"], completion=group.texts[i], reward=group.rewards[i], rewards=parts)
-            row |= dict(advantage=round(advantages[g * size + i].item(), 5), ended=group.ended[i], tokens=tokens, logp=[round(x, 4) for x in group.logps[i]])
-            rows.append(row | ({"ref_logp": [round(x, 4) for x in group.ref_logps[i]]} if group.ref_logps[i] else {}))
+            row |= dict(advantage=round(advantages[g * size + i].item(), 5), ended=group.ended[i], tokens=tokens)
+            logps = dict(logp=group.logps, ref_logp=group.ref_logps)  # TRL's trainer keeps them to itself
+            rows.append(row | {name: [round(x, 4) for x in values[i]] for name, values in logps.items() if values and values[i]})
     return rows
+
+
+def trl_groups(arguments: dict, parts: dict, rewards, tokenizer, size: int) -> list[Group]:
+    "What TRL's trainer sampled and our rewards gave, as groups of `size`."
+    ids, ended, total, groups = arguments["completion_ids"], arguments["ended"], weighted(rewards, parts), []
+    for slot, i in enumerate(range(0, len(ids), size)):
+        row, inside = dict(prompt=arguments["prompts"][i]), slice(i, i + size)
+        texts = tokenizer.batch_decode(ids[inside], skip_special_tokens=True)
+        judged = {name: values[inside] for name, values in parts.items()}
+        groups.append(Group(slot, row, encode(tokenizer, row, "prompt", 10**6)["input_ids"], ids[inside], texts, [], ended[inside], judged, total[inside]))
+    return groups
 
 
 @method(
@@ -353,7 +366,14 @@ def grpo(settings: GRPO, run: Run) -> None:
 
     if settings.engine == "trl":
         config = trl_config(settings) | dict(reward_weights=[r.weight for r in rewards])
-        functions = for_trl(rewards, end_tokens(policy.model, tokenizer))
+
+        def heard(step, arguments, parts):
+            if step in recorded:
+                groups = trl_groups(arguments, parts, rewards, tokenizer, settings.samples)
+                totals = torch.tensor([r for group in groups for r in group.rewards])
+                run.sample(step + 1, sample_rows(groups, group_advantages(totals, settings.samples, settings.scale)[0], tokenizer))
+
+        functions = for_trl(rewards, end_tokens(policy.model, tokenizer), heard)
         return train_with_trl(
             run, settings, "GRPO", policy, tokenizer, list(map(dict, rows)), evaluate, config=config, rows_per_step=order.rows_per_step, reward_funcs=functions
         )  # fmt: skip

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STEP', 'LIBRARY', 'text_of', 'correct_reward', 'format_reward', 'steps_reward', 'length_reward', 'repetition_reward',
-           'dialogue_reward', 'Reward', 'parse_rewards', 'load_function', 'make_rewards', 'Scores', 'call_rewards',
-           'as_completions', 'try_rewards', 'for_trl']
+           'dialogue_reward', 'Reward', 'parse_rewards', 'load_function', 'make_rewards', 'Scores', 'weighted',
+           'call_rewards', 'as_completions', 'try_rewards', 'for_trl']
 
 # %% ../../nbs/reasoning/rewards.ipynb #f403fe65
 import asyncio
@@ -175,7 +175,7 @@ def make_rewards(spec: str, score: Callable[[dict, str], float] | None = None, l
         rewards.append(Reward(short, weight, function))
     return rewards
 
-# %% ../../nbs/reasoning/rewards.ipynb #98e44a10
+# %% ../../nbs/reasoning/rewards.ipynb #f00996ff
 @dataclass
 class Scores:
     "Rewards of some completions."
@@ -255,6 +255,12 @@ def _called(reward: Reward, arguments: dict) -> list[float | None]:
     return _numbers(reward.name, found, rows)
 
 
+def weighted(rewards: list[Reward], parts: dict[str, list[float | None]]) -> list[float]:
+    "Weighted sum of the rewards that apply to each completion; NaN where none does."
+    each = zip(*([None if v is None else r.weight * v for v in parts[r.name]] for r in rewards))
+    return [sum(v for v in values if v is not None) if any(v is not None for v in values) else math.nan for values in each]
+
+
 def call_rewards(rewards: list[Reward], rows: list[dict], completions: list, completion_ids: list[list[int]], ended: list[bool]) -> Scores:
     """Call each reward once with everything, and check what it gives.
 
@@ -265,10 +271,8 @@ def call_rewards(rewards: list[Reward], rows: list[dict], completions: list, com
     arguments = {name: [row.get(name) for row in rows] for name in names}
     arguments |= dict(prompts=[row["prompt"] for row in rows], completions=completions, completion_ids=completion_ids, ended=list(ended))
     arguments |= dict(trainer_state=None, log_extra=lambda *_: None, log_metric=lambda *_: None)
-    parts, total = {}, [math.nan] * len(rows)
-    for reward in rewards:
-        parts[reward.name] = _called(reward, arguments)
-        total = [t if v is None else reward.weight * v + (0.0 if math.isnan(t) else t) for t, v in zip(total, parts[reward.name])]
+    parts = {reward.name: _called(reward, arguments) for reward in rewards}
+    total = weighted(rewards, parts)
     if rows and all(map(math.isnan, total)):
         raise WrongInput(f"rewards {', '.join(parts)}: only None for all {len(rows)} completions; expected a number for some; correct the function, or name a reward that applies to this data")
     return Scores(parts, total)
@@ -287,14 +291,22 @@ def try_rewards(rewards: list[Reward], rows: list[dict], tokenizer, tries: int =
     ids = [tokenizer(text, add_special_tokens=False).input_ids or [tokenizer.eos_token_id] for text in texts]
     return call_rewards(rewards, chosen, as_completions(chosen, texts), ids, [True] * len(chosen))
 
-# %% ../../nbs/reasoning/rewards.ipynb #831d35d0
-def for_trl(rewards: list[Reward], end_tokens: list[int]) -> list[Callable]:
-    "The rewards as functions for TRL's trainers, which take their names from them; weights are passed apart."
+# %% ../../nbs/reasoning/rewards.ipynb #96b6c7cc
+def for_trl(rewards: list[Reward], end_tokens: list[int], heard: Callable | None = None) -> list[Callable]:
+    """The rewards as functions for TRL's trainers, which take their names from them; weights are passed apart.
+
+    TRL calls them in turn; after the last, `heard(step, arguments, parts)` is told what was judged and what each reward gave.
+    """
+    parts = {}
 
     def wrapped(reward):
         def function(prompts, completions, completion_ids, **columns):
             ended = [ids[-1] in end_tokens for ids in completion_ids]
-            return _called(reward, dict(columns, prompts=prompts, completions=completions, completion_ids=completion_ids, ended=ended))
+            arguments = dict(columns, prompts=prompts, completions=completions, completion_ids=completion_ids, ended=ended)
+            parts[reward.name] = _called(reward, arguments)
+            if heard and reward is rewards[-1]:
+                heard(columns["trainer_state"].global_step, arguments, dict(parts))
+            return parts[reward.name]
 
         function.__name__ = reward.name
         return function

@@ -6,8 +6,9 @@
 __all__ = ['check', 'create', 'execute', 'run', 'notebooks_folder', 'execute_notebook', 'work', 'launch', 'resumable', 'resume',
            'stop', 'wait', 'watching', 'runs', 'compare', 'method_table', 'claims']
 
-# %% ../../nbs/workbench/launch.ipynb #edac859c
+# %% ../../nbs/workbench/launch.ipynb #39450ae4
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ from ..core.knobs import RunSettings, WrongInput, knobs, make_settings
 from ..core.method import Method, find, methods
 from ..core.run import Run, Stopped, all_runs, open_run, parent_of
 
-# %% ../../nbs/workbench/launch.ipynb #806f1660
+# %% ../../nbs/workbench/launch.ipynb #ff93665b
 def check(name: str, values: dict) -> tuple[Method, RunSettings]:
     "The method and its settings; raises `WrongInput` before anything is written."
     found = find(name)
@@ -27,11 +28,17 @@ def check(name: str, values: dict) -> tuple[Method, RunSettings]:
     engine = getattr(settings, "engine", "lab")
     if engine not in found.engines:
         raise WrongInput(f"engine = {engine!r}: {name} runs on {', '.join(found.engines)}")
-    for knob in ("model", "data", "eval_data"):  # a run can be resumed from another folder
-        value = getattr(settings, knob, "")
-        if value and Path(value).expanduser().exists():
-            setattr(settings, knob, str(Path(value).expanduser().absolute()))
+    for knob in ("model", "data", "eval_data", "chat_template"):  # a run can be resumed from another folder
+        setattr(settings, knob, _full_path(getattr(settings, knob, "")))
+    if hasattr(settings, "rewards"):
+        settings.rewards = re.sub(r"[^\s,:]+\.py(?=:)", lambda found: _full_path(found[0]), settings.rewards)
     return found, settings
+
+
+def _full_path(value: str) -> str:
+    "`value` as a full path if something is there, else as it is: a built-in name or a Hub id."
+    path = Path(value).expanduser()
+    return str(path.absolute()) if value and path.exists() else value
 
 
 def create(name: str, values: dict, out=None, parents=None, via: str = "python") -> Run:
@@ -80,7 +87,7 @@ def _shared_run(name, values, out, parents) -> Run:
     broadcast_object_list(path)
     return Run(path[0], writes=state.is_main_process)
 
-# %% ../../nbs/workbench/launch.ipynb #8dfa8ef1
+# %% ../../nbs/workbench/launch.ipynb #d7898fd9
 def notebooks_folder() -> Path:
     "Where the notebooks are: beside the package in a source tree, inside it when installed."
     package = Path(__file__).parent.parent if "__file__" in globals() else Path(find.__code__.co_filename).parent.parent
@@ -104,7 +111,8 @@ def execute_notebook(run: Run) -> Run:
     os.environ["POLM_RUN"] = str(run.path)
     try:
         papermill.execute_notebook(
-            str(source), str(run.path / "notebook.ipynb"), parameters=run.settings, kernel_name="python3", progress_bar=False, cwd=os.getcwd()
+            str(source), str(run.path / "notebook.ipynb"), parameters=run.settings, kernel_name="python3", progress_bar=False, cwd=os.getcwd(),
+            extra_arguments=["--IPKernelApp.log_level=40"],  # its warnings are not about the run
         )
     except PapermillExecutionError as error:
         status = run.read()
