@@ -6,8 +6,9 @@ __version__ = "0.1.0"
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/api.ipynb #bf1e20fd
+# %% ../nbs/api.ipynb #8f6580c6
 import importlib
+from types import ModuleType
 
 _HOME = {
     "run": "workbench.launch",
@@ -17,6 +18,12 @@ _HOME = {
     "wait": "workbench.launch",
     "runs": "workbench.launch",
     "compare": "workbench.launch",
+    "clone": "workbench.launch",
+    "enqueue": "workbench.launch",
+    "commands": "workbench.launch",
+    "sweep": "workbench.sweep",
+    "resume_sweep": "workbench.sweep",
+    "results": "workbench.sweep",
     "claims": "workbench.launch",
     "methods": ("workbench.launch", "method_table"),
     "datasets": ("core.data", "datasets_table"),
@@ -40,3 +47,14 @@ def __getattr__(name):
 
 def __dir__():
     return [*globals(), *_HOME]
+
+
+class _Workbench(ModuleType):
+    "The folder of modules `polm_lab.workbench`, which can be called too."
+
+    def __call__(self, out=None):
+        "The workbench as a widget, for the runs below `out`."
+        return importlib.import_module("polm_lab.workbench.app").Workbench(out)
+
+
+importlib.import_module("polm_lab.workbench").__class__ = _Workbench  # the import system puts the folder under the name that the function should have

@@ -1,0 +1,340 @@
+"Sweeps, copies, the queue and the commands, with real processes where it matters."
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import psutil
+import pytest
+from conftest import POLM
+
+import polm_lab as lab
+from polm_lab.cli import polm as cli
+from polm_lab.core.knobs import WrongInput
+from polm_lab.core.run import Run, Stopped, all_runs
+from polm_lab.workbench import launch
+from polm_lab.workbench.sweep import Sweeps, all_sweeps, best, create_sweep, open_sweep, parallel, plan, resume_sweep, results, stop_sweep, sweep_command, tpe_point, work_sweep
+
+SHORT = dict(steps=2, data="sums", eval_rows=4, batch_size=4, save_every=1)
+WORDS = [w for k, v in SHORT.items() for w in ("-p", k, str(v))]
+
+
+def until(true, seconds=60):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+class Written:
+    "A place whose runs are processes that import no torch: each writes ten steps of a curve that ends at its learning rate."
+
+    code = (
+        "import sys, time; from polm_lab.core.run import Run, Stopped\n"
+        "run = Run(sys.argv[1])\n"
+        "with run.active():\n"
+        "    for step in range(run.record['step'] + 1, 11):\n"
+        "        run.log(step, accuracy=run.settings['learning_rate'] * step / 10); run.update(step=step); time.sleep(0.05)\n"
+        "        if run.stop_requested(): raise Stopped\n"
+        "        if (run.path / 'ill').exists() and step == 5: (run.path / 'ill').unlink(); raise RuntimeError('ill')\n"
+        "    run.frame('after', {'accuracy': run.settings['learning_rate']})\n"
+    )
+
+    def __init__(self, ill=()):
+        self.ill, self.started = ill, []
+
+    def start(self, run):
+        self.started.append(run.record["trial"])
+        if run.record["trial"] in self.ill and self.started.count(run.record["trial"]) == 1:
+            (run.path / "ill").touch()
+        process = subprocess.Popen([sys.executable, "-c", self.code, str(run.path)], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        return lambda: process.poll() is not None
+
+    def close(self):
+        pass
+
+
+def planned(runs, rates, **more):
+    return create_sweep(plan("sft", {"learning_rate": rates}, SHORT, runs, **more), runs)
+
+
+# Sweeps
+
+
+def test_a_grid_of_real_runs_through_papermill(polm, runs):
+    done = polm("sweep", "sft", "-g", "learning_rate", "1e-3,1e-4", *WORDS, "--jobs", 2, "--metric", "perplexity", "--json", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.strip().split("\n")[-1])
+    assert said["status"] == "finished" and [t["status"] for t in said["trials"]] == ["finished"] * 2
+    found = lab.open_run(said["best"]["run"])
+    assert (found.path / "notebook.ipynb").exists() and found.record["sweep"] == said["sweep"] and found.settings["steps"] == 2
+    values = {t["values"]["learning_rate"]: t["value"] for t in said["trials"]}
+    assert said["best"]["value"] == min(values.values()) == found.summary["after"]["perplexity"] and set(values) == {1e-3, 1e-4}
+    shown = polm("show", said["sweep"])
+    assert shown.returncode == 0 and found.id in shown.stdout and said["sweep"] in polm("sweeps").stdout
+    table = lab.results(said["sweep"])
+    assert list(table["learning_rate"]) == [1e-3, 1e-4] and list(table["step"]) == [2, 2]
+    again = polm("resume", said["sweep"])
+    assert again.returncode == 2 and "finished" in again.stderr and len(again.stderr.strip().split("\n")) == 1
+
+
+def test_a_killed_sweep_goes_on_where_it_was(runs):
+    words = ["sweep", "sft", "-g", "learning_rate", "1e-3,1e-4", *WORDS, "-p", "steps", "20", "-p", "save_every", "8", "--bare"]
+    process = subprocess.Popen([POLM, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    until(lambda: all_runs(runs) and all_runs(runs)[0].lines())
+    process.kill(), process.wait()
+    (made,) = all_sweeps(runs)
+    assert made.status == "dead" and [t["status"] for t in made.trials] == ["running", "waiting"]
+    first = all_runs(runs)[0]
+    with suppress(ProcessLookupError):  # the trial goes on without the sweep, unless it is killed too
+        os.kill(first.read()["pid"], signal.SIGKILL)
+    until(lambda: first.status != "running")
+    done = resume_sweep(made)
+    assert done.status == "finished" and len(all_runs(runs)) == 2 and all(t["failures"] == [] for t in done.trials)
+    assert [row["step"] for row in first.lines()] == list(range(1, 21)) and best(done).status == "finished"
+
+
+def test_trials_that_outlive_a_killed_sweep_are_taken_over(runs, tmp_path):
+    made, code = planned(runs, [0.1, 0.2, 0.3], jobs=2), f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); from test_sweep import *; work_sweep(open_sweep(sys.argv[1]), place=Written(), pause=0.02)"
+    process = subprocess.Popen([sys.executable, "-c", code, str(made.path)], env=os.environ)
+    until(lambda: len([r for r in all_runs(runs) if len(r.lines()) >= 2]) == 2)
+    process.kill(), process.wait()
+    place = Written()
+    done = work_sweep(open_sweep(made.path), place=place, pause=0.02)
+    assert place.started == [2] and done.status == "finished" and len(all_runs(runs)) == 3
+    assert [t["value"] for t in done.trials] == [0.1, 0.2, 0.3] and all(len(r.lines()) == 10 for r in all_runs(runs))
+
+
+def test_failures_are_retried_and_reported(runs):
+    place = Written(ill={1})
+    done = work_sweep(planned(runs, [0.1, 0.2]), place=place, pause=0.02)
+    assert place.started == [0, 1, 1] and [t["value"] for t in done.trials] == [0.1, 0.2] and done.trials[1]["failures"] == ["RuntimeError: ill"]
+    assert list(results(done)["tries"]) == [1, 2] and [row["step"] for row in Run(runs / done.trials[1]["run"]).lines()] == list(range(1, 11))
+    place = Written(ill={0})
+    done = work_sweep(planned(runs, [0.1, 0.2], retries=0), place=place, pause=0.02)
+    assert place.started == [0, 1] and [t["status"] for t in done.trials] == ["failed", "finished"] and "1 of 2 trials failed: RuntimeError: ill" in done.record["reason"]
+    assert "ill" in results(done)["reason"][0] and best(done).settings["learning_rate"] == 0.2
+
+
+def test_stopped_and_resumed(runs):
+    made, place = planned(runs, [0.1, 0.2]), Written()
+    with pytest.raises(Stopped):
+        work_sweep(made, show=lambda s: s.trials[0]["run"] and s.request_stop(), place=place, pause=0.02)
+    assert made.status == "stopped" and [t["status"] for t in made.trials] == ["stopped", "waiting"]
+    with pytest.raises(WrongInput, match="it is stopped"):
+        stop_sweep(made)
+    work_sweep(made, place=place, pause=0.02)
+    assert made.status == "finished" and place.started == [0, 0, 1] and len(Run(runs / made.trials[0]["run"]).lines()) == 10
+    with pytest.raises(WrongInput, match="nothing is left"):
+        resume_sweep(made)
+
+
+def test_a_deleted_run_and_a_metric_that_is_not_there(runs):
+    import shutil
+
+    def delete(sweep):
+        if sweep.trials[0]["status"] == "running":
+            shutil.rmtree(runs / sweep.trials[0]["run"], ignore_errors=True)
+
+    done = work_sweep(planned(runs, [0.1, 0.2]), show=delete, place=Written(), pause=0.02)
+    assert [t["status"] for t in done.trials] == ["failed", "finished"] and "gone" in done.trials[0]["reason"]
+    made, place = planned(runs, [0.1, 0.2], metric="perplexity"), Written()
+    with pytest.raises(WrongInput, match="metric = 'perplexity'.*accuracy"):
+        work_sweep(made, place=place, pause=0.02)
+    assert place.started == [0] and made.status == "failed" and "accuracy" in made.record["reason"]
+
+
+def test_optuna_prunes_and_a_resumed_search_proposes_the_same(runs):
+    pytest.importorskip("optuna")
+    options = dict(search="tpe", trials=9)
+    whole = work_sweep(create_sweep(plan("sft", {"learning_rate": (1e-4, 1.0)}, SHORT, runs / "a", **options, prune=False), runs / "a"), place=Written(), pause=0.01)
+    cut = create_sweep(plan("sft", {"learning_rate": (1e-4, 1.0)}, SHORT, runs / "b", **options, prune=False), runs / "b")
+    with pytest.raises(Stopped):
+        work_sweep(cut, show=lambda s: s.trials[6]["run"] and s.request_stop(), place=Written(), pause=0.01)
+    work_sweep(cut, place=Written(), pause=0.01)
+    assert [t["values"] for t in cut.trials] == [t["values"] for t in whole.trials] and len({t["values"]["learning_rate"] for t in whole.trials}) == 9
+
+    pruned = create_sweep(plan("sft", {"learning_rate": [0.9, 0.8, 0.7, 0.6, 0.1]}, SHORT, runs / "c", prune=True), runs / "c")
+    work_sweep(pruned, place=Written(), pause=0.01)
+    assert [t["status"] for t in pruned.trials] == ["finished"] * 4 + ["pruned"], pruned.trials
+    last = Run(runs / "c" / pruned.trials[4]["run"])
+    assert last.status == "stopped" and last.read()["reason"].startswith("pruned at step") and len(last.lines()) < 10
+
+
+def test_trials_at_the_same_time_differ():
+    pytest.importorskip("optuna")
+    space = {"learning_rate": dict(low=1e-6, high=1e-1, log=True)}
+    done = [dict(values={"learning_rate": 10.0**-e}, value=1 / e, status="finished") for e in range(1, 7)]
+    running = [*done, dict(values=tpe_point(space, 0, 6, done, "up"), value=None, status="running")]
+    assert tpe_point(space, 0, 7, running, "up") != running[-1]["values"]
+
+
+def test_ray(runs):
+    pytest.importorskip("ray")
+    done = lab.sweep("sft", {"learning_rate": [1e-3, 1e-4]}, on="ray", jobs=2, metric="perplexity", notebook=False, **SHORT)
+    import ray
+
+    assert not ray.is_initialized(), "the cluster that was started for the sweep is gone"
+    assert done.status == "finished" and all(Run(runs / t["run"]).status == "finished" for t in done.trials), done.trials
+    assert best(done).summary["after"]["perplexity"] == min(t["value"] for t in done.trials)
+
+
+PLANS = {
+    "an unknown method": (("sfd", {"steps": "1"}), {}, ["sfd", "sft"]),
+    "nothing to vary": (("sft", {}), {}, ["no knob is swept"]),
+    "an unknown knob": (("sft", {"step": "1,2"}), {}, ["step", "steps"]),
+    "a value out of range": (("sft", {"steps": "1,-2"}), {}, ["steps", "-2"]),
+    "no number": (("sft", {"steps": "1,two"}), {}, ["two", "whole number"]),
+    "an empty list": (("sft", {"steps": []}), {}, ["no values"]),
+    "a bare number": (("sft", {"steps": 3}), {}, ["list"]),
+    "broken JSON": (("sft", {"adapter": '["lora'}), {}, ["JSON"]),
+    "a range in a grid": (("sft", {"steps": "1..5"}), {}, ["range", "random"]),
+    "a range upside down": (("sft", {"steps": "5..1"}), dict(search="random"), ["low end"]),
+    "a range of words": (("sft", {"schedule": ("a", "b")}), dict(search="random"), ["schedule"]),
+    "swept and fixed": (("sft", {"steps": "1,2"}, {"steps": 3}), {}, ["swept and fixed"]),
+    "a wrong fixed value": (("sft", {"steps": "1,2"}, {"clip": "-1"}), {}, ["clip"]),
+    "a search nobody has": (("sft", {"steps": "1,2"}), dict(search="bayes"), ["bayes", "tpe"]),
+    "a place nobody has": (("sft", {"steps": "1,2"}), dict(on="slurm"), ["slurm", "ray"]),
+    "no jobs": (("sft", {"steps": "1,2"}), dict(jobs=0), ["jobs"]),
+    "trials of a grid": (("sft", {"steps": "1,2"}), dict(trials=7), ["combinations"]),
+    "an unknown metric": (("sft", {"steps": "1,2"}), dict(metric="acuracy"), ["accuracy", "better"]),
+    "a metric without a direction": (("sft", {"steps": "1,2"}), dict(metric="entropy"), ["better"]),
+    "no direction": (("sft", {"steps": "1,2"}), dict(better="left"), ["up or down"]),
+}
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_a_wrong_plan_writes_nothing(case, runs):
+    given, options, words = PLANS[case]
+    with pytest.raises(WrongInput) as wrong:
+        plan(*given, **options)
+    assert all(word in str(wrong.value) for word in words) and "\n" not in str(wrong.value), wrong.value
+    assert not runs.exists()
+
+
+def test_what_is_not_installed_is_said_in_one_line(monkeypatch, capsys):
+    for module, words in (("optuna", ["sweep", "sft", "-g", "steps", "1,2", "--search", "tpe"]), ("ray", ["sweep", "sft", "-g", "steps", "1,2", "--on", "ray"]), ("voila", ["app"])):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, module, None)
+            real = __import__("importlib.util").util.find_spec
+            patch.setattr("importlib.util.find_spec", lambda name, *more: None if name == module else real(name, *more))
+            assert cli.main(args=words) == 2
+            said = capsys.readouterr().err.strip().split("\n")
+            assert len(said) == 1 and "not installed" in said[0] and "pip install" in said[0], said
+
+
+def test_an_app_gets_further_arguments_and_stays_on_this_machine(monkeypatch):
+    import importlib.util
+
+    asked = []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: importlib.machinery.ModuleSpec(name, None))
+    monkeypatch.setattr("os.execv", lambda program, words: asked.append(words))
+    cli.main(args=["app", "--port", "8877", "--no-browser"])
+    cli.main(args=["lab", "--port=8877"])
+    assert asked[0][1:3] == ["-m", "voila"] and "--Voila.ip=127.0.0.1" in asked[0] and asked[0][-3:] == ["--port", "8877", "--no-browser"]
+    assert asked[1][1:3] == ["-m", "jupyterlab"] and asked[1][-1] == "--port=8877"
+
+
+def test_the_command_of_a_sweep_is_the_sweep(runs, capsys):
+    grid = {"learning_rate": "1e-5..1e-3", "adapter": ["none", "lora:r=4,lora_alpha=8"], "eval_data": ["", "sums"]}
+    options = dict(search="random", trials=3, jobs=2, metric="perplexity", retries=0, notebook=False, search_seed=5)
+    line = sweep_command("sft", grid, {"data": "it's $HOME"}, runs, **options)
+    seen = {}
+
+    def note(record, out):
+        seen.update(record=record, out=out)
+        raise WrongInput("enough")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("polm_lab.workbench.sweep.create_sweep", note)
+        assert cli.main(args=shlex.split(line)[1:]) == 2
+    assert seen["record"] == plan("sft", grid, {"data": "it's $HOME"}, runs, **options) and seen["out"] == str(runs)
+
+
+def test_the_form_starts_a_sweep_shows_it_and_survives_its_loss(runs, monkeypatch):
+    import shutil
+
+    view = Sweeps(runs, values={"steps": 2, "data": "sums"})
+    assert view.pick.options == (("none yet", ""),) and view.start.disabled
+    view.add_knob("learning_rate", "0.1, 0.2")
+    view._remove(view.rows.children[0])
+    assert view.said.value == "2 trials, 1 at a time" and "learning_rate 0.1,0.2" in view.command.text
+    monkeypatch.setattr("polm_lab.workbench.sweep.begin", lambda made, detached: work_sweep(made, place=Written(), pause=0.02))
+    view.start.click()
+    found = open_sweep(view.chosen, runs)
+    assert found.status == "finished" and [row["status"] for row in view.table.rows] == ["finished"] * 2 and "0.2" in view.state.value
+    view.table.selected = [1]
+    assert view.selected_run == found.trials[1]["run"]
+    view.dark = True
+    assert view.figure.layout.template.layout.paper_bgcolor == parallel(found, dark=True).layout.template.layout.paper_bgcolor
+    again = Sweeps(runs)
+    assert again.chosen == found.id and again.table.rows == view.table.rows, "read from the record"
+    (found.path / "sweep.json").write_text("{")
+    again.refresh()
+    assert "no such sweep" in again.state.value or "damaged" in again.state.value
+    shutil.rmtree(found.path)
+    again.refresh()
+    assert "no such sweep" in again.state.value and again.resume.disabled
+
+
+# Copies, the queue, the commands
+
+
+def test_clone(runs):
+    run = launch.create("dpo", dict(beta=0.3, steps=7, adapter="lora:r=4"))
+    run.update(settings={**run.settings, "a_knob_of_last_year": 1})
+    assert lab.clone(run) == dict(beta=0.3, steps=7, adapter="lora:r=4")
+    assert lab.clone(run.id, steps="9", beta=0.1) == dict(steps=9, adapter="lora:r=4")
+    copy = launch.create(run.method, lab.clone(run, seed=5))
+    assert copy.settings == {k: v for k, v in run.settings.items() if k != "a_knob_of_last_year"} | {"seed": 5}
+    with pytest.raises(WrongInput, match="stepps"):
+        lab.clone(run, stepps=3)
+    with pytest.raises(WrongInput, match="beta"):
+        lab.clone(run, beta=-1)
+
+
+def test_the_queue_outlives_who_filled_it_and_its_own_process(runs):
+    code = f"import polm_lab as lab\nfor seed in range(3): lab.enqueue('sft', notebook=False, seed=seed, **{SHORT!r})"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    out = launch.waiting(runs)[-1]
+    assert launch.stop(out).status == "stopped" and out.read()["reason"] == "taken out of the queue"
+    first, second = (next(r for r in all_runs(runs) if r.settings["seed"] == seed) for seed in (0, 1))
+    until(lambda: first.status == "running")
+    assert list(lab.runs()["status"]).count("queued") == 1
+    for process in psutil.process_iter(["cmdline"]):
+        if "work-queue" in (process.info["cmdline"] or []) and str(runs) in process.info["cmdline"]:
+            process.kill()
+    launch.start_queue(runs)
+    until(lambda: second.status == "finished")
+    assert first.status == "finished" and not out.lines() and not launch.waiting(runs)
+    assert (second.path / "lock").stat().st_mtime >= (first.path / "metrics.jsonl").stat().st_mtime, "the second began when the first was over"
+
+
+def test_a_run_whose_process_dies_before_it_begins_has_failed(runs, monkeypatch):
+    run = launch.create("sft", SHORT, via="bare")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    launch.spawn(run).wait()
+    until(lambda: run.status == "failed", 10)
+    assert "before the run began (exit status 1)" in run.read()["reason"]
+
+
+def test_each_command_does_what_the_button_does(runs, tmp_path):
+    values = dict(SHORT, data=str(tmp_path / "it's $HOME; \"sums\".jsonl"))
+    (tmp_path / "it's $HOME; \"sums\".jsonl").write_text("".join(json.dumps({"prompt": f"{n}+1=", "completion": str(n + 1)}) + "\n" for n in range(40)))
+    button = launch.launch("sft", **values)
+    shown = launch.commands("sft", values)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{POLM.parent}:{os.environ['PATH']}"}
+    (tmp_path / "script.py").write_text(shown["python"])
+    for line in (shown["papermill"], shown["polm"], f"python {shlex.quote(str(tmp_path / 'script.py'))}"):
+        done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True, env=env)
+        assert done.returncode == 0, (line, done.stderr[-2000:])
+    lab.wait(button)
+    found = all_runs(runs)
+    assert len(found) == 4 and {r.status for r in found} == {"finished"}
+    assert all(r.settings == button.settings for r in found) and len({(r.path / "model/model.safetensors").read_bytes() for r in found}) == 1
+    assert (runs / "sft.ipynb").exists() and sum((r.path / "notebook.ipynb").exists() for r in found) == 3
