@@ -24,6 +24,6 @@ setup(
     package_dir={"polm_lab._nbs": "nbs", "polm_lab._data": "data"},
     package_data={"polm_lab._nbs": ["**/*.ipynb"], "polm_lab._data": ["**/*"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={"trl": cfg["trl_requirements"].split(), "dev": cfg["dev_requirements"].split()},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("trl", "lab", "sweep", "dev")},
     entry_points={"console_scripts": [cfg["console_scripts"]]},
 )

@@ -90,7 +90,7 @@ def versions() -> dict:
             found[name] = version(name)
     return found
 
-# %% ../../nbs/core/run.ipynb #268503e1
+# %% ../../nbs/core/run.ipynb #eb66eace
 class Run:
     """A run's folder. Make one with `Run.create`, open one with `open_run`.
 
@@ -182,6 +182,18 @@ class Run:
     def lines(self, name: str = "metrics") -> list[dict]:
         "The objects of metrics.jsonl or samples.jsonl."
         return read_lines(self.path / f"{name}.jsonl")
+
+    def last_line(self, name: str = "metrics", characters: int = 1 << 16) -> dict | None:
+        "The newest whole object of metrics.jsonl or samples.jsonl, read from its end."
+        with suppress(FileNotFoundError), open(self.path / f"{name}.jsonl", "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - characters))
+            for line in reversed(file.read().split(b"\n")):
+                with suppress(ValueError):
+                    row = json.loads(line)
+                    if isinstance(row, dict):
+                        return row
+        return None
 
     def metrics(self):
         "metrics.jsonl as a DataFrame with one row a step."
