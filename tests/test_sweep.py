@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from contextlib import suppress
 
 import psutil
 import pytest
-from conftest import POLM
+from conftest import POLM, ROOT
 
 import polm_lab as lab
 from polm_lab.cli import polm as cli
@@ -59,6 +60,42 @@ class Written:
         pass
 
 
+MINI = """
+from dataclasses import dataclass
+from polm_lab.core.knobs import RunSettings, knob
+from polm_lab.core.method import method
+from polm_lab.core.run import Run
+
+@dataclass(kw_only=True)
+class Mini(RunSettings):
+    steps: int = knob(5, "steps", low=1)
+    rate: float = knob(0.5, "height of the curve", low=0, log=True)
+    data: str = knob("sums", "a file")
+
+@method(family="finetuning", title="Mini", trains=False)
+def mini(settings: Mini, run: Run) -> None:
+    "Write a curve, to try what is around a run."
+    for step in range(1, settings.steps + 1):
+        run.log(step, accuracy=settings.rate * step / settings.steps)
+    run.note(open(settings.data).read())
+    run.frame("after", {"accuracy": settings.rate})
+"""
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    "The environment of a copy of this package that has one small method more, with its notebook."
+    root = tmp_path_factory.mktemp("tree")
+    shutil.copytree(ROOT / "polm_lab", root / "polm_lab", ignore=shutil.ignore_patterns("__pycache__"))
+    (root / "polm_lab" / "finetuning" / "mini.py").write_text(MINI)
+    lines = {"parameters": 'steps = 5\nrate = 0.5\ndata = "sums"', "run": 'import polm_lab as lab\nfrom polm_lab.finetuning.mini import Mini\nlab.run("mini", **lab.from_cell(Mini, globals()))'}
+    code = [dict(cell_type="code", id=n, metadata=dict(tags=[n]), source=text, outputs=[], execution_count=None) for n, text in lines.items()]
+    (root / "nbs" / "finetuning").mkdir(parents=True)
+    kernel = dict(name="python3", display_name="python3", language="python")
+    (root / "nbs" / "finetuning" / "mini.ipynb").write_text(json.dumps(dict(cells=code, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)))
+    return dict(PYTHONPATH=str(root), OMP_NUM_THREADS="1", PATH=f"{POLM.parent}:{os.environ['PATH']}")
+
+
 def planned(runs, rates, **more):
     return create_sweep(plan("sft", {"learning_rate": rates}, SHORT, runs, **more), runs)
 
@@ -66,19 +103,20 @@ def planned(runs, rates, **more):
 # Sweeps
 
 
-def test_a_grid_of_real_runs_through_papermill(polm, runs):
-    done = polm("sweep", "sft", "-g", "learning_rate", "1e-3,1e-4", *WORDS, "--jobs", 2, "--metric", "perplexity", "--json", OMP_NUM_THREADS="1")
+def test_a_grid_of_runs_through_papermill(polm, runs, tree, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a kernel takes modules of its folder first
+    (tmp_path / "data").write_text("some")
+    done = polm("sweep", "mini", "-g", "rate", "0.2,0.1", "-p", "data", tmp_path / "data", "--jobs", 2, "--json", **tree)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.strip().split("\n")[-1])
     assert said["status"] == "finished" and [t["status"] for t in said["trials"]] == ["finished"] * 2
     found = lab.open_run(said["best"]["run"])
-    assert (found.path / "notebook.ipynb").exists() and found.record["sweep"] == said["sweep"] and found.settings["steps"] == 2
-    values = {t["values"]["learning_rate"]: t["value"] for t in said["trials"]}
-    assert said["best"]["value"] == min(values.values()) == found.summary["after"]["perplexity"] and set(values) == {1e-3, 1e-4}
+    assert said["best"]["value"] == 0.2 == found.summary["after"]["accuracy"] and said["best"]["values"] == {"rate": 0.2}
+    assert (found.path / "notebook.ipynb").exists() and found.record["sweep"] == said["sweep"] and found.record["via"] == "notebook"
     shown = polm("show", said["sweep"])
     assert shown.returncode == 0 and found.id in shown.stdout and said["sweep"] in polm("sweeps").stdout
     table = lab.results(said["sweep"])
-    assert list(table["learning_rate"]) == [1e-3, 1e-4] and list(table["step"]) == [2, 2]
+    assert list(table["rate"]) == [0.2, 0.1] and list(table["step"]) == [5, 5]
     again = polm("resume", said["sweep"])
     assert again.returncode == 2 and "finished" in again.stderr and len(again.stderr.strip().split("\n")) == 1
 
@@ -135,8 +173,6 @@ def test_stopped_and_resumed(runs):
 
 
 def test_a_deleted_run_and_a_metric_that_is_not_there(runs):
-    import shutil
-
     def delete(sweep):
         if sweep.trials[0]["status"] == "running":
             shutil.rmtree(runs / sweep.trials[0]["run"], ignore_errors=True)
@@ -257,8 +293,6 @@ def test_the_command_of_a_sweep_is_the_sweep(runs, capsys):
 
 
 def test_the_form_starts_a_sweep_shows_it_and_survives_its_loss(runs, monkeypatch):
-    import shutil
-
     view = Sweeps(runs, values={"steps": 2, "data": "sums"})
     assert view.pick.options == (("none yet", ""),) and view.start.disabled
     view.add_knob("learning_rate", "0.1, 0.2")
@@ -323,18 +357,20 @@ def test_a_run_whose_process_dies_before_it_begins_has_failed(runs, monkeypatch)
     assert "before the run began (exit status 1)" in run.read()["reason"]
 
 
-def test_each_command_does_what_the_button_does(runs, tmp_path):
-    values = dict(SHORT, data=str(tmp_path / "it's $HOME; \"sums\".jsonl"))
-    (tmp_path / "it's $HOME; \"sums\".jsonl").write_text("".join(json.dumps({"prompt": f"{n}+1=", "completion": str(n + 1)}) + "\n" for n in range(40)))
-    button = launch.launch("sft", **values)
-    shown = launch.commands("sft", values)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{POLM.parent}:{os.environ['PATH']}"}
+def test_each_command_does_what_the_button_does(runs, tree, tmp_path):
+    data = tmp_path / "it's $HOME; \"sums\" & 'more'.txt"
+    data.write_text("some")
+    values = dict(rate=1e-05, steps=3, data=str(data), seed=0)
+    code = f"import json, polm_lab as lab; lab.launch('mini', **{values!r}); print(json.dumps(lab.commands('mini', {values!r})))"
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env={**os.environ, **tree})
+    shown = json.loads(asked.stdout)
     (tmp_path / "script.py").write_text(shown["python"])
     for line in (shown["papermill"], shown["polm"], f"python {shlex.quote(str(tmp_path / 'script.py'))}"):
-        done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True, env=env)
+        done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, **tree})
         assert done.returncode == 0, (line, done.stderr[-2000:])
-    lab.wait(button)
     found = all_runs(runs)
-    assert len(found) == 4 and {r.status for r in found} == {"finished"}
-    assert all(r.settings == button.settings for r in found) and len({(r.path / "model/model.safetensors").read_bytes() for r in found}) == 1
-    assert (runs / "sft.ipynb").exists() and sum((r.path / "notebook.ipynb").exists() for r in found) == 3
+    until(lambda: all(r.status == "finished" for r in found))
+    assert len(found) == 4 and found[0].settings["rate"] == 1e-5 and found[0].settings["data"] == str(data)
+    assert all(r.settings == found[0].settings and [row["accuracy"] for row in r.lines()] == [row["accuracy"] for row in found[0].lines()] for r in found)
+    assert (runs / "mini.ipynb").exists() and sum((r.path / "notebook.ipynb").exists() for r in found) == 3
+    assert shown["polm"].startswith("polm run mini -p rate 1e-05") and "seed" not in shown["python"], "what equals the default is not written"

@@ -149,7 +149,7 @@ def _failed_to_begin(run: Run, reason: str):
         if now.record["status"] == "created":
             now.update(status="failed", reason=reason)
 
-# %% ../../nbs/workbench/launch.ipynb #02512139
+# %% ../../nbs/workbench/launch.ipynb #5b65da85
 def launch(name: str, out=None, parents=None, notebook: bool = True, **values) -> Run:
     "Start method `name` in a process of its own and return at once; the process outlives this one."
     run = create(name, values, out, parents, via="notebook" if notebook else "bare")
@@ -159,9 +159,9 @@ def launch(name: str, out=None, parents=None, notebook: bool = True, **values) -
 
 def polm_process(*words: str, log: Path, env: dict | None = None, keep: tuple = ()) -> subprocess.Popen:
     "A detached process of the command line with its output appended to `log`; it inherits the open files in `keep`."
-    with open(log, "a") as said:
+    with open(log, "a") as said:  # -P: as for the console script, no file of the current folder is taken for a module
         return subprocess.Popen(
-            [sys.executable, "-c", "from polm_lab.cli import main; main()", *words], stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT,
+            [sys.executable, "-P", "-c", "from polm_lab.cli import main; main()", *words], stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT,
             start_new_session=True, env={**os.environ, **(env or {})}, pass_fds=keep,
         )  # fmt: skip
 
