@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from plotly.callbacks import Points
 
 from polm_lab.core.knobs import WrongInput
 from polm_lab.core.metrics import METRICS
@@ -387,7 +388,11 @@ def test_compare_shows_the_chosen_runs(make, runs):
     assert len(shown("Panels")._records) == 2 and len(shown("Reward against KL").data) == 4
     assert [r["knob"] for r in shown("Settings").rows] == ["beta"]
     assert [r["completion"] for r in shown("Same prompts").rows] == ["<img src=x onerror=alert(1)>␛[31m⟨U+202E⟩txt"] * 2
-    assert {t.name for t in shown("Lineage").data[1:]} == {"grpo", "base"}
+    graph = shown("Lineage")
+    assert [t.name for t in graph.data[1:]] == ["grpo", "base"]
+    for _ in range(2):  # a click takes a run away, another chooses it again
+        view._click(graph.data[1], Points(point_inds=[list(graph.data[1].customdata).index(second.id)]), None)
+        assert (second.id in view.chosen) == (len(view.chosen) == 2)
     board = shown("Leaderboard")
     assert [r["run"] for r in board.children[1].rows] == [first.id, second.id]
     board.children[0].value = "perplexity"

@@ -101,7 +101,7 @@ def same_prompt(*which) -> list[dict]:
         for prompt, name, row in newest
     ]
 
-# %% ../../nbs/workbench/compare.ipynb #fa067300
+# %% ../../nbs/workbench/compare.ipynb #fdc07a33
 _MARKS = dict(finished="circle", running="triangle-right", created="circle-open", stopped="square", failed="x", dead="x-open", base="diamond")
 
 
@@ -134,7 +134,8 @@ def lineage(out=None):
     figure, grey = go.Figure(), "#8a94a3"
     arrow = dict(symbol="arrow", angleref="previous", size=[0, 9, 0] * len(edges), standoff=9, color=grey)
     figure.add_scatter(x=x, y=y, mode="lines+markers", line=dict(color=grey, width=1), marker=arrow, hoverinfo="skip", showlegend=False)
-    for color, method in zip(COLORS * len(nodes), dict.fromkeys(node["method"] for node in nodes.values())):
+    methods = dict.fromkeys(sorted((node["method"] for node in nodes.values()), key=lambda name: name in ("base", "gone")))
+    for color, method in zip(COLORS * len(nodes), methods):
         names = [name for name, node in nodes.items() if node["method"] == method]
         x, y = zip(*(place[name] for name in names))
         states = [nodes[name]["status"] for name in names]
@@ -142,7 +143,7 @@ def lineage(out=None):
         figure.add_scatter(
             x=x, y=y, customdata=names, hovertext=[f"{html.escape(name)}<br>{state}" for name, state in zip(names, states)],
             text=[html.escape(name if method == "base" else f"{method} {name[-4:]}") for name in names],
-            marker=dict(color=color, size=15, symbol=[_MARKS.get(state, "circle-dot") for state in states]), **look,
+            marker=dict(color=grey if method in ("base", "gone") else color, size=15, symbol=[_MARKS.get(state, "circle-dot") for state in states]), **look,
         )  # fmt: skip
     deepest = Counter(node["depth"] for node in nodes.values())
     axis = dict(visible=False)
@@ -237,7 +238,7 @@ def _write_notebook(cells: list[tuple[str, str]], path: Path) -> Path:
     path.write_text(nbformat.writes(notebook), encoding="utf-8")
     return path
 
-# %% ../../nbs/workbench/compare.ipynb #8d56a3fd
+# %% ../../nbs/workbench/compare.ipynb #25c9e962
 class Compare(widgets.VBox):
     "The runs below `out`, and views of those that are `chosen` (ids). What is missing for a view is said in its place."
 
@@ -255,7 +256,7 @@ class Compare(widgets.VBox):
             "Reward against KL": lambda: self._figure(frontier(*self._chosen())),
             "Settings": lambda: _rows(settings_difference(*self._chosen()), "Settings that differ", "no knob differs between the chosen runs"),
             "Same prompts": lambda: _rows(same_prompt(*self._chosen()), "Samples on the same prompts", "", ("step", "reward")),
-            "Lineage": lambda: self._figure(lineage(self.out)),
+            "Lineage": self._lineage,
             "Leaderboard": self._leaderboard,
         }
         self.tabs = widgets.Tab([widgets.VBox() for _ in self.views], titles=list(self.views), selected_index=0)
@@ -298,6 +299,17 @@ class Compare(widgets.VBox):
 
     def _figure(self, figure):
         return live_figure(style(figure, self.dark))
+
+    def _lineage(self):
+        figure = self._figure(lineage(self.out))
+        for trace in figure.data[1:]:
+            trace.on_click(self._click)
+        return figure
+
+    def _click(self, trace, points, _):
+        "A click on a run of the graph chooses it, or not any more."
+        clicked = {trace.customdata[i] for i in points.point_inds} & {row["run"] for row in self.table.rows}
+        self.table.selected = [i for i, row in enumerate(self.table.rows) if (row["run"] in clicked) != (row["run"] in self.chosen)]
 
     def _leaderboard(self):
         known = sorted({name for run in all_runs(self.out) for name in run.summary.get("after", {})})

@@ -62,7 +62,7 @@ def as_text(value) -> str:
         return "\n".join(f"{m.get('role')}: {m.get('content')}" if isinstance(m, dict) else str(m) for m in value)
     return "" if value is None else str(value)
 
-# %% ../../nbs/workbench/panels.ipynb #c755dbae
+# %% ../../nbs/workbench/panels.ipynb #7f0a2ac3
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c6d31")  # one a run, told apart by the color-blind
 GROUPS = {
     "Reward": ("reward", "reward_std", "zero_std_groups", "advantage_std"),
@@ -143,6 +143,7 @@ def _draw(names: list[str], records: list[Record], columns: int = 3, smoothing: 
     for note, name in zip(figure.layout.annotations, names):
         note.update(font_size=12, hovertext=explain(name))
     figure.update_xaxes(matches="x")  # a zoom into some steps is one in all panels
+    figure.update_yaxes(exponentformat="e")
     return framed(figure, 90 + 190 * rows)
 
 
@@ -159,8 +160,8 @@ def panels(*which, metrics: list[str] | None = None, columns: int = 3, smoothing
     figure.data = [t for t in figure.data if len(t.x)]
     named = {}
     for trace in figure.data:
-        trace.showlegend = named.setdefault(trace.name, trace) is trace
-    return figure.update_layout(margin_t=60, legend=dict(orientation="h", y=-0.08))
+        trace.showlegend = trace.opacity in (None, 1) and named.setdefault(trace.name, trace) is trace
+    return figure.update_layout(margin_t=70, legend=dict(orientation="h", yref="container", y=1, yanchor="top"))
 
 
 def show(figure):
@@ -186,8 +187,8 @@ def _import_nbformat():
         finally:
             del sys.modules["rfc3987_syntax"]
 
-# %% ../../nbs/workbench/panels.ipynb #48ba6e0e
-def frontier(*which, smoothing: float = 0.7):
+# %% ../../nbs/workbench/panels.ipynb #71b9b3f1
+def frontier(*which, smoothing: float = 0.9):
     "Reward against KL, a path over the steps for each run, with its evaluations as points. Raises `WrongInput` where no run has both."
     import plotly.graph_objects as go
 
@@ -286,7 +287,7 @@ def write_page(runs, path, title: str, front: str = "") -> Path:
     path.write_text(f"<!doctype html><html lang='en'>{head}<body>{''.join(parts)}</body></html>", encoding="utf-8")
     return path
 
-# %% ../../nbs/workbench/panels.ipynb #1b32992c
+# %% ../../nbs/workbench/panels.ipynb #44d5aeaa
 def _rest(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
@@ -376,7 +377,7 @@ class Watch(widgets.VBox):
         self.status.value = f"<div role='status'>{''.join(lines)}</div>"
         for group, (names, _, line) in self._figures.items():  # the newest values in words, for the ear and at a glance
             newest = [f"{html.escape(n)} {', '.join(f'{r[n][1][-1]:.4g}' for r in self._records if len(r[n][1]))}" for n in names]
-            line.value = f"<h4 style='margin:0'>{group}</h4>{'; '.join(newest)}"
+            line.value = f"<b>{group}</b>&emsp;{'; '.join(newest)}"
         return any(status in ("created", "running") for status, _ in states)
 
     def _build(self, names: dict):
