@@ -6,7 +6,7 @@
 __all__ = ['STATES', 'TABS', 'Spare', 'wait_for_run', 'told', 'alert', 'button', 'Configure', 'lengths_figure', 'in_loop',
            'RunBar', 'summary_html', 'Workbench', 'Together']
 
-# %% ../../nbs/workbench/app.ipynb #fac06aa5
+# %% ../../nbs/workbench/app.ipynb #a176a0e1
 import asyncio
 import html
 import subprocess
@@ -22,9 +22,9 @@ from ..core.method import find, methods
 from ..core.run import Run, all_runs, open_run, runs_folder
 from .browser import Code, Page, Table, visible
 from .controls import Form, duration, last_words, presets, preview_data, preview_model, save_preset, trial
-from .launch import commands, create, resumable
+from .launch import commands, create, resumable, work
 
-# %% ../../nbs/workbench/app.ipynb #253f081d
+# %% ../../nbs/workbench/app.ipynb #2bbed3e7
 class Spare:
     "A process that has imported what runs need, and waits for one."
 
@@ -70,12 +70,9 @@ def wait_for_run():
     with open(Path(path) / "log.txt", "ab") as log, open(os.devnull) as nothing:
         for descriptor, file in ((0, nothing), (1, log), (2, log)):
             os.dup2(file.fileno(), descriptor)
-    from polm_lab.cli import main
+    work(Run(path))
 
-    sys.argv = ["polm", "work", path]
-    main()
-
-# %% ../../nbs/workbench/app.ipynb #a8e8de3f
+# %% ../../nbs/workbench/app.ipynb #432c8631
 @contextmanager
 def told(box: widgets.HTML):
     "Inside, wrong input is told in `box` in one line instead of raised."
@@ -122,6 +119,7 @@ class Configure(widgets.VBox):
         super().__init__([widgets.HBox([self.method, self.search]), self.card, load, start, self.said, self.looked, *self.code.values(), self.form_box])
         self.search.observe(lambda _: self._choices(), "value")
         self.method.observe(lambda _: self._show_form(), "value")
+        self.notebook.observe(lambda _: self._tell(), "value")
         self._choices()
 
     def _choices(self):
@@ -151,13 +149,16 @@ class Configure(widgets.VBox):
         old = [(f"settings of {r.id}", r.id) for r in reversed(all_runs(self.out)) if r.method == self.method.value]
         options = [(f"preset: {name}", name) for name in presets(self.method.value, self.out)] + old[:50]
         if tuple(options) != tuple(self.preset.options):
+            kept = self.preset.value
             self.preset.options = options
+            self.preset.value = kept if kept in [name for _, name in options] else options[0][1]
 
     def _tell(self):
         self.said.value = alert(self.form.problem) if self.form.problem else ""
         self.run_button.disabled = bool(self.form.problem)
-        for name, text in commands(self.method.value, self.form.values).items():
-            self.code[name].text = text
+        if not self.form.problem:
+            for name, text in commands(self.method.value, self.form.values, self.out, self.notebook.value).items():
+                self.code[name].text = text
 
     def load_preset(self):
         with told(self.said):

@@ -23,7 +23,7 @@ from ..core.method import find, methods
 from ..core.run import Run, all_runs, replace_file, runs_folder
 from .browser import Table, visible
 
-# %% ../../nbs/workbench/controls.ipynb #4fc08899
+# %% ../../nbs/workbench/controls.ipynb #b999918b
 _SPAN = 3.0  # decades that a logarithmic slider reaches on both sides of the default
 
 
@@ -93,7 +93,7 @@ class Field(widgets.HBox):
             self._tell()
 
     def _slid(self, change):
-        if not self._silent:
+        if not self._silent and abs(change["new"] - self._place(self.value)) >= self.slider.step / 2:  # less is the browser rounding to its grid
             self.set(self._read(change["new"]))
 
     def _tell(self):

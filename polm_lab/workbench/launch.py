@@ -327,21 +327,21 @@ def work_queue(out=None):
         while run := _next_run(out):
             spawn(run, keep=(worker.fileno(),)).wait()  # the run holds the lock too: if this process is killed, the next run still waits for it
 
-# %% ../../nbs/workbench/launch.ipynb #58c883bb
-def commands(name: str, values: dict, out=None) -> dict[str, str]:
+# %% ../../nbs/workbench/launch.ipynb #ec89ac3b
+def commands(name: str, values: dict, out=None, notebook: bool = True) -> dict[str, str]:
     "The same run as a papermill command, a `polm` command, and Python; quoted for the shell. Raises `WrongInput`."
     found, settings = check(name, values)
     given = {k.name: getattr(settings, k.name) for k in knobs(settings) if k.name in values and getattr(settings, k.name) != k.default}
     where = str(runs_folder(out)) if out or os.environ.get("POLM_RUNS") else None  # else the default folder, in the terminal as here
     folder = runs_folder(out)
     papermill = [_tool("papermill"), str(notebooks_folder() / found.notebook), str(folder / f"{name}.ipynb")]
-    polm = [_tool("polm"), "run", name]
+    polm = [_tool("polm"), "run", name, *([] if notebook else ["--bare"])]
     for key, value in given.items():
         papermill += ["-r" if isinstance(value, str) else "-p", key, str(value)]  # -r: papermill takes text as it is, and guesses no type
         polm += ["-p", key, str(value)]
     before = "" if folder.is_dir() else f"mkdir -p {shlex.quote(str(folder))} && "
     before += f"POLM_RUNS={shlex.quote(where)} " if where else ""
-    arguments = [repr(name), *([f"out={where!r}"] if where else []), *(f"{key}={value!r}" for key, value in given.items())]
+    arguments = [repr(name), *([f"out={where!r}"] if where else []), *([] if notebook else ["notebook=False"]), *(f"{key}={value!r}" for key, value in given.items())]
     return dict(
         papermill=before + shlex.join(papermill),
         polm=shlex.join(polm + (["--out", where] if where else [])),
