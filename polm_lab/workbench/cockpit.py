@@ -237,11 +237,11 @@ def inspect_tokens(run, row: dict, top: int = 5, models: Models | None = None) -
                           kl=(p * (now[t] - then[t])).nansum().item(), alternatives=alternatives))  # fmt: skip
     return found
 
-# %% ../../nbs/workbench/cockpit.ipynb #14af2dd7
+# %% ../../nbs/workbench/cockpit.ipynb #8c73e8e5
 _CSS = """<style>
 .polm-view{line-height:1.5;overflow-wrap:anywhere}.polm-view h4{margin:.6em 0 .2em}.polm-view p{margin:.2em 0}
-.polm-tokens{position:relative;padding-bottom:9.5em;min-height:2em;white-space:pre-wrap;font-family:var(--jp-code-font-family,monospace)}
-.polm-tokens span{border-radius:3px;box-shadow:inset 0 0 0 1px rgba(128,128,128,.35)}
+.polm-tokens{position:relative;padding-bottom:9.5em;min-height:2em;white-space:pre-wrap;font:14px/1.8 var(--jp-code-font-family,monospace)}
+.polm-tokens span{border-radius:3px;padding:1px 2px;margin:0 1px;box-shadow:inset 0 0 0 1px rgba(128,128,128,.35)}
 .polm-tokens span:focus{outline:2px solid #1f6feb;outline-offset:1px}
 .polm-tokens span:hover::after,.polm-tokens span:focus::after,.polm-tokens::after{content:attr(aria-label);position:absolute;left:0;bottom:0;height:9em;width:100%;box-sizing:border-box;
  overflow:hidden;padding:4px 8px;white-space:pre-wrap;border-radius:4px;font:12px/1.45 var(--jp-code-font-family,monospace);
@@ -294,7 +294,7 @@ def tokens_html(facts: list[dict], by: str, more: int = 0) -> str:
         text = html.escape(visible(fact["token"], 200).replace("\n", "↵\n"))
         shown.append(f"<span tabindex='0' role='listitem' style='background:{ink(fact.get(by), coloring)}' aria-label='{label}'>{text}</span>")
     ends = [-coloring.full, 0, coloring.full] if coloring.signed else [0, coloring.full]
-    scale = " ".join(f"<span style='background:{ink(end, coloring)}'>&ensp;{end:{'+g' if coloring.signed else 'g'}}&ensp;</span>" for end in ends)
+    scale = " ".join(f"<span style='background:{ink(end, coloring)}'>&ensp;{end:{'+g' if coloring.signed and end else 'g'}}&ensp;</span>" for end in ends)
     lost = "Not recorded for this row." if by in ("advantage", "value", "surprise") else "Not recorded: ask the models."
     note = "" if any(by in fact for fact in facts) else f" <b>{lost}</b>"
     follow = f" … {more:,} more tokens" if more > 0 else ""
