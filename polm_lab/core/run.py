@@ -90,7 +90,7 @@ def versions() -> dict:
             found[name] = version(name)
     return found
 
-# %% ../../nbs/core/run.ipynb #eb66eace
+# %% ../../nbs/core/run.ipynb #3d1e0cf4
 class Run:
     """A run's folder. Make one with `Run.create`, open one with `open_run`.
 
@@ -222,10 +222,9 @@ class Run:
 
     def _append(self, name: str, rows):
         if self.writes:
-            text = "".join(json.dumps(_plain(row), ensure_ascii=False) + "\n" for row in rows)
+            text = "".join(json.dumps(_plain(row), ensure_ascii=False) + "\n" for row in rows).encode(errors="backslashreplace")  # half a surrogate pair is no text
             with open(self.path / f"{name}.jsonl", "ab", buffering=0) as file:  # one write, so lines of a reader are whole
-                written = file.write(text.encode())
-                if written != len(text.encode()):
+                if file.write(text) != len(text):
                     raise OSError(28, "No space left on device", str(self.path / f"{name}.jsonl"))
 
     def log(self, step: int, **metrics):

@@ -333,7 +333,7 @@ def summary_html(summary: dict) -> str:
     rows = "".join(f"<tr><th style='text-align:left;padding-right:10px'>{when}</th>" + "".join(f"<td style='padding:2px 10px;text-align:right'>{cell(when, n)}</td>" for n in names) + "</tr>" for when in summary)
     return f"<div style='overflow-x:auto'><table><tr><th></th>{head}</tr>{rows}</table></div>"
 
-# %% ../../nbs/workbench/app.ipynb #ca1f3a17
+# %% ../../nbs/workbench/app.ipynb #985ee162
 TABS = ("Configure", "Watch", "Understand", "Compare", "Sweep")
 
 
@@ -428,7 +428,7 @@ class Workbench(widgets.VBox):
                 from polm_lab.workbench.diagnose import Diagnosis
                 from polm_lab.workbench.panels import Watch
 
-                return Together([Diagnosis(run), Watch(run, dark=self.page.dark)])
+                return Together([Diagnosis(run, dark=self.page.dark), Watch(run, dark=self.page.dark)])
             if name == "Understand":
                 from polm_lab.workbench.cockpit import Cockpit
 

@@ -30,7 +30,7 @@ def _shown(c: str) -> str:
         return c
     return chr(0x2400 + ord(c)) if ord(c) < 32 else "␡" if ord(c) == 127 else f"⟨U+{ord(c):04X}⟩"
 
-# %% ../../nbs/workbench/browser.ipynb #d6b115e6
+# %% ../../nbs/workbench/browser.ipynb #ab3fe8bb
 _STYLE = """
 .polm{font:13px/1.45 var(--jp-ui-font-family,system-ui,sans-serif);color:var(--jp-ui-font-color1,#1c2430)}
 .polm input,.polm button{font:inherit;color:inherit;background:var(--jp-layout-color1,#fff);border:1px solid var(--jp-border-color1,#8a94a3);border-radius:4px;padding:3px 8px}
@@ -44,7 +44,7 @@ _STYLE = """
 .polm td{padding:3px 8px;vertical-align:top;border-top:1px solid var(--jp-border-color3,#e6eaf0);max-width:34em;max-height:6em;overflow:hidden;text-overflow:ellipsis;white-space:pre-wrap;overflow-wrap:anywhere}
 .polm .number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .polm tbody tr{cursor:pointer}.polm tbody tr:hover{background:var(--jp-layout-color2,#eef1f5)}
-.polm tr[aria-selected=true]{background:var(--jp-brand-color3,#cfe3ff);color:var(--jp-ui-font-color1,#10233d)}
+.polm tr[aria-selected=true]{background:color-mix(in srgb,var(--jp-brand-color1,#1f6feb) 22%,transparent)}
 .polm pre{margin:0;padding:6px 8px;background:var(--jp-layout-color2,#eef1f5);white-space:pre-wrap;overflow-wrap:anywhere;flex:1;border-radius:4px;font:12px/1.5 var(--jp-code-font-family,monospace)}
 .polm-code{display:flex;gap:8px;align-items:start}.polm-code b{min-width:6em;padding-top:4px}
 """

@@ -7,13 +7,15 @@ __all__ = ['COLORS', 'GROUPS', 'plain', 'explain', 'as_text', 'shown_metrics', '
            'live_figure', 'frontier', 'advantage_histogram', 'summary_table', 'sample_texts', 'write_page', 'state',
            'Watch']
 
-# %% ../../nbs/workbench/panels.ipynb #896befd7
+# %% ../../nbs/workbench/panels.ipynb #7e801236
 import asyncio
 import html
+import json
 import math
 import re
 import sys
 import textwrap
+from functools import cache
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -62,7 +64,7 @@ def as_text(value) -> str:
         return "\n".join(f"{m.get('role')}: {m.get('content')}" if isinstance(m, dict) else str(m) for m in value)
     return "" if value is None else str(value)
 
-# %% ../../nbs/workbench/panels.ipynb #7f0a2ac3
+# %% ../../nbs/workbench/panels.ipynb #7c5499c0
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c6d31")  # one a run, told apart by the color-blind
 GROUPS = {
     "Reward": ("reward", "reward_std", "zero_std_groups", "advantage_std"),
@@ -170,14 +172,6 @@ def show(figure):
     figure.show(renderer="notebook_connected")
 
 
-def live_figure(figure):
-    "A figure as a widget, whose traces can be changed after it is shown."
-    _import_nbformat()
-    import plotly.graph_objects as go
-
-    return go.FigureWidget(figure)
-
-
 def _import_nbformat():
     "Import what plotly needs to show a figure, without the grammar of web addresses that jsonschema would build at import for two seconds."
     if "jsonschema" not in sys.modules:
@@ -186,6 +180,45 @@ def _import_nbformat():
             import nbformat
         finally:
             del sys.modules["rfc3987_syntax"]
+
+# %% ../../nbs/workbench/panels.ipynb #9e250705
+_LOADER = """
+const library = (globalThis.polmPlotly ??= import(URL.createObjectURL(new Blob([text], { type: "text/javascript" }))));
+const names = ["addTraces", "deleteTraces", "moveTraces", "restyle", "relayout", "update", "animate", "removeLayoutProps", "removeTraceProps"].map(n => "_py2js_" + n);
+export default () => {
+  let started;
+  return {
+    initialize({ model }) {
+      const missed = [], ears = names.map(name => [name, () => model.get(name) && missed.push([name, model.get(name)])]);
+      ears.forEach(([name, ear]) => model.on("change:" + name, ear));
+      started = library.then(plotly => {
+        const figure = plotly.default();
+        ears.forEach(([name, ear]) => model.off("change:" + name, ear));
+        figure.initialize({ model });
+        for (const [name, message] of missed) { model.set(name, message); model.set(name, null); }
+        return figure;
+      });
+    },
+    async render(context) { return (await started).render(context); },
+  };
+};
+"""
+
+
+@cache
+def _live_class():
+    _import_nbformat()
+    import plotly
+    import plotly.graph_objects as go
+
+    bundle = Path(plotly.__file__).parent / "package_data" / "widgetbundle.js"
+    code = f"const text = {json.dumps(bundle.read_text(encoding='utf-8'))};{_LOADER}"
+    return type("LiveFigure", (go.FigureWidget,), {"_esm": code})
+
+
+def live_figure(figure):
+    "A figure as a widget: plotly's FigureWidget, whose traces can be changed after it is shown."
+    return _live_class()(figure)
 
 # %% ../../nbs/workbench/panels.ipynb #71b9b3f1
 def frontier(*which, smoothing: float = 0.9):
