@@ -8,6 +8,7 @@ import sys
 import time
 
 import numpy as np
+import plotly.graph_objects as go
 import pytest
 from plotly.callbacks import Points
 
@@ -237,6 +238,14 @@ def test_traits_restyle_the_figures(make):
     assert len(figures(view)["Reward"].data) == 6  # 2 metrics of 1 run
     with pytest.raises(Exception, match="smoothing"):
         view.smoothing = 1.0
+
+
+def test_a_live_figure_starts_before_plotly_is_loaded(make):
+    "anywidget drops all messages to a model whose module needs more than two seconds: the module must not be plotly.js itself."
+    for figure in figures(Watch(make())).values():
+        assert isinstance(figure, go.FigureWidget)
+        head, _, loader = figure._esm.rpartition('";')
+        assert head.startswith('const text = "') and len(head) > 10**6 and "export default" in loader and len(loader) < 3000
 
 
 def test_a_logarithm_only_where_nothing_is_negative(runs):
