@@ -305,7 +305,7 @@ def work_sweep_command(path):
 
     _work_on_sweep(Sweep(path), False)
 
-# %% ../nbs/cli.ipynb #bdc6641f
+# %% ../nbs/cli.ipynb #f8d25fa6
 def _print_frame(frame, index: bool = False):
     "A DataFrame as a table on the terminal, or as plain aligned text in a pipe or file."
     from rich.console import Console
@@ -437,4 +437,4 @@ def app_command(args):
     "Open the workbench as an app in the browser, on localhost; ARGS are Voilà's, such as --port 8866 or --no-browser."
     from polm_lab.workbench.launch import notebooks_folder
 
-    _serve("voila", "Voilà", "lab", str(notebooks_folder() / "workbench" / "app.ipynb"), "--Voila.ip=127.0.0.1", *args)
+    _serve("voila", "Voilà", "lab", str(notebooks_folder() / "workbench.ipynb"), "--Voila.ip=127.0.0.1", *args)

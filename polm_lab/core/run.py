@@ -25,7 +25,7 @@ from pathlib import Path
 
 from .knobs import WrongInput, nearest
 
-# %% ../../nbs/core/run.ipynb #965861e2
+# %% ../../nbs/core/run.ipynb #5a390466
 HEARTBEAT = 5.0  # seconds between two heartbeats
 STALE = 60.0  # seconds without one after which a run of another machine counts as dead
 
@@ -60,7 +60,7 @@ def read_lines(path: Path) -> list[dict]:
     rows = []
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):
                 row = json.loads(line)
                 if isinstance(row, dict):
                     rows.append(row)

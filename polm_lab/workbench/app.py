@@ -72,7 +72,7 @@ def wait_for_run():
             os.dup2(file.fileno(), descriptor)
     work(Run(path))
 
-# %% ../../nbs/workbench/app.ipynb #432c8631
+# %% ../../nbs/workbench/app.ipynb #39dbb9ca
 @contextmanager
 def told(box: widgets.HTML):
     "Inside, wrong input is told in `box` in one line instead of raised."
@@ -248,11 +248,13 @@ def lengths_figure(lengths: list[int], max_length: int) -> widgets.Widget:
     "Lengths in tokens as a histogram, with the knob `max_length`."
     import plotly.graph_objects as go
 
-    figure = go.FigureWidget(go.Histogram(x=lengths, nbinsx=40, hovertemplate="%{x} tokens: %{y} rows<extra></extra>"))
+    from polm_lab.workbench.panels import live_figure
+
+    figure = go.Figure(go.Histogram(x=lengths, nbinsx=40, hovertemplate="%{x} tokens: %{y} rows<extra></extra>"))
     figure.update_layout(height=170, margin=dict(l=40, r=10, t=24, b=30), title=dict(text="length in tokens", font_size=12), paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font_color="#808890")
     if lengths and max(lengths) > 0.5 * max_length:
         figure.add_vline(x=max_length, line_dash="dash", annotation_text="max_length")
-    return figure
+    return live_figure(figure)
 
 
 def in_loop(work):
