@@ -96,3 +96,15 @@ def test_no_large_files():
     sizes = {n: (ROOT / n).stat().st_size for n in names if n and (ROOT / n).exists()}
     assert all(size < 10_000_000 for size in sizes.values())
     assert sum(size for n, size in sizes.items() if Path(n).parts[0] == "data") < 25_000_000
+
+
+def test_no_file_tells_where_it_was_made():
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
+    place = re.compile(rf"{re.escape(str(ROOT))}\b|(?<![.\w])(?:/\w[\w.-]*)+/(?:site-packages|\.venv|nbs|polm_lab)/")
+    told = {}
+    for path in (ROOT / n for n in names if Path(n).suffix in {".ipynb", ".py", ".md", ".json", ".csv", ".txt", ".ini", ".yml", ".toml"}):
+        text = path.read_text() if path.exists() else ""
+        found = [m[0] for m in place.finditer(text) if not re.search(r"https?:[^\s\"']*$", text[max(0, m.start() - 200) : m.start()])]
+        if found:
+            told[str(path.relative_to(ROOT))] = found[:3]
+    assert not told, f"absolute paths of one machine: {told}"
