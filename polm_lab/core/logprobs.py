@@ -242,12 +242,13 @@ def full_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tens
     ref = Readout(ref_weight.detach(), None if ref_bias is None else ref_bias.detach(), float(ref_scale), ref_softcap)
     return _FullKL.apply(hidden, weight, bias, float(scale), softcap, ref_hidden.detach(), ref, float(temperature), reverse, chunk)
 
-# %% ../../nbs/core/logprobs.ipynb #1c72d9b4
+# %% ../../nbs/core/logprobs.ipynb #ceaaf586
 class TokenStats(NamedTuple):
-    "Per-token figures [rows, time] in nats; entry t is about token t given the tokens before it, 0 where t is no target."
-    logp: Tensor
+    "Per-token figures [rows, time], in nats; entry t is about token t given the tokens before it, 0 where t is no target."
+    logp: Tensor | None
     entropy: Tensor | None = None
     kl: Tensor | None = None
+    value: Tensor | None = None  # what a value head expects from here on, in units of reward
 
 # %% ../../nbs/core/logprobs.ipynb #b18c4113
 @contextlib.contextmanager
@@ -306,7 +307,7 @@ def read_head(model: nn.Module, device: torch.device | str = "cpu") -> Readout |
     expected = scale * z if cap is None else cap * torch.tanh(scale * z / cap)
     return Readout(head.weight, head.bias, scale, cap) if torch.allclose(got, expected, rtol=1e-4, atol=1e-4) else None
 
-# %% ../../nbs/core/logprobs.ipynb #09692dea
+# %% ../../nbs/core/logprobs.ipynb #d558dc83
 class Policy(nn.Module):
     """Wraps a causal LM (or PeftModel); calling it gives `TokenStats` of a batch, and the logits are never built.
 
@@ -324,12 +325,14 @@ class Policy(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, target_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, temperature: float = 1.0, entropy: bool = False,
-                reference: "Policy | None" = None, reverse: bool = False, prefix: Tensor | None = None) -> TokenStats:
+                reference: "Policy | None" = None, reverse: bool = False, prefix: Tensor | None = None,
+                value: nn.Module | None = None, logprobs: bool = True) -> TokenStats:
         """Log-probs (and entropy, and KL to `reference`) of the tokens where `target_mask` [rows, time] is 1; default: all real tokens.
 
         `position_ids` are needed for packed rows only: they start again at 0 with every example. Padding may stand on either side.
         `prefix` [rows, 2] = (group, n) says that the rows of a group have the same first n tokens, none of them a target: the model reads those once
         for the group, where its architecture allows. Values and gradients are the same.
+        `value` maps the states that the head reads, [n, width], to [n, 1]: the value of what stands before each token. `logprobs=False`: nothing else.
         """
         if not temperature > 0: raise WrongInput(f"temperature: {temperature}; expected more than 0; use 1.0 for the model's own distribution")
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
@@ -348,8 +351,12 @@ class Policy(nn.Module):
         batch = self._batch(input_ids, real, position_ids)
         together = prefix is not None and reference is None and position_ids is None and self._can_share()
         rows, readout = self._rows_after_prefix(input_ids, real, wanted, prefix) if together else self._rows(batch, wanted)
-        targets = input_ids[wanted]
-        if readout.weight is None: logp, spread = dense_logprobs(rows, targets, temperature, entropy)
+        if value is not None and readout.weight is None:
+            raise WrongInput("value: the head of this model is wrapped or quantized, so its input cannot be read; expected a plain Linear head; leave the head as it is")
+        worth, targets = None if value is None else value(rows)[:, 0], input_ids[wanted]
+        if worth is not None: worth = worth.to(torch.promote_types(worth.dtype, torch.float32))
+        if not logprobs: logp = spread = None
+        elif readout.weight is None: logp, spread = dense_logprobs(rows, targets, temperature, entropy)
         else: logp, spread = selected_logprobs(rows, readout.weight, targets, readout.bias, temperature, entropy, None, readout.scale, readout.softcap)
         kl = None if reference is None else self._kl(rows, readout, *reference._constant_rows(batch, wanted), temperature, reverse)
 
@@ -357,7 +364,7 @@ class Policy(nn.Module):
             if values is None: return None
             table = values.new_zeros(wanted.shape).masked_scatter(wanted, values)
             return table if order is None else table.new_zeros(full.shape).scatter(1, order, table)
-        return TokenStats(*map(spread_out, (logp, spread, kl)))
+        return TokenStats(*map(spread_out, (logp, spread, kl, worth)))
 
     def _batch(self, input_ids: Tensor, real: Tensor, position_ids: Tensor | None) -> dict:
         "The arguments of the model's forward."
