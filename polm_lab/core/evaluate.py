@@ -61,7 +61,7 @@ def perplexity(policy: Policy, examples: list[dict], pad_id: int, rows: int = 16
     "exp of `mean_nll`: 1 is certain, the vocabulary's size is ignorance."
     return math.exp(min(700.0, mean_nll(policy, examples, pad_id, rows)))
 
-# %% ../../nbs/core/evaluate.ipynb #e69a01c9
+# %% ../../nbs/core/evaluate.ipynb #b2d420eb
 def pass_at_k(n: int, c: int, k: int) -> float:
     "Chance that k samples, drawn from n of which c are right, hold a right one."
     if not 0 <= c <= n or not 1 <= k <= n:
@@ -100,7 +100,7 @@ def other_worlds(settings, tokenizer) -> tuple[str, ...]:
 
     if "tiny" not in built_in_models() or tokenizer.get_vocab() != load_tokenizer("tiny").get_vocab():
         return ()
-    return tuple(name for name in WORLDS if name != settings.data)
+    return tuple(name for name in WORLDS if name not in (settings.data, settings.eval_data))
 
 # %% ../../nbs/core/evaluate.ipynb #3c1ad1a9
 def as_example(prompt: list[int], completion: list[int]) -> dict:

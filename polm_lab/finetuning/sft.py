@@ -77,7 +77,7 @@ def class_accuracy(policy: Policy, tokenizer, rows: list[dict], labels: list[str
     best = sequence_logps(policy, asked, tokenizer.pad_token_id).view(len(rows), len(labels)).argmax(1)
     return sum(labels[b] == said(row).strip() for b, row in zip(best.tolist(), rows)) / len(rows)
 
-# %% ../../nbs/finetuning/sft.ipynb #a0802de3
+# %% ../../nbs/finetuning/sft.ipynb #26628fd7
 @method(
     family="finetuning", title="Supervised fine-tuning", paper="Ouyang et al. 2022, §3.5; survey §3.1, eq. 11, 12", data="completion",
     engines=("lab", "trl"),
@@ -90,7 +90,7 @@ def sft(settings: SFT, run: Run) -> None:
     policy, tokenizer = load_policy(settings)
     examples = encode_rows(tokenizer, rows, kind, settings.max_length, settings.completion_only)
     evaluation = Evaluation(
-        policy, tokenizer, held_out, kind, max_length=settings.max_length, score=scorer(settings.data, held_out),
+        policy, tokenizer, held_out, kind, max_length=settings.max_length, score=scorer(settings.eval_data or settings.data, held_out),
         others=other_worlds(settings, tokenizer), seed=settings.seed, before=run.summary.get("before"),
     )  # fmt: skip
 
