@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STEP', 'LIBRARY', 'text_of', 'correct_reward', 'format_reward', 'steps_reward', 'length_reward', 'repetition_reward',
            'dialogue_reward', 'Reward', 'parse_rewards', 'load_function', 'make_rewards', 'Scores', 'weighted',
-           'call_rewards', 'as_completions', 'try_rewards', 'for_trl']
+           'call_rewards', 'as_completions', 'as_judge', 'try_rewards', 'for_trl']
 
 # %% ../../nbs/reasoning/rewards.ipynb #f403fe65
 import asyncio
@@ -277,10 +277,15 @@ def call_rewards(rewards: list[Reward], rows: list[dict], completions: list, com
         raise WrongInput(f"rewards {', '.join(parts)}: only None for all {len(rows)} completions; expected a number for some; correct the function, or name a reward that applies to this data")
     return Scores(parts, total)
 
-# %% ../../nbs/reasoning/rewards.ipynb #b396d232
+# %% ../../nbs/reasoning/rewards.ipynb #941cc6ce
 def as_completions(rows: list[dict], texts: list[str]) -> list:
     "Texts as completions: plain for plain prompts, a turn of the assistant for conversations."
     return [text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}] for row, text in zip(rows, texts)]
+
+
+def as_judge(rewards: list[Reward]) -> Callable:
+    "The rewards as a judge of samples, as `core.onpolicy` calls it: `judge(rows, texts, completion_ids, ended) -> Scores`."
+    return lambda rows, texts, completion_ids, ended: call_rewards(rewards, rows, as_completions(rows, texts), completion_ids, ended)
 
 
 def try_rewards(rewards: list[Reward], rows: list[dict], tokenizer, tries: int = 16) -> Scores:
