@@ -8,7 +8,7 @@ __all__ = ['METRICS', 'Metric', 'metric']
 # %% ../../nbs/core/metrics.ipynb #38b6327b
 from dataclasses import dataclass
 
-# %% ../../nbs/core/metrics.ipynb #47f2ae56
+# %% ../../nbs/core/metrics.ipynb #ea989b19
 @dataclass(frozen=True)
 class Metric:
     "What one number means."
@@ -48,11 +48,15 @@ _ALL = [
            reading="1 is certain; the vocabulary's size is ignorance."),
     Metric("accuracy", "share of right answers, or of pairs ranked rightly", unit="share", better="up", low=0.0, high=1.0,
            reading="The method's page says what counts as right."),
-    Metric("margin", "implicit reward of the chosen completion minus that of the rejected one",
-           r"\beta\left[\log\frac{\pi(y_w)}{\pi_{ref}(y_w)}-\log\frac{\pi(y_l)}{\pi_{ref}(y_l)}\right]", better="up", reading="Rises from 0."),
-    Metric("reward_chosen", "implicit reward of the chosen completion", r"\beta\log\frac{\pi(y_w)}{\pi_{ref}(y_w)}",
-           reading="May fall while the margin grows: see the page on DPO."),
-    Metric("reward_rejected", "implicit reward of the rejected completion", r"\beta\log\frac{\pi(y_l)}{\pi_{ref}(y_l)}", reading="Usually falls."),
+    Metric("margin", "reward of the chosen completion minus that of the rejected one: of a reward model, or implicit in a policy", r"r(x,y_w)-r(x,y_l)", better="up",
+           reading="Rises from 0."),
+    Metric("reward_chosen", "reward of the chosen completion: of a reward model, or implicit in a policy", r"r(x,y_w)",
+           reading="An implicit reward may fall while the margin grows: see the page on DPO."),
+    Metric("reward_rejected", "reward of the rejected completion: of a reward model, or implicit in a policy", r"r(x,y_l)", reading="Usually falls."),
+    Metric("calibration_error", "distance between how sure a reward model is and how often it is right", r"\sum_b\frac{n_b}n|a_b-c_b|", "share",
+           "0: when it says 80 %, it is right in 80 %.", better="down", low=0.0, high=0.1),
+    Metric("length_bias", "how much more often a reward model prefers the longer answer than the data do", unit="share",
+           reading="Above 0, a policy that is trained on it grows wordy.", low=-0.1, high=0.1),
     Metric("logp_chosen", "log-probability of the chosen completion", r"\log\pi(y_w\mid x)", "nats", "Compare with its value at the start."),
     Metric("logp_rejected", "log-probability of the rejected completion", r"\log\pi(y_l\mid x)", "nats", "Compare with its value at the start."),
     Metric("grad_norm", "norm of the gradient before clipping", r"\lVert g\rVert_2", reading="Spikes point to a bad batch or too high a learning rate."),
@@ -65,6 +69,10 @@ _ALL = [
            better="up", low=0.0, high=1.0, reading="0.5 is no difference."),
     Metric("forgetting", "rise of the loss on text that the run did not train on", r"\mathcal L_{after}-\mathcal L_{before}", "nats/token",
            "Above 0: something else was unlearned.", better="down"),
+    Metric("sparsity", "share of the weights in the blocks' linear layers that are 0", unit="share", low=0.0, high=0.99,
+           reading="Fewer weights that count; fewer bytes or less time only where a format or a kernel makes use of it."),
+    Metric("output_error", "what a compressed block's output lost", r"\lVert f(X)-\hat f(X)\rVert^2/\lVert f(X)\rVert^2", "share",
+           "Grows with depth, as errors of earlier blocks are carried on; a jump marks a block that was compressed too far.", 0.0, 0.2, "down"),
     Metric("size_mib", "size of the weights", unit="MiB", better="down"),
     Metric("latency_ms", "time for one new token of one sequence", unit="ms", better="down"),
 ]  # fmt: skip
