@@ -18,6 +18,7 @@ KILLS = int(os.environ.get("POLM_KILLS", 3))
 SETTINGS = {
     "sft": dict(steps=40, data="sums", batch_size=8, neftune_alpha=5),
     "dpo": dict(steps=40, data="sums", batch_size=8),
+    "reward": dict(steps=60, data="sums", batch_size=8),
     "grpo": dict(steps=40, data="sums", batch_size=16, samples=4, max_new_tokens=8),
 }
 

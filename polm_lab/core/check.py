@@ -25,7 +25,7 @@ from .metrics import metric
 from .models import load_model
 from .run import Run, Stopped
 
-# %% ../../nbs/core/check.ipynb #0c6c2ebe
+# %% ../../nbs/core/check.ipynb #44b64f69
 SMALL = dict(steps=4, batch_size=4, eval_rows=4, save_every=1, max_length=128, device="cpu", dtype="float32", warmup=0.0, learning_rate=1e-3)
 
 
@@ -50,7 +50,9 @@ def weights_file(run: Run) -> bytes:
 
 def saved_update(run: Run) -> torch.Tensor:
     "How a run changed the weights, as one vector."
-    before, after = load_model(run.settings["model"], "float32", "cpu").state_dict(), load_model(run.path / "model", "float32", "cpu").state_dict()
+    made = load_model(run.path / "model", "float32", "cpu", head="any")
+    start = load_model(run.settings["model"], "float32", "cpu", seed=run.settings["seed"], head="score" if hasattr(made, "score") else "lm")
+    before, after = start.state_dict(), made.state_dict()
     return torch.cat([(after[name].double() - before[name].double()).flatten() for name in before if name in after])
 
 
@@ -73,7 +75,7 @@ def distance(run: Run, other: Run) -> float:
     cosine = torch.nn.functional.cosine_similarity(saved_update(run), saved_update(other), dim=0).item()
     return max(*gaps, 1 - cosine)
 
-# %% ../../nbs/core/check.ipynb #9278ce6e
+# %% ../../nbs/core/check.ipynb #c352ed72
 CLOSE = 2e-3  # of `distance`: rounding stays below 1e-3 in these short runs, an error in a normalization is above 1e-2
 
 
@@ -186,7 +188,7 @@ def record_complete(method: Method, out, base: Run) -> tuple[float, bool]:
     if "reward" in method.needs and not base.lines("samples"):
         missing.append("samples")
     try:
-        load_model(base.path / "model")
+        load_model(base.path / "model", head="any")
     except Exception as error:
         missing.append(f"a model that loads ({error})")
     if missing:

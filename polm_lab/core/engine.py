@@ -72,12 +72,13 @@ def trl_arguments(settings: Settings, run: Run) -> dict:
         report_to=[] if settings.tracker == "none" else [settings.tracker],
     )  # fmt: skip
 
-# %% ../../nbs/core/engine.ipynb #a8f7fe23
+# %% ../../nbs/core/engine.ipynb #a91ec44f
 NAMES = {  # TRL's -> ours
     **{name: name for name in ("loss", "grad_norm", "learning_rate", "entropy", "kl", "reward", "reward_std")},
     **{f"rewards/{side}": f"reward_{side}" for side in ("chosen", "rejected")},
     **{f"logps/{side}": f"logp_{side}" for side in ("chosen", "rejected")},
     "rewards/margins": "margin", "rewards/accuracies": "accuracy",
+    "margin": "margin", "accuracy": "accuracy", "mean_reward": "reward",  # RewardTrainer's
     "clip_ratio/region_mean": "clip_fraction", "frac_reward_zero_std": "zero_std_groups",
     "completions/mean_length": "length", "completions/clipped_ratio": "truncated",
 }  # fmt: skip

@@ -8,7 +8,7 @@ __all__ = ['METRICS', 'Metric', 'metric']
 # %% ../../nbs/core/metrics.ipynb #38b6327b
 from dataclasses import dataclass
 
-# %% ../../nbs/core/metrics.ipynb #ea989b19
+# %% ../../nbs/core/metrics.ipynb #c9e4641d
 @dataclass(frozen=True)
 class Metric:
     "What one number means."
@@ -39,6 +39,12 @@ _ALL = [
     Metric("ratio_max", "largest ratio of a token's probability under the policy to that when it was sampled", r"\max_t \pi(y_t)/\pi_{old}(y_t)",
            reading="Far above 1 means that the rollouts are stale.", high=10.0),
     Metric("advantage_std", "spread of the advantages", r"\operatorname{std} A", reading="0 means no signal."),
+    Metric("value_loss", "squared error of the critic", r"\tfrac12\operatorname{mean}_t\,(V(s_t)-R_t)^2", "reward²", better="down",
+           reading="Falls at first; later it follows the returns, which move as the policy does."),
+    Metric("explained_variance", "share of the returns' variance that the critic foresaw", r"1-\operatorname{Var}(R_t-V(s_t))/\operatorname{Var}(R_t)",
+           "share", "0 is a critic that knows nothing, below 0 one that misleads: more noise than without it.", 0.0, 1.0, "up"),
+    Metric("kl_coefficient", "strength of the KL's toll in the reward", r"\beta", "reward/nat", "Constant, or steered: it rises while the KL lies above its target."),
+    Metric("entropy_coefficient", "weight of the entropy in the loss", r"\lambda_t", reading="0 without an entropy bonus. It follows the rewards' variance where the method says so."),
     Metric("length", "mean length of a completion", unit="tokens", reading="A reward that rises only together with length is suspect."),
     Metric("truncated", "share of completions or rows that were cut at the longest length", unit="share", reading="Above 0.2: raise the limit.",
            low=0.0, high=0.2, better="down"),

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['STEP', 'LIBRARY', 'text_of', 'correct_reward', 'format_reward', 'steps_reward', 'length_reward', 'repetition_reward',
-           'dialogue_reward', 'Reward', 'parse_rewards', 'load_function', 'make_rewards', 'Scores', 'weighted',
-           'call_rewards', 'as_completions', 'as_judge', 'try_rewards', 'for_trl']
+           'dialogue_reward', 'consistency_reward', 'Reward', 'short_name', 'parse_rewards', 'load_function',
+           'make_rewards', 'Scores', 'weighted', 'call_rewards', 'as_completions', 'as_judge', 'try_rewards', 'dry_run',
+           'for_trl']
 
-# %% ../../nbs/reasoning/rewards.ipynb #f403fe65
+# %% ../../nbs/reasoning/rewards.ipynb #b4dcfc8d
 import asyncio
 import importlib
 import importlib.util
@@ -16,7 +17,9 @@ import math
 import re
 import sys
 import threading
+import time
 import traceback
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -87,7 +90,17 @@ def dialogue_reward(completions, **columns) -> list[float]:
         rewards.append(min(len(said), 3) / 3)
     return rewards
 
-# %% ../../nbs/reasoning/rewards.ipynb #7ca4b2d7
+# %% ../../nbs/reasoning/rewards.ipynb #f0e95abf
+def consistency_reward(prompts, completions, **columns) -> list[float | None]:
+    "Share of the other completions of the same prompt that end with the same number, or have the same words; None for one that stands alone."
+    from polm_lab.core.evaluate import last_number
+
+    texts, asked = [text_of(c) for c in completions], [str(p) for p in prompts]
+    answers = [(p, last_number(t) or " ".join(t.split()).lower()) for p, t in zip(asked, texts)]
+    siblings, agree = Counter(asked), Counter(answers)
+    return [(agree[a] - 1) / (siblings[p] - 1) if siblings[p] > 1 else None for p, a in zip(asked, answers)]
+
+# %% ../../nbs/reasoning/rewards.ipynb #966d011b
 @dataclass(frozen=True)
 class Reward:
     "A reward function with its name and weight."
@@ -99,12 +112,19 @@ class Reward:
 
 LIBRARY = {
     "correct": "the world's gold rule, or the `answer` column",
+    "gold": "the same, as what another reward stands in for",
     "format": "worked steps or a bare number, and a proper end",
     "steps": "share of worked steps that are right",
     "length": "soft punishment near the longest length",
     "repetition": "minus the share of repeated 3-grams",
     "dialogue": "a story in which somebody speaks",
+    "consistency": "share of the prompt's other completions that agree",
 }
+
+
+def short_name(name: str) -> str:
+    "What the reward `name` is called in metrics and samples."
+    return name if name in LIBRARY else "model" if name.startswith("model:") else name.rpartition(":")[2]
 
 
 def parse_rewards(spec: str) -> list[tuple[str, float]]:
@@ -154,28 +174,34 @@ def make_rewards(spec: str, score: Callable[[dict, str], float] | None = None, l
     """
     makers = {
         "correct": lambda: correct_reward(score),
+        "gold": lambda: correct_reward(score),
         "format": lambda: format_reward,
         "steps": lambda: steps_reward,
         "length": lambda: length_reward(longest),
         "repetition": lambda: repetition_reward,
         "dialogue": lambda: dialogue_reward,
+        "consistency": lambda: consistency_reward,
     }
+    from polm_lab.alignment.reward import load_reward
+
     rewards = []
     for name, weight in parse_rewards(spec):
         if name.partition(":")[0] in makers and name not in makers:
             raise WrongInput(f"rewards = {spec!r}: weight {name.partition(':')[2]!r}; expected a number, such as {name.partition(':')[0]}:0.5")
+        if name == "model":
+            raise WrongInput(f"rewards = {spec!r}: model of what? expected model:<run, folder or Hub id>, such as model:my_run:0.5")
         if name not in makers and ":" not in name:
-            raise WrongInput(f"reward {name!r}: unknown; {nearest(name, makers)}; or module:function, or file.py:function")
-        if name == "correct" and score is None:
-            raise WrongInput("reward correct: nothing tells what is correct; expected a built-in world or an `answer` column in every row; add the column, or name another reward")
-        function = makers[name]() if name in makers else load_function(name)
-        short = name if name in makers else name.rpartition(":")[2]
+            raise WrongInput(f"reward {name!r}: unknown; {nearest(name, makers)}; or module:function, file.py:function, or model:run")
+        if name in ("correct", "gold") and score is None:
+            raise WrongInput(f"reward {name}: nothing tells what is correct; expected a built-in world or an `answer` column in every row; add the column, or name another reward")
+        short = short_name(name)
         if any(r.name == short for r in rewards):
-            raise WrongInput(f"rewards = {spec!r}: {short} comes twice; expected each name once; add up its weights")
+            raise WrongInput(f"rewards = {spec!r}: {short} comes twice; expected each name once; add up its weights{', or join the models as model:a+b' if short == 'model' else ''}")
+        function = makers[name]() if name in makers else load_reward(name.removeprefix("model:")) if short == "model" else load_function(name)
         rewards.append(Reward(short, weight, function))
     return rewards
 
-# %% ../../nbs/reasoning/rewards.ipynb #f00996ff
+# %% ../../nbs/reasoning/rewards.ipynb #49bd737a
 @dataclass
 class Scores:
     "Rewards of some completions."
@@ -261,16 +287,21 @@ def weighted(rewards: list[Reward], parts: dict[str, list[float | None]]) -> lis
     return [sum(v for v in values if v is not None) if any(v is not None for v in values) else math.nan for values in each]
 
 
+def _arguments(rows: list[dict], completions: list, completion_ids: list[list[int]], ended: list[bool]) -> dict:
+    "What a reward function may ask for, by name."
+    names = dict.fromkeys(name for row in rows for name in row if name not in ("prompt", "completion", "completion_ids"))
+    arguments = {name: [row.get(name) for row in rows] for name in names}
+    arguments |= dict(prompts=[row["prompt"] for row in rows], completions=completions, completion_ids=completion_ids, ended=list(ended))
+    return arguments | dict(trainer_state=None, log_extra=lambda *_: None, log_metric=lambda *_: None)
+
+
 def call_rewards(rewards: list[Reward], rows: list[dict], completions: list, completion_ids: list[list[int]], ended: list[bool]) -> Scores:
     """Call each reward once with everything, and check what it gives.
 
     `rows` are data rows with `prompt`, one a completion (a group repeats its row). TRL's `log_extra` and `log_metric` are accepted and do nothing.
     Raises `WrongInput` if a function raises, gives NaN, infinity, no numbers or the wrong number of them, or if no reward applies to any row.
     """
-    names = dict.fromkeys(name for row in rows for name in row if name not in ("prompt", "completion", "completion_ids"))
-    arguments = {name: [row.get(name) for row in rows] for name in names}
-    arguments |= dict(prompts=[row["prompt"] for row in rows], completions=completions, completion_ids=completion_ids, ended=list(ended))
-    arguments |= dict(trainer_state=None, log_extra=lambda *_: None, log_metric=lambda *_: None)
+    arguments = _arguments(rows, completions, completion_ids, ended)
     parts = {reward.name: _called(reward, arguments) for reward in rewards}
     total = weighted(rewards, parts)
     if rows and all(map(math.isnan, total)):
@@ -295,6 +326,52 @@ def try_rewards(rewards: list[Reward], rows: list[dict], tokenizer, tries: int =
     texts = [str(row.get("answer") or row.get("solution") or "One, two, three.") if i % 2 == 0 else "" for i, row in enumerate(chosen)]
     ids = [tokenizer(text, add_special_tokens=False).input_ids or [tokenizer.eos_token_id] for text in texts]
     return call_rewards(rewards, chosen, as_completions(chosen, texts), ids, [True] * len(chosen))
+
+# %% ../../nbs/reasoning/rewards.ipynb #cb25af6a
+def dry_run(rewards, data="sums", model: str = "tiny", prompts: int = 8, samples: int = 4, max_new_tokens: int = 32, seed: int = 0):
+    """What rewards give to completions that `model` samples: a DataFrame with a row a reward, and one with the samples.
+
+    `rewards` is the text of a knob, a function with TRL's signature, or a list of them; `data` a data spec or rows with `prompt`. Columns: mean; group_std, the spread within a
+    prompt's group; equal_groups, the share of groups without any; none and not_finite, how many; ms, the time of this one call; problem, what a run would say.
+    """
+    import pandas as pd
+
+    from polm_lab.core.data import encode, load_data
+    from polm_lab.core.evaluate import scorer
+    from polm_lab.core.models import load_model, load_tokenizer
+    from polm_lab.core.rollout import rollout
+
+    rows = load_data(data, "prompt") if isinstance(data, str) else list(data)
+    score = scorer(data if isinstance(data, str) else "", rows)
+    given = rewards if isinstance(rewards, list) else [rewards]
+    made = [r for g in given for r in (make_rewards(g, score, max_new_tokens) if isinstance(g, str) else [Reward(getattr(g, "__name__", "reward"), 1.0, g)])]
+    rows = [rows[i * len(rows) // prompts] for i in range(min(prompts, len(rows)))] if len(rows) > prompts else rows
+    policy, tokenizer = load_model(model), load_tokenizer(model)
+    asked = [encode(tokenizer, row, "prompt", 10**6)["input_ids"] for row in rows]
+    rolled = rollout(policy, tokenizer, asked, samples=samples, max_new_tokens=max_new_tokens, seeds=seed)
+    rows = [row for row in rows for _ in range(samples)]
+    arguments = _arguments(rows, as_completions(rows, rolled.texts), rolled.completions, rolled.ended)
+    table, given = [], {"prompt": [text_of(row["prompt"]) for row in rows], "completion": rolled.texts}
+    for reward in made:
+        values, problem, began = [None] * len(rows), "", time.perf_counter()
+        try:
+            found = _finished(reward.function(**_accepted(reward.function, arguments)))
+            found = found.tolist() if hasattr(found, "tolist") else found
+            values = [float(v) if hasattr(v, "__float__") else None for v in found] if isinstance(found, (list, tuple)) and len(found) == len(rows) else values
+            _numbers(reward.name, found, len(rows))
+        except WrongInput as wrong:
+            problem = str(wrong)
+        except Exception as error:
+            problem = f"reward {reward.name}: raised {_said(error)}"
+        took = (time.perf_counter() - began) * 1000
+        given[reward.name] = values
+        known = pd.Series([v if v is not None and math.isfinite(v) else math.nan for v in values], dtype=float)
+        spread = known.groupby([i // samples for i in range(len(rows))]).std().dropna()
+        table.append(dict(
+            reward=reward.name, weight=reward.weight, mean=known.mean(), group_std=spread.mean(), equal_groups=(spread < 1e-8).mean(),
+            none=sum(v is None for v in values), not_finite=sum(v is not None and not math.isfinite(v) for v in values), ms=round(took, 2), problem=problem,
+        ))  # fmt: skip
+    return pd.DataFrame(table).set_index("reward"), pd.DataFrame(given)
 
 # %% ../../nbs/reasoning/rewards.ipynb #96b6c7cc
 def for_trl(rewards: list[Reward], end_tokens: list[int], heard: Callable | None = None) -> list[Callable]:
