@@ -22,7 +22,7 @@ setup(
     python_requires=">=" + cfg["min_python"],
     packages=[*find_packages(include=["polm_lab", "polm_lab.*"]), "polm_lab._nbs", "polm_lab._data"],
     package_dir={"polm_lab._nbs": "nbs", "polm_lab._data": "data"},
-    package_data={"polm_lab._nbs": ["**/*.ipynb"], "polm_lab._data": ["**/*"]},
+    package_data={"polm_lab._nbs": ["**/*.ipynb", "_app/**/*"], "polm_lab._data": ["**/*"]},
     install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[f"{name}_requirements"].split() for name in ("trl", "lab", "sweep", "dev")},
     entry_points={"console_scripts": [cfg["console_scripts"]]},
