@@ -191,7 +191,7 @@ def encode_prompts(tokenizer, rows: list[dict], settings: Sampled) -> list[list[
             raise WrongInput(f"{found}; expected at most max_length - max_new_tokens = {longest}; raise max_length or shorten the prompt")
     return prompts
 
-# %% ../../nbs/core/onpolicy.ipynb #9ef8ad1a
+# %% ../../nbs/core/onpolicy.ipynb #fdea8bad
 def beside(values: list[list[float]], prompts: list[list[int]], time: int) -> Tensor:
     "Values of completion tokens as [rows, time], each beside its token; 0 elsewhere."
     table = torch.zeros(len(values), time)
@@ -249,10 +249,13 @@ def sequence_kl(batches: list[dict], kind: str) -> Tensor:
     return found
 
 
-def policy_metrics(meter: Meter, stats: TokenStats, old_logp: Tensor, batch: dict, low: float, high: float):
-    "Metrics of the learned tokens of a microbatch: how far the policy is from the one that sampled and from the reference, and how certain."
+def policy_metrics(meter: Meter, stats: TokenStats, old_logp: Tensor, batch: dict, low: float, high: float, ratio: Tensor | None = None):
+    """Metrics of the learned tokens of a microbatch: how far the policy is from the one that sampled and from the reference, and how certain.
+
+    `ratio` [n] where it is not that of the tokens.
+    """
     learned = batch["target_mask"].bool()
-    ratio = (stats.logp.detach() - old_logp)[learned].exp()
+    ratio = (stats.logp.detach() - old_logp)[learned].exp() if ratio is None else ratio
     meter.add("ratio_max", ratio)
     meter.add("clip_fraction", ((ratio < 1 - low) | (ratio > 1 + high)).float())
     meter.add("entropy", stats.entropy[learned])
