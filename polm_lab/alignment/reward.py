@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RewardModel', 'reward_loss', 'encode_sides', 'encode_pairs', 'margin_of', 'Scorer', 'score_rows', 'calibration',
-           'length_bias', 'pair_metrics', 'together', 'members', 'load_reward', 'trl_rows', 'sample_rows', 'reward']
+           'length_bias', 'reward_panels', 'pair_metrics', 'together', 'members', 'load_reward', 'trl_rows',
+           'sample_rows', 'reward']
 
 # %% ../../nbs/alignment/reward.ipynb #d9160cfd
 import json
@@ -110,7 +111,7 @@ def score_rows(scorer: Scorer, examples: list[dict], pad_id: int, rows: int = 32
             out[part] = scorer(batch["input_ids"].to(device), batch["attention_mask"].to(device)).cpu()
     return out
 
-# %% ../../nbs/alignment/reward.ipynb #a1cab316
+# %% ../../nbs/alignment/reward.ipynb #74156e61
 def calibration(gaps: Tensor, bins: int = 10) -> tuple[list[dict], float]:
     "Bins (confidence, accuracy, pairs) of gaps Δ [pairs] by the confidence σ(|Δ|) in [0.5, 1], and the expected calibration error (Naeini et al. 2015, eq. 3)."
     confidence, right = torch.sigmoid(gaps.double().abs()), (gaps.double().sign() + 1) / 2
@@ -127,6 +128,28 @@ def length_bias(gaps: Tensor, longer: Tensor) -> float:
     known = longer != 0
     prefers = (gaps.sign() * longer.sign())[known]
     return ((prefers + 1) / 2 - (longer[known] > 0).double()).mean().item() if known.any() else 0.0
+
+
+def reward_panels(run: Run):
+    "Three panels of a run's held-out pairs, from its samples: margins, what the model is sure of against what is so, and reward against length."
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    sides = {side: {row["pair"]: row for row in run.lines("samples") if row["side"] == side} for side in ("chosen", "rejected")}
+    if not sides["chosen"]:
+        raise WrongInput(f"{run.id}: it recorded no held-out pairs; expected a finished run of reward with evaluation data")
+    gaps = torch.tensor([sides["chosen"][pair]["reward"] - sides["rejected"][pair]["reward"] for pair in sides["chosen"]])
+    table, error = calibration(gaps)
+    titles = (f"margins: {(gaps > 0).double().mean():.0%} above 0", f"calibration: error {error:.2f}", "reward against length")
+    figure = make_subplots(1, 3, subplot_titles=titles, horizontal_spacing=0.08)
+    figure.add_histogram(x=gaps.tolist(), nbinsx=40, showlegend=False, row=1, col=1)
+    figure.add_scatter(x=[0.5, 1], y=[0.5, 1], mode="lines", line=dict(dash="dot", color="gray"), showlegend=False, row=1, col=2)
+    figure.add_scatter(x=[b["confidence"] for b in table], y=[b["accuracy"] for b in table], text=[f"{b['pairs']} pairs" for b in table], mode="lines+markers", showlegend=False, row=1, col=2)
+    for side, rows in sides.items():
+        figure.add_scatter(x=[r["length"] for r in rows.values()], y=[r["reward"] for r in rows.values()], mode="markers", marker_size=4, name=side, row=1, col=3)
+    for column, (x, y) in enumerate((("margin Δ", "pairs"), ("confidence σ(|Δ|)", "accuracy"), ("tokens", "reward")), 1):
+        figure.update_xaxes(title=x, row=1, col=column).update_yaxes(title=y, row=1, col=column)
+    return figure.update_layout(template="plotly_white", height=320, margin=dict(l=45, r=15, t=40, b=40), font_size=11)
 
 
 def pair_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
