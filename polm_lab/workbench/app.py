@@ -439,7 +439,7 @@ class Workbench(widgets.VBox):
                 from polm_lab.workbench.compare import Compare
 
                 return Compare(self.out)
-            from polm_lab.workbench.sweep import Sweeps
+            from polm_lab.workbench.trials import Sweeps
 
             return Sweeps(self.out)
         except (WrongInput, OSError) as error:
