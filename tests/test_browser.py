@@ -1,45 +1,29 @@
 """The workbench as a person uses it: a real JupyterLab and a real Voilà, driven in headless Chromium.
 
-The browser is $POLM_CHROMIUM, a chromium or chrome on the PATH, or Playwright's own (`playwright install chromium`). Without one the tests are skipped
-and say so; with POLM_BROWSER=required (as in CI) they fail instead. POLM_SCREENSHOTS=FOLDER keeps pictures.
+The tests in JupyterLab are one story, told in order on one page. Without a browser all are skipped and say so; with POLM_BROWSER=required (as in CI)
+they fail instead. See browsing.py for which browser is taken.
 """
 
-import contextlib
-import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
 import time
-import urllib.request
-from pathlib import Path
 
+import psutil
 import pytest
-from conftest import POLM
-
-from polm_lab.core.run import Run, all_runs
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright: pip install playwright")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic"]
-NOTEBOOK = {
-    "cells": [{"cell_type": "code", "id": "a", "metadata": {}, "source": "import polm_lab as lab\nbench = lab.workbench()\nbench", "outputs": [], "execution_count": None}],
-    "metadata": {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}, "nbformat": 4, "nbformat_minor": 5,
-}  # fmt: skip
 
+from browsing import CELL, Page, jupyter, open_browser, voila  # noqa: E402
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+from polm_lab.core.run import Run, all_runs  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def browser():
-    found = os.environ.get("POLM_CHROMIUM") or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
     with playwright.sync_playwright() as p:
         try:
-            made = p.chromium.launch(executable_path=found, args=FLAGS)
+            made = open_browser(p)
         except playwright.Error as error:
             words = f"no browser for the browser tests: install chromium, or `playwright install chromium` ({str(error).splitlines()[0]})"
             pytest.fail(words) if os.environ.get("POLM_BROWSER") == "required" else pytest.skip(words)
@@ -47,158 +31,203 @@ def browser():
         made.close()
 
 
-@contextlib.contextmanager
-def server(words, url, folder, log):
-    "A server process, ready to answer at `url`."
-    environment = {**os.environ, "POLM_RUNS": str(folder / "runs"), "OMP_NUM_THREADS": "1", "JUPYTER_CONFIG_DIR": str(folder / "config"), "JUPYTER_DATA_DIR": str(folder / "data"),
-                   "JUPYTER_RUNTIME_DIR": str(folder / "runtime"), "IPYTHONDIR": str(folder / "ipython")}  # fmt: skip
-    with open(log, "w") as out:
-        process = subprocess.Popen(list(map(str, words)), cwd=folder, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
-    try:
-        until = time.monotonic() + 90
-        while True:
-            try:
-                urllib.request.urlopen(url, timeout=2)
-                break
-            except OSError:
-                assert process.poll() is None and time.monotonic() < until, Path(log).read_text()[-3000:]
-                time.sleep(0.3)
-        yield
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+class Desk(Page):
+    "The workbench in JupyterLab, and the folder that its runs go to."
+
+    def __init__(self, browser, folder, process):
+        super().__init__(browser)
+        self.folder, self.process = folder / "runs", process
+
+    def newest(self) -> Run:
+        return all_runs(self.folder)[-1]
+
+    def commands(self) -> str:
+        return "".join(self.seen(".polm-code pre").all_inner_texts())
+
+    def start(self, **knobs) -> Run:
+        "Set knobs in the form that is open, press Run, and wait for the first point."
+        for name, value in knobs.items():
+            self.type(name, str(value))
+        self.wait_for(lambda: all(f"{name} {value}" in self.commands() for name, value in knobs.items()), 20, "the command that follows the form")
+        before = len(all_runs(self.folder))
+        self.press("Run")
+        self.wait_for(lambda: len(all_runs(self.folder)) > before, 20, "the run's folder")
+        run = self.newest()
+        self.wait_for(lambda: self.drawn() == [run.id] and self.points() > 0, 60, "the first point")
+        return run
 
 
 @pytest.fixture(scope="module")
-def lab_server(tmp_path_factory):
-    "(url of the notebook, folder) of a JupyterLab."
-    folder, port = tmp_path_factory.mktemp("lab"), free_port()
-    (folder / "bench.ipynb").write_text(json.dumps(NOTEBOOK))
-    words = [POLM.parent / "jupyter-lab", "--no-browser", f"--port={port}", "--ServerApp.ip=127.0.0.1", "--IdentityProvider.token=secret", f"--ServerApp.root_dir={folder}", "--allow-root",
-             "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]  # fmt: skip
-    with server(words, f"http://127.0.0.1:{port}/api", folder, folder / "lab.log"):
-        yield f"http://127.0.0.1:{port}", folder
+def desk(browser, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lab")
+    with jupyter(folder, bench=[CELL]) as (address, process):
+        at = Desk(browser, folder, process)
+        at.open_notebook(address)
+        at.run_cell()
+        yield at
+        at.context.close()
 
 
-class Page:
-    "A page with the few things that a person does on it."
-
-    def __init__(self, browser, width=1280):
-        self.context = browser.new_context(viewport=dict(width=width, height=1000))
-        self.page = self.context.new_page()
-        self.asked, self.errors = [], []
-        self.page.on("request", lambda r: self.asked.append(r.url))
-        self.page.on("pageerror", lambda e: self.errors.append(str(e)))
-
-    def picture(self, name):
-        folder = os.environ.get("POLM_SCREENSHOTS")
-        if folder:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            self.page.screenshot(path=f"{folder}/{name}.png")
-
-    def tab(self, name):
-        self.page.get_by_role("tab", name=name, exact=True).click()
-
-    def choose(self, label, value):
-        self.page.get_by_label(label, exact=True).locator("visible=true").first.select_option(value)
-
-    def type(self, label, text):
-        field = self.page.get_by_label(label, exact=True).locator("visible=true").first
-        field.fill(text)
-        field.press("Tab")
-
-    def press(self, name):
-        self.page.get_by_role("button", name=name, exact=True).locator("visible=true").first.click()
-
-    def text(self, words, timeout=20):
-        self.page.get_by_text(words).locator("visible=true").first.wait_for(timeout=timeout * 1000)
-
-    def wait_for(self, holds, timeout=60, what="it"):
-        "Poll `holds()` until it is true; returns the seconds that took."
-        began = time.monotonic()
-        while not holds():
-            assert time.monotonic() - began < timeout, f"{what} did not happen in {timeout} s"
-            self.page.wait_for_timeout(50)
-        return time.monotonic() - began
-
-    def points(self) -> int:
-        "Points that are drawn in the visible figures."
-        return self.page.evaluate("""() => [...document.querySelectorAll('.js-plotly-plot')].filter(p => p.offsetParent)
-            .reduce((n, p) => n + (p.data || []).reduce((m, t) => m + ((t.y && (t.y.length ?? t.y.shape?.[0])) || 0), 0), 0)""")
+@pytest.fixture(autouse=True)
+def nothing_is_asked_of_others(request):
+    "No page asked another host for anything, and no script failed."
+    yield
+    at = request.node.funcargs.get("desk")
+    if at:
+        assert not at.elsewhere(), f"asked of strangers: {at.elsewhere()[:3]}"
+        assert not at.errors, at.errors[:3]
 
 
-def latest(folder) -> Run:
-    return all_runs(folder / "runs")[-1]
+def test_choose_change_a_knob_run_reload_stop_and_resume(desk):
+    desk.choose("Method", "grpo")
+    desk.text("Raise the probability")
+    desk.wait_for(lambda: "run grpo" in desk.commands(), 20, "the form of grpo")
+    desk.page.get_by_text("More on data and model").click()
+    desk.picture("configure")
+    run = desk.start(steps=300, eval_rows=8)
+    assert run.settings["steps"] == 300 and run.settings["eval_rows"] == 8
+
+    desk.save()
+    desk.page.reload()  # in mid-run: the notebook was saved and the kernel lives, so the view is back without a cell run again
+    desk.wait_for_kernel()
+    desk.page.get_by_role("tab", name="Watch", exact=True).wait_for(timeout=60_000)
+    before = desk.wait_for(lambda: desk.points() > 0, 30, "the points after the reload") and desk.points()
+    desk.wait_for(lambda: desk.points() > before, 30, "more points")
+    assert run.status == "running"
+
+    desk.press("Stop")
+    desk.text("stopped; it can be resumed", 60)
+    stopped = run.last_line()["step"]
+    assert run.status == "stopped" and 0 < stopped < 300
+    desk.press("Resume")
+    desk.wait_for(lambda: run.status == "running" and run.last_line()["step"] > stopped, 60, "a step after the resume")
+    steps = [row["step"] for row in run.lines()]
+    assert steps == list(range(1, len(steps) + 1)), "each step once"
+    desk.press("Stop")
+    desk.wait_for(lambda: run.status == "stopped", 60, "the second stop")
 
 
-def open_lab(browser, url, width=1280, theme=None) -> Page:
-    "The notebook in JupyterLab, its cell run, the workbench on the screen."
-    at = Page(browser, width)
-    at.page.goto(f"{url}/lab/tree/bench.ipynb?token=secret")
-    show_workbench(at)
-    return at
+def test_clone_with_changes_to_the_end(desk):
+    first = desk.newest()
+    desk.press("Clone with changes")
+    desk.text(f"the settings of {first.id}")
+    assert "eval_rows 8" in desk.commands()
+    run = desk.start(steps=15)
+    desk.text("finished", 90)
+    desk.wait_for(lambda: run.status == "finished", 60, "the end of the run")
+    assert run.settings == {**first.settings, "steps": 15} and set(run.summary) == {"before", "after"}
+    desk.wait_for(lambda: desk.points() >= 15 * 10, 30, "fifteen points in each of ten metrics")
+    desk.picture("watch")
 
 
-def show_workbench(at: Page):
-    "Run the cell."
-    at.page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=60_000)
-    at.page.get_by_text("| Idle").wait_for(timeout=60_000)
-    at.page.locator(".jp-Notebook .jp-CodeCell .cm-content").first.click()
-    at.page.keyboard.press("Shift+Enter")
-    at.page.get_by_role("tab", name="Configure", exact=True).wait_for(timeout=30_000)
-    at.page.keyboard.press("Control+b")  # the file browser goes, the workbench has the width
+def test_why_one_completion_got_its_reward(desk):
+    desk.tab("Understand")
+    desk.seen(".polm input[type=search]").first.fill("advantage>0 reward>0.5")
+    desk.seen(".polm tbody tr").first.click()
+    desk.text("Its reward is 1 × correct (1) = 1")
+    desk.text("so each of its tokens is made more likely")
+    token = desk.seen(".polm-tokens span").first
+    assert "log π when sampled" in token.get_attribute("aria-label")
+    desk.press("Ask the models")
+    desk.wait_for(lambda: "likeliest" in (desk.seen(".polm-tokens span").first.get_attribute("aria-label") or ""), 60, "what the models say")
+    desk.field("Color by").select_option(label="entropy")
+    desk.text("uncertainty before the token")
+    desk.picture("understand")
 
 
-def test_a_grpo_run_from_the_form_to_the_reward_of_one_completion(browser, lab_server):
-    url, folder = lab_server
-    at = open_lab(browser, url)
-    methods = at.page.get_by_label("Method", exact=True).locator("visible=true").first
-    names = methods.locator("option").all_inner_texts()
-    methods.select_option(index=next(i for i, name in enumerate(names) if "grpo" in name))
-    commands = at.page.locator("pre").locator("visible=true")
-    at.wait_for(lambda: "run grpo" in "".join(commands.all_inner_texts()), 20, "the form of grpo")
-    at.text("Raise the probability")
-    at.page.get_by_text("Optimization", exact=True).click()
-    at.type("steps", "40")
-    at.wait_for(lambda: "steps 40" in "".join(commands.all_inner_texts()), 20, "the command that follows the form")
-    at.picture("configure")
-    at.press("Run")
-    took = at.wait_for(lambda: at.points() > 0, 90, "the first point")
-    print(f"first points {took:.1f} s after Run")
+def test_compare_two_runs(desk):
+    desk.tab("Compare")
+    ids = [run.id for run in all_runs(desk.folder)]
+    for name in ids:
+        row = desk.seen(".polm tbody tr").filter(has_text=name).first
+        row.wait_for()
+        if row.get_attribute("aria-selected") != "true":
+            row.click()
+    desk.wait_for(lambda: set(desk.drawn()) == set(ids), 30, "both runs in the panels")
+    desk.tab("Settings")
+    desk.text("steps")
+    cells = desk.seen("table[aria-label='Settings that differ'] td").all_inner_texts()
+    assert cells[0] == "steps" and set(cells[1:3]) == {"300", "15"}
+    desk.tab("Lineage")
+    desk.wait_for(lambda: desk.seen(".js-plotly-plot").count() == 1, 30, "the family tree")
+    desk.picture("compare")
 
-    at.page.reload()  # in mid-run: the run goes on, and the cell, run again, shows it
-    show_workbench(at)
-    run = latest(folder)
-    at.wait_for(lambda: run.status == "finished", 120, "the end of the run")
-    assert run.settings["steps"] == 40 and run.summary["after"]["accuracy"] > run.summary["before"]["accuracy"]
-    at.tab("Watch")
-    at.text("finished: step 40 of 40")
-    at.wait_for(lambda: at.points() >= 40, 30, "a point a step")
-    at.picture("watch")
 
-    at.tab("Understand")
-    at.page.locator(".polm input[type=search]").locator("visible=true").first.fill("reward>0.5")
-    at.page.locator(".polm tbody tr").locator("visible=true").first.click()
-    at.text("Its reward is 1 × correct (1) = 1")
-    at.picture("understand")
-    away = [u for u in at.asked if "127.0.0.1" not in u and not u.startswith(("data:", "blob:"))]
-    assert not away, f"asked of strangers: {away[:3]}"
-    assert not at.errors, at.errors[:3]
-    at.context.close()
+def test_start_a_sweep(desk):
+    desk.tab("Configure")
+    desk.choose("Method", "sft")
+    desk.wait_for(lambda: "run sft" in desk.commands(), 20, "the form of sft")
+    desk.type("steps", "3")
+    desk.wait_for(lambda: "steps 3" in desk.commands(), 20, "the command")
+    desk.tab("Sweep")
+    desk.wait_for(lambda: desk.field("fixed").input_value() == "steps 3", 30, "what Configure says")
+    desk.field("knob").select_option("learning_rate")
+    desk.type("values", "0.0003, 0.001")
+    desk.type("metric", "perplexity")
+    if desk.field("with the method's notebook").is_checked():
+        desk.page.get_by_text("with the method's notebook").locator("visible=true").first.click()
+    desk.text("2 trials, 1 at a time")
+    desk.press("Start sweep")
+    desk.text("2 of 2 trials are over", 120)
+    desk.text("Best perplexity")
+    trials = desk.seen("table[aria-label=trials] tbody tr")
+    chosen = trials.nth(1).locator("td").last.inner_text()
+    trials.nth(1).click()
+    desk.wait_for(lambda: desk.field("Run").input_value() == chosen, 20, "the trial as the run that is looked at")
+    desk.picture("sweep")
+
+
+def test_a_killed_run_a_damaged_line_and_a_deleted_folder_are_shown(desk):
+    desk.tab("Configure")
+    run = desk.start(steps=400, eval_rows=4)
+    with open(run.path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "lo\n')
+    desk.text("1 damaged line left out")
+    os.kill(run.read()["pid"], signal.SIGKILL)
+    desk.text("its process is gone (killed, or the machine went down); it can be resumed")
+    desk.picture("killed")
+    shutil.rmtree(run.path)
+    desk.text("no run is there")
+    desk.text("what was read before is shown")
+    assert desk.points() > 0
+    desk.picture("deleted")
+    other = desk.newest()
+    desk.field("Run").select_option(other.id)
+    desk.wait_for(lambda: desk.drawn() == [other.id], 30, "another run")
+
+
+def test_a_killed_kernel_stops_no_run(desk):
+    desk.tab("Configure")
+    run = desk.start(steps=400)
+    kernels = [p for p in psutil.Process(desk.process.pid).children(recursive=True) if "ipykernel_launcher" in " ".join(p.cmdline())]
+    assert len(kernels) == 1
+    kernels[0].kill()
+    desk.text("Kernel Restarting", 60)
+    desk.page.keyboard.press("Enter")
+    step = run.last_line()["step"]
+    desk.wait_for_kernel()
+    desk.run_cell()
+    desk.wait_for(lambda: desk.drawn() == [run.id] and desk.points() > 0, 60, "the run that went on, shown at once")
+    assert run.status == "running" and run.last_line()["step"] > step
+    desk.press("Stop")
+    desk.wait_for(lambda: run.status == "stopped", 60, "the stop")
 
 
 def test_the_app_in_voila(browser, tmp_path):
-    port = free_port()
-    with server([POLM, "app", f"--port={port}", "--no-browser"], f"http://127.0.0.1:{port}/voila/static/voila.js", tmp_path, tmp_path / "voila.log"):
+    with voila(tmp_path) as address:
         at = Page(browser, 1920)
-        at.page.goto(f"http://127.0.0.1:{port}/")
+        at.page.goto(f"{address}/?theme=dark")
         at.page.get_by_role("tab", name="Configure", exact=True).wait_for(timeout=90_000)
         at.press("Look at model and data")
         at.text("LlamaForCausalLM")
         at.picture("app")
+        at.type("steps", "5")
+        at.press("Run")
+        at.wait_for(lambda: at.points() > 0, 90, "the first point")
+        at.text("finished", 90)
+        time.sleep(1)
+        at.picture("app_watch")
+        assert all_runs(tmp_path / "runs")[0].status == "finished"
+        assert not at.elsewhere(), f"asked of strangers: {at.elsewhere()[:3]}"
         assert not at.errors, at.errors[:3]
         at.context.close()

@@ -16,8 +16,9 @@ from polm_lab.core.knobs import WrongInput
 from polm_lab.core.metrics import METRICS
 from polm_lab.core.run import Run
 from polm_lab.workbench.compare import Compare, export_figure, family_tree, leaderboard, lineage, report, run_rows, same_prompt, settings_difference
-from polm_lab.workbench.panels import Watch, advantage_histogram, explain, frontier, grouped, panels, plain, sample_texts, write_page
+from polm_lab.workbench.panels import advantage_histogram, explain, frontier, grouped, library, panels, plain, sample_texts, write_page
 from polm_lab.workbench.record import Record, smooth, thin
+from polm_lab.workbench.watch import Watch
 
 NASTY = "<img src=x onerror=alert(1)>\x1b[31m\u202etxt"
 
@@ -241,11 +242,15 @@ def test_traits_restyle_the_figures(make):
 
 
 def test_a_live_figure_starts_before_plotly_is_loaded(make):
-    "anywidget drops all messages to a model whose module needs more than two seconds: the module must not be plotly.js itself."
-    for figure in figures(Watch(make())).values():
-        assert isinstance(figure, go.FigureWidget)
-        head, _, loader = figure._esm.rpartition('";')
-        assert head.startswith('const text = "') and len(head) > 10**6 and "export default" in loader and len(loader) < 3000
+    "anywidget drops all messages to a model whose module needs more than two seconds: the module must not be plotly.js itself, and plotly.js is sent once."
+    first, second = Watch(make()), Watch(make())
+    for figure in (*figures(first).values(), *figures(second).values()):
+        state = figure.get_state()
+        assert isinstance(figure, go.FigureWidget) and len(state["_esm"]) < 3000 and "shelf.library" in state["_esm"]
+    held = library()
+    assert len(held.code) > 10**6 and held is library() and "addTraces" not in held._esm
+    held.close()
+    assert library() is not held and len(library().code) > 10**6
 
 
 def test_a_logarithm_only_where_nothing_is_negative(runs):

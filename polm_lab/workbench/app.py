@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STATES', 'TABS', 'Spare', 'wait_for_run', 'told', 'alert', 'button', 'Configure', 'lengths_figure', 'in_loop',
-           'RunBar', 'summary_html', 'Workbench', 'Together']
+           'RunBar', 'summary_html', 'Workbench', 'import_views', 'Together']
 
-# %% ../../nbs/workbench/app.ipynb #a176a0e1
+# %% ../../nbs/workbench/app.ipynb #44b80668
 import asyncio
 import html
 import subprocess
@@ -17,12 +17,14 @@ from pathlib import Path
 import ipywidgets as widgets
 import traitlets
 
-from ..core.knobs import WrongInput, knobs
+from ..core.knobs import WrongInput
 from ..core.method import find, methods
 from ..core.run import Run, all_runs, open_run, runs_folder
 from .browser import Code, Page, Table, visible
-from .controls import Form, duration, last_words, presets, preview_data, preview_model, save_preset, trial
-from .launch import commands, create, resumable, work
+from .controls import Form, last_words, presets, preview_data, preview_model, save_preset, trial
+from .launch import clone, commands, create, enqueue, resumable, work
+from .panels import library, live_figure
+from .watch import Watch, duration
 
 # %% ../../nbs/workbench/app.ipynb #2bbed3e7
 class Spare:
@@ -72,7 +74,7 @@ def wait_for_run():
             os.dup2(file.fileno(), descriptor)
     work(Run(path))
 
-# %% ../../nbs/workbench/app.ipynb #39dbb9ca
+# %% ../../nbs/workbench/app.ipynb #6ffeda64
 @contextmanager
 def told(box: widgets.HTML):
     "Inside, wrong input is told in `box` in one line instead of raised."
@@ -164,12 +166,7 @@ class Configure(widgets.VBox):
         with told(self.said):
             name = self.preset.value
             saved = presets(self.method.value, self.out)
-            self.form.load(saved[name] if name in saved else self.settings_of(open_run(name, self.out)))
-
-    def settings_of(self, run: Run) -> dict:
-        "A run's settings that differ from the defaults, so that what was a default then and still is stays one."
-        known = {k.name: k.default for k in knobs(find(run.method).settings)}
-        return {k: v for k, v in run.settings.items() if k in known and v != known[k]}
+            self.form.load(saved[name] if name in saved else clone(name, self.out))
 
     def save(self):
         with told(self.said):
@@ -182,7 +179,8 @@ class Configure(widgets.VBox):
         self.search.value = ""
         self.method.value = run.method
         with told(self.said):
-            self.form.load(self.settings_of(run))
+            self.form.load(clone(run))
+            self.said.value = f"the settings of {html.escape(run.id)}: change some, and press Run"
 
     def start(self):
         with told(self.said):
@@ -192,8 +190,6 @@ class Configure(widgets.VBox):
             self.started = run.id
 
     def queue(self):
-        from polm_lab.workbench.launch import enqueue
-
         with told(self.said):
             self.form.settings()
             run = enqueue(self.method.value, out=self.out, notebook=self.notebook.value, **self.form.values)
@@ -248,8 +244,6 @@ def lengths_figure(lengths: list[int], max_length: int) -> widgets.Widget:
     "Lengths in tokens as a histogram, with the knob `max_length`."
     import plotly.graph_objects as go
 
-    from polm_lab.workbench.panels import live_figure
-
     figure = go.Figure(go.Histogram(x=lengths, nbinsx=40, hovertemplate="%{x} tokens: %{y} rows<extra></extra>"))
     figure.update_layout(height=170, margin=dict(l=40, r=10, t=24, b=30), title=dict(text="length in tokens", font_size=12), paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font_color="#808890")
     if lengths and max(lengths) > 0.5 * max_length:
@@ -264,7 +258,7 @@ def in_loop(work):
     except RuntimeError:
         return asyncio.run(work)
 
-# %% ../../nbs/workbench/app.ipynb #ba460749
+# %% ../../nbs/workbench/app.ipynb #075546c2
 STATES = {"created": "waiting to start", "running": "running", "finished": "finished", "failed": "failed", "stopped": "stopped; it can be resumed", "dead": "its process is gone (killed, or the machine went down); it can be resumed"}
 
 
@@ -281,8 +275,12 @@ class RunBar(widgets.VBox):
         super().__init__([widgets.HBox([self.bar, self.stop_button, self.resume_button, self.clone_button], layout=widgets.Layout(flex_flow="row wrap", align_items="center")), self.text, self.said, self.summary])
         self.show(None)
 
-    def show(self, run: Run | None):
-        self.run, self.said.value = run, ""
+    @property
+    def running(self) -> bool:
+        return not self.stop_button.disabled
+
+    def show(self, run: Run | None, trouble: str = ""):
+        self.run, self.said.value = run, alert(trouble) if trouble else ""
         self.refresh()
 
     def refresh(self):
@@ -295,18 +293,18 @@ class RunBar(widgets.VBox):
         try:
             record, status = self.run.read(), self.run.status
             last = self.run.last_line() or {}
-        except (WrongInput, OSError) as error:
+            step, total, seconds = (last.get("step") or 0, record.get("total") or 0, last.get("seconds") or 0.0)
+        except (WrongInput, OSError, KeyError, TypeError, AttributeError) as error:
             self.text.value, self.bar.value = alert(f"{error}; choose another run"), 0
-            self.stop_button.disabled = self.resume_button.disabled = True
+            self.stop_button.disabled = self.resume_button.disabled = self.clone_button.disabled = True
             return
-        step, total = last.get("step", 0), record.get("total") or 0
         self.bar.value, self.bar.description = step / total if total else float(status == "finished"), ""
         self.bar.bar_style = {"finished": "success", "failed": "danger", "dead": "danger", "stopped": "warning"}.get(status, "info")
         self.stop_button.disabled = status not in ("running", "created")
         self.resume_button.disabled, self.clone_button.disabled = status not in ("failed", "stopped", "dead"), False
         words = [f"<b>{html.escape(self.run.id)}</b>", html.escape(STATES.get(status, status)), f"step {step}/{total}" if total else ""]
         if status == "running" and step:
-            words.append(f"{duration(last['seconds'] / step * (total - step))} left")
+            words.append(f"{duration(seconds / step * (total - step))} left")
         elif record.get("seconds"):
             words.append(f"took {duration(record['seconds'])}")
         reason = alert(record["reason"]) if status == "failed" and record.get("reason") else ""
@@ -326,16 +324,13 @@ class RunBar(widgets.VBox):
 
 
 def summary_html(summary: dict) -> str:
-    "The evaluations before and after, side by side."
+    "The evaluations before and after: name, before → after."
     names = list(dict.fromkeys(n for part in summary.values() for n in part))
-    if not names:
-        return ""
-    cell = lambda when, n: "" if summary.get(when, {}).get(n) is None else f"{summary[when][n]:.4g}"
-    head = "".join(f"<th style='padding:2px 10px;text-align:right'>{html.escape(n)}</th>" for n in names)
-    rows = "".join(f"<tr><th style='text-align:left;padding-right:10px'>{when}</th>" + "".join(f"<td style='padding:2px 10px;text-align:right'>{cell(when, n)}</td>" for n in names) + "</tr>" for when in summary)
-    return f"<div style='overflow-x:auto'><table><tr><th></th>{head}</tr>{rows}</table></div>"
+    said = lambda when, n: "–" if not isinstance(summary.get(when, {}).get(n), (int, float)) else f"{summary[when][n]:.4g}"
+    each = "".join(f"<span>{html.escape(n)}&ensp;<b>{said('before', n)} → {said('after', n)}</b></span>" for n in names)
+    return f"<div role='group' aria-label='Evaluation before and after' style='display:flex;flex-wrap:wrap;gap:0 1.6em;line-height:1.6'>{each}</div>" if names else ""
 
-# %% ../../nbs/workbench/app.ipynb #985ee162
+# %% ../../nbs/workbench/app.ipynb #f34d1a47
 TABS = ("Configure", "Watch", "Understand", "Compare", "Sweep")
 
 
@@ -350,8 +345,9 @@ class Workbench(widgets.VBox):
         self.bar = RunBar(self.spare, self._clone)
         self.configure = Configure(out, self.spare)
         self.tabs = widgets.Tab([self.configure, *(widgets.VBox() for _ in TABS[1:])], titles=TABS)
-        self.views, self._seen, self._task = {}, (), None
-        super().__init__([self.page, widgets.HBox([self.picker]), self.bar, self.tabs])
+        self.views, self._seen, self._planned, self._task = {}, (), None, None
+        self.trouble = widgets.HTML()
+        super().__init__([self.page, self.picker, self.bar, self.trouble, self.tabs])
         self.configure.observe(self._started, "started")
         self.picker.observe(lambda c: setattr(self, "run", c["new"] or ""), "value")
         self.observe(self._chosen, "run")
@@ -360,6 +356,7 @@ class Workbench(widgets.VBox):
         self.refresh()
         if self.picker.options:
             self.run = self.picker.options[0][1]
+            self.tabs.selected_index = TABS.index("Watch") if self.bar.running else 0  # whoever comes back in mid-run wants to see it
         try:
             self._task = asyncio.get_running_loop().create_task(self._follow())
             self.spare.ready()
@@ -367,9 +364,17 @@ class Workbench(widgets.VBox):
             pass
 
     async def _follow(self):
+        await asyncio.to_thread(import_views)
+        library()  # plotly.js is on its way to the page before there is anything to draw
         while True:
+            if self.page.answered >= self.page.asked:  # a busy page is not given more than it can draw, a hidden one nothing
+                try:
+                    self.refresh()
+                    self.trouble.value = ""
+                except Exception as error:  # whatever happened to the record of one run, the others can be looked at
+                    self.trouble.value = alert(f"{type(error).__name__}: {error}")
+                self.page.asked += 1
             await asyncio.sleep(self.every)
-            self.refresh()
 
     def close(self):
         "Stop looking; runs go on."
@@ -391,11 +396,12 @@ class Workbench(widgets.VBox):
     def _chosen(self, _):
         if self.run in [name for _, name in self.picker.options]:
             self.picker.value = self.run
+        found, trouble = None, ""
         try:
             found = open_run(self.run, self.out) if self.run else None
-        except WrongInput:
-            found = None
-        self.bar.show(found)
+        except WrongInput as wrong:
+            trouble = str(wrong)
+        self.bar.show(found, trouble)
         for name in ("Watch", "Understand"):  # they show one run
             self.views.pop(name, None)
         self.refresh()
@@ -419,6 +425,15 @@ class Workbench(widgets.VBox):
             self._dress()
         elif hasattr(self.views[name], "refresh"):
             self.views[name].refresh()
+        if name == "Sweep":
+            self._plan(self.views[name])
+
+    def _plan(self, view):
+        "Let a sweep begin from the form of Configure, as often as that changes."
+        asked = self.configure.method.value, self.configure.form.values
+        if asked != self._planned and asked[0] and hasattr(view, "values"):
+            self._planned = asked
+            view.method, view.values = asked
 
     def _make(self, name: str) -> widgets.Widget:
         "The view of a tab."
@@ -428,7 +443,6 @@ class Workbench(widgets.VBox):
         try:
             if name == "Watch":
                 from polm_lab.workbench.diagnose import Diagnosis
-                from polm_lab.workbench.panels import Watch
 
                 return Together([Diagnosis(run, dark=self.page.dark), Watch(run, dark=self.page.dark)])
             if name == "Understand":
@@ -438,10 +452,12 @@ class Workbench(widgets.VBox):
             if name == "Compare":
                 from polm_lab.workbench.compare import Compare
 
-                return Compare(self.out)
+                return Compare(self.out, dark=self.page.dark, chosen=[run.id] if run else [])
             from polm_lab.workbench.trials import Sweeps
 
-            return Sweeps(self.out)
+            view = Sweeps(self.out, dark=self.page.dark)
+            view.observe(lambda change: change["new"] and self.set_trait("run", change["new"]), "selected_run")
+            return view
         except (WrongInput, OSError) as error:
             return widgets.HTML(alert(str(error)))
 
@@ -449,6 +465,18 @@ class Workbench(widgets.VBox):
         for view in self.views.values():
             if hasattr(view, "dark"):
                 view.dark = self.page.dark
+
+
+def import_views():
+    "Import what the views need, so that the first look at a run does not wait for it."
+    import plotly.graph_objects  # noqa: F401
+    import plotly.subplots  # noqa: F401
+    import pyarrow.json  # noqa: F401
+
+    import polm_lab.workbench.cockpit  # noqa: F401
+    import polm_lab.workbench.compare  # noqa: F401
+    import polm_lab.workbench.diagnose  # noqa: F401
+    import polm_lab.workbench.sweep  # noqa: F401
 
 
 class Together(widgets.VBox):

@@ -161,7 +161,7 @@ def _row(row: dict) -> dict:
         clean[str(name)] = value if value is None or isinstance(value, (int, float)) and not isinstance(value, bool) else visible(value, 500)
     return clean
 
-# %% ../../nbs/workbench/browser.ipynb #3b6d93cd
+# %% ../../nbs/workbench/browser.ipynb #2dd18237
 _CODE = """
 function render({ model, el }) {
   const box = document.createElement("div"), name = document.createElement("b"), code = document.createElement("pre"), button = document.createElement("button");
@@ -188,23 +188,41 @@ class Code(anywidget.AnyWidget):
 
 
 _PAGE = """
+function initialize({ model }) {
+  const answer = () => requestAnimationFrame(() => setTimeout(() => { model.set("answered", model.get("asked")); model.save_changes(); }));
+  model.on("change:asked", answer);
+  answer();
+}
 function render({ model, el }) {
   const look = () => {
     const set = document.body.dataset.jpThemeLight;   // JupyterLab and Voilà say it; other pages follow the system
     const dark = set ? set === "false" : matchMedia("(prefers-color-scheme: dark)").matches;
     if (model.get("dark") !== dark) { model.set("dark", dark); model.save_changes(); }
   };
-  const eye = new MutationObserver(look);
+  const name = () => {   // a slider and a button that shows a sign have their words in the hover text only: tell them to who cannot see
+    for (const handle of document.querySelectorAll(".noUi-handle:not([aria-label])")) {
+      const words = handle.closest("[title]:not([title=''])")?.title || handle.closest(".widget-slider, .jupyter-widgets")?.querySelector("label")?.textContent;
+      if (words) handle.setAttribute("aria-label", words);
+    }
+    for (const button of document.querySelectorAll("button.jupyter-button[title]:not([aria-label])"))
+      if (button.textContent.trim().length < 2) button.setAttribute("aria-label", button.title);
+  };
+  const eye = new MutationObserver(look), round = setInterval(name, 1000);
   eye.observe(document.body, { attributes: true });
   look();
-  return () => eye.disconnect();
+  return () => { eye.disconnect(); clearInterval(round); };
 }
-export default { render };
+export default { initialize, render };
 """
 
 
 class Page(anywidget.AnyWidget):
-    "What the page looks like: `dark` follows its theme. It shows nothing itself."
+    """What the page looks like: `dark` follows its theme. It shows nothing itself.
+
+    `answered` follows `asked` when the page has drawn what it was given before; a page that is busy, hidden or closed does not answer.
+    """
 
     _esm = _PAGE
     dark = traitlets.Bool(False).tag(sync=True)
+    asked = traitlets.Int(0).tag(sync=True)
+    answered = traitlets.Int(0).tag(sync=True)

@@ -6,7 +6,7 @@
 __all__ = ['run_rows', 'settings_difference', 'leaderboard', 'same_prompt', 'family_tree', 'lineage', 'export_figure', 'report',
            'Compare']
 
-# %% ../../nbs/workbench/compare.ipynb #6070e2f9
+# %% ../../nbs/workbench/compare.ipynb #81846db1
 import html
 import os
 from collections import Counter
@@ -20,7 +20,8 @@ from ..core.knobs import WrongInput, nearest
 from ..core.metrics import metric
 from ..core.run import Run, all_runs, open_run, runs_folder
 from .browser import Table, visible
-from .panels import COLORS, Watch, advantage_histogram, as_text, framed, frontier, live_figure, panels, style, write_page
+from .panels import COLORS, advantage_histogram, as_text, framed, frontier, live_figure, panels, style, write_page
+from .watch import Watch
 
 # %% ../../nbs/workbench/compare.ipynb #28159f4a
 _HEADLINES = ("accuracy", "reward", "perplexity", "margin", "kl")  # of the evaluation at the end, in the table of runs
