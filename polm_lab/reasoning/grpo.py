@@ -6,7 +6,7 @@
 __all__ = ['KLS', 'LOSSES', 'GRPO', 'what_if_advantages', 'token_loss', 'what_if_kl', 'loss_weight', 'summed_loss', 'batch_loss',
            'trl_config', 'grpo']
 
-# %% ../../nbs/reasoning/grpo.ipynb #22f92ee0
+# %% ../../nbs/reasoning/grpo.ipynb #06700206
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ from ..core.onpolicy import starting_model, token_stats
 from ..core.rollout import end_tokens
 from ..core.run import Run
 from ..core.train import Meter, fit, load_policy
-from .rewards import as_judge, for_trl, make_rewards, try_rewards, weighted
+from .rewards import Reward, as_judge, for_trl, make_rewards, try_rewards, weighted
 
 # %% ../../nbs/reasoning/grpo.ipynb #8471c99c
 KLS = ("k1", "k2", "k3", "k3_weighted", "k1_reward", "k2_reward", "k3_reward")
@@ -116,15 +116,15 @@ def trl_config(settings: GRPO) -> dict:
         mask_truncated_completions=settings.mask_truncated, shuffle_dataset=False,
     )  # fmt: skip
 
-# %% ../../nbs/reasoning/grpo.ipynb #ccf0918c
+# %% ../../nbs/reasoning/grpo.ipynb #adbee1bf
 @method(
     family="reasoning", title="Group relative policy optimization", paper="Shao et al. 2024 (DeepSeekMath), eq. 3, 4; survey eq. 8", data="prompt",
     needs=("reward", "reference"), engines=("lab", "trl"), small=dict(batch_size=8, samples=4, max_new_tokens=8, updates=2),
 )  # fmt: skip
-def grpo(settings: GRPO, run: Run) -> None:
-    "Raise the probability of answers that score above the mean of their group."
+def grpo(settings: GRPO, run: Run, rewards: list[Reward] | None = None) -> None:
+    "Raise the probability of answers that score above the mean of their group; `rewards` take the place of those that the settings name."
     rows, held_out = load_data(settings.data, "prompt"), load_data(settings.eval_data or settings.data, "prompt", "test")[: settings.eval_rows]
-    rewards = make_rewards(settings.rewards, scorer(settings.data, rows), settings.max_new_tokens)
+    rewards = rewards or make_rewards(settings.rewards, scorer(settings.data, rows), settings.max_new_tokens)
     policy, tokenizer = load_policy(settings)
     try_rewards(rewards, rows, tokenizer)
     reference = starting_model(policy, settings) if settings.beta else None
