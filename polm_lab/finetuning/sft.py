@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['SFT', 'sft_loss', 'embedding_noise', 'class_accuracy', 'sft']
 
-# %% ../../nbs/finetuning/sft.ipynb #fa895a3b
+# %% ../../nbs/finetuning/sft.ipynb #55038c5e
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..core.blocks import hold_zeros
 from ..core.data import Order, encode, encode_rows, load_data, load_held_out, natural_kind
 from ..core.engine import labelled_rows, train_with_trl
 from ..core.evaluate import Evaluation, other_worlds, scorer, sequence_logps
@@ -22,7 +23,7 @@ from ..core.models import save_model
 from ..core.run import Run
 from ..core.train import Meter, fit, load_policy, my_share, token_batches
 
-# %% ../../nbs/finetuning/sft.ipynb #1cabb6c7
+# %% ../../nbs/finetuning/sft.ipynb #453456e1
 @dataclass(kw_only=True)
 class SFT(Settings):
     "Settings of supervised fine-tuning."
@@ -31,6 +32,7 @@ class SFT(Settings):
     packing: bool = knob(False, "put several examples into a row of max_length, apart from each other: less padding, the same loss")
     neftune_alpha: float = knob(0.0, "strength of the noise on embeddings; 0 means none", low=0, high=100, source="NEFTune, Jain et al. 2023, §2: 5 to 15")
     classes: str = knob("", "labels of a classification task, separated by commas: accuracy is then the share of rows whose label is the likeliest")
+    keep_zeros: bool = knob(False, "weights that are 0 stay 0: for a model that was pruned")
     data: str = redefault("data", "chat")
     steps: int = redefault("steps", 60)
     learning_rate: float = redefault("learning_rate", 1e-3)
@@ -77,7 +79,7 @@ def class_accuracy(policy: Policy, tokenizer, rows: list[dict], labels: list[str
     best = sequence_logps(policy, asked, tokenizer.pad_token_id).view(len(rows), len(labels)).argmax(1)
     return sum(labels[b] == said(row).strip() for b, row in zip(best.tolist(), rows)) / len(rows)
 
-# %% ../../nbs/finetuning/sft.ipynb #26628fd7
+# %% ../../nbs/finetuning/sft.ipynb #7f3db027
 @method(
     family="finetuning", title="Supervised fine-tuning", paper="Ouyang et al. 2022, §3.5; survey §3.1, eq. 11, 12", data="completion",
     engines=("lab", "trl"),
@@ -88,6 +90,8 @@ def sft(settings: SFT, run: Run) -> None:
     rows = load_data(settings.data, kind)
     held_out = load_held_out(settings.data, settings.eval_data, kind, settings.eval_rows)
     policy, tokenizer = load_policy(settings)
+    if settings.keep_zeros:
+        hold_zeros(policy.model)
     examples = encode_rows(tokenizer, rows, kind, settings.max_length, settings.completion_only)
     evaluation = Evaluation(
         policy, tokenizer, held_out, kind, max_length=settings.max_length, score=scorer(settings.eval_data or settings.data, held_out),
