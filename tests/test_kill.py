@@ -20,6 +20,7 @@ SETTINGS = {
     "dpo": dict(steps=40, data="sums", batch_size=8),
     "reward": dict(steps=60, data="sums", batch_size=8),
     "grpo": dict(steps=40, data="sums", batch_size=16, samples=4, max_new_tokens=8),
+    "ppo": dict(steps=40, data="sums", rewards="correct", batch_size=16, max_new_tokens=8, details="whiten_advantages,normalize,adaptive_kl:0.01,missing_eos,clip_value"),
 }
 
 
