@@ -1,6 +1,7 @@
 "Rewards: closed forms, TRL's functions unchanged, and what is said to wrong ones."
 import asyncio
 import math
+import time
 
 import numpy as np
 import pytest
@@ -9,8 +10,8 @@ import torch
 from polm_lab.core.evaluate import scorer
 from polm_lab.core.knobs import WrongInput
 from polm_lab.core.worlds import WORLDS
-from polm_lab.reasoning.rewards import (Reward, as_completions, call_rewards, dialogue_reward, for_trl, format_reward, length_reward, make_rewards, parse_rewards,
-                                        repetition_reward, steps_reward, try_rewards)  # fmt: skip
+from polm_lab.reasoning.rewards import (Reward, as_completions, call_rewards, consistency_reward, dialogue_reward, dry_run, for_trl, format_reward, length_reward, make_rewards, parse_rewards,
+                                        repetition_reward, short_name, steps_reward, try_rewards)  # fmt: skip
 
 ROWS = WORLDS["sums"].rows("prompt", 4)
 
@@ -126,3 +127,33 @@ def test_the_trial_meets_an_empty_completion(tmp_path):
     (tmp_path / "mine.py").write_text("def f(completions, **columns):\n    return [1 / len(c) for c in completions]\n")
     with pytest.raises(WrongInput, match=r"reward f: raised ZeroDivisionError.* at mine.py:2"):
         try_rewards(make_rewards(f"{tmp_path}/mine.py:f"), ROWS, Bytes())
+
+
+def test_consistency_is_agreement_with_ones_siblings():
+    prompts, texts = ["a"] * 4 + ["b"] * 2 + ["c"], ["so 7", "7.0", "8", "it is 7", "Yes.", "yes", "1"]
+    assert consistency_reward(prompts, texts) == [2 / 3, 2 / 3, 0.0, 2 / 3, 1.0, 1.0, None]
+    talk = [[dict(role="user", content="q")]] * 2
+    assert consistency_reward(talk, [[dict(role="assistant", content=t)] for t in ("3", "3")]) == [1.0, 1.0]
+
+
+def test_gold_is_recorded_without_weight():
+    rewards = make_rewards("format,gold:0", scorer("sums", ROWS))
+    scores = call_rewards(rewards, ROWS, [row["answer"] for row in ROWS], [[1]] * 4, [True] * 4)
+    assert scores.total == [1.0] * 4 and scores.parts["gold"] == [1.0] * 4
+    assert [short_name(n) for n in ("gold", "model:a/b", "my.py:f", "x.y:g")] == ["gold", "model", "f", "g"]
+
+
+def test_a_dry_run_shows_what_is_wrong_and_refuses_nothing():
+    def unsure(completions, **columns):
+        return [math.nan, None] + [1.0] * (len(completions) - 2)
+
+    def slow(completions):
+        time.sleep(0.05)
+        return [float(i) for i in range(len(completions))]
+
+    table, said = dry_run(["correct,repetition:0.5", unsure, slow, BAD["raises"][0], lambda completions: [1.0]], prompts=3, samples=4, max_new_tokens=4)
+    assert list(table.index) == ["correct", "repetition", "unsure", "slow", "fails", "<lambda>"] and len(said) == 12
+    assert (table.loc["unsure", "none"], table.loc["unsure", "not_finite"]) == (1, 1) and "completion 0 got nan" in table.loc["unsure", "problem"]
+    assert table.loc["slow", "ms"] >= 50 and table.loc["slow", "group_std"] == pytest.approx(np.std([0, 1, 2, 3], ddof=1)) and table.loc["slow", "equal_groups"] == 0
+    assert "ZeroDivisionError" in table.loc["fails", "problem"] and "returned 1 rewards for 12" in table.loc["<lambda>", "problem"]
+    assert table.loc["correct", "problem"] == "" and table.loc["repetition", "weight"] == 0.5 and table.loc["correct", "mean"] == said["correct"].mean()

@@ -13,7 +13,7 @@ from .knobs import RunSettings, WrongInput, knobs, make_settings
 from .method import Method, find
 from .run import Run, open_run, parent_of
 
-# %% ../../nbs/core/chain.ipynb #61ee1741
+# %% ../../nbs/core/chain.ipynb #f7d50f16
 def check(name: str, values: dict) -> tuple[Method, RunSettings]:
     "The method and its settings; raises `WrongInput` before anything is written."
     found = find(name)
@@ -25,6 +25,7 @@ def check(name: str, values: dict) -> tuple[Method, RunSettings]:
         setattr(settings, knob, _full_path(getattr(settings, knob)))
     if hasattr(settings, "rewards"):
         settings.rewards = re.sub(r"[^\s,:]+\.py(?=:)", lambda found: _full_path(found[0]), settings.rewards)
+        settings.rewards = re.sub(r"(?<=model:)[^\s,:]+", lambda found: re.sub(r"[^+()]+", lambda name: _full_path(name[0]), found[0]), settings.rewards)
     return found, settings
 
 
@@ -55,11 +56,14 @@ def execute(run: Run) -> Run:
     return run
 
 
-def stage(whole: Run, label: str, name: str, parents=None, **values) -> Run:
-    "The finished run of method `name` that is the part `label` of the run `whole`: made, gone on with, or, if it is finished, taken as it is."
-    made = whole.record.get("stages", {})
+def stage(whole: Run, label: str, name: str, parents=None, inside: bool = False, **values) -> Run:
+    """The finished run of method `name` that is the part `label` of the run `whole`: made, gone on with, or, if it is finished, taken as it is.
+
+    It lies beside `whole`, or, `inside`, in its folder `parts`, where the table of runs does not list it: for the many parts of a comparison.
+    """
+    made, place = whole.record.get("stages", {}), whole.path / "parts" if inside else whole.path.parent
     if label not in made:
-        child = create(name, values, out=whole.path.parent, parents=parents, via="bare")
-        whole.update(stages={**made, label: child.id})
+        child = create(name, values, out=place, parents=parents, via="bare")
+        whole.update(stages={**made, label: str(child.path.relative_to(whole.path.parent))})
     child = open_run(whole.path.parent / whole.record["stages"][label])
     return child if child.status == "finished" else execute(child)
