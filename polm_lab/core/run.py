@@ -90,7 +90,7 @@ def versions() -> dict:
             found[name] = version(name)
     return found
 
-# %% ../../nbs/core/run.ipynb #3d1e0cf4
+# %% ../../nbs/core/run.ipynb #88afc828
 class Run:
     """A run's folder. Make one with `Run.create`, open one with `open_run`.
 
@@ -136,7 +136,10 @@ class Run:
     def read(self) -> dict:
         "What run.json says now."
         try:
-            return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+            record = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+            if not isinstance(record, dict) or not {"method", "settings", "status"} <= set(record):
+                raise ValueError("method, settings or status are missing")
+            return record
         except FileNotFoundError:
             raise WrongInput(f"{self.path}: no run is there (run.json is missing)") from None
         except ValueError as error:

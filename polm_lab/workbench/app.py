@@ -330,7 +330,7 @@ def summary_html(summary: dict) -> str:
     each = "".join(f"<span>{html.escape(n)}&ensp;<b>{said('before', n)} → {said('after', n)}</b></span>" for n in names)
     return f"<div role='group' aria-label='Evaluation before and after' style='display:flex;flex-wrap:wrap;gap:0 1.6em;line-height:1.6'>{each}</div>" if names else ""
 
-# %% ../../nbs/workbench/app.ipynb #f34d1a47
+# %% ../../nbs/workbench/app.ipynb #4e1badd0
 TABS = ("Configure", "Watch", "Understand", "Compare", "Sweep")
 
 
@@ -345,18 +345,17 @@ class Workbench(widgets.VBox):
         self.bar = RunBar(self.spare, self._clone)
         self.configure = Configure(out, self.spare)
         self.tabs = widgets.Tab([self.configure, *(widgets.VBox() for _ in TABS[1:])], titles=TABS)
-        self.views, self._seen, self._planned, self._task = {}, (), None, None
+        self.views, self._seen, self._filling, self._planned, self._task = {}, (), False, None, None
         self.trouble = widgets.HTML()
         super().__init__([self.page, self.picker, self.bar, self.trouble, self.tabs])
         self.configure.observe(self._started, "started")
-        self.picker.observe(lambda c: setattr(self, "run", c["new"] or ""), "value")
+        self.picker.observe(lambda change: self._filling or self.set_trait("run", change["new"] or ""), "value")
         self.observe(self._chosen, "run")
         self.tabs.observe(lambda _: self.refresh(), "selected_index")
         self.page.observe(lambda _: self._dress(), "dark")
         self.refresh()
-        if self.picker.options:
-            self.run = self.picker.options[0][1]
-            self.tabs.selected_index = TABS.index("Watch") if self.bar.running else 0  # whoever comes back in mid-run wants to see it
+        if self.bar.running:
+            self.tabs.selected_index = TABS.index("Watch")  # whoever comes back in mid-run wants to see it
         try:
             self._task = asyncio.get_running_loop().create_task(self._follow())
             self.spare.ready()
@@ -411,10 +410,14 @@ class Workbench(widgets.VBox):
         seen = tuple(sorted(p.parent.name for p in runs_folder(self.out).glob("*/run.json")))
         if seen != self._seen:
             self._seen, kept = seen, self.run
-            self.picker.options = [(name, name) for name in reversed(seen)]
-            if kept in seen:
-                self.picker.value = kept
+            gone = [(f"{kept} (gone)", kept)] if kept and kept not in seen else []  # what is looked at stays in sight
+            self._filling = True
+            self.picker.options = [(name, name) for name in reversed(seen)] + gone
+            self.picker.value = kept or (seen[-1] if seen else None)
+            self._filling = False
             self.configure.reload()
+            if not kept and seen:
+                self.run = seen[-1]
         self.bar.refresh()
         name = TABS[self.tabs.selected_index or 0]
         if name == "Configure":
@@ -431,9 +434,10 @@ class Workbench(widgets.VBox):
     def _plan(self, view):
         "Let a sweep begin from the form of Configure, as often as that changes."
         asked = self.configure.method.value, self.configure.form.values
-        if asked != self._planned and asked[0] and hasattr(view, "values"):
+        if asked != self._planned and asked[0] and hasattr(view, "fixed"):
             self._planned = asked
-            view.method, view.values = asked
+            view.method, values = asked
+            view.fixed.value = "\n".join(f"{name} {value}" for name, value in values.items())
 
     def _make(self, name: str) -> widgets.Widget:
         "The view of a tab."
@@ -476,7 +480,7 @@ def import_views():
     import polm_lab.workbench.cockpit  # noqa: F401
     import polm_lab.workbench.compare  # noqa: F401
     import polm_lab.workbench.diagnose  # noqa: F401
-    import polm_lab.workbench.sweep  # noqa: F401
+    import polm_lab.workbench.trials  # noqa: F401
 
 
 class Together(widgets.VBox):

@@ -23,7 +23,7 @@ from ..core.method import find, methods
 from ..core.run import Run, all_runs, replace_file, runs_folder
 from .browser import visible
 
-# %% ../../nbs/workbench/controls.ipynb #b999918b
+# %% ../../nbs/workbench/controls.ipynb #e0f63fa9
 _SPAN = 3.0  # decades that a logarithmic slider reaches on both sides of the default
 
 
@@ -31,7 +31,7 @@ def _slider(knob: Knob):
     "(slider, value to position, position to value) for a number with a range, else None."
     low, high, default = knob.low, knob.high, knob.default
     whole = (lambda v: int(round(v))) if knob.type is int else (lambda v: float(f"{v:.4g}"))
-    facts = dict(readout=False, layout=widgets.Layout(width="130px"), description_tooltip=f"{knob.name}: slide to change")
+    facts = dict(readout=False, layout=widgets.Layout(width="130px"), tooltip=f"{knob.name}: slide to change")
     if knob.log and default > 0:
         ends = (max(math.log10(low) if low else -99, math.log10(default) - _SPAN), min(math.log10(high) if high else 99, math.log10(default) + _SPAN))
         return widgets.FloatSlider(min=ends[0], max=ends[1], step=0.05, value=math.log10(default), **facts), lambda v: math.log10(v) if v > 0 else ends[0], lambda p: whole(10**p)

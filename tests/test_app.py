@@ -1,0 +1,238 @@
+"The workbench without a browser: what is wrong with a run is shown for what it is, and nothing else breaks."
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from polm_lab.core.run import Run, all_runs
+from polm_lab.workbench import launch
+from polm_lab.workbench.app import TABS, Configure, RunBar, Spare, Workbench, summary_html
+
+
+@pytest.fixture
+def make(runs):
+    "A finished run of `method` as its record has it: `make(steps=3)`."
+
+    def made(method="sft", status="finished", **settings):
+        run = Run.create(method, dict(model="tiny", data="sums", steps=3) | settings)
+        for step in range(1, 4):
+            run.log(step, loss=1 / step, reward=step / 3)
+        run.sample(3, [dict(prompt="1+1=", completion="2", reward=1.0)])
+        run.frame("before", dict(accuracy=0.5))
+        run.frame("after", dict(accuracy=0.75))
+        run.update(status=status)
+        return run
+
+    return made
+
+
+def all_tabs(bench):
+    "Open each tab, look twice, and give the words of the run's bar."
+    for number in range(len(TABS)):
+        bench.tabs.selected_index = number
+        bench.refresh()
+    return bench.bar.text.value
+
+
+def test_every_tab_on_no_runs_and_on_a_finished_one(make, runs):
+    empty = Workbench()
+    assert "No run is chosen" in all_tabs(empty)
+    run = make()
+    empty.refresh()
+    assert [value for _, value in empty.picker.options] == [run.id]
+    bench = Workbench()
+    assert "finished" in all_tabs(bench) and bench.run == run.id and "0.5 → 0.75" in bench.bar.summary.value
+    assert bench.views["Compare"].chosen == [run.id]
+
+
+BROKEN = {
+    "deleted": (lambda run: shutil.rmtree(run.path), "no run is there"),
+    "empty run.json": (lambda run: (run.path / "run.json").write_text(""), "damaged"),
+    "half a run.json": (lambda run: (run.path / "run.json").write_text('{"id": "x", "method": "sft"'), "damaged"),
+    "another run.json": (lambda run: (run.path / "run.json").write_text("{}"), "are missing"),
+    "a list for run.json": (lambda run: (run.path / "run.json").write_text("[]"), "are missing"),
+    "metrics.jsonl is a folder": (lambda run: ((run.path / "metrics.jsonl").unlink(), (run.path / "metrics.jsonl").mkdir()), "metrics.jsonl"),
+    "samples.jsonl is garbage": (lambda run: (run.path / "samples.jsonl").write_bytes(os.urandom(9000)), "finished"),
+    "metrics.jsonl is garbage": (lambda run: (run.path / "metrics.jsonl").write_bytes(os.urandom(9000)), "finished"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_record_that_breaks_under_the_view(name, make):
+    other, run = make(), make()
+    breaks, words = BROKEN[name]
+    bench = Workbench()
+    bench.run = run.id
+    all_tabs(bench)
+    breaks(run)
+    assert words in all_tabs(bench)
+    bench.run = other.id
+    assert "finished" in all_tabs(bench) and other.id in bench.bar.text.value
+    later = Workbench()  # opened on a folder that holds the broken run
+    later.run = run.id
+    all_tabs(later)
+    later.run = other.id
+    assert "finished" in all_tabs(later)
+
+
+def test_a_killed_run_is_dead_and_can_be_resumed(make):
+    code = "import sys, os, signal; from polm_lab.core.run import Run\nwith Run(sys.argv[1]).active() as run:\n    run.log(1, loss=1.0)\n    os.kill(os.getpid(), signal.SIGKILL)"
+    run = Run.create("sft", dict(steps=3))
+    (run.path / "log.txt").write_text("<b>last words</b>\n")
+    subprocess.run([sys.executable, "-c", code, str(run.path)])
+    bar = RunBar()
+    bar.show(run)
+    assert "its process is gone" in bar.text.value and "&lt;b&gt;last words" in bar.text.value and not bar.resume_button.disabled and bar.stop_button.disabled
+
+
+FULL = """
+mount -t tmpfs -o size=12m tmpfs {disk} && {python} - {disk} <<'END'
+import sys, time
+from pathlib import Path
+from polm_lab.core.run import all_runs
+from polm_lab.workbench.app import Workbench
+out = Path(sys.argv[1])
+bench = Workbench(out)
+bench.configure.method.value = "sft"
+bench.configure.form.load(dict(steps=3, save_every=1, eval_rows=4, batch_size=4))
+bench.configure.start()
+run = all_runs(out)[0]
+while run.status in ("created", "running"):
+    bench.refresh()
+    time.sleep(0.2)
+bench.refresh()
+print("AFTER", bench.bar.text.value)
+try:
+    (out / "ballast").write_bytes(b"x" * 2**24)
+except OSError:
+    pass
+bench.tabs.selected_index = 0
+bench.configure.start()
+print("START", bench.configure.said.value)
+bench.configure.preset_name.value = "mine"
+bench.configure.save()
+print("PRESET", bench.configure.said.value)
+print("RUNS", len(all_runs(out)))
+(out / "ballast").unlink()
+bench.configure.save()
+print("AGAIN", bench.configure.said.value)
+END
+"""
+
+
+def test_a_full_disk(tmp_path):
+    "A real one of 12 MiB, mounted in a namespace of its own: the run that fills it says why it failed, and a run that cannot be created is refused in one line."
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run(["unshare", "-rm", "bash", "-c", FULL.format(disk=disk, python=sys.executable)], capture_output=True, text=True, timeout=200)
+    said = dict(line.partition(" ")[::2] for line in done.stdout.splitlines())
+    if "AFTER" not in said:
+        assert "mount" in done.stderr or "unshare" in done.stderr, done.stderr[-2000:]
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()[-200:]}")
+    assert "failed" in said["AFTER"] and "No space left" in said["AFTER"]
+    assert "cannot be written" in said["START"] and "No space left" in said["START"] and "role=\"alert\"" in said["START"]
+    assert "cannot be written" in said["PRESET"] and said["RUNS"] == "1" and "saved" in said["AGAIN"], (said, done.stderr[-1000:])
+
+
+def test_a_spare_process_that_was_killed_is_replaced(runs):
+    spare = Spare()
+    spare.ready()
+    os.kill(spare.process.pid, signal.SIGKILL)
+    spare.process.wait()
+    run = launch.create("sft", dict(steps=1, eval_rows=4, batch_size=4))
+    spare.give(run)
+    assert launch.wait(run, 120).status == "finished"
+
+
+def test_stop_resume_and_clone(make):
+    run = make(status="stopped", steps=7, learning_rate=0.002)
+    desk = Configure()
+    desk.take(run)
+    assert desk.form.values == dict(data="sums", steps=7, learning_rate=0.002) and run.id in desk.said.value and "steps 7" in desk.code["polm"].text
+    given = []
+    spare = Spare()
+    spare.give = given.append
+    bar = RunBar(spare)
+    bar.show(run)
+    bar.resume()
+    assert given[0].path == run.path and "resuming" in bar.said.value
+    bar.show(make())
+    bar.resume()
+    assert len(given) == 1 and "it is finished" in bar.said.value
+
+
+def test_the_sweep_begins_from_the_form_and_gives_its_run_to_watch(make):
+    run = make("dpo")
+    bench = Workbench()
+    bench.configure.method.value = "dpo"
+    bench.configure.form.load(dict(steps=9, beta=0.3))
+    bench.tabs.selected_index = TABS.index("Sweep")
+    view = bench.views["Sweep"]
+    assert view.method == "dpo" and view.fixed.value.splitlines() == ["beta 0.3", "steps 9"]
+    view.fixed.value = "steps 11"
+    bench.refresh()
+    assert view.fixed.value == "steps 11", "what was typed there stays until Configure changes"
+    other = make()
+    bench.refresh()
+    view.selected_run = other.id
+    assert bench.run == other.id and bench.bar.run.id == other.id != run.id
+
+
+def test_a_page_that_does_not_answer_gets_nothing_more(make):
+    async def scene():
+        make()
+        bench = Workbench(every=0.01)
+        seen = []
+        bench.refresh = lambda: seen.append(1)
+        until = time.monotonic() + 60
+        while not seen and time.monotonic() < until:
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0.2)
+        waiting = len(seen)
+        bench.page.answered = bench.page.asked
+        await asyncio.sleep(0.2)
+        bench.close()
+        return waiting, len(seen)
+
+    assert asyncio.run(scene()) == (1, 2)
+
+
+def test_what_goes_wrong_while_looking_is_said_and_the_looking_goes_on(make):
+    async def scene():
+        bench, looks = Workbench(every=0.01), []
+
+        def look():
+            looks.append(1)
+            if len(looks) == 1:
+                raise RuntimeError("<b>odd</b>")
+
+        bench.refresh = look
+        said, until = "", time.monotonic() + 60
+        while len(looks) < 2 and time.monotonic() < until:
+            await asyncio.sleep(0.02)
+            bench.page.answered = bench.page.asked
+            said = said or bench.trouble.value
+        await asyncio.sleep(0.05)
+        bench.close()
+        return said, bench.trouble.value
+
+    said, now = asyncio.run(scene())
+    assert "RuntimeError: &lt;b&gt;odd" in said and now == ""
+
+
+def test_a_summary_is_shown_whole_and_escaped():
+    shown = summary_html({"before": {"a<b": 1.0}, "after": {"a<b": 2.0, "new": 0.25, "odd": "x"}})
+    assert "a&lt;b&ensp;<b>1 → 2" in shown and "new&ensp;<b>– → 0.25" in shown and "odd&ensp;<b>– → –" in shown and summary_html({}) == ""
+
+
+def test_whoever_comes_back_in_mid_run_sees_it(make):
+    with Run.create("sft", dict(steps=3)).active() as going:
+        bench = Workbench()
+        assert bench.run == going.id and TABS[bench.tabs.selected_index] == "Watch"
+    assert TABS[Workbench().tabs.selected_index] == "Configure"
