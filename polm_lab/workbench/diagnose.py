@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['LEAST', 'SEVERITIES', 'RULES', 'SPIKE', 'TASTE', 'TINY_WIDTH', 'MARKS', 'INKS', 'Lines', 'Series', 'Evidence',
            'is_number', 'Finding', 'rule', 'diagnose', 'did_not_finish', 'damaged_lines', 'no_contrast', 'groups_of',
-           'entropy_collapsed', 'cut_short', 'kl_left_range', 'pays_for_length', 'length_slope',
-           'reward_without_accuracy', 'both_rewards_fall', 'loss_near_zero', 'worse_on_held_out', 'worse_than_start',
-           'gradient_spikes', 'unusual_learning_rate', 'usual_learning_rate', 'findings_html', 'Diagnosis']
+           'entropy_collapsed', 'cut_short', 'kl_left_range', 'critic_misleads', 'kl_not_held', 'ranks_by_chance',
+           'prefers_length', 'pays_for_length', 'length_slope', 'reward_without_accuracy', 'both_rewards_fall',
+           'loss_near_zero', 'worse_on_held_out', 'worse_than_start', 'gradient_spikes', 'unusual_learning_rate',
+           'usual_learning_rate', 'findings_html', 'Diagnosis']
 
 # %% ../../nbs/workbench/diagnose.ipynb #adb37f8f
 import html
@@ -65,7 +66,7 @@ class Lines:
             self.damaged += not isinstance(row, dict)
         return bool(end)
 
-# %% ../../nbs/workbench/diagnose.ipynb #ce373ba9
+# %% ../../nbs/workbench/diagnose.ipynb #6da8a4a4
 LEAST = 8  # points; of fewer nothing is said
 
 
@@ -137,6 +138,17 @@ class Evidence:
     @property
     def settings(self) -> dict:
         return self.facts.get("settings") or {}
+
+    @property
+    def rows(self) -> int:
+        "Rows of the evaluation."
+        rows = self.settings.get("eval_rows")
+        return int(rows) if is_number(rows) and rows >= 1 else 64
+
+    @property
+    def doubt(self) -> float:
+        "Two standard errors of a share near one half that was counted on the evaluation's rows: less is chance."
+        return 1 / math.sqrt(self.rows)
 
     def evaluated(self, when: str, name: str) -> float | None:
         "A metric of the evaluation `before` or `after` the run."
@@ -233,7 +245,7 @@ def _some(numbers: list[int], what: str, most: int = 5) -> str:
     more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
     return f"{what}{'s' if len(numbers) > 1 else ''} {', '.join(str(n) for n in numbers[:most])}{more}"
 
-# %% ../../nbs/workbench/diagnose.ipynb #c597b62f
+# %% ../../nbs/workbench/diagnose.ipynb #30fb4dd7
 @rule
 def no_contrast(record: Evidence) -> Finding | None:
     "Most groups give no gradient, because all their rewards are equal."
@@ -252,7 +264,7 @@ def no_contrast(record: Evidence) -> Finding | None:
         return Finding("note", says, evidence + ".", "harder prompts; or stop here.")
     return Finding(
         "problem", f"There is no gradient, because all rewards in {share.end:.0%} of the groups are equal.", evidence + ".",
-        "the samples: is any answer ever right? Try easier prompts, more `samples`, a higher `temperature`, a reward with parts, or `resample`.",
+        "the samples. Is no answer ever right? Then easier prompts, more `samples`, a higher `temperature`, or a reward with parts. Are all right? Then harder prompts.",
     )  # fmt: skip
 
 
@@ -264,7 +276,7 @@ def groups_of(rows: list[dict]) -> dict[tuple, list[dict]]:
             groups.setdefault((row.get("step"), row.get("group", str(row.get("prompt")))), []).append(row)
     return groups
 
-# %% ../../nbs/workbench/diagnose.ipynb #8af38860
+# %% ../../nbs/workbench/diagnose.ipynb #5181e79c
 @rule
 def entropy_collapsed(record: Evidence) -> Finding | None:
     "The policy has become certain, so that its samples no longer differ."
@@ -276,8 +288,9 @@ def entropy_collapsed(record: Evidence) -> Finding | None:
     if reward:
         later = reward.values[reward.steps >= step]
         evidence += f"; the reward was {later[0]:.3g} at step {step} and is {reward.end:.3g} now"
+    solved = (record.evaluated("after", "accuracy") or 0.0) > 0.95
     return Finding(
-        "warning", f"The entropy collapsed at step {step}: all samples of a prompt become the same.", evidence + ".",
+        "note" if solved else "warning", f"The entropy collapsed at step {step}: all samples of a prompt become the same{', and nearly all are right' if solved else ''}.", evidence + ".",
         "the samples from that step on. If the reward still falls short: a lower `learning_rate`, a larger `clip_high` or `beta`.",
     )  # fmt: skip
 
@@ -314,7 +327,53 @@ def kl_left_range(record: Evidence) -> Finding | None:
     look = f"the frontier of reward against KL, and the samples. Raise {knob}, lower `learning_rate`, or stop earlier."
     return Finding("warning", f"The KL left its range{when}.", evidence + ".", look)
 
-# %% ../../nbs/workbench/diagnose.ipynb #55eb616d
+# %% ../../nbs/workbench/diagnose.ipynb #cede06de
+@rule
+def critic_misleads(record: Evidence) -> Finding | None:
+    "The critic foresees the returns no better than their mean does."
+    share = record.series("explained_variance")
+    if not share or share.end >= 0.1:
+        return None
+    evidence = f"explained_variance is {share.end:.2g} at the end ({share.start:.2g} at the start); 1 is a critic that foresees all, 0 one that knows nothing"
+    look = "value_loss over the steps. Give the critic more `epochs`, more weight or a better start, or take a method without one (GRPO, RLOO)."
+    if share.end < -0.1:
+        return Finding("warning", "The critic misleads: the advantages are noisier than without it.", evidence + ".", look)
+    return Finding("note", "The critic knows next to nothing yet: the advantages are as noisy as without it.", evidence + ".", look)
+
+
+@rule
+def kl_not_held(record: Evidence) -> Finding | None:
+    "The KL stays above its target although its price was raised again and again."
+    price, kl = record.series("kl_coefficient"), record.series("kl")
+    if not price or not kl or price.start <= 0 or price.end < 3 * price.start:
+        return None
+    evidence = f"{_path('kl_coefficient', price)}, while {_path('kl', kl)} nats/token"
+    look = "the samples, and KL over the steps. Lower `learning_rate`, begin with a larger `beta`, or allow more KL."
+    return Finding("warning", "The KL is not held: its price rises and rises.", evidence + ".", look)
+
+
+@rule
+def ranks_by_chance(record: Evidence) -> Finding | None:
+    "Of held-out pairs no more are ranked rightly than by chance."
+    share = record.evaluated("after", "accuracy")
+    if not record.series("margin") or share is None or share >= 0.5 + record.doubt:
+        return None
+    evidence = f"accuracy is {share:.3g} on {record.rows} held-out rows; above {0.5 + record.doubt:.2g} is more than chance there"
+    look = "the pairs: can you tell which answer is better? Then more `steps`, more data, or a higher `learning_rate`."
+    return Finding("warning", "Held-out pairs are ranked no better than by chance.", evidence + ".", look)
+
+
+@rule
+def prefers_length(record: Evidence) -> Finding | None:
+    "A reward model prefers the longer answer more often than the data do."
+    bias = record.evaluated("after", "length_bias")
+    if bias is None or bias <= max(metric("length_bias").high, record.doubt):
+        return None
+    evidence = f"length_bias is {bias:+.2g} on {record.rows} held-out rows: so much more often than the data it ranks the longer answer first"
+    look = "pairs whose better answer is the shorter one: are there enough? A policy that is trained on this reward grows wordy."
+    return Finding("warning", "The reward model prefers long answers.", evidence + ".", look)
+
+# %% ../../nbs/workbench/diagnose.ipynb #ab055a37
 @rule
 def pays_for_length(record: Evidence) -> Finding | None:
     "The reward rises only through the length of the completions."
@@ -355,12 +414,12 @@ def reward_without_accuracy(record: Evidence) -> Finding | None:
     if not reward or reward.rise <= 0 or before is None or after is None or after > before + 0.01:
         return None
     return Finding(
-        "warning", "The reward rises but accuracy does not: the reward may be gamed.",
-        f"{_path('reward', reward)} in training; held-out accuracy {before:.3g} → {after:.3g}.",
+        "warning" if record.doubt <= 0.2 else "note", "The reward rises but accuracy does not: the reward may be gamed.",
+        f"{_path('reward', reward)} in training; accuracy on {record.rows} held-out rows {before:.3g} → {after:.3g}.",
         "the completions with the highest reward in the samples: do they do what was wanted?",
     )  # fmt: skip
 
-# %% ../../nbs/workbench/diagnose.ipynb #1555708d
+# %% ../../nbs/workbench/diagnose.ipynb #bd58c4af
 @rule
 def both_rewards_fall(record: Evidence) -> Finding | None:
     "The margin grows while the implicit rewards of chosen and rejected both fall."
@@ -370,7 +429,7 @@ def both_rewards_fall(record: Evidence) -> Finding | None:
     evidence = f"{_path('margin', margin)}, {_path('chosen', chosen)}, {_path('rejected', rejected)}"
     frames = _frames(record, "reward", "perplexity")
     evidence += "".join(f"; held-out {name} {before:.3g} → {after:.3g}" for name, before, after in frames) + "."
-    if frames and not any(_worse(*frame) for frame in frames):
+    if frames and not any(_worse(record, *frame) for frame in frames):
         look = "the sampled answers: what the policy says itself got no worse, and the loss asks for the difference only."
         return Finding("note", "The margin grows while both rewards fall. Here that is harmless.", evidence, look)
     says = "The margin grows while both rewards fall: the policy moves away from the chosen answers too."
@@ -384,9 +443,9 @@ def _frames(record: Evidence, *names: str) -> list[tuple[str, float, float]]:
     return [frame for frame in frames if None not in frame]
 
 
-def _worse(name: str, before: float, after: float) -> bool:
-    "Whether a metric got worse by more than a twentieth (a tenth for perplexity)."
-    return after > 1.1 * before if metric(name).better == "down" else after < before - 0.05 * max(abs(before), 1.0)
+def _worse(record: Evidence, name: str, before: float, after: float) -> bool:
+    "Whether a metric got worse by more than a tenth (perplexity), or by more than chance would have it (what is counted row by row)."
+    return after > 1.1 * before if metric(name).better == "down" else after < before - max(0.05, record.doubt) * max(abs(before), 1.0)
 
 
 @rule
@@ -398,26 +457,27 @@ def loss_near_zero(record: Evidence) -> Finding | None:
         return None
     return Finding(
         "note", "The loss is near zero, which is normal here.", f"loss is {loss.end:.2g} at the end while advantages spread by {spread.end:.2g}.",
-        "the reward. The advantages of a group sum to 0, so the loss is about 0 in value whatever is learned; its gradient is not 0.",
+        "the reward. Advantages lie around 0, so the loss is about 0 in value whatever is learned; its gradient is not 0.",
     )  # fmt: skip
 
-# %% ../../nbs/workbench/diagnose.ipynb #2175c154
+# %% ../../nbs/workbench/diagnose.ipynb #f2529e1d
 @rule
 def worse_on_held_out(record: Evidence) -> Finding | None:
     "The evaluation is worse than training, or got worse while training went on."
     for name in ("accuracy", "reward"):
         train, held_out = record.series(name), _held_out(record, name)
-        if train and held_out is not None and train.end - held_out > max(0.15, train.rise / 2):
+        if train and held_out is not None and train.end - held_out > max(0.15, record.doubt, train.rise / 2):
             return _by_heart(f"{name} {train.end:.3g} in training, {held_out:.3g} on held-out data")
-    loss, perplexity = record.series("loss"), _held_out(record, "perplexity")
-    supervised = not record.series("margin") and not record.series("reward")  # only there the loss is the log of a perplexity
-    if loss and perplexity and supervised and math.log(perplexity) - loss.end > max(0.2, -loss.rise / 2):
+    loss, before, perplexity = record.series("loss"), record.evaluated("before", "perplexity"), _held_out(record, "perplexity")
+    supervised = not record.series("margin") and not record.series("reward")  # only there the loss can be the log of a perplexity
+    comparable = not before or abs(math.log(before) - loss.start) < 0.7 if loss else False  # and it is where both begin alike
+    if perplexity and supervised and comparable and math.log(perplexity) - loss.end > max(0.2, -loss.rise / 2):
         return _by_heart(f"loss {loss.end:.3g} nats/token in training, {math.log(perplexity):.3g} on held-out data")
     for name in ("perplexity", "accuracy", "reward"):
         steps, values = record.metrics[f"eval/{name}"]
         if len(values) > 2:
             best = int(values.argmin() if metric(name).better == "down" else values.argmax())
-            if _worse(name, values[best], values[-1]):
+            if _worse(record, name, values[best], values[-1]):
                 return _by_heart(f"held-out {name} was best at step {steps[best]:.0f} ({values[best]:.3g}) and is {values[-1]:.3g} now")
 
 
@@ -437,12 +497,12 @@ def _by_heart(evidence: str) -> Finding:
 def worse_than_start(record: Evidence) -> Finding | None:
     "The evaluation after the run is worse than before it."
     frames = _frames(record, "accuracy", "reward", "pass_at_k", "perplexity")
-    worse = [f"{name} {before:.3g} → {after:.3g}" for name, before, after in frames if _worse(name, before, after)]
+    worse = [f"{name} {before:.3g} → {after:.3g}" for name, before, after in frames if _worse(record, name, before, after)]
     if worse:
         look = "the samples of the last steps, and the step where the curves turn. Lower `learning_rate`, or stop earlier."
         return Finding("warning", "The model is worse than before the run, on held-out data.", "; ".join(worse) + ".", look)
 
-# %% ../../nbs/workbench/diagnose.ipynb #02841bee
+# %% ../../nbs/workbench/diagnose.ipynb #ff9c2044
 SPIKE = 10.0  # times the median of the gradients around it
 TASTE = 20.0  # a learning rate this many times above or below the usual is worth a word
 TINY_WIDTH = 160  # hidden size of `tiny`, for which the methods' defaults were found
@@ -455,12 +515,12 @@ def gradient_spikes(record: Evidence) -> Finding | None:
     if not norm:
         return None
     around = _around(norm.values)
-    spikes = np.flatnonzero((norm.values > SPIKE * around) & (around > 0))
+    clip = record.settings.get("clip") if is_number(record.settings.get("clip")) else 0.0
+    spikes = np.flatnonzero((norm.values > SPIKE * around) & (around > 0) & (norm.values > clip))  # below the clip a step is a step
     if not len(spikes):
         return None
     worst = spikes[norm.values[spikes].argmax()]
-    clip = record.settings.get("clip")
-    clipped = f"gradients are clipped at {clip:g}" if is_number(clip) and clip else "gradients are not clipped"
+    clipped = f"gradients are clipped at {clip:g}" if clip else "gradients are not clipped"
     return Finding(
         "warning", f"The gradient spikes at {_some([int(s) for s in norm.steps[spikes]], 'step')}.",
         f"grad_norm is {norm.values[worst]:.3g} at step {norm.steps[worst]:.0f}, where {around[worst]:.3g} is usual; {clipped}.",
