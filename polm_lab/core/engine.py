@@ -19,7 +19,7 @@ from pathlib import Path
 from .knobs import Settings, WrongInput
 from .run import Run, Stopped
 
-# %% ../../nbs/core/engine.ipynb #5140c8c2
+# %% ../../nbs/core/engine.ipynb #9960df4e
 def trl_class(name: str):
     "A public class of TRL, such as `SFTTrainer`; raises `WrongInput` where TRL is not installed."
     try:
@@ -43,6 +43,8 @@ def trl_arguments(settings: Settings, run: Run) -> dict:
             f"engine = 'trl', device = {settings.device!r}, {torch.cuda.device_count()} GPUs: in one process TRL trains on the only GPU that it sees; "
             "set CUDA_VISIBLE_DEVICES to one GPU and device to cuda, or start with `accelerate launch`"
         )
+    if settings.adapter.partition(":")[0] == "adalora":
+        raise WrongInput(f"engine = 'trl', adapter = {settings.adapter!r}: TRL's trainers never give ranks back; expected another adapter, such as lora; or use engine lab")
     if settings.batch_size % processes:
         raise WrongInput(f"{settings.batch_size} rows cannot be shared by {processes} processes: make batch_size a multiple of {processes}")
     warm = math.ceil(settings.warmup * settings.steps)

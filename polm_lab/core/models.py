@@ -404,7 +404,7 @@ def _add_adapter(model, kind: str, settings: dict, seed: int, base: str):
     adapted.peft_config["default"].base_model_name_or_path = base
     return adapted
 
-# %% ../../nbs/core/models.ipynb #ccf4e3e3
+# %% ../../nbs/core/models.ipynb #cb702938
 SCORER = "ForSequenceClassification"  # how transformers calls a model whose head gives one score a text
 
 
@@ -476,7 +476,8 @@ def _read_adapter(folder: Path, dtype, trainable: bool):
         raise WrongInput(f"{folder}: the adapter does not fit its base model {spec} ({_line(error)})") from None
     with safe_open(files[0], framework="pt") as opened:
         found = set(opened.keys())
-    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    with quiet_libraries():  # an AdaLoRA layer may have kept no rank
+        expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if expected - found:
         raise WrongInput(f"{files[0]}: lacks {sorted(expected - found)[0]}; expected the weights that adapter_config.json asks for; copy both files again")
     return model

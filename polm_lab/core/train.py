@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['seed_of', 'seed_all', 'learning_rate_at', 'Meter', 'Progress', 'world', 'my_share', 'gather_meters',
-           'make_accelerator', 'load_policy', 'token_batches', 'checkpoints', 'save_checkpoint', 'load_checkpoint',
-           'optimizer_for', 'fit', 'anybody', 'peak_memory', 'not_finite']
+           'make_accelerator', 'load_policy', 'token_batches', 'RankBudget', 'checkpoints', 'save_checkpoint',
+           'load_checkpoint', 'optimizer_for', 'fit', 'anybody', 'peak_memory', 'not_finite']
 
 # %% ../../nbs/core/train.ipynb #4999026f
 import contextlib
@@ -161,14 +161,17 @@ def make_accelerator(settings: Settings):
     mixed = {"bfloat16": "bf16", "float16": "fp16"}.get(settings.dtype, "no")
     return Accelerator(cpu=settings.device == "cpu" or not torch.cuda.is_available(), mixed_precision=mixed, log_with=trackers)
 
-# %% ../../nbs/core/train.ipynb #ca274faa
+# %% ../../nbs/core/train.ipynb #5edb904b
 def load_policy(settings: Settings):
     "The policy that the settings ask for, and its tokenizer."
     from polm_lab.core.logprobs import Policy
     from polm_lab.core.models import load_model, load_tokenizer
 
+    adapter = settings.adapter
+    if adapter.partition(":")[0] == "adalora" and "total_step" not in adapter:  # it plans over the whole run
+        adapter += ("," if ":" in adapter else ":") + f"total_step={settings.steps}"
     model = load_model(
-        settings.model, dtype=settings.dtype, device=settings.device, adapter=settings.adapter, seed=settings.seed,
+        settings.model, dtype=settings.dtype, device=settings.device, adapter=adapter, seed=settings.seed,
         gradient_checkpointing=settings.gradient_checkpointing,
     )  # fmt: skip
     return Policy(model), load_tokenizer(settings.model, settings.chat_template)
@@ -183,6 +186,44 @@ def token_batches(examples: list[dict], settings: Settings, pad_id: int, packing
         batch = collate(part, pad_id, pack=settings.max_length if packing else 0)
         batches.append(dict(batch, weight=float(sum(sum(e["target_mask"][1:]) for e in part))))
     return batches
+
+# %% ../../nbs/core/train.ipynb #da9f40fa
+class RankBudget:
+    "Lets the AdaLoRA adapter of a model give ranks back as training goes on, and remembers what it must to go on after a kill; raises `WrongInput`."
+
+    def __init__(self, tuner):
+        self.tuner, self.config = tuner, tuner.peft_config[tuner.trainable_adapter_name]
+        if self.config.init_r <= self.config.target_r:
+            raise WrongInput(f"adapter adalora: init_r = {self.config.init_r} ranks to begin with; expected more than target_r = {self.config.target_r}; raise init_r")
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> "RankBudget | None":
+        "The budget of the AdaLoRA adapter in `model`; None without one that is trained."
+        tuners = [m for m in model.modules() if type(m).__name__ == "AdaLoraModel" and m.trainable_adapter_name]
+        return cls(tuners[0]) if tuners and any(p.requires_grad for p in tuners[0].parameters()) else None
+
+    def penalty(self) -> torch.Tensor:
+        "How far the factors are from orthogonal, weighted (Zhang et al. 2023, eq. 4), a scalar with gradient."
+        factors = [p if "lora_A" in name else p.T for name, p in self.tuner.named_parameters() if p.requires_grad and ("lora_A" in name or "lora_B" in name)]
+        return self.config.orth_reg_weight * sum(torch.linalg.norm(f @ f.T - torch.eye(len(f), dtype=f.dtype, device=f.device)) for f in factors) / len(factors)
+
+    def allocate(self, steps: int):
+        "Weigh the ranks and keep those that the budget after `steps` steps allows; between the optimizer's step and the end of its gradients."
+        allocator = self.tuner.rankallocator
+        if steps == self.config.total_step - self.config.tfinal and self.config.rank_pattern and not allocator.ipt:  # a second update of the step that decided
+            allocator.mask_using_rank_pattern(self.tuner.model, self.config.rank_pattern)
+        else:
+            self.tuner.update_and_allocate(steps)
+
+    def state_dict(self) -> dict:
+        allocator = self.tuner.rankallocator
+        return {name: dict(getattr(allocator, name)) for name in ("ipt", "exp_avg_ipt", "exp_avg_unc")} | {"rank_pattern": self.config.rank_pattern or {}}
+
+    def load_state_dict(self, state: dict):
+        devices = {name: p.device for name, p in self.tuner.model.named_parameters()}
+        for name in ("ipt", "exp_avg_ipt", "exp_avg_unc"):
+            setattr(self.tuner.rankallocator, name, {key: value.to(devices[key]) for key, value in state[name].items()})
+        self.config.rank_pattern = state["rank_pattern"] or None
 
 # %% ../../nbs/core/train.ipynb #9935fd19
 def checkpoints(run: Run) -> list[Path]:
@@ -227,7 +268,7 @@ def load_checkpoint(run: Run, accelerator) -> int:
         ) from error
     return int(found[-1].name.removeprefix("step-"))
 
-# %% ../../nbs/core/train.ipynb #da5f98dc
+# %% ../../nbs/core/train.ipynb #234d08ed
 def optimizer_for(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
     "AdamW over the trainable weights; only matrices decay."
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -259,6 +300,9 @@ def fit(
         if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16):
             p.data = p.data.float()
     trained, optimizer = accelerator.prepare(policy, optimizer_for(policy, settings))
+    budget = RankBudget.of(policy)
+    if budget:
+        accelerator.register_for_checkpointing(budget)
     processes = accelerator.num_processes
     run.update(device=str(accelerator.device), processes=processes)
     if settings.tracker != "none":
@@ -287,13 +331,16 @@ def fit(
                         summed = loss(trained, batch, meter)
                     if not torch.isfinite(summed):
                         not_finite(run, step, batch)
-                    accelerator.backward(summed * (processes / max(total, 1e-30)))  # distributed training averages over processes
+                    share = summed * (processes / max(total, 1e-30))  # distributed training averages over processes
+                    accelerator.backward(share + budget.penalty() if last and budget else share)
                 meter.add_sum("loss", summed.item(), float(batch["weight"]))
                 tokens += int(batch["attention_mask"].sum()) if batch.get("attention_mask") is not None else batch["input_ids"].numel() if "input_ids" in batch else 0
             norm = accelerator.clip_grad_norm_(trained.parameters(), settings.clip or math.inf)
             if not torch.isfinite(norm):
                 not_finite(run, step, batches[-1])
             optimizer.step()
+            if budget:
+                budget.allocate(step + 1)
             optimizer.zero_grad()
             meter.add("grad_norm", norm)
         metrics = gather_meters(meter).means()

@@ -1,0 +1,64 @@
+"The loop: an adapter that gives ranks back."
+
+import pytest
+import torch
+
+import polm_lab as lab
+from polm_lab.core.knobs import WrongInput
+from polm_lab.core.models import load_model
+from polm_lab.core.run import Run, Stopped
+from polm_lab.core.train import RankBudget
+from polm_lab.workbench.launch import create, execute
+
+SHORT = dict(data="sums", steps=6, batch_size=4, eval_rows=4, save_every=1, max_length=64, device="cpu", dtype="float32", warmup=0.0, learning_rate=1e-2, adapter="adalora:init_r=6,target_r=2")
+
+
+def ranks(run):
+    "Ranks that are left in each layer of the saved adapter."
+    weights = lab.core.models.load_model(run.path / "model", "float32", "cpu").state_dict()
+    return [int((value != 0).sum()) for name, value in weights.items() if "lora_E" in name]
+
+
+def weights(run):
+    return (run.path / "model" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("method", ["sft", "grpo"])
+def test_adalora_gives_ranks_back_and_a_resumed_run_is_the_uninterrupted_one(method, tmp_path, monkeypatch):
+    settings = SHORT | (dict(samples=4, max_new_tokens=6, batch_size=8, updates=2) if method == "grpo" else {})
+    whole = lab.run(method, **settings, out=tmp_path / "whole")
+    left = ranks(whole)
+    assert sum(left) == 2 * len(left) and len(left) > 4, "6 ranks a layer to begin with, 2 on average in the end"
+    assert len(set(left)) > 1, "layers keep what they need, not all the same"
+    for stop in (2, 5) if method == "sft" else (3,):
+        parts = create(method, settings, out=tmp_path / "parts", via="bare")
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr(Run, "stop_requested", lambda self: self.record["step"] == stop)
+            execute(parts)
+        parts = Run(parts.path)
+        execute(parts)
+        assert weights(parts) == weights(whole)
+        drop = ("seconds", "tokens_per_second", "memory_mib")
+        strip = lambda run: [{k: v for k, v in row.items() if k not in drop} for row in run.lines()]
+        assert strip(parts) == strip(whole)
+
+
+def test_ranks_are_kept_through_the_last_steps(tmp_path):
+    run = lab.run("sft", **SHORT | dict(adapter="adalora:init_r=6,target_r=2,tinit=1,tfinal=2,deltaT=2"), out=tmp_path)
+    assert sum(ranks(run)) == 2 * len(ranks(run))
+
+
+def test_the_penalty_is_pefts():
+    model = load_model("tiny", "float32", "cpu", adapter="adalora:init_r=6,target_r=2,total_step=10,orth_reg_weight=0.7")
+    ids = torch.arange(5, 15)[None]
+    with_labels = model(input_ids=ids, labels=ids).loss
+    plain = model.base_model.model(input_ids=ids, labels=ids).loss
+    assert RankBudget.of(model).penalty().item() == pytest.approx((with_labels - plain).item(), abs=1e-5)
+    assert RankBudget.of(load_model("tiny", "float32", "cpu")) is None
+
+
+def test_what_adalora_cannot_do_is_refused(tmp_path):
+    with pytest.raises(WrongInput, match="init_r = 4 ranks .* more than target_r = 4"):
+        lab.run("sft", **SHORT | dict(adapter="adalora:init_r=4,target_r=4"), out=tmp_path)
+    with pytest.raises(WrongInput, match="engine = 'trl', adapter = 'adalora"):
+        lab.run("sft", **SHORT | dict(engine="trl"), out=tmp_path)
