@@ -91,16 +91,16 @@ class Meter:
         "Mean (or maximum) by name."
         return {name: total if name.endswith("_max") else total / max(count, 1e-30) for name, (total, count) in self.parts.items()}
 
-# %% ../../nbs/core/train.ipynb #2452a50b
+# %% ../../nbs/core/train.ipynb #63b71c65
 class Progress:
-    "Shows how far a run is; `shown` are the metrics worth a look."
+    "Shows how far a run is, unless it is one of many parts of another; `shown` are the metrics worth a look."
 
     shown = ("loss", "reward", "accuracy", "margin", "kl")
 
     def __init__(self, run: Run, total: int):
         self.run, self.total, self.begun, self.first, self.last, self.handle = run, total, time.monotonic(), None, 0.0, None
         with contextlib.suppress(NameError):
-            if run.writes and "ZMQ" in type(get_ipython()).__name__:  # noqa: F821  a Jupyter kernel
+            if run.writes and run.path.parent.name != "parts" and "ZMQ" in type(get_ipython()).__name__:  # noqa: F821  a Jupyter kernel
                 from IPython.display import display
 
                 self.handle = display({"text/plain": ""}, raw=True, display_id=True)
