@@ -270,7 +270,7 @@ def sweeps_command(out):
     "List the sweeps, newest first."
     _print_frame(sweep_table(out))
 
-# %% ../nbs/cli.ipynb #137fc45f
+# %% ../nbs/cli.ipynb #e447c830
 def _print_frame(frame, index: bool = False):
     "A DataFrame as a table on the terminal, or as plain aligned text in a pipe or file."
     from rich.console import Console
@@ -382,6 +382,11 @@ def _serve(module: str, name: str, extra: str, words, args):
     os.execv(sys.executable, [sys.executable, "-m", module, *(word for word in words if word.split("=")[0] not in given), *args])
 
 
+def _add_folder(variable: str, folder: Path):
+    "Let a list of folders in the environment begin with `folder`."
+    os.environ[variable] = os.pathsep.join(filter(None, [str(folder), os.environ.get(variable)]))
+
+
 passes_on = dict(ignore_unknown_options=True)
 
 
@@ -394,6 +399,7 @@ def lab_command(args):
     folder = notebooks_folder()
     ours = [f"--ServerApp.root_dir={folder.parent}", f"--LabApp.default_url=/lab/tree/{folder.name}/index.ipynb"]
     quiet = ["--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.extension_manager=readonly"]  # nothing is asked of other hosts
+    _add_folder("JUPYTER_CONFIG_PATH", folder / "_app")  # which leaves out the news of JupyterLab's makers
     _serve("jupyterlab", "JupyterLab", "lab", ours + quiet, args)
 
 
@@ -408,6 +414,6 @@ def app_command(args):
     from polm_lab.workbench.launch import notebooks_folder
 
     folder = notebooks_folder()
-    os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(folder / "_app"), os.environ.get("JUPYTER_PATH")]))  # where Voilà finds our page
+    _add_folder("JUPYTER_PATH", folder / "_app")  # where Voilà finds our page
     ours = [str(folder / "workbench.ipynb"), "--Voila.ip=127.0.0.1", "--VoilaConfiguration.template=polm", f"--Voila.tornado_settings={dict(headers={'Content-Security-Policy': POLICY})}"]
     _serve("voila", "Voilà", "lab", ours, args)
