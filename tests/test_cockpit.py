@@ -117,7 +117,7 @@ def test_rows_that_no_method_writes(row):
 
 
 def test_the_sum_comes_out_as_recorded(trained):
-    rows = trained.lines("samples")
+    rows = [row for row in trained.lines("samples") if "group" in row]  # the others are watched only, nothing is learned from them
     for row in rows:
         group = [r for r in rows if (r["step"], r["group"]) == (row["step"], row["group"])]
         sentences = why(row, group, trained.settings)
@@ -162,7 +162,7 @@ def test_why_of_pairs(pairs):
 
 
 def test_what_the_models_say_agrees_with_the_record(trained, pairs):
-    models, rows = Models(trained), trained.lines("samples")
+    models, rows = Models(trained), [row for row in trained.lines("samples") if "group" in row]
     for row in rows[:8]:  # of the first step: the policy was the start model
         asked = inspect_tokens(trained, row, models=models)
         assert [a["start"] for a in asked] == pytest.approx(row["logp"], abs=2e-4)

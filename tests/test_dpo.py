@@ -176,6 +176,7 @@ def test_three_ways_to_the_reference_agree():
         for a, b in zip(runs["copy"].lines(), runs[way].lines(), strict=True):
             for name in ("loss", "margin", "reward_chosen", "logp_rejected", "grad_norm"):
                 assert a[name] == pytest.approx(b[name], abs=2e-4, rel=1e-3), (way, name)
+    assert all(len(row["ids"]) == len(row["tokens"]) == len(row["logp"]) for row in runs["copy"].lines("samples"))
     assert abs(runs["copy"].lines()[-1]["margin"]) > 1e-3  # the policy has moved, so a reference that moves with it would show
 
 

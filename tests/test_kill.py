@@ -12,6 +12,7 @@ import time
 import pytest
 from conftest import POLM
 
+from polm_lab.core.method import methods
 from polm_lab.core.run import Run, all_runs
 
 KILLS = int(os.environ.get("POLM_KILLS", 3))
@@ -22,6 +23,8 @@ SETTINGS = {
     "grpo": dict(steps=40, data="sums", batch_size=16, samples=4, max_new_tokens=8),
     "ppo": dict(steps=40, data="sums", rewards="correct", batch_size=16, max_new_tokens=8, details="whiten_advantages,normalize,adaptive_kl:0.01,missing_eos,clip_value"),
 }
+
+SETTINGS |= {name: dict(steps=40, data="sums", batch_size=16) | m.small for name, m in methods().items() if m.trains and name not in SETTINGS}  # a method that is added is killed too
 
 
 def words(settings):

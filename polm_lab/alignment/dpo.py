@@ -194,7 +194,7 @@ def train_pairs_with_trl(run: Run, settings: DPO, policy: Policy, tokenizer, pai
         run, settings, "DPO", policy, tokenizer, paired_rows(pairs), evaluate, config=config, data_collator=paired_collator(tokenizer.pad_token_id), **more
     )  # fmt: skip
 
-# %% ../../nbs/alignment/dpo.ipynb #11e4c7df
+# %% ../../nbs/alignment/dpo.ipynb #c35b6d66
 def sample_rows(policy: Policy, start: Policy, tokenizer, answers: list[tuple[dict, dict]], beta: float) -> list[dict]:
     "Rows for samples.jsonl of (encoded answer, facts): its text, implicit reward, and tokens with their log-probabilities under policy and start model."
     batch, rows = collate([encoded for encoded, _ in answers], tokenizer.pad_token_id), []
@@ -205,7 +205,7 @@ def sample_rows(policy: Policy, start: Policy, tokenizer, answers: list[tuple[di
         ids, at = encoded["input_ids"], [t for t, learned in enumerate(encoded["target_mask"]) if learned and t]
         tokens = [tokenizer.decode(ids[t - 1 : t + 1])[len(tokenizer.decode(ids[t - 1 : t])) :] for t in at]  # alone, a token may lose its space
         facts = dict(facts, completion=tokenizer.decode([ids[t] for t in at], skip_special_tokens=True), reward=implicit_reward(logp.sum(), ref_logp.sum(), beta).item())
-        rows.append(dict(facts, tokens=tokens, logp=[round(logp[t].item(), 4) for t in at], ref_logp=[round(ref_logp[t].item(), 4) for t in at]))
+        rows.append(dict(facts, tokens=tokens, ids=[ids[t] for t in at], logp=[round(logp[t].item(), 4) for t in at], ref_logp=[round(ref_logp[t].item(), 4) for t in at]))
     return rows
 
 
