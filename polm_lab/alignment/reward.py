@@ -28,7 +28,7 @@ from ..core.models import load_model, load_tokenizer, save_model
 from ..core.run import Run
 from ..core.train import Meter, fit, my_share, world
 
-# %% ../../nbs/alignment/reward.ipynb #4a094057
+# %% ../../nbs/alignment/reward.ipynb #bfc2b0af
 @dataclass(kw_only=True)
 class RewardModel(Settings):
     "Settings of a reward model."
@@ -39,9 +39,9 @@ class RewardModel(Settings):
     center: float = knob(0.01, "strength λ of the pull of the rewards' mean to 0", "1/reward²", low=0, high=10, source="Eisenstein et al. 2023, §4; TRL's advice")
     label_smoothing: float = knob(0.0, "share ε of pairs taken to be labelled the wrong way round", "share", low=0, high=0.49, source="Wang et al. 2024, §3.2")
     data: str = redefault("data", "chat")
-    eval_rows: int = redefault("eval_rows", 256)
-    steps: int = redefault("steps", 60)
-    learning_rate: float = redefault("learning_rate", 3e-4)
+    eval_rows: int = redefault("eval_rows", 128)
+    steps: int = redefault("steps", 160)
+    batch_size: int = redefault("batch_size", 8)
 
 # %% ../../nbs/alignment/reward.ipynb #e14ceab7
 def reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, label_smoothing: Tensor | float = 0.0, center: float = 0.0) -> Tensor:
@@ -225,7 +225,7 @@ def trl_rows(settings: RewardModel, pairs: list[dict]) -> list[dict]:
     rows = [dict(chosen_ids=pair["chosen"]["input_ids"], rejected_ids=pair["rejected"]["input_ids"], margin=settings.margin * pair["margin"]) for pair in pairs]
     return rows if any(row["margin"] for row in rows) else [{name: row[name] for name in ("chosen_ids", "rejected_ids")} for row in rows]
 
-# %% ../../nbs/alignment/reward.ipynb #39932f5e
+# %% ../../nbs/alignment/reward.ipynb #51dd67f2
 def sample_rows(scorer: Scorer, tokenizer, rows: list[dict], pairs: list[dict], rewards: Tensor, detailed: int = 8) -> list[dict]:
     "Rows for samples.jsonl of held-out pairs with their rewards [pairs, 2]; those of the first few have the reward after each token too."
     found, device = [], next(scorer.parameters()).device
@@ -264,13 +264,13 @@ def reward(settings: RewardModel, run: Run) -> None:
     pairs, held_out = (encode_pairs(tokenizer, part, settings.max_length, settings.head) for part in (rows, held_rows))
     order = Order(len(pairs), settings.batch_size * settings.accumulate, settings.seed)
 
-    def held_rewards() -> Tensor:
-        return score_rows(scorer, [pair[side] for pair in held_out for side in ("chosen", "rejected")], pad, 2 * size).view(-1, 2)
+    held_rewards = torch.zeros(len(held_out), 2)
 
     def evaluate():
         if not held_out:
             return {}
-        chosen, rejected = held_rewards().unbind(1)
+        held_rewards[:] = score_rows(scorer, [pair[side] for pair in held_out for side in ("chosen", "rejected")], pad, 2 * size).view(-1, 2)
+        chosen, rejected = held_rewards.unbind(1)
         longer = torch.tensor([float(len(pair["chosen"]["input_ids"]) - len(pair["rejected"]["input_ids"])) for pair in held_out])
         found = {name: values.mean().item() for name, values in pair_metrics(chosen, rejected).items()}
         gaps = chosen - rejected
@@ -299,6 +299,6 @@ def reward(settings: RewardModel, run: Run) -> None:
         fit(run, settings, scorer, updates, loss, evaluate)
     if run.writes:
         if held_out and not run.lines("samples"):
-            run.sample(settings.steps, sample_rows(scorer, tokenizer, held_rows, held_out, held_rewards()))
+            run.sample(settings.steps, sample_rows(scorer, tokenizer, held_rows, held_out, held_rewards))
         whole = scorer.model if settings.adapter == "none" else scorer.model.merge_and_unload()
         save_model(whole, tokenizer, run.path / "model")
