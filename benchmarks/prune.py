@@ -1,0 +1,246 @@
+"""Wanda and SparseGPT beside llm-compressor: time, perplexity, and how far from the limit.
+
+    python benchmarks/prune.py [--peer PYTHON] [--how wanda,sparsegpt] [--repeats 3] [--threads 1] [--windows 32] [--length 256] [--check]
+
+A Llama of about 120 M random parameters (16 blocks, width 768, 12 heads, 2,048 neurons), trained for a few steps on a made-up language so that there is something
+to lose; calibration text of the same language. PYTHON is the interpreter of an environment of its own with llm-compressor (`pip install llmcompressor`); without it the
+peer is the algorithm as published, written out here: the sums of each layer by themselves, the inverse by two Cholesky decompositions, one column at a time, a sort
+for each threshold. The two take turns, each in a process of its own; timed is the pruning alone, from a loaded model and tokenized windows. Limit = the matrix products
+alone at the speed measured: each window through the blocks once or twice, and X X^T of each input. `--check` exits 1 unless ours is 1.5 x faster and perplexity is no worse.
+"""
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
+BAR = 1.5
+VOCABULARY = 8192
+
+
+def language(rows: int, length: int, seed: int):
+    "Token ids [rows, length] of a made-up language: few words are frequent, and what may follow a word depends on it."
+    import torch
+
+    g = torch.Generator().manual_seed(seed)
+    ids = (torch.rand(rows, length, generator=g) ** 3 * VOCABULARY).long()
+    for t in range(1, length):
+        follows = (ids[:, t - 1] * 31 + torch.randint(0, 4, (rows,), generator=g) * 1013 + 7) % 512
+        ids[:, t] = torch.where(torch.rand(rows, generator=g) < 0.5, follows, ids[:, t])
+    return ids
+
+
+def make_model(folder: Path, steps: int, length: int):
+    "The model, trained a little, and its windows."
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=768, intermediate_size=2048, num_hidden_layers=16, num_attention_heads=12, num_key_value_heads=12,
+        max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95))
+    for step in range(steps):
+        ids = language(8, 64, 1000 + step)
+        loss = model(ids, labels=ids).loss
+        optimizer.zero_grad(), loss.backward(), torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0), optimizer.step()
+    model.save_pretrained(folder)
+    print(f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, {steps} steps, loss {loss.item():.2f}", flush=True)
+
+
+def load(folder: str):
+    import torch
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def finish(model, length: int, seconds: float, cpu: float):
+    "Print what was found: times, peak memory, sparsity, perplexity on text that nobody has seen."
+    import torch
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    with torch.no_grad():
+        ids = language(8, length, 2)
+        loss = model(ids, labels=ids).loss.item()
+    weights = [m.weight for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    zeros = sum((w == 0).sum().item() for w in weights) / sum(w.numel() for w in weights)
+    print(json.dumps(dict(seconds=seconds, cpu=cpu, peak=peak, perplexity=float(torch.tensor(loss).exp()), sparsity=zeros)))
+
+
+def ours(a, how: str):
+    from polm_lab.efficiency.prune import prune_model
+
+    model, windows = load(a.folder), language(a.windows, a.length, 1)
+    start, cpu = time.perf_counter(), time.process_time()
+    list(prune_model(model, windows, [0.5] * len(model.model.layers), how, rows=a.rows))
+    finish(model, a.length, time.perf_counter() - start, time.process_time() - cpu)
+
+
+def compressor(a, how: str):
+    "llm-compressor's oneshot with the same windows."
+    import datasets
+    import torch
+    from llmcompressor import oneshot
+    from loguru import logger
+
+    try:
+        from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+    except ImportError:
+        from llmcompressor.modifiers.obcq import SparseGPTModifier
+        from llmcompressor.modifiers.pruning import WandaPruningModifier
+    logger.remove()
+    model, windows = load(a.folder), language(a.windows, a.length, 1)
+    data = datasets.Dataset.from_dict({"input_ids": windows.tolist(), "attention_mask": torch.ones_like(windows).tolist()})
+    kind = WandaPruningModifier if how == "wanda" else SparseGPTModifier
+    start, cpu = time.perf_counter(), time.process_time()
+    oneshot(model=model, dataset=data, recipe=kind(sparsity=0.5, mask_structure="0:0", ignore=["re:.*lm_head"]), max_seq_length=a.length, num_calibration_samples=a.windows, batch_size=a.rows)
+    finish(model, a.length, time.perf_counter() - start, time.process_time() - cpu)
+
+
+def published(a, how: str):
+    "The papers' algorithms, layer by layer and column by column."
+    import torch
+
+    model, windows = load(a.folder), language(a.windows, a.length, 1)
+    start, cpu = time.perf_counter(), time.process_time()
+    with torch.no_grad():
+        inputs, kwargs = [], {}
+
+        class Stop(Exception):
+            pass
+
+        def catch(block, args, kw):
+            inputs.append(args[0] if args else kw["hidden_states"]), kwargs.update({k: v for k, v in kw.items() if k != "hidden_states"})
+            raise Stop
+
+        hook = model.model.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
+        for window in windows:
+            try:
+                model.model(window[None], use_cache=False)
+            except Stop:
+                pass
+        hook.remove()
+        for block in model.model.layers:
+            layers, sums = [m for m in block.modules() if isinstance(m, torch.nn.Linear)], {}
+
+            def add(layer, args, out):
+                x = args[0].flatten(0, 1)
+                sums[layer] = sums.get(layer, 0) + (x.square().sum(0) if how == "wanda" else x.T @ x)
+
+            hooks = [layer.register_forward_hook(add) for layer in layers]
+            for x in inputs:
+                block(x, **kwargs)
+            for hook in hooks:
+                hook.remove()
+            for layer in layers:
+                W = layer.weight.data
+                if how == "wanda":
+                    order = torch.sort(W.abs() * sums[layer].sqrt(), dim=1, stable=True).indices[:, : W.shape[1] // 2]
+                    W.scatter_(1, order, 0.0)
+                    continue
+                H = sums[layer]
+                H.diagonal().add_(0.01 * H.diagonal().mean())
+                U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+                for i in range(0, W.shape[1], 128):
+                    B, u = W[:, i : i + 128].clone(), U[i : i + 128, i : i + 128]
+                    score, errors = B**2 / u.diagonal() ** 2, torch.zeros_like(B)
+                    mask = score <= torch.sort(score.flatten())[0][score.numel() // 2]
+                    for j in range(B.shape[1]):
+                        q = B[:, j].clone()
+                        q[mask[:, j]] = 0
+                        error = (B[:, j] - q) / u[j, j]
+                        B[:, j:] -= error[:, None] @ u[j, j:][None]
+                        B[:, j], errors[:, j] = q, error
+                    W[:, i : i + 128] = B
+                    W[:, i + 128 :] -= errors @ U[i : i + 128, i + 128 :]
+            inputs = [out if torch.is_tensor(out := block(x, **kwargs)) else out[0] for x in inputs]
+    finish(model, a.length, time.perf_counter() - start, time.process_time() - cpu)
+
+
+def limit(a, how: str):
+    "Seconds of the matrix products that cannot be avoided: each window through the linear layers (twice; down once less in the last block), and X X^T of the four inputs."
+    import torch
+
+    model = load(a.folder)
+    layers = {n: m for n, m in model.model.layers[0].named_modules() if isinstance(m, torch.nn.Linear)}
+    tokens = a.rows * a.length
+    x = {width: torch.randn(tokens, width) for width in (768, 2048)}
+
+    def timed(call, times=5):
+        call()
+        found = []
+        for _ in range(times):
+            start = time.perf_counter()
+            call()
+            found.append(time.perf_counter() - start)
+        return min(found)
+
+    with torch.no_grad():
+        forward = sum(timed(lambda m=m: m(x[m.in_features])) for m in layers.values())
+        last = timed(lambda: layers["mlp.down_proj"](x[2048]))
+        gram = 3 * timed(lambda: x[768].T @ x[768]) + timed(lambda: x[2048].T @ x[2048]) if how == "sparsegpt" else 0.0
+    blocks, batches = len(model.model.layers), a.windows / a.rows
+    total = batches * (blocks * (forward - last + gram) + (blocks - 1) * forward)
+    print(json.dumps(dict(seconds=total, cpu=total, peak=0, perplexity=0, sparsity=0)))
+
+
+def child(a, python: str, what: str, how: str) -> dict:
+    "One measurement in a process of its own."
+    words = [python, "-P", __file__, "--child", what, "--how", how, "--folder", a.folder, "--windows", a.windows, "--length", a.length, "--rows", a.rows, "--threads", a.threads]
+    env = {**os.environ, "OMP_NUM_THREADS": str(a.threads), "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    done = subprocess.run([*map(str, words)], capture_output=True, text=True, env=env)
+    if done.returncode:
+        raise SystemExit(f"{what} {how}: {done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in dict(repeats=3, threads=1, windows=32, length=128, rows=4, train=12).items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--how", default="wanda,sparsegpt")
+    parser.add_argument("--peer", default=os.environ.get("POLM_LLMCOMPRESSOR", ""), help="python of an environment with llm-compressor")
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--check", action="store_true")
+    a = parser.parse_args()
+    if a.child:
+        import torch
+
+        torch.set_num_threads(a.threads)
+        {"ours": ours, "compressor": compressor, "published": published, "limit": limit}[a.child](a, a.how)
+        return 0
+    missed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        a.folder = a.folder or folder
+        if not (Path(a.folder) / "config.json").exists():
+            make_model(Path(a.folder), a.train, a.length)
+        peers = {"published": sys.executable} | ({"compressor": a.peer} if a.peer else {})
+        print(f"{a.windows} windows of {a.length} tokens, {a.threads} thread(s), load {os.getloadavg()[0]:.1f}\n")
+        print("| method | peer | ours, s | peer, s | peer / ours (min–max) | CPU time, peer / ours | peak MiB, ours : peer | perplexity, ours : peer | sparsity | limit, s (share of ours) |")
+        print("|---|---|---|---|---|---|---|---|---|---|")
+        for how in a.how.split(","):
+            for name, python in peers.items():
+                pairs = [(child(a, sys.executable, "ours", how), child(a, python, name, how)) for _ in range(a.repeats)]
+                ratios = [theirs["seconds"] / mine["seconds"] for mine, theirs in pairs]
+                work = statistics.median(theirs["cpu"] / mine["cpu"] for mine, theirs in pairs)
+                mine, theirs = ({k: statistics.median(p[i][k] for p in pairs) for k in pairs[0][0]} for i in (0, 1))
+                least = min(child(a, sys.executable, "limit", how)["seconds"] for _ in range(2))
+                ratio = statistics.median(ratios)
+                missed += ratio < BAR or mine["perplexity"] > theirs["perplexity"] * 1.005
+                print(f"| {how} | {name} | {mine['seconds']:.1f} | {theirs['seconds']:.1f} | {ratio:.2f} ({min(ratios):.2f}–{max(ratios):.2f}) | {work:.2f} | {mine['peak']:.0f} : {theirs['peak']:.0f} "
+                      f"| {mine['perplexity']:.1f} : {theirs['perplexity']:.1f} | {mine['sparsity']:.3f} : {theirs['sparsity']:.3f} | {least:.1f} ({least / mine['seconds']:.0%}) |", flush=True)  # fmt: skip
+    return int(a.check and missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

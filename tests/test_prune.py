@@ -1,0 +1,240 @@
+"Pruning: what a notebook cannot show (command line, broken input, other architectures, a full disk), and properties over random cases."
+
+import copy
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+import polm_lab as lab
+from polm_lab.core import models
+from polm_lab.core.blocks import blocks_of, calibration, hold_zeros, read_inputs, walk, zeros
+from polm_lab.core.knobs import WrongInput
+from polm_lab.core.models import load_model, load_tokenizer
+from polm_lab.efficiency.prune import Prune, parse_pattern, prune_model, smallest, sparsegpt, swap, wanda_score
+from polm_lab.efficiency.slim import cut_widths, fold_norms, principal, rebuild, rotate, slice_model, stream_covariances
+
+SMALL = dict(samples=4, eval_rows=4, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_model("tiny", dtype="float32", device="cpu").eval()
+
+
+@pytest.fixture(scope="module")
+def windows():
+    return calibration(load_tokenizer("tiny"), "chat", 4, 64)
+
+
+def grouped(kind, **more):
+    "A small random model with two query heads a key."
+    torch.manual_seed(0)
+    config, model = {"mistral": (MistralConfig, MistralForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}[kind]
+    sizes = dict(vocab_size=1024, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=3, head_dim=8, **more)
+    return model(config(**sizes)).eval()
+
+
+# Masks and weights
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.99])
+def test_exactly_the_asked_number_goes(sparsity):
+    score = torch.rand(7, 33, generator=torch.Generator().manual_seed(1))
+    assert (smallest(score, sparsity).sum(1) == int(33 * sparsity)).all()
+    assert smallest(score, sparsity, within="layer").sum() == int(7 * 33 * sparsity)
+    gone = smallest(torch.zeros(7, 33), sparsity)  # ties
+    assert (gone.sum(1) == int(33 * sparsity)).all()
+
+
+@pytest.mark.parametrize("pattern", [(2, 4), (1, 4), (4, 8), (3, 4)])
+@pytest.mark.parametrize("seed", range(3))
+def test_sparsegpt_keeps_the_pattern_and_beats_wanda_and_magnitude(pattern, seed):
+    g = torch.Generator().manual_seed(seed)
+    X = torch.randn(64, 64, generator=g) @ torch.randn(64, 2048, generator=g) * torch.logspace(0.5, -0.5, 64)[:, None]
+    W, H = torch.randn(32, 64, generator=g), X @ X.T
+    error = lambda V: (((W - V) @ H) * (W - V)).sum().item()
+    fitted = sparsegpt(W, H, 0.5, pattern, block=32)
+    assert ((fitted == 0).view(32, -1, pattern[1]).sum(2) == pattern[1] - pattern[0]).all()
+    wanda = W * ~smallest(wanda_score(W, H.diagonal().sqrt()), 0.5, pattern)
+    plain = W * ~smallest(W.abs(), 0.5, pattern)
+    assert error(fitted) < error(wanda) < error(plain)
+
+
+def test_inputs_that_are_always_zero_lose_their_weights():
+    X = torch.randn(16, 256, generator=torch.Generator().manual_seed(0))
+    X[3] = 0
+    fitted = sparsegpt(torch.ones(4, 16), X @ X.T, 0.25)
+    assert torch.isfinite(fitted).all() and (fitted[:, 3] == 0).all()
+
+
+def test_strips_and_parts_change_nothing():
+    g = torch.Generator().manual_seed(0)
+    X = torch.randn(40, 40, generator=g) @ torch.randn(40, 512, generator=g)
+    W, H = torch.randn(24, 40, generator=g), X @ X.T
+    whole = sparsegpt(W, H, 0.5, block=16, parts=[8, 16])
+    apart = torch.cat([sparsegpt(part, H, 0.5, block=16, strip=1) for part in W.split([8, 16])])
+    assert torch.equal(whole == 0, apart == 0) and torch.allclose(whole, apart, atol=1e-4)
+
+
+def test_swaps_keep_the_number_and_the_pattern():
+    g = torch.Generator().manual_seed(0)
+    W, X = torch.randn(16, 32, generator=g), torch.randn(512, 32, generator=g) + 1.5 * torch.randn(32, generator=g)
+    facts = (X.mean(0), X.var(0), X.norm(dim=0))
+    for pattern in (None, (2, 4)):
+        start = smallest(wanda_score(W, facts[2]), 0.5, pattern)
+        done = swap(W, start, *facts, 50, pattern and 4)
+        assert torch.equal(done.sum(1), start.sum(1)) and not torch.equal(done, start)
+        if pattern:
+            assert (done.view(16, 8, 4).sum(2) == 2).all()
+        shift = lambda gone: ((W * gone) @ facts[0]).abs().mean()
+        assert shift(done) < 0.7 * shift(start)
+
+
+# Models
+
+
+@pytest.mark.parametrize("how", ["magnitude", "wanda", "sparsegpt"])
+def test_grouped_heads_and_other_architectures(how, windows):
+    for kind in ("mistral", "qwen3"):
+        model = grouped(kind)
+        list(prune_model(model, windows, [0.5] * 3, how, rows=2))
+        assert abs(zeros(model) - 0.5) < 0.01
+
+
+def test_batches_do_not_matter(base, windows):
+    found = []
+    for rows in (1, 4):
+        model = copy.deepcopy(base)
+        for _, block, forward, parts in walk(model, windows, rows):
+            groups = read_inputs(block, forward, parts, True)
+        found.append(groups)
+    for one, other in zip(*found):
+        assert torch.allclose(one.hessian, other.hessian, rtol=1e-3, atol=1e-3 * one.hessian.abs().max()) and list(one.layers) == list(other.layers)
+
+
+def test_held_zeros_stay_through_weight_decay_and_steps(base):
+    model = copy.deepcopy(base)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    weight.data[:, ::2] = 0
+    hold_zeros(model)
+    optimizer, ids = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1), torch.arange(20, 60)[None]
+    before = weight.detach().clone()
+    for _ in range(3):
+        optimizer.zero_grad(), model(ids, labels=ids).loss.backward(), optimizer.step()
+    assert (weight[:, ::2] == 0).all() and not torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen3"])
+def test_a_rotation_leaves_other_architectures_as_they_are(kind, windows):
+    model = grouped(kind)
+    for p in model.parameters():  # norms with gains
+        if p.dim() == 1:
+            torch.nn.init.uniform_(p, 0.5, 1.5)
+    expected = model(windows).logits
+    folded = copy.deepcopy(model)
+    Q = principal(sum(stream_covariances(folded, fold_norms(folded), windows, 2)))
+    turned = rotate(folded, Q)
+    assert (turned(windows).logits - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("how, kind", [("taylor", "mistral"), ("flap", "qwen3"), ("slicegpt", "mistral")])
+def test_slim_models_of_other_architectures_load(how, kind, windows, tmp_path):
+    model = grouped(kind)
+    if how == "slicegpt":
+        small = slice_model(model, windows, 0.25, 2)[0]
+    else:
+        *_, (_, sizes) = cut_widths(model, windows, how, 0.34, compensate=False, rows=2)
+        small = rebuild(model, **sizes)
+        assert small.config.num_key_value_heads == 2 and small.config.num_attention_heads == 4 and small.config.intermediate_size == 53
+    models.save_model(small, None, tmp_path / "small")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert (again(windows).logits - small(windows).logits).abs().max() < 1e-5 and sum(p.numel() for p in again.parameters()) < sum(p.numel() for p in grouped(kind).parameters())
+
+
+def test_the_bias_makes_good_what_the_mean_loses(base, windows):
+    lost = []
+    for compensate in (True, False):
+        model = copy.deepcopy(base)
+        *blocks, _ = cut_widths(model, windows, "flap", 0.3, "neurons", compensate, rows=4)
+        lost.append(blocks[0][1])
+    assert lost[0] < lost[1]
+
+
+# Runs
+
+
+@pytest.mark.parametrize("how", ["wanda", "sparsegpt"])
+def test_a_run_records_its_parent_and_both_evaluations(how, runs):
+    first = lab.run("prune", how=how, sparsity=0.5, **SMALL)
+    second = lab.run("slim", model=str(first.path), how="depth", ratio=0.2, **SMALL)
+    assert second.record["parents"] == [first.id] and first.record["parents"] == []
+    for when in ("before", "after"):
+        assert {"perplexity", "accuracy", "size_mib", "latency_ms", "sparsity"} <= set(second.summary[when])
+    assert abs(first.summary["after"]["sparsity"] - 0.5) < 0.01 and second.summary["after"]["size_mib"] < 0.85 * first.summary["after"]["size_mib"]
+    assert [row["step"] for row in first.lines()] == [1, 2, 3, 4, 5] and first.status == "finished"
+
+
+def test_same_settings_same_bits(runs):
+    one, two = (lab.run("prune", swaps=5, how="wanda", allocation="hessian", **SMALL) for _ in range(2))
+    assert (one.path / "model/model.safetensors").read_bytes() == (two.path / "model/model.safetensors").read_bytes()
+
+
+WRONG = [
+    ("prune", dict(sparsity=1.0), "sparsity"),
+    ("prune", dict(sparsity=-0.1), "sparsity"),
+    ("prune", dict(pattern="4:2"), "N:M"),
+    ("prune", dict(pattern="2:7"), "divide"),
+    ("prune", dict(pattern="2:4", how="sparsegpt", block=6), "divide"),
+    ("prune", dict(allocation="0.5,0.5"), "allocation"),
+    ("prune", dict(allocation="owl"), "allocation"),
+    ("prune", dict(how="sparsegpt", swaps=3), "swaps"),
+    ("prune", dict(samples=10**6), "tokens of calibration text"),
+    ("slim", dict(ratio=1.5), "ratio"),
+    ("slim", dict(how="depth", ratio=0.05), "none of 5 blocks"),
+    ("slim", dict(target="heads", ratio=0.05), "nothing is cut"),
+]
+
+
+@pytest.mark.parametrize("name, values, word", WRONG, ids=[f"{n}-{w}" for n, _, w in WRONG])
+def test_wrong_input_is_one_line_and_leaves_no_model(name, values, word, runs):
+    with pytest.raises(WrongInput) as error:
+        lab.run(name, **{**SMALL, **values})
+    assert word in str(error.value) and "\n" not in str(error.value)
+    assert not list(runs.glob("*/model"))
+
+
+def test_calibration_text_that_is_empty_or_too_short(tmp_path, runs):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.jsonl").write_text("".join(json.dumps({"text": f"word {i}"}) + "\n" for i in range(40)))
+    for name, word in (("empty.txt", "empty"), ("short.jsonl", "tokens of calibration text")):
+        with pytest.raises(WrongInput, match=word) as error:
+            lab.run("prune", data=str(tmp_path / name), **SMALL)
+        assert "\n" not in str(error.value)
+
+
+def test_a_full_disk_is_said_before_anything_is_computed(runs, monkeypatch):
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(WrongInput, match="MiB of disk are free"):
+        lab.run("prune", **SMALL)
+
+
+def test_a_weight_that_is_no_number_is_refused(base):
+    model = copy.deepcopy(base)
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(WrongInput, match="finite"):
+        blocks_of(model)
+
+
+def test_the_command_line_prunes_and_says_what_is_wrong(polm, runs):
+    done = polm("run", "prune", "--bare", "--json", *[w for k, v in SMALL.items() for w in ("-p", k, v)], "-p", "how", "magnitude", "-p", "pattern", "2:4")
+    assert done.returncode == 0 and abs(json.loads(done.stdout.splitlines()[-1])["summary"]["after"]["sparsity"] - 0.5) < 1e-6
+    done = polm("run", "prune", "--bare", "-p", "sparsity", "2")
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_patterns():
+    assert parse_pattern("2:4") == (2, 4) and parse_pattern("") is None and Prune().how == "sparsegpt"
