@@ -175,12 +175,12 @@ class Page:
             self.page.keyboard.press("Control+b")
 
     def wait_for_kernel(self):
-        self.page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=60_000)
+        self.seen(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=60_000)
         self.page.get_by_text("| Idle").wait_for(timeout=60_000)
 
     def run_cell(self):
         "Run the first cell; the workbench is on the screen."
-        self.page.locator(".jp-Notebook .jp-CodeCell .cm-content").first.click()
+        self.seen(".jp-Notebook .jp-CodeCell .cm-content").first.click()
         self.page.keyboard.press("Shift+Enter")
         self.page.get_by_role("tab", name="Configure", exact=True).wait_for(timeout=60_000)
 

@@ -176,7 +176,7 @@ def test_start_a_sweep(desk):
 
 def test_a_killed_run_a_damaged_line_and_a_deleted_folder_are_shown(desk):
     desk.tab("Configure")
-    run = desk.start(steps=400, eval_rows=4)
+    run = desk.start(steps=400)
     with open(run.path / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "lo\n')
     desk.text("1 damaged line left out")

@@ -6,7 +6,7 @@
 __all__ = ['STATES', 'TABS', 'Spare', 'wait_for_run', 'told', 'alert', 'button', 'Configure', 'lengths_figure', 'in_loop',
            'RunBar', 'summary_html', 'Workbench', 'import_views', 'Together']
 
-# %% ../../nbs/workbench/app.ipynb #44b80668
+# %% ../../nbs/workbench/app.ipynb #f76f23d6
 import asyncio
 import html
 import subprocess
@@ -23,7 +23,7 @@ from ..core.run import Run, all_runs, open_run, runs_folder
 from .browser import Code, Page, Table, visible
 from .controls import Form, last_words, presets, preview_data, preview_model, save_preset, trial
 from .launch import clone, commands, create, enqueue, resumable, work
-from .panels import library, live_figure
+from .panels import library, live_figure, style
 from .watch import Watch, duration
 
 # %% ../../nbs/workbench/app.ipynb #2bbed3e7
@@ -258,7 +258,7 @@ def in_loop(work):
     except RuntimeError:
         return asyncio.run(work)
 
-# %% ../../nbs/workbench/app.ipynb #075546c2
+# %% ../../nbs/workbench/app.ipynb #50b64ea3
 STATES = {"created": "waiting to start", "running": "running", "finished": "finished", "failed": "failed", "stopped": "stopped; it can be resumed", "dead": "its process is gone (killed, or the machine went down); it can be resumed"}
 
 
@@ -266,7 +266,7 @@ class RunBar(widgets.VBox):
     "How a run is, with its progress, and the buttons that act on it."
 
     def __init__(self, spare: Spare | None = None, clone=None):
-        self.run, self.spare, self.clone = None, spare or Spare(), clone or (lambda run: None)
+        self.run, self.step, self.spare, self.clone = None, 0, spare or Spare(), clone or (lambda run: None)
         self.bar = widgets.FloatProgress(min=0, max=1, layout=widgets.Layout(width="220px"))
         self.text, self.said, self.summary = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.stop_button = button("Stop", self.stop, "Save the state and stop")
@@ -293,7 +293,8 @@ class RunBar(widgets.VBox):
         try:
             record, status = self.run.read(), self.run.status
             last = self.run.last_line() or {}
-            step, total, seconds = (last.get("step") or 0, record.get("total") or 0, last.get("seconds") or 0.0)
+            self.step = step = last.get("step") or 0
+            total, seconds = record.get("total") or 0, last.get("seconds") or 0.0
         except (WrongInput, OSError, KeyError, TypeError, AttributeError) as error:
             self.text.value, self.bar.value = alert(f"{error}; choose another run"), 0
             self.stop_button.disabled = self.resume_button.disabled = self.clone_button.disabled = True
@@ -330,7 +331,7 @@ def summary_html(summary: dict) -> str:
     each = "".join(f"<span>{html.escape(n)}&ensp;<b>{said('before', n)} → {said('after', n)}</b></span>" for n in names)
     return f"<div role='group' aria-label='Evaluation before and after' style='display:flex;flex-wrap:wrap;gap:0 1.6em;line-height:1.6'>{each}</div>" if names else ""
 
-# %% ../../nbs/workbench/app.ipynb #4e1badd0
+# %% ../../nbs/workbench/app.ipynb #9d119ed2
 TABS = ("Configure", "Watch", "Understand", "Compare", "Sweep")
 
 
@@ -373,6 +374,8 @@ class Workbench(widgets.VBox):
                 except Exception as error:  # whatever happened to the record of one run, the others can be looked at
                     self.trouble.value = alert(f"{type(error).__name__}: {error}")
                 self.page.asked += 1
+            if self.spare.process is None and (self.bar.step or not self.bar.running):  # not beside a run that is just beginning
+                self.spare.ready()
             await asyncio.sleep(self.every)
 
     def close(self):
@@ -473,14 +476,16 @@ class Workbench(widgets.VBox):
 
 def import_views():
     "Import what the views need, so that the first look at a run does not wait for it."
-    import plotly.graph_objects  # noqa: F401
-    import plotly.subplots  # noqa: F401
+    import plotly.subplots
     import pyarrow.json  # noqa: F401
 
     import polm_lab.workbench.cockpit  # noqa: F401
     import polm_lab.workbench.compare  # noqa: F401
     import polm_lab.workbench.diagnose  # noqa: F401
     import polm_lab.workbench.trials  # noqa: F401
+
+    for dark in (False, True):
+        style(plotly.subplots.make_subplots(1, 2).add_scatter(x=[0], y=[0]), dark)  # plotly reads its templates when they are first used
 
 
 class Together(widgets.VBox):

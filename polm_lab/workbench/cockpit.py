@@ -364,7 +364,7 @@ def stream(model, tokenizer, prompt: list[int], max_new_tokens: int = 64, temper
         said.append(token.item())
         yield text(said)
 
-# %% ../../nbs/workbench/cockpit.ipynb #9ebe32e8
+# %% ../../nbs/workbench/cockpit.ipynb #8df7d1b3
 class TryIt(widgets.VBox):
     "A prompt, and what the start model and the saved model of a run answer, side by side as it is written."
 
@@ -385,8 +385,8 @@ class TryIt(widgets.VBox):
         self.tokens = widgets.IntSlider(value=longest, min=1, max=max(256, longest), description="new tokens", tooltip=hints["tokens"])
         self.seed = widgets.BoundedIntText(max=2**31 - 1, description="seed", layout=widgets.Layout(width="160px"), tooltip=hints["seed"])
         self.conversation = widgets.Checkbox(value=conversation, description="as a conversation", indent=False, layout=auto, tooltip=hints["conversation"])
-        self.ask_button = widgets.Button(description="Ask both models", button_style="primary", icon="play", layout=auto, tooltip=hints["ask"])
-        self.stop_button = widgets.Button(description="Stop", icon="stop", disabled=True, tooltip=hints["stop"])
+        self.ask_button = widgets.Button(description="Ask both models", button_style="primary", layout=auto, tooltip=hints["ask"])
+        self.stop_button = widgets.Button(description="Stop", disabled=True, tooltip=hints["stop"])
         self.status = widgets.HTML()
         self.panes = [widgets.HTML(layout=widgets.Layout(flex="1 1 0", min_width="0")) for _ in range(2)]
         bar = widgets.HBox([self.temperature, self.tokens, self.seed, self.conversation], layout=widgets.Layout(flex_flow="row wrap"))
@@ -449,7 +449,7 @@ class TryIt(widgets.VBox):
     def _say(self, words: str, role: str = "status"):
         self.status.value = f"<span role='{role}'>{_safe(words)}</span>"
 
-# %% ../../nbs/workbench/cockpit.ipynb #c38f4def
+# %% ../../nbs/workbench/cockpit.ipynb #f4ee2cd5
 class Cockpit(widgets.VBox):
     "The samples of a run, and all that can be said of the chosen one; `refresh` reads what is new."
 
@@ -465,7 +465,7 @@ class Cockpit(widgets.VBox):
         options = [(c.label, name) for name, c in COLORINGS.items()]
         self.coloring = widgets.Dropdown(options=options, value="reference", description="Color by", tooltip="What the color of a token shows")
         hint = "Compute entropy, KL and the likeliest alternatives of each token, from the saved and the start model"
-        self.ask_button = widgets.Button(description="Ask the models", icon="search", tooltip=hint)
+        self.ask_button = widgets.Button(description="Ask the models", tooltip=hint)
         self.said = widgets.HTML()
         try:
             self.evidence = Evidence(run)

@@ -102,7 +102,7 @@ def same_prompt(*which) -> list[dict]:
         for prompt, name, row in newest
     ]
 
-# %% ../../nbs/workbench/compare.ipynb #fdc07a33
+# %% ../../nbs/workbench/compare.ipynb #ff284a3d
 _MARKS = dict(finished="circle", running="triangle-right", created="circle-open", stopped="square", failed="x", dead="x-open", base="diamond")
 
 
@@ -140,7 +140,7 @@ def lineage(out=None):
         names = [name for name, node in nodes.items() if node["method"] == method]
         x, y = zip(*(place[name] for name in names))
         states = [nodes[name]["status"] for name in names]
-        look = dict(mode="markers+text", textposition="bottom center", hoverinfo="text", name=html.escape(method))
+        look = dict(mode="markers+text", textposition="bottom center", hoverinfo="text", name=html.escape(method), cliponaxis=False)
         figure.add_scatter(
             x=x, y=y, customdata=names, hovertext=[f"{html.escape(name)}<br>{state}" for name, state in zip(names, states)],
             text=[html.escape(name if method == "base" else f"{method} {name[-4:]}") for name in names],

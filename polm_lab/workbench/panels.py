@@ -62,7 +62,7 @@ def as_text(value) -> str:
         return "\n".join(f"{m.get('role')}: {m.get('content')}" if isinstance(m, dict) else str(m) for m in value)
     return "" if value is None else str(value)
 
-# %% ../../nbs/workbench/panels.ipynb #7a8aa051
+# %% ../../nbs/workbench/panels.ipynb #83b42735
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c6d31")  # one a run, told apart by the color-blind
 GROUPS = {
     "Reward": ("reward", "reward_std", "zero_std_groups", "advantage_std"),
@@ -96,7 +96,8 @@ def grouped(names) -> dict[str, list[str]]:
 def style(figure, dark: bool = False):
     "Give a figure the dark or the light look, on the ground of its page."
     ground = "rgba(0,0,0,0)"
-    return figure.update_layout(template="plotly_dark" if dark else "plotly_white", paper_bgcolor=ground, plot_bgcolor=ground)
+    bar = dict(bgcolor=ground, color="#8a94a3", activecolor="#1f6feb")
+    return figure.update_layout(template="plotly_dark" if dark else "plotly_white", paper_bgcolor=ground, plot_bgcolor=ground, modebar=bar)
 
 
 def framed(figure, height: int, **layout):
@@ -181,7 +182,7 @@ def _import_nbformat():
         finally:
             del sys.modules["rfc3987_syntax"]
 
-# %% ../../nbs/workbench/panels.ipynb #f7620b43
+# %% ../../nbs/workbench/panels.ipynb #df3fb339
 _WAIT = "const shelf = (globalThis.polmPlotly ??= (() => { let give; return { library: new Promise(found => give = found), give: code => give(code) }; })());"
 
 _LIBRARY = _WAIT + """
@@ -210,7 +211,17 @@ export default () => {
         return figure;
       });
     },
-    async render(context) { return (await started).render(context); },
+    async render(context) {
+      const end = await (await started).render(context);
+      const eye = new ResizeObserver(([found]) => {   // a figure is as wide as its place, also where that place appears or changes later
+        if (found.contentRect.width === context.el.polmWidth) return;
+        context.el.polmWidth = found.contentRect.width;
+        clearTimeout(shelf.soon);
+        shelf.soon = setTimeout(() => dispatchEvent(new Event("resize")), 50);
+      });
+      eye.observe(context.el);
+      return () => { eye.disconnect(); if (typeof end === "function") end(); };
+    },
   };
 };
 """
@@ -247,7 +258,9 @@ def _live_class():
 def live_figure(figure):
     "A figure as a widget: plotly's FigureWidget, whose traces can be changed after it is shown."
     library()
-    return _live_class()(figure)
+    made = _live_class()(figure)
+    made._config = {**made._config, "responsive": True, "displaylogo": False}
+    return made
 
 # %% ../../nbs/workbench/panels.ipynb #71b9b3f1
 def frontier(*which, smoothing: float = 0.9):

@@ -45,7 +45,7 @@ def state(record: Record) -> tuple[str, str]:
     words += [f"{record.damaged} damaged line{'s' * (record.damaged > 1)} left out"] * bool(record.damaged)
     return status, ", ".join(words)
 
-# %% ../../nbs/workbench/watch.ipynb #73428819
+# %% ../../nbs/workbench/watch.ipynb #4ae501e6
 class Watch(widgets.VBox):
     "Panels that follow one run or several; `runs` are ids or paths. Nothing that is wrong with a run leaves `refresh`."
 
@@ -123,7 +123,8 @@ class Watch(widgets.VBox):
             figure = live_figure(draw(shown, self._records, smoothing=self.smoothing))
             figure.layout.on_change(lambda _, span, group=group: self._zoom(group, span), "xaxis.range")
             self._figures[group] = shown, figure, widgets.HTML()
-        self._restyle()
+        if self.dark or self.log_x or self.log_y:
+            self._restyle()
         self._groups.children = [widget for _, figure, line in self._figures.values() for widget in (line, figure)]
 
     def _redraw(self, grown: dict | None = None):
@@ -135,7 +136,7 @@ class Watch(widgets.VBox):
                     if grown is None or grown[record.run.id] & {name, f"eval/{name}"}:
                         new = traces(name, record, color, self.smoothing, self._within.get(group))
                         for trace, values in zip(figure.data[3 * number :], new):
-                            trace.update(values)
+                            trace.update(values if grown is None else {part: values[part] for part in ("x", "y", "mode")})
 
     def _restyle(self):
         for names, figure, _ in self._figures.values():

@@ -1,0 +1,177 @@
+"""What a person waits for, measured in the browser: first metric, an answer beside training, a large run, a slider.
+
+    python benchmarks/browser.py [--repeats 3] [--check]
+
+A real JupyterLab and headless Chromium (see tests/browsing.py). Times are taken inside the page, from the click to the frame in which it is drawn. `cold` is a new kernel with Run pressed as soon as
+the form is there; `warm` is a workbench that has been open for a while. Machine load (mean number of processes that want a processor) stands beside each, as times double when it passes the number of
+processors. `--check` exits 1 unless every bar holds.
+"""
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from browsing import CELL, Page, jupyter, open_browser  # noqa: E402
+from playwright.sync_api import sync_playwright  # noqa: E402
+
+from polm_lab.core.run import Run, all_runs  # noqa: E402
+
+CLOCK = """([act, holds, timeout]) => new Promise((done, fail) => {
+  const check = new Function("return " + holds), began = performance.now();
+  new Function(act)();
+  const look = () => check() ? done(performance.now() - began) : performance.now() - began > timeout ? fail(new Error("not within the time: " + holds)) : requestAnimationFrame(look);
+  look();
+})"""
+
+
+def clocked(page, act: str, holds: str, timeout: float = 120) -> float:
+    "Seconds in the page from doing `act` until `holds`, looked at in every frame."
+    return page.evaluate(CLOCK, [act, holds, 1000 * timeout]) / 1000
+
+
+def press(words: str) -> str:
+    return f"[...document.querySelectorAll('button')].find(b => b.textContent.trim() === {words!r} && b.offsetParent && !b.disabled).click()"
+
+
+def drawn(condition: str) -> str:
+    "That some visible figure has points of a run whose id `name` fulfils `condition`."
+    return ("[...document.querySelectorAll('.js-plotly-plot')].some(p => p.offsetParent && (p.data || []).some(t => { const name = t.name || ''; "
+            f"return {condition} && t.y && (t.y.length ?? t.y.shape?.[0]) > 0; }}))")  # fmt: skip
+
+
+def load() -> float:
+    return os.getloadavg()[0]
+
+
+def first_metric(at, folder) -> tuple[float, Run]:
+    "Seconds from Run to the first point on the screen."
+    known = [run.id for run in all_runs(folder / "runs")]
+    seconds = clocked(at.page, press("Run"), drawn(f"name && !{json.dumps(known)}.includes(name)"))
+    return seconds, all_runs(folder / "runs")[-1]
+
+
+def prepare(at, **knobs):
+    at.tab("Configure")
+    at.choose("Method", "grpo")
+    for name, value in knobs.items():
+        at.type(name, str(value))
+    at.wait_for(lambda: all(f"{n} {v}" in "".join(at.seen(".polm-code pre").all_inner_texts()) for n, v in knobs.items()), 30)
+
+
+def stop(at, run):
+    at.press("Stop")
+    at.wait_for(lambda: run.status in ("stopped", "finished"), 90)
+
+
+def large_run(out, steps: int, names) -> Run:
+    run = Run.create("example", dict(steps=steps), out=out)
+    with open(run.path / "metrics.jsonl", "w") as file:
+        for step in range(1, steps + 1):
+            file.write(f'{{"step": {step}, "seconds": {step / 100}, ' + ", ".join(f'"{name}": {(step * 7919 + k) % 1000 / 1000}' for k, name in enumerate(names)) + "}\n")
+    run.update(status="finished", step=steps)
+    return run
+
+
+def what_if() -> str:
+    "The what-if cell of the page on DPO."
+    cells = json.loads((ROOT / "nbs" / "alignment" / "dpo.ipynb").read_text())["cells"]
+    return next("".join(c["source"]) for c in cells if "interactive" in "".join(c["source"]) and "skip-execution" in c["metadata"].get("tags", []))
+
+
+class Rows(list):
+    "Rows that are printed as they come."
+
+    def append(self, row):
+        super().append(row)
+        what, seconds, bar, busy, remark = row
+        print(f"{what:44} {seconds * 1000:6.0f} ms {bar * 1000:5.0f} ms  {busy:4.1f} {'ok  ' if seconds <= bar else 'OVER'} {remark}", flush=True)
+
+
+def measure(repeats: int) -> list[tuple]:
+    "(what, seconds, bar in seconds, load, remark) for each wait."
+    rows = Rows()
+    with tempfile.TemporaryDirectory() as name, sync_playwright() as p:
+        folder = Path(name)
+        (folder / "runs").mkdir()
+        browser = open_browser(p)
+        slider = ["import torch\nfrom polm_lab.alignment.dpo import *\n" + what_if()]
+        with jupyter(folder, bench=[CELL], slider=slider) as (address, _):
+            at = Page(browser)
+            at.open_notebook(address)
+            at.run_cell()
+            prepare(at)
+            seconds, run = first_metric(at, folder)
+            rows.append(("first metric on screen, cold", seconds, 12, load(), f"{run.lines()[0]['seconds']:.1f} s of them in the run itself"))
+            stop(at, run)
+            found, inside = [], []
+            for _ in range(repeats):
+                at.tab("Configure")
+                at.page.wait_for_timeout(15_000)  # the next process gets ready
+                seconds, run = first_metric(at, folder)
+                found.append(seconds), inside.append(run.lines()[0]["seconds"])
+                stop(at, run)
+            rows.append(("first metric on screen, warm", statistics.median(found), 3, load(), f"{statistics.median(inside):.1f} s of them in the run itself"))
+
+            prepare(at, steps=2000)
+            seconds, run = first_metric(at, folder)
+            at.tab("Configure")
+            found = []
+            for number in range(20):
+                at.page.wait_for_timeout(230)
+                field = "[...document.querySelectorAll('input')].find(i => i.offsetParent && i.closest('.widget-inline-hbox')?.querySelector('label')?.textContent === 'steps')"
+                act = f"const i = {field}; i.value = '{3000 + number}'; i.dispatchEvent(new Event('input', {{bubbles: true}})); i.dispatchEvent(new Event('change', {{bubbles: true}}))"
+                found.append(clocked(at.page, act, f"[...document.querySelectorAll('.polm-code pre')].some(c => c.textContent.includes('steps {3000 + number}'))"))
+            assert run.status == "running"
+            rows.append(("an answer while training", statistics.median(found), 0.1, load(), f"slowest of 20: {max(found) * 1000:.0f} ms"))
+            stop(at, run)
+
+            names = ["loss", "reward", "kl", "entropy", "length", "truncated", "accuracy", "grad_norm", "learning_rate", "advantage_std", "reward_std", "zero_std_groups", "clip_fraction",
+                     "ratio_max", "tokens_per_second", "memory_mib"]  # fmt: skip
+            for steps, metrics in ((1_000_000, names[:1]), (62_500, names)):
+                run = large_run(folder / "runs", steps, metrics)
+                at.tab("Watch")
+                choice = f"[...document.querySelectorAll('select')].find(s => s.offsetParent && [...s.options].some(o => o.textContent.replaceAll('\\u00a0', ' ') === '{run.id}'))"
+                at.wait_for(lambda: at.page.evaluate(f"Boolean({choice})"), 30)
+                act = f"const s = {choice}; s.selectedIndex = [...s.options].findIndex(o => o.textContent === '{run.id}'); s.dispatchEvent(new Event('change', {{bubbles: true}}))"
+                rows.append((f"a run of {steps:,} x {len(metrics)} points opens", clocked(at.page, act, drawn(f"name === '{run.id}'")), 2, load(), ""))
+            at.context.close()
+
+            at = Page(browser)
+            at.open_notebook(address, "slider")
+            at.seen(".jp-Notebook .jp-CodeCell .cm-content").first.click()
+            at.page.keyboard.press("Shift+Enter")
+            at.wait_for(lambda: at.points() > 0, 120)
+            at.page.wait_for_timeout(3000)
+            found = []
+            for _ in range(10):
+                at.page.evaluate("globalThis.before = JSON.stringify([...document.querySelector('.js-plotly-plot').data[0].y].slice(0, 40))")
+                act = "const h = document.querySelector('.noUi-handle'); h.focus(); h.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowLeft', bubbles: true}))"
+                found.append(clocked(at.page, act, "JSON.stringify([...document.querySelector('.js-plotly-plot').data[0].y].slice(0, 40)) !== globalThis.before", 20))
+                at.page.wait_for_timeout(300)
+            rows.append(("a what-if slider", statistics.median(found), 0.1, load(), f"slowest of 10: {max(found) * 1000:.0f} ms"))
+            at.context.close()
+        browser.close()
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--check", action="store_true")
+    asked = parser.parse_args()
+    print(f"{'what':44} {'took':>9} {'bar':>8}  load")
+    began, rows = time.time(), measure(asked.repeats)
+    print(f"{time.time() - began:.0f} s in all, {os.cpu_count()} processors")
+    if asked.check and any(seconds > bar for _, seconds, bar, *_ in rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
