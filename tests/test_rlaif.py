@@ -16,15 +16,17 @@ import torch
 from conftest import POLM
 
 import polm_lab as lab
-from polm_lab.alignment import rlaif as page
+from polm_lab.alignment import judges as page
 from polm_lab.alignment.dpo import dpo_loss, encode_pairs, pair_batches
-from polm_lab.alignment.rlaif import (RLAIF, ContrastJudge, EndpointJudge, Kept, Label, ModelJudge, both_orders, judge_reward, kept_judge, label_facts, label_pairs, make_judge,
-                                      parse_judge, preference_rows, principle_of, read_constitution, read_key, revise, seconds_asked, verdict)  # fmt: skip
+from polm_lab.alignment.judges import (ContrastJudge, EndpointJudge, Kept, Label, ModelJudge, both_orders, kept_judge, label_pairs, make_judge, parse_judge, principle_of,
+                                       read_constitution, read_key, seconds_asked, verdict)  # fmt: skip
+from polm_lab.alignment.rlaif import RLAIF, judge_reward, label_facts, preference_rows, revise
 from polm_lab.core.data import load_data
 from polm_lab.core.knobs import WrongInput
 from polm_lab.core.logprobs import Policy
 from polm_lab.core.models import load_model, load_tokenizer
-from polm_lab.core.run import Run, all_runs, read_lines
+from polm_lab.core.evaluate import scorer
+from polm_lab.core.run import Run, Stopped, all_runs, read_lines
 
 KEY = "sk-Very+Secret/0123456789abcdef"
 QUICK = dict(data="sums", judge="rule:correct", prompts=32, max_new_tokens=8, steps=2, batch_size=4, eval_rows=4, max_length=128, device="cpu", dtype="float32", warmup=0.0)
@@ -190,9 +192,9 @@ def test_a_contrast_knows_polite_from_rude_in_any_order(tiny):
 def test_rules_of_the_library_and_of_a_file(tmp_path):
     (tmp_path / "mine.py").write_text("def brevity(completions, **columns):\n    return [-len(c) if isinstance(c, str) else -len(c[0]['content']) for c in completions]\n")
     rows = load_data("sums#4", "prompt")
-    judge = make_judge(RLAIF(data="sums", judge=f"rule:{tmp_path}/mine.py:brevity"), rows)
+    judge = make_judge(f"rule:{tmp_path}/mine.py:brevity", rows)
     assert (judge(rows[0], "1", "22"), judge(rows[0], "22", "1"), judge(rows[0], "1", "2")) == (1.0, 0.0, 0.5)
-    gold = make_judge(RLAIF(data="sums", judge="rule:correct"), rows)
+    gold = make_judge("rule:correct", rows, score=scorer("sums", rows))
     assert (gold(rows[0], rows[0]["answer"], "0"), gold(rows[0], "0", "1")) == (1.0, 0.5)
 
 
@@ -209,7 +211,7 @@ def test_a_constitution_of_a_file_gives_each_prompt_its_principle(tmp_path):
     drawn = [principle_of(found, dict(prompt=f"{i}?")) for i in range(40)]
     assert set(drawn) == set(found) and drawn == [principle_of(found, dict(prompt=f"{i}?")) for i in range(40)]
     assert "cannot be read" in says(read_constitution, str(tmp_path / "none.txt")) and "no principle" in says(read_constitution, " | Be rude.")
-    assert "no opposite" in says(make_judge, RLAIF(judge="contrast:tiny", constitution=str(tmp_path / "rules.txt")), [])
+    assert "no opposite" in says(make_judge, "contrast:tiny", constitution=str(tmp_path / "rules.txt"))
 
 
 # The endpoint -----------------------------------------------------------------------------------------------------
@@ -318,7 +320,7 @@ def test_pauses_double_and_obey_the_endpoint(server, monkeypatch):
 
 def test_an_endpoint_that_is_not_there_is_said_at_once():
     began = time.monotonic()
-    message = says(make_judge, RLAIF(judge="openai:http://127.0.0.1:9/v1#m"), load_data("chat#1", "prompt"))
+    message = says(make_judge, "openai:http://127.0.0.1:9/v1#m", load_data("chat#1", "prompt"))
     assert "cannot be reached" in message and "start it" in message and time.monotonic() - began < 5
 
 
@@ -439,7 +441,7 @@ def test_a_kill_while_it_labels_changes_nothing(server, runs, tmp_path):
 
 def test_a_stop_while_it_labels_keeps_the_labels(runs, monkeypatch):
     monkeypatch.setattr(Run, "stop_requested", lambda self: len(read_lines(self.path / "labels.jsonl")) >= 3)
-    with pytest.raises(lab.Stopped if hasattr(lab, "Stopped") else page.Stopped):
+    with pytest.raises(Stopped):
         lab.run("rlaif", **QUICK)
     [run] = all_runs(runs)
     assert run.status == "stopped" and 3 <= len(read_lines(run.path / "labels.jsonl")) < 32
@@ -491,7 +493,7 @@ def test_direct_trains_with_the_judge_as_reward_and_stops_and_resumes_alike(runs
     whole = lab.run("rlaif", out=tmp_path / "whole", **settings)
     assert "reward/judge" in whole.lines()[-1] and whole.samples().rewards.iloc[0].keys() == {"judge"} and read_lines(whole.path / "labels.jsonl")
     monkeypatch.setattr(Run, "stop_requested", lambda self: self.record["step"] == 1)
-    with pytest.raises(page.Stopped):
+    with pytest.raises(Stopped):
         lab.run("rlaif", **settings)
     monkeypatch.undo()
     [run] = all_runs(runs)
@@ -504,7 +506,7 @@ def test_revision_asks_for_a_critique_and_then_for_the_answer(server):
     first, second = (body["messages"] for body in server.bodies)
     assert [m["role"] for m in second] == ["user", "assistant", "user", "assistant", "user"] and second[:3] == first and first[1]["content"] == "Ugh."
     assert "Be polite." in first[2]["content"] and second[3]["content"] == found["critique"] and found["revision"].startswith("Of course!")
-    assert "does not write" in says(revise, make_judge(RLAIF(data="sums", judge="rule:correct"), load_data("sums#1", "prompt")), row, "Ugh.", 0)
+    assert "does not write" in says(revise, make_judge("rule:format"), row, "Ugh.", 0)
 
 
 def test_revisions_are_learned_and_written_once(runs, monkeypatch):
