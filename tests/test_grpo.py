@@ -1,10 +1,13 @@
 "GRPO: closed forms, equality with TRL under accumulation, runs that repeat to the bit, resampling, and what is refused."
 import copy
+import json
 import math
+import time
 
 import datasets
 import pytest
 import torch
+from conftest import ROOT
 from trl import GRPOConfig, GRPOTrainer
 
 import polm_lab as lab
@@ -16,6 +19,7 @@ from polm_lab.core.logprobs import Policy
 from polm_lab.core.metrics import metric
 from polm_lab.core.models import load_model, load_tokenizer
 from polm_lab.core.train import Meter
+from polm_lab.reasoning import grpo
 from polm_lab.reasoning.grpo import GRPO, KLS, LOSSES, batch_loss, loss_weight, summed_loss, token_loss, trl_config
 from polm_lab.reasoning.rewards import parse_rewards
 from polm_lab.workbench.launch import create, execute
@@ -230,3 +234,21 @@ def test_a_relative_reward_file_is_found_from_another_folder(runs, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     execute(run)
     assert {"correct", "short"} == set(learned(run)[0]["rewards"])
+
+
+def test_the_what_if_cell_reacts_at_once():
+    cells = json.loads((ROOT / "nbs" / "reasoning" / "grpo.ipynb").read_text())["cells"]
+    [source] = ["".join(cell["source"]) for cell in cells if "skip-execution" in cell["metadata"].get("tags", [])]
+    names = dict(vars(grpo))
+    exec(source, names)
+    bars, took = names["figure"].data, []
+    for value in (0.5, 1.0, 0.0):
+        begun = time.perf_counter()
+        names["sliders"][7].value = value
+        took.append(time.perf_counter() - begun)
+        rewards = [slider.value for slider in names["sliders"]]
+        assert [list(bar.y) for bar in bars] == list(grpo.what_if_advantages(rewards).values()) and rewards[7] == value
+    begun = time.perf_counter()
+    names["drift"](2.0, 64)
+    took.append(time.perf_counter() - begun)
+    assert names["chart"].data[1].y[0] == pytest.approx(grpo.what_if_kl(2.0)[1]) and sorted(took)[2] < 0.1

@@ -19,7 +19,7 @@ from polm_lab.core.train import Meter
 from polm_lab.core.worlds import WORLDS
 from polm_lab.reasoning.grpo import what_if_advantages, what_if_kl
 from polm_lab.reasoning.rewards import as_judge, make_rewards
-from polm_lab.workbench.cockpit import token_ids
+from polm_lab.workbench.cockpit import history_html, token_ids
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +140,7 @@ def test_two_held_out_answers_are_watched_at_each_recorded_step_off_the_randomne
     assert [(row["step"], row["prompt"]) for row in watched] == [(1, held_out[0]), (1, held_out[1]), (3, held_out[0]), (3, held_out[1])]
     assert [row["completion"] for row in watched[:2]] == [row["completion"] for row in watched[2:]]  # greedy: the same policy says the same
     assert all("advantage" not in row and row["held_out"] and set(row["rewards"]) == {"noise"} for row in watched)
+    assert history_html(rows, watched[0]).count("<tr><td class='number'>") == 2  # the cockpit shows how the answer changed over the steps
     tokenizer = loaded[0]
     for row in rows:
         assert len(row["ids"]) == len(row["tokens"]) and token_ids(tokenizer, row) == row["ids"]
