@@ -1,11 +1,11 @@
-"""SFT, DPO, GRPO and RLOO beside TRL's trainers: steps per second and peak memory on the same model, data and settings.
+"""SFT, DPO, reward models, GRPO and RLOO beside TRL's trainers: steps per second and peak memory on the same model, data and settings.
 
-    python benchmarks/trl.py [--methods sft,dpo,grpo,rloo] [--models tiny,18M] [--repeats 5] [--threads 2] [--check]
+    python benchmarks/trl.py [--methods sft,dpo,reward,grpo,rloo] [--models tiny,18M] [--repeats 5] [--threads 2] [--check]
 
 Each measurement is a process of its own; the two engines take turns. `ours` is `engine="lab"`, `TRL` is `engine="trl"`, which hands the
 same settings, rows and order to TRL's public trainer. fp32, fused AdamW, no evaluation, no checkpoint within the timed steps; both write
 metrics at each step. Threads that wait give the processor up, so that CPU time means work. Steps are timed from one written metrics line to the next, the first ones left out. Linux only. `--check` exits 1 unless the
-bars hold: SFT and DPO at least 1.0 x TRL's steps per second, GRPO and RLOO 1.5 x, peak memory at most TRL's.
+bars hold: SFT, DPO and reward models at least 1.0 x TRL's steps per second, GRPO and RLOO 1.5 x, peak memory at most TRL's.
 """
 import argparse
 import contextlib
@@ -23,16 +23,18 @@ from importlib.metadata import version
 from pathlib import Path
 
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]  # this file must not hide the package trl
-BARS = {"sft": 1.0, "dpo": 1.0, "grpo": 1.5, "rloo": 1.5}
+BARS = {"sft": 1.0, "dpo": 1.0, "reward": 1.0, "grpo": 1.5, "rloo": 1.5}
 WARM = 3  # first steps, which are not timed
 COMMON = dict(device="cpu", dtype="float32", seed=0, schedule="constant", warmup=0.0, eval_rows=1, save_every=0)
 CASES = {  # (method, model): settings
     ("sft", "tiny"): dict(data="chat", steps=23, batch_size=16, max_length=256, learning_rate=1e-3),
     ("dpo", "tiny"): dict(data="chat", steps=23, batch_size=8, max_length=256, learning_rate=1e-4, reference="copy"),
+    ("reward", "tiny"): dict(data="chat", steps=23, batch_size=8, max_length=256, learning_rate=1e-3),
     ("grpo", "tiny"): dict(data="sums", steps=23, batch_size=64, samples=8, max_new_tokens=32, learning_rate=3e-4, beta=0.04),
     ("rloo", "tiny"): dict(data="sums", steps=23, batch_size=64, samples=8, max_new_tokens=32, learning_rate=3e-4, beta=0.05),
     ("sft", "18M"): dict(steps=13, batch_size=8, max_length=256, learning_rate=1e-4),
     ("dpo", "18M"): dict(steps=9, batch_size=4, max_length=256, learning_rate=1e-5, reference="copy"),
+    ("reward", "18M"): dict(steps=9, batch_size=4, max_length=256, learning_rate=1e-5),
     ("grpo", "18M"): dict(steps=7, batch_size=32, samples=8, max_new_tokens=64, max_length=256, learning_rate=1e-5, beta=0.04, rewards="{folder}/reward.py:even"),
     ("rloo", "18M"): dict(steps=7, batch_size=32, samples=8, max_new_tokens=64, max_length=256, learning_rate=1e-5, beta=0.05, rewards="{folder}/reward.py:even"),
 }
@@ -68,6 +70,7 @@ def make_model(folder: Path):
         "grpo": [dict(prompt=r["prompt"]) for r in rows],
         "rloo": [dict(prompt=r["prompt"]) for r in rows],
     }
+    kinds["reward"] = kinds["dpo"]
     for method, data in kinds.items():
         (folder / f"{method}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
     (folder / "reward.py").write_text(
@@ -195,7 +198,7 @@ def compare(method: str, model: str, args, folder: str) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--methods", default="sft,dpo,grpo,rloo")
+    parser.add_argument("--methods", default="sft,dpo,reward,grpo,rloo")
     parser.add_argument("--models", default="tiny,18M")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
