@@ -7,7 +7,7 @@ __all__ = ['MOST_ROWS', 'MOST_TOKENS', 'COLORINGS', 'BLUE', 'ORANGE', 'table_of'
            'Models', 'token_ids', 'inspect_tokens', 'ink', 'tokens_html', 'group_html', 'history_html', 'stream',
            'TryIt', 'Cockpit']
 
-# %% ../../nbs/workbench/cockpit.ipynb #b5d05633
+# %% ../../nbs/workbench/cockpit.ipynb #20d0cbb5
 import html
 import math
 import threading
@@ -20,7 +20,7 @@ import traitlets
 
 from ..core.knobs import WrongInput
 from ..core.run import open_run
-from ..reasoning.rewards import LIBRARY, parse_rewards
+from ..reasoning.rewards import parse_rewards, short_name
 from .browser import Table, visible
 from .diagnose import Evidence, is_number
 from .panels import as_text
@@ -52,11 +52,11 @@ def _parts(row: dict) -> dict[str, float | None]:
 def _tokens(row: dict) -> list:
     return row["tokens"] if isinstance(row.get("tokens"), list) else []
 
-# %% ../../nbs/workbench/cockpit.ipynb #d55245cd
+# %% ../../nbs/workbench/cockpit.ipynb #f58425c4
 def weights(settings: dict) -> dict[str, float]:
     "The weight of each part of the reward, by its name in the record."
     try:
-        return {name if name in LIBRARY else name.rpartition(":")[2]: weight for name, weight in parse_rewards(settings["rewards"])}
+        return {short_name(name): weight for name, weight in parse_rewards(settings["rewards"])}
     except (KeyError, WrongInput, AttributeError):
         return {}
 
