@@ -27,7 +27,7 @@ from torch import Tensor
 from .knobs import WrongInput
 from .models import TOKENIZER_FILES, data_folder, model_path
 
-# %% ../../nbs/core/weights.ipynb #9b455986
+# %% ../../nbs/core/weights.ipynb #e12614be
 DTYPES = {  # names in the format -> torch
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -62,6 +62,8 @@ def read_header(file: Path) -> dict[str, Entry]:
             header = json.loads(opened.read(size))
         header.pop("__metadata__", None)
         found = {name: Entry(file, DTYPES[t["dtype"]], tuple(t["shape"]), 8 + size + t["data_offsets"][0], t["data_offsets"][1] - t["data_offsets"][0]) for name, t in header.items()}
+    except WrongInput:
+        raise
     except OSError as error:
         raise WrongInput(f"{file}: {error.strerror}; expected weights as safetensors; copy the file, or use another model") from None
     except KeyError as error:
