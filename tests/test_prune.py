@@ -232,7 +232,7 @@ def test_a_weight_that_is_no_number_is_refused(base):
 def test_the_command_line_prunes_and_says_what_is_wrong(polm, runs):
     done = polm("run", "prune", "--bare", "--json", *[w for k, v in SMALL.items() for w in ("-p", k, v)], "-p", "how", "magnitude", "-p", "pattern", "2:4")
     assert done.returncode == 0 and abs(json.loads(done.stdout.splitlines()[-1])["summary"]["after"]["sparsity"] - 0.5) < 1e-6
-    done = polm("run", "prune", "--bare", "-p", "sparsity", "2")
+    done = polm("run", "prune", "-p", "sparsity", "2")
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
 
 

@@ -154,14 +154,13 @@ def walk(model, windows: Tensor, rows: int):
             for part in range(len(hidden)):
                 hidden[part] = forward(part)
 
-# %% ../../nbs/core/blocks.ipynb #f284c60d
-def frame(settings, tokenizer, run: Run):
+# %% ../../nbs/core/blocks.ipynb #123da2c5
+def frame(settings, tokenizer):
     "The evaluation before and after of a run that changes weights: `evaluate(model)`; data are read now, so that what is wrong with them is said before anything is computed."
     kind = natural_kind(settings.data)
     held_out = load_held_out(settings.data, settings.eval_data, kind, settings.eval_rows)
     evaluation = Evaluation(
         None, tokenizer, held_out, kind, max_length=256, score=scorer(settings.data, held_out), others=other_worlds(settings, tokenizer), seed=settings.seed,
-        before=run.summary.get("before"),
     )  # fmt: skip
 
     def evaluate(model) -> dict[str, float]:
@@ -174,7 +173,7 @@ def frame(settings, tokenizer, run: Run):
 def begin(settings, run: Run):
     "The model to work on (an adapter is merged), its tokenizer, calibration windows and evaluation; raises `WrongInput` for what cannot be worked on, or if the disk is too full for the result."
     tokenizer = load_tokenizer(settings.model)
-    windows, evaluate = calibration(tokenizer, settings.data, settings.samples, settings.max_length, settings.seed), frame(settings, tokenizer, run)
+    windows, evaluate = calibration(tokenizer, settings.data, settings.samples, settings.max_length, settings.seed), frame(settings, tokenizer)
     model = load_model(settings.model, settings.dtype, settings.device)
     model = (model.merge_and_unload() if hasattr(model, "peft_config") else model).eval()
     free, needed = shutil.disk_usage(run.path).free / 2**20, size_mib(model)

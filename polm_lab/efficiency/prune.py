@@ -183,7 +183,7 @@ def sparsities(model, windows: Tensor, allocation: str, sparsity: float, band: f
         raise WrongInput(f"allocation = {allocation!r}: expected uniform, outliers, hessian, or {len(blocks)} numbers from 0 to 0.99 separated by commas, one for each block")
     return numbers
 
-# %% ../../nbs/efficiency/prune.ipynb #a925d7be
+# %% ../../nbs/efficiency/prune.ipynb #36f96902
 @torch.no_grad()
 def prune_layers(group: Inputs, how: str, sparsity: float, pattern=None, swaps: int = 0, within="auto", block: int = 128, damping: float = 0.01):
     "Prune the linear layers of one group in place."
@@ -247,4 +247,5 @@ def prune(settings: Prune, run: Run) -> None:
         if run.stop_requested():
             raise Stopped(f"{run.id}: stopped after block {step}")
     run.frame("after", evaluate(model))
-    save_model(model, tokenizer, run.path / "model")
+    if run.writes:
+        save_model(model, tokenizer, run.path / "model")

@@ -209,7 +209,7 @@ def drop_blocks(model, kept: list[int]):
         blocks[i] = block
     return rebuild(model, num_hidden_layers=len(kept))
 
-# %% ../../nbs/efficiency/slim.ipynb #ba43a19d
+# %% ../../nbs/efficiency/slim.ipynb #24915dc1
 def widths(model, ratio: float, target: str) -> tuple[int, int, int]:
     "How many neurons and groups of heads each block keeps, and the width of a head; raises `WrongInput` if nothing would be cut."
     config, layers = model.config, layers_of(blocks_of(model)[0])
@@ -302,4 +302,5 @@ def slim(settings: Slim, run: Run) -> None:
                 note(index + 1, found)
         model = rebuild(model, **found)
     run.frame("after", evaluate(model))
-    save_model(model, tokenizer, run.path / "model")
+    if run.writes:
+        save_model(model, tokenizer, run.path / "model")
