@@ -196,6 +196,8 @@ def test_rules_of_the_library_and_of_a_file(tmp_path):
     assert (judge(rows[0], "1", "22"), judge(rows[0], "22", "1"), judge(rows[0], "1", "2")) == (1.0, 0.0, 0.5)
     gold = make_judge("rule:correct", rows, score=scorer("sums", rows))
     assert (gold(rows[0], rows[0]["answer"], "0"), gold(rows[0], "0", "1")) == (1.0, 0.5)
+    steps = make_judge("rule:steps", rows)  # does not apply to what has no steps
+    assert (steps(rows[0], "7", "1+1=2"), steps(rows[0], "1+1=2", "1+1=3"), steps(rows[0], "7", "8")) == (0.5, 1.0, 0.5)
 
 
 def test_the_path_of_a_rule_is_whole_in_the_record(tmp_path, monkeypatch):
@@ -321,6 +323,7 @@ def test_pauses_double_and_obey_the_endpoint(server, monkeypatch):
 def test_an_endpoint_that_is_not_there_is_said_at_once():
     began = time.monotonic()
     message = says(make_judge, "openai:http://127.0.0.1:9/v1#m", load_data("chat#1", "prompt"))
+    assert "cannot be reached" in says(make_judge, "openai:http://no such host/v1#m", load_data("chat#1", "prompt"))
     assert "cannot be reached" in message and "start it" in message and time.monotonic() - began < 5
 
 
@@ -489,7 +492,7 @@ def test_the_direct_reward_is_the_share_of_siblings_beaten(tmp_path):
 
 
 def test_direct_trains_with_the_judge_as_reward_and_stops_and_resumes_alike(runs, monkeypatch, tmp_path):
-    settings = QUICK | dict(train="direct", samples=4, batch_size=16, steps=3, save_every=1)
+    settings = QUICK | dict(train="direct", samples=4, batch_size=8, steps=2, save_every=1)
     whole = lab.run("rlaif", out=tmp_path / "whole", **settings)
     assert "reward/judge" in whole.lines()[-1] and whole.samples().rewards.iloc[0].keys() == {"judge"} and read_lines(whole.path / "labels.jsonl")
     monkeypatch.setattr(Run, "stop_requested", lambda self: self.record["step"] == 1)
@@ -498,6 +501,13 @@ def test_direct_trains_with_the_judge_as_reward_and_stops_and_resumes_alike(runs
     monkeypatch.undo()
     [run] = all_runs(runs)
     assert weights(lab.resume(run)) == weights(whole)
+
+
+def test_a_reward_model_learns_the_labels_and_ppo_climbs_it(runs):
+    run = lab.run("rlaif", **QUICK | dict(train="ppo", steps=1, batch_size=8))
+    model = Run(run.path.parent / run.read()["stages"]["reward"])
+    assert model.method == "reward" and model.status == "finished" and model.settings["data"] == str(run.path / "preferences.jsonl") and model.id in run.read()["parents"]
+    assert "reward/model" in run.lines()[-1] and (run.path / "model").exists()
 
 
 def test_revision_asks_for_a_critique_and_then_for_the_answer(server):

@@ -93,7 +93,7 @@ def both_orders(judge: Callable, row: dict, a: str, b: str) -> Label:
     first = judge(row, a, b)
     return Label(first, 1 - judge(row, b, a) if getattr(judge, "two_orders", True) else first)
 
-# %% ../../nbs/alignment/judges.ipynb #fe26ab9e
+# %% ../../nbs/alignment/judges.ipynb #a6ceb6b4
 QUESTION = "Here are a request and two replies to it.\n\nRequest: {request}\n\nReply A: {a}\n\nReply B: {b}\n\n{principle} Which reply does that better? Say A or B."
 
 
@@ -129,7 +129,7 @@ def principle_of(constitution: list[tuple[str, str]], row: dict) -> tuple[str, s
 
 
 class RuleJudge:
-    "Prefers what rewards score higher; ½ where they are equal or do not apply."
+    "Prefers what rewards score higher, of those that apply to both replies; ½ where that is equal, or none applies."
 
     two_orders, at_once = False, 1
 
@@ -139,7 +139,9 @@ class RuleJudge:
     def __call__(self, row, first, second):
         rows = [row, row]
         ids = [self.tokenizer(text, add_special_tokens=False).input_ids or [self.tokenizer.eos_token_id] for text in (first, second)]
-        a, b = call_rewards(self.rewards, rows, as_completions(rows, [first, second]), ids, [True, True]).total
+        always = Reward("", 0.0, lambda prompts: [0.0] * len(prompts))  # without it, nothing that applies would be an error
+        parts = call_rewards([always, *self.rewards], rows, as_completions(rows, [first, second]), ids, [True, True]).parts
+        a, b = (sum(r.weight * parts[r.name][i] for r in self.rewards if None not in parts[r.name]) for i in (0, 1))
         return (1 + (a > b) - (a < b)) / 2
 
 
@@ -198,7 +200,7 @@ class ContrastJudge(ModelJudge):
     def __call__(self, row, first, second):
         return 1 / (1 + math.exp(min(self.score(row, second) - self.score(row, first), 700.0)))
 
-# %% ../../nbs/alignment/judges.ipynb #8e34e51c
+# %% ../../nbs/alignment/judges.ipynb #f6964f66
 class Again(Exception):
     "A failure that may pass; `after` are the seconds that the endpoint asks to wait, None if it does not say."
 
@@ -284,9 +286,9 @@ class EndpointJudge:
             answer = self.client.post(f"{self.url}/chat/completions", json=body)
         except httpx2.TimeoutException:
             raise Again(f"no answer within {self.timeout:g} s") from None
-        except httpx2.HTTPError as error:
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             what = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-            if not self.reached and isinstance(error, httpx2.ConnectError):
+            if not self.reached and isinstance(error, (httpx2.ConnectError, httpx2.InvalidURL)):
                 raise self.wrong(f"it cannot be reached ({what})", "expected an endpoint that listens there; start it, or correct the address") from None
             raise Again(what) from None
         self.reached = True
