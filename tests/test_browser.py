@@ -14,7 +14,7 @@ import pytest
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright: pip install playwright")
 
-from browsing import CELL, Page, jupyter, open_browser, voila  # noqa: E402
+from browsing import CELL, Page, jupyter, open_browser, patience, voila  # noqa: E402
 
 from polm_lab.core.run import Run, all_runs  # noqa: E402
 
@@ -90,7 +90,7 @@ def test_choose_change_a_knob_run_reload_stop_and_resume(desk):
     desk.save()
     desk.page.reload()  # in mid-run: the notebook was saved and the kernel lives, so the view is back without a cell run again
     desk.wait_for_kernel()
-    desk.page.get_by_role("tab", name="Watch", exact=True).wait_for(timeout=60_000)
+    desk.page.get_by_role("tab", name="Watch", exact=True).wait_for(timeout=patience(60) * 1000)
     before = desk.wait_for(lambda: desk.points() > 0, 30, "the points after the reload") and desk.points()
     desk.wait_for(lambda: desk.points() > before, 30, "more points")
     assert run.status == "running"
@@ -210,11 +210,51 @@ def test_a_killed_kernel_stops_no_run(desk):
     desk.wait_for(lambda: run.status == "stopped", 60, "the stop")
 
 
+REPLAY = """async ([figure_code, library_code]) => {
+  const load = async text => (await import(URL.createObjectURL(new Blob([text], { type: "text/javascript" })))).default;
+  class Model {
+    constructor(state) { this.state = state; this.ears = {}; }
+    get(name) { return this.state[name]; }
+    set(name, value) { this.state[name] = value; (this.ears["change:" + name] ?? []).forEach(ear => ear()); }
+    on(name, ear) { (this.ears[name] ??= []).push(ear); }
+    off(name, ear) { this.ears[name] = this.ears[name].filter(other => other !== ear); }
+  }
+  globalThis.heard = [];
+  const names = ["_py2js_restyle", "_py2js_addTraces"], model = new Model({}), figure = (await load(figure_code))();
+  figure.initialize({ model });
+  for (const [name, message] of [[names[0], 1], [names[1], 2], [names[0], 3]]) { model.set(name, message); model.set(name, null); }
+  const code = `globalThis.loaded = (globalThis.loaded ?? 0) + 1;
+    export default () => ({
+      initialize({ model }) { for (const name of ${JSON.stringify(names)}) model.on("change:" + name, () => model.get(name) && heard.push([name, model.get(name)])); },
+      render({ el }) { el.textContent = "drawn"; },
+    });`;
+  for (const kernel of [1, 2]) (await load(library_code)).initialize({ model: new Model({ code }) });
+  const el = document.body.appendChild(document.createElement("div"));
+  await figure.render({ model, el });
+  model.set(names[0], 4);
+  return [heard, el.textContent, loaded];
+}"""
+
+
+def test_what_was_said_to_a_figure_before_plotly_came_is_repeated_to_it(browser):
+    import plotly.graph_objects as go
+
+    from polm_lab.workbench.panels import library, live_figure
+
+    page = browser.new_page()
+    page.route("http://127.0.0.1/", lambda route: route.fulfill(body="<!doctype html>", content_type="text/html"))
+    page.goto("http://127.0.0.1/")
+    heard, drawn, loaded = page.evaluate(REPLAY, [live_figure(go.Figure()).get_state()["_esm"], library().get_state()["_esm"]])
+    restyle, add = "_py2js_restyle", "_py2js_addTraces"
+    assert heard == [[restyle, 1], [add, 2], [restyle, 3], [restyle, 4]] and drawn == "drawn" and loaded == 1
+    page.close()
+
+
 def test_the_app_in_voila(browser, tmp_path):
     with voila(tmp_path) as address:
         at = Page(browser, 1920)
         at.page.goto(f"{address}/?theme=dark")
-        at.page.get_by_role("tab", name="Configure", exact=True).wait_for(timeout=90_000)
+        at.page.get_by_role("tab", name="Configure", exact=True).wait_for(timeout=patience(60) * 1000)
         at.press("Look at model and data")
         at.text("LlamaForCausalLM")
         at.picture("app")

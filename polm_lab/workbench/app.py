@@ -74,7 +74,7 @@ def wait_for_run():
             os.dup2(file.fileno(), descriptor)
     work(Run(path))
 
-# %% ../../nbs/workbench/app.ipynb #6ffeda64
+# %% ../../nbs/workbench/app.ipynb #d6902865
 @contextmanager
 def told(box: widgets.HTML):
     "Inside, wrong input is told in `box` in one line instead of raised."
@@ -105,7 +105,7 @@ class Configure(widgets.VBox):
     def __init__(self, out=None, spare: Spare | None = None):
         self.out, self.spare = out, spare or Spare()
         self.search = widgets.Text(placeholder="search: preference, reward, PPO …", description="Search", continuous_update=True, layout=widgets.Layout(width="310px"))
-        self.method = widgets.Dropdown(description="Method", layout=widgets.Layout(width="310px"))
+        self.method = widgets.Dropdown(description="Method", layout=widgets.Layout(width="520px"))
         self.card = widgets.HTML()
         self.preset = widgets.Dropdown(description="Load", tooltip="A preset, or the settings of an old run", layout=widgets.Layout(width="310px"))
         self.preset_name = widgets.Text(placeholder="name of a new preset", layout=widgets.Layout(width="180px"), description="", tooltip="Name of a new preset")
@@ -137,7 +137,7 @@ class Configure(widgets.VBox):
             return
         found = find(self.method.value)
         facts = [f"learns from <b>{html.escape(found.data or 'no data')}</b>", f"needs {html.escape(', '.join(found.needs)) or 'nothing else'}", f"changes {html.escape(found.changes)}"]
-        self.card.value = f"<p style='margin:4px 0'>{html.escape(found.summary)} <small>{' · '.join(facts)} · {html.escape(found.paper)}</small></p>"
+        self.card.value = f"<p style='margin:4px 0;line-height:1.5'>{html.escape(found.summary)} <small>{' · '.join(facts)} · {html.escape(found.paper)}</small></p>"
         self.form = Form(found.name, self.out)
         self.form.observe(lambda _: self._tell(), ["values", "problem"])
         self.form_box.children, self.looked.children = [self.form], []

@@ -30,7 +30,7 @@ def _shown(c: str) -> str:
         return c
     return chr(0x2400 + ord(c)) if ord(c) < 32 else "␡" if ord(c) == 127 else f"⟨U+{ord(c):04X}⟩"
 
-# %% ../../nbs/workbench/browser.ipynb #ab3fe8bb
+# %% ../../nbs/workbench/browser.ipynb #f27cfe39
 _STYLE = """
 .polm{font:13px/1.45 var(--jp-ui-font-family,system-ui,sans-serif);color:var(--jp-ui-font-color1,#1c2430)}
 .polm input,.polm button{font:inherit;color:inherit;background:var(--jp-layout-color1,#fff);border:1px solid var(--jp-border-color1,#8a94a3);border-radius:4px;padding:3px 8px}
@@ -46,7 +46,7 @@ _STYLE = """
 .polm tbody tr{cursor:pointer}.polm tbody tr:hover{background:var(--jp-layout-color2,#eef1f5)}
 .polm tr[aria-selected=true]{background:color-mix(in srgb,var(--jp-brand-color1,#1f6feb) 22%,transparent)}
 .polm pre{margin:0;padding:6px 8px;background:var(--jp-layout-color2,#eef1f5);white-space:pre-wrap;overflow-wrap:anywhere;flex:1;border-radius:4px;font:12px/1.5 var(--jp-code-font-family,monospace)}
-.polm-code{display:flex;gap:8px;align-items:start}.polm-code b{min-width:6em;padding-top:4px}
+.polm-code{display:flex;gap:8px;align-items:start;margin-bottom:4px}.polm-code b{min-width:6em;padding-top:4px}
 """
 
 _TABLE = """

@@ -364,7 +364,7 @@ def stream(model, tokenizer, prompt: list[int], max_new_tokens: int = 64, temper
         said.append(token.item())
         yield text(said)
 
-# %% ../../nbs/workbench/cockpit.ipynb #8df7d1b3
+# %% ../../nbs/workbench/cockpit.ipynb #4b6ddf6e
 class TryIt(widgets.VBox):
     "A prompt, and what the start model and the saved model of a run answer, side by side as it is written."
 
@@ -374,14 +374,14 @@ class TryIt(widgets.VBox):
     def __init__(self, run, dark: bool = False, models: Models | None = None, conversation: bool = False, **layout):
         self.models, self._stop, self._thread = models or Models(run), threading.Event(), None
         longest = int(self.models.run.settings.get("max_new_tokens") or 64)
-        wide, auto = widgets.Layout(width="100%"), widgets.Layout(width="auto")
+        wide, auto = widgets.Layout(width="99%"), widgets.Layout(width="auto")
         hints = dict(
             text="Prompt for both models", temperature="0 takes the likeliest token each time", tokens="Longest answer in tokens",
             seed="Another seed, another sample", conversation="Put the prompt into the model's chat template",
             ask="Ask the start model and the saved model", stop="Stop answering",
         )  # fmt: skip
         self.text = widgets.Textarea(description="Prompt", placeholder="Type a prompt", layout=wide, tooltip=hints["text"])
-        self.temperature = widgets.FloatSlider(value=1.0, max=2.0, step=0.1, description="temperature", tooltip=hints["temperature"])
+        self.temperature = widgets.FloatSlider(value=1.0, max=2.0, step=0.1, description="temperature", tooltip=hints["temperature"], style={"description_width": "initial"})
         self.tokens = widgets.IntSlider(value=longest, min=1, max=max(256, longest), description="new tokens", tooltip=hints["tokens"])
         self.seed = widgets.BoundedIntText(max=2**31 - 1, description="seed", layout=widgets.Layout(width="160px"), tooltip=hints["seed"])
         self.conversation = widgets.Checkbox(value=conversation, description="as a conversation", indent=False, layout=auto, tooltip=hints["conversation"])

@@ -23,7 +23,7 @@ from ..core.method import find, methods
 from ..core.run import Run, all_runs, replace_file, runs_folder
 from .browser import visible
 
-# %% ../../nbs/workbench/controls.ipynb #e0f63fa9
+# %% ../../nbs/workbench/controls.ipynb #391928f7
 _SPAN = 3.0  # decades that a logarithmic slider reaches on both sides of the default
 
 
@@ -60,7 +60,7 @@ class Field(widgets.HBox):
             self.control = widgets.Combobox(options=list(suggestions), value=knob.default, ensure_option=False, continuous_update=False, **facts)
         else:
             self.control = widgets.Text(value=_text(knob.default), continuous_update=False, **facts)
-        self.slider, self._place, self._read = slider or (widgets.Box(layout=widgets.Layout(width="130px")), None, None)
+        self.slider, self._place, self._read = slider or (widgets.Box(layout=widgets.Layout(width="134px")), None, None)
         self.undo = widgets.Button(description="↺", tooltip=f"{knob.name}: back to {knob.default!r}", layout=widgets.Layout(width="34px"))
         self.said = widgets.HTML(layout=widgets.Layout(flex="1 1 0"))
         super().__init__([self.control, self.slider, self.undo, self.said], value=knob.default, layout=widgets.Layout(align_items="center"))
