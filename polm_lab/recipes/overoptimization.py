@@ -22,16 +22,16 @@ from ..core.rollout import rollout
 from ..core.run import Run
 from ..core.worlds import WORLDS
 
-# %% ../../nbs/recipes/overoptimization.ipynb #b61b1783
+# %% ../../nbs/recipes/overoptimization.ipynb #4ca5dfa8
 @dataclass(kw_only=True)
 class Overoptimization(RunSettings):
     "Settings of the over-optimization lab."
 
     sizes: str = knob("32,256", "preference pairs that each proxy reward model sees, with commas between", source="Gao et al. 2022, §3.3")
     proxy_steps: int = knob(30, "steps of each proxy", "steps", low=1)
-    rl_steps: int = knob(24, "steps of GRPO against each proxy", "steps", low=5)
-    rl_every: int = knob(4, "steps of GRPO from one point of its curve to the next", "steps", low=1)
-    learning_rate: float = knob(1e-3, "peak learning rate of GRPO; a large one goes far in few steps", low=0, high=1, log=True)
+    rl_steps: int = knob(16, "steps of GRPO against each proxy", "steps", low=5)
+    rl_every: int = knob(2, "steps of GRPO from one point of its curve to the next", "steps", low=1)
+    learning_rate: float = knob(2e-3, "peak learning rate of GRPO; a large one goes far in few steps", low=0, high=1, log=True)
     prompts: int = knob(16, "held-out prompts of best-of-n", "prompts", low=2)
     draws: int = knob(32, "samples of each prompt that best-of-n chooses from, N", "samples", low=2)
 
