@@ -28,7 +28,7 @@ from ..core.weights import Block, Weights, check_alike, each_block, transform
 from ..core.worlds import WORLDS
 from .vectors import Trim, add_up, dare, della, della_density, disjoint_mean, linear, metagpt_weights, moments, slerp, trim
 
-# %% ../../nbs/integration/merge.ipynb #c8c2e738
+# %% ../../nbs/integration/merge.ipynb #9a57aa3f
 TECHNIQUES = {
     "linear": "weighted mean of the weights (uniform: a soup)", "slerp": "two models along the arc", "task_arithmetic": "sum of task vectors",
     "metagpt": "sum of task vectors, weighted by their squared norms", "ties": "trim, elect, disjoint mean", "dare": "random drop, then sum",
@@ -45,6 +45,11 @@ class Experts(RunSettings):
     rows: int = knob(48, "held-out rows of each task", "rows", low=1)
     expert_steps: int = knob(60, "steps of SFT for an expert that is named by its world", "steps", low=1)
     dtype: str = redefault("dtype", "float32", source="experts are compared to a few parts in a thousand")
+
+    def __post_init__(self):
+        super().__post_init__()
+        specs = [spec.strip() for spec in self.models.split(",") if spec.strip()]
+        self.models = ",".join(str(Path(spec).expanduser().absolute()) if Path(spec).expanduser().exists() else spec for spec in specs)  # a run can be resumed from another folder
 
 
 @dataclass(kw_only=True)
