@@ -172,11 +172,12 @@ class Page:
         "A notebook in JupyterLab with a kernel that is ready, the file browser out of the way."
         self.page.goto(f"{address}/lab/tree/{name}.ipynb?token=secret")
         self.wait_for_kernel()
-        if theme == "dark" and self.page.evaluate("document.body.dataset.jpThemeLight") != "false":
+        light = {"light": "true", "dark": "false"}.get(theme)
+        if light and self.page.evaluate("document.body.dataset.jpThemeLight") != light:
             self.page.get_by_role("menuitem", name="Settings", exact=True).click()
             self.page.get_by_text("Theme", exact=True).locator("visible=true").first.hover()
-            self.page.get_by_role("menuitemradio", name="JupyterLab Dark", exact=True).or_(self.page.get_by_text("JupyterLab Dark", exact=True)).locator("visible=true").first.click()
-            self.wait_for(lambda: self.page.evaluate("document.body.dataset.jpThemeLight") == "false", 20, "the dark theme")
+            self.page.get_by_text(f"JupyterLab {theme.capitalize()}", exact=True).locator("visible=true").first.click()
+            self.wait_for(lambda: self.page.evaluate("document.body.dataset.jpThemeLight") == light, 20, f"the {theme} theme")
         if self.seen("#jp-left-stack").count():
             self.page.keyboard.press("Control+b")
 

@@ -253,6 +253,19 @@ def test_a_live_figure_starts_before_plotly_is_loaded(make):
     assert library() is not held and len(library().code) > 10**6
 
 
+def test_a_page_that_is_loaded_again_gets_the_figures_as_they_are(runs):
+    run = Run.create("sft", dict(steps=3))
+    with run.active():
+        run.log(1, loss=3.0)
+        view = Watch(run)
+        run.log(2, loss=2.0)
+        view.refresh()
+    view.dark = True
+    state = figures(view)["Learning"].get_state()
+    y = state["_widget_data"][0]["y"]
+    assert np.frombuffer(y["buffer"], y["dtype"]).tolist() == [3.0, 2.0] and state["_widget_layout"]["template"]["layout"]["paper_bgcolor"] == "rgb(17,17,17)"
+
+
 def test_a_logarithm_only_where_nothing_is_negative(runs):
     view = Watch(lines('{"step": 1, "loss": -0.5, "grad_norm": 0}\n{"step": 2, "loss": 1, "grad_norm": 2}\n', runs), log_y=True)
     learning = figures(view)["Learning"]

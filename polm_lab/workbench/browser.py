@@ -30,7 +30,7 @@ def _shown(c: str) -> str:
         return c
     return chr(0x2400 + ord(c)) if ord(c) < 32 else "␡" if ord(c) == 127 else f"⟨U+{ord(c):04X}⟩"
 
-# %% ../../nbs/workbench/browser.ipynb #f27cfe39
+# %% ../../nbs/workbench/browser.ipynb #027f1b48
 _STYLE = """
 .polm{font:13px/1.45 var(--jp-ui-font-family,system-ui,sans-serif);color:var(--jp-ui-font-color1,#1c2430)}
 .polm input,.polm button{font:inherit;color:inherit;background:var(--jp-layout-color1,#fff);border:1px solid var(--jp-border-color1,#8a94a3);border-radius:4px;padding:3px 8px}
@@ -42,6 +42,7 @@ _STYLE = """
 .polm th{position:sticky;top:0;background:var(--jp-layout-color2,#eef1f5);text-align:left;padding:0;z-index:1}
 .polm th button{border:0;background:none;width:100%;text-align:inherit;font-weight:600;white-space:nowrap;border-radius:0}
 .polm td{padding:3px 8px;vertical-align:top;border-top:1px solid var(--jp-border-color3,#e6eaf0);max-width:34em;max-height:6em;overflow:hidden;text-overflow:ellipsis;white-space:pre-wrap;overflow-wrap:anywhere}
+.polm td.short{white-space:pre}
 .polm .number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .polm tbody tr{cursor:pointer}.polm tbody tr:hover{background:var(--jp-layout-color2,#eef1f5)}
 .polm tr[aria-selected=true]{background:color-mix(in srgb,var(--jp-brand-color1,#1f6feb) 22%,transparent)}
@@ -104,7 +105,7 @@ function render({ model, el }) {
           if (next) { e.currentTarget[next]?.focus(); e.preventDefault(); e.stopPropagation(); }
           if (e.key === "Enter" || e.key === " ") { choose(i, true); e.preventDefault(); e.stopPropagation(); }
         } },
-      ...columns.map(c => make("td", { class: c.kind }, show(rows[i][c.name], c.kind))))));
+      ...columns.map(c => { const words = show(rows[i][c.name], c.kind); return make("td", { class: words.length < 17 ? c.kind + " short" : c.kind }, words); }))));
     if (focused !== null) body.querySelector(`[data-row="${focused}"]`)?.focus();
     count.textContent = order.length === rows.length ? `${rows.length} rows` : `${order.length} of ${rows.length} rows`;
     more.style.display = order.length > most ? "" : "none";

@@ -7,12 +7,13 @@ __all__ = ['COLORS', 'GROUPS', 'plain', 'explain', 'as_text', 'shown_metrics', '
            'panels', 'show', 'Library', 'library', 'live_figure', 'frontier', 'advantage_histogram', 'summary_table',
            'sample_texts', 'write_page']
 
-# %% ../../nbs/workbench/panels.ipynb #7bf760e9
+# %% ../../nbs/workbench/panels.ipynb #836c6564
 import html
 import math
 import re
 import sys
 import textwrap
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
@@ -182,7 +183,7 @@ def _import_nbformat():
         finally:
             del sys.modules["rfc3987_syntax"]
 
-# %% ../../nbs/workbench/panels.ipynb #df3fb339
+# %% ../../nbs/workbench/panels.ipynb #95582984
 _WAIT = "const shelf = (globalThis.polmPlotly ??= (() => { let give; return { library: new Promise(found => give = found), give: code => give(code) }; })());"
 
 _LIBRARY = _WAIT + """
@@ -252,7 +253,16 @@ def _live_class():
     _import_nbformat()
     import plotly.graph_objects as go
 
-    return type("LiveFigure", (go.FigureWidget,), {"_esm": _FIGURE})
+    class LiveFigure(go.FigureWidget):
+        _esm = _FIGURE
+
+        def get_state(self, key=None, drop_defaults=False):
+            "The figure as it is now: plotly keeps what it was at the beginning, which is what a page that is loaded again would show."
+            if key is None and getattr(self, "_layout_obj", None) is not None:
+                self._trait_values |= dict(_widget_layout=deepcopy(self._layout_obj._props), _widget_data=deepcopy(self._data))
+            return super().get_state(key, drop_defaults)
+
+    return LiveFigure
 
 
 def live_figure(figure):
