@@ -417,6 +417,22 @@ def test_what_an_endpoint_said_once_stays_though_it_says_otherwise_now(tmp_path)
     assert label_pairs(kept_judge(lambda *_: pytest.fail("asked again"), Kept(tmp_path / "l.jsonl")), pairs) == first == [Label(0.9, 0.8)] * 4
 
 
+def test_a_torn_line_takes_no_other_with_it(tmp_path):
+    (tmp_path / "l.jsonl").write_text('{"key": "torn')
+    Kept(tmp_path / "l.jsonl").get(["a"], lambda: dict(probability=1.0))
+    assert Kept(tmp_path / "l.jsonl").get(["a"], lambda: pytest.fail("lost")) == read_lines(tmp_path / "l.jsonl")[0]
+
+
+def test_dpo_smooths_a_doubtful_pair(runs, tmp_path):
+    rows = [dict(prompt=f"{a}+1=", chosen=str(a + 1), rejected=str(a), probability=p) for a in range(2, 42) for p in (0.6,)]
+    (tmp_path / "soft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "hard.jsonl").write_text("".join(json.dumps(dict(row, probability=1)) + "\n" for row in rows))
+    more = dict(steps=2, batch_size=4, eval_rows=2, max_length=32, device="cpu", dtype="float32", clip=0.0)
+    soft, hard = (lab.run("dpo", data=str(tmp_path / f"{name}.jsonl"), **more).lines()[0]["grad_norm"] for name in ("soft", "hard"))
+    assert soft == pytest.approx(0.2 * hard, rel=1e-3), "at the start the pull is β/2 (2p - 1)"
+    assert "probability" in says(lab.run, "dpo", data=str(tmp_path / "soft.jsonl"), engine="trl", **more)
+
+
 @pytest.mark.parametrize("wrong", [1.5, -0.1, float("nan"), "A", None, True])
 def test_what_is_no_probability_is_refused(tmp_path, wrong):
     assert "expected a probability" in says(kept_judge(lambda *_: wrong, Kept(tmp_path / "l.jsonl")), dict(prompt="?"), "a", "b")
