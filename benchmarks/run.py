@@ -2,7 +2,7 @@
 
     python benchmarks/run.py [NAME ...] [--quick] [--check]
 
-NAME: logprobs, memory, rollout, trl; all of them by default. `--quick`: one repeat, where a benchmark repeats. `--check`: exit 1 if a bar is missed.
+NAME: the name of a file beside this one; all of them by default. `--quick`: one repeat, where a benchmark repeats. `--check`: exit 1 if a bar is missed.
 """
 
 import argparse
