@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from polm_lab.core.run import Run, all_runs
+from polm_lab.core.run import Run
 from polm_lab.workbench import launch
 from polm_lab.workbench.app import TABS, Configure, RunBar, Spare, Workbench, summary_html
 
