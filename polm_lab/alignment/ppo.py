@@ -28,7 +28,7 @@ from ..core.run import Run
 from ..core.train import Meter, fit, load_policy, seed_of, world
 from ..reasoning.rewards import as_judge, make_rewards, try_rewards
 
-# %% ../../nbs/alignment/ppo.ipynb #5f3959a0
+# %% ../../nbs/alignment/ppo.ipynb #6aac959e
 DETAILS = {  # name: (its number where none is given, meaning, source)
     "whiten_advantages": (1.0, "advantages of a step get mean 0 and spread 1", "Andrychowicz et al. 2021; TRL"),
     "whiten_rewards": (1.0, "rewards of tokens get spread 1, and keep their mean", "Ziegler et al. 2019, code"),
@@ -53,8 +53,8 @@ class PPO(Sampled):
     minibatches: int = knob(2, "optimizer updates in each of them", "updates", low=1, source="Ziegler et al. 2019: several; Huang et al. 2024: one")
     clip_ratio: float = knob(0.2, "the ratio counts from 1 - ε to 1 + ε", low=0, source="Schulman et al. 2017, §6.1")
     gamma: float = knob(1.0, "discount γ of later rewards", low=0, high=1, source="Ziegler et al. 2019")
-    lam: float = knob(0.95, "λ: 1 trusts the rewards to come, 0 the next value", low=0, high=1, source="Schulman et al. 2016, §6; TRL")
-    value: str = knob("shared:0.5", "critic and weight of its loss: own (a model of its own), shared (a head on the policy), or a run of reward whose model it starts from")
+    lam: float = knob(1.0, "λ: 1 trusts the rewards to come, 0 the next value", low=0, high=1, source="Hu et al. 2025 (Open-Reasoner-Zero), §2; TRL and Ziegler et al. 2019: 0.95")
+    value: str = knob("shared:0.1", "critic and weight of its loss: own (a model of its own), shared (a head on the policy), or a run of reward whose model it starts from", source="TRL: own, 0.1")
     beta: float = knob(0.05, "strength of the KL constraint β, or where it begins; 0 needs no reference model", low=0, source="TRL; Ziegler et al. 2019: 0.03 to 0.15")
     kl: str = knob("k1", "estimator of the KL that is taken off the reward", choices=("k1", "k2", "k3"), source="Ziegler et al. 2019, eq. 2")
     details: str = knob("whiten_advantages,normalize,clip_reward:5,clip_value:0.2,missing_eos:1", "implementation details that are on, with their numbers; see the table")
