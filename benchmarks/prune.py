@@ -200,7 +200,9 @@ def child(a, python: str, what: str, how: str) -> dict:
     done = subprocess.run([*map(str, words)], capture_output=True, text=True, env=env)
     if done.returncode:
         raise SystemExit(f"{what} {how}: {done.stderr.strip()[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    print(f"{how} {what}: {found['seconds']:.1f} s, CPU {found['cpu']:.1f} s", file=sys.stderr, flush=True)
+    return found
 
 
 def main() -> int:
@@ -224,7 +226,7 @@ def main() -> int:
         a.folder = a.folder or folder
         if not (Path(a.folder) / "config.json").exists():
             make_model(Path(a.folder), a.train, a.length)
-        peers = {"published": sys.executable} | ({"compressor": a.peer} if a.peer else {})
+        peers = {"compressor": a.peer} if a.peer else {"published": sys.executable}
         print(f"{a.windows} windows of {a.length} tokens, {a.threads} thread(s), load {os.getloadavg()[0]:.1f}\n")
         print("| method | peer | ours, s | peer, s | peer / ours (min–max) | CPU time, peer / ours | peak MiB, ours : peer | perplexity, ours : peer | sparsity | limit, s (share of ours) |")
         print("|---|---|---|---|---|---|---|---|---|---|")

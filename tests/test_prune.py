@@ -65,8 +65,9 @@ def test_sparsegpt_keeps_the_pattern_and_beats_wanda_and_magnitude(pattern, seed
 def test_inputs_that_are_always_zero_lose_their_weights():
     X = torch.randn(16, 256, generator=torch.Generator().manual_seed(0))
     X[3] = 0
-    fitted = sparsegpt(torch.ones(4, 16), X @ X.T, 0.25)
-    assert torch.isfinite(fitted).all() and (fitted[:, 3] == 0).all()
+    for sparsity in (0.0, 0.25):
+        fitted = sparsegpt(torch.ones(4, 16), X @ X.T, sparsity)
+        assert torch.isfinite(fitted).all() and (fitted[:, 3] == 0).all()
 
 
 def test_strips_and_parts_change_nothing():
@@ -137,6 +138,20 @@ def test_a_rotation_leaves_other_architectures_as_they_are(kind, windows):
     Q = principal(sum(stream_covariances(folded, fold_norms(folded), windows, 2)))
     turned = rotate(folded, Q)
     assert (turned(windows).logits - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen3"])
+def test_slicing_what_is_empty_changes_nothing(kind, windows):
+    model = grouped(kind)
+    fold_norms(model)
+    writes = [m for name, m in model.named_modules() if name.endswith(("o_proj", "down_proj"))]
+    model.model.embed_tokens.weight.data[:, 36:] = 0
+    for layer in writes:
+        layer.weight.data[36:] = 0
+    for p in (*(w.weight for w in writes), model.model.embed_tokens.weight):
+        p.data *= 0.01  # so small that the eps of the norms counts
+    expected, small = model(windows).logits, rotate(model, torch.eye(48)[:, :36])
+    assert small.config.hidden_size == 36 and (small(windows).logits - expected).norm() < 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("how, kind", [("taylor", "mistral"), ("flap", "qwen3"), ("slicegpt", "mistral")])
