@@ -3,13 +3,14 @@
     python benchmarks/merge.py [--mergekit PATH] [--techniques linear,slerp,ties,dare] [--repeats 3] [--large] [--check]
 
 mergekit stands in an environment of its own: `python -m venv ENV && ENV/bin/pip install -c constraints.txt mergekit`, and PATH is `ENV/bin/mergekit-yaml`
-(or $MERGEKIT). Ours is `polm run merge --bare`. The two take turns, each in a process of its own, inputs in the page cache. *CPU* is user and system time, which hardly
+(or $MERGEKIT). `--techniques ''` compares results only, on small models. Ours is `polm run merge --bare`. The two take turns, each in a process of its own, inputs in the page cache. *CPU* is user and system time, which hardly
 depends on what else runs. *Peak* is the largest resident set, mapped files included. *Limit* is the time to read all inputs once and write one output.
 `--large` merges two models of 4.3 GB each by ours alone and watches its memory; it needs 13 GB of disk. `--check` exits 1 unless ours is at least 2 x as fast, its
 peak is at most mergekit's and at most 1 GiB + the largest tensor, and results are equal: linear and SLERP within one bf16 rounding, TIES with the same mask and signs.
 """
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -56,8 +57,8 @@ def make(folder: Path, size: str, seed: int, base: Path | None = None, dtype=tor
             tile = torch.randn(1 << 20, generator=torch.Generator().manual_seed(1000 * seed + number)) if size != "4GB" else noise
             for start, stop in blocks(plan[name][1]):
                 shape = (stop - start, *plan[name][1][1:])
-                roll = torch.roll(tile, start * 7919 % tile.numel()) if start else tile
-                rows = roll.repeat(-(-torch.Size(shape).numel() // tile.numel()))[: torch.Size(shape).numel()].view(shape)
+                at, entries = start * 7919 % (tile.numel() // 2), math.prod(shape)
+                rows = tile[at : at + entries].view(shape)
                 rows = rows * 0.02 if old is None else old.read(name, start, stop).float() + rows * 0.002
                 writer.write(name, rows, start)
                 if old:
@@ -157,21 +158,22 @@ def main():
     parser.add_argument("--large", action="store_true")
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    missed, names = [], args.techniques.split(",")
+    missed, names = [], [name for name in args.techniques.split(",") if name]
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
         if args.large:
             print(json.dumps(large(place)))
             return
-        for size, dtype in (("small", torch.float32), ("200M", torch.bfloat16)):
-            folder = place / size
+        for part, size, dtype in (("float32", "small", torch.float32), ("bfloat16", "small", torch.bfloat16), ("200M", "200M", torch.bfloat16))[: 3 if names else 2]:
+            folder = place / part
             make(folder / "base", size, 1, dtype=dtype)
             for seed, name in ((2, "a"), (3, "b")):
                 make(folder / name, size, seed, folder / "base", dtype)
-        folder, weights = place / "200M", Weights(place / "200M" / "base")
+        weights = Weights(folder / "base")
         largest = max(e.size for e in weights.entries.values()) / 2**20
-        print(f"{sum(e.size for e in weights.entries.values()) / 2e6:.0f} M weights, bf16; largest tensor {largest:.0f} MiB; mergekit {'not given: ours alone' if not args.mergekit else ''}")
-        print("| technique | ours, s | mergekit, s | mergekit / ours (min–max) | CPU s | peak MiB | limit, s |\n|---|---|---|---|---|---|---|", flush=True)
+        if names:
+            print(f"{sum(e.size for e in weights.entries.values()) / 2e6:.0f} M weights, bf16; largest tensor {largest:.0f} MiB; mergekit {'not given: ours alone' if not args.mergekit else ''}")
+            print("| technique | ours, s | mergekit, s | mergekit / ours (min–max) | CPU s | peak MiB | limit, s |\n|---|---|---|---|---|---|---|", flush=True)
         for technique in names:
             measured, limits = [], []
             for repeat in range(args.repeats):
@@ -186,15 +188,15 @@ def main():
                 missed.append(technique)
         if args.mergekit:
             print("\nEqual results")
-            for size, dtype, chosen in (("small", "float32", ("linear", "slerp", "task_arithmetic", "ties")), ("200M", "bfloat16", ("linear", "slerp", "task_arithmetic", "ties"))):
-                for technique in chosen:
-                    timed(ours(technique, place / size, place / "equal"))
-                    timed(theirs(technique, place / size, place / "theirs", args.mergekit, "float32", dtype))
-                    newest = max((place / "equal").iterdir(), key=lambda p: p.name)
-                    found = compare(technique, newest / "model", place / "theirs", place / size)
-                    print(json.dumps(dict(models=f"{size} {dtype}", **found)), flush=True)
+            for dtype in ("float32", "bfloat16"):  # 2.8 M weights; mergekit computes in fp32 as we do
+                for technique in ("linear", "slerp", "task_arithmetic", "ties"):
+                    timed(ours(technique, place / dtype, place / "equal"))
+                    timed(theirs(technique, place / dtype, place / "theirs", args.mergekit, "float32", dtype))
+                    newest = max((place / "equal").iterdir(), key=lambda p: p.stat().st_mtime_ns)
+                    found = compare(technique, newest / "model", place / "theirs", place / dtype)
+                    print(json.dumps(dict(dtype=dtype, **found)), flush=True)
                     bad = found["largest_difference_in_roundings"] > (1 if dtype == "bfloat16" else 8)  # in fp32 a few additions are in another order
-                    missed += [f"{technique} differs"] * (bad or technique == "ties" and dtype == "float32" and found["other_mask_or_sign"] > 0)
+                    missed += [f"{technique} differs"] * (bad or technique == "ties" and found["other_mask_or_sign"] > 0)
     if missed:
         print(f"missed: {', '.join(missed)}", file=sys.stderr)
     sys.exit(int(args.check and bool(missed)))
