@@ -117,7 +117,7 @@ def test_written_illness(rule):
 
 CHANCE = {
     "accuracy that fell by chance": (dict(loss=1.0), dict(accuracy=0.5), dict(accuracy=0.4), "worse_than_start"),
-    "a loss that is no perplexity": (dict(loss=line(3.0, 0.1)), dict(perplexity=3.0), dict(perplexity=3.0), "worse_on_held_out"),
+    "a loss that is no perplexity": (dict(loss=line(0.3, 0.05)), dict(perplexity=3.0), dict(perplexity=3.0), "worse_on_held_out"),
     "a gradient that comes and goes below the clip": (dict(grad_norm=lambda t: 0.9 if abs(t - 0.5) < 0.015 else 0.01), {}, {}, "gradient_spikes"),
 }
 
