@@ -331,7 +331,7 @@ def summary_html(summary: dict) -> str:
     each = "".join(f"<span>{html.escape(n)}&ensp;<b>{said('before', n)} → {said('after', n)}</b></span>" for n in names)
     return f"<div role='group' aria-label='Evaluation before and after' style='display:flex;flex-wrap:wrap;gap:0 1.6em;line-height:1.6'>{each}</div>" if names else ""
 
-# %% ../../nbs/workbench/app.ipynb #9d119ed2
+# %% ../../nbs/workbench/app.ipynb #6df26db3
 TABS = ("Configure", "Watch", "Understand", "Compare", "Sweep")
 
 
@@ -376,7 +376,7 @@ class Workbench(widgets.VBox):
                 self.page.asked += 1
             if self.spare.process is None and (self.bar.step or not self.bar.running):  # not beside a run that is just beginning
                 self.spare.ready()
-            await asyncio.sleep(self.every)
+            await asyncio.sleep(self.every if self.bar.step or not self.bar.running else min(0.1, self.every))  # nobody waits longer than for the first step
 
     def close(self):
         "Stop looking; runs go on."
