@@ -28,7 +28,7 @@ from ..core.models import load_model, load_tokenizer, save_model
 from ..core.run import Run
 from ..core.train import Meter, fit, my_share, world
 
-# %% ../../nbs/alignment/reward.ipynb #bfc2b0af
+# %% ../../nbs/alignment/reward.ipynb #3e55d1ae
 @dataclass(kw_only=True)
 class RewardModel(Settings):
     "Settings of a reward model."
@@ -40,8 +40,8 @@ class RewardModel(Settings):
     label_smoothing: float = knob(0.0, "share ε of pairs taken to be labelled the wrong way round", "share", low=0, high=0.49, source="Wang et al. 2024, §3.2")
     data: str = redefault("data", "chat")
     eval_rows: int = redefault("eval_rows", 128)
-    steps: int = redefault("steps", 160)
-    batch_size: int = redefault("batch_size", 8)
+    steps: int = redefault("steps", 320)
+    batch_size: int = redefault("batch_size", 4)
 
 # %% ../../nbs/alignment/reward.ipynb #e14ceab7
 def reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, label_smoothing: Tensor | float = 0.0, center: float = 0.0) -> Tensor:
