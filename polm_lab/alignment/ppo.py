@@ -195,7 +195,7 @@ def load_critic(settings: PPO, kind: str) -> Policy | None:
         read.requires_grad_(False)  # nobody reads words off the critic
     return Policy(model)
 
-# %% ../../nbs/alignment/ppo.ipynb #2374ee4c
+# %% ../../nbs/alignment/ppo.ipynb #67134c8a
 def table(rows: list[list[float]]) -> Tensor:
     "Lists as the rows of a table [rows, longest], 0 behind their ends."
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.float32) for row in rows], batch_first=True)
@@ -229,7 +229,9 @@ def experience(actor: ActorCritic, groups: list, batches: list[dict], settings: 
         rewards = whiten(rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, values, mask, settings.gamma, settings.lam)
     meter.add("advantage_std", math.sqrt(masked_moments(advantages, mask)[1]))
-    meter.add("explained_variance", 1 - masked_moments(returns - values, mask)[1] / max(masked_moments(returns, mask)[1], 1e-12))
+    missed, spread = masked_moments(returns - values, mask)[1], masked_moments(returns, mask)[1]
+    if spread > 1e-6:  # where all returns are alike there is nothing to foresee
+        meter.add("explained_variance", 1 - missed / spread)
     if settings.samples == 1:  # there are no groups: the spread is that of the step
         meter.add("reward_std", math.sqrt(variance))
     meter.add("kl_coefficient", beta)
