@@ -113,7 +113,7 @@ def revise(judge, row: dict, reply: str, seed: int) -> dict:
     told += [dict(role="assistant", content=critique), user(REVISION)]
     return dict(critique=critique, revision=judge.write(told, seed + 1))
 
-# %% ../../nbs/alignment/rlaif.ipynb #3f648bdf
+# %% ../../nbs/alignment/rlaif.ipynb #f60ebc59
 def sample_pairs(settings: RLAIF, rows: list[dict]) -> list[tuple[dict, str, str]]:
     "Two replies each to `prompts` of the rows, as (row, a, b); `samples` = 4 gives two pairs of a prompt. Raises `WrongInput` if nothing is left to compare."
     model, tokenizer = load_model(settings.model, settings.dtype, settings.device), load_tokenizer(settings.model, settings.chat_template)
@@ -177,7 +177,7 @@ def prepare(settings: RLAIF, run: Run, path: Path):
     def heard(done: int):
         progress(done, {})
         if run.stop_requested() and done < len(pairs):
-            raise Stopped(f"{run.id}: stopped after {done} of {len(pairs)} labels, which are kept; `polm resume {run.id}` goes on from there")
+            raise Stopped(f"{run.id}: stopped after {done} of {len(pairs)} pairs; what the judge said is kept; `polm resume {run.id}` goes on from there")
 
     if settings.train == "sft":
         kept, found = Kept(run.path / "written.jsonl"), []
