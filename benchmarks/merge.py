@@ -195,7 +195,7 @@ def main():
                     newest = max((place / "equal").iterdir(), key=lambda p: p.stat().st_mtime_ns)
                     found = compare(technique, newest / "model", place / "theirs", place / dtype)
                     print(json.dumps(dict(dtype=dtype, **found)), flush=True)
-                    bad = found["largest_difference_in_roundings"] > (1 if dtype == "bfloat16" else 8)  # in fp32 a few additions are in another order
+                    bad = found["largest_difference_in_roundings"] > (1 if dtype == "bfloat16" else 64)  # in fp32 sums are in another order, and mergekit takes the angle in fp32
                     missed += [f"{technique} differs"] * (bad or technique == "ties" and found["other_mask_or_sign"] > 0)
     if missed:
         print(f"missed: {', '.join(missed)}", file=sys.stderr)
