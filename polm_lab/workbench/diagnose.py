@@ -327,12 +327,12 @@ def kl_left_range(record: Evidence) -> Finding | None:
     look = f"the frontier of reward against KL, and the samples. Raise {knob}, lower `learning_rate`, or stop earlier."
     return Finding("warning", f"The KL left its range{when}.", evidence + ".", look)
 
-# %% ../../nbs/workbench/diagnose.ipynb #cede06de
+# %% ../../nbs/workbench/diagnose.ipynb #8b43bddf
 @rule
 def critic_misleads(record: Evidence) -> Finding | None:
     "The critic foresees the returns no better than their mean does."
-    share = record.series("explained_variance")
-    if not share or share.end >= 0.1:
+    share, equal = record.series("explained_variance"), record.series("zero_std_groups")
+    if not share or share.end >= 0.1 or equal and equal.end > metric("zero_std_groups").high:  # where all returns are equal there is nothing to foresee
         return None
     evidence = f"explained_variance is {share.end:.2g} at the end ({share.start:.2g} at the start); 1 is a critic that foresees all, 0 one that knows nothing"
     look = "value_loss over the steps. Give the critic more `epochs`, more weight or a better start, or take a method without one (GRPO, RLOO)."
@@ -356,7 +356,7 @@ def kl_not_held(record: Evidence) -> Finding | None:
 def ranks_by_chance(record: Evidence) -> Finding | None:
     "Of held-out pairs no more are ranked rightly than by chance."
     share = record.evaluated("after", "accuracy")
-    if not record.series("margin") or share is None or share >= 0.5 + record.doubt:
+    if not record.series("margin") or share is None or record.rows < 16 or share >= 0.5 + record.doubt:  # fewer rows say nothing
         return None
     evidence = f"accuracy is {share:.3g} on {record.rows} held-out rows; above {0.5 + record.doubt:.2g} is more than chance there"
     look = "the pairs: can you tell which answer is better? Then more `steps`, more data, or a higher `learning_rate`."
