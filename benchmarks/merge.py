@@ -142,7 +142,7 @@ def large(folder: Path) -> dict:
     make(folder / "base", "4GB", 1)
     make(folder / "a", "4GB", 2, folder / "base")
     watch, out = [], folder / "runs"
-    command = [POLM, "run", "merge", "--bare", "--out", out, *"-p technique ties -p tasks  -p lam 1".split(" "), "-p", "model", folder / "base", "-p", "models", folder / "a"]
+    command = [POLM, "run", "merge", "--bare", "--out", out, *"-p technique linear -p tasks  -p weights 1,2".split(" "), "-p", "model", folder / "base", "-p", "models", f"{folder / 'base'},{folder / 'a'}"]
     seconds, cpu, peak = timed(command, watch)
     size = Weights(folder / "base")
     quarter = [max(m[1] for m in part) for part in (watch[len(watch) * i // 4 : len(watch) * (i + 1) // 4] for i in range(4))]
