@@ -39,7 +39,8 @@ def language(rows: int, length: int, seed: int):
 def make_model(folder: Path, steps: int, length: int):
     "The model, trained a little, and its windows."
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -53,6 +54,8 @@ def make_model(folder: Path, steps: int, length: int):
         loss = model(ids, labels=ids).loss
         optimizer.zero_grad(), loss.backward(), torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0), optimizer.step()
     model.save_pretrained(folder)
+    raw = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w2"))  # llm-compressor asks for a tokenizer, though the windows are tokens
+    PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="w0", eos_token="w1", pad_token="w2").save_pretrained(folder)
     print(f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, {steps} steps, loss {loss.item():.2f}", flush=True)
 
 
@@ -91,6 +94,7 @@ def compressor(a, how: str):
     import torch
     from llmcompressor import oneshot
     from loguru import logger
+    from transformers import AutoTokenizer
 
     try:
         from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
@@ -98,11 +102,11 @@ def compressor(a, how: str):
         from llmcompressor.modifiers.obcq import SparseGPTModifier
         from llmcompressor.modifiers.pruning import WandaPruningModifier
     logger.remove()
-    model, windows = load(a.folder), language(a.windows, a.length, 1)
+    model, windows, tokenizer = load(a.folder), language(a.windows, a.length, 1), AutoTokenizer.from_pretrained(a.folder)
     data = datasets.Dataset.from_dict({"input_ids": windows.tolist(), "attention_mask": torch.ones_like(windows).tolist()})
     kind = WandaPruningModifier if how == "wanda" else SparseGPTModifier
     start, cpu = time.perf_counter(), time.process_time()
-    oneshot(model=model, dataset=data, recipe=kind(sparsity=0.5, mask_structure="0:0", ignore=["re:.*lm_head"]), max_seq_length=a.length, num_calibration_samples=a.windows, batch_size=a.rows)
+    oneshot(model=model, processor=tokenizer, dataset=data, recipe=kind(sparsity=0.5, mask_structure="0:0", ignore=["re:.*lm_head"]), max_seq_length=a.length, num_calibration_samples=a.windows, batch_size=a.rows)
     finish(model, a.length, time.perf_counter() - start, time.process_time() - cpu)
 
 
