@@ -8,7 +8,7 @@ import polm_lab as lab
 from polm_lab.core.chain import create, execute
 from polm_lab.core.knobs import WrongInput
 from polm_lab.core.run import Run, Stopped, open_run
-from polm_lab.finetuning.reft import ReFT, best, majority, questions, result_of, right_and_wrong, tested
+from polm_lab.finetuning.reft import ReFT, best, load_questions, majority, result_of, right_and_wrong, tested
 
 SHORT = dict(questions=8, warmup_steps=2, steps=2, batch_size=4, samples=2, judge_steps=1, votes=2, prompts=4, max_new_tokens=12, device="cpu", dtype="float32")
 
@@ -29,7 +29,7 @@ def test_the_tests_on_known_answers():
 
 def test_training_and_held_out_questions_are_apart():
     settings = ReFT(questions=200, prompts=100)
-    train, test = ({row["prompt"] for row in questions(settings, split)} for split in ("train", "test"))
+    train, test = ({row["prompt"] for row in load_questions(settings, split)} for split in ("train", "test"))
     assert not train & test and all("in steps" in prompt for prompt in train)
 
 
