@@ -8,7 +8,8 @@ import polm_lab as lab
 from polm_lab.core.chain import create, execute
 from polm_lab.core.knobs import WrongInput
 from polm_lab.core.run import Run, Stopped, open_run
-from polm_lab.finetuning.reft import ReFT, best, load_questions, majority, result_of, right_and_wrong, tested
+from polm_lab.finetuning.reft import ReFT, best, load_questions, majority, result_of, right_and_wrong
+from polm_lab.finetuning.reft import tested as figures  # pytest takes names that begin with test for its own
 
 SHORT = dict(questions=8, warmup_steps=2, steps=2, batch_size=4, samples=2, judge_steps=1, votes=2, prompts=4, max_new_tokens=12, device="cpu", dtype="float32")
 
@@ -22,8 +23,8 @@ def test_the_tests_on_known_answers():
     rows = [dict(prompt=f"{i}=", completion=str(i), answer=str(i)) for i in (1, 2, 3)]
     answers = [["1", "1", "0"], ["0", "0", "2"], ["0", "4", "5"]]
     judge = lambda prompts, completions: [float(c == p.rstrip("=")) for p, c in zip(prompts, completions)]
-    assert tested(rows, answers, judge) == pytest.approx({"accuracy": 3 / 9, "accuracy/majority": 1 / 3, "accuracy/reranked": 2 / 3, "pass_at_k": 2 / 3})
-    assert "accuracy/reranked" not in tested(rows, answers)
+    assert figures(rows, answers, judge) == pytest.approx({"accuracy": 3 / 9, "accuracy/majority": 1 / 3, "accuracy/reranked": 2 / 3, "pass_at_k": 2 / 3})
+    assert "accuracy/reranked" not in figures(rows, answers)
     assert right_and_wrong(rows, answers) == [dict(prompt=p, chosen=c, rejected=r) for p, c, r in (("1=", "1", "0"), ("2=", "2", "0"), ("3=", "3", "0"), ("3=", "3", "4"), ("3=", "3", "5"))]
 
 
