@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/api.ipynb #8f6580c6
+# %% ../nbs/api.ipynb #435d8384
 import importlib
 from types import ModuleType
 
@@ -28,6 +28,9 @@ _HOME = {
     "methods": ("workbench.launch", "method_table"),
     "datasets": ("core.data", "datasets_table"),
     "panels": "workbench.panels",
+    "watch": "workbench.watch",
+    "cockpit": ("workbench.cockpit", "Cockpit"),
+    "dry_run": "reasoning.rewards",
     "open_run": "core.run",
     "Run": "core.run",
     "Stopped": "core.run",
