@@ -144,6 +144,21 @@ def test_equal_rewards_teach_nothing():
     assert "teaches nothing" in why(row, [row, dict(reward=1.0)], {})[-1]
 
 
+def test_a_critics_advantages_are_told_by_token_and_a_baseline_by_the_others():
+    said = why(dict(reward=1.0, advantage=0.5, advantages=[-1.0, 2.0]), [dict(reward=1.0)], dict(gamma=1.0))
+    assert "from -1 to 2, 0.5 on average" in said[1]
+    group = [dict(reward=1.0, advantage=0.75), *[dict(reward=r) for r in (0.0, 0.0, 1.0)]]
+    said = why(group[0], group, dict(estimator="rloo", beta=0.0))
+    assert "other 3 answers" in said[1] and "differs from them by 0.6667" in said[1] and "more likely" in said[-1]
+    assert "likeliest answer" in why(group[0], group, dict(estimator="remax", beta=0.1))[1]
+
+
+def test_a_reward_models_number_is_no_implicit_reward():
+    pair = [dict(side="chosen", reward=2.0, completion="a"), dict(side="rejected", reward=0.5, completion="b")]
+    said = why(pair[0], pair, dict(head="pointwise"))
+    assert said[0].startswith("The reward model gives this answer 2;") and "2 − 0.5 = 1.5" in said[1] and not any("implicit" in s for s in said)
+
+
 def test_names_of_rewards():
     assert weights(dict(rewards="correct,my.module:good:0.5,/a/b.py:fine:2")) == {"correct": 1.0, "good": 0.5, "fine": 2.0} and weights(dict(rewards=3)) == {}
 

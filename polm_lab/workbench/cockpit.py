@@ -52,7 +52,7 @@ def _parts(row: dict) -> dict[str, float | None]:
 def _tokens(row: dict) -> list:
     return row["tokens"] if isinstance(row.get("tokens"), list) else []
 
-# %% ../../nbs/workbench/cockpit.ipynb #f58425c4
+# %% ../../nbs/workbench/cockpit.ipynb #5333a2a7
 def weights(settings: dict) -> dict[str, float]:
     "The weight of each part of the reward, by its name in the record."
     try:
@@ -84,8 +84,14 @@ def why(row: dict, group: list[dict], settings: dict) -> list[str]:
 
 
 def _why_advantage(row: dict, group: list[dict], settings: dict) -> list[str]:
-    rewards, advantage, scale = [r["reward"] for r in group if is_number(r.get("reward"))], row["advantage"], settings.get("scale", "group")
-    mean = sum(rewards) / len(rewards)
+    each, advantage = [a for a in row.get("advantages") or [] if is_number(a)], row["advantage"]
+    if each:  # PPO, REINFORCE++: a token, not an answer, is what is compared
+        words = [f"Each of its tokens has an advantage of its own, from {min(each):.4g} to {max(each):.4g}, {advantage:.4g} on average: colour the tokens by advantage to see them."]
+        return words + ["Where it is above 0 the answer went on better than expected at that token, and the token is made more likely; below 0, less."]
+    rewards = [r["reward"] for r in group if is_number(r.get("reward"))]
+    if settings.get("estimator"):
+        return _why_baseline(row, rewards, settings)
+    mean, scale = sum(rewards) / len(rewards), settings.get("scale", "group")
     spread = math.sqrt(sum((r - mean) ** 2 for r in rewards) / max(1, len(rewards) - 1))
     words = [f"The {len(rewards)} answers to this prompt have a mean reward of {mean:.4g} and a spread (standard deviation) of {spread:.4g}."]
     if spread < 1e-8:
@@ -106,14 +112,29 @@ def _why_advantage(row: dict, group: list[dict], settings: dict) -> list[str]:
     return words
 
 
+def _why_baseline(row: dict, rewards: list[float], settings: dict) -> list[str]:
+    "RLOO and ReMax: the reward against the others, or against the likeliest answer."
+    advantage, change = row["advantage"], "more" if row["advantage"] > 0 else "less"
+    if settings["estimator"] == "rloo" and len(rewards) > 1:
+        others = (sum(rewards) - row["reward"]) / (len(rewards) - 1)
+        words = [f"The other {len(rewards) - 1} answers to this prompt have a mean reward of {others:.4g}: it differs from them by {row['reward'] - others:.4g}."]
+    else:
+        words = ["It is compared with the likeliest answer to this prompt, which is not among these samples."]
+    less = " after the KL to the reference was taken off the rewards" if settings.get("beta") else ""
+    return words + [f"Its advantage{less} is {advantage:.4g}, so the whole answer is made {change} likely." if advantage else "Its advantage is 0: it stays as likely as it is."]
+
+
 def _why_implicit(row: dict, group: list[dict], settings: dict) -> list[str]:
     beta, words = settings.get("beta"), []
-    if is_number(beta) and row.get("logp") and row.get("ref_logp"):
+    if "beta" not in settings:
+        words.append(f"The reward model gives this answer {row['reward']:.4g}; only differences between answers to one prompt mean anything.")
+    elif is_number(beta) and row.get("logp") and row.get("ref_logp"):
         logp, ref = sum(row["logp"]), sum(row["ref_logp"])
         words.append(f"Its implicit reward is β (log π − log π_ref) = {beta:g} × ({logp:.2f} − {ref:.2f}) = {beta * (logp - ref):.4g}.")
     else:
         words.append(f"Its implicit reward is {row['reward']:.4g}.")
-    words.append(f"The model now gives this answer {'more' if row['reward'] > 0 else 'less'} probability than the one it started from.")
+    if "beta" in settings:
+        words.append(f"The model now gives this answer {'more' if row['reward'] > 0 else 'less'} probability than the one it started from.")
     sides = {r.get("side"): r["reward"] for r in group if is_number(r.get("reward"))}
     if row["side"] != "sampled" and {"chosen", "rejected"} <= set(sides):
         margin = sides["chosen"] - sides["rejected"]

@@ -245,7 +245,7 @@ def _some(numbers: list[int], what: str, most: int = 5) -> str:
     more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
     return f"{what}{'s' if len(numbers) > 1 else ''} {', '.join(str(n) for n in numbers[:most])}{more}"
 
-# %% ../../nbs/workbench/diagnose.ipynb #30fb4dd7
+# %% ../../nbs/workbench/diagnose.ipynb #dd3d4d7d
 @rule
 def no_contrast(record: Evidence) -> Finding | None:
     "Most groups give no gradient, because all their rewards are equal."
@@ -269,10 +269,10 @@ def no_contrast(record: Evidence) -> Finding | None:
 
 
 def groups_of(rows: list[dict]) -> dict[tuple, list[dict]]:
-    "Sampled rows with a reward by (step, group), or by (step, prompt) where the method has no groups."
+    "Sampled rows with a reward by (step, group), or by (step, prompt) where the method has no groups; answers that are only watched teach nothing and are left out."
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        if is_number(row.get("reward")):
+        if is_number(row.get("reward")) and not row.get("held_out"):
             groups.setdefault((row.get("step"), row.get("group", str(row.get("prompt")))), []).append(row)
     return groups
 
