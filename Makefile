@@ -9,7 +9,7 @@ run: $(READY)  ## the tour: the embedded model through SFT, DPO and GRPO
 test: $(READY)  ## notebooks clean, export in sync, notebooks run, tests pass
 	$(BIN)/python tests/tree.py
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 lab: $(READY)  ## JupyterLab on the front page
 	$(BIN)/polm lab
