@@ -192,7 +192,7 @@ def test_stopped_and_resumed_is_uninterrupted(run, value):
 
 
 def test_a_reward_model_is_trained_first_where_it_is_asked_for(monkeypatch):
-    monkeypatch.setattr(ppo, "chain", lambda run, label, name, **values: stage(run, label, name, **values, steps=2, eval_rows=4))
+    monkeypatch.setattr(ppo, "chain", lambda run, label, name, **values: stage(run, label, name, **values | dict(steps=2, eval_rows=4)))
     found = lab.run("ppo", **SHORT | dict(rewards="learned:0.5,length:0.1", data="chat", steps=2, max_new_tokens=16))
     row, judge = found.lines()[0], found.record["parents"][-1]
     assert {"reward/model", "reward/length", "reward/gold"} <= set(row) and row["reward"] == pytest.approx(0.5 * row["reward/model"] + 0.1 * row["reward/length"], abs=1e-5)
