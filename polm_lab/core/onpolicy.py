@@ -307,7 +307,7 @@ def trl_groups(arguments: dict, parts: dict, totals: list[float], tokenizer, siz
         groups.append(Group(slot, row, encode(tokenizer, row, "prompt", 10**6)["input_ids"], ids[inside], texts, [], ended[inside], judged, totals[inside]))
     return groups
 
-# %% ../../nbs/core/onpolicy.ipynb #efcbfb0d
+# %% ../../nbs/core/onpolicy.ipynb #5677d938
 class OnPolicy:
     """The part of a step that on-policy methods share.
 
@@ -321,6 +321,7 @@ class OnPolicy:
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         self.rows, self.prompts, self.recorded = rows, encode_prompts(tokenizer, rows, settings), recorded_steps(settings.steps)
+        self.looks = recorded_steps(settings.steps, 6)  # each costs an eighth of a step of the embedded model
         self.watched = [(n, row, prompt) for n, (row, prompt) in enumerate(zip(held_out[:2], encode_prompts(tokenizer, held_out, settings)))]
         self.order = Order(len(rows), settings.batch_size * settings.accumulate // settings.samples, settings.seed)
         self.evaluation = Evaluation(
@@ -355,9 +356,13 @@ class OnPolicy:
         return draw_groups(self.policy, self.tokenizer, self.judge, [(g.slot, g.row, g.prompt) for g in groups], self.settings, greedy=True)
 
     def record(self, step: int, groups: list[Group], advantages: Tensor, /, **per_token: list[list[float]]):
-        "Write the samples of a step that is to be recorded, and before them the answers to the watched prompts; see `sample_rows`."
-        if step in self.recorded and self.run.writes:
-            self.run.sample(step + 1, [*self._watch(), *sample_rows(groups, advantages, self.tokenizer, **per_token)])
+        "Write the samples of a step that is to be recorded, and before them, at a few steps, the answers to the watched prompts; see `sample_rows`."
+        if not self.run.writes:
+            return
+        rows = self._watch() if step in self.looks else []
+        rows += sample_rows(groups, advantages, self.tokenizer, **per_token) if step in self.recorded else []
+        if rows:
+            self.run.sample(step + 1, rows)
 
     def heard(self, step: int, arguments: dict, parts: dict, totals: list[float], advantages: Callable[[Tensor], Tensor]):
         "Write the samples of a step of TRL's trainer, as `reasoning.rewards.for_trl` hears of them."
