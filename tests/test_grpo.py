@@ -210,7 +210,7 @@ def test_a_reward_that_breaks_in_the_middle_fails_the_run_and_keeps_what_was_don
     with pytest.raises(WrongInput, match="reward late: completion 0 got nan"):
         lab.run("grpo", **SHORT | dict(steps=9), rewards=f"{tmp_path}/mine.py:late", out=tmp_path)
     [run] = [lab.open_run(p.parent) for p in tmp_path.glob("*/run.json")]
-    assert run.status == "failed" and "got nan" in run.read()["reason"] and [row["step"] for row in run.lines()] == [1, 2]
+    assert run.status == "failed" and "got nan" in run.read()["reason"] and [row["step"] for row in run.lines()] == [1, 2, 3]
 
 
 def test_trl_leaves_the_same_samples(runs):
