@@ -16,10 +16,11 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 from browsing import CELL, Page, jupyter, open_browser  # noqa: E402
 from playwright.sync_api import sync_playwright  # noqa: E402
+from workbench import NAMES, large_run  # noqa: E402
 
 from polm_lab.core.run import Run, all_runs  # noqa: E402
 
@@ -70,15 +71,6 @@ def stop(at, run):
     at.wait_for(lambda: run.status in ("stopped", "finished"), 90)
 
 
-def large_run(out, steps: int, names) -> Run:
-    run = Run.create("example", dict(steps=steps), out=out)
-    with open(run.path / "metrics.jsonl", "w") as file:
-        for step in range(1, steps + 1):
-            file.write(f'{{"step": {step}, "seconds": {step / 100}, ' + ", ".join(f'"{name}": {(step * 7919 + k) % 1000 / 1000}' for k, name in enumerate(names)) + "}\n")
-    run.update(status="finished", step=steps)
-    return run
-
-
 def what_if() -> str:
     "The what-if cell of the page on DPO."
     cells = json.loads((ROOT / "nbs" / "alignment" / "dpo.ipynb").read_text())["cells"]
@@ -102,7 +94,7 @@ def measure(repeats: int) -> list[tuple]:
         (folder / "runs").mkdir()
         browser = open_browser(p)
         slider = ["import torch\nfrom polm_lab.alignment.dpo import *\n" + what_if()]
-        with jupyter(folder, bench=[CELL], slider=slider) as (address, _):
+        with jupyter(folder, bench=[CELL]) as (address, _):
             at = Page(browser)
             at.open_notebook(address)
             at.run_cell()
@@ -132,9 +124,7 @@ def measure(repeats: int) -> list[tuple]:
             rows.append(("an answer while training", statistics.median(found), 0.1, load(), f"slowest of 20: {max(found) * 1000:.0f} ms"))
             stop(at, run)
 
-            names = ["loss", "reward", "kl", "entropy", "length", "truncated", "accuracy", "grad_norm", "learning_rate", "advantage_std", "reward_std", "zero_std_groups", "clip_fraction",
-                     "ratio_max", "tokens_per_second", "memory_mib"]  # fmt: skip
-            for steps, metrics in ((1_000_000, names[:1]), (62_500, names)):
+            for steps, metrics in ((1_000_000, NAMES[:1]), (62_500, NAMES)):
                 run = large_run(folder / "runs", steps, metrics)
                 at.tab("Watch")
                 choice = f"[...document.querySelectorAll('select')].find(s => s.offsetParent && [...s.options].some(o => o.textContent.replaceAll('\\u00a0', ' ') === '{run.id}'))"
@@ -143,6 +133,9 @@ def measure(repeats: int) -> list[tuple]:
                 rows.append((f"a run of {steps:,} x {len(metrics)} points opens", clocked(at.page, act, drawn(f"name === '{run.id}'")), 2, load(), ""))
             at.context.close()
 
+        other = folder / "slider"  # a server of its own: JupyterLab opens again what was open in the last one
+        (other / "runs").mkdir(parents=True)
+        with jupyter(other, slider=slider) as (address, _):
             at = Page(browser)
             at.open_notebook(address, "slider")
             at.seen(".jp-Notebook .jp-CodeCell .cm-content").first.click()
