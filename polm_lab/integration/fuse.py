@@ -6,7 +6,7 @@
 __all__ = ['Fuse', 'fisher_mean', 'fisher_information', 'regmean', 'input_grams', 'layer_of', 'merged_state',
            'prediction_entropy', 'greedy_soup', 'ensemble', 'fuse']
 
-# %% ../../nbs/integration/fuse.ipynb #ede2eaf4
+# %% ../../nbs/integration/fuse.ipynb #656f615d
 import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,7 @@ from ..core.models import load_model, load_tokenizer, save_model
 from ..core.run import Run, Stopped, parent_of
 from ..core.train import seed_of
 from ..core.weights import Weights, check_alike
-from ..core.worlds import WORLDS
-from .merge import Experts, align, embeddings, examine, expert
+from .merge import Experts, align, embeddings, examine, tunes_of
 
 # %% ../../nbs/integration/fuse.ipynb #41d73a13
 @dataclass(kw_only=True)
@@ -138,7 +137,7 @@ def ensemble(logps: list[Tensor], weights: list[float]) -> Tensor:
     share = torch.tensor(weights, dtype=logps[0].dtype).div(sum(weights)).log()
     return torch.logsumexp(torch.stack([logp + w for logp, w in zip(logps, share)]), 0)
 
-# %% ../../nbs/integration/fuse.ipynb #af90c975
+# %% ../../nbs/integration/fuse.ipynb #042148d6
 @method(
     family="integration", title="Merging with data", trains=False, needs=("tunes of one base", "calibration text"),
     paper="Wortsman et al. 2022; Matena and Raffel 2022; Jin et al. 2023; Yang et al. 2024; survey §7.3, eq. 36",
@@ -148,7 +147,7 @@ def fuse(settings: Fuse, run: Run) -> None:
     specs, tasks, sources = ([word.strip() for word in text.split(",") if word.strip()] for text in (settings.models, settings.tasks, settings.data or settings.tasks))
     if len(sources) != len(specs) or not specs:
         raise WrongInput(f"data: {len(sources)} sources for {len(specs)} models; expected one for each, separated by commas")
-    names = [spec if spec not in WORLDS or Path(spec).exists() else str(expert(run, settings, spec).path) for spec in specs]
+    names = tunes_of(run, settings)
     opened = [Weights(spec) for spec in (settings.model, *names)]
     check_alike(opened, dtypes=False, rows_of=set.intersection(*(set(embeddings(model)) for model in opened)))
     align(opened, "same", Path())

@@ -4,25 +4,26 @@
 
 # %% auto #0
 __all__ = ['TECHNIQUES', 'EMBEDDINGS', 'Experts', 'Merge', 'weight_rules', 'vocabulary', 'embeddings', 'Reordered', 'align',
-           'task_blocks', 'merge_models', 'vector_table', 'expert', 'examine', 'merge']
+           'task_blocks', 'merge_models', 'vector_table', 'tunes_of', 'examine', 'merge']
 
-# %% ../../nbs/integration/merge.ipynb #f82bb06d
+# %% ../../nbs/integration/merge.ipynb #a60d6c0f
 import json
 import math
 import re
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterable
 
 import torch
 from torch import Tensor
 
+from ..core.chain import stage
 from ..core.knobs import RunSettings, WrongInput, knob, nearest, redefault
 from ..core.method import method
 from ..core.models import load_tokenizer
-from ..core.run import Run, Stopped, open_run, parent_of
+from ..core.run import Run, Stopped, parent_of
 from ..core.train import seed_of
 from ..core.weights import Block, Weights, check_alike, each_block, transform
 from ..core.worlds import WORLDS
@@ -241,21 +242,15 @@ def vector_table(base, models: list, density: float = 0.2):
         rows.append((name, a.numel(), a.norm().item(), b.norm().item(), ((a @ b) / (a.norm() * b.norm()).clamp_min(1e-30)).item(), ((both < 0).sum() / (both != 0).sum().clamp_min(1)).item()))
     return pd.DataFrame(rows, columns=["tensor", "entries", "norm 1", "norm 2", "cosine", "sign conflicts"])
 
-# %% ../../nbs/integration/merge.ipynb #7d850d95
-def expert(run: Run, settings: Experts, world: str) -> Run:
-    "The SFT run on `world` that belongs to this merge: made, gone on with, or, if it is finished, taken as it is."
-    from polm_lab.finetuning.sft import SFT, sft
-
-    made = run.record.get("experts", {})
-    values = SFT(model=settings.model, data=world, steps=settings.expert_steps, seed=settings.seed, dtype=settings.dtype, device=settings.device, eval_rows=8, batch_size=8)
-    if world not in made:
-        child = Run.create("sft", asdict(values), out=run.path.parent, parents=parent_of(settings.model), via="bare")
-        run.update(experts={**made, world: child.id})
-    child = open_run(run.path.parent / run.record["experts"][world])
-    if child.status != "finished":
-        with child.active():
-            sft(values, child)
-    return child
+# %% ../../nbs/integration/merge.ipynb #cd8aa7d9
+def tunes_of(run: Run, settings: Experts) -> list[str]:
+    "The models to merge, as paths or Hub ids; a world stands for an expert, a run of SFT that belongs to this one."
+    shared = dict(model=settings.model, seed=settings.seed, dtype=settings.dtype, device=settings.device)
+    specs = [word.strip() for word in settings.models.split(",") if word.strip()]
+    return [
+        str(stage(run, spec, "sft", data=spec, steps=settings.expert_steps, eval_rows=8, batch_size=8, **shared).path) if spec in WORLDS and not Path(spec).exists() else spec
+        for spec in specs
+    ]
 
 
 def examine(spec, tasks: list[str], rows: int, settings: Experts) -> dict[str, float]:
@@ -282,7 +277,7 @@ def merge(settings: Merge, run: Run) -> None:
     "Make one model from several tunes of the same base, by arithmetic on their weights."
     specs, tasks = ([word.strip() for word in text.split(",") if word.strip()] for text in (settings.models, settings.tasks))
     weight_rules(settings.weights, len(specs))
-    names = [spec if spec not in WORLDS or Path(spec).exists() else str(expert(run, settings, spec).path) for spec in specs]
+    names = tunes_of(run, settings)
     run.update(parents=sorted({parent for spec in (settings.model, *names) for parent in parent_of(str(Weights(spec).folder))}), total=len(specs) + 2)
 
     def go_on(name):
