@@ -855,7 +855,7 @@ def _steps(tokenizer, row, max_length: int) -> dict:
         raise WrongInput(f"{_where(row)}: prompt and first step have more than max_length = {max_length} tokens; expected fewer; raise max_length")
     return {"input_ids": ids, "target_mask": mask, "labels": labels}
 
-# %% ../../nbs/core/data.ipynb #75f43695
+# %% ../../nbs/core/data.ipynb #affab628
 def pack_rows(lengths: list[int], size: int) -> list[list[int]]:
     "Which examples share a row of at most `size` tokens: first-fit decreasing, each longest first into the first row with room."
     rows, room = [], []
@@ -882,25 +882,22 @@ def collate(examples: list[dict], pad_id: int, pack: int = 0) -> dict:
 
     groups = pack_rows([len(e["input_ids"]) for e in examples], pack) if pack else [[i] for i in range(len(examples))]
     time = max(sum(len(examples[i]["input_ids"]) for i in group) for group in groups)
-    ids = torch.full((len(groups), time), pad_id, dtype=torch.long)
-    target = torch.zeros((len(groups), time), dtype=torch.long)
-    attention = torch.zeros((len(groups), time), dtype=torch.long)
-    position = torch.zeros((len(groups), time), dtype=torch.long)
-    for r, group in enumerate(groups):
-        at = 0
+    rows = {"input_ids": [], "attention_mask": [], "target_mask": [], "position_ids": []}
+    for group in groups:
+        ids, target, position = [], [], []
         for i in group:
             n = len(examples[i]["input_ids"])
-            ids[r, at : at + n] = torch.tensor(examples[i]["input_ids"])
-            if "target_mask" in examples[i]:
-                target[r, at : at + n] = torch.tensor(examples[i]["target_mask"])
-                target[r, at] = 0  # the token before it belongs to another example
-            attention[r, at : at + n] = 1
-            position[r, at : at + n] = torch.arange(n)
-            at += n
-        position[r, at:] = torch.arange(time - at)  # the padding is a sequence of its own
+            ids += examples[i]["input_ids"]
+            target += [0, *examples[i].get("target_mask", [0] * n)[1:]]  # the token before the first belongs to another example
+            position += range(n)
+        rest = time - len(ids)
+        position += range(rest)  # the padding is a sequence of its own
+        for name, row in zip(rows, (ids + [pad_id] * rest, [1] * len(ids) + [0] * rest, target + [0] * rest, position)):
+            rows[name].append(row)
+    batch = {name: torch.tensor(row, dtype=torch.long) for name, row in rows.items()}
     if pack:
-        return {"input_ids": ids, "attention_mask": None, "target_mask": target, "position_ids": position}
-    return {"input_ids": ids, "attention_mask": attention, "target_mask": target}
+        return batch | {"attention_mask": None}
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "target_mask")}
 
 
 def check_packing(model):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCK_MIB', 'Readout', 'selected_logprobs', 'dense_logprobs', 'dense_kl', 'full_kl', 'TokenStats', 'states',
-           'read_head', 'Policy']
+           'read_head', 'length_parts', 'pick_rows', 'Policy']
 
 # %% ../../nbs/core/logprobs.ipynb #d0b185fc
 import contextlib
@@ -307,7 +307,20 @@ def read_head(model: nn.Module, device: torch.device | str = "cpu") -> Readout |
     expected = scale * z if cap is None else cap * torch.tanh(scale * z / cap)
     return Readout(head.weight, head.bias, scale, cap) if torch.allclose(got, expected, rtol=1e-4, atol=1e-4) else None
 
-# %% ../../nbs/core/logprobs.ipynb #d558dc83
+# %% ../../nbs/core/logprobs.ipynb #e8356fad
+def length_parts(lengths: list[int], least: int = 256) -> list[list[int]]:
+    "Row numbers, in one part or in two of similar `lengths`: two where they leave out `least` tokens and a third of all that one part would take."
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    taken = [k * lengths[order[max(k, 1) - 1]] + (len(order) - k) * lengths[order[-1]] for k in range(len(order))]
+    cut = min(range(len(order)), key=taken.__getitem__, default=0)
+    return [sorted(order[:cut]), sorted(order[cut:])] if order and taken[0] - taken[cut] >= max(least, taken[0] / 3) else [list(range(len(order)))]
+
+# %% ../../nbs/core/logprobs.ipynb #bb566f8f
+def pick_rows(x: Tensor, mask: Tensor) -> Tensor:
+    "Rows [n, width] of `x` [rows, time, width] where `mask` [rows, time] is 1: x[mask], with a gradient that is several times faster on CPU."
+    return x.flatten(0, 1).index_select(0, mask.flatten().nonzero()[:, 0])
+
+
 class Policy(nn.Module):
     """Wraps a causal LM (or PeftModel); calling it gives `TokenStats` of a batch, and the logits are never built.
 
@@ -348,9 +361,7 @@ class Policy(nn.Module):
         first[:, 0] = True
         if position_ids is not None: first |= position_ids == 0
         wanted = wanted & ~first  # the first token of an example has nothing before it
-        batch = self._batch(input_ids, real, position_ids)
-        together = prefix is not None and reference is None and position_ids is None and self._can_share()
-        rows, readout = self._rows_after_prefix(input_ids, real, wanted, prefix) if together else self._rows(batch, wanted)
+        rows, readout = self._read_rows(input_ids, real, wanted, position_ids, None if reference is not None else prefix)
         if value is not None and readout.weight is None:
             raise WrongInput("value: the head of this model is wrapped or quantized, so its input cannot be read; expected a plain Linear head; leave the head as it is")
         worth, targets = None if value is None else value(rows)[:, 0], input_ids[wanted]
@@ -358,7 +369,7 @@ class Policy(nn.Module):
         if not logprobs: logp = spread = None
         elif readout.weight is None: logp, spread = dense_logprobs(rows, targets, temperature, entropy)
         else: logp, spread = selected_logprobs(rows, readout.weight, targets, readout.bias, temperature, entropy, None, readout.scale, readout.softcap)
-        kl = None if reference is None else self._kl(rows, readout, *reference._constant_rows(batch, wanted), temperature, reverse)
+        kl = None if reference is None else self._kl(rows, readout, *reference._constant_rows(input_ids, real, wanted, position_ids), temperature, reverse)
 
         def spread_out(values):
             if values is None: return None
@@ -376,11 +387,24 @@ class Policy(nn.Module):
             batch["attention_mask"] = None  # transformers sees that rows are packed from the positions, and only without a mask
         return batch
 
+    def _read_rows(self, input_ids: Tensor, real: Tensor, wanted: Tensor, position_ids: Tensor | None, prefix: Tensor | None = None) -> tuple[Tensor, Readout]:
+        "`_rows` of a whole batch, long rows apart from short ones where that saves much padding."
+        if position_ids is not None: return self._rows(self._batch(input_ids, real, position_ids), wanted)
+        found, shared = [], prefix is not None and self._can_share()
+        parts = length_parts(real.sum(1).tolist())
+        for part in parts:
+            ids, some, asked = (x[part, : max(int(real[part].sum(1).max()), 1)] for x in (input_ids, real, wanted))
+            found.append(self._rows_after_prefix(ids, some, asked, prefix[part]) if shared else self._rows(self._batch(ids, some, None), asked))
+        if len(parts) == 1: return found[0]
+        number = wanted.flatten().cumsum(0).view_as(wanted)
+        place = torch.cat([number[part][wanted[part]] for part in parts]).argsort()
+        return torch.cat([rows for rows, _ in found])[place], found[0][1]
+
     def _rows(self, batch: dict, wanted: Tensor) -> tuple[Tensor, Readout]:
         "What the head reads [n, width] at the positions before the wanted tokens, and how to read logits off it."
         found, readout = self._states(batch)
         time = wanted.shape[1]
-        return found[:, found.shape[1] - time :][:, :-1][wanted[:, 1:]], readout  # virtual tokens stand in front
+        return pick_rows(found[:, found.shape[1] - time : -1], wanted[:, 1:]), readout  # virtual tokens stand in front
 
     def _can_share(self) -> bool:
         "Whether keys and values that one row computed can stand in for another's: a plain cache in every layer, which training keeps."
@@ -407,13 +431,14 @@ class Policy(nn.Module):
         cache, mask = DynamicCache(config=self.model.config), torch.cat([(place >= 0)[owner], real.gather(1, column) & inside], 1)
         fixed = dict(past_key_values=cache, use_cache=True)
         self._states(dict(input_ids=input_ids[first].gather(1, place.clamp_min(0)), attention_mask=(place >= 0).long(), position_ids=place.clamp_min(0), **fixed))
-        cache.batch_select_indices(owner)
+        for layer in cache.layers:  # index_select: its gradient is several times faster than that of indexing
+            layer.keys, layer.values = layer.keys.index_select(0, owner), layer.values.index_select(0, owner)
         asked, column, mask = (wanted.gather(1, column) & inside)[:, 1:], column[:, :-1], mask[:, :-1].long()  # nothing follows the last column
         found, readout = self._states(dict(input_ids=input_ids.gather(1, column), attention_mask=mask, position_ids=column, **fixed))
-        return found[asked], readout
+        return pick_rows(found, asked), readout
 
     @torch.no_grad()
-    def _constant_rows(self, batch: dict, wanted: Tensor) -> tuple[Tensor, Readout]: return self._rows(batch, wanted)
+    def _constant_rows(self, *batch) -> tuple[Tensor, Readout]: return self._read_rows(*batch)
 
     def _kl(self, rows, readout, ref_rows, ref, temperature, reverse):
         if readout.weight is None or ref.weight is None: return dense_kl(readout.logits(rows), ref.logits(ref_rows), reverse, temperature)

@@ -191,13 +191,10 @@ def encode_prompts(tokenizer, rows: list[dict], settings: Sampled) -> list[list[
             raise WrongInput(f"{found}; expected at most max_length - max_new_tokens = {longest}; raise max_length or shorten the prompt")
     return prompts
 
-# %% ../../nbs/core/onpolicy.ipynb #fdea8bad
+# %% ../../nbs/core/onpolicy.ipynb #5dcfbaa6
 def beside(values: list[list[float]], prompts: list[list[int]], time: int) -> Tensor:
     "Values of completion tokens as [rows, time], each beside its token; 0 elsewhere."
-    table = torch.zeros(len(values), time)
-    for i, (row, prompt) in enumerate(zip(values, prompts)):
-        table[i, len(prompt) : len(prompt) + len(row)] = torch.tensor(row)
-    return table
+    return torch.tensor([[0.0] * len(prompt) + list(row) + [0.0] * (time - len(prompt) - len(row)) for row, prompt in zip(values, prompts)])
 
 
 def make_batches(groups: list[Group], size: int, pad_id: int, chosen: list[int] | None = None) -> list[dict]:
