@@ -4,8 +4,9 @@
 
 Each measurement is a process of its own; the two engines take turns. `ours` is `engine="lab"`, `TRL` is `engine="trl"`, which hands the
 same settings, rows and order to TRL's public trainer. fp32, fused AdamW, no evaluation, no checkpoint within the timed steps; both write
-metrics at each step. Threads that wait give the processor up, so that CPU time means work. Steps are timed from one written metrics line to the next, the first ones left out. Linux only. `--check` exits 1 unless the
-bars hold: SFT, DPO and reward models at least 1.0 x TRL's steps per second, GRPO and RLOO 1.5 x, peak memory at most TRL's.
+metrics at each step. Threads wait as torch has them wait, as they do for users; CPU time holds that waiting. Steps are timed from one
+written metrics line to the next, the first ones left out. Linux only. `--check` exits 1 unless the bars hold: SFT, DPO and reward
+models at least 1.0 x TRL's steps per second, GRPO and RLOO 1.5 x, peak memory at most TRL's.
 """
 import argparse
 import contextlib
@@ -151,7 +152,7 @@ def one(args):
 def measure(method: str, model: str, engine: str, args, folder: str) -> dict:
     "Start `one` in a process and add what the operating system says of it."
     words = [sys.executable, __file__, "--one", "--methods", method, "--models", model, "--engine", engine, "--folder", folder, "--threads", str(args.threads)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
     began = time.perf_counter()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         child = subprocess.Popen(words, stdout=out, stderr=err, env=environment)

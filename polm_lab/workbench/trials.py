@@ -23,7 +23,7 @@ from .controls import Field
 from .panels import live_figure, style
 from .sweep import Plan, Sweep, create_sweep, open_sweep, plan, resumable_sweep, sweep_command, trial_rows
 
-# %% ../../nbs/workbench/trials.ipynb #3db6b000
+# %% ../../nbs/workbench/trials.ipynb #8f4ef788
 def parallel(sweep, out=None, dark: bool = False):
     "A parallel-coordinates figure of a sweep."
     import plotly.graph_objects as go
@@ -31,7 +31,8 @@ def parallel(sweep, out=None, dark: bool = False):
     found = open_sweep(sweep, out)
     asked = found.settings
     axes = [dict(label=name, **_axis(space)[0]) for name, space in asked["space"].items()]
-    color = dict(colorscale="Viridis", reversescale=asked["better"] == "down", showscale=True, colorbar=dict(title=asked["metric"]))
+    readable = ["#3d8fd1", "#2aa68f", "#e0a800"]  # on a light and on a dark ground
+    color = dict(colorscale=readable, reversescale=asked["better"] == "down", showscale=True, colorbar=dict(title=asked["metric"]))
     figure = go.Figure(go.Parcoords(dimensions=[*axes, dict(label=asked["metric"])], line=color))
     figure.update_layout(height=360, margin=dict(l=70, r=40, t=90, b=30), uirevision=found.id, title_font_size=14)
     fill_figure(figure, found)
