@@ -8,7 +8,7 @@ __all__ = ['METRICS', 'Metric', 'metric']
 # %% ../../nbs/core/metrics.ipynb #38b6327b
 from dataclasses import dataclass
 
-# %% ../../nbs/core/metrics.ipynb #c9e4641d
+# %% ../../nbs/core/metrics.ipynb #04beec79
 @dataclass(frozen=True)
 class Metric:
     "What one number means."
@@ -71,6 +71,13 @@ _ALL = [
     Metric("memory_mib", "memory of the process (on a GPU: of the device) at its peak", unit="MiB", better="down", reading="Should be flat."),
     Metric("pass_at_k", "share of questions with at least one right answer in k samples", r"1-\binom{n-c}{k}/\binom nk", "share", better="up",
            reading="What the model could do; accuracy is what it does."),
+    Metric("recall", "share of questions whose right passage is among the first k that were found", r"\operatorname{mean}_q 1[\min_{d\in D^+_q}\mathrm{rank}(d)\le k]", "share", better="up",
+           low=0.0, high=1.0, reading="What the reader never sees it cannot use; `recall/5` is with k = 5."),
+    Metric("mrr", "mean of one over the rank of the first right passage", r"\operatorname{mean}_q 1/\min_{d\in D^+_q}\mathrm{rank}(d)", "share", better="up", low=0.0, high=1.0,
+           reading="1: always first. 0 for a question whose right passage was not found."),
+    Metric("faithfulness", "share of answers that stand in a passage that was given", unit="share", better="up", low=0.0, high=1.0,
+           reading="High and wrong: the passages are wrong. Low: the reader answers from memory, or makes it up."),
+    Metric("stage_ms", "median time of a stage for one question", unit="ms", better="down"),
     Metric("win_rate", "share of prompts where the policy's completion scores higher than the base model's; ties count half", unit="share",
            better="up", low=0.0, high=1.0, reading="0.5 is no difference."),
     Metric("forgetting", "rise of the loss on text that the run did not train on", r"\mathcal L_{after}-\mathcal L_{before}", "nats/token",
