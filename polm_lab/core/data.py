@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'ROLES', 'SHAREGPT', 'TRAIN_ROWS', 'TEST_ROWS', 'EXTENSIONS'
            'standard', 'convert', 'held_out', 'load_data', 'natural_kind', 'load_held_out', 'encode', 'encode_rows',
            'pack_rows', 'collate', 'check_packing', 'microbatches', 'Order', 'datasets_table']
 
-# %% ../../nbs/core/data.ipynb #912bad2c
+# %% ../../nbs/core/data.ipynb #7e1ce845
 import csv
 import difflib
 import functools
@@ -21,6 +21,8 @@ import re
 import zlib
 from pathlib import Path
 
+from .catalog import CATALOG, entry_of, of_several_kinds
+from .catalog import read as read_entry
 from .knobs import WrongInput, nearest
 
 # %% ../../nbs/core/data.ipynb #dbaa884c
@@ -491,7 +493,7 @@ def _check(row: Row, kind: str):
             if not sound:
                 _refuse(row, marks, f"holds {_shown(mark)}", "true or false" if kind == "stepwise" else "finite numbers")
 
-# %% ../../nbs/core/data.ipynb #a51a4919
+# %% ../../nbs/core/data.ipynb #be2af8b4
 def _parse_spec(spec: str) -> tuple[str, str, int | None, bool]:
     "`source#part,n,skip` -> source, part, n, skip; all but the source may be left out, and stand in any order."
     if Path(spec).exists() or "#" not in spec:
@@ -520,7 +522,7 @@ def held_out(n: int) -> list[int]:
 def load_data(spec: str, kind: str, split: str = "train") -> list[dict]:
     """The rows of `spec` as `kind`, all of them checked.
 
-    `spec` is a built-in world, a local file, a folder with a data set, or a Hub id (`org/name`, `org/name:config`). After a # may stand the split to take for training, a
+    `spec` is a built-in world, a name of the catalogue (`dolly-15k`, or `dolly-15k@FILE` for a copy of it: see `core/catalog`), a local file, a folder with a data set, or a Hub id (`org/name`, `org/name:config`). After a # may stand the split to take for training, a
     number of rows, and `skip`, which leaves wrong rows out instead of refusing the data: `org/name#train_sft,1000,skip`. `split` is train, test (the data's own, else the same 5 % each time) or all. A single row has no test split: the list is empty.
     Raises `WrongInput` with file, row, field, what was found and what is expected.
     """
@@ -533,6 +535,7 @@ def load_data(spec: str, kind: str, split: str = "train") -> list[dict]:
     source, _, limit, skip = _parse_spec(str(spec))
     if source in WORLDS:
         return _world_rows(WORLDS, source, kind, split, limit)
+    skip = skip or of_several_kinds(source)
     groups, own = _source_rows(str(spec), split)
     rows, first = [], None
     for row in groups:
@@ -559,7 +562,11 @@ def _source_rows(spec: str, split: str) -> tuple[list[Row], bool]:
     "The rows of a file, folder or Hub data set as they stand there, and whether they are from a split of the data's own."
     from polm_lab.core.worlds import WORLDS
 
-    source, part, limit, _ = _parse_spec(spec)
+    source, part, limit, skip = _parse_spec(spec)
+    entry = None if Path(source).exists() else entry_of(source)
+    if entry:
+        entry, source = entry
+        part = part or entry.split
     path = Path(source).expanduser()
     if path.is_file():
         groups, own = read_file(path), False
@@ -567,6 +574,8 @@ def _source_rows(spec: str, split: str) -> tuple[list[Row], bool]:
         groups, own = _dataset_rows(source, part, split, WORLDS)
     else:
         raise WrongInput(f"data {source!r}: no such file; {_near_files(path, WORLDS)}")
+    if entry:
+        groups = read_entry(groups if entry.whole else groups[:limit], entry, skip)
     groups = groups[:limit] if limit is not None else groups
     if not groups:
         raise WrongInput(f"data {spec!r}: no rows; expected at least one")
@@ -621,7 +630,7 @@ def _dataset_rows(source: str, part: str, split: str, worlds) -> tuple[list[Row]
         what = f"{type(error).__name__}: {what}"
         if folder.is_dir():
             raise WrongInput(f"{source}: datasets cannot read this folder ({what}); expected data files such as train.jsonl and test.jsonl; or name one file") from None
-        raise WrongInput(f"data {source!r}: no built-in world, no file, and not to be had from the Hub ({what}); {nearest(source, worlds)}; or a Hub id that can be reached") from None
+        raise WrongInput(f"data {source!r}: no built-in world, no file, and not to be had from the Hub ({what}); {nearest(source, [*worlds, *CATALOG])}; or a Hub id that can be reached") from None
     finally:
         logging.set_verbosity(level)
         if bars:
@@ -958,14 +967,15 @@ class Order:
         start = step * self.rows_per_step
         return [self._epoch(i // self.n)[i % self.n] for i in range(start, start + self.rows_per_step)]
 
-# %% ../../nbs/core/data.ipynb #0cda5c43
+# %% ../../nbs/core/data.ipynb #28805c83
 def datasets_table():
-    "The built-in data sets as a table: name, the kinds they give, what is in them."
+    "The built-in worlds and the data sets of the catalogue as a table: name, the kinds they give, what they are, and for the catalogue phase, size (`rows`), licence, Hub id and citation."
     import pandas as pd
 
     from polm_lab.core.worlds import WORLDS
 
-    rows = []
-    for name, world in WORLDS.items():
-        rows.append({"data": name, "kinds": ", ".join(world.kinds), "meaning": world.meaning})
-    return pd.DataFrame(rows)
+    rows = [dict(data=name, kinds=", ".join(world.kinds), meaning=world.meaning) for name, world in WORLDS.items()]
+    for entry in CATALOG.values():
+        facts = dict(phase=entry.phase, rows=entry.size, licence=entry.licence, hub=entry.hub or entry.source, citation=entry.citation)
+        rows.append(dict(data=entry.name, kinds=", ".join(entry.kinds), meaning=entry.system, **facts))
+    return pd.DataFrame(rows).fillna("")
