@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['STEP', 'LIBRARY', 'text_of', 'correct_reward', 'format_reward', 'steps_reward', 'length_reward', 'repetition_reward',
-           'dialogue_reward', 'consistency_reward', 'Reward', 'short_name', 'parse_rewards', 'load_function',
-           'make_rewards', 'Scores', 'weighted', 'call_rewards', 'as_completions', 'as_judge', 'try_rewards', 'dry_run',
-           'for_trl']
+           'dialogue_reward', 'consistency_reward', 'tests_reward', 'Reward', 'short_name', 'parse_rewards',
+           'load_function', 'make_rewards', 'Scores', 'weighted', 'call_rewards', 'as_completions', 'as_judge',
+           'try_rewards', 'dry_run', 'for_trl']
 
-# %% ../../nbs/reasoning/rewards.ipynb #b4dcfc8d
+# %% ../../nbs/reasoning/rewards.ipynb #c55d029b
 import asyncio
 import importlib
 import importlib.util
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Callable
 
 from ..core.knobs import WrongInput, nearest
+from ..core.sandbox import Pool, assertions, code_in, isolator
 
 # %% ../../nbs/reasoning/rewards.ipynb #12b66876
 def text_of(completion) -> str:
@@ -100,7 +101,22 @@ def consistency_reward(prompts, completions, **columns) -> list[float | None]:
     siblings, agree = Counter(asked), Counter(answers)
     return [(agree[a] - 1) / (siblings[p] - 1) if siblings[p] > 1 else None for p, a in zip(asked, answers)]
 
-# %% ../../nbs/reasoning/rewards.ipynb #966d011b
+# %% ../../nbs/reasoning/rewards.ipynb #245547da
+def tests_reward(prompts, completions, tests=None, **columns) -> list[float | None]:
+    "1 if the code passes all `tests` of its row, run in the sandbox, else 0; None without tests."
+    if not tests or not any(tests):
+        raise WrongInput("reward tests: the data has no column `tests`; expected a list of assertions or expressions in each row; add it, or name another reward")
+    asked = []
+    for prompt, completion, test in zip(prompts, completions, tests):
+        text = text_of(completion)
+        code = prompt + text if isinstance(prompt, str) and "```" not in text else code_in(text)
+        asked.append((code, assertions([test] if isinstance(test, str) else test)) if test else None)
+    different = list(dict.fromkeys(filter(None, asked)))  # a program that comes twice runs once
+    with Pool() as pool:
+        passed = dict(zip(different, pool.map([code for code, _ in different], tests=[test for _, test in different])))
+    return [None if one is None else float(passed[one].ended) for one in asked]
+
+# %% ../../nbs/reasoning/rewards.ipynb #882766f5
 @dataclass(frozen=True)
 class Reward:
     "A reward function with its name and weight."
@@ -119,6 +135,7 @@ LIBRARY = {
     "repetition": "minus the share of repeated 3-grams",
     "dialogue": "a story in which somebody speaks",
     "consistency": "share of the prompt's other completions that agree",
+    "tests": "code that passes the row's `tests` in the sandbox",
 }
 
 
@@ -181,6 +198,7 @@ def make_rewards(spec: str, score: Callable[[dict, str], float] | None = None, l
         "repetition": lambda: repetition_reward,
         "dialogue": lambda: dialogue_reward,
         "consistency": lambda: consistency_reward,
+        "tests": lambda: isolator() and tests_reward,  # refused here, before compute, where there is no sandbox
     }
     from polm_lab.alignment.reward import load_reward
 
@@ -308,15 +326,20 @@ def call_rewards(rewards: list[Reward], rows: list[dict], completions: list, com
         raise WrongInput(f"rewards {', '.join(parts)}: only None for all {len(rows)} completions; expected a number for some; correct the function, or name a reward that applies to this data")
     return Scores(parts, total)
 
-# %% ../../nbs/reasoning/rewards.ipynb #941cc6ce
+# %% ../../nbs/reasoning/rewards.ipynb #7ce5967e
 def as_completions(rows: list[dict], texts: list[str]) -> list:
     "Texts as completions: plain for plain prompts, a turn of the assistant for conversations."
     return [text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}] for row, text in zip(rows, texts)]
 
 
 def as_judge(rewards: list[Reward]) -> Callable:
-    "The rewards as a judge of samples, as `core.onpolicy` calls it: `judge(rows, texts, completion_ids, ended) -> Scores`."
-    return lambda rows, texts, completion_ids, ended: call_rewards(rewards, rows, as_completions(rows, texts), completion_ids, ended)
+    "The rewards as a judge of samples, as `core.onpolicy` calls it: `judge(rows, texts, completion_ids, ended) -> Scores`; `judge.models` are the reward models in it."
+
+    def judge(rows, texts, completion_ids, ended) -> Scores:
+        return call_rewards(rewards, rows, as_completions(rows, texts), completion_ids, ended)
+
+    judge.models = [model for r in rewards for model in getattr(r.function, "models", ())]
+    return judge
 
 
 def try_rewards(rewards: list[Reward], rows: list[dict], tokenizer, tries: int = 16) -> Scores:
