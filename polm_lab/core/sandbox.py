@@ -6,7 +6,7 @@
 __all__ = ['CALLS', 'RUNNER', 'START', 'LONGEST', 'LIMITS', 'PROBE', 'call_filter', 'Execution', 'run_code', 'isolator',
            'missing', 'Pool', 'code_in', 'assertions', 'humaneval_parts', 'mbpp_parts', 'check_humaneval', 'check_mbpp']
 
-# %% ../../nbs/core/sandbox.ipynb #e7c3b29d
+# %% ../../nbs/core/sandbox.ipynb #4dabface
 import contextlib
 import errno
 import functools
@@ -18,7 +18,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -66,7 +65,7 @@ def call_filter() -> bytes:
         file.seek(0)
         return file.read()
 
-# %% ../../nbs/core/sandbox.ipynb #7de390ae
+# %% ../../nbs/core/sandbox.ipynb #a5d705dd
 def _linked(program: str) -> list[str]:
     "The shared libraries that `program` loads, by the names it has for them."
     answer = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
@@ -82,28 +81,27 @@ def _jail() -> tuple[str, ...]:
             "sandbox: no isolator is here, so code of a model is not run; expected bubblewrap on Linux; "
             "apt-get install bubblewrap (dnf, pacman and zypper have it under the same name), or set POLM_BWRAP to its path"
         )
-    python = os.path.realpath(sys._base_executable)
-    prefix, version = Path(sys.base_prefix).resolve(), f"python{sys.version_info.major}.{sys.version_info.minor}"
-    library, inside = Path(sysconfig.get_path("stdlib")).resolve(), "/python"
+    python, prefix, version = os.path.realpath(sys._base_executable or sys.executable), Path(sys.base_prefix).resolve(), f"python{sys.version_info.major}.{sys.version_info.minor}"
+    outside, inside = prefix / sys.platlibdir / version, f"/python/{sys.platlibdir}"
+    names = _linked(python)
+    folders = dict.fromkeys(os.path.dirname(os.path.realpath(name)) for name in names)
     words = [program, "--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try",
              "--uid", "65534", "--gid", "65534", "--hostname", "sandbox", "--cap-drop", "ALL", "--new-session", "--die-with-parent",
-             "--ro-bind", python, f"{inside}/bin/{version}", "--ro-bind", str(library), f"{inside}/lib/{version}"]  # fmt: skip
+             "--ro-bind", python, f"/python/bin/{version}"]  # fmt: skip
+    if prefix == Path("/usr"):
+        words += ["--ro-bind", str(outside), f"{inside}/{version}"]
+    else:  # a Python of its own: its libraries lie beside its standard library
+        words += ["--ro-bind", str(outside.parent), inside]
+        folders.pop(str(outside.parent), None)
     for name in ("site-packages", "dist-packages"):
-        if (library / name).is_dir():
-            words += ["--tmpfs", f"{inside}/lib/{version}/{name}", "--remount-ro", f"{inside}/lib/{version}/{name}"]
-    folders, names = {}, _linked(python)
-    for name in names:
-        folder = os.path.dirname(os.path.realpath(name))
-        if Path(folder).is_relative_to(prefix) and prefix != Path("/usr"):  # a Python of its own, with libpython beside it
-            words += ["--ro-bind", os.path.realpath(name), f"{inside}/lib/{os.path.basename(name)}"]
-        else:
-            folders[folder] = None
+        if (outside / name).is_dir():
+            words += ["--tmpfs", f"{inside}/{version}/{name}", "--remount-ro", f"{inside}/{version}/{name}"]
     for folder in folders:
         words += ["--ro-bind", folder, folder]
     for name in names:
-        if not Path(name).is_relative_to(prefix) and os.path.realpath(name) != name and not any(os.path.dirname(name) == folder for folder in folders):
+        if os.path.dirname(os.path.realpath(name)) in folders and os.path.dirname(name) not in folders:
             words += ["--symlink", os.path.realpath(name), name]
-    words += ["--setenv", "LD_LIBRARY_PATH", f"{inside}/lib", "--setenv", "PYTHONHASHSEED", "0", "--setenv", "HOME", "/"]
+    words += ["--setenv", "LD_LIBRARY_PATH", inside, "--setenv", "PYTHONHASHSEED", "0", "--setenv", "HOME", "/"]
     return tuple(words)
 
 # %% ../../nbs/core/sandbox.ipynb #efbe3621
