@@ -9,10 +9,13 @@ run: $(READY)  ## the tour: the embedded model through SFT, DPO and GRPO
 test: $(READY)  ## notebooks clean, export in sync, notebooks run, tests pass
 	$(BIN)/python tests/tree.py
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lab: $(READY)  ## JupyterLab on the front page
 	$(BIN)/polm lab
+
+docs: $(READY)  ## the site in _docs, where Quarto is installed
+	$(BIN)/polm_site build
 
 bench: $(READY)  ## speed and memory, side by side with peers
 	$(BIN)/python benchmarks/run.py
@@ -22,4 +25,4 @@ $(READY): settings.ini setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $(READY)
 
-.PHONY: run test lab bench
+.PHONY: run test lab docs bench

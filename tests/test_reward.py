@@ -169,6 +169,13 @@ def test_every_rewards_knob_takes_a_reward_model(run):
     assert one.function(prompts=["2+2="], completions=[""], extra=[1], completion_ids=[[2]])[0] is not None
 
 
+@pytest.mark.parametrize("method", ["grpo", "rloo", "ppo"])
+def test_a_reward_model_is_a_parent_of_the_run_that_learns_from_it(method, run):
+    few = dict(data="sums", steps=1, batch_size=4, samples=2, eval_rows=2, max_new_tokens=4, device="cpu", dtype="float32")
+    found = lab.run(method, out=run.path.parent, rewards=f"model:{run.path}", **few)
+    assert found.record["parents"] == [run.id]
+
+
 def test_a_pairwise_model_says_how_often_a_completion_wins(tmp_path):
     run = lab.run("reward", out=tmp_path, **SHORT | dict(head="pairwise"))
     judge = load_reward(str(run.path))

@@ -152,7 +152,7 @@ def test_runs_are_opened_by_id_part_and_path(runs):
         open_run(a.id[:8])
     with pytest.raises(WrongInput, match="no such run"):
         open_run("grpo")
-    assert parent_of(str(b.path / "model")) == [b.id] and parent_of("tiny") == []
+    assert parent_of(str(b.path / "model")) == parent_of(b.id) == [b.id] and parent_of("tiny") == []
 
 
 def test_a_damaged_record_says_so(runs):

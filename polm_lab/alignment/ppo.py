@@ -287,7 +287,7 @@ def batch_loss(actor, batch: dict, settings: PPO, details: dict, meter: Meter) -
         loss = loss - batch["entropy_weight"] * stats.entropy
     return (loss * mask).sum()
 
-# %% ../../nbs/alignment/ppo.ipynb #f306f4f7
+# %% ../../nbs/alignment/ppo.ipynb #5c27d628
 def learned_reward(settings: PPO, run: Run, known: bool) -> str:
     "The knob `rewards` with a trained reward model for `learned`; where the truth is `known`, the gold rule stands beside it, with weight 0."
     items = [item.strip() for item in settings.rewards.split(",")]
@@ -299,7 +299,7 @@ def learned_reward(settings: PPO, run: Run, known: bool) -> str:
     judge = chain(run, "reward", "reward", steps=60, learning_rate=1e-3, eval_rows=32, **shared)
     found = [f"model:{judge.path}{item.removeprefix('learned')}" if item.partition(":")[0] == "learned" else item for item in items]
     found += ["gold:0"] if known and not any(item.partition(":")[0] in ("gold", "correct") for item in items) else []
-    run.update(settings={**run.record["settings"], "rewards": ",".join(found)}, parents=[*dict.fromkeys([*run.record["parents"], judge.id])])
+    run.update(settings={**run.record["settings"], "rewards": ",".join(found)})
     return ",".join(found)
 
 

@@ -162,7 +162,7 @@ def together(rewards: Tensor, how: str = "mean") -> Tensor:
     "Rewards [n] of an ensemble from those of its members [members, n]: mean, or min (worst case; Coste et al. 2023, eq. 3, 4)."
     return rewards.mean(0) if how == "mean" else rewards.min(0).values
 
-# %% ../../nbs/alignment/reward.ipynb #fe984f5b
+# %% ../../nbs/alignment/reward.ipynb #f839187d
 def members(spec: str) -> tuple[list[str], str]:
     "`a+b`, `min(a+b)` or `a` as models and how their rewards are put together. Raises `WrongInput`."
     found = re.fullmatch(r"(mean|min)\((.+)\)", spec.strip())
@@ -215,6 +215,7 @@ def load_reward(spec: str, device: str = "auto", dtype: str = "auto", rows: int 
         found = [member(prompts, completions) for member in each]
         return [None if None in values else together(torch.tensor(values)[:, None], how).item() for values in zip(*found)]
 
+    model.models = names  # whose runs are parents of a run that uses it
     return model
 
 # %% ../../nbs/alignment/reward.ipynb #09741b0d

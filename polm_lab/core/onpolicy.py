@@ -8,7 +8,7 @@ __all__ = ['group_advantages', 'group_spread', 'leave_one_out', 'everywhere', 'm
            'token_stats', 'refer', 'sequence_kl', 'policy_metrics', 'starting_model', 'recorded_steps', 'sample_rows',
            'trl_groups', 'OnPolicy']
 
-# %% ../../nbs/core/onpolicy.ipynb #882a23a1
+# %% ../../nbs/core/onpolicy.ipynb #23bd6acc
 import contextlib
 import math
 import random
@@ -25,7 +25,7 @@ from .knobs import Settings, WrongInput, knob
 from .logprobs import Policy, TokenStats
 from .models import load_model
 from .rollout import rollout, row_seeds
-from .run import Run
+from .run import Run, parent_of
 from .train import Meter, my_share, seed_of, world
 
 # %% ../../nbs/core/onpolicy.ipynb #9b7c5d42
@@ -304,7 +304,7 @@ def trl_groups(arguments: dict, parts: dict, totals: list[float], tokenizer, siz
         groups.append(Group(slot, row, encode(tokenizer, row, "prompt", 10**6)["input_ids"], ids[inside], texts, [], ended[inside], judged, totals[inside]))
     return groups
 
-# %% ../../nbs/core/onpolicy.ipynb #5677d938
+# %% ../../nbs/core/onpolicy.ipynb #907cb940
 class OnPolicy:
     """The part of a step that on-policy methods share.
 
@@ -314,6 +314,8 @@ class OnPolicy:
 
     def __init__(self, run: Run, settings: Sampled, policy: Policy, tokenizer, rows: list[dict], held_out: list[dict], judge: Callable, reference: Policy | None = None):
         self.run, self.settings, self.policy, self.tokenizer, self.judge, self.reference = run, settings, policy, tokenizer, judge, reference
+        judges = [parent for model in getattr(judge, "models", ()) for parent in parent_of(model)]
+        run.update(parents=[*dict.fromkeys([*run.record["parents"], *judges])])
         for module in policy.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0

@@ -347,7 +347,7 @@ class Run:
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
-# %% ../../nbs/core/run.ipynb #1cf51fb8
+# %% ../../nbs/core/run.ipynb #0e769027
 def all_runs(out=None) -> list[Run]:
     "The runs below `out`, oldest first; folders that hold no readable run are left out."
     found = []
@@ -372,6 +372,6 @@ def open_run(run, out=None) -> Run:
 
 
 def parent_of(model: str) -> list[str]:
-    "The id of the run that made the model folder `model`, as a list of parents."
-    path = Path(model).absolute()
-    return next(([p.name] for p in (path, *path.parents) if (p / "run.json").exists()), [])
+    "The id of the run that made the model `model` (a folder, or a run's id), as a list of parents."
+    places = [p for path in (Path(model).absolute(), runs_folder() / model) for p in (path, *path.parents)]
+    return next(([p.name] for p in places if (p / "run.json").exists()), [])
