@@ -1,10 +1,16 @@
 """Merging beside mergekit: wall time of the whole command, peak memory, and equal results, on the same three models of 220 M bf16 weights.
 
-    python benchmarks/merge.py [--mergekit PATH] [--techniques linear,slerp,ties,dare] [--repeats 3] [--large] [--check]
+    python benchmarks/merge.py [--mergekit PATH] [--techniques linear,slerp,ties,dare] [--repeats 3] [--folder DIR] [--large] [--check]
 
 mergekit stands in an environment of its own: `python -m venv ENV && ENV/bin/pip install -c constraints.txt mergekit`, and PATH is `ENV/bin/mergekit-yaml`
 (or $MERGEKIT). `--techniques ''` compares results only, on small models. Ours is `polm run merge --bare`. The two take turns, each in a process of its own, inputs in the page cache. *CPU* is user and system time, which hardly
 depends on what else runs. *Peak* is the largest resident set, mapped files included. *Limit* is the time to read all inputs once and write one output.
+`--folder` keeps the models for another time.
+
+TIES keeps the k largest changes of a tensor. Changes of bf16 weights lie on few values, so that several per cent of them are equal to the k-th largest, and which of those stay is up to the sort: ours
+keeps the ones that come first, mergekit those that torch's sort, which is not stable, puts first. So TIES is compared twice: with mergekit as it is, where entries may differ whose change is equal to the
+threshold in one of the models, and none else; and with mergekit told to sort stably, where none may.
+
 `--large` merges two models of 4.3 GB each by ours alone and watches its memory; it needs 13 GB of disk. `--check` exits 1 unless ours is at least 2 x as fast, its
 peak is at most mergekit's and at most 1 GiB + the largest tensor, and results are equal: linear and SLERP within one bf16 rounding, TIES with the same mask and signs.
 """
@@ -28,6 +34,7 @@ from polm_lab.core.weights import Weights, Writer, blocks, walk
 
 POLM = Path(sys.executable).parent / "polm"
 SIZES = {"200M": dict(width=1024, inner=2816, layers=12, words=32_000), "small": dict(width=256, inner=640, layers=3, words=1024), "4GB": dict(width=2560, inner=6912, layers=26, words=32_000)}
+DENSITY = 0.4
 DTYPE = dict(linear="bfloat16", slerp="bfloat16", ties="bfloat16", dare="bfloat16")  # mergekit's usual way: all of it in the models' type
 
 
@@ -93,35 +100,55 @@ def timed(command: list, watch: list | None = None, **env) -> tuple[float, float
 
 
 def ours(technique, folder, out: Path, extra=()):
-    spec = dict(model=folder / "base", models=f"{folder / 'a'},{folder / 'b'}", technique=technique, tasks="", lam=1.0, density=0.4, weights="0.6,0.4", **dict(extra))
+    spec = dict(model=folder / "base", models=f"{folder / 'a'},{folder / 'b'}", technique=technique, tasks="", lam=1.0, density=DENSITY, weights="0.6,0.4", **dict(extra))
     return [POLM, "run", "merge", "--bare", "--out", out, *(w for k, v in spec.items() for w in ("-p", k, v))]
 
 
-def theirs(technique, folder, out: Path, mergekit, dtype: str, out_dtype: str):
+STABLE = """
+import torch
+sort = torch.argsort
+torch.argsort = lambda *words, **more: sort(*words, **{**more, "stable": True})
+from mergekit.scripts.run_yaml import main
+main()
+"""
+
+
+def theirs(technique, folder, out: Path, mergekit, dtype: str, out_dtype: str, stable: bool = False):
     name = dict(linear="linear", slerp="slerp", ties="ties", dare="dare_linear", task_arithmetic="task_arithmetic")[technique]
-    weights = "" if technique == "slerp" else "parameters: {{weight: {w}, density: 0.4}}" if technique in ("ties", "dare") else "parameters: {{weight: {w}}}"
+    weights = "" if technique == "slerp" else f"parameters: {{{{weight: {{w}}, density: {DENSITY}}}}}" if technique in ("ties", "dare") else "parameters: {{weight: {w}}}"
     models = "".join(f"  - model: {folder / m}\n" + (f"    {weights.format(w=w)}\n" if weights else "") for m, w in (("a", 0.6), ("b", 0.4)))
     base = "" if technique == "linear" else f"base_model: {folder / ('a' if technique == 'slerp' else 'base')}\n"
     more = "parameters: {t: 0.4}\n" if technique == "slerp" else ""
     file = out.with_suffix(".yml")
     file.write_text(f"merge_method: {name}\nmodels:\n{models}{base}{more}dtype: {dtype}\nout_dtype: {out_dtype}\n")
-    return [mergekit, file, out, "--quiet"]
+    return [*([Path(mergekit).parent / "python", "-c", STABLE] if stable else [mergekit]), file, out, "--quiet"]
 
 
-def compare(technique, a: Path, b: Path, folder: Path) -> dict:
-    "How two results differ: in roundings (spacings of their type at the size of the largest input), and in which entries the base was changed in another direction, or not by both."
+def compare(technique, a: Path, b: Path, folder: Path, density: float) -> dict:
+    """How two results differ: in roundings (spacings of their type at the size of the largest input), and in which entries the base was changed in another direction, or not by both.
+
+    For TIES, too: how many entries have a change that is equal to the threshold of its model (`at_threshold`), and both figures without those (`elsewhere`).
+    """
     first, second, inputs = Weights(a), Weights(b), [Weights(folder / name) for name in ("base", "a", "b")]
     assert first.entries.keys() == second.entries.keys()
-    roundings, signs, entries = 0.0, 0, 0
+    found = dict(technique=technique, entries=0, largest_difference_in_roundings=0.0, other_mask_or_sign=0)
+    elsewhere = dict(at_threshold=0, roundings_elsewhere=0.0, other_mask_or_sign_elsewhere=0) if technique.startswith("ties") else {}
     for name, entry in first.entries.items():
-        for start, stop in blocks(entry.shape):
-            x, y, *parts = (w.read(name, start, stop).float() for w in (first, second, *inputs))
-            scale = torch.stack([part.abs() for part in (x, *parts)]).amax(0)
-            spacing = torch.exp2(torch.frexp(scale).exponent.float() - (8 if entry.dtype == torch.bfloat16 else 24))
-            roundings = max(roundings, ((x - y).abs() / spacing.clamp_min(1e-38)).max().item())
-            signs += ((x - parts[0]).sign() != (y - parts[0]).sign()).sum().item()
-            entries += x.numel()
-    return dict(technique=technique, entries=entries, largest_difference_in_roundings=round(roundings, 3), other_mask_or_sign=signs)
+        x, y, base, *tunes = (w.read(name).float() for w in (first, second, *inputs))
+        scale = torch.stack([part.abs() for part in (x, base, *tunes)]).amax(0)
+        spacing = torch.exp2(torch.frexp(scale).exponent.float() - (8 if entry.dtype == torch.bfloat16 else 24))
+        far, other = (x - y).abs() / spacing.clamp_min(1e-38), (x - base).sign() != (y - base).sign()
+        found["entries"] += x.numel()
+        found["largest_difference_in_roundings"] = max(found["largest_difference_in_roundings"], round(far.max().item(), 3))
+        found["other_mask_or_sign"] += other.sum().item()
+        if elsewhere:
+            keep = max(1, int(density * x.numel()))
+            thresholds = [(tune - base).abs().flatten().topk(keep).values[-1] for tune in tunes]
+            clear = ~torch.stack([(tune - base).abs() == value for tune, value in zip(tunes, thresholds)]).any(0)
+            elsewhere["at_threshold"] += (~clear).sum().item()
+            elsewhere["roundings_elsewhere"] = max(elsewhere["roundings_elsewhere"], round((far * clear).max().item(), 3))
+            elsewhere["other_mask_or_sign_elsewhere"] += (other & clear).sum().item()
+    return found | elsewhere
 
 
 def limit(folder: Path, out: Path, models: int) -> float:
@@ -155,20 +182,21 @@ def main():
     parser.add_argument("--mergekit", default=os.environ.get("MERGEKIT", ""))
     parser.add_argument("--techniques", default="linear,slerp,ties,dare")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where the models are, or are made and left")
     parser.add_argument("--large", action="store_true")
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    missed, names = [], [name for name in args.techniques.split(",") if name]
+    missed, models, names = [], {}, [name for name in args.techniques.split(",") if name]
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
         if args.large:
             print(json.dumps(large(place)))
             return
         for part, size, dtype in (("float32", "small", torch.float32), ("bfloat16", "small", torch.bfloat16), ("200M", "200M", torch.bfloat16))[: 3 if names else 2]:
-            folder = place / part
-            make(folder / "base", size, 1, dtype=dtype)
-            for seed, name in ((2, "a"), (3, "b")):
-                make(folder / name, size, seed, folder / "base", dtype)
+            models[part] = folder = (args.folder or place) / part
+            for seed, name in ((1, "base"), (2, "a"), (3, "b")):
+                if not (folder / name).exists():
+                    make(folder / name, size, seed, folder / "base" if name != "base" else None, dtype)
         weights = Weights(folder / "base")
         largest = max(e.size for e in weights.entries.values()) / 2**20
         if names:
@@ -189,14 +217,17 @@ def main():
         if args.mergekit:
             print("\nEqual results")
             for dtype in ("float32", "bfloat16"):  # 2.8 M weights; mergekit computes in fp32 as we do
-                for technique in ("linear", "slerp", "task_arithmetic", "ties"):
-                    timed(ours(technique, place / dtype, place / "equal"))
-                    timed(theirs(technique, place / dtype, place / "theirs", args.mergekit, "float32", dtype))
+                for technique in ("linear", "slerp", "task_arithmetic", "ties", "ties, stable sort"):
+                    name, stable = technique.split(",")[0], "stable" in technique
+                    timed(ours(name, models[dtype], place / "equal"))
+                    timed(theirs(name, models[dtype], place / "theirs", args.mergekit, "float32", dtype, stable))
                     newest = max((place / "equal").iterdir(), key=lambda p: p.stat().st_mtime_ns)
-                    found = compare(technique, newest / "model", place / "theirs", place / dtype)
+                    found = compare(technique, newest / "model", place / "theirs", models[dtype], DENSITY)
                     print(json.dumps(dict(dtype=dtype, **found)), flush=True)
-                    bad = found["largest_difference_in_roundings"] > (1 if dtype == "bfloat16" else 64)  # in fp32 sums are in another order, and mergekit takes the angle in fp32
-                    missed += [f"{technique} differs"] * (bad or technique == "ties" and found["other_mask_or_sign"] > 0)
+                    tell = "_elsewhere" if technique == "ties" else ""
+                    far, other = found["roundings_elsewhere" if tell else "largest_difference_in_roundings"], found["other_mask_or_sign" + tell]
+                    bad = far > (1 if dtype == "bfloat16" else 64)  # in fp32 sums are in another order, and mergekit takes the angle in fp32
+                    missed += [f"{technique} differs"] * (bad or name == "ties" and other > 0)
     if missed:
         print(f"missed: {', '.join(missed)}", file=sys.stderr)
     sys.exit(int(args.check and bool(missed)))

@@ -2,6 +2,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,8 +15,9 @@ from polm_lab.core.models import load_tokenizer, model_path, save_model
 from polm_lab.core.weights import Weights
 from polm_lab.integration import fuse as page
 from polm_lab.integration.fuse import ensemble, fisher_information, fisher_mean, greedy_soup, input_grams, merged_state, regmean
-from polm_lab.integration.merge import TECHNIQUES, examine, merge_models, vocabulary, weight_rules
+from polm_lab.integration.merge import TECHNIQUES, examine, merge_models, weight_rules
 from polm_lab.integration.vectors import Trim, dare, della, della_density, disjoint_mean, kth_largest, linear, metagpt_weights, slerp, ties, trim
+from polm_lab.integration.vocabulary import vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +87,32 @@ def test_trim_by_pieces_is_trim_of_the_whole():
         assert torch.equal(pieces, trim(x, density))
         if density:
             assert (trim(x.where(x != 0, torch.ones(()) * 0.1), density) != 0).sum() == max(1, int(density * x.numel()))
+
+
+def test_ties_of_bf16_models_trims_equals_as_a_stable_sort_does(models, tmp_path):
+    "Changes of bf16 weights lie on few values: several per cent of them equal the threshold. The stream keeps those that come first, whatever its blocks."
+    names, folders, base = ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "model.norm.weight"], [], values(model_path("tiny"))
+    for path in (model_path("tiny"), models / "a", models / "b"):
+        half = tmp_path / path.name
+        shutil.copytree(path, half)
+        save_file({n: (base[n] + (v - base[n]) / 20).bfloat16() for n, v in values(path).items()}, half / "model.safetensors", {"format": "pt"})
+        folders.append(half)
+    done = values(merge_models(str(folders[0]), [str(f) for f in folders[1:]], tmp_path / "o", "ties", "0.6,0.4", lam=1.0, density=0.3, dtype=torch.float32))
+    start, a, b = ({n: v.float() for n, v in values(f).items()} for f in folders)
+    for name in names:
+        deltas, equal = [t[name] - start[name] for t in (a, b)], 0
+        for delta in deltas:
+            size, keep = delta.abs().flatten(), max(1, int(0.3 * delta.numel()))
+            equal += (size == size.sort(descending=True).values[keep - 1]).float().mean().item() / 2
+            gone = size.argsort(descending=True, stable=True)[keep:]
+            delta.view(-1)[gone] = 0
+        weighted = torch.stack([0.6 * deltas[0], 0.4 * deltas[1]])
+        agrees = weighted.sign() == torch.where(weighted.sum(0) >= 0, 1.0, -1.0)
+        share = (torch.tensor([0.6, 0.4]).view(2, *[1] * deltas[0].ndim) * agrees).sum(0)
+        expected = (weighted * agrees).sum(0) / share.where(share > 0, 1.0)
+        found = done[name] - start[name]
+        assert torch.equal(found == 0, expected == 0) and torch.allclose(found, expected, atol=1e-6), name
+        assert equal > 0.005 or delta.ndim == 1, f"{name}: too few ties for this to tell"
 
 
 def test_arcs():
@@ -348,6 +377,80 @@ def test_a_stopped_merge_leaves_no_model(models, runs):
     run.request_stop()
     run = lab.wait(run)
     assert run.status == "stopped" and not (run.path / "model").exists()
+
+
+SLOW = """
+import sys, time
+from polm_lab.core.chain import create, execute
+from polm_lab.integration import merge as page
+plain = page.add_up
+def slow(*words):
+    print("block", flush=True); time.sleep(0.1)
+    return plain(*words)
+page.add_up = slow
+execute(create("merge", dict(models=sys.argv[1], tasks="")))
+"""
+
+
+def test_a_killed_merge_leaves_no_model_and_is_resumed(models, runs, tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", SLOW, ",".join(pair(models))], stdout=subprocess.PIPE, text=True)
+    assert [process.stdout.readline() for _ in range(5)] == ["block\n"] * 5
+    process.kill(), process.wait()
+    (run,) = lab.core.run.all_runs(runs)
+    assert not (run.path / "model").exists() and (run.path / ".model.new").is_dir() and not (run.path / ".model.new" / "config.json").exists()
+    with pytest.raises(WrongInput):
+        load_tokenizer(run.id)
+    run = lab.resume(run)
+    expected = values(merge_models("tiny", pair(models), tmp_path / "expected", lam=0.6))
+    assert run.status == "finished" and not (run.path / ".model.new").exists() and all(torch.equal(v, expected[n]) for n, v in values(run.path / "model").items())
+
+
+FILLED = """
+mount -t tmpfs -o size=9m tmpfs {disk} && head -c 4M /dev/zero > {disk}/other
+{python} - <<'END'
+import shutil
+from polm_lab.core.chain import create, execute
+from polm_lab.core.run import all_runs
+free = shutil.disk_usage
+shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40)  # there was room when the run began; somebody else took it
+for name, values in (("merge", dict(models="{models}", tasks="")), ("prune", dict(how="magnitude", samples=2, eval_rows=2)), ("fuse", dict(models="{models}", tasks="", data="sums,chat", technique="regmean", examples=2))):
+    try:
+        execute(create(name, values, out="{disk}/runs"))
+    except Exception as error:
+        print(name, type(error).__name__, str(error).replace(chr(10), " / "))
+for run in all_runs("{disk}/runs"):
+    print(run.method, run.status, (run.path / "model").exists(), sorted(p.name for p in run.path.iterdir() if "model" in p.name))
+END
+"""
+
+
+def test_a_disk_that_fills_half_way_ends_the_run_and_leaves_no_model(models, tmp_path):
+    before = {p: p.read_bytes() for p in models.rglob("*.safetensors")}
+    (tmp_path / "disk").mkdir()
+    script = FILLED.format(disk=tmp_path / "disk", python=sys.executable, models=",".join(pair(models)))
+    done = subprocess.run(["unshare", "-rm", "bash", "-e", "-c", script], capture_output=True, text=True, timeout=200)
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    said = done.stdout.strip().splitlines()
+    assert [line.split()[0] for line in said[:3]] == ["merge", "prune", "fuse"] and all("No space left" in line for line in said[:3]), done.stdout + done.stderr
+    assert sorted(said[3:]) == ["fuse failed False []", "merge failed False []", "prune failed False []"], done.stdout
+    assert before == {p: p.read_bytes() for p in models.rglob("*.safetensors")}
+
+
+def test_fusing_refuses_what_merging_refuses(models, runs, tmp_path):
+    name = "model.layers.3.mlp.up_proj.weight"
+    (tmp_path / "empty.jsonl").write_text("")
+    for words, more, tunes in [
+        (["empty.jsonl"], dict(data=f"sums,{tmp_path / 'empty.jsonl'}"), pair(models)),
+        (["lacks", name], {}, damaged(models, tmp_path / "less", lambda t: t.pop(name))),
+        (["num_hidden_layers is 6, not 5"], {}, damaged(models, tmp_path / "deep", config={"num_hidden_layers": 6})),
+        (["finite"], {}, damaged(models, tmp_path / "nan", lambda t: t[name].view(-1).__setitem__(3, math.nan))),
+        (["shrink", "1.5"], dict(shrink=1.5), pair(models)),
+    ]:  # fmt: skip
+        with pytest.raises(WrongInput) as error:
+            lab.run("fuse", models=",".join(tunes), tasks="", examples=2, **{"data": "sums,chat"} | more)
+        assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
+    assert not list(runs.glob("*/model"))
 
 
 def test_every_technique_is_described_and_rules_are_read():

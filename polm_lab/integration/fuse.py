@@ -6,7 +6,7 @@
 __all__ = ['Fuse', 'fisher_mean', 'fisher_information', 'regmean', 'input_grams', 'layer_of', 'merged_state',
            'prediction_entropy', 'greedy_soup', 'ensemble', 'fuse']
 
-# %% ../../nbs/integration/fuse.ipynb #656f615d
+# %% ../../nbs/integration/fuse.ipynb #b3d51c6f
 import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,8 @@ from ..core.models import load_model, load_tokenizer, save_model
 from ..core.run import Run, Stopped, parent_of
 from ..core.train import seed_of
 from ..core.weights import Weights, check_alike
-from .merge import Experts, align, embeddings, examine, tunes_of
+from .merge import Experts, examine, tunes_of
+from .vocabulary import align, embeddings
 
 # %% ../../nbs/integration/fuse.ipynb #41d73a13
 @dataclass(kw_only=True)
