@@ -200,7 +200,7 @@ class ContrastJudge(ModelJudge):
     def __call__(self, row, first, second):
         return 1 / (1 + math.exp(min(self.score(row, second) - self.score(row, first), 700.0)))
 
-# %% ../../nbs/alignment/judges.ipynb #f6964f66
+# %% ../../nbs/alignment/judges.ipynb #a67ed466
 class Again(Exception):
     "A failure that may pass; `after` are the seconds that the endpoint asks to wait, None if it does not say."
 
@@ -308,10 +308,11 @@ class EndpointJudge:
         if answer.status_code != 200:
             raise self.wrong(found, "expected a chat completion; correct the address (it usually ends in /v1) or the model's name")
         try:
-            choice = json.loads(text)["choices"][0]
+            whole = json.loads(text)
+            choice = whole["choices"][0]
             if not isinstance(choice["message"].get("content"), (str, type(None))):
                 raise TypeError
-            return choice
+            return choice | {"usage": whole.get("usage")}
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise Again(f"a malformed answer ({' '.join(text.split())[:80]!r})") from None
 

@@ -8,7 +8,7 @@ __all__ = ['METRICS', 'Metric', 'metric']
 # %% ../../nbs/core/metrics.ipynb #38b6327b
 from dataclasses import dataclass
 
-# %% ../../nbs/core/metrics.ipynb #04beec79
+# %% ../../nbs/core/metrics.ipynb #f2e514e2
 @dataclass(frozen=True)
 class Metric:
     "What one number means."
@@ -71,6 +71,11 @@ _ALL = [
     Metric("memory_mib", "memory of the process (on a GPU: of the device) at its peak", unit="MiB", better="down", reading="Should be flat."),
     Metric("pass_at_k", "share of questions with at least one right answer in k samples", r"1-\binom{n-c}{k}/\binom nk", "share", better="up",
            reading="What the model could do; accuracy is what it does."),
+    Metric("broken", "share of right drafts whose answer is wrong after the rounds of refinement", r"P(s(y_r)=0\mid s(y_0)=1)", "share", better="down", low=0.0, high=1.0,
+           reading="What refining costs. On good drafts even a small share outweighs what is mended."),
+    Metric("mended", "share of wrong drafts whose answer is right after the rounds of refinement", r"P(s(y_r)=1\mid s(y_0)=0)", "share", better="up", low=0.0, high=1.0,
+           reading="What refining gains; drawing another answer mends too, so compare at equal tokens."),
+    Metric("tokens", "tokens that were read and written for a question", unit="tokens", better="down", reading="The cost of an answer: compare accuracies at equal tokens only."),
     Metric("recall", "share of questions whose right passage is among the first k that were found", r"\operatorname{mean}_q 1[\min_{d\in D^+_q}\mathrm{rank}(d)\le k]", "share", better="up",
            low=0.0, high=1.0, reading="What the reader never sees it cannot use; `recall/5` is with k = 5."),
     Metric("mrr", "mean of one over the rank of the first right passage", r"\operatorname{mean}_q 1/\min_{d\in D^+_q}\mathrm{rank}(d)", "share", better="up", low=0.0, high=1.0,
