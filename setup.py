@@ -25,5 +25,5 @@ setup(
     package_data={"polm_lab._nbs": ["**/*.ipynb", "_app/**/*"], "polm_lab._data": ["**/*"]},
     install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[f"{name}_requirements"].split() for name in ("trl", "lab", "sweep", "dev")},
-    entry_points={"console_scripts": [cfg["console_scripts"]]},
+    entry_points={"console_scripts": cfg["console_scripts"].split()},
 )

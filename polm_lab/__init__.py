@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/api.ipynb #435d8384
+# %% ../nbs/api.ipynb #19ebb7d9
 import importlib
 from types import ModuleType
 
@@ -27,6 +27,7 @@ _HOME = {
     "claims": "workbench.launch",
     "methods": ("workbench.launch", "method_table"),
     "datasets": ("core.data", "datasets_table"),
+    "atlas": "workbench.atlas",
     "panels": "workbench.panels",
     "watch": "workbench.watch",
     "cockpit": ("workbench.cockpit", "Cockpit"),

@@ -13,18 +13,41 @@ from polm_lab.core.catalog import CATALOG
 from polm_lab.core.data import Row, convert, datasets_table, load_data, standard
 from polm_lab.core.knobs import WrongInput
 
-ALPACA = [dict(instruction="Add.", input="2, 3", output="5", text="Below is an instruction. ### Response: 5"), dict(instruction="Greet.", input="", output="Hello.", text="Below is. Hello.")]
+ALPACA = [
+    dict(instruction="Add.", input="2, 3", output="5", text="Below is an instruction. ### Response: 5"),
+    dict(instruction="Greet.", input="", output="Hello.", text="Below is. Hello."),
+]
 PLAIN_ALPACA = [{k: v for k, v in row.items() if k != "text"} for row in ALPACA]
-SHAREGPT = [dict(id="x_0", conversations=[{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}, {"from": "human", "value": "Bye"}, {"from": "gpt", "value": "Farewell."}])]
+SHAREGPT = [
+    dict(
+        id="x_0",
+        conversations=[
+            {"from": "human", "value": "Hi"},
+            {"from": "gpt", "value": "Hello!"},
+            {"from": "human", "value": "Bye"},
+            {"from": "gpt", "value": "Farewell."},
+        ],
+    )
+]
 INPUTS = [dict(inputs="Is it true? yes or no\n", targets="yes", task="boolq"), dict(inputs="Translate: chat", targets="cat", task="wmt")]
 COMPARISON = dict(worker="w1", batch="batch3", split="train", extra={"confidence": None})
 MAGPIE = [
     dict(
-        uuid="u1", model="m", gen_input_configs={"temperature": 1.0, "top_p": 1.0, "input_generator": "m", "seed": None, "pre_query_template": "<|user|>"},
-        instruction="Name a river.", response="The Nile.", conversations=[{"from": "human", "value": "Name a river."}, {"from": "gpt", "value": "The Nile."}],
-        task_category="Information seeking", difficulty="easy", input_quality="good", instruct_reward=1.5, min_neighbor_distance=0.1, repeat_count=0, language="EN",
+        uuid="u1",
+        model="m",
+        gen_input_configs={"temperature": 1.0, "top_p": 1.0, "input_generator": "m", "seed": None, "pre_query_template": "<|user|>"},
+        instruction="Name a river.",
+        response="The Nile.",
+        conversations=[{"from": "human", "value": "Name a river."}, {"from": "gpt", "value": "The Nile."}],
+        task_category="Information seeking",
+        difficulty="easy",
+        input_quality="good",
+        instruct_reward=1.5,
+        min_neighbor_distance=0.1,
+        repeat_count=0,
+        language="EN",
     )
-]  # fmt: skip
+]
 
 
 def message(name, parent, role, text, rank=None, **more):
@@ -34,59 +57,184 @@ def message(name, parent, role, text, rank=None, **more):
 
 ROWS = {
     "openai-summarization": [
-        dict(info=dict(id="t3_1", post="I lost my keys and found them.", title="Keys", subreddit="tifu", site=None, article=None), choice=1,
-             summaries=[dict(text=" Lost.", policy="sup1", note=None), dict(text=" Keys lost, then found.", policy="ref", note=None)], **COMPARISON),
-        dict(info=dict(id="c1", post=None, title="News", subreddit=None, site="cnn", article="It rained."), choice=0,
-             summaries=[dict(text="Rain.", policy="sup1", note=None), dict(text="Sun.", policy="ref", note=None)], **COMPARISON),
+        dict(
+            info=dict(id="t3_1", post="I lost my keys and found them.", title="Keys", subreddit="tifu", site=None, article=None),
+            choice=1,
+            summaries=[dict(text=" Lost.", policy="sup1", note=None), dict(text=" Keys lost, then found.", policy="ref", note=None)],
+            **COMPARISON,
+        ),
+        dict(
+            info=dict(id="c1", post=None, title="News", subreddit=None, site="cnn", article="It rained."),
+            choice=0,
+            summaries=[dict(text="Rain.", policy="sup1", note=None), dict(text="Sun.", policy="ref", note=None)],
+            **COMPARISON,
+        ),
     ],
     "flan": INPUTS,
     "p3": [dict(answer_choices=["yes", "no"], inputs=[3, 4, 1], inputs_pretokenized="Is it so?", targets=[7, 1], targets_pretokenized="\n yes")],
-    "shp": [dict(post_id="p", domain="askculinary_train", upvote_ratio=0.98, history="How do I peel garlic?", c_root_id_A="a", c_root_id_B="b", created_at_utc_A=2, created_at_utc_B=1,
-                 score_A=s, score_B=10, human_ref_A="Shake it.", human_ref_B="Slowly.", labels=label, seconds_difference=1.0, score_ratio=2.0) for s, label in ((20, 1), (5, 0))],
-    "webgpt": [dict(question=dict(dataset="eli5", id="i", full_text="Why is ice slippery?"), quotes_0=dict(title=["a"], extract=["b"]), answer_0="A film of water [1].", tokens_0=dict(prefix=[1], completion=[2]), score_0=s,
-                    quotes_1=dict(title=[], extract=[]), answer_1="It is cold.", tokens_1=dict(prefix=[1], completion=[3]), score_1=-s) for s in (0.75, 0.0, -0.25)],
+    "shp": [
+        dict(
+            post_id="p",
+            domain="askculinary_train",
+            upvote_ratio=0.98,
+            history="How do I peel garlic?",
+            c_root_id_A="a",
+            c_root_id_B="b",
+            created_at_utc_A=2,
+            created_at_utc_B=1,
+            score_A=s,
+            score_B=10,
+            human_ref_A="Shake it.",
+            human_ref_B="Slowly.",
+            labels=label,
+            seconds_difference=1.0,
+            score_ratio=2.0,
+        )
+        for s, label in ((20, 1), (5, 0))
+    ],
+    "webgpt": [
+        dict(
+            question=dict(dataset="eli5", id="i", full_text="Why is ice slippery?"),
+            quotes_0=dict(title=["a"], extract=["b"]),
+            answer_0="A film of water [1].",
+            tokens_0=dict(prefix=[1], completion=[2]),
+            score_0=s,
+            quotes_1=dict(title=[], extract=[]),
+            answer_1="It is cold.",
+            tokens_1=dict(prefix=[1], completion=[3]),
+            score_1=-s,
+        )
+        for s in (0.75, 0.0, -0.25)
+    ],
     "sup-natinst": [dict(task_name="task1_x", id="task1-1", definition="Answer the question.", inputs="Who wrote it?", targets="She did.")],
-    "hh-rlhf": [dict(chosen="\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Help?\n\nAssistant: Gladly.", rejected="\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Help?\n\nAssistant: No.")],
+    "hh-rlhf": [
+        dict(
+            chosen="\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Help?\n\nAssistant: Gladly.",
+            rejected="\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Help?\n\nAssistant: No.",
+        )
+    ],
     "self-instruct": [dict(prompt="Make a list of fruit.\n\nOutput:", completion=" Apple, pear.<|endoftext|>")],
-    "unnatural": [dict(instruction="Sort the words.", instances=[dict(instruction_with_input="Sort the words.\nb a", input="b a", constraints="The output is one line.", output="a b")],
-                       reformulations=[dict(instruction="Put in order {INPUT}", input="b a", instruction_with_input="Put in order b a", output="a b")]),
-                  dict(instruction="Name it.", instances=[dict(instruction_with_input="Name it: cat", input="cat", constraints="None.", output="Tom")], reformulations=None)],
+    "unnatural": [
+        dict(
+            instruction="Sort the words.",
+            instances=[dict(instruction_with_input="Sort the words.\nb a", input="b a", constraints="The output is one line.", output="a b")],
+            reformulations=[dict(instruction="Put in order {INPUT}", input="b a", instruction_with_input="Put in order b a", output="a b")],
+        ),
+        dict(
+            instruction="Name it.", instances=[dict(instruction_with_input="Name it: cat", input="cat", constraints="None.", output="Tom")], reformulations=None
+        ),
+    ],
     "flan-v2": [dict(inputs="Q: 2+2?", targets="4", _template_idx=3, _task_source="Flan2021", _task_name="math", _template_type="zs_opt")],
     "xp3": [dict(inputs="Phrase: an apple. Is it fruit?", targets="Yes")],
     "alpaca": ALPACA,
     "vicuna": SHAREGPT,
-    "oasst1": [message("q", None, "prompter", "Name a prime."), message("a", "q", "assistant", "Four.", 1), message("b", "q", "assistant", "Seven.", 0),
-               message("c", "b", "prompter", "Another?"), message("d", "c", "assistant", "Eleven.")],
-    "hc3": [dict(id="1", question="What is a quark?", human_answers=["A particle."], chatgpt_answers=["A quark is an elementary particle."], source="reddit_eli5"),
-            dict(id="2", question="Empty?", human_answers=["Yes."], chatgpt_answers=[], source="finance")],
-    "dolly-15k": [dict(instruction="When was it?", context="It was in 1999.", response="1999", category="closed_qa"), dict(instruction="Say hi.", context="", response="Hi.", category="open_qa")],
+    "oasst1": [
+        message("q", None, "prompter", "Name a prime."),
+        message("a", "q", "assistant", "Four.", 1),
+        message("b", "q", "assistant", "Seven.", 0),
+        message("c", "b", "prompter", "Another?"),
+        message("d", "c", "assistant", "Eleven."),
+    ],
+    "hc3": [
+        dict(id="1", question="What is a quark?", human_answers=["A particle."], chatgpt_answers=["A quark is an elementary particle."], source="reddit_eli5"),
+        dict(id="2", question="Empty?", human_answers=["Yes."], chatgpt_answers=[], source="finance"),
+    ],
+    "dolly-15k": [
+        dict(instruction="When was it?", context="It was in 1999.", response="1999", category="closed_qa"),
+        dict(instruction="Say hi.", context="", response="Hi.", category="open_qa"),
+    ],
     "sharegpt": SHAREGPT,
     "alpaca-gpt4": ALPACA,
     "evol-instruct": [dict(instruction="Explain recursion to a cook.", output="A recipe that calls itself.")],
     "belle": [dict(instruction="列出两种颜色。", input="", output="红、蓝。")],
-    "openorca": [dict(id="niv.1", system_prompt="You are a helpful assistant.", question="What is 1+1?", response="2"), dict(id="flan.2", system_prompt="", question="And 2+2?", response="4")],
-    "stackexchange": [dict(qid=1, question="<p>How do I exit?</p>", date="2011/07/19", metadata=["https://x"],
-                           answers=[dict(answer_id=1, author="A", author_id=1, author_profile="u", pm_score=1, selected=False, text="<p>Reboot.</p>"),
-                                    dict(answer_id=2, author="B", author_id=2, author_profile="u", pm_score=5, selected=True, text="<p>Type <code>:q</code></p>")])],
+    "openorca": [
+        dict(id="niv.1", system_prompt="You are a helpful assistant.", question="What is 1+1?", response="2"),
+        dict(id="flan.2", system_prompt="", question="And 2+2?", response="4"),
+    ],
+    "stackexchange": [
+        dict(
+            qid=1,
+            question="<p>How do I exit?</p>",
+            date="2011/07/19",
+            metadata=["https://x"],
+            answers=[
+                dict(answer_id=1, author="A", author_id=1, author_profile="u", pm_score=1, selected=False, text="<p>Reboot.</p>"),
+                dict(answer_id=2, author="B", author_id=2, author_profile="u", pm_score=5, selected=True, text="<p>Type <code>:q</code></p>"),
+            ],
+        )
+    ],
     "openhermes-1": PLAIN_ALPACA,
-    "openhermes-2.5": [dict(id=None, category="general", source="airoboros2.2", system_prompt=None, conversations=[{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}])],
+    "openhermes-2.5": [
+        dict(
+            id=None,
+            category="general",
+            source="airoboros2.2",
+            system_prompt=None,
+            conversations=[{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}],
+        )
+    ],
     "ultrachat": [dict(prompt="Hi", prompt_id="f0", messages=[dict(role="user", content="Hi"), dict(role="assistant", content="Hello.")])],
     "instinwild": PLAIN_ALPACA,
     "baize": [dict(topic="whales", input="The conversation between human and AI assistant.\n[|Human|] Is a whale a fish?\n[|AI|] No.\n[|Human|] ")],
-    "wildchat": [dict(conversation_hash="h", model="gpt-4", timestamp="2023-04-09", turn=1, language="English", toxic=False, redacted=False, country="Norway",
-                      conversation=[dict(role="user", content="Hi", language="English", toxic=False, redacted=False, turn_identifier=1), dict(role="assistant", content="Hello.", language="English", toxic=False, redacted=False, turn_identifier=1)])],
-    "genqa": [dict(text=[dict(content="Sort a list in C.", role="user"), dict(content="Use qsort.", role="assistant")], prompt="p", template="t", idx=7, category="code")],
+    "wildchat": [
+        dict(
+            conversation_hash="h",
+            model="gpt-4",
+            timestamp="2023-04-09",
+            turn=1,
+            language="English",
+            toxic=False,
+            redacted=False,
+            country="Norway",
+            conversation=[
+                dict(role="user", content="Hi", language="English", toxic=False, redacted=False, turn_identifier=1),
+                dict(role="assistant", content="Hello.", language="English", toxic=False, redacted=False, turn_identifier=1),
+            ],
+        )
+    ],
+    "genqa": [
+        dict(
+            text=[dict(content="Sort a list in C.", role="user"), dict(content="Use qsort.", role="assistant")],
+            prompt="p",
+            template="t",
+            idx=7,
+            category="code",
+        )
+    ],
     **{name: MAGPIE for name in CATALOG if name.startswith("magpie")},
-}  # fmt: skip
+}
 EXPECTED = {  # name -> (kind, what the first rows say last)
-    "openai-summarization": ("preference", ["Keys lost, then found.", "Rain."]), "flan": ("completion", ["yes", "cat"]), "p3": ("completion", ["yes"]), "shp": ("preference", ["Shake it.", "Slowly."]),
-    "webgpt": ("preference", ["A film of water [1].", "It is cold."]), "sup-natinst": ("completion", ["She did."]), "hh-rlhf": ("preference", ["Gladly."]), "self-instruct": ("completion", [" Apple, pear.<|endoftext|>"]),
-    "unnatural": ("completion", ["a b", "a b", "Tom"]), "flan-v2": ("completion", ["4"]), "xp3": ("completion", ["Yes"]), "alpaca": ("completion", ["5", "Hello."]), "vicuna": ("text", ["Farewell."]),
-    "oasst1": ("completion", ["Seven.", "Eleven."]), "hc3": ("completion", ["A quark is an elementary particle."]), "dolly-15k": ("completion", ["1999", "Hi."]), "sharegpt": ("text", ["Farewell."]),
-    "alpaca-gpt4": ("completion", ["5", "Hello."]), "evol-instruct": ("completion", ["A recipe that calls itself."]), "belle": ("completion", ["红、蓝。"]), "openorca": ("completion", ["2", "4"]),
-    "stackexchange": ("preference", ["Type :q"]), "openhermes-1": ("completion", ["5", "Hello."]), "openhermes-2.5": ("text", ["Hello."]), "ultrachat": ("text", ["Hello."]), "instinwild": ("completion", ["5", "Hello."]),
-    "baize": ("text", ["No."]), "wildchat": ("text", ["Hello."]), "genqa": ("text", ["Use qsort."]), **{name: ("completion", ["The Nile."]) for name in CATALOG if name.startswith("magpie")},
-}  # fmt: skip
+    "openai-summarization": ("preference", ["Keys lost, then found.", "Rain."]),
+    "flan": ("completion", ["yes", "cat"]),
+    "p3": ("completion", ["yes"]),
+    "shp": ("preference", ["Shake it.", "Slowly."]),
+    "webgpt": ("preference", ["A film of water [1].", "It is cold."]),
+    "sup-natinst": ("completion", ["She did."]),
+    "hh-rlhf": ("preference", ["Gladly."]),
+    "self-instruct": ("completion", [" Apple, pear.<|endoftext|>"]),
+    "unnatural": ("completion", ["a b", "a b", "Tom"]),
+    "flan-v2": ("completion", ["4"]),
+    "xp3": ("completion", ["Yes"]),
+    "alpaca": ("completion", ["5", "Hello."]),
+    "vicuna": ("text", ["Farewell."]),
+    "oasst1": ("completion", ["Seven.", "Eleven."]),
+    "hc3": ("completion", ["A quark is an elementary particle."]),
+    "dolly-15k": ("completion", ["1999", "Hi."]),
+    "sharegpt": ("text", ["Farewell."]),
+    "alpaca-gpt4": ("completion", ["5", "Hello."]),
+    "evol-instruct": ("completion", ["A recipe that calls itself."]),
+    "belle": ("completion", ["红、蓝。"]),
+    "openorca": ("completion", ["2", "4"]),
+    "stackexchange": ("preference", ["Type :q"]),
+    "openhermes-1": ("completion", ["5", "Hello."]),
+    "openhermes-2.5": ("text", ["Hello."]),
+    "ultrachat": ("text", ["Hello."]),
+    "instinwild": ("completion", ["5", "Hello."]),
+    "baize": ("text", ["No."]),
+    "wildchat": ("text", ["Hello."]),
+    "genqa": ("text", ["Use qsort."]),
+    **{name: ("completion", ["The Nile."]) for name in CATALOG if name.startswith("magpie")},
+}
 
 
 def copy_of(name, folder, rows=None):

@@ -170,7 +170,7 @@ def as_it_is(row: dict) -> Iterator[dict]:
     "A schema that `core/data` knows by itself."
     yield row
 
-# %% ../../nbs/core/catalog.ipynb #a6eb7565
+# %% ../../nbs/core/catalog.ipynb #dcf15f50
 @dataclass(frozen=True)
 class Entry:
     "A data set of the catalogue."
@@ -201,44 +201,181 @@ def _entries() -> dict[str, Entry]:
         found[name] = Entry(name, system, hub, source, rows, tuple(kinds.split()), phase, size, licence, citation, split, whole)
 
     sft, chat, pref = "completion prompt text", "text completion prompt", "preference unpaired completion prompt"
-    add("openai-summarization", "OpenAI Summarization", "openai/summarize_from_feedback:comparisons", from_summaries, pref, "RLHF", "93K", "not stated on the card", "2009.01325")
+    add(
+        "openai-summarization",
+        "OpenAI Summarization",
+        "openai/summarize_from_feedback:comparisons",
+        from_summaries,
+        pref,
+        "RLHF",
+        "93K",
+        "not stated on the card",
+        "2009.01325",
+    )
     add("flan", "Flan (dataset)", "Muennighoff/flan", from_inputs, sft, "SFT", "1.8M", "not stated on the card; each source its own", "2109.01652")
     add("p3", "P3", "bigscience/P3:cos_e_v1.11_question_option_description_text", from_inputs, sft, "RLHF (an SFT set)", "23M", "Apache-2.0", "2110.08207")
     add("shp", "SHP", "stanfordnlp/SHP", from_shp, pref, "RLHF", "349K", "MIT on an early card, later not stated; Reddit's terms", "2110.08420")
     add("webgpt", "WebGPT (comparisons)", "openai/webgpt_comparisons", from_webgpt, pref, "RLHF", "18K", "not stated on the card", "2112.09332")
-    add("sup-natinst", "Sup-NatInst (Super-NaturalInstructions)", "Muennighoff/natural-instructions", from_natural, sft, "SFT", "15K", "Apache-2.0 (repository)", "2204.07705")
+    add(
+        "sup-natinst",
+        "Sup-NatInst (Super-NaturalInstructions)",
+        "Muennighoff/natural-instructions",
+        from_natural,
+        sft,
+        "SFT",
+        "15K",
+        "Apache-2.0 (repository)",
+        "2204.07705",
+    )
     add("hh-rlhf", "HH-RLHF", "Anthropic/hh-rlhf", as_it_is, pref, "RLHF", "284K", "MIT", "2204.05862")
-    add("self-instruct", "Self-Instruct-52K", "yizhongw/self_instruct:self_instruct", as_it_is, "completion prompt text", "SFT", "52K", "Apache-2.0", "2212.10560")
+    add(
+        "self-instruct",
+        "Self-Instruct-52K",
+        "yizhongw/self_instruct:self_instruct",
+        as_it_is,
+        "completion prompt text",
+        "SFT",
+        "52K",
+        "Apache-2.0",
+        "2212.10560",
+    )
     add("unnatural", "Unnatural Instructions", "mrm8488/unnatural-instructions-full", from_unnatural, sft, "SFT", "52K", "MIT (repository)", "2212.09689")
     add("flan-v2", "FlanV2 (Flan Collection)", "Open-Orca/FLAN", from_inputs, sft, "SFT", "", "CC-BY-4.0", "2301.13688")
     add("xp3", "xP3", "bigscience/xP3:en", from_inputs, sft, "RLHF (an SFT set)", "78M", "Apache-2.0", "2211.01786")
     add("alpaca", "Alpaca", "tatsu-lab/alpaca", as_it_is, sft, "SFT", "52K", "CC-BY-NC-4.0", "https://github.com/tatsu-lab/stanford_alpaca")
-    add("vicuna", "Vicuna (dataset)", "anon8231489123/ShareGPT_Vicuna_unfiltered", as_it_is, chat, "SFT", "53K", "Apache-2.0 (of the upload)", "https://lmsys.org/blog/2023-03-30-vicuna")
-    add("oasst1", "OpenAssistant (OASST1)", "OpenAssistant/oasst1", from_oasst, "completion preference ranked prompt text unpaired", "SFT", "84.4K, 161K", "Apache-2.0", "2304.07327", whole=True)
+    add(
+        "vicuna",
+        "Vicuna (dataset)",
+        "anon8231489123/ShareGPT_Vicuna_unfiltered",
+        as_it_is,
+        chat,
+        "SFT",
+        "53K",
+        "Apache-2.0 (of the upload)",
+        "https://lmsys.org/blog/2023-03-30-vicuna",
+    )
+    add(
+        "oasst1",
+        "OpenAssistant (OASST1)",
+        "OpenAssistant/oasst1",
+        from_oasst,
+        "completion preference ranked prompt text unpaired",
+        "SFT",
+        "84.4K, 161K",
+        "Apache-2.0",
+        "2304.07327",
+        whole=True,
+    )
     add("hc3", "HC3", "Hello-SimpleAI/HC3:all", from_hc3, sft, "RLHF (an SFT set)", "161K", "CC-BY-SA-4.0", "2301.07597")
     add("dolly-15k", "Dolly-15K", "databricks/databricks-dolly-15k", from_dolly, sft, "SFT", "15K", "CC-BY-SA-3.0", "https://github.com/databrickslabs/dolly")
-    add("sharegpt", "ShareGPT", "RyokoAI/ShareGPT52K", as_it_is, chat, "RLHF (an SFT set)", "90K", "CC0-1.0 (of the upload)", "https://huggingface.co/datasets/RyokoAI/ShareGPT52K")
+    add(
+        "sharegpt",
+        "ShareGPT",
+        "RyokoAI/ShareGPT52K",
+        as_it_is,
+        chat,
+        "RLHF (an SFT set)",
+        "90K",
+        "CC0-1.0 (of the upload)",
+        "https://huggingface.co/datasets/RyokoAI/ShareGPT52K",
+    )
     add("alpaca-gpt4", "Alpaca-GPT4", "vicgalle/alpaca-gpt4", as_it_is, sft, "SFT", "52K", "CC-BY-NC-4.0", "2304.03277")
     add("evol-instruct", "Evol-Instruct (WizardLM)", "WizardLMTeam/WizardLM_evol_instruct_70k", as_it_is, sft, "SFT", "70K, 143K", "MIT", "2304.12244")
     add("belle", "Belle", "BelleGroup/train_0.5M_CN", as_it_is, sft, "SFT", "0.5M, 1.1M", "GPL-3.0", "2303.14742")
     add("openorca", "OpenOrca", "Open-Orca/OpenOrca", from_orca, sft, "SFT", "4.5M", "MIT", "https://huggingface.co/datasets/Open-Orca/OpenOrca")
-    add("stackexchange", "StackExchange preferences", "HuggingFaceH4/stack-exchange-preferences", from_stackexchange, "preference ranked unpaired completion prompt", "RLHF", "4.5M", "CC-BY-SA-4.0", "https://huggingface.co/datasets/HuggingFaceH4/stack-exchange-preferences")
-    add("openhermes-1", "OpenHermes-1", "teknium/openhermes", as_it_is, sft, "SFT", "243K", "not stated on the card", "https://huggingface.co/datasets/teknium/openhermes")
-    add("openhermes-2.5", "OpenHermes-2.5", "teknium/OpenHermes-2.5", as_it_is, chat, "SFT", "1M", "not stated on the card", "https://huggingface.co/datasets/teknium/OpenHermes-2.5")
+    add(
+        "stackexchange",
+        "StackExchange preferences",
+        "HuggingFaceH4/stack-exchange-preferences",
+        from_stackexchange,
+        "preference ranked unpaired completion prompt",
+        "RLHF",
+        "4.5M",
+        "CC-BY-SA-4.0",
+        "https://huggingface.co/datasets/HuggingFaceH4/stack-exchange-preferences",
+    )
+    add(
+        "openhermes-1",
+        "OpenHermes-1",
+        "teknium/openhermes",
+        as_it_is,
+        sft,
+        "SFT",
+        "243K",
+        "not stated on the card",
+        "https://huggingface.co/datasets/teknium/openhermes",
+    )
+    add(
+        "openhermes-2.5",
+        "OpenHermes-2.5",
+        "teknium/OpenHermes-2.5",
+        as_it_is,
+        chat,
+        "SFT",
+        "1M",
+        "not stated on the card",
+        "https://huggingface.co/datasets/teknium/OpenHermes-2.5",
+    )
     add("ultrachat", "UltraChat", "HuggingFaceH4/ultrachat_200k", from_turns, chat, "SFT", "200K, 28M", "MIT", "2305.14233", split="train_sft")
-    add("instinwild", "InstInWild (InstructionWild)", "", as_it_is, sft, "SFT", "52K", "for research only (repository)", "https://github.com/XueFuzhao/InstructionWild", source="https://github.com/XueFuzhao/InstructionWild")
-    add("baize", "Baize", "", from_baize, chat, "SFT", "653K", "GPL-3.0 (repository); for research only", "2304.01196", source="https://github.com/project-baize/baize-chatbot")
+    add(
+        "instinwild",
+        "InstInWild (InstructionWild)",
+        "",
+        as_it_is,
+        sft,
+        "SFT",
+        "52K",
+        "for research only (repository)",
+        "https://github.com/XueFuzhao/InstructionWild",
+        source="https://github.com/XueFuzhao/InstructionWild",
+    )
+    add(
+        "baize",
+        "Baize",
+        "",
+        from_baize,
+        chat,
+        "SFT",
+        "653K",
+        "GPL-3.0 (repository); for research only",
+        "2304.01196",
+        source="https://github.com/project-baize/baize-chatbot",
+    )
     add("wildchat", "WildChat", "allenai/WildChat-1M", from_turns, chat, "SFT", "1M", "ODC-BY-1.0", "2405.01470")
     add("genqa", "GenQA", "tomg-group-umd/GenQA", from_turns, chat, "SFT", "513K", "see the card", "2406.10323", split="code")
     magpie = dict(rows=as_it_is, kinds=chat, citation="2406.08464")
     add("magpie-llama-3", "Magpie Llama 3", "Magpie-Align/Magpie-Pro-300K-Filtered", phase="SFT/DPO", size="300k, 1M", licence="Llama 3 licence", **magpie)
     add("magpie-phi-3", "Magpie Phi-3", "Magpie-Align/Magpie-Phi3-Pro-300K-Filtered", phase="SFT", size="300k, 1M", licence="not stated on the card", **magpie)
     add("magpie-qwen-2", "Magpie Qwen-2", "Magpie-Align/Magpie-Qwen2-Pro-300K-Filtered", phase="SFT", size="200k, 300k, 1M", licence="see the card", **magpie)
-    add("magpie-llama-3.1", "Magpie Llama-3.1", "Magpie-Align/Magpie-Llama-3.1-Pro-300K-Filtered", phase="SFT/DPO", size="300k, 500k, 1M", licence="Llama 3.1 licence", **magpie)
+    add(
+        "magpie-llama-3.1",
+        "Magpie Llama-3.1",
+        "Magpie-Align/Magpie-Llama-3.1-Pro-300K-Filtered",
+        phase="SFT/DPO",
+        size="300k, 500k, 1M",
+        licence="Llama 3.1 licence",
+        **magpie,
+    )
     add("magpie-gemma-2", "Magpie Gemma-2", "Magpie-Align/Magpie-Gemma2-Pro-200K-Filtered", phase="SFT", size="200k, 534k", licence="Gemma terms", **magpie)
     add("magpie-qwen-2.5", "Magpie Qwen-2.5", "Magpie-Align/Magpie-Qwen2.5-Pro-300K-Filtered", phase="SFT", size="300k, 1M", licence="see the card", **magpie)
-    add("magpie-llama-3.3", "Magpie Llama-3.3", "Magpie-Align/Magpie-Llama-3.3-Pro-500K-Filtered", phase="SFT", size="500k, 1M", licence="Llama 3.3 licence", **magpie)
-    add("magpie-reasoning-v2", "Magpie Reasoning V2", "Magpie-Align/Magpie-Reasoning-V2-250K-CoT-QwQ", phase="SFT", size="150k, 250k", licence="see the card", **magpie)
+    add(
+        "magpie-llama-3.3",
+        "Magpie Llama-3.3",
+        "Magpie-Align/Magpie-Llama-3.3-Pro-500K-Filtered",
+        phase="SFT",
+        size="500k, 1M",
+        licence="Llama 3.3 licence",
+        **magpie,
+    )
+    add(
+        "magpie-reasoning-v2",
+        "Magpie Reasoning V2",
+        "Magpie-Align/Magpie-Reasoning-V2-250K-CoT-QwQ",
+        phase="SFT",
+        size="150k, 250k",
+        licence="see the card",
+        **magpie,
+    )
     return found
 
 
@@ -276,6 +413,7 @@ def entry_of(source: str) -> tuple[Entry, str] | None:
     if not file and not entry.hub:
         raise WrongInput(f"data {name!r}: it is not on the Hub; expected a file of it; fetch one from {entry.source} and write {name}@FILE")
     return entry, file or entry.hub
+
 
 def of_several_kinds(source: str) -> bool:
     "Whether `source` names a data set of which some rows are of one kind and others of another, so that those of other kinds are left out."

@@ -1,0 +1,199 @@
+"The survey as tables, and the state of each of its rows: computed, never believed."
+
+import csv
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from conftest import ROOT
+
+import polm_lab as lab
+from polm_lab.core.catalog import CATALOG
+from polm_lab.core.knobs import WrongInput
+from polm_lab.core.method import methods
+from polm_lab.workbench import atlas as page
+
+ROWS = page.systems()
+BY_NAME = {r["name"]: r for r in ROWS}
+KNOWN = methods()
+
+
+def test_the_files_are_whole():
+    assert len(ROWS) == len(BY_NAME) == 772
+    families = page.survey("families")
+    assert len(families) == len({f["family"] for f in families}) == 125 and {r["family"] for r in ROWS} == {f["family"] for f in families}
+    assert {r["chapter"] for r in ROWS} == set(page.CHAPTERS)
+    for row in page.survey("systems"):
+        assert row["runnable"] in page.WHY and (not row["year"] or 1900 < int(row["year"]) < 2027), row
+        assert all(not value.startswith(" ") and not value.endswith(" ") and "\n" not in value for value in row.values()), row["name"]
+    for path in (ROOT / "data/survey").glob("*.csv"):
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file))
+        assert len({len(r) for r in rows}) == 1, path
+
+
+def test_every_row_of_the_nine_tables_has_its_system():
+    counts = {}
+    for path in sorted((ROOT / "data/survey").glob("table*.csv")):
+        rows = page.survey(path.stem)
+        counts[path.stem[5]] = len(rows)
+        for row in rows:
+            assert row["system"] in BY_NAME, (path.stem, row["system"])
+            assert f"T{path.stem[5]}" in BY_NAME[row["system"]]["section"].split(";"), (path.stem, row["system"])
+    assert counts == dict(zip("123456789", (34, 22, 11, 30, 30, 31, 38, 17, 37)))
+
+
+def test_the_equations():
+    rows = page.survey("equations")
+    assert len(rows) == 48 and len({r["eq"] for r in rows}) == 48 and all(r["latex"] and r["check"] for r in rows)
+
+
+def test_each_place_that_a_row_names_is_there():
+    "A row whose place is gone would silently count as not there: here it is named."
+    lost = [(r["name"], r["here"]) for r in page.survey("systems") if r["here"] and not page.look(r["here"], KNOWN)]
+    assert not lost
+
+
+@pytest.mark.parametrize(
+    "here",
+    [
+        "dop",
+        "merge:technique=tides",
+        "merge:techniques=ties",
+        "reft.minority",
+        "adapter:lorra",
+        "adapter:lora:use_doora=True",
+        "model:llamma",
+        "data:dolly-16k",
+        "adapters:masked_step",
+        ".x",
+        "",
+    ],
+)
+def test_what_is_not_there_is_nowhere(here):
+    assert page.look(here, KNOWN) is None
+
+
+def test_states_come_from_the_tree():
+    assert set(Counter(r["state"] for r in ROWS)) == set(page.STATES)
+    for row in ROWS:
+        if row["state"] in ("runs", "shown", "loads"):
+            assert (ROOT / "nbs" / row["notebook"]).is_file() and row["by"] and not row["why"]
+        if row["state"] in ("runs", "loads"):
+            assert row["tests"], f"{row['name']}: {row['notebook']} has no test"
+        for test in filter(None, row["tests"].split(", ")):
+            assert (ROOT / test).is_file()
+        assert bool(row["why"]) == (row["state"] == "catalogued") and (row["by"] or row["state"] == "catalogued")
+
+
+def test_a_method_that_goes_takes_its_rows_with_it(monkeypatch):
+    "Without the record of merge its rows are a library's again, or catalogued."
+    mine = [r["name"] for r in ROWS if r["notebook"] == "integration/merge.ipynb"]
+    fewer = {k: v for k, v in KNOWN.items() if k != "merge"}
+    monkeypatch.setattr(page, "methods", lambda: fewer)
+    without = {r["name"]: r for r in page.systems()}
+    assert len(mine) > 4 and {without[name]["state"] for name in mine} <= {"shown", "library", "catalogued"}
+    assert {without[n]["state"] for n in mine} & {"library", "catalogued"}
+
+
+def test_a_notebook_that_is_gone_runs_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(page, "notebooks_folder", lambda: tmp_path)
+    page._modules.cache_clear()
+    try:
+        assert not [r for r in page.systems() if r["state"] in ("runs", "shown", "loads")]
+    finally:
+        page._modules.cache_clear()
+
+
+def test_every_method_of_a_family_has_a_row():
+    "What runs here and the survey names is not forgotten; recipes and pages beyond the survey need none."
+    pages = {r["notebook"] for r in ROWS}
+    beyond = {"recipes"}
+    without = [m.name for m in KNOWN.values() if m.family not in beyond and m.notebook not in pages]
+    assert not without, "write where they are into the column `here` of data/survey/systems.csv"
+
+
+def test_the_frame():
+    frame = lab.atlas()
+    assert len(frame) == 772 and {"section", "family", "year", "reference", "needs", "property", "state", "by", "notebook", "tests", "why"} <= set(
+        frame.columns
+    )
+    assert (frame["reference"] != "").mean() > 0.8 and (frame["property"] != "").all()
+    assert frame.loc["DPO", "needs"] == "reference, preference pairs" and frame.loc["GRPO", "tests"] == "tests/test_grpo.py, tests/test_conformance.py"
+    assert set(lab.atlas(state="runs")["state"]) == {"runs"} and set(lab.atlas(chapter="alignment")["chapter"]) == {"alignment"}
+    assert set(lab.atlas(family="quantization")["family"]) == {r["family"] for r in ROWS if r["family"].startswith("quantization")}
+    for wrong, says in (
+        (dict(state="running"), "state 'running'"),
+        (dict(chapter="alinement"), "did you mean 'alignment'"),
+        (dict(family="quantisation"), "did you mean"),
+    ):
+        with pytest.raises(WrongInput, match=says):
+            lab.atlas(**wrong)
+
+
+def test_data_sets_load():
+    rows = [r for r in ROWS if r["by"].startswith("load_data, ")]
+    assert len(rows) == len(CATALOG) == 37 and {r["by"].removeprefix("load_data, ") for r in rows} == set(CATALOG)
+
+
+def test_coverage_adds_up():
+    by_chapter, by_family = page.coverage(ROWS), page.coverage(ROWS, "family")
+    assert by_chapter.loc["all"].equals(by_family.loc["all"]) and by_chapter.loc["all", "total"] == 772
+    assert by_chapter.drop("all")["total"].sum() == 772
+
+
+def test_the_figures_hold_every_system():
+    sun, years, tree = page.sunburst(ROWS), page.timeline(ROWS), page.tree(ROWS)
+    data = sun.data[0]
+    children = Counter(data.parents)
+    leaves = [label for i, label in zip(data.ids, data.labels) if not children[i]]
+    assert len(leaves) == 772 and sorted(leaves) == sorted(page.html.escape(name) for name in BY_NAME)
+    assert sum(len(t.x) for t in years.data) == sum(1 for r in ROWS if r["year"] and 2018 <= r["year"] <= 2025)
+    assert [t.name for t in years.data] == list(page.STATES)
+    inner = dict(zip(tree.data[0].ids, tree.data[0].values))
+    parents = dict(zip(tree.data[0].ids, tree.data[0].parents))
+    assert inner["all"] == 772 == sum(v for i, v in inner.items() if parents[i] == "all")
+
+
+def test_text_is_escaped():
+    rows = [dict(r) for r in ROWS[:3]]
+    rows[0]["name"] = "<img src=x onerror=alert(1)>"
+    assert "<img" not in page.html_table(rows, "<b>") and "<b>" not in page.html_table(rows, "<b>").replace("<tbody>", "")
+    assert "<img" not in page._text(rows[0]) and "<img" not in json.dumps(page.sunburst(rows).to_dict()["data"][0]["labels"])
+
+
+def test_the_widget():
+    board = page.Atlas(ROWS)
+    assert len(board.grid.rows) == 772
+    for name in board.view.options:
+        board.view.value = name
+    board.view.value = "Table 2: Alignment methods"
+    assert len(board.grid.rows) == 22 and "state" in [c["name"] for c in board.grid.columns]
+    board.grid.selected = [4]
+    assert "DPO" in board.detail.value
+    board.view.value = "Systems"
+    assert board.detail.value == "" and board.grid.selected == []
+    board.grid.selected = [next(i for i, r in enumerate(ROWS) if r["name"] == "TIES-merging")]
+    assert "beside it" in board.detail.value and "DARE (runs)" in board.detail.value and "https://arxiv.org" in board.detail.value
+
+
+def test_neighbours():
+    own, beside = page.neighbours("integration/merge.ipynb", ROWS)
+    names = {r["name"] for r in own}
+    assert {"TIES-merging", "DARE", "SLERP"} <= names and not names & {r["name"] for r in beside}
+    assert page.neighbours("core/knobs.ipynb", ROWS) == ([], [])
+
+
+def test_unknown_tables_are_refused():
+    with pytest.raises(WrongInput, match="from 1 to 9"):
+        page.table(0)
+    with pytest.raises(WrongInput, match="did you mean 'families'"):
+        page.survey("familys")
+
+
+def test_it_is_light_until_it_is_asked():
+    code = "import sys, polm_lab as lab; lab.atlas; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", "import polm_lab, sys; print('torch' in sys.modules)"], capture_output=True, text=True).stdout == "False\n"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).returncode == 0

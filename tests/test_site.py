@@ -1,0 +1,369 @@
+"""The teaching site as far as it can be proven without Quarto, and with it the whole of it.
+
+Each check is seen to fail: on a broken link, a missing picture, a wrong key, an unresolved reference.
+"""
+
+import copy
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from polm_lab.core.knobs import WrongInput
+from polm_lab.core.method import methods
+from polm_lab.workbench import site
+
+SITE = Path(sys.executable).parent / "polm_site"
+KEYS = json.loads((ROOT / "tests/quarto_keys.json").read_text())  # of the schema of Quarto, see "quarto" for its version
+FOUND = site.facts(ROOT)
+BIB = site.read_bib(ROOT / "references.bib")
+PAGES = [p for paths in site.pages(ROOT, FOUND["methods"]).values() for p in paths]
+
+
+def made(page):
+    return site.filtered(json.loads((ROOT / page).read_text(encoding="utf-8")), page.removeprefix("nbs/"), FOUND, BIB, "foot")
+
+
+MADE = {ROOT / page: made(page) for page in PAGES}
+ANCHORS = {path: site.anchors(notebook) for path, notebook in MADE.items()}
+
+
+def problems(path, notebook):
+    return site.check_notebook(path, ROOT, notebook, BIB, ANCHORS)
+
+
+# ---- the configuration
+
+
+def test_the_configuration_is_what_the_records_give():
+    assert (ROOT / "_quarto.yml").read_text(encoding="utf-8") == site.as_yaml(site.configuration(ROOT, FOUND["methods"])), "run polm_site write"
+
+
+def unknown_keys(configured: dict) -> list[str]:
+    "Keys that Quarto's schema does not have where they stand."
+    wrong = [k for k in configured if k not in KEYS["document"] and k not in ("project", "website")]
+    for place in ("project", "website", "crossref"):
+        wrong += [f"{place}.{k}" for k in configured.get(place, {}) if k not in KEYS[place]]
+    wrong += [f"sidebar.{k}" for k in configured["website"]["sidebar"] if k not in KEYS["sidebar"]]
+    for form, given in configured["format"].items():
+        wrong += [f"{form}.{k}" for k in given if k not in KEYS["document"]] + [f"grid.{k}" for k in given.get("grid", {}) if k not in KEYS["grid"]]
+
+    def items(contents):
+        for item in contents:
+            yield from (f"item.{k}" for k in item if k not in KEYS["item"])
+            yield from items(item.get("contents", []))
+
+    return wrong + list(items(configured["website"]["sidebar"]["contents"]))
+
+
+def test_every_key_is_one_that_quarto_knows():
+    configured = yaml.safe_load((ROOT / "_quarto.yml").read_text())
+    assert not unknown_keys(configured)
+    for path, key in (
+        ((), "biblography"),
+        (("website",), "side-bar"),
+        (("website", "sidebar"), "colapse-level"),
+        (("format", "html"), "code-folding"),
+        (("project",), "output_dir"),
+    ):
+        bad = copy.deepcopy(configured)
+        place = bad
+        for step in path:
+            place = place[step]
+        place[key] = True
+        assert len(unknown_keys(bad)) == 1, key
+
+
+def test_what_the_configuration_names_is_there():
+    configured = yaml.safe_load((ROOT / "_quarto.yml").read_text())
+    html = configured["format"]["html"]
+    for name in (configured["bibliography"], html["css"], html["include-after-body"], *configured["project"]["render"]):
+        assert (ROOT / name).is_file(), name
+    assert set(html["theme"]) == {"light", "dark"} and configured["website"]["search"] is True and html["code-fold"]
+    command = configured["ipynb-filters"][0].split()
+    assert command == [SITE.name, "filter"] and SITE.is_file(), "pip install -e . makes it"
+
+
+def test_every_notebook_is_in_the_sidebar_once():
+    configured = yaml.safe_load((ROOT / "_quarto.yml").read_text())
+    hrefs = re.findall(r"href: (nbs/\S+)", (ROOT / "_quarto.yml").read_text())
+    there = {
+        p.relative_to(ROOT).as_posix() for p in (ROOT / "nbs").rglob("*.ipynb") if not any(part.startswith(("_", ".")) for part in p.relative_to(ROOT).parts)
+    }
+    assert sorted(hrefs) == sorted(there - set(site.LEFT_OUT)) == sorted(configured["project"]["render"])
+    for method in methods().values():
+        assert f"nbs/{method.notebook}" in hrefs
+    with pytest.raises(WrongInput, match="no section of the sidebar takes it"):
+        records = dict(FOUND["methods"])
+        old, site.SECTIONS = site.SECTIONS, {k: v for k, v in site.SECTIONS.items() if k != "alignment"}
+        try:
+            site.pages(ROOT, records)
+        finally:
+            site.SECTIONS = old
+
+
+# ---- the filter
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_is_sound(page):
+    path = ROOT / page
+    notebook = MADE[path]
+    assert problems(path, notebook) == []
+    first = "".join(notebook["cells"][0]["source"])
+    assert notebook["cells"][0]["cell_type"] == "raw" and first.startswith("---\n") and first.endswith("---\n")
+    head = yaml.safe_load(first.strip("-\n"))
+    assert head["title"] and head["description"]
+    text = json.dumps(notebook["cells"])
+    assert len(text) < 500_000
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        assert source.strip()
+        if cell["cell_type"] == "code":
+            assert not re.search(r"^#\| *(export|default_exp|hide)", source, re.M)
+            for output in cell["outputs"]:
+                assert output.get("name") != "stderr"
+                assert "cdn.plot.ly" not in json.dumps(output) and "\x1b[" not in json.dumps(output)
+    assert json.loads(path.read_text(encoding="utf-8")) != notebook
+
+
+CALLED = [p for i, p in enumerate(PAGES) if i % 9 == 0]  # a process each; all others went through the same function above
+
+
+@pytest.mark.parametrize("page", CALLED)
+def test_the_filter_called_as_quarto_calls_it(page, tmp_path):
+    "By its name alone, in the notebook's folder, the notebook on standard input; standard output is the notebook."
+    path = ROOT / page
+    command = yaml.safe_load((ROOT / "_quarto.yml").read_text())["ipynb-filters"][0].split()
+    env = {**os.environ, "PATH": f"{SITE.parent}{os.pathsep}{os.environ['PATH']}", "PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(command, cwd=path.parent, input=path.read_text(encoding="utf-8"), capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    got = json.loads(done.stdout)
+    want = MADE[path]["cells"]
+    assert got["nbformat"] == 4 and got["cells"][:-1] == want[:-1]
+    assert re.search(rf"`{re.escape(page)}`, polm_lab \d", "".join(got["cells"][-1]["source"]))
+
+
+def test_the_filter_refuses_what_is_no_notebook_of_the_folder():
+    text = json.dumps({"cells": [{"cell_type": "markdown", "metadata": {}, "source": ["# Other"]}], "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
+    done = subprocess.run([SITE, "filter"], cwd=ROOT / "nbs/core", input=text, capture_output=True, text=True)
+    assert done.returncode == 2 and "no notebook here is the one on standard input" in done.stderr
+
+
+def test_a_method_page_has_its_row_its_knobs_and_its_reference():
+    text = "\n".join("".join(c["source"]) for c in MADE[ROOT / "nbs/alignment/dpo.ipynb"]["cells"] if c["cell_type"] == "markdown")
+    assert "## In the survey {#survey}" in text and "| DPO |" in text and "Beside it" in text
+    assert "| `beta` | 0.1 |" in text and "{#reference-dpo_loss}" in text and "[-@rafailov2023]" in text
+
+
+def test_figures_take_plotly_from_the_site():
+    text = json.dumps(MADE[ROOT / "nbs/alignment/dpo.ipynb"])
+    assert f'src=\\"../../{site.PLOTLY}\\"' in text.replace('\\\\\\"', '\\"') or f"../../{site.PLOTLY}" in text
+    assert "cdnjs.cloudflare.com" not in text
+
+
+# ---- every check can fail
+
+
+def broken(cell=None, text=None, page="nbs/alignment/dpo.ipynb"):
+    "The problems of a page with a cell or a piece of text more."
+    notebook = copy.deepcopy(MADE[ROOT / page])
+    notebook["cells"].append(cell or site.markdown(text))
+    return problems(ROOT / page, notebook)
+
+
+def output(kind, **more):
+    return {"cell_type": "code", "metadata": {}, "execution_count": None, "source": ["x"], "outputs": [{"output_type": kind, "metadata": {}, **more}]}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[x](../alignment/nothing.ipynb)", "link to ../alignment/nothing.ipynb, which is not there"),
+        ("[x](../core/train.ipynb#no-such-part)", "whose page has no such anchor"),
+        ("[x](#no-such-part)", "whose page has no such anchor"),
+        ("![x](nothing.png)", "picture to nothing.png"),
+        ("see @eq-nowhere", "cross-reference @eq-nowhere leads nowhere"),
+        ("see [@nobody2020]", "citation @nobody2020 is not in references.bib"),
+        ("Nobody et al. 2020 say so", "Nobody et al. 2020 is not in references.bib"),
+        ("$$x", "begins with $$ and does not end"),
+    ],
+)
+def test_a_fault_in_the_text_is_caught(text, says):
+    wrong = broken(text=text)
+    assert len(wrong) == 1 and says in wrong[0] and wrong[0].startswith("nbs/alignment/dpo.ipynb: "), wrong
+
+
+@pytest.mark.parametrize(
+    ("cell", "says"),
+    [
+        (output("error", ename="ValueError", evalue="", traceback=[]), "shows an error, ValueError"),
+        (output("display_data", data={"application/vnd.plotly.v1+json": {}}), "Unable to display output of type application/vnd.plotly.v1+json"),
+        (output("display_data", data={"text/html": ["<script src='https://cdn.example.org/x.js'></script>"]}), "a page has to work offline"),
+    ],
+)
+def test_a_fault_in_an_output_is_caught(cell, says):
+    wrong = broken(cell)
+    assert len(wrong) == 1 and says in wrong[0], wrong
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[x](../core/train.ipynb)",
+        "[x](#reference)",
+        "[x](https://example.org/gone)",
+        "`[x](nothing.md)`",
+        "Rafailov et al. [-@rafailov2023]",
+        "an address: me@example.org",
+    ],
+)
+def test_what_is_sound_is_not_refused(text):
+    assert broken(text=text) == []
+
+
+def a_site(folder, **pages):
+    for name, text in pages.items():
+        (folder / f"{name}.html").write_text(f"<html><body>{text}</body></html>")
+    return site.check_site(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("<a href='gone.html'>x</a>", "gone.html is not there"),
+        ("<a href='b.html#gone'>x</a>", "the page has no such anchor"),
+        ("<img src='gone.png'>", "gone.png is not there"),
+        ("<link rel='stylesheet' href='gone.css'>", "gone.css is not there"),
+        ("<p>Unable to display output for mime type(s): x</p>", "Unable to display output"),
+        ("<p><strong>?@eq-lost</strong></p>", "unresolved reference"),
+        ("<p>(<strong>nobody2020?</strong>)</p>", "unresolved reference"),
+        ("<script src='https://cdn.plot.ly/plotly-4.1.1.min.js'></script>", "plotly.js has to come with the site"),
+    ],
+)
+def test_a_fault_in_the_rendered_site_is_caught(text, says, tmp_path):
+    wrong, _ = a_site(tmp_path, a=text, b="<p id='here'>b</p>")
+    assert len(wrong) == 1 and says in wrong[0] and wrong[0].startswith("a.html: "), wrong
+
+
+def test_code_that_speaks_of_faults_is_no_fault(tmp_path):
+    code = "x = 'Unable to display output for mime type(s): y'  # ?@eq-lost quarto-unresolved-ref"
+    wrong, _ = a_site(tmp_path, a=f'<pre class="sourceCode python"><code class="sourceCode">{code}</code></pre><code>?@eq-lost</code>')
+    assert not wrong
+
+
+def test_a_sound_site_passes(tmp_path):
+    wrong, counts = a_site(tmp_path, a="<a href='b.html#here'>x</a><a href='https://example.org'>y</a><a href='./'>z</a>", b="<p id='here'>b</p>", index="i")
+    assert not wrong and counts["pages"] == 3
+
+
+def test_warnings_of_quarto_are_seen():
+    said = "[ 1/60] nbs/index.ipynb\n\x1b[33mWARN: Unable to resolve crossref @eq-x\x1b[39m\nOutput created: _docs/index.html\n[WARNING] Could not convert TeX math\n"
+    assert len(site.warnings_of(said)) == 2 and not site.warnings_of("Output created: _docs/nbs/warn.html\n")
+
+
+def test_tables_sort_and_filter_in_a_browser(tmp_path):
+    "What the site puts at the end of each page: a click on a heading sorts by it (months as dates), the field filters."
+    playwright = pytest.importorskip("playwright.sync_api", reason="this test needs playwright")
+    from browsing import open_browser
+
+    from polm_lab.workbench.atlas import html_table
+
+    rows = [dict(name=n, size=s, when=w) for n, s, w in (("b", "10", "Mar-2023"), ("a", "9", "Dec-2022"), ("c", "", "Jan-2024"))]
+    script = (ROOT / "nbs/_site/tables.html").read_text()
+    (tmp_path / "page.html").write_text(f"<meta charset='utf-8'>{html_table(rows)}{script}")
+    with playwright.sync_playwright() as p:
+        try:
+            browser = open_browser(p)
+        except playwright.Error as error:
+            words = f"no browser: {str(error).splitlines()[0]}"
+            pytest.fail(words) if os.environ.get("POLM_BROWSER") == "required" else pytest.skip(words)
+        page = browser.new_page()
+        page.goto(f"file://{tmp_path}/page.html")
+        names = lambda: page.locator("tbody tr:visible td:first-child").all_inner_texts()  # noqa: E731
+        found = {}
+        for column in ("name", "size", "when", "when"):
+            page.locator("th", has_text=column).click()
+            found[column, page.locator("th", has_text=column).get_attribute("aria-sort")] = names()
+        page.locator("input.sortable-filter").fill("2023 b")
+        found["filter"] = names()
+        browser.close()
+    up, down = "ascending", "descending"
+    assert found == {("name", up): ["a", "b", "c"], ("size", up): ["a", "b", "c"], ("when", up): ["a", "b", "c"], ("when", down): ["c", "b", "a"], "filter": ["b"]}
+
+
+# ---- bibliography, commands, workflows
+
+
+def test_the_bibliography(tmp_path):
+    assert len(BIB) > 100 and all(re.fullmatch(r"[a-z]+\d{4}[a-z]?", key) for key in BIB)
+    for key, fields in BIB.items():
+        assert fields["year"] in key
+    bad = tmp_path / "x.bib"
+    bad.write_text("@misc{a2020,\n  author = {A},\n  year = {2020}\n}\n")
+    with pytest.raises(WrongInput, match="a2020 has no title"):
+        site.read_bib(bad)
+
+
+def test_mentions_become_the_right_citation():
+    assert site.cited("Wang", "2024", "alignment/reward", BIB) == "wang2024a" and site.cited("Wang", "2024", "efficiency/adapters", BIB) == "wang2024b"
+    assert site.cited("Wang", "2024", "core/data", BIB) == "" and site.cited("Rafailov", "2023", "any/page", BIB) == "rafailov2023"
+
+
+def test_papers_of_all_methods_are_in_the_bibliography():
+    for page, record in FOUND["methods"].items():
+        for mention in site._MENTION.finditer(record["paper"]):
+            assert site.cited(mention[1], mention[4], page.removesuffix(".ipynb"), BIB), f"{page}: {mention[0]}"
+
+
+def test_make_docs_says_how_to_get_quarto(capsys, monkeypatch):
+    "Without Quarto the notebooks are checked, and the last line says where Quarto is."
+    monkeypatch.setattr(shutil, "which", lambda name, *a: None)
+    before = (ROOT / "_quarto.yml").read_bytes()
+    assert site.build(ROOT) == 2
+    said = capsys.readouterr().out
+    assert "quarto is not installed" in said and "https://quarto.org" in said
+    assert (ROOT / "_quarto.yml").read_bytes() == before
+    assert re.search(r"^docs: .*\n\t.*polm_site build$", (ROOT / "Makefile").read_text(), re.M)
+
+
+def test_wrong_words_are_refused(capsys):
+    assert site.main(["rite"]) == 2 and "expected write, filter, check" in capsys.readouterr().err
+
+
+def test_the_workflows_run_the_tests_and_publish():
+    flows = {p.stem: yaml.safe_load(p.read_text()) for p in (ROOT / ".github/workflows").glob("*.yml")}
+    runs = {name: [step.get("run", "") for job in flow["jobs"].values() for step in job["steps"]] for name, flow in flows.items()}
+    assert "bash .ci/run" in runs["test"] and "make docs" in runs["site"] and (ROOT / ".ci/run").is_file()
+    uses = [step.get("uses", "") for job in flows["site"]["jobs"].values() for step in job["steps"]]
+    assert any(u.startswith("quarto-dev/quarto-actions/setup@") for u in uses) and any(u.startswith("actions/deploy-pages@") for u in uses)
+    configured = yaml.safe_load((ROOT / "_quarto.yml").read_text())
+    upload = next(s for job in flows["site"]["jobs"].values() for s in job["steps"] if "upload-pages" in s.get("uses", ""))
+    assert upload["with"]["path"] == configured["project"]["output-dir"]
+
+
+def test_the_front_door():
+    "Citation, templates and hooks are well formed, and name what is there."
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    from polm_lab import __version__
+
+    assert citation["version"] == __version__ and citation["license"] == "Apache-2.0"
+    for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.md"):
+        head = yaml.safe_load(path.read_text().split("---")[1])
+        assert {"name", "about"} <= set(head)
+    for hook in yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]:
+        program, *words = hook["entry"].split()
+        assert (ROOT / program).is_file() or (SITE.parent / Path(program).name).is_file(), program
+        assert all((ROOT / w).exists() for w in words if w.startswith("tests/"))
+
+
+@pytest.mark.skipif(not shutil.which("quarto"), reason="quarto is not installed")
+def test_the_site_renders():
+    assert site.build(ROOT) == 0
