@@ -28,7 +28,7 @@ from ..core.run import Run
 from ..core.train import Meter, fit, load_policy, seed_of, world
 from ..reasoning.rewards import as_judge, make_rewards, try_rewards
 
-# %% ../../nbs/alignment/ppo.ipynb #6aac959e
+# %% ../../nbs/alignment/ppo.ipynb #a14c18a7
 DETAILS = {  # name: (its number where none is given, meaning, source)
     "whiten_advantages": (1.0, "advantages of a step get mean 0 and spread 1", "Andrychowicz et al. 2021; TRL"),
     "whiten_rewards": (1.0, "rewards of tokens get spread 1, and keep their mean", "Ziegler et al. 2019, code"),
@@ -59,9 +59,9 @@ class PPO(Sampled):
     kl: str = knob("k1", "estimator of the KL that is taken off the reward", choices=("k1", "k2", "k3"), source="Ziegler et al. 2019, eq. 2")
     details: str = knob("whiten_advantages,normalize,clip_reward:5,clip_value:0.2,missing_eos:1", "implementation details that are on, with their numbers; see the table")
     data: str = redefault("data", "chat")
-    steps: int = redefault("steps", 20)
+    steps: int = redefault("steps", 40)
     batch_size: int = redefault("batch_size", 32)
-    learning_rate: float = redefault("learning_rate", 1e-3)
+    learning_rate: float = redefault("learning_rate", 4e-4)
 
 
 def parse_details(spec: str) -> dict[str, float]:
@@ -287,7 +287,7 @@ def batch_loss(actor, batch: dict, settings: PPO, details: dict, meter: Meter) -
         loss = loss - batch["entropy_weight"] * stats.entropy
     return (loss * mask).sum()
 
-# %% ../../nbs/alignment/ppo.ipynb #5c27d628
+# %% ../../nbs/alignment/ppo.ipynb #c90fe64a
 def learned_reward(settings: PPO, run: Run, known: bool) -> str:
     "The knob `rewards` with a trained reward model for `learned`; where the truth is `known`, the gold rule stands beside it, with weight 0."
     items = [item.strip() for item in settings.rewards.split(",")]
@@ -296,7 +296,7 @@ def learned_reward(settings: PPO, run: Run, known: bool) -> str:
     if world()[1] > 1:
         raise WrongInput("rewards = 'learned': a reward model is trained by one process; in several give model:RUN; run `polm run reward` first and name its run")
     shared = dict(model=settings.model, data=settings.data, seed=settings.seed, dtype=settings.dtype, device=settings.device, max_length=settings.max_length)
-    judge = chain(run, "reward", "reward", steps=60, learning_rate=1e-3, eval_rows=32, **shared)
+    judge = chain(run, "reward", "reward", eval_rows=32, **shared)
     found = [f"model:{judge.path}{item.removeprefix('learned')}" if item.partition(":")[0] == "learned" else item for item in items]
     found += ["gold:0"] if known and not any(item.partition(":")[0] in ("gold", "correct") for item in items) else []
     run.update(settings={**run.record["settings"], "rewards": ",".join(found)})
