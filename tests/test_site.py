@@ -130,7 +130,7 @@ def test_a_page_is_sound(page):
             assert not re.search(r"^#\| *(export|default_exp|hide)", source, re.M)
             for output in cell["outputs"]:
                 assert output.get("name") != "stderr"
-                assert "cdn.plot.ly" not in json.dumps(output) and "\x1b[" not in json.dumps(output)
+                assert "cdn.plot.ly" not in json.dumps(output.get("data", {}).get("text/html", "")) and "\\u001b[" not in json.dumps(output)
     assert json.loads(path.read_text(encoding="utf-8")) != notebook
 
 
@@ -169,6 +169,11 @@ def test_figures_take_plotly_from_the_site():
     assert "cdnjs.cloudflare.com" not in text
 
 
+def test_code_of_the_workbench_is_folded_and_that_of_methods_is_open():
+    folded = lambda page: [c for c in MADE[ROOT / page]["cells"] if "code-fold: true" in "".join(c["source"])]  # noqa: E731
+    assert folded("nbs/workbench/atlas.ipynb") and not folded("nbs/alignment/dpo.ipynb")
+
+
 # ---- every check can fail
 
 
@@ -190,6 +195,8 @@ def output(kind, **more):
         ("[x](../core/train.ipynb#no-such-part)", "whose page has no such anchor"),
         ("[x](#no-such-part)", "whose page has no such anchor"),
         ("![x](nothing.png)", "picture to nothing.png"),
+        ("[x](../_template/method.ipynb)", "which is no page of the site"),
+        ("[x](../../CONTRIBUTING.md)", "which is no page of the site"),
         ("see @eq-nowhere", "cross-reference @eq-nowhere leads nowhere"),
         ("see [@nobody2020]", "citation @nobody2020 is not in references.bib"),
         ("Nobody et al. 2020 say so", "Nobody et al. 2020 is not in references.bib"),
@@ -296,7 +303,13 @@ def test_tables_sort_and_filter_in_a_browser(tmp_path):
         found["filter"] = names()
         browser.close()
     up, down = "ascending", "descending"
-    assert found == {("name", up): ["a", "b", "c"], ("size", up): ["a", "b", "c"], ("when", up): ["a", "b", "c"], ("when", down): ["c", "b", "a"], "filter": ["b"]}
+    assert found == {
+        ("name", up): ["a", "b", "c"],
+        ("size", up): ["a", "b", "c"],
+        ("when", up): ["a", "b", "c"],
+        ("when", down): ["c", "b", "a"],
+        "filter": ["b"],
+    }
 
 
 # ---- bibliography, commands, workflows

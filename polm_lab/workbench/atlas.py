@@ -207,41 +207,45 @@ def coverage(rows: list[dict] | None = None, by: str = "chapter"):
     table.loc["all"] = table.sum()
     return table.assign(total=table.sum(axis=1))
 
-# %% ../../nbs/workbench/atlas.ipynb #743292e6
+# %% ../../nbs/workbench/atlas.ipynb #1c0accef
+def _branches(rows: list[dict]) -> dict[tuple, list[dict]]:
+    "The rows of the whole, of each chapter, and of each family in it, under (), (chapter,), (chapter, family)."
+    groups: dict[tuple, list] = {}
+    for r in rows:
+        for key in ((), (r["chapter"],), (r["chapter"], r["family"])):
+            groups.setdefault(key, []).append(r)
+    return groups
+
+
+def _label(key: tuple) -> str:
+    titles = {f["family"]: f["title"] for f in survey("families")}
+    return "Post-training" if not key else CHAPTERS[key[0]] if len(key) == 1 else titles[key[1]]
+
+
+def _here(rows: list[dict]) -> int:
+    "How many run, are shown or load here."
+    return sum(r["state"] in ("runs", "shown", "loads") for r in rows)
+
+
+def _shade(share: float) -> str:
+    "From grey (none is here) to green (all are)."
+    return "rgb({},{},{})".format(*(round(a + share * (b - a)) for a, b in zip((238, 241, 245), (0, 158, 115))))
+
+
 def sunburst(rows: list[dict] | None = None):
-    "Chapters, families and systems as a plotly sunburst, coloured by state."
+    "Chapters, families and systems as a plotly sunburst: systems coloured by state, the others by the share that is here."
     import plotly.graph_objects as go
 
     rows = systems() if rows is None else rows
-    titles = {f["family"]: f["title"] for f in survey("families")}
-    ids, labels, parents, values, colors = ["0"], ["Post-training"], [""], [0], ["#ffffff"]
-    place = {}
-    for r in rows:
-        for key, label, parent in (
-            (r["chapter"], CHAPTERS[r["chapter"]], None),
-            ((r["chapter"], r["family"]), titles[r["family"]], r["chapter"]),
-            ((r["chapter"], r["family"], r["name"]), r["name"], (r["chapter"], r["family"])),
-        ):
-            if key not in place:
-                place[key] = str(len(ids))
-                ids.append(place[key])
-                labels.append(html.escape(label))
-                parents.append("0" if parent is None else place[parent])
-                leaf = len(key) == 3 and not isinstance(key, str)
-                values.append(int(leaf))
-                colors.append(STATES[r["state"]] if leaf else "#e8ecf1")
-    figure = go.Figure(
-        go.Sunburst(
-            ids=ids,
-            labels=labels,
-            parents=parents,
-            values=values,
-            marker=dict(colors=colors),
-            maxdepth=3,
-            insidetextorientation="radial",
-            hovertemplate="%{label}<br>%{value}<extra></extra>",
-        )
-    )
+    groups = _branches(rows)
+    number = {key: str(n) for n, key in enumerate(groups)}
+    ids = [*number.values(), *(f"s{n}" for n in range(len(rows)))]
+    labels = [html.escape(text) for text in (*map(_label, groups), *(r["name"] for r in rows))]
+    parents = [*("" if not key else number[key[:-1]] for key in groups), *(number[r["chapter"], r["family"]] for r in rows)]
+    colors = [*(_shade(_here(own) / len(own)) for own in groups.values()), *(STATES[r["state"]] for r in rows)]
+    values = [0] * len(groups) + [1] * len(rows)
+    look = dict(marker=dict(colors=colors), maxdepth=3, insidetextorientation="radial", hovertemplate="%{label}<br>%{value}<extra></extra>")
+    figure = go.Figure(go.Sunburst(ids=ids, labels=labels, parents=parents, values=values, **look))
     return _legend(figure).update_layout(height=620, margin=dict(l=5, r=5, t=40, b=5))
 
 
@@ -255,31 +259,21 @@ def tree(rows: list[dict] | None = None):
     "Chapters and families as a plotly icicle: width is the number of systems, colour the share that runs, is shown or loads."
     import plotly.graph_objects as go
 
-    rows = systems() if rows is None else rows
-    titles = {f["family"]: f["title"] for f in survey("families")}
-    groups: dict[tuple, list] = {}
-    for r in rows:
-        for key in ((), (r["chapter"],), (r["chapter"], r["family"])):
-            groups.setdefault(key, []).append(r["state"] in ("runs", "shown", "loads"))
-    label = lambda key: "Post-training" if not key else CHAPTERS[key[0]] if len(key) == 1 else titles[key[1]]
+    groups = _branches(systems() if rows is None else rows)
+    name = lambda key: "/".join(("all", *key))
+    look = dict(colors=[_shade(_here(own) / len(own)) for own in groups.values()])
     made = go.Icicle(
-        ids=["/".join(("all", *key)) for key in groups],
-        labels=[label(key) for key in groups],
-        parents=["/".join(("all", *key[:-1])) if key else "" for key in groups],
-        values=[len(found) for found in groups.values()],
+        ids=list(map(name, groups)),
+        labels=list(map(_label, groups)),
+        parents=[name(key[:-1]) if key else "" for key in groups],
+        values=[len(own) for own in groups.values()],
         branchvalues="total",
-        customdata=[f"{sum(found)} of {len(found)}" for found in groups.values()],
-        marker=dict(
-            colors=[sum(found) / len(found) for found in groups.values()],
-            colorscale=[[0, "#eef1f5"], [1, "#009e73"]],
-            cmin=0,
-            cmax=1,
-            colorbar=dict(title="share here", tickformat=".0%"),
-        ),
+        customdata=[f"{_here(own)} of {len(own)}" for own in groups.values()],
+        marker=look,
+        texttemplate="%{label}: %{customdata}",
         hovertemplate="%{label}<br>%{customdata} here<extra></extra>",
-        tiling=dict(orientation="h"),
     )
-    return go.Figure(made).update_layout(height=900, margin=dict(l=5, r=5, t=10, b=5))
+    return go.Figure(made).update_layout(height=1700, margin=dict(l=5, r=5, t=10, b=5))
 
 # %% ../../nbs/workbench/atlas.ipynb #321f0738
 def timeline(rows: list[dict] | None = None, first: int = 2018, last: int = 2025):

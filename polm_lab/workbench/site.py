@@ -249,7 +249,7 @@ def with_citations(text: str, page: str, bib: dict) -> str:
 
     return outside(text, lambda plain: _MENTION.sub(cite, plain))
 
-# %% ../../nbs/workbench/site.ipynb #04371a59
+# %% ../../nbs/workbench/site.ipynb #85f8837e
 def clean_outputs(outputs: list[dict], up: str) -> list[dict]:
     "The outputs of a cell as the page shows them; `up` leads from the page to the root of the site."
     kept = []
@@ -371,9 +371,12 @@ def filtered(notebook: dict, page: str, found: dict, bib: dict, foot: str = "") 
         if re.match(r"#\| *hide\b", text):
             continue
         if cell["cell_type"] == "code":
+            own = re.match(r"#\| *export\b", text)
             text = _MARK.sub("", text).strip("\n")
             if not text:
                 continue
+            if own and page.startswith("workbench/"):  # what draws a figure is not what its reader came for
+                text = "#| code-fold: true\n" + text
             cell["outputs"] = clean_outputs(cell["outputs"], up)
         else:
             text = with_citations(text, name, bib)
@@ -414,7 +417,7 @@ def filter_stream(text: str, folder: Path) -> str:
     new = filtered(json.loads(text), path.relative_to(root / "nbs").as_posix(), facts(root), read_bib(root / "references.bib"), foot_of(path, root))
     return json.dumps(new, ensure_ascii=False)
 
-# %% ../../nbs/workbench/site.ipynb #58e31816
+# %% ../../nbs/workbench/site.ipynb #f2285482
 DISPLAYED = (
     "text/html",
     "text/markdown",
@@ -477,6 +480,8 @@ def check_notebook(path: Path, root: Path, made: dict, bib: dict, known: dict[Pa
         goal = (path.parent / file).resolve() if file else path
         if not goal.exists():
             wrong.append(f"{where}: {'picture' if picture else 'link'} to {target}, which is not there")
+        elif goal.suffix in (".ipynb", ".md") and goal not in known:
+            wrong.append(f"{where}: link to {target}, which is no page of the site")
         elif anchor and goal in known and anchor not in known[goal]:
             wrong.append(f"{where}: link to {target}, whose page has no such anchor")
     own = anchors(made)
