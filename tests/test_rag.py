@@ -1,0 +1,410 @@
+"Retrieval: broken documents, killed builds, encoders of every layout, readers that fail, and a retriever that is what it was trained to be."
+
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+
+import polm_lab as lab
+from polm_lab.core.knobs import WrongInput
+from polm_lab.core.logprobs import Policy
+from polm_lab.core.models import load_model, load_tokenizer
+from polm_lab.integration.documents import cut, cut_documents, holds, load_documents, open_library
+from polm_lab.integration.passages import HOWS, Encoder, Index
+from polm_lab.integration.rag import EndpointReader, LocalReader, Rag, exact_match
+from polm_lab.integration.reader import Pair, reading_batch, sequence_loss, token_loss
+from polm_lab.integration.retriever import DualEncoder, Retriever, encode_texts, states_answer, teach, vectors_of
+
+
+def one_line(call, *words):
+    "The message of the `WrongInput` that `call` raises: one line that holds `words`."
+    with pytest.raises(WrongInput) as caught:
+        call()
+    text = str(caught.value)
+    assert "\n" not in text and all(word in text for word in words), text
+    return text
+
+
+def pdf(text: str) -> bytes:
+    "A PDF of one page with a line of text, its table of objects included."
+    stream = f"BT /F1 12 Tf 72 720 Td ({text}) Tj ET".encode()
+    objects = [
+        b"<< /Type /Catalog /Pages 2 0 R >>", b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R /Resources << /Font << /F1 5 0 R >> >> >>",
+        b"<< /Length %d >>\nstream\n%s\nendstream" % (len(stream), stream), b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+    ]  # fmt: skip
+    out, places = b"%PDF-1.4\n", []
+    for number, body in enumerate(objects, 1):
+        places.append(len(out))
+        out += b"%d 0 obj\n%s\nendobj\n" % (number, body)
+    table = b"".join(b"%010d 00000 n \n" % place for place in places)
+    return out + b"xref\n0 6\n0000000000 65535 f \n" + table + b"trailer << /Size 6 /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF\n" % len(out)
+
+
+# documents
+
+
+def test_a_pdf_is_read_and_a_broken_one_is_named(tmp_path):
+    whole = pdf("Adran plays the lute.")
+    (tmp_path / "good.pdf").write_bytes(whole)
+    (tmp_path / "empty.pdf").write_bytes(pdf(""))
+    assert "Adran plays the lute." in load_documents(tmp_path / "good.pdf")[0].text
+    (tmp_path / "cut.pdf").write_bytes(whole[:60])
+    one_line(lambda: load_documents(tmp_path / "cut.pdf"), "cut.pdf", "broken PDF")
+    one_line(lambda: load_documents(tmp_path / "empty.pdf"), "empty.pdf", "OCR")
+    rng = random.Random(0)
+    for n in range(40):  # a parser of a large format meets what nobody thought of: each must end in one line, or in a text
+        damaged = bytearray(whole)
+        for _ in range(8):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        (tmp_path / "damaged.pdf").write_bytes(bytes(damaged))
+        try:
+            load_documents(tmp_path / "damaged.pdf")
+        except WrongInput as wrong:
+            assert "\n" not in str(wrong)
+
+
+def test_what_is_no_text_is_refused_or_left_out(tmp_path):
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 50)
+    (tmp_path / "latin.txt").write_bytes("caf\u00e9\n".encode("latin1"))
+    (tmp_path / "blank.md").write_text(" \n")
+    (tmp_path / "rows.jsonl").write_text('{"id": 1, "name": "x"}\n')
+    for name, word in {"binary.txt": "binary", "latin.txt": "UTF-8", "blank.md": "empty", "rows.jsonl": "column text", "none.txt": "no such file", "x.docx": "no such file"}.items():
+        one_line(lambda: load_documents(tmp_path / name), name, word)
+    heard = []
+    one_line(lambda: load_documents(tmp_path, skip=True, say=heard.append), "no documents")
+    (tmp_path / "good.txt").write_text("Adran plays the lute.")
+    heard.clear()
+    assert [d.id for d in load_documents(tmp_path, skip=True, say=heard.append)] == ["good.txt"] and len(heard) == 4
+
+
+def test_a_document_of_50_mb_is_cut_in_seconds(tmp_path):
+    (tmp_path / "large.txt").write_text("The river Esk flows through the old town of Barton and on to the sea.\n" * 720_000)
+    assert (tmp_path / "large.txt").stat().st_size > 50e6
+    began = time.process_time()
+    passages = cut_documents(load_documents(tmp_path / "large.txt"), 100)
+    assert time.process_time() - began < 30 and len(passages) == 720_000 * 15 // 90 and len({p["id"] for p in passages}) == len(passages)
+
+
+def test_cutting_keeps_every_word_in_order():
+    rng = random.Random(1)
+    for _ in range(200):
+        text = "".join(rng.choice(["word", "Dr", ".", " ", "  ", "\n", "\n\n", "? ", "! ", '."', " \n \n", "x" * 450]) for _ in range(rng.randint(1, 80)))
+        size = rng.randint(1, 12)
+        pieces = cut(text, size)
+        assert "".join("".join(pieces).split()) == "".join(text.split()) and all(0 < len(p.split()) <= size for p in pieces)
+
+
+def test_an_answer_is_a_whole_word():
+    assert holds("The river Esk.", "esk") and not holds("The river Eskford.", "Esk") and not holds("anything", " ")
+    assert holds("costs 3 (three).", "(three)")
+
+
+# encoders
+
+
+@pytest.fixture(scope="module")
+def tiny_encoder():
+    return Encoder("tiny", device="cpu")
+
+
+@pytest.fixture
+def bert(tmp_path):
+    "A small BERT with a folder as sentence-transformers writes it, and its plain parts."
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"adran plays the lute drum query : bells".split()]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=32)
+    model, tokenizer, folder = BertModel(config).eval(), BertTokenizerFast(str(tmp_path / "vocab.txt")), tmp_path / "encoder"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "1_Pooling").mkdir()
+
+    def lay(pooling: dict, modules=("Transformer", "Pooling", "Normalize"), prompts=None):
+        (folder / "modules.json").write_text(json.dumps([dict(idx=n, name=str(n), path="", type=f"sentence_transformers.models.{m}") for n, m in enumerate(modules)]))
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+        (folder / "config_sentence_transformers.json").write_text(json.dumps(dict(prompts=prompts or {})))
+        return folder
+
+    return lay, model, tokenizer
+
+
+def test_folders_of_sentence_transformers_are_read_as_they_say(bert):
+    lay, model, tokenizer = bert
+    texts = ["adran plays the lute", "bells"]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        states = model(**batch).last_hidden_state
+    mean = torch.stack([states[0, : int(batch["attention_mask"][0].sum())].mean(0), states[1, : int(batch["attention_mask"][1].sum())].mean(0)])
+    for pooling, expected in ({"pooling_mode_cls_token": True}, states[:, 0]), ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, mean), ({"pooling_mode": "mean"}, mean):
+        found = Encoder(str(lay(pooling)), device="cpu")(texts)
+        assert np.allclose(found, torch.nn.functional.normalize(expected, dim=1).numpy(), atol=1e-5)
+    plain = Encoder(str(lay({"pooling_mode_mean_tokens": True})), device="cpu")
+    asked = Encoder(str(lay({"pooling_mode_mean_tokens": True}, prompts={"query": "query : "})), device="cpu")
+    assert np.allclose(asked(["lute"], "query"), plain(["query : lute"]), atol=1e-5) and np.allclose(asked(["lute"]), plain(["lute"]), atol=1e-5)
+    assert plain.identity != asked.identity, "the prompt is part of what an encoder is"
+
+
+def test_what_an_encoder_cannot_be_is_refused(bert, tmp_path):
+    lay, model, _ = bert
+    one_line(lambda: Encoder(str(lay({"pooling_mode_mean_tokens": True}, ("Transformer", "Pooling", "Dense")))), "modules.json", "Dense")
+    one_line(lambda: Encoder(str(lay({"pooling_mode_max_tokens": True}))), "1_Pooling")
+    folder = lay({"pooling_mode_mean_tokens": True})
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    one_line(lambda: Encoder(str(folder)), "safetensors")
+
+
+# the index
+
+
+def texts_of(n, seed=0):
+    rng = random.Random(seed)
+    words = [f"{a}{b}" for a in ("bar", "cor", "dor", "fal") for b in ("beck", "dale", "ham", "ton")]
+    return [{"id": f"{seed}-{i}", "text": " ".join(rng.choices(words, k=8))} for i in range(n)]
+
+
+def test_an_updated_index_equals_one_built_afresh(tiny_encoder, tmp_path):
+    rng, index = random.Random(3), Index(texts_of(20), tiny_encoder)
+    for round_ in range(6):
+        if rng.random() < 0.5:
+            index.add(texts_of(rng.randint(1, 5), seed=round_ + 1))
+        else:
+            index.remove(rng.sample([p["id"] for p in index.passages], rng.randint(1, 5)))
+        if round_ == 3:
+            index = Index.open(index.save(tmp_path / "index"), tiny_encoder)
+        fresh, questions = Index(index.passages, tiny_encoder), ["barbeck cordale", "falham dorton"]
+        for how in HOWS:
+            ours, theirs = (i.search(questions, 5, how) for i in (index, fresh))
+            assert [[h.id for h in hits] for hits in ours] == [[h.id for h in hits] for hits in theirs]
+            assert np.allclose([h.score for hits in ours for h in hits], [h.score for hits in theirs for h in hits], atol=1e-5)
+    before = [p["id"] for p in index.passages]
+    one_line(lambda: index.add([*texts_of(2, seed=99), {"id": before[0], "text": "again"}]), before[0], "there already")
+    one_line(lambda: index.remove(["nobody"]), "nobody")
+    one_line(lambda: index.remove(before), "nothing would be left")
+    one_line(lambda: Index([{"id": "a", "text": "x"}, {"id": "a", "text": "y"}]), "passage 2", "'a'")
+    one_line(lambda: Index([{"id": "a", "text": " "}]), "passage 1")
+    assert [p["id"] for p in index.passages] == before and index.vectors.ntotal == len(before), "a refused update changes nothing"
+
+
+SAVES = """
+import sys
+from polm_lab.integration.passages import Index
+old, new = ([{"id": f"{w}{i}", "text": f"{w} {i}"} for i in range(3000)] for w in ("old", "new"))
+both = [Index(old), Index(new)]
+print("begin", flush=True)
+while True:
+    for index in both:
+        index.save(sys.argv[1])
+"""
+
+
+def test_killed_builds_leave_a_whole_index(tmp_path):
+    folder, rng, seen = tmp_path / "index", random.Random(5), set()
+    Index([{"id": f"old{i}", "text": f"old {i}"} for i in range(3000)]).save(folder)
+    for _ in range(12):
+        process = subprocess.Popen([sys.executable, "-c", SAVES, folder], stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert process.stdout.readline() == "begin\n"
+        time.sleep(rng.uniform(0, 0.4))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        index = Index.open(folder)
+        assert len(index) == 3000 and len({p["text"].split()[0] for p in index.passages}) == 1
+        word = index.passages[0]["text"].split()[0]
+        assert index.search([f"{word} 17"])[0][0].text == f"{word} 17"
+        seen.add(word)
+    assert seen == {"old", "new"}
+    Index.open(folder).save(folder)
+    assert len(list(folder.glob("build-*"))) == 1, "what killed builds left is cleared away by the next one"
+
+
+def test_one_writer_and_no_strangers(tmp_path):
+    import fcntl
+
+    folder = Index(texts_of(3)).save(tmp_path / "index")
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        one_line(lambda: Index(texts_of(4)).save(folder), "another process")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"x")
+    one_line(lambda: Index(texts_of(4)).save(tmp_path / "photos"), "other files")
+    assert [p.name for p in (tmp_path / "photos").iterdir()] == ["cat.jpg"]
+
+
+def test_a_damaged_index_is_named_and_nothing_is_unpickled(tmp_path, tiny_encoder, monkeypatch):
+    folder = Index(texts_of(30), tiny_encoder).save(tmp_path / "index")
+    monkeypatch.setattr(pickle, "load", lambda *a, **k: pytest.fail("unpickled"))
+    monkeypatch.setattr(pickle, "loads", lambda *a, **k: pytest.fail("unpickled"))
+    assert len(Index.open(folder, tiny_encoder)) == 30
+    other = Encoder("tiny", device="cpu", max_length=32)
+    one_line(lambda: Index.open(folder, other), tiny_encoder.identity, other.identity)
+    for file in sorted(next(folder.glob("build-*")).iterdir()):
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-3])
+        one_line(lambda: Index.open(folder, tiny_encoder), "damaged")
+        file.unlink()
+        one_line(lambda: Index.open(folder, tiny_encoder), file.name)
+        file.write_bytes(whole)
+    (folder / "index.json").write_text("{}")
+    one_line(lambda: Index.open(folder, tiny_encoder), "damaged")
+
+
+def test_questions_without_known_words_find_nothing():
+    index = Index(texts_of(5))
+    assert index.search(["zzz qqq", "the", "barbeck"], 3)[:2] == [[], []]
+    assert len(index.search(["barbeck"], 99)[0]) <= 5
+    one_line(lambda: index.search(["barbeck", "\n"]), "question 2")
+    one_line(lambda: index.search(["barbeck"], 1, "bm52"), "bm25")
+
+
+# reading
+
+
+@pytest.fixture(scope="module")
+def local():
+    return LocalReader(Policy(load_model("tiny", "float32", "cpu")), load_tokenizer("tiny"))
+
+
+def test_passages_that_do_not_fit_are_left_out(local):
+    long = "Adran plays the lute. " * 300
+    ids = local.prompt("Which instrument does Adran play?", ["Adran plays the lute.", long, long])
+    assert ids == local.prompt("Which instrument does Adran play?", ["Adran plays the lute."])
+    assert len(local.prompt("Which instrument does Adran play?", [long])) <= local.longest - local.max_new_tokens
+    one_line(lambda: local.prompt("Who? " * 500, []), "context")
+
+
+def test_reading_apart_takes_the_likeliest_answer(local):
+    index = Index([{"id": "a", "text": "Adran plays the lute."}, {"id": "b", "text": "Adran is good at the drum."}, {"id": "c", "text": "Adran plays the lute. Adran keeps a fox."}])
+    question = "Which instrument does Adran play?"
+    hits = index.search([question], 3)
+    read = Rag(index, local, "bm25", 3).read([question], hits)[0]
+    texts = [h.text for h in hits[0]]
+    options = list(dict.fromkeys(local.write([(question, [t]) for t in texts])))
+    end = local.tokenizer.eos_token
+    weights = torch.tensor([6 / 11, 3 / 11, 2 / 11])
+    marginal = [float((weights * local.likelihood([local.prompt(question, [t]) for t in texts], [f" {o}{end}"] * 3).exp()).sum()) for o in options]
+    assert len(options) > 1 and read.answer == options[int(np.argmax(marginal))]
+
+
+def test_likelihood_puts_the_passage_that_asks_the_question_first(local):
+    passages, _, held_out = open_library("facts", rows=24)
+    index = Index(passages)
+    asked = [q["question"] for q in held_out]
+    first = lambda found: sum(hits[0].id in q["positives"] for hits, q in zip(found, held_out)) / len(held_out)
+    plain, again = Rag(index, local, "bm25", 2).find(asked), Rag(index, local, "bm25", 2, rerank="likelihood").find(asked)
+    assert first(again) > first(plain) and all(a.score >= b.score for a, b in again)
+
+
+class Rude(BaseHTTPRequestHandler):
+    "An endpoint that answers as it is told: a status, or text."
+
+    protocol_version, answers = "HTTP/1.1", []
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        status, text = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        said = text.encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_endpoints_that_fail_end_in_one_line():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Rude)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    index, url = Index([{"id": "a", "text": "Adran plays the lute."}]), f"http://127.0.0.1:{server.server_port}/v1"
+    good = (200, json.dumps({"choices": [{"message": {"content": "The lute [1]."}}]}))
+    ask = lambda: Rag(index, EndpointReader(url, "m", (), key="sk-secret", tries=2, pause=0.01), "bm25", reading="together")(["What does Adran play?"])[0]
+    try:
+        for answers, word in ([(401, "no: sk-secret")], "401"), ([(500, "oh")], "500"), ([(200, "<html>")], "malformed"), ([(200, '{"choices": []}')], "malformed"), ([(404, "gone")], "404"):
+            Rude.answers = list(answers)
+            assert "sk-secret" not in one_line(ask, word, "endpoint")
+        Rude.answers = [(503, "busy"), good]
+        read = ask()
+        assert read.cited == [1] and read.faithful and exact_match(read.answer, "lute") == 1.0
+        Rude.answers = [(200, json.dumps({"choices": [{"message": {"content": "<b>\ud800 the harp</b>"}}]}))]
+        assert not ask().faithful
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_library_of_ones_own_from_the_command_line(polm, runs, tmp_path):
+    books = tmp_path / "books"
+    books.mkdir()
+    for n, (name, thing) in enumerate([("Adran", "lute"), ("Ennan", "drum"), ("Beka", "harp"), ("Ilia", "viola")] * 10):
+        (books / f"{n}.md").write_text(f"{name}{n} plays the {thing}.")
+    rows = [{"question": f"Which instrument does {n}{i} play?", "answer": t} for i, (n, t) in enumerate([("Adran", "lute"), ("Ennan", "drum"), ("Beka", "harp"), ("Ilia", "viola")] * 10)]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    words = ["run", "rag", "--bare", "--json", "-p", "search", "bm25", "-p", "corpus", books, "-p", "data", tmp_path / "asked.jsonl", "-p", "dtype", "float32", "-p", "index", tmp_path / "kept"]
+    done = polm(*words)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])["summary"]
+    assert summary["after"]["recall/1"] == 1.0 and summary["after"]["accuracy"] > summary["before"]["accuracy"]
+    assert polm(*words).returncode == 0, "the index that was kept is used again"
+    (books / "0.md").write_text("Adran0 plays the bagpipe.")
+    changed = polm(*words)
+    assert changed.returncode == 2 and "same documents" in changed.stderr and "Traceback" not in changed.stderr
+    (books / "1.md").write_bytes(b"\0\1\2")
+    broken = polm(*words)
+    assert broken.returncode == 2 and "1.md" in broken.stderr and "binary" in broken.stderr
+
+
+# training
+
+
+def test_a_saved_retriever_is_the_encoder_that_was_trained():
+    run = lab.run("retriever", steps=3, batch_size=8, dtype="float32", device="cpu", eval_rows=8)
+    saved = Encoder(str(run.path), device="cpu")
+    trained, tokenizer = DualEncoder(load_model(run.path, "float32", "cpu")), load_tokenizer(run.path)
+    texts = ["Adran plays the lute.", "Halford is known for its bells. Halford was founded in 1200."]
+    for side in ("query", "document"):
+        assert np.allclose(saved(texts, side), vectors_of(trained, encode_texts(tokenizer, texts, side, 256), tokenizer.pad_token_id).numpy(), atol=1e-5)
+    assert not np.allclose(saved(texts), Encoder("tiny", device="cpu")(texts), atol=1e-2)
+
+
+def test_teachers_without_labels_agree_with_the_labels():
+    passages, learned, _ = open_library("facts")
+    learned = learned[:60]
+    blind = [dict(q, positives=[]) for q in learned]
+    index = Index(passages)
+    one_line(lambda: teach(Retriever(signal="labels"), passages, blind, index), "nothing to learn")
+    rows = teach(Retriever(signal="reward"), passages, blind, index)
+    right = {q["question"]: q["positives"] for q in learned}
+    assert sum(passages[r["passages"][r["right"]]]["id"] in right[r["question"]] for r in rows) / len(rows) > 0.9
+    assert states_answer("What does Adran play?", "Adran plays the lute.", "lute") == 2.0 and states_answer("What does Adran play?", "Ennan plays the lute.", "lute") == 1.0
+
+
+@pytest.mark.parametrize("objective", ["sequence", "token"])
+def test_marginals_are_those_of_summing_over_passages_one_by_one(objective):
+    tokenizer, policy = load_tokenizer("tiny"), Policy(load_model("tiny", "float32", "cpu"))
+    question, texts = dict(question="Where was Ennan born?", answer="Dorburg"), ["Ennan was born in Dorburg.", "Adran comes from Halford.", "Ennan keeps a goat."]
+    batch, weights = reading_batch(tokenizer, [question], [texts], False, 256), torch.tensor([0.5, 0.3, 0.2])
+    with torch.no_grad():
+        logp, _ = Pair(policy)(batch)
+        loss = (sequence_loss if objective == "sequence" else token_loss)(weights.log()[None], logp, batch["answers"].float()).item()
+        each = []  # π(y_t | x, z) by transformers, a passage at a time
+        for text in texts:
+            prompt = tokenizer(f"Passage: {text}\nQuestion: {question['question']}\nAnswer:").input_ids
+            answer = tokenizer(" Dorburg").input_ids + [tokenizer.eos_token_id]
+            logits = policy.model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+            each.append(torch.stack([logits[len(prompt) + t - 1, token] for t, token in enumerate(answer)]).exp())
+    each = torch.stack(each)
+    by_hand = -(weights @ each.prod(1)).log() if objective == "sequence" else -(weights @ each).log().sum()
+    assert abs(loss - by_hand.item()) < 1e-4
