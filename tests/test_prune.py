@@ -93,6 +93,48 @@ def test_swaps_keep_the_number_and_the_pattern():
         assert shift(done) < 0.7 * shift(start)
 
 
+def test_swaps_are_those_of_the_paper_one_row_at_a_time():
+    "Which weight comes back and which goes: Zhang et al. 2023, eq. 3 and 5, written out for a row; made while the expected square of the row's error falls."
+    g = torch.Generator().manual_seed(3)
+    W, X = torch.randn(12, 24, generator=g), torch.randn(600, 24, generator=g) * (0.2 + torch.rand(24, generator=g)) + torch.randn(24, generator=g)
+    mean, var, norm = X.mean(0), X.var(0), X.norm(dim=0)
+    start = smallest(wanda_score(W, norm), 0.5)
+    done, made = swap(W, start, mean, var, norm, 50), 0
+    square = lambda w, gone: ((w * mean)[gone].sum() ** 2 + (w**2 * var)[gone].sum()).item()
+    for w, gone, expected in zip(W, start.clone(), done):
+        for _ in range(50):
+            sign = (w * mean)[gone].sum().sign()
+            back = max(gone.nonzero()[:, 0].tolist(), key=lambda j: (sign * w[j] * mean[j] / var[j]).item())
+            helps = [j for j in (~gone).nonzero()[:, 0].tolist() if sign * w[j] * mean[j] < 0]
+            if not helps:
+                break
+            out, after = min(helps, key=lambda j: (w[j].abs() * norm[j]).item()), gone.clone()
+            after[back], after[out] = False, True
+            if square(w, after) >= square(w, gone):
+                break
+            gone, made = after, made + 1
+        assert torch.equal(gone, expected)
+    assert made > 5
+
+
+def test_swaps_stay_in_attention_unless_told_otherwise(base, windows):
+    changed = {}
+    for where in ("attention", "all"):
+        model, plain = copy.deepcopy(base), copy.deepcopy(base)
+        next(prune_model(model, windows, [0.7] * 5, "wanda", swaps=20, swap_in=where)), next(prune_model(plain, windows, [0.7] * 5, "wanda"))
+        pairs = zip(model.model.layers[0].named_parameters(), plain.model.layers[0].parameters())
+        changed[where] = {name.split(".")[0] for (name, p), q in pairs if not torch.equal(p, q)}
+    assert changed == {"attention": {"self_attn"}, "all": {"self_attn", "mlp"}}
+
+
+def test_a_narrow_layer_has_four_blocks_of_columns(base):
+    g = torch.Generator().manual_seed(0)
+    for width, pattern, expected in ((64, None, 16), (160, (2, 4), 40), (600, None, 128), (24, (4, 8), 8)):
+        X = torch.randn(width, width, generator=g) @ torch.randn(width, 2 * width, generator=g)
+        W, H = torch.randn(8, width, generator=g), X @ X.T
+        assert torch.equal(sparsegpt(W, H, 0.5, pattern), sparsegpt(W, H, 0.5, pattern, block=expected))
+
+
 # Models
 
 
@@ -225,9 +267,10 @@ def test_calibration_text_that_is_empty_or_too_short(tmp_path, runs):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.jsonl").write_text("".join(json.dumps({"text": f"word {i}"}) + "\n" for i in range(40)))
     for name, word in (("empty.txt", "empty"), ("short.jsonl", "tokens of calibration text")):
-        with pytest.raises(WrongInput, match=word) as error:
-            lab.run("prune", data=str(tmp_path / name), **SMALL)
-        assert "\n" not in str(error.value)
+        for method in ("prune", "slim"):
+            with pytest.raises(WrongInput, match=word) as error:
+                lab.run(method, data=str(tmp_path / name), **SMALL)
+            assert "\n" not in str(error.value)
 
 
 def test_a_full_disk_is_said_before_anything_is_computed(runs, monkeypatch):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core.knobs import WrongInput
 
-# %% ../../nbs/integration/vectors.ipynb #cd88677c
+# %% ../../nbs/integration/vectors.ipynb #24129b74
 def linear(parts: list[Tensor], weights: list[float]) -> Tensor:
     "Weighted mean of tensors (survey eq. 35); weights are divided by their sum."
     total = math.fsum(weights)
@@ -27,8 +27,8 @@ def linear(parts: list[Tensor], weights: list[float]) -> Tensor:
 
 def moments(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float, float]:
     "(a·a, b·b, a·b) of two tensors that come in pieces, as one vector each."
-    sums = [(a.square().sum(), b.square().sum(), (a * b).sum()) for a, b in pairs]
-    return tuple(math.fsum(part[i].item() for part in sums) for i in range(3))
+    sums = [(a.square().sum().item(), b.square().sum().item(), (a * b).sum().item()) for a, b in pairs]  # numbers: tensors this small, kept, would cut up the memory that the pieces free
+    return tuple(math.fsum(part[i] for part in sums) for i in range(3))
 
 
 def slerp(a: Tensor, b: Tensor, s: float, of: tuple[float, float, float] | None = None) -> Tensor:
