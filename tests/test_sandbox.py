@@ -218,7 +218,7 @@ x = bytearray(2 ** 30)""", ("memory",), False),
     "deep recursion": ("def f(n): return f(n + 1)\nf(0)", REFUSED, False),
     "deep recursion without a limit": ("sys.setrecursionlimit(10 ** 9)\ndef f(n): return f(n + 1)\nf(0)", ("memory", "signal", "error"), False, dict(seconds=10)),
     "recursion in C": ("sys.setrecursionlimit(10 ** 9)\nclass A:\n    def __repr__(self): return repr(self)\nrepr(A())", ("memory", "signal", "error"), False, dict(seconds=10)),
-    "brackets without end": ("eval('(' * 10 ** 6)", ("memory", "signal", "error"), False),
+    "brackets without end": ("eval('(' * 10 ** 6)", ("memory", "signal", "error", "output"), False),
     "a crash": ("import ctypes; ctypes.string_at(0)", ("signal",), False),
     "an abort": ("os.abort()", ("signal",), False),
     # disk and output
@@ -282,6 +282,8 @@ def test_contained(name, host):
     assert got.seconds < limits["seconds"] + 3 and time.monotonic() - began < limits["seconds"] + 20
     assert len(got.stdout) + len(got.stderr) <= 64 * 1024
     assert not got.ended or got.ok
+    if name.startswith("system call"):
+        assert "[Errno 1]" in got.stderr, got  # the filter's answer, before the kernel looks at the arguments
     unharmed(host)
 
 
@@ -408,7 +410,7 @@ def test_from_many_threads_at_once():
 
 @pytest.mark.parametrize("values, said", [
     (dict(code=b"x"), "code is bytes; expected text"), (dict(code="x", stdin=None), "stdin is NoneType; expected text"), (dict(code="x", tests=["a"]), "tests is list; expected text"),
-    (dict(code="x" * (2**24 + 1)), "expected at most 16,777,216"), (dict(code="x", seconds=0), "seconds = 0; expected a number from 0.01 to 3600"),
+    (dict(code="x" * (2**24 + 1)), "expected at most 16,777,216"), (dict(code="x", seconds=0), "seconds = 0; expected a number from 0.01 to 3,600"),
     (dict(code="x", seconds=float("nan")), "seconds = nan"), (dict(code="x", seconds="2"), "seconds = '2'"), (dict(code="x", memory_mib=1), "memory_mib = 1; expected a number from 64"),
     (dict(code="x", disk_mib=-1), "disk_mib = -1"), (dict(code="x", output_kib=True), "output_kib = True"),
 ])  # fmt: skip
@@ -470,3 +472,25 @@ def test_verdicts_are_those_of_the_code_world():
     with Pool() as pool:
         got = pool.map([row["prompt"] + text for row, text in zip(rows, texts)], tests=[assertions(row["tests"]) for row in rows])
     assert [float(e.ended) for e in got] == [world.score(row, text) for row, text in zip(rows, texts)] == [1.0, 0.0] * 12
+
+
+def test_reward_of_code_that_passes_its_tests():
+    from polm_lab.reasoning.rewards import call_rewards, make_rewards, try_rewards
+
+    world = WORLDS["code"]
+    rows = world.rows("preference", 8, 1)
+    [reward] = make_rewards("tests")
+    for side, value in (("chosen", 1.0), ("rejected", 0.0)):
+        assert call_rewards([reward], rows, [row[side] for row in rows], [[1]] * 8, [True] * 8).total == [value] * 8
+    talk = [dict(prompt=[{"role": "user", "content": "Write f."}], tests=tests) for tests in ("assert f(2) == 4", ["f(2) == 4", "f(3) == 9"], None)]
+    asked = [[{"role": "assistant", "content": text}] for text in ("Sure.\n```python\nf = lambda x: x * 2\n```", "def f(x):\n    return x * 2", "f = 1")]
+    assert call_rewards([reward], talk, asked, [[1]] * 3, [True] * 3).parts["tests"] == [1.0, 0.0, None]
+    for completion in ("import os; os._exit(0)", "f = 1\nraise SystemExit", "while True: pass"):
+        assert call_rewards([reward], talk[:1], [[{"role": "assistant", "content": completion}]], [[1]], [True]).total == [0.0]
+    with pytest.raises(WrongInput, match="no column `tests`"):
+        try_rewards([reward], WORLDS["sums"].rows("prompt", 2), lambda text, **_: type("Encoded", (), {"input_ids": [1]}))
+
+
+def test_the_reward_is_refused_before_compute_without_an_isolator(polm):
+    got = polm("run", "grpo", "-p", "data", "code", "-p", "rewards", "tests", POLM_BWRAP="/nonexistent")
+    assert got.returncode == 2 and "is not run" in got.stderr and len(got.stderr.strip().splitlines()) == 1, got

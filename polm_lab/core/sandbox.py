@@ -159,7 +159,7 @@ control = int(sys.argv[1])
 main()
 """
 
-# %% ../../nbs/core/sandbox.ipynb #0624f80d
+# %% ../../nbs/core/sandbox.ipynb #180143b3
 @dataclass(frozen=True)
 class Execution:
     "What came of running some code."
@@ -193,7 +193,7 @@ def run_code(
     given = dict(seconds=seconds, memory_mib=memory_mib, disk_mib=disk_mib, output_kib=output_kib)
     for name, (low, high) in LIMITS.items():
         if isinstance(given[name], bool) or not isinstance(given[name], (int, float)) or not low <= given[name] <= high:
-            raise WrongInput(f"sandbox: {name} = {given[name]!r}; expected a number from {low:g} to {high:g}; change it")
+            raise WrongInput(f"sandbox: {name} = {given[name]!r}; expected a number from {low:g} to {high:,}; change it")
     isolator()
     return _execute(code, stdin, tests, **given)
 
@@ -346,7 +346,7 @@ class Pool:
     def __exit__(self, *_):
         self.threads.shutdown(cancel_futures=True)
 
-# %% ../../nbs/core/sandbox.ipynb #e31681cf
+# %% ../../nbs/core/sandbox.ipynb #fd370703
 def code_in(text: str) -> str:
     "The last fenced block of `text`, or all of it if there is none."
     blocks = re.findall(r"```[^\n`]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
@@ -368,13 +368,13 @@ def mbpp_parts(task: dict, code: str) -> tuple[str, str]:
     return code_in(code), task.get("test_setup_code", "") + "\n" + assertions(task["test_list"])
 
 
-def check_humaneval(task: dict, completion: str, **limits) -> Execution:
+def check_humaneval(task: dict, completion: str, seconds: float = 10.0, **limits) -> Execution:
     "Run a completion of a HumanEval row against its tests; `ended` says whether it passed. Chen et al. 2021, arXiv 2107.03374."
     code, tests = humaneval_parts(task, completion)
-    return run_code(code, tests=tests, **limits)
+    return run_code(code, tests=tests, seconds=seconds, **limits)
 
 
-def check_mbpp(task: dict, code: str, **limits) -> Execution:
+def check_mbpp(task: dict, code: str, seconds: float = 10.0, **limits) -> Execution:
     "Run code for an MBPP row against its tests; `ended` says whether it passed. Austin et al. 2021, arXiv 2108.07732."
     code, tests = mbpp_parts(task, code)
-    return run_code(code, tests=tests, **limits)
+    return run_code(code, tests=tests, seconds=seconds, **limits)
