@@ -213,6 +213,7 @@ def test_a_fault_in_the_text_is_caught(text, says):
     [
         (output("error", ename="ValueError", evalue="", traceback=[]), "shows an error, ValueError"),
         (output("display_data", data={"application/vnd.plotly.v1+json": {}}), "Unable to display output of type application/vnd.plotly.v1+json"),
+        (output("display_data", data={site.WIDGET: {}, "text/plain": "0%"}), "Unable to display output of type application/vnd.jupyter.widget-view+json"),
         (output("display_data", data={"text/html": ["<script src='https://cdn.example.org/x.js'></script>"]}), "a page has to work offline"),
     ],
 )
