@@ -39,3 +39,8 @@ def test_a_wheel_in_a_clean_environment_runs_dpo(tmp_path):
     assert said["status"] == "finished" and said["path"].startswith(str(elsewhere / "runs"))
     where = subprocess.run([clean / "bin/python", "-c", "import polm_lab; print(polm_lab.__file__)"], cwd=elsewhere, env=env, capture_output=True, text=True).stdout
     assert where.startswith(str(clean))
+    code = "import polm_lab as lab; states = lab.atlas()['state']; print(len(states), (states == 'runs').sum() > 50, lab.datasets().shape[0] > 40)"
+    atlas = subprocess.run([clean / "bin/python", "-c", code], cwd=elsewhere, env=env, capture_output=True, text=True)
+    assert atlas.stdout == "772 True True\n", atlas.stderr
+    refused = subprocess.run([clean / "bin/polm_site", "check"], cwd=elsewhere, env=env, capture_output=True, text=True)
+    assert refused.returncode == 2 and "the source tree, where the site is made" in refused.stderr
