@@ -6,7 +6,7 @@
 __all__ = ['TEXTS', 'PAGES', 'BOOKS', 'ROWS', 'KNOWN', 'LONGEST', 'Document', 'html_text', 'load_documents', 'cut',
            'cut_documents', 'invented_library', 'holds', 'open_library']
 
-# %% ../../nbs/integration/documents.ipynb #3d6bfe9c
+# %% ../../nbs/integration/documents.ipynb #d980b29b
 import io
 import logging
 import random
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterable
 
-from ..core.data import load_data, read_file
+from ..core.data import load_data, load_held_out, read_file
 from ..core.knobs import WrongInput, nearest
 from ..core.worlds import ENCYCLOPEDIA, RELATIONS, SYLLABLES, article, invent, split_of, values_of
 
@@ -147,7 +147,7 @@ def cut_documents(documents: Iterable[Document], words: int = 100) -> list[dict]
         passages += [{"id": document.id if len(pieces) == 1 else f"{document.id}#{n}", "text": p, "source": document.source} for n, p in enumerate(pieces, 1)]
     return passages
 
-# %% ../../nbs/integration/documents.ipynb #10247e93
+# %% ../../nbs/integration/documents.ipynb #7da54b80
 def invented_library(subjects: int = 300, seed: int = 0) -> tuple[list[dict], list[dict]]:
     "Passages `{id, text}` about invented subjects that no model has read, and questions `{question, answer, positives, subject, relation, split}`."
     rng, passages, questions, names = random.Random(f"library {seed}"), [], [], set(ENCYCLOPEDIA)
@@ -172,16 +172,20 @@ def holds(text: str, answer: str) -> bool:
     return bool(answer.strip()) and re.search(rf"(?<!\w){re.escape(answer.strip())}(?!\w)", text, re.I) is not None
 
 
-def open_library(data: str, corpus: str = "", words: int = 100, rows: int = 10**9) -> tuple[list[dict], list[dict], list[dict]]:
+def open_library(data: str, corpus: str = "", words: int = 100, rows: int = 10**9, eval_data: str = "") -> tuple[list[dict], list[dict], list[dict]]:
     """Passages, questions to learn from and at most `rows` held-out questions.
 
     `data` is `facts` (invented anew, unknown to any model) or a file with `question`, `answer` and, without a `corpus` of documents, `context`. Where no passage is given as
     the right one, those that hold the answer are taken for it, as in DPR. Raises `WrongInput`.
     """
     if data == "facts":
+        if eval_data not in ("", "facts"):
+            raise WrongInput(f"eval_data = {eval_data!r}: the invented library has held-out questions of its own; expected eval_data empty with data facts; give your questions as data")
         passages, questions = invented_library()
         return passages, *([q for q in questions if q["split"] == split][: rows if split == "test" else None] for split in ("train", "test"))
-    parts = {split: load_data(data, "prompt", split) for split in ("train", "test")}
+    parts = {"train": load_data(data, "prompt", "train"), "test": load_held_out(data, eval_data, "prompt", rows)}
+    if not parts["train"] or not parts["test"]:
+        raise WrongInput(f"data {data!r}: {len(parts['train'])} questions to learn from and {len(parts['test'])} held out; expected at least one of each; give more rows")
     for row in (row for part in parts.values() for row in part):
         asked = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
         lacks = next((n for n in ("answer", *(() if corpus else ("context",))) if not isinstance(row.get(n), str) or not row[n].strip()), None)
@@ -196,4 +200,4 @@ def open_library(data: str, corpus: str = "", words: int = 100, rows: int = 10**
     place = {p["text"]: p["id"] for p in passages}
     for row in (row for part in parts.values() for row in part):
         row["positives"] = [place[row["context"]]] if row.get("context") in place else [p["id"] for p in passages if holds(p["text"], row["answer"])]
-    return passages, parts["train"], parts["test"][:rows]
+    return passages, parts["train"], parts["test"]

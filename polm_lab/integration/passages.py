@@ -92,7 +92,7 @@ def pool(states, mask, how: str = "mean"):
         vectors = (states * weights).sum(1) / weights.sum(1).clamp_min(1e-9)
     return torch.nn.functional.normalize(vectors.float(), dim=1)
 
-# %% ../../nbs/integration/passages.ipynb #7d6bf739
+# %% ../../nbs/integration/passages.ipynb #ef92dea2
 HOWS = ("bm25", "dense", "hybrid")
 
 
@@ -109,7 +109,7 @@ def _checked(passages: Iterable[dict], known=()) -> list[dict]:
     passages, seen = list(passages), set(known)
     for number, passage in enumerate(passages, 1):
         key, text = passage.get("id"), passage.get("text")
-        if not isinstance(key, str) or not isinstance(text, str) or not text.strip():
+        if type(key) is not str or type(text) is not str or not text or text.isspace():
             raise WrongInput(f"passage {number} ({key!r:.40}): text is {text!r:.40}; expected an id and some text; leave empty passages out")
         if key in seen:
             raise WrongInput(f"passage {number}: the id {key!r:.60} is there already; expected each id once; remove it from the index first, or rename it")

@@ -206,7 +206,7 @@ class Rag:
     def __call__(self, questions: list[str]) -> list[Reading]:
         return self.read(questions, self.find(questions))
 
-# %% ../../nbs/integration/rag.ipynb #86ff1031
+# %% ../../nbs/integration/rag.ipynb #20f0d748
 def altered(text: str, answer: str, others: list[str]) -> str:
     "The passage with another answer where the right one stood: the first of `others` that is not the same."
     instead = next((o for o in others if o.lower() != answer.lower()), "nobody")
@@ -261,7 +261,7 @@ def rag(settings: RAG, run: Run) -> None:
             "altered passage": lambda: [
                 [Hit(i, altered(texts[i], q["answer"], [o["answer"] for o in questions[n:] + questions[:n] if o.get("relation") == q.get("relation")]), 1.0) for i in q["positives"][:1]] for n, q in enumerate(questions)
             ],
-            "wrong passages": lambda: [[h for h in hits if not holds(h.text, q["answer"])] for q, hits in zip(questions, (lambda f: f[1:] + f[:1])(pipeline.find(asked)))],
+            "wrong passages": lambda: [[h for h in hits if not holds(h.text, q["answer"])] for q, hits in zip(questions, (lambda f: f[len(f) // 2 :] + f[: len(f) // 2])(pipeline.find(asked)))],
         }.get(way, lambda: pipeline.find(asked))()
         arms[way], read = measure_arm(pipeline, questions, found)
         run.log(number, **{name: value for name, value in arms[way].items()})

@@ -111,14 +111,14 @@ def candidates(index: Index, questions: list[str], k: int, how: str) -> list[lis
     found = [[n for n, _ in ranked] for ranked in index.ranked(questions, k, how)]
     return [row + [n for n in range(len(index)) if n not in row][: k - len(row)] if len(row) < k else row for row in found]
 
-# %% ../../nbs/integration/reader.ipynb #a45f4b36
+# %% ../../nbs/integration/reader.ipynb #81f7571a
 @method(
     family="integration", title="Reader", paper="Lewis et al. 2020; Guu et al. 2020; Lin et al. 2023; Borgeaud et al. 2022; survey §7.2.2", data="prompt", needs=("questions with answers and passages",),
     small=dict(data="facts", k=2, refresh=2, temperature=0.2),
 )  # fmt: skip
 def reader(settings: Reader, run: Run) -> None:
     "Learn to answer from passages that were found; with RAG and REALM, learn to find them too."
-    passages, learned, held_out = open_library(settings.data, settings.corpus, settings.words, settings.eval_rows)
+    passages, learned, held_out = open_library(settings.data, settings.corpus, settings.words, settings.eval_rows, settings.eval_data)
     joint, together = settings.objective in ("sequence", "token"), settings.objective == "context"
     if len(passages) < settings.k:
         raise WrongInput(f"k = {settings.k}: the library has {len(passages)} passages; expected at least k; lower k, or give more documents")

@@ -193,17 +193,17 @@ def save_encoder(model, tokenizer, folder) -> Path:
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     return folder
 
-# %% ../../nbs/integration/retriever.ipynb #e72dd8ec
+# %% ../../nbs/integration/retriever.ipynb #57cc4d73
 @method(
     family="integration", title="Retriever", paper="Karpukhin et al. 2020; Nguyen et al. 2024; Lin et al. 2023; survey §7.2.2", data="prompt", needs=("questions with answers and passages",),
     small=dict(data="facts", candidates=2, max_length=64),
 )  # fmt: skip
 def retriever(settings: Retriever, run: Run) -> None:
     "Learn to find the passage that answers a question."
-    passages, learned, held_out = open_library(settings.data, settings.corpus, settings.words, settings.eval_rows)
+    passages, learned, held_out = open_library(settings.data, settings.corpus, settings.words, settings.eval_rows, settings.eval_data)
     model, tokenizer = load_model(
         settings.model, dtype=settings.dtype, device=settings.device, adapter=settings.adapter, seed=settings.seed, gradient_checkpointing=settings.gradient_checkpointing,
-    ), load_tokenizer(settings.model)  # fmt: skip
+    ), load_tokenizer(settings.model, settings.chat_template)  # fmt: skip
     if settings.adapter != "none" and not hasattr(model.base_model, "merge_and_unload"):
         raise WrongInput(f"adapter {settings.adapter!r}: cannot be merged into the model; expected one that can, such as lora: an encoder is saved whole")
     encoder, pad, index = DualEncoder(model), tokenizer.pad_token_id, Index(passages)
