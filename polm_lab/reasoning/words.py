@@ -110,7 +110,7 @@ class Words:
         "Whether two answers come to the same: the same last number, or the same words."
         return result_of(a) == result_of(b)
 
-# %% ../../nbs/reasoning/words.ipynb #87c55d67
+# %% ../../nbs/reasoning/words.ipynb #e37858b2
 class Known(Words):
     "Forms of a world that the embedded model was pretrained on; what it has not read is refused."
 
@@ -225,7 +225,7 @@ class FactWords(Known):
         return (text.strip().splitlines() or [""])[0].strip(" .")
 
     def revision(self, row, answer, feedback, memory=()):
-        return self.informed(row, [feedback.text])
+        return self.informed(row, [f"{self._statement(row)} {feedback.hint}." if feedback.hint else feedback.text])
 
     def informed(self, row, passages):
         return f"Passage: {' '.join(passages)}\n{row['prompt']}"
