@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RATES', 'NEEDS', 'kept_bytes', 'training_cost', 'adapter_list', 'pareto', 'PEFT', 'peft']
 
-# %% ../../nbs/efficiency/peft.ipynb #1d01b363
+# %% ../../nbs/efficiency/peft.ipynb #4d6d698d
 import shutil
 import time
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ from ..core.data import encode_rows, load_data
 from ..core.knobs import RunSettings, WrongInput, knob
 from ..core.logprobs import Policy
 from ..core.method import method
-from ..core.models import adapter_names, count_parameters, load_model, load_tokenizer, parse_adapter
+from ..core.models import adapter_names, count_parameters, load_tokenizer, parse_adapter
 from ..core.run import Run
-from ..core.train import Progress, token_batches
+from ..core.train import Progress, load_policy, token_batches
 from ..finetuning.sft import SFT, sft_loss
 
-# %% ../../nbs/efficiency/peft.ipynb #046f7b49
+# %% ../../nbs/efficiency/peft.ipynb #f9b28ac4
 def kept_bytes(model: torch.nn.Module, compute) -> tuple[Tensor, int]:
     "What `compute()` returns, and the bytes of distinct memory that autograd keeps from it for the backward pass, those of the model's weights not counted."
     own, kept = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers()) if not p.is_sparse}, {}
@@ -86,9 +86,10 @@ RATES = {  # that helped on `sums` within a dozen steps; 5e-3 for all others
 }  # fmt: skip
 NEEDS = {  # settings without which they do not fit the embedded model
     "adaption_prompt": "adaption_prompt:adapter_len=8,adapter_layers=3", "c3a": "c3a:block_size=16", "road": "road:group_size=16", "vblora": "vblora:vector_length=16",
+    "trainable_tokens": "trainable_tokens:token_indices=" + ",".join(map(str, (12, 13, 15, *range(18, 28), 31))),  # * + - 0 to 9 =
 }  # fmt: skip
 
-# %% ../../nbs/efficiency/peft.ipynb #d9d101ee
+# %% ../../nbs/efficiency/peft.ipynb #7b70fc74
 @dataclass(kw_only=True)
 class PEFT(RunSettings):
     "Settings of the comparison of adapters."
@@ -112,7 +113,7 @@ def peft(settings: PEFT, run: Run) -> None:
     costs, left_out = {}, {}
     for spec, _ in listed:
         try:
-            policy = Policy(load_model(settings.model, settings.dtype, settings.device, adapter=spec, seed=settings.seed))
+            policy, _ = load_policy(SFT(**shared, adapter=spec, steps=settings.steps))
             costs[spec] = training_cost(policy, {k: v.to(policy.model.device) if torch.is_tensor(v) else v for k, v in batch.items()})
         except (WrongInput, RuntimeError) as error:  # a RuntimeError: it fits and cannot compute, such as trainable_tokens without tokens
             if settings.adapters != "all":
