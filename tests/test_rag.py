@@ -230,6 +230,38 @@ def test_killed_builds_leave_a_whole_index(tmp_path):
     assert len(list(folder.glob("build-*"))) == 1, "what killed builds left is cleared away by the next one"
 
 
+def test_killed_at_each_step_of_a_build(tmp_path):
+    import shutil
+
+    folder = Index(texts_of(20)).save(tmp_path / "index")
+    new, before = Index(texts_of(30, seed=1)), {p["id"] for p in texts_of(20)}
+    new.bm25  # made before the fork, which would not survive its threads
+    steps = [("fsync", n) for n in range(1, 8)] + [("dump", 1), ("replace", 1), ("rmtree", 1)]
+    left = {}
+    for step in steps:
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        shutil.copytree(folder, tmp_path / "copy")
+        child = os.fork()
+        if child == 0:  # dies by itself at the n-th call, in the middle of whatever it is doing
+            calls, where = [0], {"fsync": os, "replace": os, "dump": json, "rmtree": shutil}[step[0]]
+            plain = getattr(where, step[0])
+
+            def deadly(*args, **kwargs):
+                calls[0] += 1
+                if calls[0] == step[1]:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return plain(*args, **kwargs)
+
+            setattr(where, step[0], deadly)
+            new.save(tmp_path / "copy")
+            os._exit(0)
+        killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        index = Index.open(tmp_path / "copy")
+        left[step] = {p["id"] for p in index.passages} == before
+        assert killed and (left[step] or len(index) == 30) and index.search([index.passages[3]["text"]], 1)[0]
+    assert all(old for step, old in left.items() if step[0] != "rmtree") and not left["rmtree", 1]
+
+
 def test_one_writer_and_no_strangers(tmp_path):
     import fcntl
 
@@ -296,6 +328,8 @@ def test_reading_apart_takes_the_likeliest_answer(local):
     weights = torch.tensor([6 / 11, 3 / 11, 2 / 11])
     marginal = [float((weights * local.likelihood([local.prompt(question, [t]) for t in texts], [f" {o}{end}"] * 3).exp()).sum()) for o in options]
     assert len(options) > 1 and read.answer == options[int(np.argmax(marginal))]
+    for order in (hits[0][:2], hits[0][1::-1]):  # two passages that contradict each other: the one that was found first has twice the weight
+        assert Rag(index, local, "bm25", 2).read([question], [order])[0].answer == local.write([(question, [order[0].text])])[0]
 
 
 def test_likelihood_puts_the_passage_that_asks_the_question_first(local):

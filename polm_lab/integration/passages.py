@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['HOWS', 'Encoder', 'pool', 'Hit', 'fuse_ranks', 'Index']
 
-# %% ../../nbs/integration/passages.ipynb #996d43bc
+# %% ../../nbs/integration/passages.ipynb #496503ab
 import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable
+from typing import Iterable, NamedTuple
 
 import numpy as np
 
@@ -92,12 +91,11 @@ def pool(states, mask, how: str = "mean"):
         vectors = (states * weights).sum(1) / weights.sum(1).clamp_min(1e-9)
     return torch.nn.functional.normalize(vectors.float(), dim=1)
 
-# %% ../../nbs/integration/passages.ipynb #ef92dea2
+# %% ../../nbs/integration/passages.ipynb #96d1a3ce
 HOWS = ("bm25", "dense", "hybrid")
 
 
-@dataclass(frozen=True)
-class Hit:
+class Hit(NamedTuple):
     "A passage that was found, with its score (BM25, cosine, or sum of reciprocal ranks)."
 
     id: str
@@ -187,16 +185,17 @@ class Index:
         k = min(k, len(self))
         if how == "dense":
             scores, numbers = self.vectors.search(self.encoder(questions, "query"), k)
-            return [list(zip(map(int, row), map(float, values))) for row, values in zip(numbers, scores)]
+            return [list(zip(row, values)) for row, values in zip(numbers.tolist(), scores.tolist())]
         import bm25s
 
         words = bm25s.tokenize(questions, show_progress=False, return_ids=False)
         numbers, scores = self.bm25.retrieve(words, k=k, show_progress=False)
-        return [[(int(n), float(s)) for n, s in zip(row, values) if s > 0] for row, values in zip(numbers, scores)]
+        return [[pair for pair in zip(row, values) if pair[1] > 0] for row, values in zip(numbers.tolist(), scores.tolist())]
 
     def search(self, questions: list[str], k: int = 5, how: str = "bm25") -> list[list[Hit]]:
         "The `k` best passages of each question, by bm25, dense or hybrid."
-        return [[Hit(self.passages[n]["id"], self.passages[n]["text"], score) for n, score in found] for found in self.ranked(questions, k, how)]
+        passages = self.passages
+        return [[Hit(passages[n]["id"], passages[n]["text"], score) for n, score in found] for found in self.ranked(questions, k, how)]
 
     def save(self, folder) -> Path:
         "Write the index to `folder`, all at once; whoever opens it meanwhile gets the old one. Raises `WrongInput` while another process writes there."

@@ -6,11 +6,11 @@
 __all__ = ['CHAT', 'RAG', 'chat_prompt', 'LocalReader', 'EndpointReader', 'exact_match', 'log_weights', 'Reading', 'Rag',
            'altered', 'measure_arm', 'rag']
 
-# %% ../../nbs/integration/rag.ipynb #40e85b28
+# %% ../../nbs/integration/rag.ipynb #84edae5e
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -112,7 +112,7 @@ class EndpointReader(EndpointJudge):
         with ThreadPoolExecutor(self.at_once) as pool:
             return list(pool.map(lambda pair: self.ask(chat_prompt(*pair), read, temperature=0.0, max_tokens=self.max_new_tokens), asked))
 
-# %% ../../nbs/integration/rag.ipynb #100432ee
+# %% ../../nbs/integration/rag.ipynb #f8fbe7e4
 def exact_match(text: str, answer: str) -> float:
     "1 if the first line of `text` is the answer; case, punctuation, articles and marks such as [1] aside (Rajpurkar et al. 2016)."
     line = (text.strip().splitlines() or [""])[0]
@@ -172,7 +172,7 @@ class Rag:
         scores = self.reader.likelihood(prompts, [f" {questions[n]}\n" for n, _ in pairs]).tolist() if pairs else []
         again = [[] for _ in found]
         for (n, hit), score in zip(pairs, scores):
-            again[n].append(replace(hit, score=score))
+            again[n].append(hit._replace(score=score))
         self.seconds["rerank"] += time.perf_counter() - began
         return [sorted(hits, key=lambda hit: -hit.score)[: self.k] for hits in again]
 
