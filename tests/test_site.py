@@ -143,10 +143,11 @@ def test_the_filter_called_as_quarto_calls_it(page, tmp_path):
     path = ROOT / page
     command = yaml.safe_load((ROOT / "_quarto.yml").read_text())["ipynb-filters"][0].split()
     env = {**os.environ, "PATH": f"{SITE.parent}{os.pathsep}{os.environ['PATH']}", "PYTHONUNBUFFERED": "1"}
-    done = subprocess.run(command, cwd=path.parent, input=path.read_text(encoding="utf-8"), capture_output=True, text=True, env=env)
+    text = path.read_text(encoding="utf-8")
+    done = subprocess.run(command, cwd=path.parent, input=text, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     got = json.loads(done.stdout)
-    want = MADE[path]["cells"]
+    want = site.filtered(json.loads(text), page.removeprefix("nbs/"), FOUND, BIB, "foot")["cells"]
     assert got["nbformat"] == 4 and got["cells"][:-1] == want[:-1]
     assert re.search(rf"`{re.escape(page)}`, polm_lab \d", "".join(got["cells"][-1]["source"]))
 

@@ -300,7 +300,7 @@ def timeline(rows: list[dict] | None = None, first: int = 2018, last: int = 2025
     figure.update_xaxes(dtick=1, title="year of publication").update_yaxes(title="lines of eight", showgrid=False)
     return figure.update_layout(template="plotly_white", height=420, margin=dict(l=45, r=15, t=30, b=40), legend=dict(orientation="h", y=1.1))
 
-# %% ../../nbs/workbench/atlas.ipynb #aa339d03
+# %% ../../nbs/workbench/atlas.ipynb #f46ef61f
 def table(number: int, rows: list[dict] | None = None) -> list[dict]:
     "The survey's table 1 to 9 with the state of each row. Raises `WrongInput`."
     if number not in TABLES:
@@ -311,7 +311,7 @@ def table(number: int, rows: list[dict] | None = None) -> list[dict]:
     for row in survey(stem):
         found = state[row.pop("system")]
         note = row.pop("note")
-        out.append({**row, "state": found["state"], "by": found["by"], "note": note})
+        out.append({"state": found["state"], **row, "by": found["by"], "note": note})
     return out
 
 
