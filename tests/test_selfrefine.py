@@ -1,0 +1,475 @@
+"Self-refinement: bounds, traces, tools that fail, a real endpoint that fails, what is escaped, and methods that go on where they were killed."
+
+import json
+import math
+import os
+import signal
+import subprocess
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from conftest import POLM
+
+import polm_lab as lab
+from polm_lab.alignment.judges import Kept
+from polm_lab.core.knobs import WrongInput
+from polm_lab.core.run import all_runs, open_run
+from polm_lab.core.worlds import WORLDS
+from polm_lab.reasoning import critic as trained
+from polm_lab.reasoning.refine import (Ask, EndpointWriter, Feedback, Step, Trace, forget, make_writer, never, read_traces, refine, remember, round_metrics, satisfied,
+                                       tree_html, tree_text, unchanged)  # fmt: skip
+from polm_lab.reasoning.selfrefine import STRATEGIES, Samples, draft, feedback_critic, most_for, round_table
+from polm_lab.reasoning.tools import ToolCritic, bm25, calculator, called, equations, follow, read_passages, run_tests, searched, solve, solved, solver, source_of, symbolic
+from polm_lab.reasoning.words import FactWords, SumWords, Words, words_for
+
+QUICK = dict(questions=8, rounds=2, samples=2, dtype="float32", device="cpu")
+KEY = "sk-Very+Secret/0123456789abcdef"
+
+
+def says(call, *args, **more):
+    with pytest.raises(WrongInput) as found:
+        call(*args, **more)
+    assert "\n" not in str(found.value)
+    return str(found.value)
+
+
+@pytest.fixture(scope="module")
+def writer():
+    return make_writer("tiny", dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def sums():
+    return WORLDS["sums"].rows("prompt", 16, 5, "test")
+
+
+def loop(words, **more):
+    return dict(draft=draft(words), critic=feedback_critic(words, contradiction=True), reviser=follow(words), stop=satisfied, memory=forget) | more
+
+
+def refined(rows, ask, rounds=3, left=math.inf, start=0, **places):
+    traces = [Trace(start + i, row, left=left) for i, row in enumerate(rows)]
+    list(refine(traces, **loop(SumWords(), **places), ask=ask, rounds=rounds))
+    return traces
+
+
+# The loop -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_trace_is_the_same_alone_and_in_a_batch(writer, sums):
+    "Answers, steps and tokens; a batch in another order changes nothing either."
+    together = refined(sums[:6], Ask(writer, 48))
+    alone = [refined([row], Ask(writer, 48), start=i)[0] for i, row in enumerate(sums[:6])]
+    turned = [Trace(i, sums[i]) for i in reversed(range(6))]
+    list(refine(turned, **loop(SumWords()), ask=Ask(writer, 48), rounds=3))
+    shown = lambda trace: (trace.answers, trace.over, trace.tokens(), tree_text(trace))
+    assert [shown(t) for t in together] == [shown(t) for t in alone] == [shown(t) for t in reversed(turned)]
+    assert len({t.answers[0] for t in together}) > 1 and any(len(t.answers) > 1 for t in together), "nothing was revised: the comparison is empty"
+
+
+def test_another_seed_gives_other_traces(writer, sums):
+    first, second = (refined(sums, Ask(writer, 48, seed=s)) for s in (0, 1))
+    assert [t.answers for t in first] != [t.answers for t in second]
+
+
+def test_a_critic_that_is_never_content_ends_with_the_rounds(writer, sums):
+    traces = refined(sums[:4], Ask(writer, 24), rounds=4, stop=never)
+    assert {t.over for t in traces} == {"rounds"} and all(len(t.answers) == 5 for t in traces)
+    assert max(step.round for t in traces for step in t.steps) == 4
+
+
+@pytest.mark.parametrize("tokens", [12, 30, 31, 77, 150])
+def test_no_question_costs_more_than_its_tokens(writer, sums, tokens):
+    "A critic and a reviser that want to write without end, many rounds, and a memory that grows."
+    def greedy(traces, ask):
+        said = ask(traces, [SumWords().feedback(t.row, t.answer) for t in traces], "critique", max_new_tokens=10**6)
+        return [Feedback(one.text, False) for one in said]
+
+    traces = refined(sums[:6], Ask(writer, 64), rounds=10**6, left=tokens, critic=greedy, stop=never, memory=remember)
+    assert all(t.tokens() <= tokens for t in traces) and {t.over for t in traces} == {"tokens"}
+    assert all(t.tokens() + t.left == tokens for t in traces) and max(t.tokens() for t in traces) > tokens - 40
+    assert all(t.answer for t in traces), "the answer that stood is kept"
+
+
+def test_no_room_for_a_draft_is_said(writer, sums):
+    assert "no room for a draft" in says(refined, sums[:2], Ask(writer), left=3)
+
+
+def test_what_ended_is_asked_no_more():
+    asked = []
+
+    def writer(prompts, seeds, most, *rest):
+        asked.append(len(prompts))
+        raise AssertionError("nobody is to be asked")
+
+    traces = [Trace(i, dict(prompt="?")) for i in range(4)]
+    critic = lambda live, ask: [Feedback("", t.index % 2 == 0) for t in live]
+    opened = [len(live) for _, live in refine(traces, lambda ts, ask: ["0"] * 4, critic, lambda ts, fs, ask: [t.answer + "'" for t in ts], satisfied, forget, Ask(writer), 3)]
+    assert opened == [4, 4, 2, 2] and [t.answer for t in traces] == ["0", "0'''", "0", "0'''"] and not asked
+
+
+def test_stopping_rules():
+    trace = Trace(0, dict(prompt="?"), answers=["a", "b"])
+    assert (satisfied(trace, Feedback("", True)), satisfied(trace, Feedback("", None)), never(trace, Feedback("", True))) == ("satisfied", "", "")
+    assert unchanged(trace, Feedback("", False)) == "" and unchanged(Trace(0, {}, answers=["a", "a"]), Feedback("", False)) == "unchanged"
+
+
+def test_memory_is_bounded():
+    trace = Trace(0, dict(prompt="?"), answers=["a"])
+    for i in range(50):
+        remember(trace, Feedback(f"no {i}"))
+    assert len(trace.memory) == 8 and trace.memory[-1] == "a: no 49"
+
+
+def test_accuracy_is_what_was_not_broken_and_what_was_mended(writer, sums):
+    score, traces = WORLDS["sums"].score, refined(sums, Ask(writer, 48))
+    first, last = (round_metrics(traces, r, score) for r in (0, 3))
+    assert math.isclose(last["accuracy"], first["accuracy"] * (1 - last["broken"]) + (1 - first["accuracy"]) * last["mended"])
+    assert "mended" not in round_metrics([Trace(0, dict(answer="2"), answers=["2"])], 0, score)  # nothing was wrong, so nothing can be mended
+
+
+# Traces -------------------------------------------------------------------------------------------------------------
+
+NASTY = ["<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "</pre></details><b>", "&lt;b&gt;", '"><svg onload=alert(1)>']
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_what_a_model_wrote_is_text_in_the_tree(text):
+    trace = Trace(0, dict(prompt=text), answers=[text], over=text, open=[Step(text, 0, text, [dict(role="user", content=text)], facts=dict(error=text))])
+    trace.close("draft", 0, text, hint=text)
+    from html.parser import HTMLParser
+
+    tags, shown = [], []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            tags.append((tag, dict(attributes).keys() - {"style"}))
+
+        def handle_data(self, data):
+            shown.append(data)
+
+    Reader().feed(tree_html(trace))
+    assert {tag for tag, _ in tags} <= {"details", "summary", "pre", "div", "i"} and not any(more for _, more in tags)
+    assert sum(text in part for part in shown) >= 4
+
+
+def test_the_record_gives_the_traces_back(tmp_path):
+    run = lab.run("selfrefine", out=tmp_path, **QUICK)
+    traces = read_traces(open_run(run.path))
+    assert len(traces) == 8 and all(t.over in ("satisfied", "rounds", "tokens") for t in traces)
+    assert all(t.steps[0].role == "draft" and t.steps[0].parts[0].prompt == t.row["prompt"] for t in traces)
+    mean = sum(t.tokens() for t in traces) / 8
+    assert math.isclose(mean, run.summary["after"]["tokens"]) and "<details" in tree_html(traces)
+    table = round_table(run)
+    assert table.index.tolist() == [0, 1, 2] and (table.tokens.diff()[1:] >= 0).all()
+    from polm_lab.core.metrics import metric
+
+    assert all(metric(name) for name in table.columns)
+
+
+# Words --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_embedded_model_is_asked_in_forms_that_it_has_read(writer):
+    tokenizer = writer.tokenizer
+    assert type(words_for("sums#5", tokenizer)) is SumWords and type(words_for("facts", tokenizer)) is FactWords and type(words_for("sums", None)) is Words
+    assert "words for sums, facts, code, chat" in says(words_for, "stories", tokenizer)
+    assert "expected a sum" in says(SumWords().feedback, dict(prompt="Hello"), "1")
+    for name, world in (("sums", SumWords()), ("facts", FactWords())):
+        row = WORLDS[name].rows("prompt", 1, 0, "test")[0]
+        feedback = Feedback("x", False, row["answer"])
+        for prompt in (world.draft(row), world.feedback(row, row["answer"]), world.revision(row, "1", feedback), *world.ways(row), *world.questions(row, "1"), world.reflection(row, "1", feedback)):
+            assert prompt
+
+
+@pytest.mark.parametrize("answer", ["", "no idea", "9" * 40, "-5", "6\n8", "<|im_end|>"])
+def test_odd_answers_do_not_break_the_words(answer, sums):
+    for words in (SumWords(), Words()):
+        found = words.verdict(sums[0], answer, answer)
+        assert words.feedback(sums[0], answer) and words.revision(sums[0], answer, found) and isinstance(words.answer(sums[0], answer), str)
+
+
+def test_verdicts_of_a_model_that_follows_instructions():
+    read = lambda text: Words().verdict({}, "", text).fine
+    assert read("All good.\nVERDICT: right") is True and read("VERDICT: right? No.\n**Verdict**: wrong.") is False and read("I am not sure.") is None
+
+
+# Tools --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_tool_that_fails_costs_one_feedback(writer, sums):
+    count = []
+
+    def shaky(row, answer):
+        count.append(answer)
+        if len(count) % 3 == 0:
+            raise OSError("the line is down")
+        return calculator(row, answer)
+
+    traces = refined(sums, Ask(writer, 48), rounds=1, critic=ToolCritic(shaky))
+    failed = [t for t in traces if any("error" in s.facts for s in t.steps)]
+    assert len(failed) == 5 and all("the line is down" in tree_text(t) and t.answer == t.answers[0] for t in failed)
+    assert all(WORLDS["sums"].score(t.row, t.answer) for t in traces if t not in failed)
+
+
+def test_a_tool_that_always_fails_ends_the_run_with_one_line(tmp_path):
+    (tmp_path / "mine.py").write_text("def ruler(row, answer):\n    raise KeyError('length')\n\ndef fine(row, answer):\n    return True\n")
+    message = says(lab.run, "selfrefine", out=tmp_path, critic=f"{tmp_path}/mine.py:ruler", **QUICK | dict(samples=0))
+    assert "tool ruler: failed on each of its first 8 questions (KeyError: 'length')" in message
+    run = lab.run("selfrefine", out=tmp_path, critic=f"{tmp_path}/mine.py:fine", **QUICK)
+    assert run.record["endings"] == {"satisfied": 8} and run.summary["after"]["accuracy"] == run.summary["before"]["accuracy"]
+
+
+def test_a_tool_that_hangs_is_left_behind():
+    began = time.perf_counter()
+    assert called(time.sleep, 30, seconds=0.1) == (None, "no answer within 0.1 s") and time.perf_counter() - began < 2
+    assert called(lambda: 1 / 0)[1].startswith("ZeroDivisionError") and called(lambda: 5) == (5, "")
+
+
+def test_the_calculator_reads_what_is_stated():
+    assert calculator(dict(prompt="23+45="), "68").fine and not calculator(dict(prompt="23+45="), "67").fine
+    assert not calculator(dict(prompt="23+45="), "3+5=9\n68").fine and calculator(dict(prompt="9-12="), "-3").fine
+    assert "neither the question nor the answer" in says(calculator, dict(prompt="Who?"), "Anna")
+
+
+@pytest.mark.parametrize("text", ["__import__('os').system('true')", "x.real", "x ** 9", "9 ** 9 ** 9", "(lambda: 1)()", "x if x else 1", "'a'", "x / 2", "q + 1", "x +", "(" * 500, "True + x", "x" * 200])
+def test_the_solver_executes_nothing(text):
+    with pytest.raises(ValueError):
+        symbolic(text, {"x": 1, "y": 2})
+    row = dict(prompt="", answer="x + 1", y=1, value=5)
+    assert solver(row, text).fine is False and solved(row, text) == 0.0
+
+
+def test_the_solver_solves():
+    for row in equations(40, 1):
+        found = solve(row["answer"], row["y"], row["value"])
+        assert found is not None and solved(row, row["answer"]) == 1.0
+    assert solve("x * 2", 0, 7) is None and solve("x * x", 0, 16) == 4 and solve("max(x, 3) + 2", 0, 9) == 7 and solve("x % 13 * 3", 1, 9) == 3
+
+
+def test_search_finds_what_is_there():
+    assert says(bm25, []).startswith("search: no passage") and "cannot be read" in says(read_passages, "nowhere.txt")
+    search = bm25(["the cat sat", "a dog ran", "birds fly"], most=2)
+    assert search("dog")[0] == "a dog ran" and search("zebra") == []
+    tool = searched(search)
+    assert tool(dict(prompt="Question: which animal ran?\nAnswer:"), " dog.").fine and tool(dict(prompt="zebra"), "dog").fine is None and tool(dict(prompt="dog"), "").fine is False
+
+
+@pytest.mark.parametrize("code, said", [
+    ("x + y", "passes"), ("x", "f(1, 2) is 1, not 3"), ("x +", "SyntaxError"), ("z", "NameError"), ("sum(0 for _ in iter(int, 1))", "no end within"), ("[0 for _ in iter(int, 1)]", "too much memory"), ("__import__('os')._exit(0)", "it left before the tests"),
+    ("__import__('sys').exit(0)", "it left before the tests"), ("print('passes')", "not 3"), ("open('/etc/passwd').read()", "Error"), ("'<b>' + str(x)", "'<b>1'"),
+])  # fmt: skip
+def test_code_runs_in_the_sandbox_and_its_outcome_is_one_line(code, said):
+    found = run_tests(source_of(dict(prompt="# add\nf = lambda x, y:"), f" {code}"), ["f(1, 2) == 3", "f(0, 0) == 0"], seconds=1.0)
+    assert said in found and "\n" not in found and (found == "passes") == (said == "passes")
+
+
+def test_assertions_and_whole_programs():
+    assert run_tests("def f(x):\n    return x", ["assert f(2) == 2"]) == "passes" and run_tests("def f(x):\n    return x", ["assert f(2) == 3"]) == "assert f(2) == 3 fails"
+    assert source_of(dict(prompt="Write f."), "```python\ndef f(x):\n    return x\n```") == "def f(x):\n    return x\n"
+
+
+# Sampling more ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("judged", [False, True])
+def test_sampling_more_costs_no_more_than_refining(writer, sums, judged):
+    "And what is drawn bit by bit is what is drawn at once."
+    words, score, name = SumWords(), WORLDS["sums"].score, "best" if judged else "majority"
+    make = lambda: Samples(sums, 8, words, Ask(writer, 48, seed=9), feedback_critic(words) if judged else None)
+    samples, drawn = make(), []
+    for tokens in (1, 12, 60, 120, 10**6):
+        found = samples(tokens, score)
+        drawn.append(len(samples.groups[0]))
+        n = most_for(tokens, [samples.cost(k) for k in range(1, drawn[-1] + 1)])
+        assert found[f"tokens/{name}"] == samples.cost(n) and (n == 1 or samples.cost(n) <= tokens)
+        assert n == 8 or samples.cost(n + 1) > tokens
+    assert drawn[0] == 1 and drawn[-1] == 8
+    whole = make()
+    whole.draw(8)
+    assert [[(t.index, t.answers) for t in g] for g in whole.groups] == [[(t.index, t.answers) for t in g] for g in samples.groups]
+    assert whole(10**6, score) == found
+
+
+# Strategies ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_runs_and_is_bounded(name, tmp_path):
+    run = lab.run("selfrefine", out=tmp_path, strategy=name, **QUICK)
+    traces = read_traces(run)
+    assert run.status == "finished" and len(traces) == 8 and all(len(t.answers) <= 3 and t.tokens() <= 600 for t in traces)
+    after = run.summary["after"]
+    assert 0 <= after["accuracy"] <= 1 and {"tokens", "accuracy/majority", "accuracy/best"} <= set(after)
+
+
+def test_wrong_settings_are_refused_before_a_model_is_asked(tmp_path):
+    refused = lambda **more: says(lab.run, "selfrefine", out=tmp_path, **QUICK | more)
+    assert "did you mean 'reflexion'" in refused(strategy="reflexon")
+    assert "critic = 'calcullator'" in refused(critic="calcullator")
+    assert "no words for feedback in code" in refused(data="code")
+    assert "there is no file" in refused(critic="nowhere.py:f")
+    assert "cannot be read" in refused(strategy="flare", source="nowhere.txt")
+    assert "rounds = 0" in refused(rounds=0)
+
+
+# Endpoints ----------------------------------------------------------------------------------------------------------
+
+
+class Server:
+    "A real endpoint that adds up badly. `fails` is a list of what the next answers are: a status, `drop`, `torn`, or a text that is sent as it is."
+
+    def __init__(self):
+        self.fails, self.asked, self.bodies, self.lock, self.dead = [], 0, [], threading.Lock(), False
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with outer.lock:
+                    outer.asked += 1
+                    outer.bodies.append(body)
+                    fail = 503 if outer.dead else outer.fails.pop(0) if outer.fails else None
+                if fail == "drop":
+                    self.close_connection = True
+                    return
+                text = json.dumps({"choices": [{"message": {"content": outer.reply(body["messages"])}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 11, "completion_tokens": 3}})
+                status = fail if isinstance(fail, int) else 200
+                raw = (f"key {self.headers['Authorization']}" if status != 200 else text[: len(text) // 2] if fail == "torn" else fail if isinstance(fail, str) else text).encode()
+                self.send_response(status)
+                for name, value in {"Content-Length": len(raw), "Retry-After": "0"}.items():
+                    self.send_header(name, str(value))
+                self.end_headers()
+                self.wfile.write(raw)
+
+            def log_message(self, *_):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        threading.Thread(target=self.http.serve_forever, kwargs=dict(poll_interval=0.05), daemon=True).start()
+
+    def reply(self, messages):
+        a, _, b = messages[0]["content"].split("\n")[0].rstrip("=").partition("+")
+        truth, last = int(a) + int(b), messages[-1]["content"]
+        if "Check that answer" in last:
+            return f"{a}+{b} is {truth}. VERDICT: {'right' if messages[-2]['content'] == str(truth) else 'wrong'}"
+        if "Feedback on your answer" in last:
+            return f"{truth}"
+        return str(truth + truth % 2)  # odd sums come out wrong
+
+    @property
+    def spec(self):
+        return f"openai:{self.url}#small"
+
+
+@pytest.fixture
+def server():
+    one = Server()
+    yield one
+    one.http.shutdown()
+    one.http.server_close()
+
+
+def test_an_endpoint_is_asked_in_english_and_mends_its_answers(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("REFINE_KEY", KEY)
+    server.fails = [503, "drop", "torn", 429, "[]", "{"]
+    run = lab.run("selfrefine", out=tmp_path, endpoint=server.spec, key_variable="REFINE_KEY", data="sums", **QUICK | dict(samples=0))
+    assert run.summary["after"]["accuracy"] == 1.0 > run.summary["before"]["accuracy"] and run.record["endings"] == {"satisfied": 8}
+    assert run.summary["after"]["tokens"] >= 28 and all("Check that answer" not in body["messages"][0]["content"] for body in server.bodies)
+    for path in run.path.rglob("*"):
+        assert not path.is_file() or KEY not in path.read_text(errors="replace")
+
+
+def test_an_endpoint_that_dies_ends_the_run_with_one_line_and_is_not_asked_twice(server, tmp_path, monkeypatch):
+    values = dict(endpoint=server.spec, data="sums", **QUICK | dict(samples=0))
+    plain, count = Server.reply, []
+
+    def dies(self, messages):
+        count.append(1)
+        self.dead = len(count) >= 8  # after the drafts
+        return plain(self, messages)
+
+    monkeypatch.setattr(Server, "reply", dies)
+    message = says(lab.run, "selfrefine", out=tmp_path, **values)
+    assert message.startswith(f"endpoint {server.url}#small: status 503") and "resume the run" in message
+    run = all_runs(tmp_path)[0]
+    assert run.status == "failed" and run.read()["reason"] == message
+    monkeypatch.setattr(Server, "reply", plain)
+    server.dead, server.bodies = False, []
+    from polm_lab.core.chain import execute
+
+    execute(open_run(run.path))
+    drafts = [body for body in server.bodies if len(body["messages"]) == 1]
+    assert open_run(run.path).status == "finished" and not drafts, "what it had said was asked for again"
+
+
+def test_an_endpoint_that_is_not_there_or_refuses(server, tmp_path):
+    refused = lambda endpoint, **more: says(lab.run, "selfrefine", out=tmp_path, endpoint=endpoint, data="sums", **QUICK | dict(samples=0) | more)
+    assert "cannot be reached" in refused("openai:http://127.0.0.1:9/v1#m")
+    assert "a rule; expected openai" in refused("rule:correct")
+    assert "no such environment variable" in refused(server.spec, key_variable="NO_SUCH_VARIABLE")
+    server.fails = [404] * 20
+    assert "status 404" in refused(server.spec)
+
+
+def test_an_endpoint_may_count_no_tokens(server, tmp_path):
+    said = EndpointWriter(server.url, "small", Kept(tmp_path / "said.jsonl"))
+    server.fails = [json.dumps({"choices": [{"message": {"content": None}}]}), json.dumps({"choices": [{"message": {"content": "x" * 40}}], "usage": None})]
+    empty, long = (said(["12+34="], [i], [1000], 64, 1.0)[0] for i in range(2))
+    assert empty.text == "" and empty.written >= 1 and long.written == 11 and long.read >= 2 and math.isnan(long.sure)
+    assert said(["12+34="], [5], [1], 64, 1.0)[0].written == 0 and server.asked == 2  # no room: not asked
+
+
+# Trained parts ------------------------------------------------------------------------------------------------------
+
+SMALL = dict(questions=16, samples=2, steps=2, prompts=4, rounds=1, batch_size=4, dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize("learn", ["corrector", "selfee", "critique", "refiner", "editor", "coderl"])
+def test_every_trained_part_is_made_and_used(learn, tmp_path):
+    run = lab.run("critic", out=tmp_path, learn=learn, **SMALL)
+    assert run.status == "finished" and {"accuracy", "accuracy/draft", "tokens"} <= set(run.summary["after"])
+    assert (run.path / "model" / "model.safetensors").exists() and len(run.record["stages"]) == 1
+    if learn != "coderl":
+        rows = [json.loads(line) for line in open(run.path / "learned.jsonl")]
+        assert len(rows) == run.record["rows"] >= 2 and all(row["prompt"] and row["completion"] for row in rows)
+
+
+def test_learned_rows_are_of_training_questions():
+    held_out = {row["prompt"].rstrip("=") for row in WORLDS["sums"].rows("prompt", 400, 0, "test")}
+    for row in trained.spoiled_steps(64, 0, trained.StepWords()):
+        assert row["prompt"].split(" in steps")[0] not in held_out
+
+
+def test_rewards_of_coderl_are_graded():
+    row = WORLDS["code"].rows("prompt", 1, 3)[0]
+    tries = {f" {row['answer']}": 1.0, f" {row['answer']} + 1": -0.3, " (": -1.0, " q": -0.6, " __import__('os')._exit(0)": -0.6}
+    assert trained.coderl([row["prompt"]] * 5, list(tries), [row["tests"]] * 5) == list(tries.values())
+
+
+def test_a_chain_that_is_killed_goes_on(tmp_path):
+    "Killed in its training stage and resumed, it gives the figures of one that was not killed."
+    values = dict(learn="corrector", **SMALL | dict(steps=30))
+    whole = lab.run("critic", out=tmp_path / "whole", **values)
+    words = [w for k, v in values.items() for w in ("-p", k, str(v))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([POLM, "run", "critic", "--bare", "--out", str(tmp_path / "killed"), *words], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    until = time.monotonic() + 120
+    while not any(run.method == "sft" and run.lines() for run in all_runs(tmp_path / "killed")):
+        assert time.monotonic() < until and process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    run = next(run for run in all_runs(tmp_path / "killed") if run.method == "critic")
+    assert run.status == "dead"
+    before = (run.path / "learned.jsonl").read_bytes()
+    subprocess.run([POLM, "resume", str(run.path)], env=environment, check=True, capture_output=True)
+    again = open_run(run.path)
+    assert again.status == "finished" and again.summary == whole.summary and (run.path / "learned.jsonl").read_bytes() == before
+    bare = lambda run: [{k: v for k, v in row.items() if k != "seconds"} for row in run.lines()]
+    assert bare(again) == bare(whole) and len([r for r in all_runs(tmp_path / "killed") if r.method == "sft"]) == 1
