@@ -48,6 +48,19 @@ def test_exactly_the_asked_number_goes(sparsity):
     assert (gone.sum(1) == int(33 * sparsity)).all()
 
 
+@pytest.mark.parametrize("kind", ["normal", "ties", "zeros", "columns"])
+@pytest.mark.parametrize("within", ["row", "layer"])
+def test_the_smallest_go_however_they_are_found(kind, within):
+    "Partition on the processor, topk elsewhere: what stays is never smaller than what goes, with equals, too, and in a matrix that is a view."
+    score = torch.randn(9, 200, generator=torch.Generator().manual_seed(2)).abs()
+    score = {"normal": score, "ties": (score * 2).round(), "zeros": score * (score > 1), "columns": torch.cat([score, score], 1)[:, ::2]}[kind]
+    for sparsity in (0.01, 0.5, 0.9):
+        for found in (smallest(score, sparsity, within=within), smallest(score.double(), sparsity, within=within)):
+            rows, gone = (score.reshape(1, -1), found.reshape(1, -1)) if within == "layer" else (score, found)
+            assert (gone.sum(1) == int(rows.shape[1] * sparsity)).all()
+            assert (rows.masked_fill(~gone, -1).amax(1) <= rows.masked_fill(gone, 9e9).amin(1)).all()
+
+
 @pytest.mark.parametrize("pattern", [(2, 4), (1, 4), (4, 8), (3, 4)])
 @pytest.mark.parametrize("seed", range(3))
 def test_sparsegpt_keeps_the_pattern_and_beats_wanda_and_magnitude(pattern, seed):

