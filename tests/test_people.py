@@ -21,6 +21,7 @@ import time
 import ipywidgets as widgets
 import pytest
 from conftest import ROOT
+from IPython.display import display
 
 import polm_lab as lab
 from polm_lab.core.method import REGISTRY
@@ -132,7 +133,7 @@ def test_there_are_cells_for_people():
 def test_a_cell_for_people_works(path, number, request, interactive, monkeypatch):
     cells = code(path)
     module = next((m[1] for source, _ in cells if (m := re.search(r"#\| *default_exp (\S+)", source))), None)
-    space = {"__name__": "people", "lab": lab}
+    space = {"__name__": "people", "lab": lab, "display": display}  # a notebook has it without import
     if module:
         space |= vars(importlib.import_module("polm_lab" if module == "__init__" else f"polm_lab.{module}"))
     method, view = REGISTRY.get(path.stem), None
