@@ -292,6 +292,7 @@ def test_the_attempts_are_real(host, tmp_path):
         code = host["lines"] + ATTEMPTS[name][0]
         got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path)
         assert "ESCAPED" in got.stdout, (name, got.stderr[-500:])
+    (host["folder"] / "left.txt").unlink()
 
 
 def test_at_least_forty_attempts():
@@ -366,20 +367,25 @@ def test_pool_keeps_order_and_contains_each():
 
 
 def test_a_host_that_is_killed_takes_its_executions_along(tmp_path):
-    code = "import polm_lab.core.sandbox as s; s.isolator(); print('ready', flush=True); s.run_code('import time\\nwhile True: time.sleep(1)', seconds=600)"
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where the tests run in the background
+    code += "import polm_lab.core.sandbox as s; s.isolator(); print('ready', flush=True); s.run_code('import time\\nwhile True: time.sleep(1)', seconds=600)"
     for kill in (signal.SIGKILL, signal.SIGINT):
         host = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT)
         assert host.stdout.readline() == b"ready\n"
-        deadline = time.monotonic() + 30
-        while len(inside := psutil.Process(host.pid).children(recursive=True)) < 3 and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert len(inside) >= 3  # bwrap, its process 1, python
-        time.sleep(0.2)
-        host.send_signal(kill)
-        gone, alive = psutil.wait_procs(inside, timeout=20)
-        assert not alive, kill
-        host.wait(20)
-        host.stdout.close()
+        try:
+            deadline = time.monotonic() + 30
+            while len(inside := psutil.Process(host.pid).children(recursive=True)) < 3 and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert len(inside) >= 3  # bwrap, its process 1, python
+            time.sleep(0.2)
+            host.send_signal(kill)
+            gone, alive = psutil.wait_procs(inside, timeout=20)
+            assert not alive, kill
+            host.wait(20)
+        finally:
+            host.kill()
+            host.wait()
+            host.stdout.close()
 
 
 def test_nothing_of_the_abuse_is_left_on_the_host(host):
