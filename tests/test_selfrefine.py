@@ -305,6 +305,29 @@ def test_every_strategy_runs_and_is_bounded(name, tmp_path):
     assert 0 <= after["accuracy"] <= 1 and {"tokens", "accuracy/majority", "accuracy/best"} <= set(after)
 
 
+@pytest.mark.parametrize("name", ["self_refine", "cove", "self_contrast", "constitution", "critic", "reflexion"])
+def test_another_local_model_is_asked_in_english(name, tmp_path):
+    "A chat model with a vocabulary of its own: what it says is nonsense here, what it is asked is not."
+    from polm_lab.core.models import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer("tiny")
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    model = load_model("tiny", "float32", "cpu")
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(tmp_path / "model")
+    run = lab.run("selfrefine", out=tmp_path / "runs", model=str(tmp_path / "model"), strategy=name, data="sums", tokens=2000, **QUICK | dict(questions=4, samples=0))
+    asked = [part.prompt for t in read_traces(run) for step in t.steps for part in step.parts if part.prompt and not part.role.startswith("tool")]
+    assert run.status == "finished" and all(isinstance(prompt, list) and prompt[-1]["role"] == "user" for prompt in asked) and len(asked) > 4
+
+
+def test_on_the_command_line(polm):
+    done = polm("run", "selfrefine", "--bare", "--json", "-p", "strategy", "critic", "-p", "questions", "4", "-p", "samples", "2")
+    assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1])["summary"]["after"]["accuracy"] >= 0.75
+    wrong = polm("run", "selfrefine", "--bare", "-p", "strategy", "critik")
+    assert wrong.returncode == 2 and len(wrong.stderr.strip().splitlines()) == 1 and "did you mean 'critic'" in wrong.stderr
+
+
 def test_wrong_settings_are_refused_before_a_model_is_asked(tmp_path):
     refused = lambda **more: says(lab.run, "selfrefine", out=tmp_path, **QUICK | more)
     assert "did you mean 'reflexion'" in refused(strategy="reflexon")
