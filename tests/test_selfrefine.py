@@ -291,6 +291,8 @@ def test_sampling_more_costs_no_more_than_refining(writer, sums, judged):
     whole.draw(8)
     assert [[(t.index, t.answers) for t in g] for g in whole.groups] == [[(t.index, t.answers) for t in g] for g in samples.groups]
     assert whole(10**6, score) == found
+    by_hand = sum(sum(t.tokens() for t in g) - 7 * g[0].steps[0].parts[0].read for g in whole.groups) / 16  # the prompt is read once
+    assert math.isclose(whole.cost(8), by_hand)
 
 
 # Strategies ---------------------------------------------------------------------------------------------------------
@@ -429,6 +431,7 @@ def test_an_endpoint_that_dies_ends_the_run_with_one_line_and_is_not_asked_twice
     execute(open_run(run.path))
     drafts = [body for body in server.bodies if len(body["messages"]) == 1]
     assert open_run(run.path).status == "finished" and not drafts, "what it had said was asked for again"
+    assert sum(row["step"] == 0 for row in open_run(run.path).lines("samples")) == 8, "the drafts stand in the record once"
 
 
 def test_an_endpoint_that_is_not_there_or_refuses(server, tmp_path):
