@@ -270,7 +270,7 @@ def sweeps_command(out):
     "List the sweeps, newest first."
     _print_frame(sweep_table(out))
 
-# %% ../nbs/cli.ipynb #e447c830
+# %% ../nbs/cli.ipynb #5c9961a1
 def _print_frame(frame, index: bool = False):
     "A DataFrame as a table on the terminal, or as plain aligned text in a pipe or file."
     from rich.console import Console
@@ -350,6 +350,7 @@ def doctor_command():
 
     import torch
 
+    from polm_lab.core import sandbox
     from polm_lab.core.models import load_model, pick_dtype
     from polm_lab.core.run import versions
 
@@ -370,6 +371,8 @@ def doctor_command():
         checks["tiny"] = (True, f"{sum(p.numel() for p in load_model('tiny').parameters()):,} parameters")
     except WrongInput as wrong:
         checks["tiny"] = (False, str(wrong))
+    why = sandbox.missing()
+    checks["sandbox"] = (not why, why or sandbox.isolator())
     for name, (good, text) in checks.items():
         click.echo(f"{'ok ' if good else '-- '} {name:12} {text}")
 

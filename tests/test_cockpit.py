@@ -123,14 +123,21 @@ def test_the_sum_comes_out_as_recorded(trained):
         sentences = why(row, group, trained.settings)
         assert not any("The record says" in s for s in sentences)
         correct, form = row["rewards"]["correct"], row["rewards"]["format"]
-        assert sentences[0] == f"Its reward is 1 × correct ({correct:.4g}) + 0.2 × format ({form:.4g}) = {correct + 0.2 * form:.4g}."
+        assert sentences[2] == f"Its reward is 1 × correct ({correct:.4g}) + 0.2 × format ({form:.4g}) = {correct + 0.2 * form:.4g}."
         assert ("more likely" in sentences[-1]) == (row["advantage"] > 0)
+        assert row["completion"] in sentences[0] and f"Right is “{row['answer']}”" in sentences[1]
+
+
+def test_what_is_read_off_an_answer_is_said():
+    row = dict(prompt="61+22=", completion="83 and 5+25=51", answer="83", reward=0.0, rewards=dict(correct=0.0))
+    assert why(row, [row], dict(rewards="correct"))[:2] == ["To “61+22=” it answers “83 and 5+25=51”.", "Right is “83”; what counts is the last number of an answer, here 51."]
+    assert why(row | dict(answer="a cat", completion="x" * 300), [row], dict(rewards="correct"))[1] == "Right is “a cat”."
 
 
 def test_a_sum_that_does_not_come_out_is_told():
     row = dict(reward=0.9, rewards=dict(correct=1.0, steps=None), advantage=0.1)
     said = why(row, [row, dict(reward=0.1)], dict(rewards="correct,steps:0.5"))
-    assert "steps (does not apply)" in said[0] and "The record says 0.9." in said and said[-1].startswith("The record says 0.1")
+    assert "steps (does not apply)" in said[1] and "The record says 0.9." in said and said[-1].startswith("The record says 0.1")
 
 
 @pytest.mark.parametrize("scale, words", [("none", "1 − 0.5 = 0.5"), ("batch", "the spread of the whole batch = 0.5"), ("group", "(1 − 0.5) / 0.7071 = 0.707")])
@@ -146,11 +153,11 @@ def test_equal_rewards_teach_nothing():
 
 def test_a_critics_advantages_are_told_by_token_and_a_baseline_by_the_others():
     said = why(dict(reward=1.0, advantage=0.5, advantages=[-1.0, 2.0]), [dict(reward=1.0)], dict(gamma=1.0))
-    assert "from -1 to 2, 0.5 on average" in said[1]
+    assert "from -1 to 2, 0.5 on average" in said[2]
     group = [dict(reward=1.0, advantage=0.75), *[dict(reward=r) for r in (0.0, 0.0, 1.0)]]
     said = why(group[0], group, dict(estimator="rloo", beta=0.0))
-    assert "other 3 answers" in said[1] and "differs from them by 0.6667" in said[1] and "more likely" in said[-1]
-    assert "likeliest answer" in why(group[0], group, dict(estimator="remax", beta=0.1))[1]
+    assert "other 3 answers" in said[2] and "differs from them by 0.6667" in said[2] and "more likely" in said[-1]
+    assert "likeliest answer" in why(group[0], group, dict(estimator="remax", beta=0.1))[2]
 
 
 def test_a_reward_models_number_is_no_implicit_reward():
@@ -263,7 +270,7 @@ def test_try_it_answers_stops_and_says_what_is_wrong(trained):
 
 def test_choosing_coloring_and_asking(trained):
     view = Cockpit(trained, dark=True)
-    assert view.selected == len(view.rows) - 1 and view.try_it.dark
+    assert view.row["advantage"] is not None and not any("advantage" in row for row in view.rows[: view.selected]) and view.try_it.dark
     view.table.selected = [3]  # as the browser does
     assert view.selected == 3 and html.escape(why(view.rows[3], view.rows[:4], trained.settings)[0]) in view.why.value
     assert view.group.value.count("aria-current") == 1 and view.try_it.prompt == view.rows[3]["prompt"]

@@ -8,7 +8,7 @@ __all__ = ['METRICS', 'Metric', 'metric']
 # %% ../../nbs/core/metrics.ipynb #38b6327b
 from dataclasses import dataclass
 
-# %% ../../nbs/core/metrics.ipynb #f2e514e2
+# %% ../../nbs/core/metrics.ipynb #5248f958
 @dataclass(frozen=True)
 class Metric:
     "What one number means."
@@ -76,9 +76,9 @@ _ALL = [
     Metric("mended", "share of wrong drafts whose answer is right after the rounds of refinement", r"P(s(y_r)=1\mid s(y_0)=0)", "share", better="up", low=0.0, high=1.0,
            reading="What refining gains; drawing another answer mends too, so compare at equal tokens."),
     Metric("tokens", "tokens that were read and written for a question", unit="tokens", better="down", reading="The cost of an answer: compare accuracies at equal tokens only."),
-    Metric("recall", "share of questions whose right passage is among the first k that were found", r"\operatorname{mean}_q 1[\min_{d\in D^+_q}\mathrm{rank}(d)\le k]", "share", better="up",
+    Metric("recall", "share of questions whose right passage is among the first k that were found", r"P(r_q\le k)", "share", better="up",
            low=0.0, high=1.0, reading="What the reader never sees it cannot use; `recall/5` is with k = 5."),
-    Metric("mrr", "mean of one over the rank of the first right passage", r"\operatorname{mean}_q 1/\min_{d\in D^+_q}\mathrm{rank}(d)", "share", better="up", low=0.0, high=1.0,
+    Metric("mrr", "mean of one over the rank r_q of the first right passage", r"E[1/r_q]", "share", better="up", low=0.0, high=1.0,
            reading="1: always first. 0 for a question whose right passage was not found."),
     Metric("faithfulness", "share of answers that stand in a passage that was given", unit="share", better="up", low=0.0, high=1.0,
            reading="High and wrong: the passages are wrong. Low: the reader answers from memory, or makes it up."),

@@ -267,7 +267,7 @@ def starting_model(policy: Policy, settings: Settings) -> Policy:
     model = load_model(settings.model, dtype=settings.dtype, device=settings.device).requires_grad_(False)
     return Policy(model.eval())
 
-# %% ../../nbs/core/onpolicy.ipynb #4df9714e
+# %% ../../nbs/core/onpolicy.ipynb #14174905
 def recorded_steps(steps: int, count: int = 20) -> set[int]:
     "The steps, from 0, whose samples go into the record: the first, the last, and others spread evenly."
     return {round(i * (steps - 1) / (count - 1)) for i in range(count)}
@@ -287,6 +287,7 @@ def sample_rows(groups: list[Group], advantages: Tensor | None, tokenizer, /, li
             row = dict(group=group.slot) if advantages is not None else dict(held_out=True)
             row |= dict(prompt=group.row["prompt"], completion=group.texts[i], reward=group.rewards[i], rewards={name: values[i] for name, values in group.parts.items()})
             row |= dict(advantage=round(advantages[g * size + i].item(), 5)) if advantages is not None else {}
+            row |= dict(answer=group.row["answer"]) if "answer" in group.row else {}  # what would have been right, for whoever reads the record
             row |= dict(ended=group.ended[i], tokens=tokens, ids=ids)
             each = dict(logp=group.logps, ref_logp=group.ref_logps) if advantages is not None else {}  # TRL's trainer keeps them to itself
             found = {name: values[i] for name, values in each.items() if values} | {name: values[g * size + i] for name, values in per_token.items()}

@@ -258,7 +258,7 @@ def in_loop(work):
     except RuntimeError:
         return asyncio.run(work)
 
-# %% ../../nbs/workbench/app.ipynb #50b64ea3
+# %% ../../nbs/workbench/app.ipynb #829fb177
 STATES = {"created": "waiting to start", "running": "running", "finished": "finished", "failed": "failed", "stopped": "stopped; it can be resumed", "dead": "its process is gone (killed, or the machine went down); it can be resumed"}
 
 
@@ -304,8 +304,8 @@ class RunBar(widgets.VBox):
         self.stop_button.disabled = status not in ("running", "created")
         self.resume_button.disabled, self.clone_button.disabled = status not in ("failed", "stopped", "dead"), False
         words = [f"<b>{html.escape(self.run.id)}</b>", html.escape(STATES.get(status, status)), f"step {step}/{total}" if total else ""]
-        if status == "running" and step:
-            words.append(f"{duration(seconds / step * (total - step))} left")
+        if status == "running":  # how long it will take stands beside the panels, which see the pace of the last steps
+            words.append("" if step else "loads the model and measures it before the first step")
         elif record.get("seconds"):
             words.append(f"took {duration(record['seconds'])}")
         reason = alert(record["reason"]) if status == "failed" and record.get("reason") else ""

@@ -52,7 +52,7 @@ def _parts(row: dict) -> dict[str, float | None]:
 def _tokens(row: dict) -> list:
     return row["tokens"] if isinstance(row.get("tokens"), list) else []
 
-# %% ../../nbs/workbench/cockpit.ipynb #5333a2a7
+# %% ../../nbs/workbench/cockpit.ipynb #bacc624d
 def weights(settings: dict) -> dict[str, float]:
     "The weight of each part of the reward, by its name in the record."
     try:
@@ -61,13 +61,30 @@ def weights(settings: dict) -> dict[str, float]:
         return {}
 
 
+def _short(text, most: int = 120) -> str:
+    "Text in quotation marks, on one line, its middle left out where it is long."
+    line = " ".join(as_text(text).split())
+    return f"“{line if len(line) <= most else line[: most // 2] + ' … ' + line[-most // 2 :]}”"
+
+
+def _expected(row: dict) -> str:
+    "What would have been right, and what is read off the answer."
+    from polm_lab.core.evaluate import last_number
+
+    if last_number(str(row["answer"])) is None:
+        return f"Right is {_short(row['answer'])}."
+    return f"Right is {_short(row['answer'])}; what counts is the last number of an answer, here {last_number(as_text(row.get('completion'))) or 'none'}."
+
+
 def why(row: dict, group: list[dict], settings: dict) -> list[str]:
     "Sentences that lead from the parts of the reward to what the update does to this completion; `group` are all completions of its prompt."
-    words, reward = [], row.get("reward")
+    words, reward = [f"To {_short(row.get('prompt'))} it answers {_short(row.get('completion'))}."], row.get("reward")
     if not is_number(reward):
-        return ["The record has no reward for this completion."]
+        return [*words, "The record has no reward for this completion."]
     if row.get("side") in ("chosen", "rejected", "sampled"):
         return _why_implicit(row, group, settings)
+    if row.get("answer") is not None and "correct" in _parts(row):
+        words.append(_expected(row))
     weight = weights(settings)
     terms = [(weight.get(name, 1.0), name, value) for name, value in _parts(row).items()]
     if terms:
@@ -258,7 +275,7 @@ def inspect_tokens(run, row: dict, top: int = 5, models: Models | None = None) -
                           kl=(p * (now[t] - then[t])).nansum().item(), alternatives=alternatives))  # fmt: skip
     return found
 
-# %% ../../nbs/workbench/cockpit.ipynb #8c73e8e5
+# %% ../../nbs/workbench/cockpit.ipynb #1f411eea
 _CSS = """<style>
 .polm-view{line-height:1.5;overflow-wrap:anywhere}.polm-view h4{margin:.6em 0 .2em}.polm-view p{margin:.2em 0}
 .polm-tokens{position:relative;padding-bottom:9.5em;min-height:2em;white-space:pre-wrap;font:14px/1.8 var(--jp-code-font-family,monospace)}
@@ -353,8 +370,10 @@ def history_html(rows: list[dict], chosen: dict) -> str:
     lines = []
     for step, found in steps.items():
         rewards = [row["reward"] for row in found if is_number(row.get("reward"))]
-        answers = Counter(as_text(row.get("completion")) for row in found).most_common(4)
-        words = "<br>".join(f"{_safe(text, 300)}" + (f" <small>× {count}</small>" if count > 1 else "") for text, count in answers)
+        answers, here = Counter(as_text(row.get("completion")) for row in found).most_common(), any(row is chosen for row in found)
+        shown = answers[:4] + [(text, count) for text, count in answers[4:] if here and text == as_text(chosen.get("completion"))]
+        words = "<br>".join(f"{_safe(text, 300)}" + (f" <small>× {count}</small>" if count > 1 else "") for text, count in shown)
+        words += f"<br><small>and {len(answers) - len(shown)} others</small>" if len(answers) > len(shown) else ""
         mean = f"{sum(rewards) / len(rewards):.3g}" if rewards else ""
         lines.append(f"<tr><td class='number'>{_safe(step, 20)}</td><td class='number'>{mean}</td><td>{words}</td></tr>")
     note = "" if len(lines) > 1 else "<p>The record has answers to this prompt at one step only. Below, both models can be asked.</p>"
@@ -470,7 +489,7 @@ class TryIt(widgets.VBox):
     def _say(self, words: str, role: str = "status"):
         self.status.value = f"<span role='{role}'>{_safe(words)}</span>"
 
-# %% ../../nbs/workbench/cockpit.ipynb #f4ee2cd5
+# %% ../../nbs/workbench/cockpit.ipynb #98a623db
 class Cockpit(widgets.VBox):
     "The samples of a run, and all that can be said of the chosen one; `refresh` reads what is new."
 
@@ -523,7 +542,8 @@ class Cockpit(widgets.VBox):
             chosen, self.rows = self.row, rows
             columns, shown = self._guard(lambda: table_of(rows), ([], []))
             self.table.fill(shown, columns)
-            self.selected = next((i for i, row in enumerate(rows) if row is chosen), len(rows) - 1)
+            learned = (i for i, row in enumerate(rows) if is_number(row.get("advantage")))  # the first that was learned from
+            self.selected = next((i for i, row in enumerate(rows) if row is chosen), next(learned, 0 if rows else -1))
             self._select()
         self.status.value = f"<div role='status'>{self._state()}</div>"
 

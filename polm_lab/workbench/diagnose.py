@@ -565,7 +565,7 @@ def usual_learning_rate(record: Evidence) -> float | None:
     low_rank = str(record.settings.get("adapter") or "none") != "none"
     return default * TINY_WIDTH / width * (10 if low_rank else 1)
 
-# %% ../../nbs/workbench/diagnose.ipynb #134faa65
+# %% ../../nbs/workbench/diagnose.ipynb #25e89ae2
 MARKS = dict(problem="✖", warning="▲", note="●")  # told apart by shape and word, not by color alone
 INKS = {False: dict(problem="#b3261e", warning="#8a5a00", note="#1f5fbf"), True: dict(problem="#ff8a80", warning="#ffc46b", note="#8ab8ff")}
 
@@ -573,7 +573,7 @@ INKS = {False: dict(problem="#b3261e", warning="#8a5a00", note="#1f5fbf"), True:
 def findings_html(findings: list[Finding], steps: int, dark: bool = False) -> str:
     "Findings as a list in HTML."
     if not findings:
-        return f"<p>The {len(RULES)} rules found nothing in {steps} steps.</p>"
+        return f"<p>{f'{len(RULES)} checks of these {steps} steps found nothing wrong.' if steps else 'Nothing to check yet: no step is recorded.'}</p>"
     items = []
     for f in findings:
         says, evidence, look = (re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(visible(text))) for text in (f.says, f.evidence, f.look))

@@ -63,7 +63,7 @@ def as_text(value) -> str:
         return "\n".join(f"{m.get('role')}: {m.get('content')}" if isinstance(m, dict) else str(m) for m in value)
     return "" if value is None else str(value)
 
-# %% ../../nbs/workbench/panels.ipynb #83b42735
+# %% ../../nbs/workbench/panels.ipynb #7a5ae6fa
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c6d31")  # one a run, told apart by the color-blind
 GROUPS = {
     "Reward": ("reward", "reward_std", "zero_std_groups", "advantage_std"),
@@ -72,6 +72,8 @@ GROUPS = {
     "Learning": ("loss", "grad_norm", "learning_rate"),
     "Policy": ("kl", "entropy", "clip_fraction", "ratio_max", "kl_coefficient", "entropy_coefficient"),
     "Critic": ("value_loss", "explained_variance"),
+    "Refinement": ("broken", "mended", "tokens"),
+    "Retrieval": ("recall", "mrr", "faithfulness", "stage_ms"),
     "Compression": ("sparsity", "output_error"),
     "Text": ("length", "truncated"),
     "Machine": ("tokens_per_second", "memory_mib", "latency_ms", "size_mib"),
