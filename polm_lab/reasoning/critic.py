@@ -6,7 +6,7 @@
 __all__ = ['Critic', 'CorrectorWords', 'StepWords', 'go_on', 'in_one', 'sampled', 'corrections', 'critiques', 'chains',
            'spoiled_steps', 'edits', 'graded', 'coderl', 'world_of', 'rows_to_learn', 'parts_of', 'looped', 'critic']
 
-# %% ../../nbs/reasoning/critic.ipynb #859de95c
+# %% ../../nbs/reasoning/critic.ipynb #13dad4bb
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +18,7 @@ from ..core.knobs import RunSettings, WrongInput, knob
 from ..core.method import method
 from ..core.models import load_model, load_tokenizer, save_model
 from ..core.run import Run, replace_file
+from ..core.sandbox import isolator
 from ..core.worlds import WORLDS, last_integer, steps_of
 from .refine import Ask, Feedback, LocalWriter, Trace, forget, never, refine, round_metrics, satisfied, trace_rows
 from .rewards import STEP, text_of
@@ -179,7 +180,7 @@ def coderl(prompts, completions, tests, **columns) -> list[float]:
         said = dict(zip(different, pool.map(lambda one: run_tests(one[0], list(one[1])), different)))
     return [graded(said[one]) for one in asked]
 
-# %% ../../nbs/reasoning/critic.ipynb #ff3c8baf
+# %% ../../nbs/reasoning/critic.ipynb #872a5a59
 def world_of(settings: Critic) -> str:
     "The world that it is learned on."
     return "code" if settings.learn in ("editor", "coderl") else "sums"
@@ -241,6 +242,8 @@ def looped(settings: Critic, rows: list[dict], base: Ask, trained: Ask, heard: C
 )  # fmt: skip
 def critic(settings: Critic, run: Run) -> None:
     "Train on the corrections of a model's own answers, and put the trained part into the loop."
+    if world_of(settings) == "code":
+        isolator()  # refused here, before compute, where there is no sandbox
     asking = lambda model: Ask(LocalWriter(load_model(model, settings.dtype, settings.device).eval(), load_tokenizer(settings.model)), settings.max_new_tokens, settings.temperature, settings.seed)
     base, world = asking(settings.model), world_of(settings)
     held_out, path = WORLDS[world].rows("prompt", settings.prompts, settings.seed, "test"), run.path / "learned.jsonl"

@@ -7,7 +7,7 @@ __all__ = ['STRATEGIES', 'STOPS', 'MEMORIES', 'TOOLS', 'SelfRefine', 'feedback_c
            'most_frequent', 'principle_critic', 'Strategy', 'make_critic', 'make_reviser', 'draft', 'most_for',
            'Samples', 'chosen', 'prepare', 'selfrefine', 'round_table']
 
-# %% ../../nbs/reasoning/selfrefine.ipynb #2e1d8765
+# %% ../../nbs/reasoning/selfrefine.ipynb #935940a6
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from ..core.knobs import RunSettings, WrongInput, knob, nearest
 from ..core.logprobs import Policy
 from ..core.method import method
 from ..core.run import Run, Stopped
+from ..core.sandbox import isolator
 from ..core.train import Progress
 from ..core.worlds import user
 from .refine import Ask, Feedback, LocalWriter, Trace, forget, make_writer, never, refine, remember, round_metrics, satisfied, trace_rows, unchanged
@@ -131,7 +132,7 @@ def principle_critic(words: Words, writer: Callable, constitution: str) -> Calla
 
     return critic
 
-# %% ../../nbs/reasoning/selfrefine.ipynb #ae270dd3
+# %% ../../nbs/reasoning/selfrefine.ipynb #05cb510b
 @dataclass(frozen=True)
 class Strategy:
     "A method of self-refinement as a configuration of the loop."
@@ -173,7 +174,7 @@ def make_critic(name: str, settings: SelfRefine, data: str, words: Words, writer
         "unsure": lambda: unsure(settings.threshold),
         "calculator": lambda: ToolCritic(calculator),
         "retrieval": lambda: ToolCritic(searched(bm25(read_passages(settings.source)))),
-        "tests": lambda: ToolCritic(tester(), at_once=2),
+        "tests": lambda: isolator() and ToolCritic(tester(), at_once=2),  # refused here, before anything is asked, where there is no sandbox
         "solver": lambda: ToolCritic(solver),
         "outcome": lambda: ToolCritic(lambda row, answer: score(row, answer) >= 1, "outcome"),
     }
