@@ -6,13 +6,13 @@
 __all__ = ['CHAPTERS', 'STATES', 'TABLES', 'WHY', 'survey', 'Place', 'look', 'tests_of', 'systems', 'atlas', 'coverage',
            'sunburst', 'tree', 'timeline', 'table', 'html_table', 'neighbours', 'Atlas']
 
-# %% ../../nbs/workbench/atlas.ipynb #c4fd239d
+# %% ../../nbs/workbench/atlas.ipynb #c0adc181
 import ast
 import csv
 import functools
 import html
+import importlib
 import re
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +63,7 @@ def survey(stem: str) -> list[dict]:
         raise WrongInput(f"survey {stem!r}: no such table; {nearest(stem, known)}")
     return [dict(row) for row in _facts(stem)]
 
-# %% ../../nbs/workbench/atlas.ipynb #d6f745bb
+# %% ../../nbs/workbench/atlas.ipynb #95d5f53d
 @dataclass(frozen=True)
 class Place:
     "Where a system is in this project."
@@ -116,7 +116,7 @@ def look(here: str, known: dict[str, Method] | None = None) -> Place | None:
     if rest:
         name, _, value = rest.partition("=")
         knob = next((k for k in knobs(method.settings) if k.name == name), None) if method else None
-        choices = getattr(sys.modules[method.function.__module__], function) if function and method else knob.choices if knob else ()
+        choices = getattr(importlib.import_module(f"polm_lab.{method.family}.{page}"), function) if function and method else knob.choices if knob else ()
         if knob is None or value and value not in map(str, choices or ()):
             return None
     words = f"{page}, {rest}" if rest else f"{page}.{function}" if function else page
