@@ -258,7 +258,7 @@ def test_search_finds_what_is_there():
 
 
 @pytest.mark.parametrize("code, said", [
-    ("x + y", "passes"), ("x", "f(1, 2) is 1, not 3"), ("x +", "SyntaxError"), ("z", "NameError"), ("sum(0 for _ in iter(int, 1))", "no end within"), ("[0 for _ in iter(int, 1)]", "too much memory"), ("__import__('os')._exit(0)", "it left before the tests"),
+    ("x + y", "passes"), ("x", "f(1, 2) is 1, not 3"), ("x +", "SyntaxError"), ("z", "NameError"), ("sum(0 for _ in iter(int, 1))", "no end within"), ("[0] * 10**10", "too much memory"), ("__import__('os')._exit(0)", "it left before the tests"),
     ("__import__('sys').exit(0)", "it left before the tests"), ("print('passes')", "not 3"), ("open('/etc/passwd').read()", "Error"), ("'<b>' + str(x)", "'<b>1'"),
 ])  # fmt: skip
 def test_code_runs_in_the_sandbox_and_its_outcome_is_one_line(code, said):
