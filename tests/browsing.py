@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import psutil
+import pytest
 from conftest import POLM
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic",
@@ -47,6 +48,17 @@ def open_browser(playwright):
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     found = os.environ.get("POLM_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
     return playwright.chromium.launch(executable_path=found, args=FLAGS)
+
+
+def browser_or_skip(playwright):
+    "Chromium; where there is none the test is skipped and says so, or fails with POLM_BROWSER=required (as in CI)."
+    from playwright.sync_api import Error
+
+    try:
+        return open_browser(playwright)
+    except Error as error:
+        words = f"no browser: install chromium, or `playwright install chromium` ({str(error).splitlines()[0]})"
+        pytest.fail(words) if os.environ.get("POLM_BROWSER") == "required" else pytest.skip(words)
 
 
 @contextlib.contextmanager

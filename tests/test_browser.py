@@ -14,7 +14,7 @@ import pytest
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright: pip install playwright")
 
-from browsing import CELL, Page, jupyter, open_browser, patience, voila  # noqa: E402
+from browsing import CELL, Page, browser_or_skip, jupyter, patience, voila  # noqa: E402
 
 from polm_lab.core.run import Run, all_runs  # noqa: E402
 
@@ -22,11 +22,7 @@ from polm_lab.core.run import Run, all_runs  # noqa: E402
 @pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as p:
-        try:
-            made = open_browser(p)
-        except playwright.Error as error:
-            words = f"no browser for the browser tests: install chromium, or `playwright install chromium` ({str(error).splitlines()[0]})"
-            pytest.fail(words) if os.environ.get("POLM_BROWSER") == "required" else pytest.skip(words)
+        made = browser_or_skip(p)
         yield made
         made.close()
 

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import polm_lab as lab
 from polm_lab.core.data import Row, load_data
 from polm_lab.core.knobs import WrongInput
 from polm_lab.core.logprobs import Policy

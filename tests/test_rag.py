@@ -7,13 +7,12 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import torch
+from serving import Endpoint, endpoint
 
 import polm_lab as lab
 from polm_lab.core.knobs import WrongInput
@@ -341,42 +340,21 @@ def test_likelihood_puts_the_passage_that_asks_the_question_first(local):
     assert first(again) > first(plain) and all(a.score >= b.score for a, b in again)
 
 
-class Rude(BaseHTTPRequestHandler):
-    "An endpoint that answers as it is told: a status, or text."
-
-    protocol_version, answers = "HTTP/1.1", []
-
-    def do_POST(self):
-        self.rfile.read(int(self.headers["Content-Length"]))
-        status, text = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-        said = text.encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(said)))
-        self.end_headers()
-        self.wfile.write(said)
-
-    def log_message(self, *_):
-        pass
+server = endpoint(Endpoint)
 
 
-def test_endpoints_that_fail_end_in_one_line():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Rude)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    index, url = Index([{"id": "a", "text": "Adran plays the lute."}]), f"http://127.0.0.1:{server.server_port}/v1"
-    good = (200, json.dumps({"choices": [{"message": {"content": "The lute [1]."}}]}))
-    ask = lambda: Rag(index, EndpointReader(url, "m", (), key="sk-secret", tries=2, pause=0.01), "bm25", reading="together")(["What does Adran play?"])[0]
-    try:
-        for answers, word in ([(401, "no: sk-secret")], "401"), ([(500, "oh")], "500"), ([(200, "<html>")], "malformed"), ([(200, '{"choices": []}')], "malformed"), ([(404, "gone")], "404"):
-            Rude.answers = list(answers)
-            assert "sk-secret" not in one_line(ask, word, "endpoint")
-        Rude.answers = [(503, "busy"), good]
-        read = ask()
-        assert read.cited == [1] and read.faithful and exact_match(read.answer, "lute") == 1.0
-        Rude.answers = [(200, json.dumps({"choices": [{"message": {"content": "<b>\ud800 the harp</b>"}}]}))]
-        assert not ask().faithful
-    finally:
-        server.shutdown()
-        server.server_close()
+def test_endpoints_that_fail_end_in_one_line(server):
+    index = Index([{"id": "a", "text": "Adran plays the lute."}])
+    ask = lambda: Rag(index, EndpointReader(server.url, "m", (), key="sk-secret", tries=2, pause=0.01), "bm25", reading="together")(["What does Adran play?"])[0]
+    server.says = "The lute [1]."
+    for fails, word in ([401], "401"), ([500, 500], "500"), (["<html>"] * 2, "malformed"), (['{"choices": []}'] * 2, "malformed"), ([404], "404"):
+        server.fails[:] = fails
+        assert "sk-secret" not in one_line(ask, word, "endpoint")
+    server.fails[:] = [503]
+    read = ask()
+    assert read.cited == [1] and read.faithful and exact_match(read.answer, "lute") == 1.0
+    server.says = "<b>\ud800 the harp</b>"
+    assert not ask().faithful
 
 
 def test_a_library_of_ones_own_from_the_command_line(polm, runs, tmp_path):

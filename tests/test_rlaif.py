@@ -4,16 +4,14 @@ import math
 import os
 import re
 import signal
-import socket
 import subprocess
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import POLM
+from serving import Endpoint, endpoint
 
 import polm_lab as lab
 from polm_lab.alignment import judges as page
@@ -33,51 +31,13 @@ QUICK = dict(data="sums", judge="rule:correct", prompts=32, max_new_tokens=8, st
 CONSTITUTION = [("Be polite.", "Be rude.")]
 
 
-class Server:
-    """A real endpoint. `fails` is a list of what the next answers are, each a status, `slow`, `torn`, `drop` or a text that is sent as it is; then it answers well.
+class Server(Endpoint):
+    "It prefers the longer reply, with a taste for A: log-odds (len(a) - len(b)) / 4 + taste; of two numbers the larger."
 
-    It prefers the longer reply, with a taste for A: log-odds (len(a) - len(b)) / 4 + taste; of two numbers the larger.
-    """
+    logprobs, taste, says = True, 0.5, None
 
-    def __init__(self):
-        self.fails, self.asked, self.headers, self.bodies, self.logprobs, self.taste, self.says, self.after, self.lock = [], 0, [], [], True, 0.5, None, "0", threading.Lock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer.lock:
-                    outer.asked += 1
-                    outer.headers.append(dict(self.headers))
-                    outer.bodies.append(body)
-                    fail = outer.fails.pop(0) if outer.fails else None
-                if fail == "slow":
-                    time.sleep(0.6)
-                if fail == "drop":
-                    self.close_connection = True
-                    return self.connection.shutdown(socket.SHUT_RDWR)
-                echo = f"what you sent me: {self.headers['Authorization']}"
-                if isinstance(fail, int):
-                    return self.send(fail, json.dumps({"error": {"message": echo}}), {"Retry-After": outer.after} if outer.after and fail in (429, 503) else {})
-                text = json.dumps({"choices": [outer.choice(body, echo)]})
-                self.send(200, text[: len(text) // 2] if fail == "torn" else fail if isinstance(fail, str) and fail != "slow" else text)
-
-            def send(self, status, text, more=()):
-                raw = text.encode()
-                self.send_response(status)
-                for name, value in {"Content-Length": str(len(raw)), **dict(more)}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(raw)
-
-            def log_message(self, *_):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, kwargs=dict(poll_interval=0.05), daemon=True).start()
+    def answer(self, body, echo):
+        return {"choices": [self.choice(body, echo)]}
 
     def choice(self, body, echo):
         found = re.search(r"Reply A: (.*?)\n\nReply B: (.*?)\n\n", body["messages"][-1]["content"], re.S)
@@ -99,17 +59,8 @@ class Server:
         self.notes = []
         return EndpointJudge(self.url, "small", CONSTITUTION, say=self.notes.append, **settings)
 
-    @property
-    def spec(self):
-        return f"openai:{self.url}#small"
 
-
-@pytest.fixture
-def server():
-    one = Server()
-    yield one
-    one.http.shutdown()
-    one.http.server_close()
+server = endpoint(Server)
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,11 @@ import math
 import os
 import signal
 import subprocess
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import POLM
+from serving import Endpoint, endpoint
 
 import polm_lab as lab
 from polm_lab.alignment.judges import Kept
@@ -343,40 +342,11 @@ def test_wrong_settings_are_refused_before_a_model_is_asked(tmp_path):
 # Endpoints ----------------------------------------------------------------------------------------------------------
 
 
-class Server:
-    "A real endpoint that adds up badly. `fails` is a list of what the next answers are: a status, `drop`, `torn`, or a text that is sent as it is."
+class Server(Endpoint):
+    "It adds up badly."
 
-    def __init__(self):
-        self.fails, self.asked, self.bodies, self.lock, self.dead = [], 0, [], threading.Lock(), False
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer.lock:
-                    outer.asked += 1
-                    outer.bodies.append(body)
-                    fail = 503 if outer.dead else outer.fails.pop(0) if outer.fails else None
-                if fail == "drop":
-                    self.close_connection = True
-                    return
-                text = json.dumps({"choices": [{"message": {"content": outer.reply(body["messages"])}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 11, "completion_tokens": 3}})
-                status = fail if isinstance(fail, int) else 200
-                raw = (f"key {self.headers['Authorization']}" if status != 200 else text[: len(text) // 2] if fail == "torn" else fail if isinstance(fail, str) else text).encode()
-                self.send_response(status)
-                for name, value in {"Content-Length": len(raw), "Retry-After": "0"}.items():
-                    self.send_header(name, str(value))
-                self.end_headers()
-                self.wfile.write(raw)
-
-            def log_message(self, *_):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, kwargs=dict(poll_interval=0.05), daemon=True).start()
+    def answer(self, body, echo):
+        return {"choices": [{"message": {"content": self.reply(body["messages"])}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 11, "completion_tokens": 3}}
 
     def reply(self, messages):
         a, _, b = messages[0]["content"].split("\n")[0].rstrip("=").partition("+")
@@ -387,17 +357,8 @@ class Server:
             return f"{truth}"
         return str(truth + truth % 2)  # odd sums come out wrong
 
-    @property
-    def spec(self):
-        return f"openai:{self.url}#small"
 
-
-@pytest.fixture
-def server():
-    one = Server()
-    yield one
-    one.http.shutdown()
-    one.http.server_close()
+server = endpoint(Server)
 
 
 def test_an_endpoint_is_asked_in_english_and_mends_its_answers(server, tmp_path, monkeypatch):

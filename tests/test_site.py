@@ -281,7 +281,7 @@ def test_warnings_of_quarto_are_seen():
 def test_tables_sort_and_filter_in_a_browser(tmp_path):
     "What the site puts at the end of each page: a click on a heading sorts by it (months as dates), the field filters."
     playwright = pytest.importorskip("playwright.sync_api", reason="this test needs playwright")
-    from browsing import open_browser
+    from browsing import browser_or_skip
 
     from polm_lab.workbench.atlas import html_table
 
@@ -289,11 +289,7 @@ def test_tables_sort_and_filter_in_a_browser(tmp_path):
     script = (ROOT / "nbs/_site/tables.html").read_text()
     (tmp_path / "page.html").write_text(f"<meta charset='utf-8'>{html_table(rows)}{script}")
     with playwright.sync_playwright() as p:
-        try:
-            browser = open_browser(p)
-        except playwright.Error as error:
-            words = f"no browser: {str(error).splitlines()[0]}"
-            pytest.fail(words) if os.environ.get("POLM_BROWSER") == "required" else pytest.skip(words)
+        browser = browser_or_skip(p)
         page = browser.new_page()
         page.goto(f"file://{tmp_path}/page.html")
         names = lambda: page.locator("tbody tr:visible td:first-child").all_inner_texts()  # noqa: E731

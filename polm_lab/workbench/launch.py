@@ -50,7 +50,7 @@ def _shared_run(name, values, out, parents) -> Run:
     broadcast_object_list(path)
     return Run(path[0], writes=state.is_main_process)
 
-# %% ../../nbs/workbench/launch.ipynb #c455a0c1
+# %% ../../nbs/workbench/launch.ipynb #99b24bca
 def notebooks_folder() -> Path:
     "Where the notebooks are: beside the package in a source tree, inside it when installed."
     package = Path(__file__).parent.parent if "__file__" in globals() else Path(find.__code__.co_filename).parent.parent
@@ -75,7 +75,7 @@ def execute_notebook(run: Run) -> Run:
     try:
         papermill.execute_notebook(
             str(source), str(run.path / "notebook.ipynb"), parameters=run.settings, kernel_name="python3", progress_bar=False, cwd=os.getcwd(),
-            extra_arguments=["--IPKernelApp.log_level=40"],  # its warnings are not about the run
+            extra_arguments=["--IPKernelApp.log_level=50"],  # it logs about itself alone, and calls it an error when it is told to stop
         )
     except PapermillExecutionError as error:
         status = run.read()
