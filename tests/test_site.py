@@ -84,11 +84,21 @@ def test_every_key_is_one_that_quarto_knows():
 def test_what_the_configuration_names_is_there():
     configured = yaml.safe_load((ROOT / "_quarto.yml").read_text())
     html = configured["format"]["html"]
-    for name in (configured["bibliography"], html["css"], html["include-after-body"], *configured["project"]["render"]):
+    for name in (configured["bibliography"], configured["csl"], html["css"], html["include-after-body"], *configured["project"]["render"]):
         assert (ROOT / name).is_file(), name
     assert set(html["theme"]) == {"light", "dark"} and configured["website"]["search"] is True and html["code-fold"]
-    command = configured["ipynb-filters"][0].split()
-    assert command == [SITE.name, "filter"] and SITE.is_file(), "pip install -e . makes it"
+    assert configured["ipynb-filters"] == ["polm_site filter"] and configured["project"]["post-render"] == ["polm_site finish"]
+    assert SITE.is_file(), "pip install -e . makes it"
+
+
+def test_the_style_asks_no_other_host():
+    "Quarto's themes fetch their fonts, and MathJax comes from another host: both are turned off. The bootswatch themes take this variable."
+    html = yaml.safe_load((ROOT / "_quarto.yml").read_text())["format"]["html"]
+    assert html["html-math-method"] == "mathml"
+    for base, own in html["theme"].values():
+        assert base in ("cosmo", "darkly") and re.search(r"^\$web-font-path: false;", (ROOT / own).read_text(), re.M)
+    for path in (ROOT / "nbs/_site").iterdir():
+        assert not site.fetched(path.read_text()), path
 
 
 def test_every_notebook_is_in_the_sidebar_once():
@@ -129,8 +139,7 @@ def test_a_page_is_sound(page):
         if cell["cell_type"] == "code":
             assert not re.search(r"^#\| *(export|default_exp|hide)", source, re.M)
             for output in cell["outputs"]:
-                assert output.get("name") != "stderr"
-                assert "cdn.plot.ly" not in json.dumps(output.get("data", {}).get("text/html", "")) and "\\u001b[" not in json.dumps(output)
+                assert output.get("name") != "stderr" and "\\u001b[" not in json.dumps(output)
     assert json.loads(path.read_text(encoding="utf-8")) != notebook
 
 
@@ -164,10 +173,31 @@ def test_a_method_page_has_its_row_its_knobs_and_its_reference():
     assert "| `beta` | 0.1 |" in text and "{#reference-dpo_loss}" in text and "[-@rafailov2023]" in text
 
 
-def test_figures_take_plotly_from_the_site():
-    text = json.dumps(MADE[ROOT / "nbs/alignment/dpo.ipynb"])
-    assert f'src=\\"../../{site.PLOTLY}\\"' in text.replace('\\\\\\"', '\\"') or f"../../{site.PLOTLY}" in text
-    assert "cdnjs.cloudflare.com" not in text
+def shown(page) -> list[str]:
+    "The outputs of a page that are HTML, as they come into it."
+    data = [output.get("data", {}).get("text/markdown", "") for cell in MADE[ROOT / page]["cells"] for output in cell.get("outputs", [])]
+    return [text.removeprefix(f"{site.FENCE}{{=html}}\n").removesuffix(f"\n{site.FENCE}") for text in map("".join, data) if text]
+
+
+def test_figures_are_alive_with_what_the_site_has(tmp_path):
+    "The outputs of a page in a browser that finds no other host: plotly.js comes from the site, and draws them."
+    playwright = pytest.importorskip("playwright.sync_api", reason="this test needs playwright")
+    from browsing import Page, browser_or_skip
+
+    outputs = shown("nbs/alignment/dpo.ipynb")
+    drawn = [text for text in outputs if "Plotly.newPlot" in text]
+    assert drawn and all(f'src="../../{site.PLOTLY}"' in text for text in drawn) and not any(site.fetched(text) for text in outputs)
+    (tmp_path / "nbs/alignment").mkdir(parents=True)
+    (tmp_path / "nbs/alignment/dpo.html").write_text("<meta charset='utf-8'>" + "\n".join(outputs))
+    site.finish(tmp_path)
+    with playwright.sync_playwright() as p:
+        browser = browser_or_skip(p)
+        page = Page(browser)
+        page.page.goto(f"file://{tmp_path}/nbs/alignment/dpo.html")
+        page.wait_for(lambda: page.page.locator(".js-plotly-plot svg.main-svg").count() >= len(drawn), what="the figures")
+        asked, errors = [u for u in page.asked if not u.startswith(("file:", "data:", "blob:"))], page.errors
+        browser.close()
+    assert not asked and not errors
 
 
 def test_code_of_the_workbench_is_folded_and_that_of_methods_is_open():
@@ -215,7 +245,10 @@ def test_a_fault_in_the_text_is_caught(text, says):
         (output("error", ename="ValueError", evalue="", traceback=[]), "shows an error, ValueError"),
         (output("display_data", data={"application/vnd.plotly.v1+json": {}}), "Unable to display output of type application/vnd.plotly.v1+json"),
         (output("display_data", data={site.WIDGET: {}, "text/plain": "0%"}), "Unable to display output of type application/vnd.jupyter.widget-view+json"),
-        (output("display_data", data={"text/html": ["<script src='https://cdn.example.org/x.js'></script>"]}), "a page has to work offline"),
+        (output("display_data", data={"application/javascript": ["1"], "text/plain": ["1"]}), "Unable to display output of type application/javascript"),
+        (output("display_data", data={"text/html": ["<b>x</b>"], "text/plain": ["1"]}), "Unable to display output of type text/html"),
+        (output("display_data", data={"text/markdown": ["<script src='https://cdn.example.org/x.js'></script>"]}), "a page has to work offline"),
+        (output("display_data", data={"text/markdown": ["<script type='module'>import \"https://cdn.example.org/x.js\"</script>"]}), "a page has to work offline"),
     ],
 )
 def test_a_fault_in_an_output_is_caught(cell, says):
@@ -254,7 +287,11 @@ def a_site(folder, **pages):
         ("<p>Unable to display output for mime type(s): x</p>", "Unable to display output"),
         ("<p><strong>?@eq-lost</strong></p>", "unresolved reference"),
         ("<p>(<strong>nobody2020?</strong>)</p>", "unresolved reference"),
-        ("<script src='https://cdn.plot.ly/plotly-4.1.1.min.js'></script>", "plotly.js has to come with the site"),
+        ("<script src='https://cdn.plot.ly/plotly-4.1.1.min.js'></script>", "fetches https://cdn.plot.ly/plotly-4.1.1.min.js"),
+        ('<script>script.src  = "https://cdn.example.org/mathjax.js";</script>', "fetches https://cdn.example.org/mathjax.js"),
+        ("<link rel='stylesheet' href='//fonts.example.org/x.css'>", "fetches //fonts.example.org/x.css"),
+        ("<style>@import url('https://fonts.example.org/x');</style>", "fetches https://fonts.example.org/x"),
+        ("<img src='https://example.org/x.png'>", "fetches https://example.org/x.png"),
     ],
 )
 def test_a_fault_in_the_rendered_site_is_caught(text, says, tmp_path):
@@ -268,8 +305,15 @@ def test_code_that_speaks_of_faults_is_no_fault(tmp_path):
     assert not wrong
 
 
+def test_a_style_that_fetches_is_caught(tmp_path):
+    (tmp_path / "site_libs").mkdir()
+    (tmp_path / "site_libs/theme.css").write_text('@import"https://fonts.example.org/css2?family=Lato";.a{background:url("data:image/png;base64,x")}')
+    wrong, _ = a_site(tmp_path, a="a")
+    assert wrong == ["site_libs/theme.css: fetches https://fonts.example.org/css2?family=Lato; a page has to work offline"]
+
+
 def test_a_sound_site_passes(tmp_path):
-    wrong, counts = a_site(tmp_path, a="<a href='b.html#here'>x</a><a href='https://example.org'>y</a><a href='./'>z</a>", b="<p id='here'>b</p>", index="i")
+    wrong, counts = a_site(tmp_path, a="<link rel='canonical' href='https://example.org/a'><a href='b.html#here'>x</a><a href='https://example.org'>y</a><a href='./'>z</a>", b="<p id='here'>b</p>", index="i")
     assert not wrong and counts["pages"] == 3
 
 
@@ -328,10 +372,17 @@ def test_mentions_become_the_right_citation():
     assert site.cited("Wang", "2024", "core/data", BIB) == "" and site.cited("Rafailov", "2023", "any/page", BIB) == "rafailov2023"
 
 
+def test_only_the_year_of_a_mention_changes():
+    bib = {"gao2022": {}, "tie2025": {}}
+    text = "## Gao 2022\n\nGao, Schulman and Hilton (2022), Tie et al.\n2025, (Tie et al. 2025), Nobody et al. 2025."
+    year = "[-@tie2025]"
+    assert site.with_citations(text, "any/page", bib) == f"## Gao 2022\n\nGao, Schulman and Hilton ([-@gao2022]), Tie et al.\n{year}, (Tie et al. {year}), Nobody et al. 2025."
+
+
 def test_papers_of_all_methods_are_in_the_bibliography():
     for page, record in FOUND["methods"].items():
         for mention in site._MENTION.finditer(record["paper"]):
-            assert site.cited(mention[1], mention[4], page.removesuffix(".ipynb"), BIB), f"{page}: {mention[0]}"
+            assert site.cited(mention[1], mention[3], page.removesuffix(".ipynb"), BIB), f"{page}: {mention[0]}"
 
 
 def test_make_docs_says_how_to_get_quarto(capsys, monkeypatch):
@@ -346,7 +397,7 @@ def test_make_docs_says_how_to_get_quarto(capsys, monkeypatch):
 
 
 def test_wrong_words_are_refused(capsys):
-    assert site.main(["rite"]) == 2 and "expected write, filter, check" in capsys.readouterr().err
+    assert site.main(["rite"]) == 2 and "expected write, filter, finish, check" in capsys.readouterr().err
 
 
 def test_the_workflows_run_the_tests_and_publish():
