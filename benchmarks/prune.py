@@ -200,7 +200,7 @@ def limit(a, how: str):
 def child(a, python: str, what: str, how: str) -> dict:
     "One measurement in a process of its own."
     words = [python, "-P", __file__, "--child", what, "--how", how, "--folder", a.folder, "--windows", a.windows, "--length", a.length, "--rows", a.rows, "--threads", a.threads]
-    env = {**os.environ, "OMP_NUM_THREADS": str(a.threads), "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": str(a.threads), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     done = subprocess.run([*map(str, words)], capture_output=True, text=True, env=env)
     if done.returncode:
         raise SystemExit(f"{what} {how}: {done.stderr.strip()[-2000:]}")

@@ -121,6 +121,10 @@ def test_why_one_completion_got_its_reward(desk):
     desk.seen(".polm input[type=search]").first.fill("advantage>0 reward>0.5")
     desk.seen(".polm tbody tr").first.click()
     desk.text("Its reward is 1 × correct (1) = 1")
+    desk.seen(".polm input[type=search]").first.fill("reward>9")
+    desk.text("; the filter hides the chosen row")
+    desk.seen(".polm input[type=search]").first.fill("")
+    desk.wait_for(lambda: not desk.seen(".polm-bar").get_by_text("the filter hides").count(), 10, "the words of the filter gone")
     desk.text("so each of its tokens is made more likely")
     token = desk.seen(".polm-tokens span").first
     assert "log π when sampled" in token.get_attribute("aria-label")

@@ -18,7 +18,7 @@ from .logprobs import Policy
 from .models import load_model, load_tokenizer, size_mib
 from .run import Run
 
-# %% ../../nbs/core/blocks.ipynb #9eaddda2
+# %% ../../nbs/core/blocks.ipynb #51353777
 def blocks_of(model) -> nn.ModuleList:
     "The transformer blocks of a causal LM; raises `WrongInput` where their weights are not linear layers."
     blocks = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == model.config.num_hidden_layers]
@@ -33,7 +33,7 @@ def blocks_of(model) -> nn.ModuleList:
 def zeros(model) -> float:
     "Share of the weights in the blocks' linear layers that are 0."
     weights = [m.weight for m in blocks_of(model).modules() if isinstance(m, nn.Linear)]
-    return sum((w == 0).sum().item() for w in weights) / sum(w.numel() for w in weights)
+    return sum((w == 0).count_nonzero().item() for w in weights) / sum(w.numel() for w in weights)
 
 
 

@@ -79,7 +79,7 @@ def sparsities(model, windows: Tensor, allocation: str, sparsity: float, band: f
         raise WrongInput(f"allocation = {allocation!r}: expected uniform, outliers, hessian, or {len(blocks)} numbers from 0 to 0.99 separated by commas, one for each block")
     return numbers
 
-# %% ../../nbs/efficiency/prune.ipynb #5d1f09cd
+# %% ../../nbs/efficiency/prune.ipynb #35d85dc5
 @torch.no_grad()
 def prune_layers(group: Inputs, how: str, sparsity: float, pattern=None, swaps: int = 0, swap_in="attention", within="auto", block: int = 0, damping: float = 0.01):
     "Prune the linear layers of one group in place."
@@ -95,7 +95,7 @@ def prune_layers(group: Inputs, how: str, sparsity: float, pattern=None, swaps: 
         gone = smallest(score, sparsity, pattern, within if within != "auto" else "row" if how == "wanda" or swaps else "layer")
         if swaps and (swap_in == "all" or "att" in name):
             gone = swap(layer.weight, gone, group.mean, group.variance, group.norm, swaps, pattern and pattern[1])
-        layer.weight.sub_(layer.weight * gone)  # a fifth of the time that masked_fill_ takes
+        layer.weight.data = layer.weight * ~gone  # new memory: writing to pages that are mapped from a file takes up to five times as long
 
 
 @torch.no_grad()
@@ -111,7 +111,7 @@ def prune_model(model, windows: Tensor, shares: list[float], how: str, pattern=N
         for group in groups:
             prune_layers(group, how, shares[index], pattern, swaps, **more)
         weights = [m.weight for g in groups for m in g.layers.values()]
-        facts = dict(index=index, sparsity=sum((w == 0).sum().item() for w in weights) / sum(w.numel() for w in weights))
+        facts = dict(index=index, sparsity=sum((w == 0).count_nonzero().item() for w in weights) / sum(w.numel() for w in weights))
         if measure:
             facts["output_error"] = ((forward(0) - dense).square().sum() / dense.square().sum()).item()
         yield facts

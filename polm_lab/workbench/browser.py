@@ -30,7 +30,7 @@ def _shown(c: str) -> str:
         return c
     return chr(0x2400 + ord(c)) if ord(c) < 32 else "␡" if ord(c) == 127 else f"⟨U+{ord(c):04X}⟩"
 
-# %% ../../nbs/workbench/browser.ipynb #027f1b48
+# %% ../../nbs/workbench/browser.ipynb #7476f554
 _STYLE = """
 .polm{font:13px/1.45 var(--jp-ui-font-family,system-ui,sans-serif);color:var(--jp-ui-font-color1,#1c2430)}
 .polm input,.polm button{font:inherit;color:inherit;background:var(--jp-layout-color1,#fff);border:1px solid var(--jp-border-color1,#8a94a3);border-radius:4px;padding:3px 8px}
@@ -73,7 +73,7 @@ function test(term, row, columns) {
   }
 }
 function render({ model, el }) {
-  let sort = null, up = true, most = 100;
+  let sort = null, up = true, most = 100, order = [];
   const filter = make("input", { type: "search", placeholder: "filter: word   column:word   column>0.5", "aria-label": `Filter ${model.get("label")}`, oninput: () => { most = 100; draw(); } });
   const count = make("span", { role: "status", "aria-live": "polite" });
   const head = make("tr"), body = make("tbody");
@@ -92,7 +92,7 @@ function render({ model, el }) {
       make("button", { type: "button", title: c.title || `Sort by ${c.label}`, onclick: () => { up = sort === c.name ? !up : c.kind !== "number"; sort = c.name; draw(); } },
         c.label + (sort === c.name ? (up ? " ▲" : " ▼") : "")))));
     const terms = filter.value.trim().split(/\\s+/).filter(Boolean);
-    let order = rows.map((_, i) => i).filter(i => terms.every(t => test(t, rows[i], columns)));
+    order = rows.map((_, i) => i).filter(i => terms.every(t => test(t, rows[i], columns)));
     if (sort !== null) {
       const empty = v => v === null || v === undefined;
       order.sort((i, j) => { const a = rows[i][sort], b = rows[j][sort]; return empty(a) || empty(b) ? empty(a) - empty(b) : (a < b ? -1 : a > b ? 1 : i - j) * (up ? 1 : -1); });
@@ -107,10 +107,14 @@ function render({ model, el }) {
         } },
       ...columns.map(c => { const words = show(rows[i][c.name], c.kind); return make("td", { class: words.length < 17 ? c.kind + " short" : c.kind }, words); }))));
     if (focused !== null) body.querySelector(`[data-row="${focused}"]`)?.focus();
-    count.textContent = order.length === rows.length ? `${rows.length} rows` : `${order.length} of ${rows.length} rows`;
+    say();
     more.style.display = order.length > most ? "" : "none";
   }
-  const mark = () => { const chosen = new Set(model.get("selected")); for (const r of body.children) r.setAttribute("aria-selected", String(chosen.has(+r.dataset.row))); };
+  function say() {
+    const all = model.get("rows").length, kept = new Set(order), hidden = model.get("selected").filter(i => !kept.has(i)).length;
+    count.textContent = order.length === all ? `${all} rows` : `${order.length} of ${all} rows` + (hidden ? `; the filter hides ${hidden === 1 ? "the chosen row" : hidden + " chosen rows"}` : "");
+  }
+  const mark = () => { const chosen = new Set(model.get("selected")); for (const r of body.children) r.setAttribute("aria-selected", String(chosen.has(+r.dataset.row))); say(); };
   model.on("change:rows change:columns", draw);
   model.on("change:selected", mark);
   draw();

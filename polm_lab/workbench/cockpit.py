@@ -275,7 +275,7 @@ def inspect_tokens(run, row: dict, top: int = 5, models: Models | None = None) -
                           kl=(p * (now[t] - then[t])).nansum().item(), alternatives=alternatives))  # fmt: skip
     return found
 
-# %% ../../nbs/workbench/cockpit.ipynb #1f411eea
+# %% ../../nbs/workbench/cockpit.ipynb #7055055a
 _CSS = """<style>
 .polm-view{line-height:1.5;overflow-wrap:anywhere}.polm-view h4{margin:.6em 0 .2em}.polm-view p{margin:.2em 0}
 .polm-tokens{position:relative;padding-bottom:9.5em;min-height:2em;white-space:pre-wrap;font:14px/1.8 var(--jp-code-font-family,monospace)}
@@ -334,7 +334,10 @@ def tokens_html(facts: list[dict], by: str, more: int = 0) -> str:
     ends = [-coloring.full, 0, coloring.full] if coloring.signed else [0, coloring.full]
     scale = " ".join(f"<span style='background:{ink(end, coloring)}'>&ensp;{end:{'+g' if coloring.signed and end else 'g'}}&ensp;</span>" for end in ends)
     lost = "Not recorded for this row." if by in ("advantage", "value", "surprise") else "Not recorded: ask the models."
-    note = "" if any(by in fact for fact in facts) else f" <b>{lost}</b>"
+    known = [fact[by] for fact in facts if by in fact]
+    note = "" if known else f" <b>{lost}</b>"
+    if known and max(map(abs, known)) < coloring.full / 100:
+        note = " <b>All are 0, so none is colored</b>" + (": as at the first step, these models are still one. A later row shows more." if by in ("reference", "kl") else ".")
     follow = f" … {more:,} more tokens" if more > 0 else ""
     legend = f"<p>{scale} {html.escape(coloring.meaning)}.{note}</p>"
     return f"<div class='polm-view'>{legend}<div class='polm-tokens' role='list' aria-label='Tokens'>{''.join(shown)}{follow}</div></div>"
