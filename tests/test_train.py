@@ -1,5 +1,8 @@
 "The loop: an adapter that gives ranks back."
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -62,3 +65,10 @@ def test_what_adalora_cannot_do_is_refused(tmp_path):
         lab.run("sft", **SHORT | dict(adapter="adalora:init_r=4,target_r=4"), out=tmp_path)
     with pytest.raises(WrongInput, match="engine = 'trl', adapter = 'adalora"):
         lab.run("sft", **SHORT | dict(engine="trl"), out=tmp_path)
+
+
+def test_the_memory_of_a_run_is_its_own_and_not_that_of_who_started_it():
+    held = bytearray(b"x" * 2**30)
+    code = "import torch; from polm_lab.core.train import peak_memory; print(peak_memory(torch.device('cpu')))"
+    found = float(subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert 50 < found < len(held) / 2**20

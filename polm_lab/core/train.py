@@ -7,7 +7,7 @@ __all__ = ['seed_of', 'seed_all', 'learning_rate_at', 'Meter', 'Progress', 'worl
            'make_accelerator', 'load_policy', 'token_batches', 'RankBudget', 'checkpoints', 'save_checkpoint',
            'load_checkpoint', 'optimizer_for', 'fit', 'anybody', 'peak_memory', 'not_finite']
 
-# %% ../../nbs/core/train.ipynb #4999026f
+# %% ../../nbs/core/train.ipynb #2c15edb9
 import contextlib
 import errno
 import hashlib
@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import sys
@@ -268,7 +269,7 @@ def load_checkpoint(run: Run, accelerator) -> int:
         ) from error
     return int(found[-1].name.removeprefix("step-"))
 
-# %% ../../nbs/core/train.ipynb #234d08ed
+# %% ../../nbs/core/train.ipynb #6d50ac1d
 def optimizer_for(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
     "AdamW over the trainable weights; only matrices decay."
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -377,6 +378,10 @@ def peak_memory(device: torch.device) -> float:
     "Peak memory in MiB: of the device on a GPU, else of the process."
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
+    if found:  # of this program: on Linux ru_maxrss begins at the size of the process that started it, such as a notebook with models in it
+        return round(int(found[1]) / 2**10, 1)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
