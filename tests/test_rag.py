@@ -1,6 +1,8 @@
 "Retrieval: broken documents, killed builds, encoders of every layout, readers that fail, and a retriever that is what it was trained to be."
 
+import gzip
 import json
+import math
 import os
 import pickle
 import random
@@ -20,9 +22,10 @@ from polm_lab.core.logprobs import Policy
 from polm_lab.core.models import load_model, load_tokenizer
 from polm_lab.integration.documents import cut, cut_documents, holds, load_documents, open_library
 from polm_lab.integration.passages import HOWS, Encoder, Index
-from polm_lab.integration.rag import EndpointReader, LocalReader, Rag, exact_match
-from polm_lab.integration.reader import Pair, reading_batch, sequence_loss, token_loss
-from polm_lab.integration.retriever import DualEncoder, Retriever, encode_texts, states_answer, teach, vectors_of
+from polm_lab.core.data import Order
+from polm_lab.integration.rag import EndpointReader, LocalReader, Rag, altered, exact_match
+from polm_lab.integration.reader import Pair, each_loss, reading_batch, sequence_loss, token_loss
+from polm_lab.integration.retriever import DualEncoder, Retriever, contrastive_loss, distillation_loss, encode_texts, in_batch, states_answer, teach, vectors_of
 
 
 def one_line(call, *words):
@@ -420,3 +423,181 @@ def test_marginals_are_those_of_summing_over_passages_one_by_one(objective):
     each = torch.stack(each)
     by_hand = -(weights @ each.prod(1)).log() if objective == "sequence" else -(weights @ each).log().sum()
     assert abs(loss - by_hand.item()) < 1e-4
+
+
+# the losses, written out
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_the_contrastive_loss_and_its_gradient_are_dprs_written_out():
+    q, d, tau = drawn(3, 4), drawn(6, 4, seed=1), 0.3
+    rows = [dict(passages=[7, 9], right=0, good={7}), dict(passages=[5, 7], right=0, good={5, 9}), dict(passages=[2, 7], right=1, good={7})]
+    right, allowed = in_batch(rows)
+    # of the passages 7 9 5 7 2 7 of the step: the second question has 9 for good, the third came with 7 as the first did, and neither is held against them
+    assert right.tolist() == [0, 2, 5]
+    assert allowed.int().tolist() == [[1, 1, 1, 0, 1, 0], [1, 0, 1, 1, 1, 1], [0, 1, 1, 0, 1, 1]]
+    losses, pull_q, pull_d = [], torch.zeros_like(q), torch.zeros_like(d)
+    for i, row in enumerate(rows):
+        among = [j for j in range(6) if allowed[i, j]]
+        parts = {j: math.exp(sum((q[i, w] * d[j, w]).item() for w in range(4)) / tau) for j in among}
+        losses.append(-math.log(parts[right[i].item()] / sum(parts.values())))
+        for j in among:  # the gradient at a score is its probability, less 1 for the right one
+            at = (parts[j] / sum(parts.values()) - (j == right[i].item())) / tau
+            pull_q[i] += at * d[j]
+            pull_d[j] += at * q[i]
+    q.requires_grad_(), d.requires_grad_()
+    found = contrastive_loss(q, d, right, allowed, tau)
+    assert torch.allclose(found, torch.tensor(losses, dtype=torch.float64), atol=1e-12)
+    for ours, by_hand in zip(torch.autograd.grad(found.sum(), (q, d)), (pull_q, pull_d)):
+        assert torch.allclose(ours, by_hand, atol=1e-12)
+
+
+def test_the_distillation_loss_and_its_gradient_are_ra_dits_written_out():
+    q, d, tau = drawn(2, 4), drawn(2, 3, 4, seed=1), 0.3
+    target = torch.log_softmax(drawn(2, 3, seed=2), 1)
+    losses, pull = [], torch.zeros_like(d)
+    for i in range(2):
+        parts = [math.exp((q[i] @ d[i, j]).item() / tau) for j in range(3)]
+        p = [part / sum(parts) for part in parts]
+        losses.append(sum(p[j] * (math.log(p[j]) - target[i, j].item()) for j in range(3)))  # KL of the retriever from the reader, not the other way round
+        for j in range(3):
+            pull[i, j] = p[j] * (math.log(p[j]) - target[i, j].item() - losses[i]) / tau * q[i]
+    d.requires_grad_()
+    found = distillation_loss(q, d, target, tau)
+    assert torch.allclose(found, torch.tensor(losses, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(torch.autograd.grad(found.sum(), d)[0], pull, atol=1e-12)
+
+
+def test_marginal_losses_and_their_gradients_written_out():
+    weights, tokens = torch.tensor([0.7, 0.3], dtype=torch.float64), torch.tensor([[0.9, 0.8], [0.1, 0.5]], dtype=torch.float64)
+    scores, logp, mask = weights.log().clone().requires_grad_(), tokens.log().clone().requires_grad_(), torch.ones(1, 2)
+    run = lambda loss: loss(torch.log_softmax(scores, 0)[None], logp[None], mask)
+    # RAG-sequence: 0.7 · 0.72 + 0.3 · 0.05 = 0.519; each token of a passage has that passage's share of it
+    loss, share = run(sequence_loss), torch.tensor([0.504 / 0.519, 0.015 / 0.519], dtype=torch.float64)
+    at_scores, at_logp = torch.autograd.grad(loss.sum(), (scores, logp))
+    assert math.isclose(loss.item(), -math.log(0.519), rel_tol=1e-12) and torch.allclose(at_logp, -share[:, None].expand(2, 2), atol=1e-12)
+    # REALM, §3.3: the gradient of log p(y|x) at the score of a passage is (p(y|z,x) / p(y|x) - 1) p(z|x)
+    realm = torch.tensor([(0.72 / 0.519 - 1) * 0.7, (0.05 / 0.519 - 1) * 0.3], dtype=torch.float64)
+    assert torch.allclose(-at_scores, realm, atol=1e-12) and realm[0] > 0 > realm[1]
+    # RAG-token: (0.7 · 0.9 + 0.3 · 0.1) (0.7 · 0.8 + 0.3 · 0.5) = 0.66 · 0.71
+    loss = run(token_loss)
+    at_scores, at_logp = torch.autograd.grad(loss.sum(), (scores, logp))
+    assert math.isclose(loss.item(), -math.log(0.66 * 0.71), rel_tol=1e-12)
+    assert torch.allclose(at_logp, -torch.tensor([[0.63 / 0.66, 0.56 / 0.71], [0.03 / 0.66, 0.15 / 0.71]], dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(-at_scores, torch.tensor([0.7 * (0.9 / 0.66 + 0.8 / 0.71 - 2), 0.3 * (0.1 / 0.66 + 0.5 / 0.71 - 2)], dtype=torch.float64), atol=1e-12)
+    # RA-DIT's reader: the mean over passages; and a token that is padding counts nowhere
+    loss = each_loss(logp[None], mask)
+    assert math.isclose(loss.item(), -(math.log(0.72) + math.log(0.05)) / 2, rel_tol=1e-12)
+    assert torch.allclose(torch.autograd.grad(loss.sum(), logp)[0], torch.full((2, 2), -0.5, dtype=torch.float64), atol=1e-12)
+    short = torch.tensor([[1.0, 0.0]])
+    for loss, expected in ((sequence_loss, 0.66), (token_loss, 0.66)):
+        assert math.isclose(loss(weights.log()[None], logp[None], short).item(), -math.log(expected), rel_tol=1e-12)
+
+
+def plain_vectors(model, tokenizer, texts, before):
+    "Means of the last states of a causal LM, by transformers, a text at a time; of length 1."
+    found = []
+    for text in texts:
+        last = model(torch.tensor([tokenizer(before + text).input_ids]), output_hidden_states=True).hidden_states[-1][0].mean(0)
+        found.append(last / last.norm())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("signal", ["labels", "reader"])
+def test_the_first_step_of_a_retriever_is_its_loss_written_out(signal):
+    run = lab.run("retriever", signal=signal, candidates=3, negatives=2, steps=1, batch_size=3, accumulate=2, eval_rows=8, seed=4, dtype="float32", device="cpu")
+    passages, learned, _ = open_library("facts")
+    settings = Retriever(signal=signal, candidates=3, negatives=2, seed=4, dtype="float32", device="cpu")
+    rows = teach(settings, passages, learned, Index(passages))
+    step = [rows[i] for i in Order(len(rows), 6, 4).rows(0)]
+    model, tokenizer = load_model("tiny", "float32", "cpu"), load_tokenizer("tiny")
+    q = plain_vectors(model, tokenizer, [r["question"] for r in step], "Question: ")
+    numbers = [n for r in step for n in r["passages"]]
+    d = plain_vectors(model, tokenizer, [passages[n]["text"] for n in numbers], "Passage: ")
+    losses = []
+    for i, row in enumerate(step):
+        if signal == "labels":
+            own = 3 * i + row["right"]
+            scores = torch.stack([q[i] @ d[j] / settings.temperature for j, n in enumerate(numbers) if j == own or n not in row["good"]])
+            losses.append(scores.logsumexp(0) - q[i] @ d[own] / settings.temperature)
+        else:
+            p = (d[3 * i : 3 * i + 3] @ q[i] / settings.temperature).softmax(0)
+            losses.append((p * (p.log() - row["target"])).sum())
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item()
+    first = run.metrics().iloc[0]
+    assert math.isclose(first["loss"], loss.item(), rel_tol=1e-4) and math.isclose(first["grad_norm"], norm, rel_tol=1e-3)
+
+
+def test_a_readers_verdict_is_its_likelihood_of_the_answer():
+    passages, learned, _ = open_library("facts")
+    settings = Retriever(signal="reader", candidates=3, dtype="float32", device="cpu")
+    row = teach(settings, passages, learned[:1], Index(passages))[0]
+    model, tokenizer, likely = load_model("tiny", "float32", "cpu"), load_tokenizer("tiny"), []
+    for n in row["passages"]:
+        before = tokenizer(f"Passage: {passages[n]['text']}\nQuestion: {row['question']}\nAnswer:").input_ids
+        said = tokenizer(f" {learned[0]['answer']}").input_ids + [tokenizer.eos_token_id]
+        logits = model(torch.tensor([before + said])).logits[0].log_softmax(-1)
+        likely.append(math.exp(sum(logits[len(before) + t - 1, token].item() for t, token in enumerate(said))))
+    target = (torch.tensor(likely) / settings.reader_temperature).log_softmax(0)
+    assert torch.allclose(row["target"], target, atol=1e-3) and passages[row["passages"][row["right"]]]["id"] in learned[0]["positives"]
+
+
+@pytest.mark.parametrize("refresh", [0, 1])
+def test_the_first_step_of_a_joint_reader_is_its_loss_written_out(refresh):
+    run = lab.run("reader", objective="sequence", k=2, refresh=refresh, temperature=0.2, steps=1, batch_size=2, eval_rows=4, seed=4, dtype="float32", device="cpu")
+    passages, learned, _ = open_library("facts")
+    step = [learned[i] for i in Order(len(learned), 2, 4).rows(0)]
+    reader, encoder, tokenizer = load_model("tiny", "float32", "cpu"), load_model("tiny", "float32", "cpu"), load_tokenizer("tiny")
+    losses = []
+    for q, found in zip(step, Index(passages).search([q["question"] for q in step], 2)):
+        question, texts = plain_vectors(encoder, tokenizer, [q["question"]], "Question: ")[0], plain_vectors(encoder, tokenizer, [h.text for h in found], "Passage: ")
+        weights = ((texts if refresh else texts.detach()) @ question / 0.2).softmax(0)  # RAG leaves the passages' vectors as they are
+        answer, whole = tokenizer(f" {q['answer']}").input_ids + [tokenizer.eos_token_id], []
+        for hit in found:
+            before = tokenizer(f"Passage: {hit.text}\nQuestion: {q['question']}\nAnswer:").input_ids
+            logits = reader(torch.tensor([before + answer])).logits[0].log_softmax(-1)
+            whole.append(torch.stack([logits[len(before) + t - 1, token] for t, token in enumerate(answer)]).sum().exp())
+        losses.append(-(weights @ torch.stack(whole)).log())
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    norm = torch.cat([p.grad.flatten() for m in (reader, encoder) for p in m.parameters() if p.grad is not None]).norm().item()
+    first = run.metrics().iloc[0]
+    assert math.isclose(first["loss"], loss.item(), rel_tol=1e-4) and math.isclose(first["grad_norm"], norm, rel_tol=1e-3)
+
+
+# files of others
+
+SQUAD = {"version": "v2.0", "data": [{"title": "Rivers", "paragraphs": [
+    {"context": "The Esk is a river.", "qas": [{"id": "1", "question": "What is the Esk?", "answers": [{"text": "a river", "answer_start": 11}, {"text": "river", "answer_start": 13}], "is_impossible": False}] * 30},
+    {"context": "The Tay is long.", "qas": [{"id": "2", "question": "How wide is the Tay?", "answers": [], "is_impossible": True}]},
+]}]}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["squad.json", "squad.json.gz"])
+def test_squads_own_files_are_data_and_library(tmp_path, name):
+    (gzip.open if name.endswith("gz") else open)(tmp_path / name, "wt").write(json.dumps(SQUAD))
+    passages, learned, held_out = open_library(str(tmp_path / name))
+    assert [p["text"] for p in passages] == ["The Esk is a river.", "The Tay is long."] and len(learned) + len(held_out) == 30
+    assert learned[0]["question"] == "What is the Esk?" and learned[0]["answers"] == ["a river", "river"] and learned[0]["positives"] == [passages[0]["id"]]
+    assert [d.text for d in load_documents(tmp_path / name)] == [p["text"] for p in passages], "each context once, also that of a question that has no answer"
+    broken = json.loads(json.dumps(SQUAD))
+    del broken["data"][0]["paragraphs"][1]["qas"][0]["question"]
+    (tmp_path / "broken.json").write_text(json.dumps(broken))
+    one_line(lambda: open_library(str(tmp_path / "broken.json")), "article 1", "question")
+
+
+def test_several_right_answers(tmp_path):
+    (tmp_path / "nq.jsonl").write_text("".join(json.dumps({"question": f"who wrote song {n}", "answer": ["Bob Russell", "Bobby Scott"]}) + "\n" for n in range(30)))
+    (tmp_path / "kilt.jsonl").write_text("".join(json.dumps({"id": str(n), "input": f"who wrote song {n}", "output": [{"answer": "Bob Russell"}, {"answer": "Bobby Scott", "provenance": []}]}) + "\n" for n in range(30)))
+    (tmp_path / "songs.txt").write_text("Bobby Scott wrote it.\n")
+    for name in ("nq.jsonl", "kilt.jsonl"):
+        passages, learned, held_out = open_library(str(tmp_path / name), corpus=str(tmp_path / "songs.txt"))
+        assert all(q["positives"] == ["songs.txt"] and q["answer"] == "Bob Russell" and q["answers"] == ["Bob Russell", "Bobby Scott"] for q in [*learned, *held_out])
+        one_line(lambda: open_library(str(tmp_path / name)), name, "context")
+    assert exact_match("Bobby Scott [1].", "Bob Russell", "Bobby Scott") == 1.0 and exact_match("Bob", "Bob Russell", "Bobby Scott") == 0.0
+    assert altered("Bobby Scott wrote it, or Bob Russell.", ["Bob Russell", "Bobby Scott"], ["bob russell", "Ida"]) == "Ida wrote it, or Ida."

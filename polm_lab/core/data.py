@@ -68,7 +68,7 @@ def _shown(value) -> str:
 def _refuse(row, field: str, found: str, expected: str, todo: str = "correct this row, or leave wrong rows out with #skip after the name"):
     raise WrongInput(f"{_where(row)}: {field} {found}; expected {expected}; {todo}")
 
-# %% ../../nbs/core/data.ipynb #a2a00452
+# %% ../../nbs/core/data.ipynb #d36e43d7
 EXTENSIONS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 PIECE = 2000  # characters of a piece of running text
 
@@ -131,7 +131,23 @@ def _json(path: Path, text: str) -> list[Row]:
         value = lists[0] if len(lists) == 1 else [value]
     if not isinstance(value, list):
         raise WrongInput(f"{path}: found {_shown(value)}; expected a list of objects; correct the file")
+    if value and isinstance(value[0], dict) and isinstance(value[0].get("paragraphs"), list):
+        return [row for i, article in enumerate(value, 1) for row in _questions(article, f"{path}:article {i}")]
     return [_object(v, f"{path}:row {i}") for i, v in enumerate(value, 1)]
+
+
+def _questions(article: dict, where: str) -> list[Row]:
+    "The questions of an article of SQuAD's files, with the columns that SQuAD has on the Hub; one that cannot be answered has no answers."
+    rows = []
+    try:
+        for i, part in enumerate(article["paragraphs"], 1):
+            for j, asked in enumerate(part["qas"], 1):
+                at = f"{where}, paragraph {i}, question {j}"
+                answers = {name: [a[name] for a in asked["answers"]] for name in ("text", "answer_start")}
+                rows.append(Row(dict(id=asked["id"], title=article.get("title", ""), context=part["context"], question=asked["question"], answers=answers), at))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise WrongInput(f"{where}: malformed ({type(error).__name__}: {error}); expected paragraphs with context and qas, and id, question and answers in each of these, as in SQuAD; correct it") from None
+    return rows
 
 
 def _csv(path: Path, text: str) -> list[Row]:
@@ -229,7 +245,7 @@ def read_file(path) -> list[Row]:
         raise WrongInput(f"{path}: empty, no rows found; expected at least one row; check what wrote the file")
     return rows
 
-# %% ../../nbs/core/data.ipynb #23e2b416
+# %% ../../nbs/core/data.ipynb #e2c64ac2
 def turns(value, row, field: str) -> list[dict]:
     "A conversation in any of the usual spellings as a list of `{'role', 'content'}`."
     if isinstance(value, dict):
@@ -302,6 +318,14 @@ def standard(row: Row) -> Row:
             new[name] = new.pop(old)
     if "messages" in new:
         new["messages"] = turns(new["messages"], row, "messages")
+    _several(new)
+    if isinstance(new.get("test_list"), list) and new["test_list"] and isinstance(new.get("code"), str) and "tests" not in new:  # MBPP
+        setup, asked = f"{new['test_setup_code']}\n" if new.get("test_setup_code") else "", new.pop("text", None) or new.get("prompt")
+        new["tests"], new["solution"], new["completion"] = [f"{setup}{test}" for test in new["test_list"]], new["code"], new["code"]
+        new["prompt"] = _said(f"{asked}\nIt must pass this test:\n{new['test_list'][0]}", "user")  # which tells the function's name
+    if isinstance(new.get("test"), str) and isinstance(new.get("entry_point"), str) and isinstance(new.get("prompt"), str):  # HumanEval
+        new["tests"], new["completion"] = [f"{new['test']}\ncheck({new['entry_point']})"], new.get("canonical_solution", "pass")
+        new["solution"] = new["prompt"] + new["completion"]
     if "prompt" not in new and ("instruction" in new or "question" in new):
         name = "instruction" if "instruction" in new else "question"
         text, more = new.pop(name), new.pop("input", None) if name == "instruction" else None
@@ -341,6 +365,19 @@ def standard(row: Row) -> Row:
     if isinstance(new.get("completions"), list) and "scores" in new and isinstance(new.get("prompt"), list):
         new["completions"] = [turns(c, row, "completions") if isinstance(c, (list, dict)) else _said(c, "assistant") for c in new["completions"]]
     return new
+
+
+def _several(new: Row):
+    "Of several right answers the first becomes `answer`, and all of them `answers`: NQ has a list, SQuAD a column `answers`, KILT a list of objects as `output`."
+    if isinstance(new.get("input"), str) and isinstance(new.get("output"), list) and all(isinstance(o, dict) and {"answer", "provenance"} & set(o) for o in new["output"]):
+        new["question"], new["answers"] = new.pop("input"), [o["answer"] for o in new.pop("output") if "answer" in o]
+    name = "answer" if "answer" in new else "answers"
+    many = new[name].get("text") if isinstance(new.get(name), dict) else new.get(name)
+    if "question" in new and isinstance(many, list) and all(isinstance(m, str) for m in many):
+        new.pop("answer", None)
+        new["answers"] = list(dict.fromkeys(many))
+        if many:
+            new["answer"] = many[0]
 
 
 def _pair(new: Row, row: Row):
@@ -493,7 +530,7 @@ def _check(row: Row, kind: str):
             if not sound:
                 _refuse(row, marks, f"holds {_shown(mark)}", "true or false" if kind == "stepwise" else "finite numbers")
 
-# %% ../../nbs/core/data.ipynb #be2af8b4
+# %% ../../nbs/core/data.ipynb #9dfd662e
 def _parse_spec(spec: str) -> tuple[str, str, int | None, bool]:
     "`source#part,n,skip` -> source, part, n, skip; all but the source may be left out, and stand in any order."
     if Path(spec).exists() or "#" not in spec:
@@ -522,7 +559,7 @@ def held_out(n: int) -> list[int]:
 def load_data(spec: str, kind: str, split: str = "train") -> list[dict]:
     """The rows of `spec` as `kind`, all of them checked.
 
-    `spec` is a built-in world, a name of the catalogue (`dolly-15k`, or `dolly-15k@FILE` for a copy of it: see `core/catalog`), a local file, a folder with a data set, or a Hub id (`org/name`, `org/name:config`). After a # may stand the split to take for training, a
+    `spec` is a built-in world, a name of the catalogue (`dolly-15k`, or `dolly-15k@FILE` for a copy of it: see `core/catalog`), a local file, a folder with a data set, or a Hub id (`org/name`, `org/name:config`, `org/name:file`). After a # may stand the split to take for training, a
     number of rows, and `skip`, which leaves wrong rows out instead of refusing the data: `org/name#train_sft,1000,skip`. `split` is train, test (the data's own, else the same 5 % each time) or all. A single row has no test split: the list is empty.
     Raises `WrongInput` with file, row, field, what was found and what is expected.
     """
@@ -570,6 +607,8 @@ def _source_rows(spec: str, split: str) -> tuple[list[Row], bool]:
     path = Path(source).expanduser()
     if path.is_file():
         groups, own = read_file(path), False
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+:[\w./-]+", source) and _extension(path) in EXTENSIONS:
+        groups, own = _hub_file(source), False
     elif path.is_dir() or re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", source) and not (_extension(path) in EXTENSIONS):
         groups, own = _dataset_rows(source, part, split, WORLDS)
     else:
@@ -644,10 +683,38 @@ def _dataset_rows(source: str, part: str, split: str, worlds) -> tuple[list[Row]
     return [Row(r, f"{source}#{use}:row {i}") for i, r in enumerate(found[use], 1)], bool(test)
 
 
+def _hub_file(source: str) -> list[Row]:
+    "The rows of `org/name:file`, a single file of a Hub data set, fetched or from the local cache."
+    from huggingface_hub import hf_hub_download
+
+    name, _, file = source.partition(":")
+    try:
+        path = hf_hub_download(name, file, repo_type="dataset")
+    except (OSError, ValueError) as error:
+        what = " ".join(str(error.__cause__ or error).split("\n")[0].split())[:200]
+        raise WrongInput(f"data {source!r}: not to be had from the Hub ({type(error).__name__}: {what}); expected a file of {name}; name another, or a copy of it on this machine") from None
+    return [Row(row, row.where.replace(str(path), source)) for row in read_file(path)]
+
+
 def _load_dataset(name: str, config: str):
     import datasets
 
-    return datasets.load_dataset(name, config or None)
+    try:
+        return datasets.load_dataset(name, config or None)
+    except RuntimeError as error:  # its rows would be made by a script, which `datasets` does not run any more
+        if "scripts are no longer supported" not in str(error):
+            raise
+        return _exported(name, config)
+
+
+def _exported(name: str, config: str):
+    "The copy in Parquet that the Hub itself makes of most data sets: a folder for each configuration, and in it one for each split."
+    import datasets
+    from huggingface_hub import snapshot_download
+
+    part = config or "default"
+    folder = snapshot_download(name, repo_type="dataset", revision="refs/convert/parquet", allow_patterns=f"{part}/*")
+    return datasets.load_dataset(str(Path(folder) / part))
 
 
 def _from_hub(name: str, config: str):
@@ -659,10 +726,11 @@ def _from_hub(name: str, config: str):
     except Exception as error:
         if getattr(error, "response", None) is not None:
             raise  # the Hub answered: there is no such data set, or it is not for everybody
-        try:
-            return _load_dataset(snapshot_download(name, repo_type="dataset", local_files_only=True), config)
-        except (OSError, ValueError):
-            pass
+        for read in (lambda: _load_dataset(snapshot_download(name, repo_type="dataset", local_files_only=True), config), lambda: _exported(name, config)):
+            try:
+                return read()
+            except (OSError, ValueError):
+                pass
         offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
         try:
             return _load_dataset(name, config)
@@ -967,15 +1035,15 @@ class Order:
         start = step * self.rows_per_step
         return [self._epoch(i // self.n)[i % self.n] for i in range(start, start + self.rows_per_step)]
 
-# %% ../../nbs/core/data.ipynb #28805c83
+# %% ../../nbs/core/data.ipynb #21c9ea7d
 def datasets_table():
-    "The built-in worlds and the data sets of the catalogue as a table: name, the kinds they give, what they are, and for the catalogue phase, size (`rows`), licence, Hub id and citation."
+    "The built-in worlds and the data sets of the catalogue as a table: name, the kinds they give, what they are, and for the catalogue phase, size (`rows`), licence, Hub id, citation, and where the schema was `checked`."
     import pandas as pd
 
     from polm_lab.core.worlds import WORLDS
 
     rows = [dict(data=name, kinds=", ".join(world.kinds), meaning=world.meaning) for name, world in WORLDS.items()]
     for entry in CATALOG.values():
-        facts = dict(phase=entry.phase, rows=entry.size, licence=entry.licence, hub=entry.hub or entry.source, citation=entry.citation)
+        facts = dict(phase=entry.phase, rows=entry.size, licence=entry.licence, hub=entry.hub or entry.source, citation=entry.citation, checked=entry.checked)
         rows.append(dict(data=entry.name, kinds=", ".join(entry.kinds), meaning=entry.system, **facts))
     return pd.DataFrame(rows).fillna("")

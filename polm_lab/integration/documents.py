@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TEXTS', 'PAGES', 'BOOKS', 'ROWS', 'KNOWN', 'LONGEST', 'Document', 'html_text', 'load_documents', 'cut',
-           'cut_documents', 'invented_library', 'holds', 'open_library']
+           'cut_documents', 'invented_library', 'holds', 'answers_of', 'Library', 'open_library']
 
-# %% ../../nbs/integration/documents.ipynb #d980b29b
+# %% ../../nbs/integration/documents.ipynb #6ff788d1
 import io
 import logging
 import random
@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterable
 
-from ..core.data import load_data, load_held_out, read_file
-from ..core.knobs import WrongInput, nearest
+from ..core.data import Row, load_data, load_held_out, read_file
+from ..core.knobs import WrongInput, knob, nearest, redefault
 from ..core.worlds import ENCYCLOPEDIA, RELATIONS, SYLLABLES, article, invent, split_of, values_of
 
-# %% ../../nbs/integration/documents.ipynb #5b99d382
+# %% ../../nbs/integration/documents.ipynb #3505c7eb
 TEXTS, PAGES, BOOKS, ROWS = (".txt", ".md", ".markdown", ".rst"), (".html", ".htm"), (".pdf",), (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 KNOWN = (*TEXTS, *PAGES, *BOOKS, *ROWS)
 
@@ -71,8 +71,13 @@ def _pdf(path: Path) -> str:
         raise WrongInput(f"{path}: a broken PDF ({type(error).__name__}: {' '.join(str(error).split())[:100]}); expected a whole one; copy it again") from None
 
 
+def _suffix(path: Path) -> str:
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    return suffix if suffix in ROWS else path.suffix.lower()
+
+
 def _documents_of(path: Path, name: str) -> list[Document]:
-    suffix = path.suffix.lower()
+    suffix = _suffix(path)
     if suffix in ROWS:
         rows = read_file(path)
         key = next((k for k in ("text", "passage", "context", "contents", "body") if k in rows[0]), None)
@@ -81,6 +86,11 @@ def _documents_of(path: Path, name: str) -> list[Document]:
         for row in rows:
             if not isinstance(row.get(key), str):
                 raise WrongInput(f"{row.where}: {key} is {row.get(key)!r:.60}; expected text; correct this row")
+        if key == "context":  # rows are questions: many share a context, and their ids are not its own
+            first = {}
+            for row in rows:
+                first.setdefault(row[key], Row({key: row[key]}, row.where))
+            rows = list(first.values())
         return [Document(str(row.get("id", f"{name}:{n}")), row[key], row.where) for n, row in enumerate(rows, 1) if row[key].strip()]
     text = _pdf(path) if suffix in BOOKS else html_text(_plain(path)) if suffix in PAGES else _plain(path)
     if not text.strip():
@@ -90,7 +100,7 @@ def _documents_of(path: Path, name: str) -> list[Document]:
 
 
 def load_documents(path, skip: bool = False, say: Callable[[str], None] = print) -> list[Document]:
-    """The documents of a file, or of all files below a folder whose ending is known (.txt .md .html .pdf; rows of .jsonl .csv .parquet with a column `text`).
+    """The documents of a file, or of all files below a folder whose ending is known (.txt .md .html .pdf; rows of .jsonl .json .csv .parquet with a column `text`, or with `context` as in SQuAD).
 
     `skip` leaves out what cannot be read and says so through `say`. Raises `WrongInput` for the first bad file otherwise, and if there is no document at all.
     """
@@ -98,8 +108,8 @@ def load_documents(path, skip: bool = False, say: Callable[[str], None] = print)
     if not path.exists():
         there = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
         raise WrongInput(f"{path}: no such file or folder; {nearest(path.name, there) if there else 'expected documents'}")
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in KNOWN and not p.name.startswith("."))
-    if path.is_file() and path.suffix.lower() not in KNOWN:
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) in KNOWN and not p.name.startswith("."))
+    if path.is_file() and _suffix(path) not in KNOWN:
         raise WrongInput(f"{path}: unknown ending {path.suffix or '(none)'}; expected {', '.join(KNOWN)}; rename or convert the file")
     found = []
     for file in files:
@@ -147,7 +157,7 @@ def cut_documents(documents: Iterable[Document], words: int = 100) -> list[dict]
         passages += [{"id": document.id if len(pieces) == 1 else f"{document.id}#{n}", "text": p, "source": document.source} for n, p in enumerate(pieces, 1)]
     return passages
 
-# %% ../../nbs/integration/documents.ipynb #7da54b80
+# %% ../../nbs/integration/documents.ipynb #0bef54d7
 def invented_library(subjects: int = 300, seed: int = 0) -> tuple[list[dict], list[dict]]:
     "Passages `{id, text}` about invented subjects that no model has read, and questions `{question, answer, positives, subject, relation, split}`."
     rng, passages, questions, names = random.Random(f"library {seed}"), [], [], set(ENCYCLOPEDIA)
@@ -172,18 +182,35 @@ def holds(text: str, answer: str) -> bool:
     return bool(answer.strip()) and re.search(rf"(?<!\w){re.escape(answer.strip())}(?!\w)", text, re.I) is not None
 
 
+def answers_of(question: dict) -> list[str]:
+    "The answers that count as right; the first is the one that is learned."
+    return question.get("answers") or [question["answer"]]
+
+
+@dataclass(kw_only=True)
+class Library:
+    "The knobs of what is read, which the methods of retrieval share."
+
+    corpus: str = knob("", "documents that are the library: a file or a folder; empty: those that come with `data`")
+    words: int = knob(100, "longest passage that documents are cut into", "words", low=1, source="Karpukhin et al. 2020, §3")
+    data: str = redefault("data", "facts")
+
+
 def open_library(data: str, corpus: str = "", words: int = 100, rows: int = 10**9, eval_data: str = "") -> tuple[list[dict], list[dict], list[dict]]:
     """Passages, questions to learn from and at most `rows` held-out questions.
 
-    `data` is `facts` (invented anew, unknown to any model) or a file with `question`, `answer` and, without a `corpus` of documents, `context`. Where no passage is given as
-    the right one, those that hold the answer are taken for it, as in DPR. Raises `WrongInput`.
+    `data` is `facts` (invented anew, unknown to any model) or a file with `question`, `answer` and, without a `corpus` of documents, `context`; SQuAD's and NQ's own files are read as they are. Where no passage is
+    given as the right one, those that hold an answer are taken for it, as in DPR. Questions that come with a list of no answers (SQuAD 2.0) are left out, their contexts not. Raises `WrongInput`.
     """
     if data == "facts":
         if eval_data not in ("", "facts"):
             raise WrongInput(f"eval_data = {eval_data!r}: the invented library has held-out questions of its own; expected eval_data empty with data facts; give your questions as data")
         passages, questions = invented_library()
         return passages, *([q for q in questions if q["split"] == split][: rows if split == "test" else None] for split in ("train", "test"))
-    parts = {"train": load_data(data, "prompt", "train"), "test": load_held_out(data, eval_data, "prompt", rows)}
+    parts = {"train": load_data(data, "prompt", "train"), "test": load_held_out(data, eval_data, "prompt", 10**9)}
+    texts = dict.fromkeys(row["context"] for part in parts.values() for row in part if isinstance(row.get("context"), str))
+    parts = {name: [row for row in part if row.get("answers", True)] for name, part in parts.items()}
+    parts["test"] = parts["test"][:rows]
     if not parts["train"] or not parts["test"]:
         raise WrongInput(f"data {data!r}: {len(parts['train'])} questions to learn from and {len(parts['test'])} held out; expected at least one of each; give more rows")
     for row in (row for part in parts.values() for row in part):
@@ -195,9 +222,8 @@ def open_library(data: str, corpus: str = "", words: int = 100, rows: int = 10**
     if corpus:
         passages = cut_documents(load_documents(corpus), words)
     else:
-        texts = dict.fromkeys(row["context"] for part in parts.values() for row in part)
         passages = [{"id": f"context-{n}", "text": text, "source": str(data)} for n, text in enumerate(texts, 1)]
     place = {p["text"]: p["id"] for p in passages}
     for row in (row for part in parts.values() for row in part):
-        row["positives"] = [place[row["context"]]] if row.get("context") in place else [p["id"] for p in passages if holds(p["text"], row["answer"])]
+        row["positives"] = [place[row["context"]]] if row.get("context") in place else [p["id"] for p in passages if any(holds(p["text"], a) for a in answers_of(row))]
     return passages, parts["train"], parts["test"]

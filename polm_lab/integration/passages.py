@@ -91,7 +91,7 @@ def pool(states, mask, how: str = "mean"):
         vectors = (states * weights).sum(1) / weights.sum(1).clamp_min(1e-9)
     return torch.nn.functional.normalize(vectors.float(), dim=1)
 
-# %% ../../nbs/integration/passages.ipynb #96d1a3ce
+# %% ../../nbs/integration/passages.ipynb #70de8969
 HOWS = ("bm25", "dense", "hybrid")
 
 
@@ -103,18 +103,20 @@ class Hit(NamedTuple):
     score: float
 
 
-def _checked(passages: Iterable[dict], known=()) -> list[dict]:
-    passages, seen = list(passages), set(known)
-    for number, passage in enumerate(passages, 1):
-        key, text = passage.get("id"), passage.get("text")
-        if type(key) is not str or type(text) is not str or not text or text.isspace():
-            raise WrongInput(f"passage {number} ({key!r:.40}): text is {text!r:.40}; expected an id and some text; leave empty passages out")
-        if key in seen:
-            raise WrongInput(f"passage {number}: the id {key!r:.60} is there already; expected each id once; remove it from the index first, or rename it")
-        seen.add(key)
+def _checked(passages: Iterable[dict], known=frozenset()) -> tuple[list[dict], list[str]]:
+    "Passages and their texts: each with an id that is new, and some text."
+    passages = list(passages)
+    ids, texts = [p.get("id") for p in passages], [p.get("text") for p in passages]
     if not passages:
         raise WrongInput("index: no passages; expected at least one; give documents that have text")
-    return passages
+    if set(map(type, ids)) | set(map(type, texts)) != {str} or not all(texts) or any(map(str.isspace, texts)):
+        number, key, text = next((n, i, t) for n, (i, t) in enumerate(zip(ids, texts), 1) if type(i) is not str or type(t) is not str or not t.strip())
+        raise WrongInput(f"passage {number} ({key!r:.40}): text is {text!r:.40}; expected an id and some text; leave empty passages out")
+    if len(set(ids)) < len(ids) or not known.isdisjoint(ids):
+        seen = set(known)
+        number, key = next((n, i) for n, i in enumerate(ids, 1) if i in seen or seen.add(i))
+        raise WrongInput(f"passage {number}: the id {key!r:.60} is there already; expected each id once; remove it from the index first, or rename it")
+    return passages, texts
 
 
 def fuse_ranks(rankings: list[list[int]], constant: int = 60) -> list[tuple[int, float]]:
@@ -130,21 +132,22 @@ class Index:
     "Passages that can be searched by words, and with an encoder by meaning. Raises `WrongInput`."
 
     def __init__(self, passages: Iterable[dict], encoder: Encoder | None = None):
-        self.passages, self.encoder, self.vectors, self._bm25 = _checked(passages), encoder, None, None
+        self.passages, texts = _checked(passages)
+        self.encoder, self.vectors, self._bm25 = encoder, None, None
         if encoder is not None:
             import faiss
 
             self.vectors = faiss.IndexFlatIP(encoder.width)
-            self.vectors.add(encoder([p["text"] for p in self.passages]))
+            self.vectors.add(encoder(texts))
 
     def __len__(self) -> int:
         return len(self.passages)
 
     def add(self, passages: Iterable[dict]):
         "Add passages with new ids."
-        new = _checked(passages, (p["id"] for p in self.passages))
+        new, texts = _checked(passages, {p["id"] for p in self.passages})
         if self.vectors is not None:
-            self.vectors.add(self.encoder([p["text"] for p in new]))
+            self.vectors.add(self.encoder(texts))
         self.passages, self._bm25 = self.passages + new, None
 
     def remove(self, ids: Iterable[str]):

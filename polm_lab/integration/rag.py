@@ -6,7 +6,7 @@
 __all__ = ['CHAT', 'RAG', 'chat_prompt', 'LocalReader', 'EndpointReader', 'exact_match', 'log_weights', 'Reading', 'Rag',
            'altered', 'measure_arm', 'rag']
 
-# %% ../../nbs/integration/rag.ipynb #84edae5e
+# %% ../../nbs/integration/rag.ipynb #89919c0e
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -27,13 +27,13 @@ from ..core.models import has_chat_template, load_model, load_tokenizer
 from ..core.rollout import rollout
 from ..core.run import Run, Stopped
 from ..core.worlds import user
-from .documents import holds, open_library
+from .documents import Library, answers_of, holds, open_library
 from .passages import HOWS, Encoder, Hit, Index
 from .retriever import reading_rows, retrieval_metrics
 
-# %% ../../nbs/integration/rag.ipynb #d88597d3
+# %% ../../nbs/integration/rag.ipynb #fbc5a440
 @dataclass(kw_only=True)
-class RAG(RunSettings):
+class RAG(Library, RunSettings):
     "Settings of retrieval-augmented generation; `model` is the reader."
 
     search: str = knob("hybrid", "how passages are found", choices=HOWS, source="Cormack et al. 2009")
@@ -41,10 +41,7 @@ class RAG(RunSettings):
     rerank: str = knob("none", "rank the candidates again by the likelihood of the question after them", choices=("none", "likelihood"), source="Sachan et al. 2022")
     reading: str = knob("apart", "passages in one prompt, or one at a time with their answers weighed", choices=("together", "apart"), source="Lewis et al. 2020, §2.5")
     form: str = knob("plain", "the prompt: Passage/Question/Answer as plain text, or numbered passages in a conversation", choices=("plain", "chat"))
-    data: str = redefault("data", "facts")
     eval_rows: int = redefault("eval_rows", 128)
-    corpus: str = knob("", "documents that are the library: a file or a folder; empty: those that come with `data`")
-    words: int = knob(100, "longest passage that documents are cut into", "words", low=1, source="Karpukhin et al. 2020, §3")
     encoder: str = knob("", "encoder of dense search: a run of `retriever`, or any of sentence-transformers; empty: a retriever is trained first")
     retriever_steps: int = knob(40, "steps of that retriever", "steps", low=1)
     index: str = knob("", "folder to keep the index in; used again if it is there")
@@ -112,12 +109,12 @@ class EndpointReader(EndpointJudge):
         with ThreadPoolExecutor(self.at_once) as pool:
             return list(pool.map(lambda pair: self.ask(chat_prompt(*pair), read, temperature=0.0, max_tokens=self.max_new_tokens), asked))
 
-# %% ../../nbs/integration/rag.ipynb #f8fbe7e4
-def exact_match(text: str, answer: str) -> float:
-    "1 if the first line of `text` is the answer; case, punctuation, articles and marks such as [1] aside (Rajpurkar et al. 2016)."
+# %% ../../nbs/integration/rag.ipynb #da1ed48a
+def exact_match(text: str, *answers: str) -> float:
+    "1 if the first line of `text` is one of the answers; case, punctuation, articles and marks such as [1] aside (Rajpurkar et al. 2016)."
     line = (text.strip().splitlines() or [""])[0]
     plain = lambda s: " ".join(re.sub(r"\b(a|an|the)\b", " ", re.sub(r"[^\w\s]", " ", re.sub(r"\[\d+\]", " ", s.lower()))).split())
-    return float(plain(line) == plain(answer) != "")
+    return float(any(plain(line) == plain(answer) != "" for answer in answers))
 
 
 def log_weights(hits: list[Hit], search: str, temperature: float = 0.05) -> Tensor:
@@ -206,18 +203,18 @@ class Rag:
     def __call__(self, questions: list[str]) -> list[Reading]:
         return self.read(questions, self.find(questions))
 
-# %% ../../nbs/integration/rag.ipynb #20f0d748
-def altered(text: str, answer: str, others: list[str]) -> str:
-    "The passage with another answer where the right one stood: the first of `others` that is not the same."
-    instead = next((o for o in others if o.lower() != answer.lower()), "nobody")
-    return re.sub(rf"(?<!\w){re.escape(answer)}(?!\w)", lambda _: instead, text, flags=re.I)
+# %% ../../nbs/integration/rag.ipynb #6d781a66
+def altered(text: str, answers: list[str], others: list[str]) -> str:
+    "The passage with another answer where a right one stood: the first of `others` that is not right."
+    instead = next((o for o in others if o.lower() not in map(str.lower, answers)), "nobody")
+    return re.sub(rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(answers, key=len, reverse=True)))})(?!\w)", lambda _: instead, text, flags=re.I)
 
 
 def measure_arm(pipeline: Rag, questions: list[dict], found: list[list[Hit]]) -> tuple[dict[str, float], list[Reading]]:
     "accuracy (exact match) and faithfulness of reading these passages, with recall and mrr of finding them; and the readings."
     read = pipeline.read([q["question"] for q in questions], found)
     n = len(questions)
-    metrics = dict(accuracy=sum(exact_match(r.answer, q["answer"]) for r, q in zip(read, questions)) / n, faithfulness=sum(r.faithful for r in read) / n)
+    metrics = dict(accuracy=sum(exact_match(r.answer, *answers_of(q)) for r, q in zip(read, questions)) / n, faithfulness=sum(r.faithful for r in read) / n)
     at = tuple(dict.fromkeys((1, pipeline.k)))
     return metrics | (retrieval_metrics([[h.id for h in hits] for hits in found], [q["positives"] for q in questions], at) if any(found) else {}), read
 
@@ -259,13 +256,13 @@ def rag(settings: RAG, run: Run) -> None:
             "no passages": lambda: [[] for _ in asked],
             "right passage": lambda: [[Hit(i, texts[i], 1.0) for i in q["positives"][:1]] for q in questions],
             "altered passage": lambda: [
-                [Hit(i, altered(texts[i], q["answer"], [o["answer"] for o in questions[n:] + questions[:n] if o.get("relation") == q.get("relation")]), 1.0) for i in q["positives"][:1]] for n, q in enumerate(questions)
+                [Hit(i, altered(texts[i], answers_of(q), [o["answer"] for o in questions[n:] + questions[:n] if o.get("relation") == q.get("relation")]), 1.0) for i in q["positives"][:1]] for n, q in enumerate(questions)
             ],
-            "wrong passages": lambda: [[h for h in hits if not holds(h.text, q["answer"])] for q, hits in zip(questions, (lambda f: f[len(f) // 2 :] + f[: len(f) // 2])(pipeline.find(asked)))],
+            "wrong passages": lambda: [[h for h in hits if not any(holds(h.text, a) for a in answers_of(q))] for q, hits in zip(questions, (lambda f: f[len(f) // 2 :] + f[: len(f) // 2])(pipeline.find(asked)))],
         }.get(way, lambda: pipeline.find(asked))()
         arms[way], read = measure_arm(pipeline, questions, found)
         run.log(number, **{name: value for name, value in arms[way].items()})
-        rows += [dict(way=way, prompt=r.question, completion=r.answer, answer=q["answer"], reward=exact_match(r.answer, q["answer"]), passages=[h.text for h in r.hits], cited=r.cited) for r, q in list(zip(read, questions))[:16]]
+        rows += [dict(way=way, prompt=r.question, completion=r.answer, answer=q["answer"], reward=exact_match(r.answer, *answers_of(q)), passages=[h.text for h in r.hits], cited=r.cited) for r, q in list(zip(read, questions))[:16]]
     pipeline, each = make(settings.search), []
     for question in asked[:12]:  # one at a time, as a person asks
         before = dict(pipeline.seconds)

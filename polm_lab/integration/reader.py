@@ -6,7 +6,7 @@
 __all__ = ['Reader', 'sequence_loss', 'token_loss', 'each_loss', 'responsibilities', 'Pair', 'reading_batch', 'candidates',
            'reader']
 
-# %% ../../nbs/integration/reader.ipynb #fe62ec4c
+# %% ../../nbs/integration/reader.ipynb #3e079e8d
 from dataclasses import dataclass
 
 import torch
@@ -21,14 +21,14 @@ from ..core.models import load_model, load_tokenizer, save_model
 from ..core.run import Run
 from ..core.train import Meter, fit, load_policy, my_share, world
 from ..core.worlds import WORLDS
-from .documents import open_library
+from .documents import Library, open_library
 from .passages import HOWS, Encoder, Hit, Index
 from .rag import LocalReader, Rag, measure_arm
 from .retriever import DualEncoder, encode_texts, reading_rows, save_encoder, vectors_of
 
-# %% ../../nbs/integration/reader.ipynb #fedc54f1
+# %% ../../nbs/integration/reader.ipynb #9f42feb1
 @dataclass(kw_only=True)
-class Reader(Settings):
+class Reader(Library, Settings):
     "Settings of a reader; `model` is what reads."
 
     objective: str = knob("sequence", "how the passages of a question enter its loss: all in one context, each alone, or summed out by sequence or token", choices=("context", "each", "sequence", "token"),
@@ -38,9 +38,6 @@ class Reader(Settings):
     encoder: str = knob("tiny", "encoder: a run of `retriever`, or any causal LM; for dense and hybrid search, any of sentence-transformers")
     temperature: float = knob(0.05, "temperature τ of p(z|x)", low=0.001, high=10, log=True)
     refresh: int = knob(0, "for sequence and token: 0 keeps the passages' vectors (RAG); n learns them too and encodes all again each n steps (REALM)", "steps", low=0, source="Guu et al. 2020, §3.3: 500")
-    corpus: str = knob("", "documents that are the library: a file or a folder; empty: those that come with `data`")
-    words: int = knob(100, "longest passage that documents are cut into", "words", low=1, source="Karpukhin et al. 2020, §3")
-    data: str = redefault("data", "facts")
     steps: int = redefault("steps", 60)
     batch_size: int = redefault("batch_size", 8)
     max_length: int = redefault("max_length", 256)
