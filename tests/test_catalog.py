@@ -136,8 +136,8 @@ ROWS = {
         message("d", "c", "assistant", "Eleven."),
     ],
     "hc3": [
-        dict(id="1", question="What is a quark?", human_answers=["A particle."], chatgpt_answers=["A quark is an elementary particle."], source="reddit_eli5"),
-        dict(id="2", question="Empty?", human_answers=["Yes."], chatgpt_answers=[], source="finance"),
+        dict(index=None, question="What is a quark?", human_answers=["A particle."], chatgpt_answers=["A quark is an elementary particle."], source="reddit_eli5"),
+        dict(index=None, question="Empty?", human_answers=["Yes."], chatgpt_answers=[], source="finance"),
     ],
     "dolly-15k": [
         dict(instruction="When was it?", context="It was in 1999.", response="1999", category="closed_qa"),
@@ -166,11 +166,12 @@ ROWS = {
     "openhermes-1": PLAIN_ALPACA,
     "openhermes-2.5": [
         dict(
-            id=None,
             category="general",
             source="airoboros2.2",
-            system_prompt=None,
-            conversations=[{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}],
+            **dict.fromkeys(("topic", "title", "model", "language")),
+            conversations=[
+                {"from": who, "value": text, "weight": None} for who, text in (("system", "Be brief."), ("human", "Hi"), ("gpt", "Hello."))
+            ],
         )
     ],
     "ultrachat": [dict(prompt="Hi", prompt_id="f0", messages=[dict(role="user", content="Hi"), dict(role="assistant", content="Hello.")])],
@@ -261,7 +262,7 @@ def test_every_data_set_of_table_9_is_there():
     assert set(ROWS) == set(EXPECTED) == set(CATALOG)
     for entry in CATALOG.values():
         assert entry.size == rows[entry.system]["nums"] and entry.phase.split(" (")[0] == rows[entry.system]["phase"], entry.name
-        assert entry.licence and entry.citation and entry.address.startswith("https://")
+        assert entry.licence and entry.citation and entry.checked and entry.address.startswith("https://")
 
 
 @pytest.mark.parametrize("name", CATALOG)
@@ -319,20 +320,23 @@ def test_limits_splits_and_skipping(tmp_path):
     assert len(load_data(spec + "#skip", "preference", "all")) == 2
 
 
-def cached(tmp_path, monkeypatch, hub_id, files):
+def cached(tmp_path, monkeypatch, hub_id, files, ref="main"):
     "A snapshot of a data set in the Hub's local cache, as the Hub's own code leaves it."
     import datasets
     import huggingface_hub.constants as hub
+    import pandas as pd
 
     revision = "0123456789abcdef0123456789abcdef01234567"
     repo = tmp_path / "hub" / f"datasets--{hub_id.replace('/', '--')}"
-    snapshot = repo / "snapshots" / revision
-    for folder in (repo / "blobs", repo / "refs", snapshot):
-        folder.mkdir(parents=True)
-    (repo / "refs" / "main").write_text(revision)
+    (repo / "refs" / ref).parent.mkdir(parents=True)
+    (repo / "refs" / ref).write_text(revision)
     for name, rows in files.items():
-        (repo / "blobs" / name).write_text("\n".join(json.dumps(r) for r in rows))
-        (snapshot / name).symlink_to(f"../../blobs/{name}")
+        file = repo / "snapshots" / revision / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".parquet"):
+            pd.DataFrame(rows).to_parquet(file)
+        else:
+            file.write_text("\n".join(json.dumps(r) for r in rows))
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "prepared")
@@ -346,6 +350,40 @@ def test_a_name_goes_through_the_hub(tmp_path, monkeypatch):
         load_data("shpp", "preference")
 
 
+def test_a_data_set_may_be_a_file_of_what_is_on_the_hub(tmp_path, monkeypatch):
+    cached(tmp_path, monkeypatch, "bigscience/xP3", {"ak/merged_ak.jsonl": ROWS["xp3"], "sw/merged_sw.jsonl": ROWS["xp3"] * 2, "xP3.py": []})
+    assert [last(r) for r in load_data("xp3", "completion", "all")] == ["Yes"]
+    assert len(load_data("xp3@bigscience/xP3:sw/merged_sw.jsonl", "completion", "all")) == 2
+    with pytest.raises(WrongInput, match="^bigscience/xP3:sw/merged_sw.jsonl:1: no .*score_0"):
+        load_data("webgpt@bigscience/xP3:sw/merged_sw.jsonl", "preference", "all")
+    with pytest.raises(WrongInput, match="data 'bigscience/xP3:tw/none.jsonl': not to be had from the Hub .*; expected a file of bigscience/xP3; name another"):
+        load_data("bigscience/xP3:tw/none.jsonl", "completion", "all")
+
+
+@pytest.mark.parametrize("network", [False, True])
+def test_what_a_script_would_make_is_read_from_the_hubs_own_copy(tmp_path, monkeypatch, network):
+    "`datasets` refuses four data sets of table 9, since they come with a script; the Hub keeps their rows as Parquet, in a branch of its own."
+    import datasets
+    import huggingface_hub
+
+    rows = ROWS["openai-summarization"]
+    files = {"comparisons/train/0000.parquet": rows, "comparisons/validation/0000.parquet": rows[::-1], "axis/test/0000.parquet": [dict(summary="x")]}
+    cached(tmp_path, monkeypatch, "openai/summarize_from_feedback", files, "refs/convert/parquet")
+    if network:  # then the Hub answers, and `datasets` finds the script
+        real = datasets.load_dataset
+
+        def refusing(path, *args, **options):
+            if path == "openai/summarize_from_feedback":
+                raise RuntimeError("Dataset scripts are no longer supported, but found summarize_from_feedback.py")
+            return real(path, *args, **options)
+
+        monkeypatch.setattr(datasets, "load_dataset", refusing)
+        asked = huggingface_hub.HfApi.dataset_info  # that of the branch goes to the cache, as without network
+        monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, *args, **options: asked(self, *args, **options) if "revision" in options else None)
+    assert [last(r) for r in load_data("openai-summarization", "preference")] == ["Keys lost, then found.", "Rain."]
+    assert [last(r) for r in load_data("openai-summarization", "preference", "test")] == ["Rain.", "Keys lost, then found."]
+
+
 def test_what_is_not_on_the_hub_says_where_it_is():
     with pytest.raises(WrongInput, match=r"data 'instinwild': it is not on the Hub; .*github.com/XueFuzhao/InstructionWild and write instinwild@FILE"):
         load_data("instinwild", "completion")
@@ -355,7 +393,7 @@ def test_the_table_lists_them():
     table = datasets_table().set_index("data")
     assert set(CATALOG) < set(table.index) and {"sums", "chat"} < set(table.index)
     assert table.loc["dolly-15k"][["phase", "rows", "licence", "hub"]].tolist() == ["SFT", "15K", "CC-BY-SA-3.0", "databricks/databricks-dolly-15k"]
-    assert (table.loc[list(CATALOG), ["kinds", "phase", "licence", "hub", "citation"]] != "").all().all()
+    assert (table.loc[list(CATALOG), ["kinds", "phase", "licence", "hub", "citation", "checked"]] != "").all().all()
 
 
 def test_known_schemas_are_known():
