@@ -113,7 +113,7 @@ ROWS = {
             rejected="\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Help?\n\nAssistant: No.",
         )
     ],
-    "self-instruct": [dict(prompt="Make a list of fruit.\n\nOutput:", completion=" Apple, pear.<|endoftext|>")],
+    "self-instruct": [dict(prompt="Make a list of fruit.\n\nOutput:", completion=" Apple, pear.")],
     "unnatural": [
         dict(
             instruction="Sort the words.",
@@ -212,7 +212,7 @@ EXPECTED = {  # name -> (kind, what the first rows say last)
     "webgpt": ("preference", ["A film of water [1].", "It is cold."]),
     "sup-natinst": ("completion", ["She did."]),
     "hh-rlhf": ("preference", ["Gladly."]),
-    "self-instruct": ("completion", [" Apple, pear.<|endoftext|>"]),
+    "self-instruct": ("completion", [" Apple, pear."]),
     "unnatural": ("completion", ["a b", "a b", "Tom"]),
     "flan-v2": ("completion", ["4"]),
     "xp3": ("completion", ["Yes"]),
