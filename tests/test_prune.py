@@ -92,6 +92,13 @@ def test_strips_and_parts_change_nothing():
     assert torch.equal(whole == 0, apart == 0) and torch.allclose(whole, apart, atol=1e-4)
 
 
+def test_sparsegpt_leaves_its_input_as_it_is():
+    for out in (1, 4):  # the transpose of one row is contiguous as it stands
+        W = torch.ones(out, 16)
+        sparsegpt(W, torch.eye(16), 0.5)
+        assert torch.equal(W, torch.ones(out, 16))
+
+
 def test_swaps_keep_the_number_and_the_pattern():
     g = torch.Generator().manual_seed(0)
     W, X = torch.randn(16, 32, generator=g), torch.randn(512, 32, generator=g) + 1.5 * torch.randn(32, generator=g)

@@ -55,7 +55,7 @@ def wanda_score(weight: Tensor, norm: Tensor) -> Tensor:
     "|W_ij| ‖X_j‖ of weights [out, in] and input norms [in] (Sun et al. 2023, eq. 1)."
     return weight.abs().float() * norm
 
-# %% ../../nbs/efficiency/sparse.ipynb #4f80156e
+# %% ../../nbs/efficiency/sparse.ipynb #9f1104e3
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     "Upper triangular U with UᵀU = (H + damping · mean(diag H) · I)⁻¹ [in, in]; raises `WrongInput` if H is not positive definite even so."
     hessian = hessian.float().clone()
@@ -82,7 +82,7 @@ def sparsegpt(
     if weight.shape[1] % of or block % of:
         raise WrongInput(f"pattern = {keep}:{of}: a layer has {weight.shape[1]} columns and block is {block}; M must divide both")
     U = inverse_factor(hessian, damping)
-    W = weight.float().T.contiguous()  # a column of the layer is a row here, which is what the loop reads
+    W = weight.float().T.clone(memory_format=torch.contiguous_format)  # a column of the layer is a row here, which is what the loop reads
     W[hessian.diagonal() == 0] = 0.0
     parts, strip = parts or [W.shape[1]], max(of, strip // of * of)
     for start in range(0, len(W), block):
