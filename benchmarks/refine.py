@@ -13,10 +13,10 @@ import time
 import torch
 
 from polm_lab.core.worlds import WORLDS
-from polm_lab.reasoning.refine import Ask, Trace, forget, make_writer, refine, satisfied
-from polm_lab.reasoning.selfrefine import draft, feedback_critic
-from polm_lab.reasoning.tools import follow
-from polm_lab.reasoning.words import SumWords
+from polm_lab.reasoning.asking import Ask, Trace, make_writer
+from polm_lab.reasoning.checks import feedback_critic
+from polm_lab.reasoning.forms import SumWords
+from polm_lab.reasoning.refine import draft, follow, forget, refine, satisfied
 
 
 def main():

@@ -25,6 +25,7 @@ SETTINGS = {
 }
 
 SETTINGS |= {name: dict(steps=40, data="sums", batch_size=16) | m.small for name, m in methods().items() if m.trains and name not in SETTINGS}  # a method that is added is killed too
+SETTINGS["critic-coderl"] = SETTINGS["critic"] | dict(learn="coderl", data="")  # learns by PPO's loop, where the others imitate
 
 
 def words(settings):
@@ -41,14 +42,14 @@ def model_bytes(run):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_killed_and_resumed_equals_uninterrupted(name, runs, tmp_path):
-    whole = start("run", name, "--bare", "--out", tmp_path / "whole", *words(SETTINGS[name]))
+    whole = start("run", name.partition("-")[0], "--bare", "--out", tmp_path / "whole", *words(SETTINGS[name]))
     assert whole.wait(timeout=600) == 0, whole.stderr.read()
     reference = all_runs(tmp_path / "whole")[0]
     assert reference.status == "finished"
     training = reference.lines()[-1]["seconds"] + 1.0
 
     rng, kills = random.Random(7), 0
-    process = start("run", name, "--bare", "--out", runs, *words(SETTINGS[name]))
+    process = start("run", name.partition("-")[0], "--bare", "--out", runs, *words(SETTINGS[name]))
     while True:
         until = time.monotonic() + 120
         while not (found := all_runs(runs)) or (found[0].status in ("created", "dead", "stopped") and process.poll() is None):

@@ -2,13 +2,9 @@
 
 import json
 import math
-import os
-import signal
-import subprocess
 import time
 
 import pytest
-from conftest import POLM
 from serving import Endpoint, endpoint
 
 import polm_lab as lab
@@ -16,12 +12,14 @@ from polm_lab.alignment.judges import Kept
 from polm_lab.core.knobs import WrongInput
 from polm_lab.core.run import all_runs, open_run
 from polm_lab.core.worlds import WORLDS
-from polm_lab.reasoning import critic as trained
-from polm_lab.reasoning.refine import (Ask, EndpointWriter, Feedback, Step, Trace, forget, make_writer, never, read_traces, refine, remember, round_metrics, satisfied,
-                                       tree_html, tree_text, unchanged)  # fmt: skip
-from polm_lab.reasoning.selfrefine import STRATEGIES, Samples, draft, feedback_critic, most_for, round_table
-from polm_lab.reasoning.tools import ToolCritic, bm25, calculator, called, equations, follow, read_passages, run_tests, searched, solve, solved, solver, source_of, symbolic
-from polm_lab.reasoning.words import FactWords, SumWords, Words, words_for
+from polm_lab.reasoning.asking import Ask, EndpointWriter, Step, Trace, make_writer, read_traces, tree_html, tree_text
+from polm_lab.reasoning.checks import feedback_critic
+from polm_lab.reasoning.forms import FactWords, SumWords, words_for
+from polm_lab.reasoning.refine import Feedback, draft, follow, forget, never, refine, remember, round_metrics, satisfied, unchanged
+from polm_lab.reasoning.selfrefine import STRATEGIES, Samples, most_for, round_table
+from polm_lab.reasoning.solver import equations, solve, solved, solver, symbolic
+from polm_lab.reasoning.tools import ToolCritic, bm25, calculator, called, read_passages, run_tests, searched, source_of
+from polm_lab.reasoning.words import Words
 
 QUICK = dict(questions=8, rounds=2, samples=2, dtype="float32", device="cpu")
 KEY = "sk-Very+Secret/0123456789abcdef"
@@ -190,11 +188,6 @@ def test_odd_answers_do_not_break_the_words(answer, sums):
         assert words.feedback(sums[0], answer) and words.revision(sums[0], answer, found) and isinstance(words.answer(sums[0], answer), str)
 
 
-def test_verdicts_of_a_model_that_follows_instructions():
-    read = lambda text: Words().verdict({}, "", text).fine
-    assert read("All good.\nVERDICT: right") is True and read("VERDICT: right? No.\n**Verdict**: wrong.") is False and read("I am not sure.") is None
-
-
 # Tools --------------------------------------------------------------------------------------------------------------
 
 
@@ -267,7 +260,7 @@ def test_code_runs_in_the_sandbox_and_its_outcome_is_one_line(code, said):
 
 def test_assertions_and_whole_programs():
     assert run_tests("def f(x):\n    return x", ["assert f(2) == 2"]) == "passes" and run_tests("def f(x):\n    return x", ["assert f(2) == 3"]) == "assert f(2) == 3 fails"
-    assert source_of(dict(prompt="Write f."), "```python\ndef f(x):\n    return x\n```") == "def f(x):\n    return x\n"
+    assert source_of(dict(prompt="Write f."), "```python\ndef f(x):\n    return x\n```") == "def f(x):\n    return x"
 
 
 # Sampling more ------------------------------------------------------------------------------------------------------
@@ -410,53 +403,3 @@ def test_an_endpoint_may_count_no_tokens(server, tmp_path):
     empty, long = (said(["12+34="], [i], [1000], 64, 1.0)[0] for i in range(2))
     assert empty.text == "" and empty.written >= 1 and long.written == 11 and long.read >= 2 and math.isnan(long.sure)
     assert said(["12+34="], [5], [1], 64, 1.0)[0].written == 0 and server.asked == 2  # no room: not asked
-
-
-# Trained parts ------------------------------------------------------------------------------------------------------
-
-SMALL = dict(questions=16, samples=2, steps=2, prompts=4, rounds=1, batch_size=4, dtype="float32", device="cpu")
-
-
-@pytest.mark.parametrize("learn", ["corrector", "selfee", "critique", "refiner", "editor", "coderl"])
-def test_every_trained_part_is_made_and_used(learn, tmp_path):
-    run = lab.run("critic", out=tmp_path, learn=learn, **SMALL)
-    assert run.status == "finished" and {"accuracy", "accuracy/draft", "tokens"} <= set(run.summary["after"])
-    assert (run.path / "model" / "model.safetensors").exists() and len(run.record["stages"]) == 1
-    if learn != "coderl":
-        rows = [json.loads(line) for line in open(run.path / "learned.jsonl")]
-        assert len(rows) == run.record["rows"] >= 2 and all(row["prompt"] and row["completion"] for row in rows)
-
-
-def test_learned_rows_are_of_training_questions():
-    held_out = {row["prompt"].rstrip("=") for row in WORLDS["sums"].rows("prompt", 400, 0, "test")}
-    for row in trained.spoiled_steps(64, 0, trained.StepWords()):
-        assert row["prompt"].split(" in steps")[0] not in held_out
-
-
-def test_rewards_of_coderl_are_graded():
-    row = WORLDS["code"].rows("prompt", 1, 3)[0]
-    tries = {f" {row['answer']}": 1.0, f" {row['answer']} + 1": -0.3, " (": -1.0, " q": -0.6, " __import__('os')._exit(0)": -0.6}
-    assert trained.coderl([row["prompt"]] * 5, list(tries), [row["tests"]] * 5) == list(tries.values())
-
-
-def test_a_chain_that_is_killed_goes_on(tmp_path):
-    "Killed in its training stage and resumed, it gives the figures of one that was not killed."
-    values = dict(learn="corrector", **SMALL | dict(steps=30))
-    whole = lab.run("critic", out=tmp_path / "whole", **values)
-    words = [w for k, v in values.items() for w in ("-p", k, str(v))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([POLM, "run", "critic", "--bare", "--out", str(tmp_path / "killed"), *words], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    until = time.monotonic() + 120
-    while not any(run.method == "sft" and run.lines() for run in all_runs(tmp_path / "killed")):
-        assert time.monotonic() < until and process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    run = next(run for run in all_runs(tmp_path / "killed") if run.method == "critic")
-    assert run.status == "dead"
-    before = (run.path / "learned.jsonl").read_bytes()
-    subprocess.run([POLM, "resume", str(run.path)], env=environment, check=True, capture_output=True)
-    again = open_run(run.path)
-    assert again.status == "finished" and again.summary == whole.summary and (run.path / "learned.jsonl").read_bytes() == before
-    bare = lambda run: [{k: v for k, v in row.items() if k != "seconds"} for row in run.lines()]
-    assert bare(again) == bare(whole) and len([r for r in all_runs(tmp_path / "killed") if r.method == "sft"]) == 1
