@@ -232,6 +232,7 @@ def output(kind, **more):
         ("see [@nobody2020]", "citation @nobody2020 is not in references.bib"),
         ("Nobody et al. 2020 say so", "Nobody et al. 2020 is not in references.bib"),
         ("$$x", "begins with $$ and does not end"),
+        ("$$x \\tag{1}$$", "has a \\tag, which MathML does not know"),
     ],
 )
 def test_a_fault_in_the_text_is_caught(text, says):
@@ -242,6 +243,7 @@ def test_a_fault_in_the_text_is_caught(text, says):
 @pytest.mark.parametrize(
     ("cell", "says"),
     [
+        ({**output("stream"), "outputs": []}, "ends in a value and shows none; run the notebook"),
         (output("error", ename="ValueError", evalue="", traceback=[]), "shows an error, ValueError"),
         (output("display_data", data={"application/vnd.plotly.v1+json": {}}), "Unable to display output of type application/vnd.plotly.v1+json"),
         (output("display_data", data={site.WIDGET: {}, "text/plain": "0%"}), "Unable to display output of type application/vnd.jupyter.widget-view+json"),
@@ -428,4 +430,20 @@ def test_the_front_door():
 
 @pytest.mark.skipif(not shutil.which("quarto"), reason="quarto is not installed")
 def test_the_site_renders():
+    "No warning, no dead link; and in a browser that finds no other host, from the disk: figures drawn, equations set in the font of the site."
     assert site.build(ROOT) == 0
+    playwright = pytest.importorskip("playwright.sync_api", reason="this test needs playwright")
+    from browsing import Page, browser_or_skip
+
+    with playwright.sync_playwright() as p:
+        browser = browser_or_skip(p)
+        for name, figures, equations in (("index", 0, 0), ("alignment/dpo", 2, 50), ("workbench/atlas", 3, 0), ("survey/errata", 0, 50)):
+            page = Page(browser)
+            page.page.goto(f"file://{ROOT}/_docs/nbs/{name}.html")
+            page.wait_for(lambda: page.page.locator(".js-plotly-plot svg.main-svg").count() >= figures, what="the figures")  # noqa: B023
+            assert page.page.locator("math").count() >= equations
+            assert page.page.evaluate("document.fonts.ready.then(() => [...document.fonts].filter(f => f.family.includes('site math')).map(f => f.status))") == [
+                "loaded" if equations else "unloaded"
+            ]
+            assert not [u for u in page.asked if not u.startswith(("file:", "data:", "blob:"))]
+        browser.close()

@@ -124,7 +124,7 @@ def _gather() -> dict:
         )
     return dict(methods=known, survey=survey)
 
-# %% ../../nbs/workbench/site.ipynb #4f9d901e
+# %% ../../nbs/workbench/site.ipynb #8dd39654
 def configuration(root: Path, records: dict) -> dict:
     "What stands in `_quarto.yml`."
     from configparser import ConfigParser
@@ -172,7 +172,7 @@ def configuration(root: Path, records: dict) -> dict:
                 "code-fold": "show",
                 "code-overflow": "scroll",
                 "html-math-method": "mathml",
-                "grid": {"body-width": "920px"},
+                "grid": {"sidebar-width": "230px", "body-width": "1000px", "margin-width": "210px"},
             }
         ),
     )
@@ -246,7 +246,7 @@ def with_citations(text: str, page: str, bib: dict) -> str:
 
     return outside(text, lambda plain: _MENTION.sub(cite, plain))
 
-# %% ../../nbs/workbench/site.ipynb #8de1b24d
+# %% ../../nbs/workbench/site.ipynb #465ac785
 def clean_outputs(outputs: list[dict], up: str) -> list[dict]:
     "The outputs of a cell as the page shows them; `up` leads from the page to the root of the site."
     kept = []
@@ -295,8 +295,9 @@ def _cell(text: str) -> str:
 
 
 def table(names: tuple[str, ...], rows: list[list[str]]) -> str:
-    "A markdown table; the cells of `rows` are markdown."
-    return "".join(f"| {' | '.join(row)} |\n" for row in [names, ["---"] * len(names), *rows])
+    "A markdown table; the cells of `rows` are markdown. Pandoc makes the columns as wide as their dashes say."
+    dashes = ["-" * min(40, 12 + max(map(len, column))) for column in zip(names, *rows, strict=True)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in [names, dashes, *rows])
 
 
 def in_the_survey(page: str, survey: dict) -> str:
@@ -385,7 +386,7 @@ def filter_stream(text: str, folder: Path) -> str:
     new = filtered(json.loads(text), path.relative_to(root / "nbs").as_posix(), facts(root), read_bib(root / "references.bib"), foot_of(path, root))
     return json.dumps(new, ensure_ascii=False)
 
-# %% ../../nbs/workbench/site.ipynb #8a874fd3
+# %% ../../nbs/workbench/site.ipynb #b798dbc0
 DISPLAYED = ("text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain")
 PREFERRED = (WIDGET, "application/javascript", "text/html")  # to those, by Quarto, though there is no kernel; or they make it fetch require.js and jQuery
 
@@ -417,6 +418,11 @@ def _spans(text: str) -> str:
     return re.sub(r"`[^`\n]*`", "", re.sub(r"```.*?```", "", text, flags=re.S))
 
 
+def _ends_in_a_value(text: str) -> bool:
+    last = next(reversed(ast.parse(text).body), None)
+    return isinstance(last, ast.Expr) and isinstance(last.value, ast.Name | ast.Subscript)
+
+
 _FETCHED = re.compile(
     r"""(?:<(?:script|img|iframe|source|link(?![^>]*canonical))\b[^>]*\b(?:src|href)=|@import\s*|\burl\(\s*|\.src\s*=\s*|\bimport\s+)["']?((?:https?:)?//[^"')\s>]+)"""
 )
@@ -431,6 +437,8 @@ def check_notebook(path: Path, root: Path, made: dict, bib: dict, known: dict[Pa
     "What is wrong with a notebook whose filtered form is `made`; `known` are the anchors of every page."
     wrong, page = [], path.relative_to(root).as_posix()
     for number, cell in enumerate(made["cells"], 1):
+        if cell["cell_type"] == "code" and not cell["outputs"] and _ends_in_a_value("".join(cell["source"])):
+            wrong.append(f"cell {number} ends in a value and shows none; run the notebook, and store its outputs")
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             if output["output_type"] == "error":
@@ -452,6 +460,8 @@ def check_notebook(path: Path, root: Path, made: dict, bib: dict, known: dict[Pa
             wrong.append(f"link to {target}, whose page has no such anchor")
     if text.count("$$") % 2:
         wrong.append("an equation begins with $$ and does not end")
+    if "\\tag{" in text:
+        wrong.append("an equation has a \\tag, which MathML does not know everywhere; write \\qquad (28)")
     prose = re.sub(r"\$\$.*?\$\$|\$[^$\n]+\$|!?\[[^\]]*\]\([^)]*\)|https?://\S+", "", text, flags=re.S)
     for key in re.findall(r"(?<![\w@\\./])-?@([\w][\w-]*)", prose):
         if re.match(r"(eq|fig|tbl|sec)-", key):
@@ -530,8 +540,8 @@ def check_site(folder: Path) -> tuple[list[str], dict[str, int]]:
             wrong.append(f"{where}: unresolved reference ({html.unescape(key)})")
     return wrong, dict(pages=len(texts), links=links)
 
-# %% ../../nbs/workbench/site.ipynb #f2d88507
-QUARTO = "https://quarto.org/docs/get-started/ (version 1.6 or later)"
+# %% ../../nbs/workbench/site.ipynb #3a716ee8
+QUARTO = "https://quarto.org/docs/get-started/ (version 1.7 or later)"
 
 
 def warnings_of(text: str) -> list[str]:
@@ -562,6 +572,7 @@ def build(root: Path) -> int:
         print(f"quarto is not installed, so no pages were rendered; the notebooks were checked. Get it from {QUARTO}, then run make docs again.")
         return 2
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    Path(shutil.which("polm_site", path=env["PATH"])).touch()  # Quarto keeps what a filter gave until the notebook or the filter's own file is newer
     with subprocess.Popen(["quarto", "render"], cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8") as process:
         said = []
         for line in process.stdout:
