@@ -84,6 +84,31 @@ def test_notebooks_are_small_and_have_a_title(path):
             assert "#| eval: false" in source(cell), "papermill and nbdev skip a cell for people by different marks: it needs both"
 
 
+WITHOUT_SOLUTIONS = {  # pages whose exercises have none yet: to be emptied
+    "alignment/dpo", "alignment/epic", "alignment/ppo", "alignment/reward", "alignment/rlaif", "core/rollout", "efficiency/peft", "efficiency/slim",
+    "integration/passages", "integration/rag", "integration/reader", "integration/retriever", "recipes/overoptimization", "recipes/tour",
+}  # fmt: skip
+
+
+def unsolved(text: str) -> str:
+    "What the exercises in the text of a cell lack: a folded answer to each, with empty lines around the list, without which it is not rendered as one; empty if nothing."
+    head = re.search(r"^(#+ .*|\*\*)?[Ee]xercises.*", text, re.M)
+    asked, _, folded = text[head.end() if head else len(text) :].partition("\n\n<details><summary>Solutions</summary>\n\n")
+    exercises, answers = (re.findall(r"^(\d+)\. ", part, re.M) for part in (asked, folded))
+    if not head or (exercises == [str(n + 1) for n in range(len(exercises))] == answers != [] and folded.endswith("\n\n</details>")):
+        return ""
+    return f"exercises numbered {exercises}, folded solutions {answers}, {'closed' if folded.endswith('</details>') else 'not closed'}"
+
+
+def test_exercises_have_folded_solutions():
+    fold = "\n\n<details><summary>Solutions</summary>\n\n%s\n\n</details>"
+    assert not unsolved("# Why\n\n1. Text.") and not unsolved("## Pitfalls and exercises\n\n1. Why?\n2. How?" + fold % "1. So.\n2. Thus.")
+    for wrong in ("Exercises: why?", "## Exercises\n\n1. Why?\n2. How?" + fold % "1. So.", "## Exercises\n\n1. Why?" + (fold % "1. So.").replace("\n\n", "\n")):
+        assert unsolved(wrong)
+    lacking = {str(path.relative_to(ROOT / "nbs").with_suffix("")): why for path in NOTEBOOKS for cell in cells(path, "markdown") if (why := unsolved(source(cell)))}
+    assert not {page: why for page, why in lacking.items() if page not in WITHOUT_SOLUTIONS}
+
+
 def test_the_import_is_light():
     code = "import sys, polm_lab; print(sorted({'torch', 'transformers', 'pandas', 'plotly'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
