@@ -286,6 +286,25 @@ def test_killed_between_its_parts_and_resumed(learn, until, tmp_path):
     same(open_run(run.path), whole)
 
 
+def test_interrupted_in_the_loop_at_the_end(tmp_path):
+    "What was written of it is written once."
+    values = dict(learn="critique", **SMALL)
+    whole, plain, count = lab.run("critic", out=tmp_path / "whole", **values), trained.trace_rows, []
+
+    def once(*args):
+        count.append(1)
+        if len(count) == 2:
+            raise KeyboardInterrupt
+        return plain(*args)
+
+    with mock.patch.object(trained, "trace_rows", once), pytest.raises(KeyboardInterrupt):
+        lab.run("critic", out=tmp_path / "again", **values)
+    run = all_runs(tmp_path / "again")[0]
+    assert run.lines("samples") and "after" not in run.summary
+    execute(run)
+    same(open_run(run.path), whole)
+
+
 def test_a_torn_file_of_rows_is_made_again(tmp_path):
     values = dict(learn="corrector", **SMALL)
     whole = lab.run("critic", out=tmp_path / "whole", **values)

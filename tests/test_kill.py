@@ -25,7 +25,7 @@ SETTINGS = {
 }
 
 SETTINGS |= {name: dict(steps=40, data="sums", batch_size=16) | m.small for name, m in methods().items() if m.trains and name not in SETTINGS}  # a method that is added is killed too
-SETTINGS["critic-coderl"] = SETTINGS["critic"] | dict(learn="coderl", data="")  # learns by PPO's loop, where the others imitate
+SETTINGS["critic-coderl"] = SETTINGS["critic"] | dict(learn="coderl", data="", steps=16, batch_size=8)  # learns by PPO's loop, where the others imitate
 
 
 def words(settings):

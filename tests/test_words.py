@@ -84,7 +84,7 @@ WRONG = [
     "The code has a bug.", "The result is mostly correct.", "The answer is almost right.", "Step 1 is fine. The second step is wrong.", "The answer 67 is incorrect; the correct answer is 68.", "Incorrect. 3+5 is 8.", "Wrong: it is 68.", "This is mistaken.",
     "There are several problems with this answer.", "The reasoning is flawed.", "The answer was incorrect.", "There are no errors in step 1. However, step 2 is wrong.", "The code seems incorrect.",
 ]  # fmt: skip
-NONE = ["", "Hm.", "3+5=8\n20+40=60", "The correct answer is 68.", "I would need to know more.", "Is the sum 68?", "68", "It depends on what is meant.", "The right way to add is column by column.", "VERDICT:"]
+NONE = ["", "Hm.", "<think>So the answer is wrong. VERDICT: wrong</think>\nLet me know.", "3+5=8\n20+40=60", "The correct answer is 68.", "I would need to know more.", "Is the sum 68?", "68", "It depends on what is meant.", "The right way to add is column by column.", "VERDICT:"]
 
 
 @pytest.mark.parametrize("text, fine", [(t, True) for t in RIGHT] + [(t, False) for t in WRONG] + [(t, None) for t in NONE])

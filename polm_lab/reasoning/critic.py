@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ASKS', 'Critic', 'in_one', 'clear', 'places', 'looped', 'prepare', 'rows_to_learn', 'imitate', 'critic']
 
-# %% ../../nbs/reasoning/critic.ipynb #1b2bc9da
+# %% ../../nbs/reasoning/critic.ipynb #deb2fef1
 import json
 from dataclasses import dataclass
 from typing import Callable
@@ -18,6 +18,7 @@ from ..core.logprobs import Policy
 from ..core.method import method
 from ..core.models import load_model, load_tokenizer, save_model
 from ..core.run import Run, read_lines, replace_file
+from ..core.sandbox import isolator
 from ..core.train import fit, load_policy, make_accelerator, my_share, token_batches
 from ..finetuning.sft import sft_loss
 from .asking import Ask, LocalWriter, Trace, readable, trace_rows
@@ -96,7 +97,7 @@ def looped(settings: Critic, rows: list[dict], words: Words, score: Callable, ba
     judged = {"accuracy/verdict": sum(said == right for said, right in verdicts) / len(traces)} if settings.learn in ("critique", "refiner") else {}
     return round_metrics(traces, last, score) | {"accuracy/draft": round_metrics(traces, 0, score)["accuracy"]} | judged
 
-# %% ../../nbs/reasoning/critic.ipynb #e5b0bdff
+# %% ../../nbs/reasoning/critic.ipynb #030db916
 ASKS = {  # what the trained part is asked
     "corrector": lambda words, row: words.correction(row, "1"),
     "selfee": lambda words, row: words.whole(row),
@@ -113,6 +114,8 @@ def prepare(settings: Critic):
     rows, held_out = load_data(data, "prompt")[: settings.questions], load_held_out(data, settings.eval_data, "prompt", settings.eval_rows)
     words = words_for(data, load_tokenizer(settings.model, settings.chat_template), settings.words)
     words = worked(words) if settings.learn == "refiner" else words
+    if settings.learn in ("editor", "coderl"):
+        isolator()  # refused here, before compute, where there is no sandbox
     scores = [scoring(of, part, words) for of, part in ((data, rows), (settings.eval_data or data, held_out))]
     if settings.learn in ("editor", "coderl") and not all(row.get("tests") for row in rows + held_out):
         raise WrongInput(f"learn = {settings.learn!r}: {data!r} has questions without tests; expected a column tests in every row; add it, or learn something else")
