@@ -85,7 +85,7 @@ def test_notebooks_are_small_and_have_a_title(path):
 
 
 WITHOUT_SOLUTIONS = {  # pages whose exercises have none yet: to be emptied
-    "alignment/dpo", "alignment/epic", "alignment/ppo", "alignment/reward", "alignment/rlaif", "core/rollout", "efficiency/peft", "efficiency/slim",
+    "alignment/dpo", "alignment/epic", "alignment/ppo", "alignment/reward", "alignment/rlaif", "core/rollout",
     "integration/passages", "integration/rag", "integration/reader", "integration/retriever", "recipes/overoptimization", "recipes/tour",
 }  # fmt: skip
 
