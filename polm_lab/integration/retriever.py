@@ -27,7 +27,7 @@ from ..core.train import Meter, fit, my_share, world
 from .documents import Library, answers_of, holds, open_library
 from .passages import HOWS, Encoder, Index, pool
 
-# %% ../../nbs/integration/retriever.ipynb #61cbf5a2
+# %% ../../nbs/integration/retriever.ipynb #f2ab48b8
 @dataclass(kw_only=True)
 class Retriever(Library, Settings):
     "Settings of a retriever."
@@ -35,11 +35,11 @@ class Retriever(Library, Settings):
     signal: str = knob("labels", "what says which passage is good: the labelled one (DPR), a reward (Reward-RAG), or the likelihood of the answer under a reader (RA-DIT, REPLUG)", choices=("labels", "reward", "reader"))
     search: str = knob("bm25", "how hard negatives and candidates are found: by words, by the encoder as it is before training, or by both", choices=HOWS)
     negatives: int = knob(1, "hard negatives of a question: passages that `search` finds and that are not right", "passages", low=0, high=64, source="Karpukhin et al. 2020, §3.2, table 3: one")
-    candidates: int = knob(6, "passages that a reward or a reader is asked about for each question", "passages", low=2, high=100, source="Shi et al. 2023, §4.2 has 20")
+    candidates: int = knob(6, "passages that a reward or a reader is asked about for each question", "passages", low=2, high=100, source="Lin et al. 2023, app. B has 10")
     reward: str = knob("states", "for signal reward: `states` (holds the answer, and the question's words), or a reward model as on the page on rewards, model:<run>")
     reader: str = knob("tiny", "for signal reader: the model whose likelihoods teach: a run of `reader`, or any model")
     temperature: float = knob(0.05, "temperature τ of the retriever's softmax", low=0.001, high=10, log=True, source="Gao et al. 2021 (SimCSE), §3")
-    reader_temperature: float = knob(0.1, "temperature τ_LM of the reader's likelihoods", "nats", low=0.001, high=100, log=True, source="Shi et al. 2023, §5: 0.1")
+    reader_temperature: float = knob(0.1, "temperature τ_LM of the reader's probabilities", low=0.001, high=100, log=True, source="Shi et al. 2023, §5; Lin et al. 2023, app. B has 0.01")
     eval_rows: int = redefault("eval_rows", 128)
     steps: int = redefault("steps", 60)
     batch_size: int = redefault("batch_size", 32)
