@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['ASKS', 'Critic', 'in_one', 'clear', 'places', 'looped', 'prepare', 'rows_to_learn', 'imitate', 'critic']
 
-# %% ../../nbs/reasoning/critic.ipynb #deb2fef1
+# %% ../../nbs/reasoning/critic.ipynb #f42a5862
 import json
 from dataclasses import dataclass
 from typing import Callable
 
 from ..alignment.ppo import PPO, ppo
-from ..core.data import Order, encode_rows, load_data, load_held_out
+from ..core.data import Order, Row, encode_rows, load_data, load_held_out
 from ..core.evaluate import quiet
 from ..core.knobs import Settings, WrongInput, knob, redefault
 from ..core.logprobs import Policy
@@ -97,7 +97,7 @@ def looped(settings: Critic, rows: list[dict], words: Words, score: Callable, ba
     judged = {"accuracy/verdict": sum(said == right for said, right in verdicts) / len(traces)} if settings.learn in ("critique", "refiner") else {}
     return round_metrics(traces, last, score) | {"accuracy/draft": round_metrics(traces, 0, score)["accuracy"]} | judged
 
-# %% ../../nbs/reasoning/critic.ipynb #030db916
+# %% ../../nbs/reasoning/critic.ipynb #da02401c
 ASKS = {  # what the trained part is asked
     "corrector": lambda words, row: words.correction(row, "1"),
     "selfee": lambda words, row: words.whole(row),
@@ -150,7 +150,9 @@ def rows_to_learn(settings: Critic, data: str, rows: list[dict], words: Words, s
 
 def imitate(settings: Critic, run: Run, policy: Policy, tokenizer, rows: list[dict], figures: Callable) -> None:
     "Supervised updates on rows (prompt, completion), framed by the figures of the loop."
-    examples = encode_rows(tokenizer, rows, "completion", settings.max_length)
+    examples = encode_rows(tokenizer, [Row(row, skip=True) for row in rows], "completion", settings.max_length)
+    if len(examples) < len(rows):
+        run.note(f"{len(rows) - len(examples)} of {len(rows)} rows are left out: with max_length = {settings.max_length} tokens there is no room for what is learned")
     order = Order(len(examples), settings.batch_size * settings.accumulate, settings.seed)
 
     def updates(step, meter):
