@@ -190,6 +190,7 @@ def test_figures_are_alive_with_what_the_site_has(tmp_path):
     (tmp_path / "nbs/alignment").mkdir(parents=True)
     (tmp_path / "nbs/alignment/dpo.html").write_text("<meta charset='utf-8'>" + "\n".join(outputs))
     site.finish(tmp_path)
+    assert (tmp_path / site.FONT).is_file() and f'url("../../{site.FONT}")' in (ROOT / "nbs/_site/style.css").read_text()
     with playwright.sync_playwright() as p:
         browser = browser_or_skip(p)
         page = Page(browser)
