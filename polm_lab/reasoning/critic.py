@@ -97,7 +97,7 @@ def looped(settings: Critic, rows: list[dict], words: Words, score: Callable, ba
     judged = {"accuracy/verdict": sum(said == right for said, right in verdicts) / len(traces)} if settings.learn in ("critique", "refiner") else {}
     return round_metrics(traces, last, score) | {"accuracy/draft": round_metrics(traces, 0, score)["accuracy"]} | judged
 
-# %% ../../nbs/reasoning/critic.ipynb #da02401c
+# %% ../../nbs/reasoning/critic.ipynb #b45a2d07
 ASKS = {  # what the trained part is asked
     "corrector": lambda words, row: words.correction(row, "1"),
     "selfee": lambda words, row: words.whole(row),
@@ -184,7 +184,7 @@ def critic(settings: Critic, run: Run) -> None:
     base = asking(load_model(settings.model, settings.dtype, settings.device).eval())
 
     def figures(model):
-        heard = lambda round, live: run.record["step"] == settings.steps and run.sample(settings.steps + round, trace_rows(live, round, score_held_out))
+        heard = lambda round, live: run.record["step"] == settings.steps and run.sample(settings.steps + 1 + round, trace_rows(live, round, score_held_out))
         return looped(settings, held_out, words, score_held_out, base, asking(model), heard)
 
     learned = read_lines(path) or rows_to_learn(settings, data, rows, words, score, base)  # every process comes to the same rows
