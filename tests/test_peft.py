@@ -50,6 +50,11 @@ def test_a_comparison_that_broke_off_takes_finished_parts_as_they_are(monkeypatc
     assert lab.open_run(run.path.parent / run.record["stages"]["lora:r=2@0.005"]).record["ended"] == done
 
 
+def test_what_breaks_the_model_at_its_defaults_has_settings_that_do_not():
+    run = lab.run("peft", adapters="; ".join(NEEDS[name] for name in ("delora", "fourierft")), **SHORT)
+    assert all(row["perplexity"] < 2 * run.summary["before"]["perplexity"] for row in run.record["table"])  # 1.0 and 1.5 times; at their defaults 36 and 92
+
+
 def test_a_named_adapter_that_does_not_fit_is_an_error_before_training():
     run = create("peft", dict(adapters="lora:r=2; vblora", **SHORT))
     with pytest.raises(WrongInput, match="vblora.*does not fit"):

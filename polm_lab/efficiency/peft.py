@@ -23,7 +23,7 @@ from ..core.run import Run
 from ..core.train import Progress, load_policy, token_batches
 from ..finetuning.sft import SFT, sft_loss
 
-# %% ../../nbs/efficiency/peft.ipynb #f9b28ac4
+# %% ../../nbs/efficiency/peft.ipynb #8db6da3b
 def kept_bytes(model: torch.nn.Module, compute) -> tuple[Tensor, int]:
     "What `compute()` returns, and the bytes of distinct memory that autograd keeps from it for the backward pass, those of the model's weights not counted."
     own, kept = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers()) if not p.is_sparse}, {}
@@ -81,11 +81,12 @@ def pareto(cost: list[float], gain: list[float]) -> list[int]:
 
 
 RATES = {  # that helped on `sums` within a dozen steps; 5e-3 for all others
-    "none": 1e-3, "oft": 1e-3, "delora": 1e-3, "fourierft": 1e-3, "miss": 1e-3, "psoft": 1e-3, "randlora": 1e-3, "waveft": 2e-4, "cartridge": 1e-2,
-    "ln_tuning": 1e-2, "prefix_tuning": 1e-2, "ia3": 2e-2, "prompt_tuning": 3e-2,
+    "none": 1e-3, "oft": 1e-3, "miss": 1e-3, "psoft": 1e-3, "randlora": 1e-3, "waveft": 2e-4, "cartridge": 1e-2,
+    "ln_tuning": 1e-2, "prefix_tuning": 1e-2, "ia3": 2e-2, "prompt_tuning": 3e-2, "fourierft": 3e-2,
 }  # fmt: skip
-NEEDS = {  # settings without which they do not fit the embedded model
+NEEDS = {  # settings without which they do not fit the embedded model, or break it before they have learned anything
     "adaption_prompt": "adaption_prompt:adapter_len=8,adapter_layers=3", "c3a": "c3a:block_size=16", "road": "road:group_size=16", "vblora": "vblora:vector_length=16",
+    "delora": "delora:delora_lambda=1", "fourierft": "fourierft:init_weights=true",
     "trainable_tokens": "trainable_tokens:token_indices=" + ",".join(map(str, (12, 13, 15, *range(18, 28), 31))),  # * + - 0 to 9 =
 }  # fmt: skip
 
