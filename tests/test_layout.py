@@ -84,9 +84,6 @@ def test_notebooks_are_small_and_have_a_title(path):
             assert "#| eval: false" in source(cell), "papermill and nbdev skip a cell for people by different marks: it needs both"
 
 
-WITHOUT_SOLUTIONS = {"alignment/reward"}  # pages whose exercises have none yet: to be emptied
-
-
 def unsolved(text: str) -> str:
     "What the exercises in the text of a cell lack: a folded answer to each, with empty lines around the list, without which it is not rendered as one; empty if nothing."
     head = re.search(r"^(#+ .*|\*\*)?[Ee]xercises.*", text, re.M)
@@ -103,7 +100,7 @@ def test_exercises_have_folded_solutions():
     for wrong in ("Exercises: why?", "## Exercises\n\n1. Why?\n2. How?" + fold % "1. So.", "## Exercises\n\n1. Why?" + (fold % "1. So.").replace("\n\n", "\n")):
         assert unsolved(wrong)
     lacking = {str(path.relative_to(ROOT / "nbs").with_suffix("")): why for path in NOTEBOOKS for cell in cells(path, "markdown") if (why := unsolved(source(cell)))}
-    assert not {page: why for page, why in lacking.items() if page not in WITHOUT_SOLUTIONS}
+    assert not lacking
 
 
 def test_the_import_is_light():
