@@ -440,7 +440,7 @@ def test_the_site_renders():
         browser = browser_or_skip(p)
         for name, figures, equations in (("index", 0, 0), ("alignment/dpo", 2, 50), ("workbench/atlas", 3, 0), ("survey/errata", 0, 50)):
             page = Page(browser)
-            page.page.goto(f"file://{ROOT}/_docs/nbs/{name}.html")
+            page.page.goto((ROOT / "_docs" / "nbs" / f"{name}.html").as_uri())
             page.wait_for(lambda: page.page.locator(".js-plotly-plot svg.main-svg").count() >= figures, what="the figures")  # noqa: B023
             assert page.page.locator("math").count() >= equations
             assert page.page.evaluate("document.fonts.ready.then(() => [...document.fonts].filter(f => f.family.includes('site math')).map(f => f.status))") == [
