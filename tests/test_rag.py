@@ -510,9 +510,10 @@ def plain_vectors(model, tokenizer, texts, before):
 def test_the_first_step_of_a_retriever_is_its_loss_written_out(signal):
     run = lab.run("retriever", signal=signal, candidates=3, negatives=2, steps=1, batch_size=3, accumulate=2, eval_rows=8, seed=19, dtype="float32", device="cpu")
     passages, learned, _ = open_library("facts")
-    settings = Retriever(signal=signal, candidates=3, negatives=2, seed=19, dtype="float32", device="cpu")
+    settings = Retriever(signal=signal, candidates=3, negatives=2, steps=1, batch_size=3, accumulate=2, seed=19, dtype="float32", device="cpu")
     rows = teach(settings, passages, learned, Index(passages))
     step = [rows[i] for i in Order(len(rows), 6, 19).rows(0)]
+    assert signal == "labels" or len(rows) == 6, "a reader judges no more than is asked about"
     assert signal == "reader" or not in_batch(step)[1].all(), "a passage that is right for two questions is in this step"
     model, tokenizer = load_model("tiny", "float32", "cpu"), load_tokenizer("tiny")
     q = plain_vectors(model, tokenizer, [r["question"] for r in step], "Question: ")

@@ -123,7 +123,7 @@ def pulled(vectors: Tensor, pull: Tensor, losses: Tensor) -> Tensor:
     inner = (vectors * pull).sum()
     return inner - inner.detach() + losses.sum()
 
-# %% ../../nbs/integration/retriever.ipynb #c7326206
+# %% ../../nbs/integration/retriever.ipynb #24ff426b
 def states_answer(question: str, passage: str, answer: str) -> float:
     "1 for a passage that holds the answer, plus the share of the question's words that it holds, capital ones only if there are any."
     words = [w.strip("?.,!'\"") for w in question.split()[1:]]
@@ -159,6 +159,9 @@ def teach(settings: Retriever, passages: list[dict], questions: list[dict], inde
                 rows.append(dict(question=q["question"], passages=[good[0], *hard], right=0, good=set(good)))
     else:
         asked = [(q, hits[: settings.candidates]) for q, hits in zip(questions, found) if len(hits) >= settings.candidates]
+        most = settings.steps * settings.batch_size * settings.accumulate
+        if len(asked) > most and (settings.signal == "reader" or settings.reward != "states"):  # a model is slow: it judges nothing that no step would ask about
+            asked = [asked[i] for i in Order(len(asked), most, settings.seed).rows(0)]
         pairs = [(q, n) for q, hits in asked for n in hits]
         texts = [passages[n]["text"] for _, n in pairs]
         if settings.signal == "reader":
