@@ -10,7 +10,6 @@ import torch
 
 from polm_lab.core import check, logprobs, train
 from polm_lab.core.method import find, methods
-from polm_lab.core.sandbox import missing
 
 TRAINED = [name for name, m in methods().items() if m.trains]
 
@@ -40,8 +39,6 @@ def variants(tmp_path_factory):
 
     @functools.cache
     def short(learn):
-        if missing() and learn in ("editor", "coderl"):
-            pytest.skip(missing())
         found = find("critic")
         found = dataclasses.replace(found, small=found.small | dict(learn=learn, data=""))
         return found, check.short_run(found, tmp_path_factory.mktemp(learn))
