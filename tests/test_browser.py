@@ -196,7 +196,8 @@ def test_a_killed_run_a_damaged_line_and_a_deleted_folder_are_shown(desk):
 def test_a_killed_kernel_stops_no_run(desk):
     desk.tab("Configure")
     run = desk.start(steps=400)
-    kernels = [p for p in psutil.Process(desk.process.pid).children(recursive=True) if "ipykernel_launcher" in " ".join(p.cmdline())]
+    family = {p.pid for p in psutil.Process(desk.process.pid).children(recursive=True)}
+    kernels = [p for p in psutil.process_iter(["cmdline"]) if p.pid in family and "ipykernel_launcher" in (p.info["cmdline"] or [])]  # of one that just ended it is None
     assert len(kernels) == 1
     kernels[0].kill()
     desk.text("Kernel Restarting", 60)

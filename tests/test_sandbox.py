@@ -265,8 +265,9 @@ def unharmed(host):
     "Whether the host is as it was: the canary, the secret, the folder, and nobody left."
     assert host["canary"].poll() is None, "another process was killed"
     assert (host["folder"] / "secret.txt").read_text() == SECRET and {p.name for p in host["folder"].iterdir()} <= {"secret.txt", "socket"}, "files of the host were changed"
-    left = [p for p in psutil.Process().children(recursive=True) if p.pid != host["canary"].pid and p.status() != psutil.STATUS_ZOMBIE]
-    assert not [p.cmdline()[:1] for p in left if "bwrap" in p.name() or "python" in p.name()], "processes are left"
+    family = {p.pid for p in psutil.Process().children(recursive=True)} - {host["canary"].pid}
+    left = [p.info for p in psutil.process_iter(["name", "status"]) if p.pid in family and p.info["status"] != psutil.STATUS_ZOMBIE]
+    assert not [p for p in left if any(word in (p["name"] or "") for word in ("bwrap", "python"))], "processes are left"
 
 
 @pytest.mark.parametrize("name", ATTEMPTS)
