@@ -13,6 +13,7 @@ import pytest
 from polm_lab.core.run import Run
 from polm_lab.workbench import launch
 from polm_lab.workbench.app import TABS, Configure, RunBar, Spare, Workbench, summary_html
+from polm_lab.workbench.watch import Watch
 
 
 @pytest.fixture
@@ -224,6 +225,29 @@ def test_what_goes_wrong_while_looking_is_said_and_the_looking_goes_on(make):
 
     said, now = asyncio.run(scene())
     assert "RuntimeError: &lt;b&gt;odd" in said and now == ""
+
+
+def test_a_run_made_of_others_says_which_part_runs(make):
+    whole, part = make("reft", status="running", steps=3), Run.create("sft", dict(steps=8))
+    whole.update(stages={"warm-up": part.id})
+    bench = Workbench()
+    bench.run = whole.id
+    with whole.active(), part.active():
+        part.log(5, loss=1.0)
+        bench.refresh()
+        said = f"warm-up ({part.id}): step 5 of 8"
+        assert said in bench.bar.text.value and said in Watch(whole).status.value
+    bench.refresh()
+    assert "warm-up" not in bench.bar.text.value and "finished" in bench.bar.text.value
+
+
+def test_the_first_method_that_is_offered_is_the_plainest():
+    form = Configure()
+    assert form.method.value == "sft"
+    form.search.value = "preference pairs"
+    assert form.method.value is None or form.method.value != "sft"
+    form.search.value = ""
+    assert form.method.value in [name for _, name in form.method.options]
 
 
 def test_a_summary_is_shown_whole_and_escaped():

@@ -38,6 +38,7 @@ def test_training_and_held_out_questions_are_apart():
 def test_a_chain_with_equal_data_and_updates(learner):
     run = lab.run("reft", **SHORT | dict(learner=learner))
     stages = {label: open_run(run.path.parent / name) for label, name in run.record["stages"].items()}
+    assert run.read()["total"] == run.last_line()["step"] == 3
     assert [stages[label].method for label in ("warm-up", "sft alone", "second stage")] == ["sft", "sft", learner]
     warm, alone, second = (stages[label] for label in ("warm-up", "sft alone", "second stage"))
     assert alone.settings["data"] == second.settings["data"] == warm.settings["data"] and alone.settings["model"] == second.settings["model"] == str(warm.path)

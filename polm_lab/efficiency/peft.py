@@ -90,7 +90,7 @@ NEEDS = {  # settings without which they do not fit the embedded model, or break
     "trainable_tokens": "trainable_tokens:token_indices=" + ",".join(map(str, (12, 13, 15, *range(18, 28), 31))),  # * + - 0 to 9 =
 }  # fmt: skip
 
-# %% ../../nbs/efficiency/peft.ipynb #7b70fc74
+# %% ../../nbs/efficiency/peft.ipynb #2902c17f
 @dataclass(kw_only=True)
 class PEFT(RunSettings):
     "Settings of the comparison of adapters."
@@ -120,6 +120,7 @@ def peft(settings: PEFT, run: Run) -> None:
             if settings.adapters != "all":
                 raise
             left_out[spec] = str(error).split("\n")[0]
+    run.update(total=len(costs))
     table, progress = [], Progress(run, len(costs))
     for number, (spec, rate) in enumerate(((s, r) for s, r in listed if s in costs), 1):
         child = stage(

@@ -109,7 +109,7 @@ def tested(rows: list[dict], answers: list[list[str]], judge=None) -> dict[str, 
 def _share(rows, texts) -> float:
     return sum(matches(row, text) for row, text in zip(rows, texts, strict=True)) / len(rows)
 
-# %% ../../nbs/finetuning/reft.ipynb #efab2cfe
+# %% ../../nbs/finetuning/reft.ipynb #4709e3be
 @method(family="finetuning", title="Reinforced fine-tuning", paper="Luong et al. 2024 (ReFT); survey §3.3", data="completion", needs=("reward",), trains=False)
 def reft(settings: ReFT, run: Run) -> None:
     "Imitate worked answers for a while, then learn from sampled ones that come out right."
@@ -122,6 +122,7 @@ def reft(settings: ReFT, run: Run) -> None:
     learn = shared | dict(steps=settings.steps, learning_rate=settings.rl_rate, rewards="correct", samples=settings.samples, max_new_tokens=settings.max_new_tokens, beta=settings.beta)
     learn |= dict(epochs=1, minibatches=1, details="missing_eos") if settings.learner == "ppo" else {}
     tokenizer, states = load_tokenizer(settings.model), {}
+    run.update(total=3)  # models that are tested, the base apart
 
     def answers(model, of=held_out, seed=settings.seed):
         return sampled(load_model(model, settings.dtype, settings.device).eval(), tokenizer, of, settings, seed)

@@ -49,7 +49,7 @@ def battery(policy: Policy, base: Policy, tokenizer, rows: int, max_length: int 
     found["kl"] = mean_kl(policy, base, sampled, pad)
     return found
 
-# %% ../../nbs/recipes/tour.ipynb #cc2e6180
+# %% ../../nbs/recipes/tour.ipynb #024cd5eb
 @method(family="recipes", title="The tour", data="", trains=False)
 def tour(settings: Tour, run: Run) -> None:
     "Take the embedded base model through SFT, DPO and GRPO, and measure it after each."
@@ -61,6 +61,7 @@ def tour(settings: Tour, run: Run) -> None:
     }
     base = Policy(load_model(settings.model, settings.dtype, settings.device))
     states, model, runs = {"base": battery(base, base, tokenizer, settings.prompts)}, settings.model, []
+    run.update(total=len(plan))
     run.frame("before", states["base"])
     for number, (name, values) in enumerate(plan.items(), 1):
         runs.append(stage(run, name, name, model=str(model), **values, **shared))

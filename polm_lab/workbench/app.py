@@ -6,7 +6,7 @@
 __all__ = ['STATES', 'TABS', 'Spare', 'wait_for_run', 'told', 'alert', 'button', 'Configure', 'lengths_figure', 'in_loop',
            'RunBar', 'summary_html', 'Workbench', 'import_views', 'Together']
 
-# %% ../../nbs/workbench/app.ipynb #f76f23d6
+# %% ../../nbs/workbench/app.ipynb #92878525
 import asyncio
 import html
 import subprocess
@@ -24,7 +24,7 @@ from .browser import Code, Page, Table, visible
 from .controls import Form, last_words, presets, preview_data, preview_model, save_preset, trial
 from .launch import clone, commands, create, enqueue, resumable, work
 from .panels import library, live_figure, style
-from .watch import Watch, duration
+from .watch import Watch, duration, part_of
 
 # %% ../../nbs/workbench/app.ipynb #2bbed3e7
 class Spare:
@@ -74,7 +74,7 @@ def wait_for_run():
             os.dup2(file.fileno(), descriptor)
     work(Run(path))
 
-# %% ../../nbs/workbench/app.ipynb #d6902865
+# %% ../../nbs/workbench/app.ipynb #082c390f
 @contextmanager
 def told(box: widgets.HTML):
     "Inside, wrong input is told in `box` in one line instead of raised."
@@ -127,9 +127,9 @@ class Configure(widgets.VBox):
     def _choices(self):
         asked = self.search.value.lower().split()
         found = [(f"{m.family}: {m.name} ({m.title})", m.name) for m in methods().values() if all(w in f"{m.name} {m.family} {m.title} {m.summary} {m.paper} {' '.join(m.needs)}".lower() for w in asked)]
-        kept = self.method.value if self.method.value in [name for _, name in found] else None
+        names, wanted = [name for _, name in found], self.method.value or "sft"
         self.method.options = found
-        self.method.value = kept or (found[0][1] if found else None)
+        self.method.value = wanted if wanted in names else next(iter(names), None)
         self.said.value = "" if found else alert(f"no method has {self.search.value!r} in its name or facts; clear the search to see all")
 
     def _show_form(self):
@@ -258,7 +258,7 @@ def in_loop(work):
     except RuntimeError:
         return asyncio.run(work)
 
-# %% ../../nbs/workbench/app.ipynb #829fb177
+# %% ../../nbs/workbench/app.ipynb #634c9e66
 STATES = {"created": "waiting to start", "running": "running", "finished": "finished", "failed": "failed", "stopped": "stopped; it can be resumed", "dead": "its process is gone (killed, or the machine went down); it can be resumed"}
 
 
@@ -305,7 +305,7 @@ class RunBar(widgets.VBox):
         self.resume_button.disabled, self.clone_button.disabled = status not in ("failed", "stopped", "dead"), False
         words = [f"<b>{html.escape(self.run.id)}</b>", html.escape(STATES.get(status, status)), f"step {step}/{total}" if total else ""]
         if status == "running":  # how long it will take stands beside the panels, which see the pace of the last steps
-            words.append("" if step else "loads the model and measures it before the first step")
+            words.append(part_of(self.run) or ("" if step else "loads the model and measures it before the first step"))
         elif record.get("seconds"):
             words.append(f"took {duration(record['seconds'])}")
         reason = alert(record["reason"]) if status == "failed" and record.get("reason") else ""
