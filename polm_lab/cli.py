@@ -55,7 +55,7 @@ def main():
     "Entry point of the console script."
     sys.exit(polm.main())
 
-# %% ../nbs/cli.ipynb #5f2f2d16
+# %% ../nbs/cli.ipynb #409c4a84
 out_option = click.option("--out", help="Folder that holds runs (default: $POLM_RUNS, or runs/).")
 json_option = click.option("--json", "as_json", is_flag=True, help="End standard output with one JSON line.")
 
@@ -80,7 +80,7 @@ def _report(run: Run, as_json: bool):
 def _show_progress(run: Run, row: dict):
     "One line on the terminal, rewritten."
     if sys.stderr.isatty():
-        total = run.record.get("total") or 0
+        total = run.read().get("total") or row["step"]
         left = row.get("seconds", 0) / max(1, row["step"]) * (total - row["step"])
         values = "  ".join(f"{k} {row[k]:.4g}" for k in ("loss", "reward", "accuracy", "margin", "kl") if isinstance(row.get(k), float))
         click.echo(f"\r\x1b[2K{run.method} {row['step']}/{total}  {left:.0f} s left  {values}", nl=False, err=True)

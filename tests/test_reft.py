@@ -1,6 +1,7 @@
 "ReFT: voting and ranking on known answers, a chain that goes on where it was, and what is refused."
 import json
-from unittest import mock
+import threading
+import time
 
 import pytest
 
@@ -10,6 +11,7 @@ from polm_lab.core.knobs import WrongInput
 from polm_lab.core.run import Run, Stopped, open_run
 from polm_lab.finetuning.reft import ReFT, best, load_questions, majority, result_of, right_and_wrong
 from polm_lab.finetuning.reft import tested as figures  # pytest takes names that begin with test for its own
+from polm_lab.workbench.launch import running_part
 
 SHORT = dict(questions=8, warmup_steps=2, steps=2, batch_size=4, samples=2, judge_steps=1, votes=2, prompts=4, max_new_tokens=12, device="cpu", dtype="float32")
 
@@ -47,11 +49,23 @@ def test_a_chain_with_equal_data_and_updates(learner):
     assert (run.path / "model" / "model.safetensors").read_bytes() == (second.path / "model" / "model.safetensors").read_bytes()
 
 
-def test_a_chain_that_stopped_goes_on_and_comes_to_the_same():
-    whole = lab.run("reft", **SHORT)
-    run = create("reft", SHORT)
-    with mock.patch.object(Run, "stop_requested", lambda self: self.method == "ppo" and self.record["step"] == 1), pytest.raises(Stopped):
+def test_a_chain_that_was_asked_to_stop_stops_in_its_part_goes_on_and_comes_to_the_same():
+    settings = SHORT | dict(steps=30)
+    whole, run = lab.run("reft", **settings), create("reft", settings)
+
+    def stop_in_the_second_stage():
+        while run.status in ("created", "running"):
+            name, part = running_part(run) or ("", None)
+            if name == "second stage" and part.last_line():
+                return run.request_stop()
+            time.sleep(0.01)
+
+    threading.Thread(target=stop_in_the_second_stage, daemon=True).start()
+    with pytest.raises(Stopped):
         execute(run)
+    part = open_run(run.path.parent / run.read()["stages"]["second stage"])
+    assert run.status == part.status == "stopped" and 0 < part.last_line()["step"] < 30
+    run.clear_stop()
     again = execute(Run(run.path))
     assert again.record["states"] == whole.record["states"] and len(again.record["stages"]) == len(whole.record["stages"])
     assert (again.path / "model" / "model.safetensors").read_bytes() == (whole.path / "model" / "model.safetensors").read_bytes()

@@ -90,7 +90,7 @@ def versions() -> dict:
             found[name] = version(name)
     return found
 
-# %% ../../nbs/core/run.ipynb #88afc828
+# %% ../../nbs/core/run.ipynb #e25da63d
 class Run:
     """A run's folder. Make one with `Run.create`, open one with `open_run`.
 
@@ -102,6 +102,7 @@ class Run:
         self.writes = writes
         self._guard = threading.RLock()
         self._stop = threading.Event()
+        self.whole = None  # the run that this one is a part of, while that runs: its stop is this one's too
         self._begun = time.monotonic()
         self._seconds = 0.0
         self.record = self.read()
@@ -271,7 +272,7 @@ class Run:
 
     def stop_requested(self) -> bool:
         "Whether somebody asked for the stop."
-        return self._stop.is_set() or (self.path / "stop").exists()
+        return self._stop.is_set() or (self.path / "stop").exists() or (self.whole is not None and self.whole.stop_requested())
 
     @contextmanager
     def active(self):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'run', 'notebooks_folder', 'execute_notebook', 'work', 'launch', 'polm_process', 'spawn', 'has_process',
-           'resumable', 'resume', 'stop', 'wait', 'watching', 'clone', 'enqueue', 'waiting', 'start_queue',
-           'work_queue', 'commands', 'runs', 'compare', 'method_table', 'claims']
+           'resumable', 'resume', 'stop', 'wait', 'running_part', 'watching', 'clone', 'enqueue', 'waiting',
+           'start_queue', 'work_queue', 'commands', 'runs', 'compare', 'method_table', 'claims']
 
 # %% ../../nbs/workbench/launch.ipynb #b4349736
 import fcntl
@@ -108,7 +108,7 @@ def _failed_to_begin(run: Run, reason: str):
         if now.record["status"] == "created":
             now.update(status="failed", reason=reason)
 
-# %% ../../nbs/workbench/launch.ipynb #fefe9340
+# %% ../../nbs/workbench/launch.ipynb #32bb8dec
 def launch(name: str, out=None, parents=None, notebook: bool = True, **values) -> Run:
     "Start method `name` in a process of its own and return at once; the process outlives this one."
     run = create(name, values, out, parents, via="notebook" if notebook else "bare")
@@ -185,17 +185,26 @@ def wait(run, timeout: float = 3600.0) -> Run:
     return Run(run.path)
 
 
+def running_part(run: Run) -> tuple[str, Run] | None:
+    "What a run that is made of others does now: the name of the part that runs, and its run; None where none does."
+    with suppress(WrongInput):  # a folder that was just deleted
+        for label, place in list(run.read().get("stages", {}).items())[-1:]:
+            part = Run(run.path.parent / place)
+            return (label, part) if part.status == "running" else None
+
+
 @contextmanager
 def watching(run: Run, show):
-    "Inside, `show(run, newest metrics)` is called about twice a second while the run's record grows."
+    "Inside, `show(run, newest metrics)` is called about twice a second while the record of the run, or of the part of it that runs, grows."
     over = threading.Event()
 
     def look():
         seen = None
         while not over.wait(0.5):
-            row = run.last_line()
+            _, now = running_part(run) or ("", run)
+            row = now.last_line()
             if row and row != seen:
-                show(run, seen := row)
+                show(now, seen := row)
 
     watcher = threading.Thread(target=look, daemon=True)
     watcher.start()

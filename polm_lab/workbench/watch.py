@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['duration', 'part_of', 'state', 'Watch', 'watch']
 
-# %% ../../nbs/workbench/watch.ipynb #6b13bc56
+# %% ../../nbs/workbench/watch.ipynb #340a9dd9
 import asyncio
 import html
-from contextlib import suppress
 
 import ipywidgets as widgets
 import numpy as np
@@ -17,10 +16,11 @@ import traitlets
 from ..core.knobs import WrongInput
 from ..core.run import Run
 from .browser import visible
+from .launch import running_part
 from .panels import COLORS, draw, grouped, live_figure, style, traces
 from .record import Record
 
-# %% ../../nbs/workbench/watch.ipynb #ae50c099
+# %% ../../nbs/workbench/watch.ipynb #41738f48
 def duration(seconds: float) -> str:
     "`45 s`, `3 min 20 s`, `2 h 5 min`."
     s = int(round(seconds))
@@ -28,13 +28,9 @@ def duration(seconds: float) -> str:
 
 
 def part_of(run: Run) -> str:
-    "What a run made of others does now: its newest part, and how far that is; empty where no part runs."
-    for label, place in list(run.read().get("stages", {}).items())[-1:]:
-        part = Run(run.path.parent / place)
-        with suppress(WrongInput, OSError):
-            if part.status == "running":
-                return f"{label} ({part.id}): step {(part.last_line() or {}).get('step') or 0} of {part.read().get('total')}"
-    return ""
+    "The part of a run that runs now, and how far it is; empty where none does."
+    name, part = running_part(run) or ("", None)
+    return f"{name} ({part.id}): step {(part.last_line() or {}).get('step') or 0} of {part.record.get('total')}" if part else ""
 
 
 def state(record: Record) -> tuple[str, str]:
