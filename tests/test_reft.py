@@ -61,7 +61,7 @@ def test_a_chain_that_was_asked_to_stop_stops_in_its_part_goes_on_and_comes_to_t
             time.sleep(0.01)
 
     threading.Thread(target=stop_in_the_second_stage, daemon=True).start()
-    with pytest.raises(Stopped):
+    with pytest.raises(Stopped, match=f"polm resume {run.id}"):
         execute(run)
     part = open_run(run.path.parent / run.read()["stages"]["second stage"])
     assert run.status == part.status == "stopped" and 0 < part.last_line()["step"] < 30

@@ -13,7 +13,7 @@ from .knobs import RunSettings, WrongInput, knobs, make_settings
 from .method import Method, find
 from .run import Run, Stopped, open_run, parent_of
 
-# %% ../../nbs/core/chain.ipynb #b8004884
+# %% ../../nbs/core/chain.ipynb #3749e299
 def check(name: str, values: dict) -> tuple[Method, RunSettings]:
     "The method and its settings; raises `WrongInput` before anything is written."
     found = find(name)
@@ -60,14 +60,18 @@ def stage(whole: Run, label: str, name: str, parents=None, inside: bool = False,
     """The finished run of method `name` that is the part `label` of the run `whole`: made, gone on with, or, if it is finished, taken as it is.
 
     It lies beside `whole`, or, `inside`, in its folder `parts`, where the table of runs does not list it: for the many parts of a comparison.
-    A stop of `whole` stops the part that runs; raises `Stopped` where it was asked for before.
+    A stop of `whole` is one of the part that runs. Raises `Stopped`, after it or where one was asked for before.
     """
+    stopped = Stopped(f"{whole.id}: stopped at its part {label!r}; `polm resume {whole.id}` goes on from there")
     if whole.stop_requested():
-        raise Stopped(f"{whole.id}: stopped before its part {label!r}; `polm resume {whole.id}` goes on from there")
+        raise stopped
     made, place = whole.record.get("stages", {}), whole.path / "parts" if inside else whole.path.parent
     if label not in made:
         child = create(name, values, out=place, parents=parents, via="bare")
         whole.update(stages={**made, label: str(child.path.relative_to(whole.path.parent))})
     child = open_run(whole.path.parent / whole.record["stages"][label])
     child.whole = whole
-    return child if child.status == "finished" else execute(child)
+    try:
+        return child if child.status == "finished" else execute(child)
+    except Stopped:
+        raise stopped from None
