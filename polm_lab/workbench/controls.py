@@ -255,7 +255,7 @@ def preview_model(spec: str) -> dict:
     facts |= dict(vocabulary=config.get("vocab_size"), mib=round(sum(f.stat().st_size for f in files) / 2**20, 1))
     return facts | dict(chat_template="yes" if has_chat_template(load_tokenizer(spec)) else "no: give chat_template for conversations")
 
-# %% ../../nbs/workbench/controls.ipynb #0a959c74
+# %% ../../nbs/workbench/controls.ipynb #fd9ecb5b
 async def trial(method: str, values: dict, every: float = 0.2) -> dict:
     """Three steps of the run that is asked for, elsewhere: seconds a step, for all steps and to the first step; memory (MiB); samples with their rewards.
 
@@ -268,8 +268,8 @@ async def trial(method: str, values: dict, every: float = 0.2) -> dict:
     try:
         known = {k.name for k in knobs(find(method).settings)}
         short = dict(steps=3, eval_every=0, save_every=0, eval_rows=min(8, int(values.get("eval_rows", 64))), tracker="none")
-        if "steps" not in known:
-            raise WrongInput(f"{method}: it has no steps to try; start it")
+        if not find(method).trains:
+            raise WrongInput(f"{method}: it is not one training, of which three steps would say how long it takes; start it, with small numbers")
         steps = int(make_settings(find(method).settings, values).steps)
         run = launch(method, out=folder, notebook=False, **{**values, **{k: v for k, v in short.items() if k in known}})
         while run.status in ("created", "running"):
