@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -190,18 +191,20 @@ def test_a_page_that_does_not_answer_gets_nothing_more(make):
         make()
         bench = Workbench(every=0.01)
         seen = []
-        bench.refresh = lambda: seen.append(1)
+        bench.refresh = lambda: seen.append(threading.get_ident())
         until = time.monotonic() + 60
-        while not seen and time.monotonic() < until:
+        while not bench.page.asked and time.monotonic() < until:
             await asyncio.sleep(0.02)
         await asyncio.sleep(0.2)
         waiting = len(seen)
-        bench.page.answered = bench.page.asked
+        clicks = threading.Thread(target=lambda: bench.page.set_trait("answered", bench.page.asked))
+        clicks.start()
+        clicks.join()
         await asyncio.sleep(0.2)
         bench.close()
-        return waiting, len(seen)
+        return waiting, seen == [clicks.ident], bench.page.asked
 
-    assert asyncio.run(scene()) == (1, 2)
+    assert asyncio.run(scene()) == (0, True, 2), "one look for one answer, in the thread that the answer came in"
 
 
 def test_what_goes_wrong_while_looking_is_said_and_the_looking_goes_on(make):

@@ -331,7 +331,7 @@ def summary_html(summary: dict) -> str:
     each = "".join(f"<span>{html.escape(n)}&ensp;<b>{said('before', n)} → {said('after', n)}</b></span>" for n in names)
     return f"<div role='group' aria-label='Evaluation before and after' style='display:flex;flex-wrap:wrap;gap:0 1.6em;line-height:1.6'>{each}</div>" if names else ""
 
-# %% ../../nbs/workbench/app.ipynb #6df26db3
+# %% ../../nbs/workbench/app.ipynb #95db0dbc
 TABS = ("Configure", "Watch", "Understand", "Compare", "Sweep")
 
 
@@ -354,6 +354,7 @@ class Workbench(widgets.VBox):
         self.observe(self._chosen, "run")
         self.tabs.observe(lambda _: self.refresh(), "selected_index")
         self.page.observe(lambda _: self._dress(), "dark")
+        self.page.observe(lambda _: self._look(), "answered")
         self.refresh()
         if self.bar.running:
             self.tabs.selected_index = TABS.index("Watch")  # whoever comes back in mid-run wants to see it
@@ -368,15 +369,18 @@ class Workbench(widgets.VBox):
         library()  # plotly.js is on its way to the page before there is anything to draw
         while True:
             if self.page.answered >= self.page.asked:  # a busy page is not given more than it can draw, a hidden one nothing
-                try:
-                    self.refresh()
-                    self.trouble.value = ""
-                except Exception as error:  # whatever happened to the record of one run, the others can be looked at
-                    self.trouble.value = alert(f"{type(error).__name__}: {error}")
                 self.page.asked += 1
-            if self.spare.process is None and (self.bar.step or not self.bar.running):  # not beside a run that is just beginning
-                self.spare.ready()
             await asyncio.sleep(self.every if self.bar.step or not self.bar.running else min(0.1, self.every))  # nobody waits longer than for the first step
+
+    def _look(self):
+        "Show what is new. The page's answer brings it here, in the thread of the clicks, which in JupyterLab is not the one of `_follow`: so nothing is made twice."
+        try:
+            self.refresh()
+            self.trouble.value = ""
+        except Exception as error:  # whatever happened to the record of one run, the others can be looked at
+            self.trouble.value = alert(f"{type(error).__name__}: {error}")
+        if self.spare.process is None and (self.bar.step or not self.bar.running):  # not beside a run that is just beginning
+            self.spare.ready()
 
     def close(self):
         "Stop looking; runs go on."

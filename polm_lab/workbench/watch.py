@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['duration', 'part_of', 'state', 'Watch', 'watch']
 
-# %% ../../nbs/workbench/watch.ipynb #340a9dd9
+# %% ../../nbs/workbench/watch.ipynb #18e118d5
 import asyncio
 import html
+import threading
 
 import ipywidgets as widgets
 import numpy as np
@@ -54,7 +55,7 @@ def state(record: Record) -> tuple[str, str]:
     words += [f"{record.damaged} damaged line{'s' * (record.damaged > 1)} left out"] * bool(record.damaged)
     return status, ", ".join(words)
 
-# %% ../../nbs/workbench/watch.ipynb #4ae501e6
+# %% ../../nbs/workbench/watch.ipynb #04fd23d1
 class Watch(widgets.VBox):
     "Panels that follow one run or several; `runs` are ids or paths. Nothing that is wrong with a run leaves `refresh`."
 
@@ -65,6 +66,7 @@ class Watch(widgets.VBox):
     dark = traitlets.Bool(False)
 
     def __init__(self, runs=(), dark: bool = False, **traits):
+        self._one = threading.RLock()  # clicks and `live` come in two threads where Jupyter has subshells
         self._records, self._wrong, self._figures, self._within = [], [], {}, {}
         self.status, self._groups = widgets.HTML(), widgets.VBox()
         narrow = dict(indent=False, layout=widgets.Layout(width="auto"))
@@ -75,12 +77,19 @@ class Watch(widgets.VBox):
         for trait, control in zip(("smoothing", "log_x", "log_y"), bar.children):
             traitlets.link((self, trait), (control, "value"))
         self.observe(self._open, "runs")
-        self.observe(lambda _: self._redraw(), "smoothing")
-        self.observe(lambda _: self._restyle(), ["dark", "log_x", "log_y"])
+        self.observe(lambda _: self._alone(self._redraw), "smoothing")
+        self.observe(lambda _: self._alone(self._restyle), ["dark", "log_x", "log_y"])
         self.runs = [str(r.path) if isinstance(r, Run) else r for r in runs]
 
     def refresh(self) -> bool:
         "Read and draw what is new; whether any of the runs may go on."
+        return self._alone(self._refresh)
+
+    def _alone(self, work):
+        with self._one:
+            return work()
+
+    def _refresh(self) -> bool:
         grown = {record.run.id: record.refresh() for record in self._records}
         names = grouped(name for record in self._records for name in record.columns)
         if names != {group: shown for group, (shown, *_) in self._figures.items()}:
@@ -100,13 +109,14 @@ class Watch(widgets.VBox):
         return self
 
     def _open(self, _):
-        self._records, self._wrong, self._figures, self._groups.children = [], [], {}, ()
-        for run in self.runs:
-            try:
-                self._records.append(Record(run))
-            except WrongInput as wrong:
-                self._wrong.append(str(wrong))
-        self.refresh()
+        with self._one:
+            self._records, self._wrong, self._figures, self._groups.children = [], [], {}, ()
+            for run in self.runs:
+                try:
+                    self._records.append(Record(run))
+                except WrongInput as wrong:
+                    self._wrong.append(str(wrong))
+            self._refresh()
 
     def _say(self) -> bool:
         states = [state(record) for record in self._records]
@@ -160,7 +170,7 @@ class Watch(widgets.VBox):
         span = tuple(10.0**v if self.log_x else v for v in span) if span else None
         if span != self._within.get(group):
             self._within[group] = span
-            self._redraw()
+            self._alone(self._redraw)
 
 
 
