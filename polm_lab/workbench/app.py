@@ -6,12 +6,13 @@
 __all__ = ['STATES', 'TABS', 'Spare', 'wait_for_run', 'told', 'alert', 'button', 'Configure', 'lengths_figure', 'in_loop',
            'RunBar', 'summary_html', 'Workbench', 'import_views', 'Together']
 
-# %% ../../nbs/workbench/app.ipynb #92878525
+# %% ../../nbs/workbench/app.ipynb #a3369741
 import asyncio
 import html
 import subprocess
 import sys
-from contextlib import contextmanager
+import threading
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -331,7 +332,7 @@ def summary_html(summary: dict) -> str:
     each = "".join(f"<span>{html.escape(n)}&ensp;<b>{said('before', n)} → {said('after', n)}</b></span>" for n in names)
     return f"<div role='group' aria-label='Evaluation before and after' style='display:flex;flex-wrap:wrap;gap:0 1.6em;line-height:1.6'>{each}</div>" if names else ""
 
-# %% ../../nbs/workbench/app.ipynb #95db0dbc
+# %% ../../nbs/workbench/app.ipynb #ca0405cb
 TABS = ("Configure", "Watch", "Understand", "Compare", "Sweep")
 
 
@@ -341,6 +342,7 @@ class Workbench(widgets.VBox):
     run = traitlets.Unicode("")
 
     def __init__(self, out=None, every: float = 0.5):
+        self._one = threading.RLock()  # the page's messages and `_follow` come in two threads where Jupyter has subshells
         self.out, self.every, self.page, self.spare = out, every, Page(), Spare()
         self.picker = widgets.Dropdown(description="Run", tooltip="The run that Watch and Understand show", layout=widgets.Layout(width="420px"))
         self.bar = RunBar(self.spare, self._clone)
@@ -354,7 +356,6 @@ class Workbench(widgets.VBox):
         self.observe(self._chosen, "run")
         self.tabs.observe(lambda _: self.refresh(), "selected_index")
         self.page.observe(lambda _: self._dress(), "dark")
-        self.page.observe(lambda _: self._look(), "answered")
         self.refresh()
         if self.bar.running:
             self.tabs.selected_index = TABS.index("Watch")  # whoever comes back in mid-run wants to see it
@@ -365,22 +366,24 @@ class Workbench(widgets.VBox):
             pass
 
     async def _follow(self):
-        await asyncio.to_thread(import_views)
+        with suppress(Exception):  # another thread may import the same at this moment; the views import what they need themselves
+            await asyncio.to_thread(self._import)
         library()  # plotly.js is on its way to the page before there is anything to draw
         while True:
             if self.page.answered >= self.page.asked:  # a busy page is not given more than it can draw, a hidden one nothing
+                try:
+                    self.refresh()
+                    self.trouble.value = ""
+                except Exception as error:  # whatever happened to the record of one run, the others can be looked at
+                    self.trouble.value = alert(f"{type(error).__name__}: {error}")
                 self.page.asked += 1
+            if self.spare.process is None and (self.bar.step or not self.bar.running):  # not beside a run that is just beginning
+                self.spare.ready()
             await asyncio.sleep(self.every if self.bar.step or not self.bar.running else min(0.1, self.every))  # nobody waits longer than for the first step
 
-    def _look(self):
-        "Show what is new. The page's answer brings it here, in the thread of the clicks, which in JupyterLab is not the one of `_follow`: so nothing is made twice."
-        try:
-            self.refresh()
-            self.trouble.value = ""
-        except Exception as error:  # whatever happened to the record of one run, the others can be looked at
-            self.trouble.value = alert(f"{type(error).__name__}: {error}")
-        if self.spare.process is None and (self.bar.step or not self.bar.running):  # not beside a run that is just beginning
-            self.spare.ready()
+    def _import(self):
+        with self._one:  # a tab that is opened meanwhile would see modules that are half there
+            import_views()
 
     def close(self):
         "Stop looking; runs go on."
@@ -407,13 +410,18 @@ class Workbench(widgets.VBox):
             found = open_run(self.run, self.out) if self.run else None
         except WrongInput as wrong:
             trouble = str(wrong)
-        self.bar.show(found, trouble)
-        for name in ("Watch", "Understand"):  # they show one run
-            self.views.pop(name, None)
-        self.refresh()
+        with self._one:
+            self.bar.show(found, trouble)
+            for name in ("Watch", "Understand"):  # they show one run
+                self.views.pop(name, None)
+            self._refresh()
 
     def refresh(self):
         "Read what is new: the list of runs, the state of the chosen one, and the open tab."
+        with self._one:
+            self._refresh()
+
+    def _refresh(self):
         seen = tuple(sorted(p.parent.name for p in runs_folder(self.out).glob("*/run.json")))
         if seen != self._seen:
             self._seen, kept = seen, self.run
