@@ -257,8 +257,8 @@ def test_tokenizer_gets_a_pad_token_and_no_new_one(small, tmp_path):
 
 
 def test_dtype_and_device(small):
-    assert pick_dtype("cpu") == pick_dtype("cpu") and pick_dtype("cpu") in (torch.float32, torch.bfloat16)
-    assert load_model(small, device="cpu").dtype == pick_dtype("cpu")
+    assert pick_dtype("cpu") == torch.float32  # on every CPU, whatever it is good at
+    assert load_model(small, device="cpu").dtype == torch.float32
     for name in ("float32", "bfloat16", "float16"):
         assert load_model(small, dtype=name, device="cpu").dtype == getattr(torch, name)
     assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")

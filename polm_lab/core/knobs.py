@@ -123,7 +123,7 @@ class RunSettings:
 
     model: str = knob("tiny", "model to start from: `tiny`, a folder, a run, or a Hub id")
     seed: int = knob(0, "seed of data order, sampling and initialization", low=0, high=2**31 - 1)
-    dtype: str = knob("auto", "type of the weights; auto measures what is fast", choices=("auto", "float32", "bfloat16", "float16"))
+    dtype: str = knob("auto", "type of the weights; auto is float32, and bfloat16 on a GPU that has it in hardware", choices=("auto", "float32", "bfloat16", "float16"))
     device: str = knob("auto", "where to compute: auto, cpu, cuda, cuda:1, mps")
 
     def __post_init__(self):

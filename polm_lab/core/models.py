@@ -14,7 +14,6 @@ import functools
 import io
 import json
 import shutil
-import time
 import types
 import typing
 import warnings
@@ -162,37 +161,13 @@ def pick_device(device: str = "auto"):
     return found
 
 
-@functools.cache
-def _measure(device: str) -> dict:
-    "Seconds of a matrix product [256, 256] in fp32 and bf16 on `device`, the best of a few."
-    import torch
-
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(256, 256, device=device, dtype=dtype)
-        best = float("inf")
-        for _ in range(20):
-            start = time.perf_counter()
-            (a @ a).sum().item()  # .item() waits for the device
-            best = min(best, time.perf_counter() - start)
-            if best > 10 * seconds.get(torch.float32, best):
-                break  # hopeless: no need to repeat it
-        seconds[dtype] = best
-    return seconds
-
-
 def pick_dtype(device="auto"):
-    "The torch dtype that `auto` means on `device`: bf16 where it is supported and clearly faster, else fp32."
+    "The torch dtype that `auto` means on `device`: bf16 on a GPU that has it in hardware, else fp32. It is never measured: a stopwatch would give the same command other numbers."
     import torch
 
     device = pick_device(device)
-    if device.type == "cuda":  # launch overhead hides the speed of a small product; supported in hardware means fast
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    try:
-        seconds = _measure(str(device))
-    except RuntimeError:  # no bf16 on this device
-        return torch.float32
-    return torch.bfloat16 if seconds[torch.float32] > 1.5 * seconds[torch.bfloat16] else torch.float32
+    in_hardware = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if in_hardware else torch.float32
 
 
 def _dtype(name, device):
