@@ -8,7 +8,7 @@ run: $(READY)  ## the tour: the embedded model through SFT, DPO and GRPO
 
 test: $(READY)  ## notebooks clean, export in sync, notebooks run, tests pass
 	$(BIN)/python tests/tree.py
-	place=$$(mktemp -d) && TMPDIR=$$place POLM_RUNS=$$place/runs OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --skip_file_re "$$($(BIN)/python tests/pages.py)" && rm -r $$place
+	place=$$(mktemp -d) && TMPDIR=$$place POLM_RUNS=$$place/runs POLM_CLAIMS=required OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --skip_file_re "$$($(BIN)/python tests/pages.py)" && rm -r $$place
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lab: $(READY)  ## JupyterLab on the front page

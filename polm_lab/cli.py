@@ -72,6 +72,8 @@ def _report(run: Run, as_json: bool):
         import pandas as pd
 
         _print_frame(pd.DataFrame(states).rename_axis("metric"), index=True)
+    if record.get("notebook_error"):
+        click.echo(f"note: the run is not affected, but a lesson of its page does not hold here ({record['notebook_error']})")
     for what, name in (("record", ""), ("notebook", "notebook.ipynb"), ("panels", "panels.html")):
         if (run.path / name).exists():
             click.echo(f"{what + ':':10} {run.path / name}")
