@@ -114,15 +114,15 @@ def prepare(settings: Critic):
     rows, held_out = load_data(data, "prompt")[: settings.questions], load_held_out(data, settings.eval_data, "prompt", settings.eval_rows)
     words = words_for(data, load_tokenizer(settings.model, settings.chat_template), settings.words)
     words = worked(words) if settings.learn == "refiner" else words
-    if settings.learn in ("editor", "coderl"):
-        isolator()  # refused here, before compute, where there is no sandbox
-    scores = [scoring(of, part, words) for of, part in ((data, rows), (settings.eval_data or data, held_out))]
     if settings.learn in ("editor", "coderl") and not all(row.get("tests") for row in rows + held_out):
         raise WrongInput(f"learn = {settings.learn!r}: {data!r} has questions without tests; expected a column tests in every row; add it, or learn something else")
     if settings.learn == "refiner":
         spoiled_steps(data, 16, settings.seed, words)
     for row in (*rows, *held_out):  # what the words cannot ask is refused here
         words.draft(row), ASKS[settings.learn](words, row)
+    scores = [scoring(of, part, words) for of, part in ((data, rows), (settings.eval_data or data, held_out))]
+    if settings.learn in ("editor", "coderl"):
+        isolator()  # before compute, and last: what is wrong with the data is wrong on every machine
     return data, rows, held_out, words, scores
 
 
