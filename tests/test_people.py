@@ -16,7 +16,6 @@ import json
 import os
 import re
 import symtable
-import time
 
 import ipywidgets as widgets
 import pytest
@@ -140,8 +139,6 @@ def test_a_cell_for_people_works(path, number, request, interactive, monkeypatch
     if "runs" in cells[number][0]:
         monkeypatch.setenv("POLM_RUNS", str(request.getfixturevalue("record")))
 
-    cpu = time.process_time()
-
     async def run():
         for source, tags in cells[:number]:
             if is_imports(source) and "skip-execution" not in tags:
@@ -155,18 +152,14 @@ def test_a_cell_for_people_works(path, number, request, interactive, monkeypatch
                 space.update(steps=2, eval_rows=4, **method.small)
         view = await execute(cells[number][0], space)
         assert isinstance(view, widgets.Widget) or hasattr(view, "to_plotly_json"), f"it ends with {type(view).__name__}, expected a widget or a figure"
-        slowest, what_if = 0.0, path.parent.name != "workbench"  # a view of the workbench has choices that take effect with a button
+        what_if = path.parent.name != "workbench"  # a view of the workbench has choices that take effect with a button
         for control in tree_of(view):
             seen = [drawn(view)]
             for place in places(control):
-                began = time.process_time()  # not of the clock, which other work on the machine moves
                 control.value = place
-                slowest = max(slowest, time.process_time() - began)
                 seen.append(drawn(view))
             if what_if and len(seen) > 1:
                 assert any(later != seen[0] for later in seen), f"{control.description}: nothing that is drawn changes with it"
-        assert slowest < 1, f"{slowest:.2f} s until it was drawn"
-        print(f"\n{path.stem}: after cells {before}, slowest callback {1000 * slowest:.0f} ms of CPU, {time.process_time() - cpu:.1f} s of CPU in all")
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
 
