@@ -1,0 +1,76 @@
+"""Put faults into a copy of the package, one by one, and report those that no test sees: `make mutate`.
+
+`mutations.csv` lists them: `file` (below the root), `before` (text that occurs there once), `after` (what it becomes) and `tests` (pytest's words, separated by spaces).
+Exit status 1 if a fault lives, if a text is not found once, or if a test fails without any fault.
+
+    python tests/mutate.py                    # all of them
+    python tests/mutate.py ppo 'kl_estimate'  # those with one of the words in file, text or tests
+"""
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SEEN, LIVES = 1, 0  # exit statuses of pytest: a test failed, all passed
+
+
+def mutations(words: list[str]) -> list[dict]:
+    "The rows of mutations.csv, or those that have one of `words`."
+    with open(ROOT / "tests" / "mutations.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return [row for row in rows if not words or any(word in " ".join(row.values()) for word in words)]
+
+
+def copy_of_package(folder: Path) -> Path:
+    "A copy of the package in `folder`, with the data and notebooks that it looks for next to it."
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "polm_lab", folder / "polm_lab", ignore=ignored)
+    for name in ("data", "nbs", "settings.ini"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+def status_of(tests: list[str], package: Path) -> int:
+    "Exit status of pytest over `tests` with the package in the folder `package`."
+    env = {**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True).returncode
+
+
+def verdict(row: dict) -> str:
+    "`seen`, `lives`, or what is wrong with the row."
+    with tempfile.TemporaryDirectory() as folder:
+        package = copy_of_package(Path(folder))
+        path = package / row["file"]
+        text = path.read_text(encoding="utf-8")
+        if text.count(row["before"]) != 1 or row["before"] == row["after"]:
+            return f"not a fault: its text occurs {text.count(row['before'])} times in {row['file']}"
+        path.write_text(text.replace(row["before"], row["after"]), encoding="utf-8")
+        status = status_of(row["tests"].split(), package)
+    return {SEEN: "seen", LIVES: "lives"}.get(status, f"pytest ended with {status}")
+
+
+def main(words: list[str]) -> int:
+    rows = mutations(words)
+    tests = sorted({test for row in rows for test in row["tests"].split()})
+    with tempfile.TemporaryDirectory() as folder:
+        if status_of(tests, copy_of_package(Path(folder))) != LIVES:
+            print("tests fail without any fault; run: pytest " + " ".join(tests))
+            return 1
+    bad = 0
+    with ThreadPoolExecutor(2) as pool:
+        for row, found in zip(rows, pool.map(verdict, rows)):
+            bad += found != "seen"
+            print(f"{found:6} {row['file'].removeprefix('polm_lab/')}: {row['before']!r:.60} -> {row['after']!r:.60}", flush=True)
+    print(f"{len(rows)} faults, {bad} not seen")
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
