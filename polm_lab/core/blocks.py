@@ -19,20 +19,21 @@ from .models import load_model, load_tokenizer, size_mib
 from .run import Run
 
 # %% ../../nbs/core/blocks.ipynb #51353777
-def blocks_of(model) -> nn.ModuleList:
-    "The transformer blocks of a causal LM; raises `WrongInput` where their weights are not linear layers."
-    blocks = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == model.config.num_hidden_layers]
+def blocks_of(model, linear: bool = True) -> nn.ModuleList:
+    "The transformer blocks of a causal LM; raises `WrongInput` where their weights are not linear layers, which who takes blocks whole (`linear` False) does not mind."
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    blocks = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not blocks or not all(torch.isfinite(p.sum()) or torch.isfinite(p).all() for p in model.parameters()):  # a sum takes a thirtieth of the time
         raise WrongInput(f"model: {'a weight is not a finite number' if blocks else 'no list of blocks was found'}; expected a sound decoder such as Llama or Qwen")
-    linear = sum(m.weight.numel() for m in blocks[0].modules() if isinstance(m, nn.Linear))
-    if linear < 0.9 * sum(p.numel() for p in blocks[0].parameters()):
-        raise WrongInput(f"model: only {linear / sum(p.numel() for p in blocks[0].parameters()):.0%} of the weights of a {model.config.model_type} block are in linear layers; expected a dense decoder such as Llama or Qwen")
+    inside = sum(m.weight.numel() for m in blocks[0].modules() if isinstance(m, nn.Linear))
+    if linear and inside < 0.9 * sum(p.numel() for p in blocks[0].parameters()):
+        raise WrongInput(f"model: only {inside / sum(p.numel() for p in blocks[0].parameters()):.0%} of the weights of a {model.config.model_type} block are in linear layers; expected a dense decoder such as Llama or Qwen")
     return blocks[0]
 
 
 def zeros(model) -> float:
-    "Share of the weights in the blocks' linear layers that are 0."
-    weights = [m.weight for m in blocks_of(model).modules() if isinstance(m, nn.Linear)]
+    "Share of the weights in the blocks' matrices that are 0."
+    weights = [p for p in blocks_of(model, linear=False).parameters() if p.dim() > 1]
     return sum((w == 0).count_nonzero().item() for w in weights) / sum(w.numel() for w in weights)
 
 
@@ -180,5 +181,5 @@ def begin(settings, run: Run):
     if free < needed:
         raise WrongInput(f"{run.path}: {free:.0f} MiB of disk are free; the result needs {needed:.0f} MiB; free some, or give another folder with --out")
     run.rewind(0)  # such a run is short: one that was interrupted begins again
-    run.update(device=str(model.device), total=len(blocks_of(model)))
+    run.update(device=str(model.device), total=len(blocks_of(model, linear=False)))
     return model, tokenizer, windows, evaluate

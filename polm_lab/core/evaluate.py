@@ -27,13 +27,14 @@ from .worlds import WORLDS
 @contextmanager
 def quiet(policy):
     "Inside, the model neither drops out nor keeps gradients."
-    training = policy.training
+    training = [m for m in policy.modules() if m.training]  # a wrapper that is new trains, a model in it may not
     policy.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        policy.train(training)
+        for module in training:
+            module.training = True
 
 
 def sequence_logps(policy: Policy, examples: list[dict], pad_id: int, rows: int = 16) -> torch.Tensor:
