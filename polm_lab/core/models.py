@@ -196,7 +196,7 @@ def has_chat_template(tokenizer) -> bool:
 
 
 def load_tokenizer(spec, chat_template: str = ""):
-    """The tokenizer of the model `spec`, with a padding token, padding on the right.
+    """The tokenizer of the model `spec`, with a padding token, padding on the side that was saved (data are collated on the right, whatever it says).
 
     `chat_template` sets one: a name in `CHAT_TEMPLATES` or a .jinja file; empty keeps the model's own.
     Raises `WrongInput` if there are no tokenizer files, they cannot be read, there is no end-of-sequence token, or the model has too few embeddings.
@@ -217,7 +217,6 @@ def load_tokenizer(spec, chat_template: str = ""):
         raise WrongInput(f"{folder}/tokenizer_config.json: no eos_token; expected the token that ends a text, without it nothing learns to stop; name one there")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token if tokenizer.eos_token_id is not None else tokenizer.unk_token
-    tokenizer.padding_side = "right"
     if (folder / "config.json").is_file():
         rows = _config(folder).get("vocab_size")
         if isinstance(rows, int) and len(tokenizer) > rows:
