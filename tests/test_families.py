@@ -15,9 +15,8 @@ from polm_lab.core.knobs import WrongInput
 from polm_lab.core.logprobs import Policy
 from polm_lab.core.models import load_tokenizer, save_model
 from polm_lab.efficiency import slim
-from polm_lab.efficiency.cuts import check_same, cut, fits, kept_entries, layers_of, rebuild
-from polm_lab.efficiency.slim import (Slim, block_facts, check, check_depth, cut_widths, drop_blocks, embedding_scale, fold_norms, gain_of, read_stream, rotate, slice_model,
-                                      sliced_width)  # fmt: skip
+from polm_lab.efficiency.cuts import block_facts, check_same, cut, embedding_scale, fits, gain_of, kept_entries, layers_of, read_stream, rebuild
+from polm_lab.efficiency.slim import (Slim, check_cut, check_depth, cut_widths, drop_blocks, fold_norms, rotate, slice_model, sliced_width)  # fmt: skip
 
 # What SliceGPT works on; the others, and what is said of them.
 SLICED = ("llama", "llama tied", "llama biases", "mistral", "qwen2", "qwen3", "gemma", "phi3", "granite", "smollm3", "glm", "ernie4_5", "seed_oss", "hunyuan_v1_dense", "arcee", "apertus", "ministral")
@@ -58,7 +57,7 @@ def test_slicing_nothing_leaves_the_logits(family, tmp_path):
     model, text = make(family), ids()
     before = copy.deepcopy(model.state_dict())
     expected = model(text).logits
-    check(model, Slim(how="slicegpt", ratio=0.25))
+    check_cut(model, Slim(how="slicegpt", ratio=0.25))
     whole = slice_model(model, text, 0.0, 2)[0]
     assert gap(whole(text).logits, expected) < 1e-5
     assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())  # the model itself stays
@@ -86,7 +85,7 @@ def test_dimensions_that_are_empty_can_go(family):
 @pytest.mark.parametrize("family, words", refusals(UNSLICED))
 def test_what_cannot_be_sliced_is_refused(family, words):
     with pytest.raises(WrongInput) as error:
-        check(make(family), Slim(how="slicegpt", ratio=0.25))
+        check_cut(make(family), Slim(how="slicegpt", ratio=0.25))
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
@@ -136,8 +135,8 @@ def test_a_model_that_does_something_else_is_seen_by_its_logits(how):
     odd = Odder(model.config).eval()
     odd.load_state_dict(model.state_dict())
     with pytest.raises(WrongInput, match="changes the logits of a short random text by"):
-        check(odd, Slim(how=how, ratio=0.25))
-    check(model, Slim(how=how, ratio=0.25))
+        check_cut(odd, Slim(how=how, ratio=0.25))
+    check_cut(model, Slim(how=how, ratio=0.25))
 
 
 def test_logits_that_differ_by_more_than_rounding_are_no_longer_the_same():
@@ -154,7 +153,7 @@ def test_an_unforeseen_family_ends_in_one_line(monkeypatch):
 
     monkeypatch.setattr(slim, "check_slicing", fails)
     with pytest.raises(WrongInput) as error:
-        check(make("llama"), Slim(how="slicegpt"))
+        check_cut(make("llama"), Slim(how="slicegpt"))
     assert "has no attribute 'norm'" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -166,7 +165,7 @@ def test_an_unforeseen_family_ends_in_one_line(monkeypatch):
 def test_heads_and_neurons_that_give_nothing_can_go(family, tmp_path):
     model, text = make(family), ids()
     width = layers_of(blocks_of(model)[0])["k_proj"].out_features // 3
-    check(model, Slim(how="taylor", ratio=0.25))
+    check_cut(model, Slim(how="taylor", ratio=0.25))
     for ratio in (0.0, 0.25):
         with torch.enable_grad():
             *_, (_, sizes) = cut_widths(copy.deepcopy(model), text, "taylor", ratio, rows=2)
@@ -185,7 +184,7 @@ def test_heads_and_neurons_that_give_nothing_can_go(family, tmp_path):
 @pytest.mark.parametrize("family, words", refusals(UNCUT))
 def test_what_cannot_be_narrowed_is_refused(family, words):
     with pytest.raises(WrongInput) as error:
-        check(make(family), Slim(how="taylor", ratio=0.25))
+        check_cut(make(family), Slim(how="taylor", ratio=0.25))
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
@@ -193,14 +192,14 @@ def test_a_bias_that_the_family_lacks_is_refused_before():
     for family, names in (("mistral", "mlp_bias"), ("qwen3", "mlp_bias"), ("smollm3", None), ("llama", None)):
         settings = Slim(how="flap", ratio=0.25)
         if names is None:
-            check(make(family), settings)
+            check_cut(make(family), settings)
         else:
             with pytest.raises(WrongInput, match=names):
-                check(make(family), settings)
+                check_cut(make(family), settings)
     with pytest.raises(WrongInput, match="block 1 is"):
         model = make("llama")
         cut(model.model.layers[1], torch.arange(60))
-        check(model, Slim(how="flap"))
+        check_cut(model, Slim(how="flap"))
 
 
 # Blocks -----------------------------------------------------------------------------------------------------------
@@ -226,7 +225,7 @@ def test_a_model_of_fewer_blocks_is_the_model_that_skips_them(family, tmp_path):
     model, text = make(family), ids(2, 24)
     kept = [1, 2, 3] if family != "phi3" else [0, 3]
     expected = skipping(model, kept)(text, use_cache=False).logits
-    check(model, Slim(how="depth", ratio=0.25))
+    check_cut(model, Slim(how="depth", ratio=0.25))
     small = check_depth(model, kept)
     again = reloaded(small, tmp_path / "small")
     assert small.config.num_hidden_layers == len(kept) and gap(small(text, use_cache=False).logits, expected) < 1e-6
@@ -277,8 +276,8 @@ def test_sixteen_bits_stay_and_angles_do_not_become_coarse(dtype):
     small = check_depth(model, [0, 2])
     assert small.dtype == dtype and small.model.rotary_emb.inv_freq.dtype == torch.float32
     assert torch.equal(small(text).logits, skipping(model, [0, 2])(text).logits)
-    check(model, Slim(how="slicegpt", ratio=0.25))
-    check(model, Slim(how="flap", ratio=0.25))
+    check_cut(model, Slim(how="slicegpt", ratio=0.25))
+    check_cut(model, Slim(how="flap", ratio=0.25))
 
 
 # Runs -------------------------------------------------------------------------------------------------------------
