@@ -39,7 +39,8 @@ def copy_of_package(folder: Path) -> Path:
 def status_of(tests: list[str], package: Path) -> int:
     "Exit status of pytest over `tests` with the package in the folder `package`."
     env = {**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    # -P: the package of this folder would come before the one of PYTHONPATH
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True).returncode
 
 
