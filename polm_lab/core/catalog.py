@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['need', 'said', 'pair', 'answered', 'from_summaries', 'from_shp', 'from_webgpt', 'from_stackexchange', 'plain',
            'from_oasst', 'from_inputs', 'from_natural', 'from_unnatural', 'from_dolly', 'from_orca', 'from_hc3',
-           'from_baize', 'from_turns', 'as_it_is', 'Entry', 'read', 'entry_of', 'of_several_kinds']
+           'from_baize', 'from_turns', 'as_it_is', 'Entry', 'read', 'split_source', 'entry_of', 'of_several_kinds']
 
 # %% ../../nbs/core/catalog.ipynb #1a392ff5
 import csv
@@ -227,9 +227,15 @@ def read(rows, entry: Entry, skip: bool = False) -> list[dict]:
     return out
 
 
+def split_source(source: str) -> tuple[str, str]:
+    "`name@file` as the name and the file; without @ the file is empty."
+    name, _, file = source.partition("@")
+    return name, file
+
+
 def entry_of(source: str) -> tuple[Entry, str] | None:
     "`name` or `name@file` as the entry and the file (or the Hub id where there is none); None where no entry has that name."
-    name, _, file = source.partition("@")
+    name, file = split_source(source)
     if name not in CATALOG:
         return None
     entry = CATALOG[name]
@@ -240,5 +246,5 @@ def entry_of(source: str) -> tuple[Entry, str] | None:
 
 def of_several_kinds(source: str) -> bool:
     "Whether `source` names a data set of which some rows are of one kind and others of another, so that those of other kinds are left out."
-    name = source.partition("@")[0]
+    name, _ = split_source(source)
     return name in CATALOG and CATALOG[name].whole

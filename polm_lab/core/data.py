@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'ROLES', 'SHAREGPT', 'TRAIN_ROWS', 'TEST_ROWS', 'EXTENSIONS', 'PIECE', 'MARGIN', 'Row', 'read_file', 'turns',
-           'standard', 'convert', 'held_out', 'load_data', 'natural_kind', 'load_held_out', 'encode', 'encode_rows',
-           'pack_rows', 'collate', 'check_packing', 'microbatches', 'Order', 'datasets_table']
+           'standard', 'convert', 'DataSpec', 'parse_spec', 'held_out', 'load_data', 'natural_kind', 'load_held_out',
+           'encode', 'encode_rows', 'pack_rows', 'collate', 'check_packing', 'microbatches', 'Order', 'datasets_table']
 
 # %% ../../nbs/core/data.ipynb #7e1ce845
 import csv
@@ -19,9 +19,10 @@ import os
 import random
 import re
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
-from .catalog import CATALOG, entry_of, of_several_kinds
+from .catalog import CATALOG, entry_of, of_several_kinds, split_source
 from .catalog import read as read_entry
 from .knobs import WrongInput, nearest
 
@@ -530,25 +531,97 @@ def _check(row: Row, kind: str):
             if not sound:
                 _refuse(row, marks, f"holds {_shown(mark)}", "true or false" if kind == "stepwise" else "finite numbers")
 
-# %% ../../nbs/core/data.ipynb #9dfd662e
-def _parse_spec(spec: str) -> tuple[str, str, int | None, bool]:
-    "`source#part,n,skip` -> source, part, n, skip; all but the source may be left out, and stand in any order."
-    if Path(spec).exists() or "#" not in spec:
-        return spec, "", None, False
-    source, _, words = spec.rpartition("#")
+# %% ../../nbs/core/data.ipynb #6abd3d33
+@dataclass(frozen=True)
+class DataSpec:
+    "A data spec taken apart; see `parse_spec`."
+
+    source: str  # what is before the #
+    kind: str  # world, catalogue, file, folder, hub file, hub; missing: a path where nothing is
+    name: str  # of the world or the catalogue's entry; a path; or org/name
+    place: str = ""  # catalogue: the file after the @; Hub: the configuration or the file after the :
+    part: str = ""  # the split to take for training
+    limit: int | None = None  # rows
+    skip: bool = False  # wrong rows are left out
+
+    @property
+    def world(self) -> str:
+        "The world that the rows are from; empty for other data."
+        return self.name if self.kind == "world" else ""
+
+    def same_rows(self, other: "DataSpec") -> bool:
+        "Whether both name the same rows, however many of them."
+        return (self.kind, self.name, self.place, self.part) == (other.kind, other.name, other.place, other.part)
+
+    def absolute(self) -> str:
+        "The spec with the full path of its file or folder, for a run that is resumed elsewhere; other specs as they are."
+        words = [self.part, "" if self.limit is None else str(self.limit), "skip" * self.skip]
+        rest = ",".join(filter(None, words))
+        if self.kind in ("file", "folder"):
+            source = str(Path(self.name).expanduser().absolute())
+        elif self.kind == "catalogue" and Path(self.place or "/").expanduser().is_file():
+            source = f"{self.name}@{Path(self.place).expanduser().absolute()}"
+        else:
+            source = self.source
+        return f"{source}#{rest}" if rest else source
+
+
+def parse_spec(spec: str) -> DataSpec:
+    """Take a data spec apart: `source#part,n,skip`, where all after the source may be left out, and is in any order.
+
+    A source is a world, an existing file or folder, `name` or `name@file` of the catalogue, or a Hub id (`org/name`,
+    `org/name:config`, `org/name:file`), looked for in this order: a folder that is named like a world is `./sums`.
+    Raises `WrongInput` for what is after the #.
+    """
+    from polm_lab.core.worlds import WORLDS
+
+    if _is_there(spec) or "#" not in spec:
+        source, words = spec, ""
+    else:
+        source, _, words = spec.rpartition("#")
     part, limit, skip = "", None, False
     for word in filter(None, (w.strip() for w in words.split(","))):
-        if word.isdigit():
+        if word.isdecimal() and int(word):
             limit = int(word)
         elif word == "skip":
             skip = True
-        elif not part and re.fullmatch(r"[\w.-]+", word):
+        elif not part and not word.isdecimal() and re.fullmatch(r"[\w.-]+", word):
             part = word
         else:
-            raise WrongInput(f"data {spec!r}: {word!r} after #; expected the name of a split, a number of rows, or skip, with commas between")
-    return source, part, limit, skip
+            raise WrongInput(f"data {spec!r}: {word!r} after #; expected the name of a split, a number of rows (1 or more), or skip, with commas between")
+    kind, name, place = _source_kind(source, WORLDS)
+    if kind == "world" and part:
+        raise WrongInput(f"data {spec!r}: {part!r} after #, and a world has no splits to name; expected a number of rows")
+    return DataSpec(source, kind, name, place, part, limit, skip)
 
 
+def _is_there(path: str) -> bool:
+    "Whether there is something at this path; what cannot be a path is nowhere."
+    try:
+        return bool(path) and Path(path).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long, a null byte, the home of a user who is none
+        return False
+
+
+def _source_kind(source: str, worlds) -> tuple[str, str, str]:
+    "Kind, name and place of a source; see `DataSpec`."
+    if source in worlds:
+        return "world", source, ""
+    if _is_there(source):
+        path = Path(source).expanduser()
+        return "folder" if path.is_dir() else "file" if path.is_file() else "missing", source, ""
+    name, file = split_source(source)
+    if name in CATALOG:
+        return "catalogue", name, file
+    name, _, place = source.partition(":")
+    ends_as_file = _extension(Path(source)) in EXTENSIONS
+    if re.fullmatch(r"[\w.-]+/[\w.-]+:[\w./-]+", source) and ends_as_file:
+        return "hub file", name, place
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", source) and not ends_as_file:
+        return "hub", name, place
+    return "missing", source, ""
+
+# %% ../../nbs/core/data.ipynb #9dfd662e
 def held_out(n: int) -> list[int]:
     "The rows of `n` that are for testing where data has no test split: 5 %, at most 256, at least 1 if there are 2; always the same ones."
     if n < 2:
@@ -556,11 +629,12 @@ def held_out(n: int) -> list[int]:
     return sorted(random.Random(f"held out of {n}").sample(range(n), min(256, max(1, n // 20))))
 
 
-def load_data(spec: str, kind: str, split: str = "train") -> list[dict]:
+def load_data(spec: str, kind: str, split: str = "train", cut: bool = True) -> list[dict]:
     """The rows of `spec` as `kind`, all of them checked.
 
     `spec` is a built-in world, a name of the catalogue (`dolly-15k`, or `dolly-15k@FILE` for a copy of it: see `core/catalog`), a local file, a folder with a data set, or a Hub id (`org/name`, `org/name:config`, `org/name:file`). After a # may stand the split to take for training, a
     number of rows, and `skip`, which leaves wrong rows out instead of refusing the data: `org/name#train_sft,1000,skip`. `split` is train, test (the data's own, else the same 5 % each time) or all. A single row has no test split: the list is empty.
+    `cut=False`: data without a test split of their own are taken whole.
     Raises `WrongInput` with file, row, field, what was found and what is expected.
     """
     if kind not in KINDS:
@@ -569,10 +643,10 @@ def load_data(spec: str, kind: str, split: str = "train") -> list[dict]:
         raise WrongInput(f"split {split!r}: expected train, test or all")
     from polm_lab.core.worlds import WORLDS
 
-    source, _, limit, skip = _parse_spec(str(spec))
-    if source in WORLDS:
-        return _world_rows(WORLDS, source, kind, split, limit)
-    skip = skip or of_several_kinds(source)
+    asked = parse_spec(str(spec))
+    if asked.world:
+        return _world_rows(WORLDS, asked.world, kind, split, asked.limit)
+    skip = asked.skip or of_several_kinds(asked.source)
     groups, own = _source_rows(str(spec), split)
     rows, first = [], None
     for row in groups:
@@ -589,7 +663,7 @@ def load_data(spec: str, kind: str, split: str = "train") -> list[dict]:
         rows.append(found)
     if not rows:
         raise WrongInput(f"{first} (and no row is left after skipping all {len(groups)})")
-    if split != "all" and not own:
+    if split != "all" and not own and cut:
         test = set(held_out(len(rows)))
         rows = [r for i, r in enumerate(rows) if (i in test) == (split == "test")]
     return [one for found in rows for one in found]
@@ -599,23 +673,24 @@ def _source_rows(spec: str, split: str) -> tuple[list[Row], bool]:
     "The rows of a file, folder or Hub data set as they stand there, and whether they are from a split of the data's own."
     from polm_lab.core.worlds import WORLDS
 
-    source, part, limit, skip = _parse_spec(spec)
-    entry = None if Path(source).exists() else entry_of(source)
-    if entry:
-        entry, source = entry
-        part = part or entry.split
-    path = Path(source).expanduser()
-    if path.is_file():
-        groups, own = read_file(path), False
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+:[\w./-]+", source) and _extension(path) in EXTENSIONS:
-        groups, own = _hub_file(source), False
-    elif path.is_dir() or re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", source) and not (_extension(path) in EXTENSIONS):
-        groups, own = _dataset_rows(source, part, split, WORLDS)
+    asked = found = parse_spec(spec)
+    part, limit, entry = asked.part, asked.limit, None
+    if asked.kind == "catalogue":
+        entry, where = entry_of(asked.source)
+        part, found = part or entry.split, parse_spec(where)
+    if found.kind == "file":
+        groups, own = read_file(Path(found.name).expanduser()), False
+    elif found.kind == "hub file":
+        groups, own = _hub_file(found), False
+    elif found.kind in ("folder", "hub"):
+        groups, own = _dataset_rows(found, part, split, WORLDS)
     else:
-        raise WrongInput(f"data {source!r}: no such file; {_near_files(path, WORLDS)}")
+        raise WrongInput(f"data {found.source!r}: no such file; {_near_files(Path(found.source).expanduser(), WORLDS)}")
+    if asked.part and found.kind.endswith("file"):
+        raise WrongInput(f"data {spec!r}: {asked.part!r} after #, and a file has no splits; expected a number of rows, or skip")
     if entry:
-        groups = read_entry(groups if entry.whole else groups[:limit], entry, skip)
-    groups = groups[:limit] if limit is not None else groups
+        groups = read_entry(groups if entry.whole else groups[:limit], entry, asked.skip)
+    groups = groups[:limit]
     if not groups:
         raise WrongInput(f"data {spec!r}: no rows; expected at least one")
     return groups, own
@@ -623,18 +698,24 @@ def _source_rows(spec: str, split: str) -> tuple[list[Row], bool]:
 
 def natural_kind(spec: str) -> str:
     "How rows are learned from: `text` where they are whole texts or conversations of several turns, else `completion`."
-    from polm_lab.core.worlds import WORLDS
-
-    if _parse_spec(str(spec))[0] in WORLDS:
+    if parse_spec(str(spec)).world:
         return "completion"
     first = standard(_source_rows(str(spec), "train")[0][0])
     return "text" if ("messages" in first or "text" in first) and not ("completion" in first or "chosen" in first) else "completion"
 
 
 def load_held_out(data: str, eval_data: str, kind: str, rows: int) -> list[dict]:
-    "At most `rows` rows to evaluate on: of `eval_data` (a file whole, else its test split), or the held-out part of `data`."
-    source = _parse_spec(str(eval_data))[0] if eval_data else ""
-    return load_data(eval_data or data, kind, "all" if source and Path(source).expanduser().is_file() else "test")[:rows]
+    """At most `rows` rows to evaluate on: those of `eval_data`, or the held-out part of `data`.
+
+    `eval_data` without a test split of its own is taken whole, as a file is. Only where a Hub id or a folder is learned from
+    too, it is cut: what was learned does not count. A number of rows of a world bounds what is learned from, not this.
+    """
+    trained = parse_spec(str(data))
+    if not eval_data:
+        return load_data(trained.world or data, kind, "test")[:rows]
+    asked = parse_spec(str(eval_data))
+    both = asked.kind != "file" and asked.same_rows(trained)
+    return load_data(eval_data, kind, "test", cut=both)[:rows]
 
 
 def _world_rows(worlds, name: str, kind: str, split: str, limit: int | None) -> list[Row]:
@@ -654,20 +735,20 @@ def _near_files(path: Path, worlds) -> str:
     return f"expected a file, a folder, a Hub id or a built-in world; {guess}built in: {', '.join(worlds)}"
 
 
-def _dataset_rows(source: str, part: str, split: str, worlds) -> tuple[list[Row], bool]:
+def _dataset_rows(asked: DataSpec, part: str, split: str, worlds) -> tuple[list[Row], bool]:
     "The rows of a folder or a Hub data set, read by `datasets`, and whether they are from a split of the data's own."
     from datasets.utils import logging
 
-    folder = Path(source).expanduser()
+    source, folder = asked.source, Path(asked.name).expanduser()
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        found = _load_dataset(str(folder), "") if folder.is_dir() else _from_hub(*source.partition(":")[::2])
+        found = _load_dataset(str(folder), "") if asked.kind == "folder" else _from_hub(asked.name, asked.place)
     except Exception as error:  # each builder has its own ways to fail
         what = " ".join(str(error.__cause__ or error).split("\n")[0].split())[:200]
         what = f"{type(error).__name__}: {what}"
-        if folder.is_dir():
+        if asked.kind == "folder":
             raise WrongInput(f"{source}: datasets cannot read this folder ({what}); expected data files such as train.jsonl and test.jsonl; or name one file") from None
         raise WrongInput(f"data {source!r}: no built-in world, no file, and not to be had from the Hub ({what}); {nearest(source, [*worlds, *CATALOG])}; or a Hub id that can be reached") from None
     finally:
@@ -683,11 +764,11 @@ def _dataset_rows(source: str, part: str, split: str, worlds) -> tuple[list[Row]
     return [Row(r, f"{source}#{use}:row {i}") for i, r in enumerate(found[use], 1)], bool(test)
 
 
-def _hub_file(source: str) -> list[Row]:
+def _hub_file(asked: DataSpec) -> list[Row]:
     "The rows of `org/name:file`, a single file of a Hub data set, fetched or from the local cache."
     from huggingface_hub import hf_hub_download
 
-    name, _, file = source.partition(":")
+    source, name, file = asked.source, asked.name, asked.place
     try:
         path = hf_hub_download(name, file, repo_type="dataset")
     except (OSError, ValueError) as error:
