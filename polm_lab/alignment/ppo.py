@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core.chain import stage as chain
-from ..core.data import load_data
+from ..core.data import load_data, load_held_out
 from ..core.evaluate import Evaluation, quiet, scorer, win_rate
 from ..core.knobs import WrongInput, knob, nearest, redefault
 from ..core.logprobs import Policy, TokenStats
@@ -26,7 +26,7 @@ from ..core.onpolicy import (OnPolicy, Sampled, clipped_objective, everywhere, k
                                     starting_model, token_stats, whiten)  # fmt: skip
 from ..core.run import Run
 from ..core.train import Meter, fit, load_policy, seed_of, world
-from ..reasoning.rewards import as_judge, make_rewards, try_rewards
+from ..reasoning.rewards import as_judge, make_rewards, on_held_out, try_rewards
 
 # %% ../../nbs/alignment/ppo.ipynb #a14c18a7
 DETAILS = {  # name: (its number where none is given, meaning, source)
@@ -325,14 +325,15 @@ def ppo(settings: PPO, run: Run) -> None:
     share, rank = settings.batch_size * settings.accumulate // world()[1], world()[0]
     if share % settings.minibatches:
         raise WrongInput(f"minibatches = {settings.minibatches}: expected a divisor of the {share} completions that a process has in a step (batch_size x accumulate)")
-    rows, held_out = load_data(settings.data, "prompt"), load_data(settings.eval_data or settings.data, "prompt", "test")[: settings.eval_rows]
+    rows, held_out = load_data(settings.data, "prompt"), load_held_out(settings.data, settings.eval_data, "prompt", settings.eval_rows)
     score = scorer(settings.data, rows)
     rewards = make_rewards(learned_reward(settings, run, score is not None), score, settings.max_new_tokens)
     policy, tokenizer = load_policy(settings)
     try_rewards(rewards, rows, tokenizer)
+    held_judge = as_judge(on_held_out(rewards, settings.eval_data, held_out))
     reference = starting_model(policy, settings) if settings.beta else None
     actor = ActorCritic(policy, load_critic(settings, kind), settings.beta)
-    stage = OnPolicy(run, settings, policy, tokenizer, rows, held_out, as_judge(rewards), reference)
+    stage = OnPolicy(run, settings, policy, tokenizer, rows, held_out, as_judge(rewards), reference, held_judge)
 
     def updates(step: int, meter: Meter):
         groups, batches = stage.step(step, meter)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.data import load_data
+from ..core.data import load_data, load_held_out
 from ..core.engine import train_with_trl
 from ..core.evaluate import scorer
 from ..core.knobs import WrongInput, knob, redefault
@@ -23,7 +23,7 @@ from ..core.onpolicy import OnPolicy, Sampled, clipped_objective, kl_estimate, l
 from ..core.rollout import end_tokens
 from ..core.run import Run
 from ..core.train import Meter, fit, load_policy
-from ..reasoning.rewards import as_judge, for_trl, make_rewards, try_rewards, weighted
+from ..reasoning.rewards import as_judge, for_trl, make_rewards, on_held_out, try_rewards, weighted
 
 # %% ../../nbs/alignment/rloo.ipynb #6c185760
 ESTIMATORS = ("rloo", "remax", "reinforce++")
@@ -104,12 +104,13 @@ def trl_config(settings: RLOO) -> dict:
 )  # fmt: skip
 def rloo(settings: RLOO, run: Run) -> None:
     "Raise the probability of answers in proportion to how much better they are than the others, the greedy one, or the batch."
-    rows, held_out = load_data(settings.data, "prompt"), load_data(settings.eval_data or settings.data, "prompt", "test")[: settings.eval_rows]
+    rows, held_out = load_data(settings.data, "prompt"), load_held_out(settings.data, settings.eval_data, "prompt", settings.eval_rows)
     rewards = make_rewards(settings.rewards, scorer(settings.data, rows), settings.max_new_tokens)
     policy, tokenizer = load_policy(settings)
     try_rewards(rewards, rows, tokenizer)
+    held_judge = as_judge(on_held_out(rewards, settings.eval_data, held_out))
     reference = starting_model(policy, settings) if settings.beta else None
-    stage = OnPolicy(run, settings, policy, tokenizer, rows, held_out, as_judge(rewards), reference)
+    stage = OnPolicy(run, settings, policy, tokenizer, rows, held_out, as_judge(rewards), reference, held_judge)
 
     def updates(step: int, meter: Meter):
         groups, batches = stage.step(step, meter)

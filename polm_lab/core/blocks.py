@@ -158,10 +158,11 @@ def walk(model, windows: Tensor, rows: int):
 # %% ../../nbs/core/blocks.ipynb #123da2c5
 def frame(settings, tokenizer):
     "The evaluation before and after of a run that changes weights: `evaluate(model)`; data are read now, so that what is wrong with them is said before anything is computed."
-    kind = natural_kind(settings.data)
+    measured = settings.eval_data or settings.data
+    kind = natural_kind(measured)
     held_out = load_held_out(settings.data, settings.eval_data, kind, settings.eval_rows)
     evaluation = Evaluation(
-        None, tokenizer, held_out, kind, max_length=256, score=scorer(settings.data, held_out), others=other_worlds(settings, tokenizer), seed=settings.seed,
+        None, tokenizer, held_out, kind, max_length=256, score=scorer(measured, held_out), others=other_worlds(settings, tokenizer), seed=settings.seed,
     )  # fmt: skip
 
     def evaluate(model) -> dict[str, float]:

@@ -9,6 +9,7 @@ __all__ = ['check', 'create', 'execute', 'stage']
 import re
 from pathlib import Path
 
+from .data import parse_spec
 from .knobs import RunSettings, WrongInput, knobs, make_settings
 from .method import Method, find
 from .run import Run, Stopped, open_run, parent_of
@@ -22,11 +23,20 @@ def check(name: str, values: dict) -> tuple[Method, RunSettings]:
     if engine not in found.engines:
         raise WrongInput(f"engine = {engine!r}: {name} runs on {', '.join(found.engines)}")
     for knob in {"model", "data", "eval_data", "chat_template"} & {k.name for k in knobs(settings)}:  # a run can be resumed from another folder
-        setattr(settings, knob, _full_path(getattr(settings, knob)))
+        full = _full_data if knob.endswith("data") else _full_path
+        setattr(settings, knob, full(getattr(settings, knob)))
     if hasattr(settings, "rewards"):
         settings.rewards = re.sub(r"[^\s,:]+\.py(?=:)", lambda found: _full_path(found[0]), settings.rewards)
         settings.rewards = re.sub(r"(?<=model:)[^\s,:]+", lambda found: re.sub(r"[^+()]+", lambda name: _full_path(name[0]), found[0]), settings.rewards)
     return found, settings
+
+
+def _full_data(value: str) -> str:
+    "A data spec with the full path of its file; a world, a Hub id, or what is no single spec as it is."
+    try:
+        return parse_spec(value).absolute()
+    except WrongInput:  # whoever reads the data says what is wrong, and knows where several may be given
+        return value
 
 
 def _full_path(value: str) -> str:

@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['quiet', 'sequence_logps', 'learned_tokens', 'mean_nll', 'perplexity', 'pass_at_k', 'last_number', 'matches', 'scorer',
-           'other_worlds', 'as_example', 'examples_of', 'mean_kl', 'win_rate', 'latency_ms', 'cost', 'Evaluation',
-           'lm_eval']
+           'other_worlds', 'worlds_of', 'as_example', 'examples_of', 'mean_kl', 'win_rate', 'latency_ms', 'cost',
+           'with_rows', 'Evaluation', 'lm_eval']
 
 # %% ../../nbs/core/evaluate.ipynb #d0f780c2
+import json
 import math
 import re
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Callable
 
 import torch
 
-from .data import collate, encode
+from .data import collate, encode, parse_spec
 from .knobs import WrongInput
 from .logprobs import Policy
 from .models import size_mib
@@ -90,18 +92,37 @@ def matches(row: dict, text: str) -> float:
 
 def scorer(spec: str, rows: list[dict]) -> Callable[[dict, str], float] | None:
     "How completions of these rows are scored in [0, 1]: by the world's gold rule, by the `answer` column, or not at all (None)."
-    if spec in WORLDS:
-        return WORLDS[spec].score
+    world = parse_spec(spec).world
+    if world:
+        return WORLDS[world].score
     return matches if rows and all("answer" in row for row in rows) else None
 
 
 def other_worlds(settings, tokenizer) -> tuple[str, ...]:
-    "Worlds other than the run's data, for a model that was pretrained on them (it has tiny's vocabulary): forgetting shows there."
+    "Worlds other than those the run's data are from, for a model that was pretrained on them (it has tiny's vocabulary): forgetting shows there."
     from polm_lab.core.models import built_in_models, load_tokenizer
 
     if "tiny" not in built_in_models() or tokenizer.get_vocab() != load_tokenizer("tiny").get_vocab():
         return ()
-    return tuple(name for name in WORLDS if name not in (settings.data, settings.eval_data))
+    mine = worlds_of(settings.data) | worlds_of(settings.eval_data)
+    return tuple(name for name in WORLDS if name not in mine)
+
+
+def worlds_of(spec: str) -> set[str]:
+    "The worlds that data are from: the world itself; for a file in a run's folder, such as its preferences, those of the run's data."
+    asked = parse_spec(spec)
+    if asked.world:
+        return {asked.world}
+    record = Path(asked.name).expanduser().parent / "run.json"
+    if asked.kind != "file" or not record.is_file():
+        return set()
+    try:
+        facts = json.loads(record.read_text(encoding="utf-8"))
+        source = str(facts.get("rows_from") or facts["settings"].get("data") or "")
+        itself = Path(parse_spec(source).name).parent == record.parent
+    except (OSError, ValueError, LookupError, AttributeError, WrongInput):  # no record of a run: a file like any other
+        return set()
+    return set() if itself else worlds_of(source)
 
 # %% ../../nbs/core/evaluate.ipynb #3c1ad1a9
 def as_example(prompt: list[int], completion: list[int]) -> dict:
@@ -146,18 +167,25 @@ def cost(model) -> dict[str, float]:
     return {"size_mib": size_mib(model), "latency_ms": latency_ms(model)}
 
 # %% ../../nbs/core/evaluate.ipynb #98e09fa7
+def with_rows(found: dict[str, float], rows: int, seen: dict[str, int] | None = None) -> dict[str, float]:
+    "An evaluation with `rows`, how many rows it saw, and `rows/NAME` for each metric NAME that saw another number by `seen`."
+    others = {f"rows/{name}": count for name, count in (seen or {}).items() if name in found and count != rows}
+    return found | {"rows": rows} | others
+
+
 class Evaluation:
     """The evaluation that frames a run; calling it gives metrics of the policy as it is now.
 
     `rows` are held-out rows as loaded; `kind` is their dataset type (`text`, `completion`, `preference`, `prompt`).
     Rows with completions give `perplexity`; rows with a scorer give sampled `accuracy` and `length` (and `pass_at_k` for `samples` > 1).
     `reference` adds `kl` on the policy's own samples. `others` (names of worlds) adds `perplexity/NAME` on text that the run does not train
-    on, and `forgetting`, the mean rise of its loss since the first call.
+    on, and `forgetting`, the mean rise of its loss since the first call. `rows` says how many rows it saw; see `with_rows`.
+    At most `prompts` rows are asked, all of them unless told otherwise.
     """
 
     def __init__(
         self, policy: Policy, tokenizer, rows: list[dict], kind: str, *, max_length: int, score=None, samples: int = 1, temperature: float = 1.0,
-        max_new_tokens: int = 64, reference: Policy | None = None, others: tuple[str, ...] = (), prompts: int = 64, seed: int = 0,
+        max_new_tokens: int = 64, reference: Policy | None = None, others: tuple[str, ...] = (), prompts: int | None = None, seed: int = 0,
         before: dict | None = None,
     ):  # fmt: skip
         self.policy, self.tokenizer, self.score, self.reference = policy, tokenizer, score, reference
@@ -176,7 +204,7 @@ class Evaluation:
         )  # fmt: skip
 
     def __call__(self) -> dict[str, float]:
-        pad, found = self.tokenizer.pad_token_id, {}
+        pad, found, seen = self.tokenizer.pad_token_id, {}, {}
         if self.examples:
             found["perplexity"] = perplexity(self.policy, self.examples, pad)
         if self.prompts:
@@ -191,14 +219,17 @@ class Evaluation:
             found["truncated"] = 1 - sum(rolled.ended) / len(rolled.ended)
             if self.reference is not None:
                 found["kl"] = mean_kl(self.policy, self.reference, examples_of(rolled), pad)
+            seen |= {name: len(self.prompts) for name in found if name != "perplexity"}
         for name, examples in self.others.items():
             found[f"perplexity/{name}"] = perplexity(self.policy, examples, pad)
+            seen[f"perplexity/{name}"] = len(examples)
         if self.before is None:
             self.before = found
         elif self.others:
             rises = [math.log(found[f"perplexity/{n}"] / self.before[f"perplexity/{n}"]) for n in self.others]
             found["forgetting"] = sum(rises) / len(rises)
-        return found
+            seen["forgetting"] = sum(map(len, self.others.values()))
+        return with_rows(found, len(self.examples or self.prompts), seen)
 
 # %% ../../nbs/core/evaluate.ipynb #cb327b73
 def lm_eval(model, tokenizer, tasks: list[str], limit: int | None = None, **options) -> dict[str, float]:

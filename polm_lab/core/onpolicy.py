@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .data import Order, collate, encode
-from .evaluate import Evaluation, as_example, other_worlds, quiet, scorer
+from .evaluate import Evaluation, as_example, other_worlds, quiet, scorer, with_rows
 from .knobs import Settings, WrongInput, knob
 from .logprobs import Policy, TokenStats
 from .models import load_model
@@ -309,11 +309,12 @@ def trl_groups(arguments: dict, parts: dict, totals: list[float], tokenizer, siz
 class OnPolicy:
     """The part of a step that on-policy methods share.
 
-    `policy` learns, `judge` scores, `reference` (None: none) is what the KL is taken to; `rows` are learned from, `held_out` are not. Dropout is switched off: noise
-    on one side of a ratio is noise in the ratio. Raises `WrongInput`.
+    `policy` learns, `judge` scores, `reference` (None: none) is what the KL is taken to; `rows` are learned from, `held_out` are not: `held_judge` scores them where
+    they have a rule of their own. Dropout is switched off: noise on one side of a ratio is noise in the ratio. Raises `WrongInput`.
     """
 
-    def __init__(self, run: Run, settings: Sampled, policy: Policy, tokenizer, rows: list[dict], held_out: list[dict], judge: Callable, reference: Policy | None = None):
+    def __init__(self, run: Run, settings: Sampled, policy: Policy, tokenizer, rows: list[dict], held_out: list[dict], judge: Callable, reference: Policy | None = None, held_judge: Callable | None = None):
+        self.held_judge = held_judge or judge
         self.run, self.settings, self.policy, self.tokenizer, self.judge, self.reference = run, settings, policy, tokenizer, judge, reference
         judges = [parent for model in getattr(judge, "models", ()) for parent in parent_of(model)]
         run.update(parents=[*dict.fromkeys([*run.record["parents"], *judges])])
@@ -375,7 +376,7 @@ class OnPolicy:
 
         def judge(rows, texts, ids, ended):
             try:
-                return self.judge(rows, texts, ids, ended)
+                return self.held_judge(rows, texts, ids, ended)
             except WrongInput:  # that no reward applies to these two is no fault
                 return SimpleNamespace(parts={}, total=[math.nan] * len(rows))
 
@@ -392,5 +393,6 @@ class OnPolicy:
         evaluation.reference = self.reference or starting_model(self.policy, self.settings)  # without β it is needed here only, and takes no memory while training
         found, rolled, evaluation.reference = evaluation(), evaluation.rolled, self.reference
         asked = [row for row in evaluation.rows for _ in range(self.settings.samples)]
-        scores = self.judge(asked, rolled.texts, rolled.completions, rolled.ended)
-        return found | {"reward": torch.tensor(scores.total).nanmean().item()}
+        totals = torch.tensor(self.held_judge(asked, rolled.texts, rolled.completions, rolled.ended).total)
+        applies = totals.isfinite().view(-1, self.settings.samples).any(1).sum().item()  # a reward may apply to some rows only
+        return with_rows(found | {"reward": totals.nanmean().item()}, found["rows"], {"reward": applies})

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.data import load_data
+from ..core.data import load_data, load_held_out
 from ..core.engine import train_with_trl
 from ..core.evaluate import scorer
 from ..core.knobs import WrongInput, knob, redefault
@@ -23,7 +23,7 @@ from ..core.onpolicy import starting_model, token_stats
 from ..core.rollout import end_tokens
 from ..core.run import Run
 from ..core.train import Meter, fit, load_policy
-from .rewards import Reward, as_judge, for_trl, make_rewards, try_rewards, weighted
+from .rewards import Reward, as_judge, for_trl, make_rewards, on_held_out, try_rewards, weighted
 
 # %% ../../nbs/reasoning/grpo.ipynb #8471c99c
 KLS = ("k1", "k2", "k3", "k3_weighted", "k1_reward", "k2_reward", "k3_reward")
@@ -121,14 +121,15 @@ def trl_config(settings: GRPO) -> dict:
     family="reasoning", title="Group relative policy optimization", paper="Shao et al. 2024 (DeepSeekMath), eq. 3, 4; survey eq. 8", data="prompt",
     needs=("reward", "reference"), engines=("lab", "trl"), small=dict(batch_size=8, samples=4, max_new_tokens=8, updates=2),
 )  # fmt: skip
-def grpo(settings: GRPO, run: Run, rewards: list[Reward] | None = None) -> None:
-    "Raise the probability of answers that score above the mean of their group; `rewards` take the place of those that the settings name."
-    rows, held_out = load_data(settings.data, "prompt"), load_data(settings.eval_data or settings.data, "prompt", "test")[: settings.eval_rows]
+def grpo(settings: GRPO, run: Run, rewards: list[Reward] | None = None, held_rewards: list[Reward] | None = None) -> None:
+    "Raise the probability of answers that score above the mean of their group; `rewards` (on held-out rows `held_rewards`) replace those of the settings."
+    rows, held_out = load_data(settings.data, "prompt"), load_held_out(settings.data, settings.eval_data, "prompt", settings.eval_rows)
     rewards = rewards or make_rewards(settings.rewards, scorer(settings.data, rows), settings.max_new_tokens)
     policy, tokenizer = load_policy(settings)
     try_rewards(rewards, rows, tokenizer)
+    held_judge = as_judge(held_rewards or on_held_out(rewards, settings.eval_data, held_out))
     reference = starting_model(policy, settings) if settings.beta else None
-    stage = OnPolicy(run, settings, policy, tokenizer, rows, held_out, as_judge(rewards), reference)
+    stage = OnPolicy(run, settings, policy, tokenizer, rows, held_out, as_judge(rewards), reference, held_judge)
 
     def advantages_of(totals: Tensor) -> Tensor:
         return group_advantages(totals, settings.samples, settings.scale, batch=everywhere(totals) if settings.scale == "batch" else None)[0]

@@ -6,7 +6,7 @@
 __all__ = ['STEP', 'LIBRARY', 'text_of', 'correct_reward', 'format_reward', 'steps_reward', 'length_reward', 'repetition_reward',
            'dialogue_reward', 'consistency_reward', 'tests_reward', 'Reward', 'short_name', 'parse_rewards',
            'load_function', 'make_rewards', 'Scores', 'weighted', 'call_rewards', 'as_completions', 'as_judge',
-           'try_rewards', 'dry_run', 'for_trl']
+           'on_held_out', 'try_rewards', 'dry_run', 'for_trl']
 
 # %% ../../nbs/reasoning/rewards.ipynb #c55d029b
 import asyncio
@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable
 
@@ -41,6 +41,7 @@ def correct_reward(score: Callable[[dict, str], float]) -> Callable:
         rows = ({name: values[i] for name, values in columns.items()} | {"prompt": prompt} for i, prompt in enumerate(prompts))
         return [score(row, text_of(completion)) for row, completion in zip(rows, completions)]
 
+    correct.by_score = True  # the rule belongs to the data: other data need their own
     return correct
 
 # %% ../../nbs/reasoning/rewards.ipynb #3f3724e6
@@ -340,6 +341,26 @@ def as_judge(rewards: list[Reward]) -> Callable:
 
     judge.models = [model for r in rewards for model in getattr(r.function, "models", ())]
     return judge
+
+
+def on_held_out(rewards: list[Reward], eval_data: str, rows: list[dict]) -> list[Reward]:
+    """The rewards for `rows` of `eval_data`, which say by their own rule what is correct; without `eval_data` as they are.
+
+    Where nothing says it, a reward of weight 0 is left out. Raises `WrongInput` for one that counts.
+    """
+    from polm_lab.core.evaluate import scorer
+
+    if not eval_data:
+        return rewards
+    score, found = scorer(eval_data, rows), []
+    for reward in rewards:
+        if not getattr(reward.function, "by_score", False):
+            found.append(reward)
+        elif score is not None:
+            found.append(replace(reward, function=correct_reward(score)))
+        elif reward.weight:
+            raise WrongInput(f"eval_data {eval_data!r}, reward {reward.name}: nothing tells what is correct; expected a built-in world or an `answer` column in every row; add the column, or leave eval_data empty")
+    return found
 
 
 def try_rewards(rewards: list[Reward], rows: list[dict], tokenizer, tries: int = 16) -> Scores:
