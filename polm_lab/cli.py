@@ -20,6 +20,7 @@ from pathlib import Path
 import click
 
 from .core.knobs import WrongInput, knobs
+from .core.metrics import results
 from .core.run import Run, Stopped, open_run, runs_folder
 from .workbench.sweep import Plan, Sweep, create_sweep, plan, resumable_sweep, results, sweep_table, work_sweep
 
@@ -71,7 +72,9 @@ def _report(run: Run, as_json: bool):
     if states:
         import pandas as pd
 
-        _print_frame(pd.DataFrame(states).rename_axis("metric"), index=True)
+        _print_frame(pd.DataFrame({name: results(found) for name, found in states.items()}).rename_axis("metric"), index=True)
+        rows = record["summary"].get("after", record["summary"].get("before", {})).get("rows")
+        click.echo(f"{'rows:':10} {rows} seen by the evaluation") if rows is not None else None
     if record.get("notebook_error"):
         click.echo(f"note: the run is not affected, but a lesson of its page does not hold here ({record['notebook_error']})")
     for what, name in (("record", ""), ("notebook", "notebook.ipynb"), ("panels", "panels.html")):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..core.data import Order, collate, encode, load_data, load_held_out, microbatches
 from ..core.engine import paired_collator, paired_rows, train_with_trl
-from ..core.evaluate import Evaluation, as_example, other_worlds, quiet, scorer, sequence_logps
+from ..core.evaluate import Evaluation, as_example, other_worlds, quiet, scorer, sequence_logps, with_rows
 from ..core.knobs import Settings, WrongInput, knob, redefault
 from ..core.logprobs import Policy
 from ..core.method import method
@@ -246,7 +246,8 @@ def dpo(settings: DPO, run: Run) -> None:
         if not held_out:
             return found
         judged = pair_metrics(*both_logps(policy, held_out, pad, 2 * size).unbind(1), *held_ref.unbind(1), beta)
-        return found | {name: values.mean().item() for name, values in judged.items()}
+        means = {name: values.mean().item() for name, values in judged.items()}
+        return with_rows(found | means, found["rows"], dict.fromkeys(means, len(held_out)))
 
     if settings.engine == "trl":
         return train_pairs_with_trl(run, settings, policy, tokenizer, pairs, evaluate)

@@ -22,7 +22,7 @@ from torch import Tensor
 from .dpo import doubt_of, pair_batches
 from ..core.data import Order, collate, encode, load_data, load_held_out
 from ..core.engine import train_with_trl
-from ..core.evaluate import quiet
+from ..core.evaluate import quiet, with_rows
 from ..core.knobs import Settings, WrongInput, knob, redefault
 from ..core.method import method
 from ..core.models import load_model, load_tokenizer, save_model
@@ -304,13 +304,14 @@ def reward(settings: RewardModel, run: Run) -> None:
 
     def evaluate():
         if not held_out:
-            return {}
+            return dict(rows=0)
         held_rewards[:] = score_rows(scorer, [pair[side] for pair in held_out for side in ("chosen", "rejected")], pad, 2 * size).view(-1, 2)
         chosen, rejected = held_rewards.unbind(1)
         longer = torch.tensor([float(len(pair["chosen"]["input_ids"]) - len(pair["rejected"]["input_ids"])) for pair in held_out])
         found = {name: values.mean().item() for name, values in pair_metrics(chosen, rejected).items()}
         gaps = chosen - rejected
-        return found | dict(loss=-F.logsigmoid(gaps).mean().item(), calibration_error=calibration(gaps)[1], length_bias=length_bias(gaps, longer))
+        found |= dict(loss=-F.logsigmoid(gaps).mean().item(), calibration_error=calibration(gaps)[1], length_bias=length_bias(gaps, longer))
+        return with_rows(found, len(held_out))
 
     def updates(step: int, meter: Meter):
         part = [pairs[i] for i in my_share(order.rows(step))]

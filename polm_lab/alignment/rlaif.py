@@ -19,7 +19,7 @@ from .dpo import DPO, dpo
 from .judges import ContrastJudge, Kept, Label, both_orders, kept_judge, label_pairs, make_judge, parse_judge, principle_of, read_key, under
 from .ppo import PPO, ppo
 from ..core.chain import stage
-from ..core.data import encode, load_data
+from ..core.data import encode, load_data, load_held_out, parse_spec
 from ..core.evaluate import scorer
 from ..core.knobs import Settings, WrongInput, knob, redefault
 from ..core.method import method
@@ -27,7 +27,7 @@ from ..core.models import load_model, load_tokenizer
 from ..core.rollout import rollout
 from ..core.run import Run, Stopped, replace_file
 from ..core.train import Progress, seed_of, world
-from ..core.worlds import WORLDS, user
+from ..core.worlds import user
 from ..finetuning.sft import SFT, sft
 from ..reasoning.grpo import GRPO, grpo
 from ..reasoning.rewards import Reward, as_completions, text_of
@@ -158,19 +158,19 @@ def judge_reward(judge: Callable, settings: RLAIF) -> Callable:
 
 def gold_name(settings: RLAIF) -> str:
     "The world that the data are from, without a number of rows; other data as they are."
-    return settings.data.split("#")[0] if settings.data.split("#")[0] in WORLDS else settings.data
+    return parse_spec(settings.data).world or settings.data
 
 
-def judge_of(settings: RLAIF, rows: list[dict], run: Run) -> Callable:
-    "The judge that the settings ask for; what it has to say goes into the run's log."
+def judge_of(settings: RLAIF, rows: list[dict], run: Run, data: str) -> Callable:
+    "The judge that the settings ask for, of rows of `data`; what it has to say goes into the run's log."
     shared = {name: getattr(settings, name) for name in ("constitution", "key_variable", "tries", "max_new_tokens", "dtype", "device")}
-    return make_judge(settings.judge, rows, score=scorer(gold_name(settings), rows), own=settings.model, say=run.note, **shared)
+    return make_judge(settings.judge, rows, score=scorer(data, rows), own=settings.model, say=run.note, **shared)
 
 
 def prepare(settings: RLAIF, run: Run, path: Path):
     "Write what is learned from: preference pairs, or revisions."
     rows = load_data(settings.data, "prompt")
-    judge = judge_of(settings, rows, run)
+    judge = judge_of(settings, rows, run, settings.data)
     pairs = sample_pairs(settings, rows)
     progress = Progress(run, len(pairs))
 
@@ -203,8 +203,12 @@ def rlaif(settings: RLAIF, run: Run) -> None:
     sampled = dict(samples=settings.samples, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, beta=settings.beta)
     if settings.train == "direct":
         rows, labels = load_data(settings.data, "prompt"), run.path / ("labels.jsonl" if run.writes else f"labels-{world()[0]}.jsonl")
-        judge = kept_judge(judge_of(settings, rows, run), Kept(labels))
-        return grpo(GRPO(**shared, **sampled), run, rewards=[Reward("judge", 1.0, judge_reward(judge, settings))])
+        judge = kept_judge(judge_of(settings, rows, run, settings.data), Kept(labels))
+        held_rewards = None
+        if settings.eval_data and settings.judge.startswith("rule:"):  # a rule such as correct belongs to the data
+            held_out = load_held_out(settings.data, settings.eval_data, "prompt", settings.eval_rows)
+            held_rewards = [Reward("judge", 1.0, judge_reward(judge_of(settings, held_out, run, settings.eval_data), settings))]
+        return grpo(GRPO(**shared, **sampled), run, rewards=[Reward("judge", 1.0, judge_reward(judge, settings))], held_rewards=held_rewards)
     if settings.train == "ppo" and world()[1] > 1:
         raise WrongInput("train = 'ppo': the reward model is trained by one process; in several, take a run's preferences.jsonl to `polm run reward`, and its model to `polm run ppo`")
     path = run.path / ("revisions.jsonl" if settings.train == "sft" else "preferences.jsonl")
@@ -212,7 +216,7 @@ def rlaif(settings: RLAIF, run: Run) -> None:
         prepare(settings, run, path)
     while not path.exists():  # by the first process; if that fails, its launcher ends the others
         time.sleep(0.1)
-    learned = shared | dict(data=str(path), eval_data=settings.eval_data or (gold_name(settings) if gold_name(settings) in WORLDS else ""))
+    learned = shared | dict(data=str(path), eval_data=settings.eval_data or parse_spec(settings.data).world)
     if settings.train == "ppo":
         same = {name: learned[name] for name in ("model", "data", "eval_data", "eval_rows", "seed", "dtype", "device", "max_length", "chat_template")}
         model = stage(run, "reward", "reward", steps=60, learning_rate=1e-3, **same)

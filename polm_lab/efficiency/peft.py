@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..core.chain import stage
 from ..core.data import encode_rows, load_data
+from ..core.evaluate import with_rows
 from ..core.knobs import RunSettings, WrongInput, knob
 from ..core.logprobs import Policy
 from ..core.method import method
@@ -135,4 +136,5 @@ def peft(settings: PEFT, run: Run) -> None:
         run.log(number, **gained)
         progress(number, gained)
     run.update(table=table, left_out=left_out)
-    run.frame("after", min(table, key=lambda row: row["perplexity"]))
+    best, seen = min(table, key=lambda row: row["perplexity"]), child.summary["after"]  # all parts are evaluated on the same rows
+    run.frame("after", with_rows(best, seen["rows"], {name: seen.get(f"rows/{name}", seen["rows"]) for name in gained}))

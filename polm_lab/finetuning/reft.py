@@ -14,8 +14,8 @@ from pathlib import Path
 
 from ..alignment.reward import load_reward
 from ..core.chain import stage
-from ..core.data import encode, load_data
-from ..core.evaluate import last_number, matches, pass_at_k
+from ..core.data import encode, load_data, parse_spec
+from ..core.evaluate import last_number, matches, pass_at_k, with_rows
 from ..core.knobs import RunSettings, WrongInput, knob, redefault
 from ..core.method import method
 from ..core.models import load_model, load_tokenizer, save_model
@@ -62,8 +62,9 @@ def best(texts: list[str], scores: list[float]) -> str:
 # %% ../../nbs/finetuning/reft.ipynb #ed73325a
 def load_questions(settings: ReFT, split: str) -> list[dict]:
     "Rows (prompt, completion, answer) of the data; raises `WrongInput`."
-    count = settings.questions if split == "train" else settings.prompts
-    if settings.data == "sums":
+    asked, count = parse_spec(settings.data), settings.questions if split == "train" else settings.prompts
+    if asked.world == "sums":
+        count = min(count, asked.limit or count) if split == "train" else count
         rows = WORLDS["sums"].rows("completion", count, 0, split, "steps")
     else:
         rows = load_data(settings.data, "completion", split)[:count]
@@ -138,7 +139,8 @@ def reft(settings: ReFT, run: Run) -> None:
         states[name] = tested(held_out, answers(model), judge)
         if number:
             run.log(number, **states[name])
-    run.frame("before", states["base"]), run.frame("after", states["reft"])
+    for when, name in (("before", "base"), ("after", "reft")):
+        run.frame(when, with_rows(states[name], len(held_out)))
     run.update(states=states, pairs=len(pairs))
     if run.writes:
         save_model(load_model(found.path, settings.dtype, settings.device), tokenizer, run.path / "model")

@@ -88,13 +88,14 @@ def sft(settings: SFT, run: Run) -> None:
     "Learn to answer like the examples."
     kind = natural_kind(settings.data)
     rows = load_data(settings.data, kind)
-    held_out = load_held_out(settings.data, settings.eval_data, kind, settings.eval_rows)
+    held_kind = natural_kind(settings.eval_data or settings.data)
+    held_out = load_held_out(settings.data, settings.eval_data, held_kind, settings.eval_rows)
     policy, tokenizer = load_policy(settings)
     if settings.keep_zeros:
         hold_zeros(policy.model)
     examples = encode_rows(tokenizer, rows, kind, settings.max_length, settings.completion_only)
     evaluation = Evaluation(
-        policy, tokenizer, held_out, kind, max_length=settings.max_length, score=scorer(settings.eval_data or settings.data, held_out),
+        policy, tokenizer, held_out, held_kind, max_length=settings.max_length, score=scorer(settings.eval_data or settings.data, held_out),
         others=other_worlds(settings, tokenizer), seed=settings.seed, before=run.summary.get("before"),
     )  # fmt: skip
 

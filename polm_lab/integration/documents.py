@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterable
 
-from ..core.data import Row, load_data, load_held_out, read_file
+from ..core.data import Row, load_data, load_held_out, parse_spec, read_file
 from ..core.knobs import WrongInput, knob, nearest, redefault
 from ..core.worlds import ENCYCLOPEDIA, RELATIONS, SYLLABLES, article, invent, split_of, values_of
 
@@ -202,11 +202,13 @@ def open_library(data: str, corpus: str = "", words: int = 100, rows: int = 10**
     `data` is `facts` (invented anew, unknown to any model) or a file with `question`, `answer` and, without a `corpus` of documents, `context`; SQuAD's and NQ's own files are read as they are. Where no passage is
     given as the right one, those that hold an answer are taken for it, as in DPR. Questions that come with a list of no answers (SQuAD 2.0) are left out, their contexts not. Raises `WrongInput`.
     """
-    if data == "facts":
-        if eval_data not in ("", "facts"):
+    asked, given = parse_spec(data), parse_spec(eval_data or data)
+    if asked.world == "facts":
+        if given.world != "facts":
             raise WrongInput(f"eval_data = {eval_data!r}: the invented library has held-out questions of its own; expected eval_data empty with data facts; give your questions as data")
         passages, questions = invented_library()
-        return passages, *([q for q in questions if q["split"] == split][: rows if split == "test" else None] for split in ("train", "test"))
+        most = {"train": asked.limit, "test": min(rows, given.limit or rows) if eval_data else rows}
+        return passages, *([q for q in questions if q["split"] == split][: most[split]] for split in ("train", "test"))
     parts = {"train": load_data(data, "prompt", "train"), "test": load_held_out(data, eval_data, "prompt", 10**9)}
     texts = dict.fromkeys(row["context"] for part in parts.values() for row in part if isinstance(row.get("context"), str))
     parts = {name: [row for row in part if row.get("answers", True)] for name, part in parts.items()}

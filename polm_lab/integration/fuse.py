@@ -24,7 +24,7 @@ from ..core.models import load_model, load_tokenizer, save_model
 from ..core.run import Run, Stopped, parent_of
 from ..core.train import seed_of
 from ..core.weights import Weights, check_alike
-from .merge import Experts, examine, tunes_of
+from .merge import Experts, examine, framed, tunes_of
 from .vocabulary import align, embeddings
 
 # %% ../../nbs/integration/fuse.ipynb #41d73a13
@@ -199,9 +199,9 @@ def fuse(settings: Fuse, run: Run) -> None:
     base.model.load_state_dict(merged, strict=False)
     save_model(base.model, words, run.path / "model")
     if tasks:
-        states = {name: examine(spec, tasks, settings.rows, settings) for name, spec in [("base", settings.model), *zip(specs, names), ("merged", run.path / "model")]}
+        states = {name: examine(spec, tasks, settings.rows, settings, sources) for name, spec in [("base", settings.model), *zip(specs, names), ("merged", run.path / "model")]}
         for number, found in enumerate(states.values(), 1):
             run.log(number, **found)
         run.update(states=states)
-        run.frame("before", states["base"])
-        run.frame("after", states["merged"])
+        for when, name in (("before", "base"), ("after", "merged")):
+            run.frame(when, framed(states[name], tasks, settings.rows, sources))

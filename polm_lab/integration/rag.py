@@ -19,7 +19,7 @@ from torch import Tensor
 from ..alignment.judges import EndpointJudge, parse_judge, read_key
 from ..core.chain import stage
 from ..core.data import encode
-from ..core.evaluate import sequence_logps
+from ..core.evaluate import sequence_logps, with_rows
 from ..core.knobs import RunSettings, WrongInput, knob, redefault
 from ..core.logprobs import Policy
 from ..core.method import method
@@ -29,7 +29,7 @@ from ..core.run import Run, Stopped
 from ..core.worlds import user
 from .documents import Library, answers_of, holds, open_library
 from .passages import HOWS, Encoder, Hit, Index
-from .retriever import reading_rows, retrieval_metrics
+from .retriever import ranked_rows, reading_rows, retrieval_metrics
 
 # %% ../../nbs/integration/rag.ipynb #fbc5a440
 @dataclass(kw_only=True)
@@ -271,5 +271,6 @@ def rag(settings: RAG, run: Run) -> None:
     latency = {f"stage_ms/{name}": sorted(row[name] for row in each)[len(each) // 2] for name in pipeline.seconds}
     run.sample(len(ways), rows)
     run.update(ways=arms)
-    run.frame("before", arms["no passages"])
-    run.frame("after", arms[settings.search] | {f"accuracy/{name.replace(' ', '_')}": found["accuracy"] for name, found in arms.items()} | latency)
+    after = arms[settings.search] | {f"accuracy/{name.replace(' ', '_')}": found["accuracy"] for name, found in arms.items()} | latency
+    run.frame("before", with_rows(arms["no passages"], len(questions)))
+    run.frame("after", with_rows(after, len(questions), ranked_rows(after, questions) | dict.fromkeys(latency, len(each))))

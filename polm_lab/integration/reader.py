@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.data import Order, collate, encode
-from ..core.evaluate import other_worlds, perplexity
+from ..core.evaluate import other_worlds, perplexity, with_rows
 from ..core.knobs import Settings, WrongInput, knob, redefault
 from ..core.logprobs import Policy
 from ..core.method import method
@@ -24,7 +24,7 @@ from ..core.worlds import WORLDS
 from .documents import Library, open_library
 from .passages import HOWS, Encoder, Hit, Index
 from .rag import LocalReader, Rag, measure_arm
-from .retriever import DualEncoder, encode_texts, reading_rows, save_encoder, vectors_of
+from .retriever import DualEncoder, encode_texts, ranked_rows, reading_rows, save_encoder, vectors_of
 
 # %% ../../nbs/integration/reader.ipynb #9f42feb1
 @dataclass(kw_only=True)
@@ -155,7 +155,9 @@ def reader(settings: Reader, run: Run) -> None:
             best = [[(n, 1.0) for n in row] for row in held_hits]
         found = [[Hit(passages[n]["id"], texts[n], score) for n, score in row] for row in best]
         metrics, _ = measure_arm(Rag(None, LocalReader(policy, tokenizer), "dense" if joint else "bm25", settings.k, reading="together" if together else "apart"), held_out, found)
-        return metrics | {f"perplexity/{name}": perplexity(policy, rows, pad) for name, rows in others.items()}
+        metrics |= {f"perplexity/{name}": perplexity(policy, rows, pad) for name, rows in others.items()}
+        seen = ranked_rows(metrics, held_out) | {f"perplexity/{name}": len(rows) for name, rows in others.items()}
+        return with_rows(metrics, len(held_out), seen)
 
     def updates(step: int, meter: Meter):
         if joint and settings.refresh and step % settings.refresh == 0:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Retriever', 'contrastive_loss', 'in_batch', 'distillation_loss', 'DualEncoder', 'encode_texts', 'vectors_of',
            'from_all', 'pulled', 'states_answer', 'reading_rows', 'likelihoods', 'teach', 'retrieval_metrics',
-           'save_encoder', 'retriever']
+           'ranked_rows', 'save_encoder', 'retriever']
 
 # %% ../../nbs/integration/retriever.ipynb #022e2fcb
 import json
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..alignment.reward import load_reward
 from ..core.data import Order, collate
-from ..core.evaluate import quiet, sequence_logps
+from ..core.evaluate import quiet, sequence_logps, with_rows
 from ..core.knobs import Settings, WrongInput, knob, redefault
 from ..core.logprobs import Policy, states
 from ..core.method import method
@@ -189,6 +189,12 @@ def retrieval_metrics(rankings: list[list[str]], positives: list[list[str]], at:
     return {f"recall/{k}": sum(r is not None and r <= k for r in ranks) / n for k in at} | {"mrr": sum(1 / r for r in ranks if r) / n}
 
 
+def ranked_rows(found: dict[str, float], questions: list[dict]) -> dict[str, int]:
+    "How many questions `retrieval_metrics` counted, for each of its metrics in `found`: those with a right passage."
+    count = sum(bool(q["positives"]) for q in questions)
+    return {name: count for name in found if name.partition("/")[0] in ("recall", "mrr")}
+
+
 def save_encoder(model, tokenizer, folder) -> Path:
     "Save a causal LM so that sentence-transformers, transformers and `Encoder` all read it as an encoder: mean of its states, length 1, prompts for both sides."
     folder = save_model(model, tokenizer, folder)
@@ -233,7 +239,8 @@ def retriever(settings: Retriever, run: Run) -> None:
     def evaluate():
         scores = vectors_of(encoder, asked, pad) @ vectors_of(encoder, documents, pad).T
         best = scores.topk(min(20, len(passages)), dim=1).indices.tolist()
-        return retrieval_metrics([[passages[n]["id"] for n in row] for row in best], [q["positives"] for q in held_out])
+        found = retrieval_metrics([[passages[n]["id"] for n in row] for row in best], [q["positives"] for q in held_out])
+        return with_rows(found, len(held_out), ranked_rows(found, held_out))
 
     def updates(step: int, meter: Meter):
         own = my_share(order.rows(step))

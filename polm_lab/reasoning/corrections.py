@@ -12,7 +12,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Callable
 
-from ..core.data import load_data
+from ..core.data import load_data, parse_spec
 from ..core.knobs import WrongInput
 from ..core.worlds import WORLDS
 from .asking import Ask, Trace
@@ -73,7 +73,7 @@ def spoiled(steps: list[str], rng: random.Random) -> tuple[list[str], int]:
 
 def spoiled_steps(data: str, n: int, seed: int, words) -> list[dict]:
     "Worked answers, some with a mistake put in by a rule, and what a critic is to say. Raises `WrongInput` where answers are not worked out."
-    world, rng, made = WORLDS.get(data.split("#")[0]), random.Random(seed), []
+    world, rng, made = WORLDS.get(parse_spec(data).world), random.Random(seed), []
     rows = world.rows("completion", n, seed, "train", "steps") if world and "steps" in world.forms else load_data(data, "completion")[:n]
     for row in rows:
         right = words.steps(re.sub(r"<<.*?>>|\n####.*", "", text_of(row["completion"])))

@@ -12,8 +12,9 @@ from typing import Callable
 
 from ..alignment.ppo import PPO, ppo
 from ..core.data import Order, Row, encode_rows, load_data, load_held_out
-from ..core.evaluate import quiet
+from ..core.evaluate import quiet, with_rows
 from ..core.knobs import Settings, WrongInput, knob, redefault
+from ..core.metrics import results
 from ..core.logprobs import Policy
 from ..core.method import method
 from ..core.models import load_model, load_tokenizer, save_model
@@ -95,7 +96,8 @@ def looped(settings: Critic, rows: list[dict], words: Words, score: Callable, ba
     checks = [(t, s) for t in traces for s in t.steps if s.role == "feedback" and s.round == 1 and "fine" in s.facts]
     verdicts = [(s.facts["fine"], score(t.row, t.answers[0]) == 1) for t, s in checks]
     judged = {"accuracy/verdict": sum(said == right for said, right in verdicts) / len(traces)} if settings.learn in ("critique", "refiner") else {}
-    return round_metrics(traces, last, score) | {"accuracy/draft": round_metrics(traces, 0, score)["accuracy"]} | judged
+    found = round_metrics(traces, last, score) | {"accuracy/draft": round_metrics(traces, 0, score)["accuracy"]} | judged
+    return with_rows(found, len(rows))
 
 # %% ../../nbs/reasoning/critic.ipynb #b45a2d07
 ASKS = {  # what the trained part is asked
@@ -190,7 +192,7 @@ def critic(settings: Critic, run: Run) -> None:
     learned = read_lines(path) or rows_to_learn(settings, data, rows, words, score, base)  # every process comes to the same rows
     if run.writes:
         replace_file(path, "".join(json.dumps(row) + "\n" for row in learned))
-    run.update(rows=len(learned))
+    run.update(rows=len(learned), rows_from=data)
     if settings.learn != "coderl":
         return imitate(settings, run, policy, tokenizer, learned, figures)
     del policy  # PPO has its own
@@ -198,9 +200,11 @@ def critic(settings: Critic, run: Run) -> None:
         run.update(untrained=figures(base.writer.model))
     make_accelerator(settings).wait_for_everyone()  # the file is there for all
     shared = {name: getattr(settings, name) for name in (*Settings.__dataclass_fields__, "max_new_tokens", "temperature")}
-    learning = dict(data=str(path), eval_data=str(path), rewards="polm_lab.reasoning.corrections:coderl", epochs=1, minibatches=1, details="missing_eos")
+    learning = dict(data=str(path), eval_data="", rewards="polm_lab.reasoning.corrections:coderl", epochs=1, minibatches=1, details="missing_eos")
     ppo(PPO(**shared | learning), run)
     if run.writes:  # PPO's own figures, and those of the loop
         ours = dict(before=run.record["untrained"], after=figures(load_model(run.path / "model", settings.dtype, settings.device).eval()))
         for when, found in ours.items():
-            run.frame(when, run.record["summary"][when] | found)
+            theirs = run.record["summary"][when]
+            seen = {name: theirs.get(f"rows/{name}", theirs["rows"]) for name in results(theirs) if name not in found}
+            run.frame(when, with_rows(results(theirs) | results(found), found["rows"], seen))

@@ -9,6 +9,7 @@ __all__ = ['LANGUAGES', 'WORKED', 'Known', 'SumWords', 'SumSteps', 'FactWords', 
 import re
 
 from ..alignment.judges import request_of, under
+from ..core.data import parse_spec
 from ..core.knobs import WrongInput
 from ..core.models import built_in_models, load_tokenizer
 from ..core.worlds import RELATIONS, last_integer, user
@@ -262,7 +263,7 @@ def words_for(data: str, tokenizer=None, words: str = "") -> Words:
     "The language `words` (english, or a world's), or, if that is empty, the one for rows of `data`: what the embedded model knows if the tokenizer is its, else English."
     if words:
         return LANGUAGES[words]()
-    world = data.split("#")[0]
+    world = parse_spec(data).world
     if tokenizer is None or "tiny" not in built_in_models() or tokenizer.get_vocab() != load_tokenizer("tiny").get_vocab():
         return Words()
     if world not in LANGUAGES:

@@ -11,8 +11,10 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Callable
 
-from ..core.data import load_held_out
+from ..core.data import load_held_out, parse_spec
+from ..core.evaluate import with_rows
 from ..core.knobs import RunSettings, WrongInput, knob, nearest
+from ..core.metrics import results
 from ..core.method import method
 from ..core.run import Run, Stopped
 from ..core.sandbox import isolator
@@ -150,11 +152,11 @@ def prepare(settings: SelfRefine, run: Run):
         raise WrongInput(f"strategy = {settings.strategy!r}: {nearest(settings.strategy, STRATEGIES)}")
     way, problems = STRATEGIES[settings.strategy], (settings.data or STRATEGIES[settings.strategy].data) == "equations"
     data = "code" if problems else settings.data or way.data
-    rows = equations(settings.questions, settings.seed) if problems else load_held_out(data, settings.data, "prompt", settings.questions)
+    rows = equations(settings.questions, settings.seed) if problems else load_held_out("", data, "prompt", settings.questions)
     writer = make_writer(settings.model, settings.endpoint, key_variable=settings.key_variable, dtype=settings.dtype, device=settings.device, run=run)
     words = words_for(data, getattr(writer, "tokenizer", None), settings.words)
     score = solved if problems else scoring(data, rows, words)
-    tool = "solver" if problems else TOOLS.get(data.split("#")[0], "tests" if all(row.get("tests") for row in rows) else "calculator")
+    tool = "solver" if problems else TOOLS.get(parse_spec(data).world, "tests" if all(row.get("tests") for row in rows) else "calculator")
     critic = settings.critic or way.critic
     loop = dict(
         draft=draft(words),
@@ -189,7 +191,7 @@ def selfrefine(settings: SelfRefine, run: Run) -> None:
         if round:
             run.log(round, **found)
         else:
-            run.frame("before", found)
+            run.frame("before", with_rows(found, len(rows)))
         progress(round, found)
 
     for last, live in refine(traces, **loop, ask=ask, rounds=rounds):
@@ -201,12 +203,12 @@ def selfrefine(settings: SelfRefine, run: Run) -> None:
         note(round)
     errors = sum("error" in step.facts for t in traces for step in t.steps)
     run.update(endings=dict(Counter(t.over for t in traces)), tool_errors=errors)
-    run.frame("after", found)
+    run.frame("after", with_rows(found, len(rows)))
 
 
 def round_table(run: Run):
     "The figures of each round of a run, as a DataFrame; round 0 is the draft."
     import pandas as pd
 
-    rounds = [dict(step=0, **run.summary["before"]), *run.lines()]
+    rounds = [dict(step=0, **results(run.summary["before"])), *run.lines()]
     return pd.DataFrame(rounds).drop(columns="seconds", errors="ignore").rename(columns={"step": "round"}).set_index("round")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Callable
 
 from ..alignment.judges import request_of
+from ..core.data import parse_spec
 from ..core.evaluate import matches
 from ..core.knobs import WrongInput
 from ..core.sandbox import isolator, run_code
@@ -210,7 +211,7 @@ def scoring(data: str, rows: list[dict], words) -> Callable[[dict, str], float]:
     "How right an answer to one of these rows is, in [0, 1]: by the rule of the world, all tests of the row, or its `answer`, of what the answer comes to in these words. Raises `WrongInput`."
     if not rows:
         raise WrongInput(f"data = {data!r}: no rows to ask; expected at least one; name a file with more")
-    world = WORLDS.get(data.split("#")[0])
+    world = WORLDS.get(parse_spec(data).world)
     if world and (words.world or not all(row.get("tests") for row in rows)):
         return lambda row, text: world.score(row, words.result(text))
     for row in rows:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..alignment.reward import load_reward
 from ..core.chain import stage
 from ..core.data import encode, load_data
+from ..core.evaluate import with_rows
 from ..core.knobs import RunSettings, WrongInput, knob
 from ..core.method import method
 from ..core.models import load_model, load_tokenizer
@@ -91,7 +92,7 @@ def overoptimization(settings: Overoptimization, run: Run) -> None:
         run.update(curves=curves, accuracy={**run.record.get("accuracy", {}), str(size): proxy.summary["after"]["accuracy"]})
     ends = {when: {f"reward/gold {size}": curves[f"rl {size}"][at]["gold"] for size in sizes} for when, at in (("before", 0), ("after", -1))}
     for when, values in ends.items():
-        run.frame(when, values)
+        run.frame(when, with_rows(values, trained.summary[when]["rows"]))
 
 
 def curve_table(run: Run):

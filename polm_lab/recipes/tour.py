@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ..core.chain import stage
 from ..core.data import encode, load_data
-from ..core.evaluate import examples_of, mean_kl, perplexity, sequence_logps
+from ..core.evaluate import examples_of, mean_kl, perplexity, sequence_logps, with_rows
 from ..core.knobs import RunSettings, knob
 from ..core.logprobs import Policy
 from ..core.method import method
@@ -40,7 +40,7 @@ def battery(policy: Policy, base: Policy, tokenizer, rows: int, max_length: int 
         questions = load_data(world, "prompt", "test")[:rows]
         asked = [encode(tokenizer, row, "prompt", max_length)["input_ids"] for row in questions]
         rolled = rollout(policy.model, tokenizer, asked, max_new_tokens=64, seeds=0)
-        found[name] = sum(WORLDS[world].score(row, text) for row, text in zip(questions, rolled.texts)) / rows
+        found[name] = sum(WORLDS[world].score(row, text) for row, text in zip(questions, rolled.texts)) / len(questions)
         sampled += examples_of(rolled)
     pairs = [encode(tokenizer, row, "preference", max_length) for row in load_data("chat", "preference", "test")[:rows]]
     chosen, rejected = ([pair[side] for pair in pairs] for side in ("chosen", "rejected"))
@@ -62,13 +62,14 @@ def tour(settings: Tour, run: Run) -> None:
     base = Policy(load_model(settings.model, settings.dtype, settings.device))
     states, model, runs = {"base": battery(base, base, tokenizer, settings.prompts)}, settings.model, []
     run.update(total=len(plan))
-    run.frame("before", states["base"])
+    rows = len(load_data("chat", "prompt", "test")[: settings.prompts])  # of each world; kl is of the answers to both
+    run.frame("before", with_rows(states["base"], rows, {"kl": 2 * rows}))
     for number, (name, values) in enumerate(plan.items(), 1):
         runs.append(stage(run, name, name, model=str(model), **values, **shared))
         model = runs[-1].path / "model"
         states[name] = battery(Policy(load_model(model, settings.dtype, settings.device)), base, tokenizer, settings.prompts)
         run.log(number, **states[name])
-    run.frame("after", states[name])
+    run.frame("after", with_rows(states[name], rows, {"kl": 2 * rows}))
     run.update(states=states)
     write_page(runs, run.path / "panels.html", "The tour: SFT, DPO, GRPO", front=state_table(run).to_html(float_format=lambda v: f"{v:.3g}"))
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from ..core.chain import check, create, execute
 from ..core.knobs import WrongInput, knobs
 from ..core.method import find, methods
+from ..core.metrics import is_count
 from ..core.run import Run, Stopped, all_runs, open_run, runs_folder
 
 # %% ../../nbs/workbench/launch.ipynb #d3e3ad25
@@ -373,6 +374,9 @@ def compare(*which, out=None):
         if len(set(map(str, values))) > 1:
             table[name] = values
     for name in dict.fromkeys(k for r in found for part in r.summary.values() for k in part):
+        counts = [r.summary.get(when, {}).get(name) for r in found for when in ("before", "after")]
+        if is_count(name) and len(set(counts)) == 1:  # how many rows were seen is said where it differs
+            continue
         table[name] = [" → ".join(_short(r.summary.get(when, {}).get(name)) for when in ("before", "after")) for r in found]
     return pd.DataFrame(table, index=[r.id for r in found]).T
 

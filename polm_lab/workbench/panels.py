@@ -22,7 +22,7 @@ import numpy as np
 import traitlets
 
 from ..core.knobs import WrongInput
-from ..core.metrics import METRICS, metric
+from ..core.metrics import METRICS, is_count, metric, results
 from ..core.run import Run, open_run
 from .browser import visible
 from .record import Record, smooth, thin
@@ -83,7 +83,7 @@ GROUPS = {
 def shown_metrics(names) -> list[str]:
     "The names to draw, in the order of the vocabulary; `eval/NAME` is drawn with NAME, what is outside it comes last."
     order = list(METRICS)
-    found = {name.removeprefix("eval/") for name in names} - {"step", "seconds"}
+    found = {name.removeprefix("eval/") for name in names if not is_count(name)} - {"step", "seconds"}
     return sorted(found, key=lambda name: (order.index(name.split("/")[0]) if name.split("/")[0] in order else len(order), name))
 
 
@@ -338,7 +338,9 @@ h2{margin-top:2.2rem}"""
 def summary_table(run: Run) -> str:
     "The evaluations before and after a run as an HTML table."
     parts = run.summary
-    names = dict.fromkeys(name for part in parts.values() for name in part)
+    names = dict.fromkeys(name for part in parts.values() for name in results(part))
+    rows = parts.get("after", parts.get("before", {})).get("rows")
+    seen = "" if rows is None else f" on {rows} rows"
 
     def cell(when, name):
         value = parts.get(when, {}).get(name)
@@ -348,7 +350,7 @@ def summary_table(run: Run) -> str:
         about = re.sub("<[^>]*>", " ", explain(name))
         return f"<tr><td title='{about}'>{html.escape(name)}</td>{cell('before', name)}{cell('after', name)}</tr>"
 
-    return f"<table><tr><th>metric</th><th>before</th><th>after</th></tr>{''.join(map(row, names))}</table>"
+    return f"<table><tr><th>metric{seen}</th><th>before</th><th>after</th></tr>{''.join(map(row, names))}</table>"
 
 
 def sample_texts(run: Run, rows: int = 6) -> str:
