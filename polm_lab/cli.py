@@ -20,7 +20,7 @@ from pathlib import Path
 import click
 
 from .core.knobs import WrongInput, knobs
-from .core.metrics import results
+from .core.metrics import without_counts
 from .core.run import Run, Stopped, open_run, runs_folder
 from .workbench.sweep import Plan, Sweep, create_sweep, plan, resumable_sweep, results, sweep_table, work_sweep
 
@@ -72,7 +72,7 @@ def _report(run: Run, as_json: bool):
     if states:
         import pandas as pd
 
-        _print_frame(pd.DataFrame({name: results(found) for name, found in states.items()}).rename_axis("metric"), index=True)
+        _print_frame(pd.DataFrame({name: without_counts(found) for name, found in states.items()}).rename_axis("metric"), index=True)
         rows = record["summary"].get("after", record["summary"].get("before", {})).get("rows")
         click.echo(f"{'rows:':10} {rows} seen by the evaluation") if rows is not None else None
     if record.get("notebook_error"):

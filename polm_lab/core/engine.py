@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .knobs import Settings, WrongInput
-from .metrics import results
+from .metrics import without_counts
 from .run import Run, Stopped
 
 # %% ../../nbs/core/engine.ipynb #9960df4e
@@ -170,7 +170,7 @@ def _record(run: Run, settings: Settings, evaluate):
             self.tokens = tokens
             metrics["memory_mib"] = peak_memory(args.device)
             if evaluate and settings.eval_every and step % settings.eval_every == 0 and step < settings.steps:
-                metrics |= {f"eval/{name}": value for name, value in results(evaluate()).items()}
+                metrics |= {f"eval/{name}": value for name, value in without_counts(evaluate()).items()}
             run.log(step, **metrics)
             self.progress(step, metrics)
 

@@ -26,7 +26,7 @@ from typing import Callable, Iterable
 import torch
 
 from .knobs import Settings, WrongInput
-from .metrics import results
+from .metrics import without_counts
 from .run import Run, Stopped
 
 # %% ../../nbs/core/train.ipynb #70e16f5d
@@ -351,7 +351,7 @@ def fit(
             memory_mib=peak_memory(accelerator.device),
         )  # fmt: skip
         if evaluate and settings.eval_every and (step + 1) % settings.eval_every == 0 and step + 1 < settings.steps:
-            metrics |= {f"eval/{name}": value for name, value in results(evaluate()).items()}
+            metrics |= {f"eval/{name}": value for name, value in without_counts(evaluate()).items()}
         run.log(step + 1, **metrics)
         if settings.tracker != "none":
             accelerator.log(metrics, step=step + 1)

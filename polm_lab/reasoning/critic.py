@@ -14,7 +14,7 @@ from ..alignment.ppo import PPO, ppo
 from ..core.data import Order, Row, encode_rows, load_data, load_held_out
 from ..core.evaluate import quiet, with_rows
 from ..core.knobs import Settings, WrongInput, knob, redefault
-from ..core.metrics import results
+from ..core.metrics import without_counts
 from ..core.logprobs import Policy
 from ..core.method import method
 from ..core.models import load_model, load_tokenizer, save_model
@@ -206,5 +206,5 @@ def critic(settings: Critic, run: Run) -> None:
         ours = dict(before=run.record["untrained"], after=figures(load_model(run.path / "model", settings.dtype, settings.device).eval()))
         for when, found in ours.items():
             theirs = run.record["summary"][when]
-            seen = {name: theirs.get(f"rows/{name}", theirs["rows"]) for name in results(theirs) if name not in found}
-            run.frame(when, with_rows(results(theirs) | results(found), found["rows"], seen))
+            seen = {name: theirs.get(f"rows/{name}", theirs["rows"]) for name in without_counts(theirs) if name not in found}
+            run.frame(when, with_rows(without_counts(theirs) | without_counts(found), found["rows"], seen))

@@ -14,7 +14,7 @@ from typing import Callable
 from ..core.data import load_held_out, parse_spec
 from ..core.evaluate import with_rows
 from ..core.knobs import RunSettings, WrongInput, knob, nearest
-from ..core.metrics import results
+from ..core.metrics import without_counts
 from ..core.method import method
 from ..core.run import Run, Stopped
 from ..core.sandbox import isolator
@@ -210,5 +210,5 @@ def round_table(run: Run):
     "The figures of each round of a run, as a DataFrame; round 0 is the draft."
     import pandas as pd
 
-    rounds = [dict(step=0, **results(run.summary["before"])), *run.lines()]
+    rounds = [dict(step=0, **without_counts(run.summary["before"])), *run.lines()]
     return pd.DataFrame(rounds).drop(columns="seconds", errors="ignore").rename(columns={"step": "round"}).set_index("round")

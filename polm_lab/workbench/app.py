@@ -20,7 +20,7 @@ import traitlets
 
 from ..core.knobs import WrongInput
 from ..core.method import find, methods
-from ..core.metrics import results
+from ..core.metrics import without_counts
 from ..core.run import Run, all_runs, open_run, runs_folder
 from .browser import Code, Page, Table, visible
 from .controls import Form, last_words, presets, preview_data, preview_model, save_preset, trial
@@ -328,7 +328,7 @@ class RunBar(widgets.VBox):
 
 def summary_html(summary: dict) -> str:
     "The evaluations before and after: name, before → after."
-    names = list(dict.fromkeys(n for part in summary.values() for n in results(part)))
+    names = list(dict.fromkeys(n for part in summary.values() for n in without_counts(part)))
     said = lambda when, n: "–" if not isinstance(summary.get(when, {}).get(n), (int, float)) else f"{summary[when][n]:.4g}"
     each = "".join(f"<span>{html.escape(n)}&ensp;<b>{said('before', n)} → {said('after', n)}</b></span>" for n in names)
     return f"<div role='group' aria-label='Evaluation before and after' style='display:flex;flex-wrap:wrap;gap:0 1.6em;line-height:1.6'>{each}</div>" if names else ""

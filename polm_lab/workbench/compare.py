@@ -17,7 +17,7 @@ import ipywidgets as widgets
 import traitlets
 
 from ..core.knobs import WrongInput, nearest
-from ..core.metrics import metric, results
+from ..core.metrics import metric, without_counts
 from ..core.run import Run, all_runs, open_run, runs_folder
 from .browser import Table, visible
 from .panels import COLORS, advantage_histogram, as_text, framed, frontier, live_figure, panels, style, write_page
@@ -66,7 +66,7 @@ def leaderboard(out=None, metric_name: str = "accuracy") -> list[dict]:
     Runs are comparable where `data` is the same. Raises `WrongInput` for a metric that no run has.
     """
     found = [(run, run.summary) for run in all_runs(out)]
-    known = sorted({name for _, summary in found for name in results(summary.get("after", {}))})
+    known = sorted({name for _, summary in found for name in without_counts(summary.get("after", {}))})
     if metric_name not in known:
         raise WrongInput(f"metric {metric_name!r}: no evaluation below {runs_folder(out)} has it; {nearest(metric_name, known)}")
     rows = []
@@ -313,7 +313,7 @@ class Compare(widgets.VBox):
         self.table.selected = [i for i, row in enumerate(self.table.rows) if (row["run"] in clicked) != (row["run"] in self.chosen)]
 
     def _leaderboard(self):
-        known = sorted({name for run in all_runs(self.out) for name in results(run.summary.get("after", {}))})
+        known = sorted({name for run in all_runs(self.out) for name in without_counts(run.summary.get("after", {}))})
         if not known:
             raise WrongInput(f"{self.out}: no run was evaluated yet")
         picker = widgets.Dropdown(options=known, value=self.metric_name if self.metric_name in known else known[0], description="metric")

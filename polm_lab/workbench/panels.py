@@ -22,7 +22,7 @@ import numpy as np
 import traitlets
 
 from ..core.knobs import WrongInput
-from ..core.metrics import METRICS, is_count, metric, results
+from ..core.metrics import METRICS, is_count, metric, without_counts
 from ..core.run import Run, open_run
 from .browser import visible
 from .record import Record, smooth, thin
@@ -338,7 +338,7 @@ h2{margin-top:2.2rem}"""
 def summary_table(run: Run) -> str:
     "The evaluations before and after a run as an HTML table."
     parts = run.summary
-    names = dict.fromkeys(name for part in parts.values() for name in results(part))
+    names = dict.fromkeys(name for part in parts.values() for name in without_counts(part))
     rows = parts.get("after", parts.get("before", {})).get("rows")
     seen = "" if rows is None else f" on {rows} rows"
 

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 
 from ..core.knobs import Knob, WrongInput, knob, knobs, make_settings, nearest
 from ..core.method import find
-from ..core.metrics import METRICS, metric as meaning_of, results
+from ..core.metrics import METRICS, metric as meaning_of, without_counts
 from ..core.run import Run, Stopped, all_runs, open_run, runs_folder
 from . import launch
 
@@ -270,7 +270,7 @@ def result_of(run: Run, metric: str) -> float | None:
     after = run.summary.get("after", {})
     values = [after[metric]] if metric in after else list(curve_of(run, metric).values())
     if not values:
-        raise WrongInput(f"metric = {metric!r}: {run.id} has none; {nearest(metric, results(after))}")
+        raise WrongInput(f"metric = {metric!r}: {run.id} has none; {nearest(metric, without_counts(after))}")
     return float(values[-1]) if values[-1] is not None and math.isfinite(values[-1]) else None
 
 # %% ../../nbs/workbench/sweep.ipynb #534637a6
