@@ -16,6 +16,7 @@ from polm_lab.core.metrics import is_count, metric
 from polm_lab.core.models import load_model, load_tokenizer
 from polm_lab.core.run import Run
 from polm_lab.core.worlds import WORLDS
+from polm_lab.integration.documents import open_library
 from polm_lab.reasoning.rewards import make_rewards, on_held_out
 
 TRAIN, SEEN, GIVEN = 48, 8, 5  # rows of a world, rows of the evaluation at most, rows of a file to evaluate on
@@ -169,7 +170,13 @@ def rows_for(method, n, split):
     if world == "facts":
         places = ["Alba", "Bern", "Cork", "Dijon", "Essen", "Faro", "Ghent", "Hull"]
         return [dict(question=f"Where is house {i}?", answer=places[i % 8], context=f"House {i} is in {places[i % 8]}.") for i in range(n)]
-    return WORLDS[world].rows(method.data, n, 3, split)
+    kind = "preference" if method.name == "rlaif" and split == "test" else method.data  # it learns from the pairs that it makes
+    return WORLDS[world].rows(kind, n, 3, split)
+
+
+def all_rows(world):
+    "How many rows of a world there are to learn from."
+    return len(open_library("facts")[1]) if world == "facts" else TRAIN
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +190,7 @@ def ended(tmp_path_factory):
         world, place = world_of(method), folder / f"{name}-{source}-{given}"
         place.mkdir()
         specs = {
-            "world": world, "part": f"{world}#{TRAIN}", "file": written(place / "train.jsonl", rows_for(method, TRAIN, "train")),
+            "world": world, "part": f"{world}#{all_rows(world)}", "file": written(place / "train.jsonl", rows_for(method, TRAIN, "train")),
             "none": "", "given": written(place / "given.jsonl", rows_for(method, GIVEN, "test")),
         }  # fmt: skip
         small = dict(steps=2, eval_rows=SEEN, save_every=0) | SAMPLES.get(name, {})
@@ -235,7 +242,7 @@ def test_a_world_is_the_same_with_all_its_rows_named(ended, name, given):
     if world_of(find(name)) == "facts" and given == "file":  # refused for both, as above
         return
     whole, part = ended(name, "world", given), ended(name, "part", given)
-    assert part.settings["data"] == f"{whole.settings['data']}#{TRAIN}"
+    assert part.settings["data"] == f"{whole.settings['data']}#{all_rows(whole.settings['data'])}"
     assert part.summary == whole.summary
     assert [row["loss"] for row in part.lines()] == [row["loss"] for row in whole.lines()]
 
@@ -269,6 +276,14 @@ def test_labels_of_held_out_answers_follow_their_own_rule(tmp_path, monkeypatch)
     alone = check.short_run(find("rlaif"), tmp_path / "a", data="sums", eval_data="chat", **shared).summary["after"]
     both = check.short_run(find("rlaif"), tmp_path / "b", data="chat", eval_data="chat", **shared).summary["after"]
     assert alone["reward"] == both["reward"] and alone["rows"] == 4
+
+
+def test_held_out_rows_of_the_wrong_kind_are_refused_before_the_judge_is_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "TRAIN_ROWS", TRAIN)
+    prompts = written(tmp_path / "prompts.jsonl", WORLDS["sums"].rows("prompt", GIVEN))
+    with pytest.raises(WrongInput, match="expected prompt . chosen . rejected"):
+        check.short_run(find("rlaif"), tmp_path / "runs", eval_data=prompts, prompts=8)
+    assert not [*(tmp_path / "runs").rglob("labels.jsonl"), *(tmp_path / "runs").rglob("preferences.jsonl")]
 
 
 @pytest.mark.parametrize("given, kind", [("sums#6", "completion"), ("text", "text")])

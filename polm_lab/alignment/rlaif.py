@@ -19,7 +19,7 @@ from .dpo import DPO, dpo
 from .judges import ContrastJudge, Kept, Label, both_orders, kept_judge, label_pairs, make_judge, parse_judge, principle_of, read_key, under
 from .ppo import PPO, ppo
 from ..core.chain import stage
-from ..core.data import encode, load_data, load_held_out, parse_spec
+from ..core.data import encode, load_data, load_held_out, natural_kind, parse_spec
 from ..core.evaluate import scorer
 from ..core.knobs import Settings, WrongInput, knob, redefault
 from ..core.method import method
@@ -211,6 +211,8 @@ def rlaif(settings: RLAIF, run: Run) -> None:
         return grpo(GRPO(**shared, **sampled), run, rewards=[Reward("judge", 1.0, judge_reward(judge, settings))], held_rewards=held_rewards)
     if settings.train == "ppo" and world()[1] > 1:
         raise WrongInput("train = 'ppo': the reward model is trained by one process; in several, take a run's preferences.jsonl to `polm run reward`, and its model to `polm run ppo`")
+    if settings.eval_data:  # refused now, and not after the judge was asked
+        load_held_out("", settings.eval_data, natural_kind(settings.eval_data) if settings.train == "sft" else "preference", 1)
     path = run.path / ("revisions.jsonl" if settings.train == "sft" else "preferences.jsonl")
     if run.writes and not path.exists():
         prepare(settings, run, path)
