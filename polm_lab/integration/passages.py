@@ -19,6 +19,7 @@ import numpy as np
 
 from ..core.knobs import WrongInput, nearest
 from ..core.models import model_path, pick_device, quiet_libraries
+from .documents import WORDS, words_of
 
 # %% ../../nbs/integration/passages.ipynb #6842becc
 def _config(path: Path, default: dict | list):
@@ -168,7 +169,9 @@ class Index:
             import bm25s
 
             self._bm25 = bm25s.BM25()
-            words = bm25s.tokenize([p["text"] for p in self.passages], show_progress=False)
+            words = [words_of(passage["text"]) for passage in self.passages]
+            if not any(words):
+                words[0] = [""]  # bm25s needs a word; no question holds this one
             self._bm25.index(words, show_progress=False)
         return self._bm25
 
@@ -189,9 +192,7 @@ class Index:
         if how == "dense":
             scores, numbers = self.vectors.search(self.encoder(questions, "query"), k)
             return [list(zip(row, values)) for row, values in zip(numbers.tolist(), scores.tolist())]
-        import bm25s
-
-        words = bm25s.tokenize(questions, show_progress=False, return_ids=False)
+        words = [words_of(question) for question in questions]
         numbers, scores = self.bm25.retrieve(words, k=k, show_progress=False)
         return [[pair for pair in zip(row, values) if pair[1] > 0] for row, values in zip(numbers.tolist(), scores.tolist())]
 
@@ -219,7 +220,7 @@ class Index:
                 import faiss
 
                 faiss.write_index(self.vectors, str(build / "vectors.faiss"))
-            facts = dict(build=build.name, passages=len(self), encoder=None if self.encoder is None else dict(spec=self.encoder.spec, identity=self.encoder.identity),
+            facts = dict(build=build.name, words=WORDS, passages=len(self), encoder=None if self.encoder is None else dict(spec=self.encoder.spec, identity=self.encoder.identity),
                          sizes={f.name: f.stat().st_size for f in sorted(build.iterdir())})  # fmt: skip
             for file in build.iterdir():
                 with open(file, "rb") as written:
@@ -239,6 +240,8 @@ class Index:
     def open(cls, folder, encoder: Encoder | None = None) -> "Index":
         """The index that was saved in `folder`, with the encoder that made its vectors (given, or loaded from where it was).
 
+        Where another version of `words_of` made its BM25 matrix, that is made again from the passages.
+
         Raises `WrongInput` if there is none, a file is damaged, or the encoder is another one.
         """
         import bm25s
@@ -253,6 +256,8 @@ class Index:
             index = cls.__new__(cls)
             index.passages = [json.loads(line) for line in (build / "passages.jsonl").read_text(encoding="utf-8").splitlines()]
             index.encoder, index.vectors, index._bm25 = None, None, bm25s.BM25.load(build, show_progress=False)
+            if facts.get("words") != WORDS:
+                index._bm25 = None  # another version counted other words: made again at the next search
             if facts["encoder"]:
                 import faiss
 
