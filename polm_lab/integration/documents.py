@@ -6,11 +6,10 @@
 __all__ = ['TEXTS', 'PAGES', 'BOOKS', 'ROWS', 'KNOWN', 'LEFT_OUT', 'READINGS', 'BLOCKS', 'LINES', 'CELLS', 'WORDS', 'SPACELESS',
            'LETTER', 'UNSEEN', 'VALUES', 'DIGITS', 'RUNS', 'LETTERS', 'STOP_WORDS', 'GAPS', 'HAN', 'HANGUL', 'WORDLY',
            'UNSPACED', 'MARKS', 'CLUSTERS', 'LONGEST', 'CLOSING', 'SENTENCES', 'CLAUSE', 'PIECES', 'Document',
-           'html_text', 'load_documents', 'fold', 'words_of', 'squeezed', 'holds', 'spans', 'cut', 'cut_documents',
-           'invented_library', 'answers_of', 'Library', 'open_library']
+           'html_text', 'load_documents', 'fold', 'words_of', 'squeezed', 'holds', 'spans', 'normalized', 'cut',
+           'shortened', 'cut_documents', 'invented_library', 'answers_of', 'Library', 'open_library', 'open_questions']
 
 # %% ../../nbs/integration/documents.ipynb #6ff788d1
-import codecs
 import io
 import logging
 import random
@@ -51,30 +50,13 @@ class Document:
 
 def _plain(path: Path) -> str:
     raw = path.read_bytes()
-    if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        todo = "convert it with iconv -f utf-16 -t utf-8"
-        raise WrongInput(f"{path}: UTF-16 text; expected UTF-8 text; {todo}")
     if b"\0" in raw[:65536]:
         raise WrongInput(f"{path}: a binary file (byte 0 at {raw.index(0)}) under the name of a text; expected UTF-8 text; remove it, or give it its right name")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise WrongInput(f"{path}:{line}: byte 0x{raw[error.start]:02x} is not UTF-8; expected UTF-8 text; convert it from its own encoding, as iconv -f NAME -t utf-8 does") from None
-
-
-def _page(path: Path) -> str:
-    "An HTML file as text: UTF-8, or in the encoding that its `meta` element names."
-    raw = path.read_bytes()
-    named = re.search(rb"<meta[^>]{0,200}charset=[\"']?([\w-]{1,40})", raw[:4096], re.I)
-    try:
-        raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        try:
-            return raw.decode(named[1].decode()) if named else _plain(path)
-        except (LookupError, UnicodeDecodeError):
-            pass
-    return _plain(path)
+        raise WrongInput(f"{path}:{line}: byte 0x{raw[error.start]:02x} is not UTF-8; expected UTF-8 text; convert it, for example with iconv -f latin1 -t utf-8") from None
 
 
 def html_text(page: str) -> str:
@@ -96,6 +78,20 @@ def html_text(page: str) -> str:
             tag.insert_after(between)
     text = re.sub(r"[ \t]*\n[ \t]*", "\n", re.sub(r"[ \t]+", " ", soup.get_text()))
     return re.sub(r"\n{3,}", "\n\n", text).strip()
+
+
+def _page(path: Path) -> str:
+    "An HTML file as text: UTF-8, or in the encoding that its `meta` element names."
+    raw = path.read_bytes()
+    named = re.search(rb"<meta[^>]{0,200}charset=[\"']?([\w-]{1,40})", raw[:4096], re.I)
+    try:
+        raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        try:
+            return raw.decode(named[1].decode()) if named else _plain(path)
+        except (LookupError, UnicodeDecodeError):
+            pass
+    return _plain(path)
 
 
 def _pdf(path: Path) -> str:
@@ -274,6 +270,16 @@ def spans(text: str, answer: str) -> list[tuple[int, int]]:
     found = _places(whole, squeezed(answer))
     return [(origin[start][0], origin[end - 1][1]) for start, end in found]
 
+
+def normalized(text: str) -> str:
+    """An answer as answers are compared: folded, and without marks such as [1], punctuation and English articles.
+
+    Rajpurkar et al. 2016, §6.1; spaces between letters of scripts without spaces do not count.
+    """
+    text = regex.sub(r"[\[【]\d+[\]】]", " ", fold(text))
+    text = regex.sub(r"\b(?:a|an|the)\b", " ", regex.sub(r"[^\w\s\p{N}]", " ", text))
+    return squeezed(text)
+
 # %% ../../nbs/integration/documents.ipynb #2b7ddac3
 LONGEST = 200  # characters of a word: what is longer is no word, and would make a passage of any size
 CLOSING = r"[\"')\]”’»」』）】》〉]"
@@ -361,6 +367,12 @@ def cut(text: str, words: int = 100) -> list[str]:
     return ["".join(p).strip() for p in [*found, current] if p]
 
 
+def shortened(text: str) -> str:
+    "The first half of a text, in words; nothing where it has one."
+    words = [word for said in _sentences(text) for word in said]
+    return "".join(words[: len(words) // 2]).strip()
+
+
 def cut_documents(documents: Iterable[Document], words: int = 100) -> list[dict]:
     "Passages `{id, text, source}` of documents; the passages of one are numbered after its id, unless it is one passage."
     passages = []
@@ -390,8 +402,10 @@ def invented_library(subjects: int = 300, seed: int = 0) -> tuple[list[dict], li
 
 
 def answers_of(question: dict) -> list[str]:
-    "The answers that count as right; the first is the one that is learned."
-    return question.get("answers") or [question["answer"]]
+    "The answers that count as right, none where none is known; the first is the one that is learned."
+    if question.get("answers"):
+        return question["answers"]
+    return [question["answer"]] if question.get("answer") else []
 
 
 @dataclass(kw_only=True)
@@ -410,6 +424,9 @@ def open_library(data: str, corpus: str = "", words: int = 100, rows: int = 10**
     given as the right one, those that hold an answer are taken for it, as in DPR. Questions that come with a list of no answers (SQuAD 2.0) are left out, their contexts not. Raises `WrongInput`.
     """
     asked, given = parse_spec(data), parse_spec(eval_data or data)
+    if corpus and asked.world == "facts":
+        found = f"corpus = {corpus!r}: data facts has passages of its own"
+        raise WrongInput(f"{found}; expected questions about your documents as data; give a file of them")
     if asked.world == "facts":
         if given.world != "facts":
             raise WrongInput(f"eval_data = {eval_data!r}: the invented library has held-out questions of its own; expected eval_data empty with data facts; give your questions as data")
@@ -421,18 +438,80 @@ def open_library(data: str, corpus: str = "", words: int = 100, rows: int = 10**
     parts = {name: [row for row in part if row.get("answers", True)] for name, part in parts.items()}
     parts["test"] = parts["test"][:rows]
     if not parts["train"] or not parts["test"]:
-        raise WrongInput(f"data {data!r}: {len(parts['train'])} questions to learn from and {len(parts['test'])} held out; expected at least one of each; give more rows")
+        raise WrongInput(f"data {data!r}: {len(parts['train'])} questions to learn from and {len(parts['test'])} held out; expected at least one of each; give more rows, or others as eval_data")
     for row in (row for part in parts.values() for row in part):
         asked = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
         lacks = next((n for n in ("answer", *(() if corpus else ("context",))) if not isinstance(row.get(n), str) or not row[n].strip()), None)
         if lacks:
             raise WrongInput(f"{getattr(row, 'where', 'row')}: no {lacks}; expected question, answer{'' if corpus else ' and context (or a corpus of documents)'}; add the column")
         row["question"] = asked
-    if corpus:
-        passages = cut_documents(load_documents(corpus), words)
-    else:
-        passages = [{"id": f"context-{n}", "text": text, "source": str(data)} for n, text in enumerate(texts, 1)]
-    place = {p["text"]: p["id"] for p in passages}
-    for row in (row for part in parts.values() for row in part):
-        row["positives"] = [place[row["context"]]] if row.get("context") in place else [p["id"] for p in passages if any(holds(p["text"], a) for a in answers_of(row))]
+    passages = _passages(corpus, words, texts, data)
+    _label(parts["train"] + parts["test"], passages)
     return passages, parts["train"], parts["test"]
+
+
+def _passages(corpus: str, words: int, texts: Iterable[str], data: str) -> list[dict]:
+    "The passages of the documents at `corpus`; without one, the contexts that came with `data`."
+    if corpus:
+        return cut_documents(load_documents(corpus), words)
+    return [{"id": f"context-{n}", "text": text, "source": str(data)} for n, text in enumerate(texts, 1)]
+
+
+def _label(rows: list[dict], passages: list[dict]):
+    "Set `positives` of rows: ids of the passages that are their context, or else hold an answer."
+    place = {p["text"]: p["id"] for p in passages}
+    folded = [(p["id"], squeezed(p["text"])) for p in passages]
+    for row in rows:
+        if row.get("context") in place:
+            row["positives"] = [place[row["context"]]]
+            continue
+        answers = [squeezed(answer) for answer in answers_of(row)]
+        found = []
+        for key, text in folded:
+            if any(next(_places(text, answer), None) for answer in answers):
+                found.append(key)
+        row["positives"] = found
+
+
+def open_questions(
+    data: str, corpus: str = "", words: int = 100, rows: int = 10**9, eval_data: str = ""
+) -> tuple[list[dict], bool, list[dict]]:
+    """Passages, whether there are other questions to learn from, and at most `rows` questions to ask.
+
+    Those of `eval_data` are asked, or else those of `data`: a file whole, other data by their test split. A question
+    needs no answer. Others to learn from are the training part of `data` where it is not what is asked: `facts`,
+    data with a split of their own, or a file next to `eval_data`. Raises `WrongInput`.
+    """
+    given = eval_data or data
+    if given.partition("#")[0] == "facts":
+        passages, learned, asked = open_library(data, corpus, words, rows, eval_data)
+        return passages, bool(learned), asked
+    found = load_held_out(data, given, "prompt", 10**9)
+    if not found:
+        raise WrongInput(f"data {given!r}: no question to ask; expected at least one; give more rows")
+    others = load_data(data, "prompt", "train") if _others(data, given) else []
+    texts = {row["context"]: None for row in [*others, *found] if isinstance(row.get("context"), str)}
+    asked = [row for row in found if row.get("answers", True)] or found  # [] in SQuAD 2.0: there is none
+    for row in asked[:rows]:
+        where = getattr(row, "where", "row")
+        if not corpus and (not isinstance(row.get("context"), str) or not row["context"].strip()):
+            todo = "name your documents as corpus, or add the column"
+            raise WrongInput(f"{where}: no context; expected one, or a corpus of documents; {todo}")
+        if not isinstance(row.get("answer"), str | None):
+            kind = type(row["answer"]).__name__
+            raise WrongInput(f"{where}: answer is {kind} {row['answer']!r:.40}; expected text, or none; correct it")
+        if not (row.get("answer") or "").strip():
+            row.pop("answer", None)
+        said = row["prompt"]
+        row["question"] = said if isinstance(said, str) else said[-1]["content"]
+    passages = _passages(corpus, words, texts, given)
+    _label(asked[:rows], passages)
+    return passages, any(answers_of(row) for row in others), asked[:rows]
+
+
+def _others(data: str, given: str) -> bool:
+    "Whether `data` has questions beside those of `given` that are asked."
+    source = data.partition("#")[0]
+    if source == "facts":
+        return False  # about another library
+    return given != data or not Path(source).expanduser().is_file()

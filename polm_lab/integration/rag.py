@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHAT', 'RAG', 'chat_prompt', 'LocalReader', 'EndpointReader', 'exact_match', 'log_weights', 'Reading', 'Rag',
-           'altered', 'measure_arm', 'rag']
+           'altered', 'measure_arm', 'ways_of', 'passages_for', 'sample_of', 'answer_line', 'rag']
 
 # %% ../../nbs/integration/rag.ipynb #89919c0e
+import json
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,16 @@ from ..core.models import has_chat_template, load_model, load_tokenizer
 from ..core.rollout import rollout
 from ..core.run import Run, Stopped
 from ..core.worlds import user
-from .documents import Library, answers_of, holds, open_library
+from polm_lab.integration.documents import (
+    Library,
+    answers_of,
+    fold,
+    holds,
+    normalized,
+    open_questions,
+    shortened,
+    spans,
+)
 from .passages import HOWS, Encoder, Hit, Index
 from .retriever import ranked_rows, reading_rows, retrieval_metrics
 
@@ -41,8 +51,9 @@ class RAG(Library, RunSettings):
     rerank: str = knob("none", "rank the candidates again by the likelihood of the question after them", choices=("none", "likelihood"), source="Sachan et al. 2022")
     reading: str = knob("apart", "passages in one prompt, or one at a time with their answers weighed", choices=("together", "apart"), source="Lewis et al. 2020, §2.5")
     form: str = knob("plain", "the prompt: Passage/Question/Answer as plain text, or numbered passages in a conversation", choices=("plain", "chat"))
+    eval_data: str = knob("", "questions to ask; empty: those of `data`, a file whole, other data by their test split")
     eval_rows: int = redefault("eval_rows", 128)
-    encoder: str = knob("", "encoder of dense search: a run of `retriever`, or any of sentence-transformers; empty: a retriever is trained first")
+    encoder: str = knob("", "encoder of dense search: a run of `retriever`, or any of sentence-transformers; empty: a retriever is trained first, where there are other questions than those to ask")
     retriever_steps: int = knob(40, "steps of that retriever", "steps", low=1)
     index: str = knob("", "folder to keep the index in; used again if it is there")
     endpoint: str = knob("", "a reader behind an OpenAI-compatible endpoint, in place of model: openai:http://host:port/v1#name")
@@ -79,7 +90,8 @@ class LocalReader:
             except WrongInput:
                 if not texts:
                     raise WrongInput(f"question {question[:60]!r}…: longer than the reader's context of {self.longest} tokens; expected a shorter one; shorten it") from None
-                texts = texts[:-1] if len(texts) > 1 else [" ".join(texts[0].split()[: len(texts[0].split()) // 2])] if len(texts[0].split()) > 1 else []
+                shorter = shortened(texts[0])
+                texts = texts[:-1] if len(texts) > 1 else [shorter] if shorter else []
 
     def write(self, asked: list[tuple[str, list[str]]]) -> list[str]:
         "The greedy answer to each (question, passages)."
@@ -111,10 +123,9 @@ class EndpointReader(EndpointJudge):
 
 # %% ../../nbs/integration/rag.ipynb #da1ed48a
 def exact_match(text: str, *answers: str) -> float:
-    "1 if the first line of `text` is one of the answers; case, punctuation, articles and marks such as [1] aside (Rajpurkar et al. 2016)."
-    line = (text.strip().splitlines() or [""])[0]
-    plain = lambda s: " ".join(re.sub(r"\b(a|an|the)\b", " ", re.sub(r"[^\w\s]", " ", re.sub(r"\[\d+\]", " ", s.lower()))).split())
-    return float(any(plain(line) == plain(answer) != "" for answer in answers))
+    "1 if the first line of `text` is one of the answers, both as `normalized` (Rajpurkar et al. 2016)."
+    line = normalized((text.strip().splitlines() or [""])[0])
+    return float(any(line == normalized(answer) != "" for answer in answers))
 
 
 def log_weights(hits: list[Hit], search: str, temperature: float = 0.05) -> Tensor:
@@ -137,7 +148,7 @@ class Reading:
     cited: list[int] = field(init=False)
 
     def __post_init__(self):
-        said = re.sub(r"\s*\[\d+\]", "", self.answer).strip().strip(".")
+        said = re.sub(r"\s*[\[［【]\d+[\]］】]", "", self.answer).strip().strip(".。．｡।။។")
         self.cited = [n for n, hit in enumerate(self.hits, 1) if holds(hit.text, said)]
 
     @property
@@ -206,17 +217,91 @@ class Rag:
 # %% ../../nbs/integration/rag.ipynb #6d781a66
 def altered(text: str, answers: list[str], others: list[str]) -> str:
     "The passage with another answer where a right one stood: the first of `others` that is not right."
-    instead = next((o for o in others if o.lower() not in map(str.lower, answers)), "nobody")
-    return re.sub(rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(answers, key=len, reverse=True)))})(?!\w)", lambda _: instead, text, flags=re.I)
+    right = {fold(answer) for answer in answers}
+    instead = next((other for other in others if fold(other) not in right), "nobody")
+    places = []
+    for answer in sorted(answers, key=len, reverse=True):
+        for start, end in spans(text, answer):
+            if all(end <= other_start or start >= other_end for other_start, other_end in places):
+                places.append((start, end))
+    for start, end in sorted(places, reverse=True):
+        text = text[:start] + instead + text[end:]
+    return text
 
 
 def measure_arm(pipeline: Rag, questions: list[dict], found: list[list[Hit]]) -> tuple[dict[str, float], list[Reading]]:
-    "accuracy (exact match) and faithfulness of reading these passages, with recall and mrr of finding them; and the readings."
+    """Read these passages: accuracy (exact match), faithfulness, recall and mrr of finding them; and the readings.
+
+    Accuracy is of the questions with a known answer, recall and mrr of those with a known right passage; `rows` says how
+    many were asked, `rows/accuracy` and `rows/recall` how many counted where that is another number.
+    """
     read = pipeline.read([q["question"] for q in questions], found)
-    n = len(questions)
-    metrics = dict(accuracy=sum(exact_match(r.answer, *answers_of(q)) for r, q in zip(read, questions)) / n, faithfulness=sum(r.faithful for r in read) / n)
-    at = tuple(dict.fromkeys((1, pipeline.k)))
-    return metrics | (retrieval_metrics([[h.id for h in hits] for hits in found], [q["positives"] for q in questions], at) if any(found) else {}), read
+    metrics = {}
+    right = [exact_match(r.answer, *answers_of(q)) for r, q in zip(read, questions) if answers_of(q)]
+    if right:
+        metrics["accuracy"] = sum(right) / len(right)
+    metrics["faithfulness"] = sum(r.faithful for r in read) / len(read)
+    labelled = sum(bool(q["positives"]) for q in questions)
+    if any(found) and labelled:
+        at = tuple(dict.fromkeys((1, pipeline.k)))
+        ids = [[hit.id for hit in hits] for hits in found]
+        metrics |= retrieval_metrics(ids, [q["positives"] for q in questions], at)
+    metrics["rows"] = len(questions)
+    if right and len(right) < len(questions):
+        metrics["rows/accuracy"] = len(right)
+    if "mrr" in metrics and labelled < len(questions):
+        metrics["rows/recall"] = labelled
+    return metrics, read
+
+
+def ways_of(questions: list[dict], searches: list[str]) -> list[str]:
+    "The ways in which questions are asked: what cannot be asked of these questions is left out."
+    ways = ["no passages", *searches]
+    if any(q["positives"] and answers_of(q) for q in questions):
+        ways += ["right passage", "altered passage"]
+    return [*ways, "wrong passages"] if len(questions) > 1 else ways
+
+
+def passages_for(way: str, pipeline: Rag, questions: list[dict], texts: dict[str, str]) -> list[list[Hit]]:
+    "The passages that each question is read with in a way of asking; `texts` are those of all passages by id."
+    asked = [q["question"] for q in questions]
+    if way == "no passages":
+        return [[] for _ in asked]
+    if way == "right passage":
+        return [[Hit(q["positives"][0], texts[q["positives"][0]], 1.0)] for q in questions]
+    if way == "altered passage":
+        found = []
+        for n, q in enumerate(questions):
+            others = [o for o in questions[n:] + questions[:n] if o.get("relation") == q.get("relation")]
+            key = q["positives"][0]
+            found.append([Hit(key, altered(texts[key], answers_of(q), [answers_of(o)[0] for o in others]), 1.0)])
+        return found
+    found = pipeline.find(asked)
+    if way != "wrong passages":
+        return found
+    found = found[len(found) // 2 :] + found[: len(found) // 2]
+    without = []
+    for q, hits in zip(questions, found):
+        without.append([hit for hit in hits if not any(holds(hit.text, a) for a in answers_of(q))])
+    return without
+
+
+def sample_of(way: str, question: dict, read: Reading) -> dict:
+    "A reading as a row of `samples.jsonl`; without a known answer it has no reward."
+    row = dict(way=way, prompt=read.question, completion=read.answer, passages=[hit.text for hit in read.hits])
+    row |= dict(ids=[hit.id for hit in read.hits], cited=read.cited)
+    if answers_of(question):
+        row |= dict(answer=answers_of(question)[0], reward=exact_match(read.answer, *answers_of(question)))
+    return row
+
+
+def answer_line(sample: dict) -> dict:
+    "A sample as a line of `answers.jsonl`: question, answer, ids of the passages read and of those it is in."
+    line = dict(question=sample["prompt"], answer=sample["completion"], passages=sample["ids"])
+    line["cited"] = [sample["ids"][place - 1] for place in sample["cited"]]
+    if "answer" in sample:
+        line |= dict(expected=sample["answer"], right=bool(sample["reward"]))
+    return line
 
 
 @method(
@@ -224,7 +309,9 @@ def measure_arm(pipeline: Rag, questions: list[dict], found: list[list[Hit]]) ->
 )  # fmt: skip
 def rag(settings: RAG, run: Run) -> None:
     "Answer from passages that were found, and measure each part of the way."
-    passages, _, questions = open_library(settings.data, settings.corpus, settings.words, settings.eval_rows)
+    passages, learnable, questions = open_questions(
+        settings.data, settings.corpus, settings.words, settings.eval_rows, settings.eval_data
+    )
     if settings.endpoint:
         kind, url, name = parse_judge(settings.endpoint)
         reader = EndpointReader(url, name, (), read_key(settings.key_variable), max_new_tokens=settings.max_new_tokens)
@@ -233,44 +320,63 @@ def rag(settings: RAG, run: Run) -> None:
     make = lambda how: Rag(index, reader, how, settings.k, settings.rerank, settings.reading)
     Rag(None, reader, settings.search, settings.k, settings.rerank, settings.reading)  # refuses before an encoder is trained
     kept = bool(settings.index) and (Path(settings.index) / "index.json").is_file()
-    spec = settings.encoder
-    if not spec and not kept and settings.search != "bm25":
+    spec, search, notes = settings.encoder, settings.search, []
+    if not spec and not kept and search != "bm25" and not learnable:
+        why = "there are no questions with answers beside those that are asked, so no encoder can be trained"
+        todo = "name one as encoder, or give other questions as data and these as eval_data"
+        if search == "dense":
+            raise WrongInput(f"search = 'dense': {why}; expected an encoder, or such questions; {todo}, or take search bm25")
+        search = "bm25"
+        notes.append(f"search is bm25, not hybrid: {why}; {todo}")
+    elif not spec and not kept and search != "bm25":
         spec = str(stage(
-            run, "retriever", "retriever", data=settings.data, corpus=settings.corpus, words=settings.words, steps=settings.retriever_steps, seed=settings.seed, dtype=settings.dtype, device=settings.device,
+            run, "retriever", "retriever", data=settings.data, eval_data=settings.eval_data, corpus=settings.corpus, words=settings.words, steps=settings.retriever_steps, seed=settings.seed, dtype=settings.dtype,
+            device=settings.device,
         ).path)  # fmt: skip
     encoder = Encoder(spec, settings.device) if spec else None
     index = Index.open(settings.index, encoder) if kept else Index(passages, encoder)
     if index.passages != passages:
         raise WrongInput(f"index = {settings.index!r}: holds {len(index)} passages, not the {len(passages)} of this library; expected an index of the same documents; name another folder, or leave index empty")
+    if search == "hybrid" and index.vectors is None:
+        search = "bm25"
+        notes.append(f"search is bm25, not hybrid: the index in {settings.index} has no vectors; build it with an encoder")
     if settings.index and not kept:
         index.save(settings.index)
-    texts, labelled = {p["id"]: p["text"] for p in passages}, all(q["positives"] for q in questions)
-    asked, arms, rows = [q["question"] for q in questions], {}, []
-    ways = ["no passages", *(how for how in HOWS if how == "bm25" or index.vectors is not None), *(["right passage", "altered passage"] if labelled else []), "wrong passages"]
-    run.update(total=len(ways), passages=len(passages))
+    silent = sum(not answers_of(q) for q in questions)
+    if silent:
+        notes.append(f"{silent} of {len(questions)} questions have no answer to compare with: they are asked, and get no score")
+    lost = sum(bool(answers_of(q)) and not q["positives"] for q in questions)
+    if lost:
+        notes.append(f"the answers of {lost} of {len(questions)} questions are in no passage: they do not count for recall and mrr")
+    texts, arms, rows, answers = {p["id"]: p["text"] for p in passages}, {}, [], []
+    labelled = [q for q in questions if q["positives"] and answers_of(q)]
+    ways = ways_of(questions, [how for how in HOWS if how == "bm25" or index.vectors is not None])
+    run.update(total=len(ways), passages=len(passages), search=search, notes=notes)
+    for line in notes:
+        run.note(line)
     for number, way in enumerate(ways, 1):
         if run.stop_requested():
             raise Stopped(f"{run.id}: stopped after {number - 1} of {len(ways)} ways")
         pipeline = make(way if way in HOWS else "bm25")
-        found = {
-            "no passages": lambda: [[] for _ in asked],
-            "right passage": lambda: [[Hit(i, texts[i], 1.0) for i in q["positives"][:1]] for q in questions],
-            "altered passage": lambda: [
-                [Hit(i, altered(texts[i], answers_of(q), [o["answer"] for o in questions[n:] + questions[:n] if o.get("relation") == q.get("relation")]), 1.0) for i in q["positives"][:1]] for n, q in enumerate(questions)
-            ],
-            "wrong passages": lambda: [[h for h in hits if not any(holds(h.text, a) for a in answers_of(q))] for q, hits in zip(questions, (lambda f: f[len(f) // 2 :] + f[: len(f) // 2])(pipeline.find(asked)))],
-        }.get(way, lambda: pipeline.find(asked))()
-        arms[way], read = measure_arm(pipeline, questions, found)
-        run.log(number, **{name: value for name, value in arms[way].items()})
-        rows += [dict(way=way, prompt=r.question, completion=r.answer, answer=q["answer"], reward=exact_match(r.answer, *answers_of(q)), passages=[h.text for h in r.hits], cited=r.cited) for r, q in list(zip(read, questions))[:16]]
-    pipeline, each = make(settings.search), []
-    for question in asked[:12]:  # one at a time, as a person asks
+        those = labelled if way in ("right passage", "altered passage") else questions
+        arms[way], read = measure_arm(pipeline, those, passages_for(way, pipeline, those, texts))
+        run.log(number, **arms[way])
+        some = [sample_of(way, q, r) for q, r in zip(those, read)]
+        rows += some[:16]
+        if way == search:
+            answers = some
+    pipeline, each = make(search), []
+    for question in [q["question"] for q in questions[:12]]:  # one at a time, as a person asks
         before = dict(pipeline.seconds)
         pipeline([question])
         each.append({name: 1000 * (pipeline.seconds[name] - before[name]) for name in before})
     latency = {f"stage_ms/{name}": sorted(row[name] for row in each)[len(each) // 2] for name in pipeline.seconds}
     run.sample(len(ways), rows)
+    if run.writes:
+        lines = [json.dumps(answer_line(row), ensure_ascii=False) + "\n" for row in answers]
+        (run.path / "answers.jsonl").write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
     run.update(ways=arms)
-    after = arms[settings.search] | {f"accuracy/{name.replace(' ', '_')}": found["accuracy"] for name, found in arms.items()} | latency
+    scores = {name: found["accuracy"] for name, found in arms.items() if "accuracy" in found}
+    after = arms[search] | {f"accuracy/{name.replace(' ', '_')}": score for name, score in scores.items()} | latency
     run.frame("before", with_rows(arms["no passages"], len(questions)))
     run.frame("after", with_rows(after, len(questions), ranked_rows(after, questions) | dict.fromkeys(latency, len(each))))

@@ -24,7 +24,7 @@ from ..core.method import method
 from ..core.models import load_model, load_tokenizer, save_model
 from ..core.run import Run
 from ..core.train import Meter, fit, my_share, world
-from .documents import Library, answers_of, holds, open_library
+from .documents import UNSPACED, Library, answers_of, holds, open_library, words_of
 from .passages import HOWS, Encoder, Index, pool
 
 # %% ../../nbs/integration/retriever.ipynb #f2ab48b8
@@ -128,6 +128,8 @@ def states_answer(question: str, passage: str, answer: str) -> float:
     "1 for a passage that holds the answer, plus the share of the question's words that it holds, capital ones only if there are any."
     words = [w.strip("?.,!'\"") for w in question.split()[1:]]
     names = [w for w in words if w[:1].isupper()] or words
+    if UNSPACED.search(question):  # such a script has neither spaces nor capitals
+        names = words_of(question)
     return float(holds(passage, answer)) + sum(holds(passage, w) for w in names) / max(1, len(names))
 
 
@@ -183,9 +185,11 @@ def teach(settings: Retriever, passages: list[dict], questions: list[dict], inde
 
 # %% ../../nbs/integration/retriever.ipynb #00a0067c
 def retrieval_metrics(rankings: list[list[str]], positives: list[list[str]], at: tuple[int, ...] = (1, 5)) -> dict[str, float]:
-    "recall/k and mrr of rankings of passage ids; questions without a right passage do not count."
+    "recall/k and mrr of rankings of passage ids; questions without a right passage do not count, and without any there is nothing."
     ranks = [next((r for r, i in enumerate(ranking, 1) if i in good), None) for ranking, good in zip(rankings, map(set, positives)) if good]
-    n = max(1, len(ranks))
+    if not ranks:
+        return {}
+    n = len(ranks)
     return {f"recall/{k}": sum(r is not None and r <= k for r in ranks) / n for k in at} | {"mrr": sum(1 / r for r in ranks if r) / n}
 
 
