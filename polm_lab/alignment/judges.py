@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
-from ..core.data import encode
+from ..core.data import encode, read_text
 from ..core.evaluate import sequence_logps
 from ..core.knobs import WrongInput, nearest
 from ..core.logprobs import Policy
@@ -114,12 +114,12 @@ def read_constitution(text: str) -> list[tuple[str, str]]:
     lines = [text]
     if text.strip().endswith(".txt"):
         try:
-            lines = Path(text.strip()).expanduser().read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise WrongInput(f"constitution = {text!r}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'}); expected a text file with one principle on each line") from None
+            lines = read_text(Path(text.strip()).expanduser()).splitlines()
+        except WrongInput as wrong:
+            raise WrongInput(f"constitution = {text!r}: {wrong}; expected one principle on each line") from None
     found = [tuple(part.strip() for part in line.partition("|")[::2]) for line in lines if line.strip()]
     if not found or not all(good for good, _ in found):
-        raise WrongInput(f"constitution = {text[:60]!r}: no principle before |; expected a sentence such as Be polite. | Be rude.")
+        raise WrongInput(f"constitution = {text if len(text) < 200 else text[:197] + '…'!r}: no principle before |; expected a sentence such as Be polite. | Be rude.")
     return found
 
 

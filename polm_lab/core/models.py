@@ -123,10 +123,10 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = [folder / Path(name).name for name in names]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise WrongInput(f"{index}: not an index of shards ({_line(error)}); copy the file again") from None
-        files = [folder / Path(name).name for name in names]
     else:
         files = [folder / f"{stem}.safetensors"]
     for file in files:
@@ -231,7 +231,9 @@ def _set_template(tokenizer, name: str):
         with_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
         tokenizer.chat_template = CHAT_TEMPLATES[name].replace("{BOS}", "{{ bos_token }}" if with_bos else "")
     elif Path(name).is_file():
-        tokenizer.chat_template = Path(name).read_text()
+        from polm_lab.core.data import read_text
+
+        tokenizer.chat_template = read_text(name)
     else:
         raise WrongInput(f"chat template {name!r}: no such file; expected a .jinja file or a name; {nearest(name, CHAT_TEMPLATES)}")
 
@@ -240,10 +242,10 @@ def _config(folder: Path) -> dict:
     "config.json of a model folder as it stands there."
     file = folder / "config.json"
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise WrongInput(f"{file}: not there; expected the configuration of a model in this folder; give the folder that holds config.json") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise WrongInput(f"{file}: cannot be read as JSON ({_line(error)}); copy the file again") from None
     if not isinstance(config, dict) or not config.get("model_type"):
         raise WrongInput(f"{file}: no model_type; expected the configuration of a transformers model; copy the file again")

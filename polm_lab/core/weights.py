@@ -72,6 +72,8 @@ def read_header(file: Path) -> dict[str, Entry]:
     except (ValueError, TypeError, AttributeError, IndexError, RecursionError):
         raise wrong("its header is damaged") from None
     for name, entry in found.items():
+        if not all(type(n) is int and n >= 0 for n in (*entry.shape, entry.start, entry.size)):
+            raise wrong("its header is damaged")
         if entry.size != math.prod(entry.shape) * entry.dtype.itemsize or entry.start + entry.size > length or entry.start < 8 + size:
             raise wrong(f"{length} bytes, truncated or damaged: {name} does not fit")
     return dict(sorted(found.items(), key=lambda item: item[1].start))
@@ -97,8 +99,8 @@ class Weights:
         if (self.folder / "adapter_config.json").is_file():
             raise WrongInput(f"{self.folder}: an adapter, not a whole model; expected all weights; merge the adapter into its base first")
         try:
-            self.config = json.loads((self.folder / "config.json").read_text())
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+            self.config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())) if index.is_file() else ["model.safetensors"]
         except OSError as error:
             raise WrongInput(f"{self.folder / 'config.json'}: {error.strerror}; expected a model's folder with config.json") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -22,7 +22,7 @@ from typing import Callable, Iterable, Iterator
 import regex
 from bm25s.stopwords import STOPWORDS_EN
 
-from ..core.data import Row, load_data, load_held_out, parse_spec, read_file
+from ..core.data import Row, load_data, load_held_out, parse_spec, read_file, read_text
 from ..core.knobs import WrongInput, knob, nearest, redefault
 from ..core.worlds import ENCYCLOPEDIA, RELATIONS, SYLLABLES, article, invent, split_of, values_of
 
@@ -49,14 +49,7 @@ class Document:
 
 
 def _plain(path: Path) -> str:
-    raw = path.read_bytes()
-    if b"\0" in raw[:65536]:
-        raise WrongInput(f"{path}: a binary file (byte 0 at {raw.index(0)}) under the name of a text; expected UTF-8 text; remove it, or give it its right name")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise WrongInput(f"{path}:{line}: byte 0x{raw[error.start]:02x} is not UTF-8; expected UTF-8 text; convert it, for example with iconv -f latin1 -t utf-8") from None
+    return read_text(path)
 
 
 def html_text(page: str) -> str:

@@ -29,7 +29,7 @@ def vocabulary(folder: Path) -> dict[str, int]:
     if not file.is_file():
         return load_tokenizer(folder).get_vocab()
     try:
-        read = json.loads(file.read_text())
+        read = json.loads(file.read_text(encoding="utf-8"))
         words = read["model"]["vocab"]
         words = dict(words) if isinstance(words, dict) else {word: i for i, (word, _) in enumerate(words)}
         return words | {token["content"]: token["id"] for token in read.get("added_tokens") or []}

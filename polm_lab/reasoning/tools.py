@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Callable
 
 from ..alignment.judges import request_of
-from ..core.data import parse_spec
+from ..core.data import parse_spec, read_text
 from ..core.evaluate import matches
 from ..core.knobs import WrongInput
 from ..core.sandbox import isolator, run_code
@@ -118,9 +118,9 @@ def read_passages(where: str = "") -> list[str]:
     if not where:
         return [article(facts, subject) for subject, facts in ENCYCLOPEDIA.items()]
     try:
-        lines = Path(where).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise WrongInput(f"passages = {where!r}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8'}); expected a text file with a passage on each line") from None
+        lines = read_text(Path(where).expanduser()).splitlines()
+    except WrongInput as wrong:
+        raise WrongInput(f"passages = {where!r}: {wrong}; expected a passage on each line") from None
     return [line.strip() for line in lines if line.strip()]
 
 
