@@ -243,12 +243,12 @@ def _parquet(path: Path) -> list[Row]:
     raw = _bytes(path)
     _check_not_other(path, raw, "a parquet file", (*OTHERS, PAGE))
     try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(raw), page_checksum_verification=True)
-        found = table.to_pylist()
+        table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(raw), page_checksum_verification=True).read()
+        names = table.column_names
+        found = table.to_pylist() if len(set(names)) == len(names) else []
     except Exception as error:  # a decoder of a large format: Arrow's errors, but also OSError, ValueError, OverflowError, MemoryError
         what = " ".join(str(error).split())[:120] or type(error).__name__
         raise WrongInput(f"{path}: damaged parquet file ({what}); expected a whole one; copy it again") from None
-    names = table.column_names
     if len(set(names)) < len(names) or not all(name.strip() for name in names):
         raise WrongInput(f"{path}: columns {names!r:.200}; expected a name for each column, each once; rename them")
     return [Row(row, f"{path}:row {i}") for i, row in enumerate(found, 1)]

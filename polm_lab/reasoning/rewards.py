@@ -146,13 +146,17 @@ def short_name(name: str) -> str:
 
 
 def parse_rewards(spec: str) -> list[tuple[str, float]]:
-    "`a:1.0,m:f:0.5` as [(`a`, 1.0), (`m:f`, 0.5)]."
+    "`a:1.0,m:f:0.5` as [(`a`, 1.0), (`m:f`, 0.5)]; a function or a run may be called `nan` or `inf`."
     parsed = []
     for item in spec.split(","):
         name, _, last = item.strip().rpartition(":")
+        name = name.strip()
         try:
             weight = float(last)
         except ValueError:
+            name, weight = item.strip(), 1.0
+        lacks_function = name.endswith(".py") or (name not in LIBRARY and ":" not in name)
+        if name and last.isalpha() and (lacks_function or name == "model" or Path(item.strip().partition(":")[2]).expanduser().exists()):
             name, weight = item.strip(), 1.0
         if not name or not math.isfinite(weight):
             raise WrongInput(f"rewards = {spec!r}: found {item.strip()!r}; expected name or name:weight, separated by commas, such as correct:1.0,format:0.2")
