@@ -13,11 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import polm_lab as lab
 from polm_lab.core.data import collate, encode, load_data
-from polm_lab.core.engine import labelled_rows, last_checkpoint, our_metrics, paired_collator, paired_rows, train_with_trl, trl_arguments
+from polm_lab.core.engine import labelled_rows, last_checkpoint, our_metrics, paired_collator, paired_rows, train_with_trl, trl_arguments, trl_optimizers
 from polm_lab.core.knobs import Settings, WrongInput
 from polm_lab.core.logprobs import Policy
 from polm_lab.core.metrics import metric
 from polm_lab.core.models import load_model, load_tokenizer
+from polm_lab.core.train import learning_rate_at
 from polm_lab.core.run import Run, Stopped, all_runs
 
 COMMON = dict(data="sums", eval_rows=4, steps=6, batch_size=4, learning_rate=1e-2, max_length=64, device="cpu", dtype="float32", save_every=2)
@@ -122,22 +123,33 @@ def test_a_whole_run_leaves_a_complete_record(small, runs):
     assert (run.path / "model" / "tokenizer.json").exists() and not list((run.path / "checkpoints").glob("step-*"))
 
 
-def test_both_engines_learn_the_same_when_there_is_no_warm_up(small, runs):
-    same = dict(COMMON, model=str(small), warmup=0.0, accumulate=2, weight_decay=0.1, schedule="cosine")
+RATES = {  # of the peak, at each of six steps of which three warm up
+    "constant": [1 / 3, 2 / 3, 1, 1, 1, 1],
+    "linear": [1 / 3, 2 / 3, 1, 1, 2 / 3, 1 / 3],
+    "cosine": [1 / 3, 2 / 3, 1, 1, 0.75, 0.25],
+    "wsd": [1 / 3, 2 / 3, 1, 1, 1, 1],
+}
+
+
+@pytest.mark.parametrize("schedule", RATES)
+def test_both_engines_learn_the_same_from_the_first_step_on(small, runs, schedule):
+    same = dict(COMMON, model=str(small), warmup=0.5, accumulate=2, weight_decay=0.1, schedule=schedule)
     ours, theirs = lab.run("sft", **same), lab.run("sft", engine="trl", **same)
+    for run in (ours, theirs):
+        assert [row["learning_rate"] / 1e-2 for row in run.lines()] == pytest.approx(RATES[schedule], rel=1e-12)
     for a, b in zip(ours.lines(), theirs.lines(), strict=True):
         assert abs(a["loss"] - b["loss"]) < 1e-4 * a["loss"] and abs(a["grad_norm"] - b["grad_norm"]) < 1e-3 * a["grad_norm"]
-        assert math.isclose(a["learning_rate"], b["learning_rate"], rel_tol=1e-9)
     assert ours.lines()[0]["loss"] - ours.lines()[-1]["loss"] > 0.1, "nothing was learned, so nothing was compared"
     assert math.isclose(ours.summary["after"]["perplexity"], theirs.summary["after"]["perplexity"], rel_tol=1e-3)
 
 
-def test_warm_up_of_trl_is_one_step_behind(small, runs):
-    same = dict(COMMON, model=str(small), warmup=0.5)
-    ours, theirs = lab.run("sft", **same), lab.run("sft", engine="trl", **same)
-    rates = [[row["learning_rate"] / 1e-2 for row in r.lines()] for r in (ours, theirs)]
-    assert rates[0] == pytest.approx([1 / 3, 2 / 3, 1, 1, 2 / 3, 1 / 3]) and rates[1] == pytest.approx([0, 1 / 3, 2 / 3, 1, 2 / 3, 1 / 3])
-    assert ours.lines()[0]["loss"] == pytest.approx(theirs.lines()[0]["loss"], rel=1e-5)
+@pytest.mark.parametrize("schedule, steps, warmup", [("wsd", 20, 0.1), ("linear", 7, 0.0), ("cosine", 10, 1.0), ("constant", 1, 0.1)])
+def test_the_rates_given_to_trl_are_ours(schedule, steps, warmup):
+    settings = Settings(steps=steps, schedule=schedule, warmup=warmup, learning_rate=3e-4)
+    optimizer, scheduler = trl_optimizers(torch.nn.Linear(2, 2), settings)
+    for step in range(steps):
+        assert scheduler.get_last_lr() == pytest.approx([learning_rate_at(step, settings)] * 2, rel=1e-12)
+        optimizer.step(), scheduler.step()
 
 
 def test_stopped_and_resumed_equals_uninterrupted(small, runs, monkeypatch):
