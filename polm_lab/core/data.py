@@ -6,8 +6,8 @@
 __all__ = ['KINDS', 'ROLES', 'SHAREGPT', 'TRAIN_ROWS', 'TEST_ROWS', 'EXTENSIONS', 'PIECE', 'OTHERS', 'PAGE', 'WEIGHTS',
            'THINKING', 'MEDIA', 'OPEN', 'CLOSE', 'MARK', 'CALL_ENDS', 'GIVE', 'WAYS', 'SAID', 'MARGIN', 'Row',
            'read_text', 'read_file', 'turns', 'without_nulls', 'standard', 'convert', 'DataSpec', 'parse_spec',
-           'held_out', 'load_data', 'natural_kind', 'load_held_out', 'Rendering', 'encode', 'encode_rows', 'pack_rows',
-           'collate', 'check_packing', 'microbatches', 'Order', 'datasets_table']
+           'held_out', 'load_data', 'natural_kind', 'load_held_out', 'Rendering', 'turn_ends', 'encode', 'encode_rows',
+           'pack_rows', 'collate', 'check_packing', 'microbatches', 'Order', 'datasets_table']
 
 # %% ../../nbs/core/data.ipynb #7e1ce845
 import codecs
@@ -1415,6 +1415,49 @@ def _spans(tokenizer, messages: list[dict], row, wanted=None) -> tuple[str, list
         spans += closed
     _check_context(made, messages, row)
     return whole, sorted(spans)
+
+
+@functools.lru_cache(maxsize=64)
+def _turn_ends(template: str, tokenizer) -> tuple[str, ...]:
+    user, answer = {"role": "user", "content": SAID}, {"role": "assistant", "content": SAID}
+    call = {"id": "a", "type": "function", "function": {"name": "search", "arguments": {"text": SAID}}}
+    calling = {**answer, "content": "", "tool_calls": [call]}
+    result = {"role": "tool", "name": "search", "tool_call_id": "a", "content": SAID}
+    found = []
+    for messages in ([user, answer], [user, calling, result, answer], [user, calling]):
+        row = Row({"messages": messages}, "the chat template")
+        try:
+            whole, spans = _spans(tokenizer, messages, row)
+        except WrongInput:
+            continue  # it has no tool calls, or cannot be learned from
+        start, stop = spans[-1]
+        own = whole[start:stop].rstrip()
+        ends = _ends(tokenizer, row)
+        at_end = _tokens_at_end(tokenizer, own, ends)
+        found += at_end or [max([end for end in ends if own.endswith(end)], key=len, default="")]
+    return tuple(dict.fromkeys(filter(None, found)))
+
+
+def _tokens_at_end(tokenizer, text: str, ends: tuple[str, ...]) -> list[str]:
+    "The special token at the end of a text, and any of `ends` before it; of those that touch each other only the last."
+    found, touching = [], False
+    while True:
+        written = re.search(r"<[^<>\s]{1,40}>$", text)
+        names = [name for name in _special(tokenizer) if text.endswith(name)]
+        last = max([*names, written[0] if written else ""], key=len)
+        if not last or (found and last not in ends):
+            return found
+        if not touching:
+            found.append(last)
+        before = text.removesuffix(last)
+        text = before.rstrip()
+        touching = text == before
+
+
+def turn_ends(tokenizer) -> list[str]:
+    "The texts that end an assistant's turn by the tokenizer's chat template, which is what a model learns to stop with; none without a template."
+    template = getattr(tokenizer, "chat_template", None)
+    return list(_turn_ends(str(template), tokenizer)) if template else []
 
 
 def _blocks_of(made: Rendering, messages: list[dict]) -> dict[int, list[tuple[int, int]]]:

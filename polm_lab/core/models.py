@@ -533,9 +533,14 @@ def _portable(spec, folder: Path) -> str:
     return str(folder.resolve()) if Path(str(spec)).expanduser().is_dir() or (runs_folder() / str(spec)).is_dir() else str(spec)
 
 # %% ../../nbs/core/models.ipynb #965a3829
-def _save_plain(model, folder: Path, more: dict):
-    "Weights, configuration and generation settings. transformers refuses to save generation settings that do not agree, with which many models on the Hub come."
+def _save_plain(model, tokenizer, folder: Path, more: dict):
+    """Weights, configuration and generation settings, whose EOS are all the tokens that end an answer here.
+
+    transformers refuses to save generation settings that do not agree, with which many models on the Hub come.
+    """
     from transformers import GenerationConfig
+
+    from polm_lab.core.rollout import end_tokens
 
     settings = getattr(model, "generation_config", None)
     if settings is None:  # a reward model
@@ -546,6 +551,10 @@ def _save_plain(model, folder: Path, more: dict):
         model.save_pretrained(folder, **more)
     finally:
         model.generation_config = settings
+    ends = end_tokens(model, tokenizer)
+    if ends:
+        settings = copy.deepcopy(settings)
+        settings.eos_token_id = ends if len(ends) > 1 else ends[0]
     settings.to_json_file(folder / "generation_config.json")
 
 
@@ -567,7 +576,7 @@ def save_model(model, tokenizer, folder, state_dict=None) -> Path:
             if hasattr(model, "peft_config"):
                 model.save_pretrained(fresh, save_embedding_layers=False, **more)  # otherwise PEFT asks the Hub about the base model
             else:
-                _save_plain(model, fresh, more)
+                _save_plain(model, tokenizer, fresh, more)
             if tokenizer is not None:
                 tokenizer.save_pretrained(fresh)
         if folder.exists():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Rollout', 'row_seeds', 'uniforms', 'narrow', 'pick', 'gaps', 'Slab', 'Family', 'SharedSlab', 'shared_attention',
-           'end_tokens', 'Stops', 'evaluating', 'soft_tokens', 'sharing', 'Batch', 'rollout']
+           'end_tokens', 'end_strings', 'Stops', 'evaluating', 'soft_tokens', 'sharing', 'Batch', 'rollout']
 
 # %% ../../nbs/core/rollout.ipynb #381d9b46
 import inspect
@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from .data import turn_ends
 from .knobs import WrongInput
 
 # %% ../../nbs/core/rollout.ipynb #d0547afb
@@ -240,10 +241,32 @@ AttentionMaskInterface.register("polm_shared", AttentionMaskInterface()["sdpa"])
 
 # %% ../../nbs/core/rollout.ipynb #82dca952
 def end_tokens(model, tokenizer=None) -> list[int]:
-    "The token ids that end a completion: those of the generation config, else of the tokenizer, else none."
+    """The token ids that end a completion: those of the generation config, of the tokenizer, and those with which its chat template ends an answer.
+
+    A model that was given a chat token learns to end with that, whatever its generation config says. An empty list there means that nothing ends one.
+    """
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = getattr(tokenizer, "eos_token_id", None) if ids is None else ids
-    return [] if ids is None else [int(ids)] if isinstance(ids, numbers.Integral) else [int(i) for i in ids]
+    if ids == []:
+        return []
+    ids = [] if ids is None else [ids] if isinstance(ids, numbers.Integral) else list(ids)
+    if getattr(tokenizer, "eos_token_id", None) is not None:
+        ids.append(tokenizer.eos_token_id)
+    ids += [found[0] for found in _end_ids(tokenizer) if len(found) == 1]
+    return list(dict.fromkeys(int(i) for i in ids))
+
+
+def end_strings(tokenizer) -> tuple[str, ...]:
+    "The texts that end an answer by the chat template and are several tokens of this tokenizer: stop strings."
+    return tuple(text for text, ids in zip(_ends_in_template(tokenizer), _end_ids(tokenizer)) if len(ids) > 1)
+
+
+def _ends_in_template(tokenizer) -> list[str]:
+    return turn_ends(tokenizer) if getattr(tokenizer, "chat_template", None) else []
+
+
+def _end_ids(tokenizer) -> list[list[int]]:
+    found = [tokenizer(text, add_special_tokens=False).input_ids for text in _ends_in_template(tokenizer)]
+    return [[] if ids == [tokenizer.unk_token_id] else ids for ids in found]
 
 
 class Stops:
@@ -498,7 +521,8 @@ def rollout(
 ) -> Rollout:
     "Samples completions of `prompts` in evaluation mode, without gradients; raises WrongInput before compute, FloatingPointError on NaN."
     stop, seeds = _check(model, tokenizer, prompts, samples, max_new_tokens, temperature, top_p, top_k, stop, seeds)
-    stops, ends, n = Stops(tokenizer, stop), set(end_tokens(model, tokenizer)), len(prompts)
+    stops = Stops(tokenizer, (*stop, *end_strings(tokenizer)))
+    ends, n = set(end_tokens(model, tokenizer)), len(prompts)
     out = Rollout([p for p in prompts for _ in range(samples)], *([None] * (n * samples) for _ in range(4)), samples)
     by_length, part = sorted(range(n), key=lambda i: -len(prompts[i])), max(1, at_once // samples)
     with torch.no_grad(), evaluating(model), sharing(model, share and samples > 1) as shared:

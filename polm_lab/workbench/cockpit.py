@@ -387,12 +387,12 @@ def stream(model, tokenizer, prompt: list[int], max_new_tokens: int = 64, temper
     "The text of one completion after each new token; the last is what `rollout` gives for the same seed. Raises `WrongInput`."
     import torch
 
-    from polm_lab.core.rollout import Batch, Stops, end_tokens, pick, row_seeds, uniforms
+    from polm_lab.core.rollout import Batch, Stops, end_strings, end_tokens, pick, row_seeds, uniforms
 
     longest = getattr(model.config, "max_position_embeddings", None) or math.inf
     if not prompt or len(prompt) + max_new_tokens > longest:
         raise WrongInput(f"prompt: {len(prompt)} tokens; expected 1 to {longest - max_new_tokens}; shorten it, or ask for fewer new tokens")
-    ends, text, said = set(end_tokens(model, tokenizer)), Stops(tokenizer).text, []
+    ends, stops, said = set(end_tokens(model, tokenizer)), Stops(tokenizer, end_strings(tokenizer)), []
     u = torch.from_numpy(uniforms(row_seeds(seed, 1), max_new_tokens)).to(model.device)
     for t in range(max_new_tokens):
         with torch.no_grad():  # not around the yield: whoever reads the stream keeps its gradients
@@ -405,7 +405,9 @@ def stream(model, tokenizer, prompt: list[int], max_new_tokens: int = 64, temper
         if token.item() in ends:
             return
         said.append(token.item())
-        yield text(said)
+        yield stops.text(said)
+        if stops.hit(said):
+            return
 
 # %% ../../nbs/workbench/cockpit.ipynb #4b6ddf6e
 class TryIt(widgets.VBox):
