@@ -25,7 +25,7 @@ from ..core.engine import train_with_trl
 from ..core.evaluate import quiet, with_rows
 from ..core.knobs import Settings, WrongInput, knob, redefault
 from ..core.method import method
-from ..core.models import load_model, load_tokenizer, save_model
+from ..core.models import can_merge, load_model, load_tokenizer, save_model
 from ..core.run import Run
 from ..core.train import Meter, fit, my_share, world
 
@@ -290,7 +290,7 @@ def reward(settings: RewardModel, run: Run) -> None:
         settings.model, dtype=settings.dtype, device=settings.device, adapter=settings.adapter, seed=settings.seed,
         gradient_checkpointing=settings.gradient_checkpointing, head="score",
     ), load_tokenizer(settings.model, settings.chat_template)  # fmt: skip
-    if settings.adapter != "none" and not hasattr(model.base_model, "merge_and_unload"):
+    if settings.adapter != "none" and not can_merge(model):
         raise WrongInput(f"adapter {settings.adapter!r}: cannot be merged into the model; expected one that can, such as lora: a reward model is saved whole")
     model.config.reward_head = settings.head
     scorer, pad, size = Scorer(model), tokenizer.pad_token_id, max(1, settings.batch_size // world()[1])
@@ -332,14 +332,14 @@ def reward(settings: RewardModel, run: Run) -> None:
     if settings.engine == "trl":
         config = dict(center_rewards_coefficient=settings.center or None, disable_dropout=True)
         read_by_mask(model)
-        train_with_trl(run, settings, "Reward", scorer, tokenizer, trl_rows(settings, pairs), evaluate, config=config)
+        train_with_trl(run, settings, "Reward", scorer, tokenizer, trl_rows(settings, pairs), evaluate, config=config, merge=True)
         del model.forward
     else:
-        fit(run, settings, scorer, updates, loss, evaluate)
+        fit(run, settings, scorer, updates, loss, evaluate, merge=True)
     if run.writes:
         if held_out and not run.lines("samples"):
             run.sample(settings.steps, sample_rows(scorer, tokenizer, held_rows, held_out, held_rewards))
-        whole = scorer.model if settings.adapter == "none" else scorer.model.merge_and_unload()
+        whole = scorer.model
         ends = {pair[side]["input_ids"][-1] for pair in pairs + held_out for side in ("chosen", "rejected")}
         whole.config.get_text_config().pad_token_id = padding_for(tokenizer, ends)
         save_model(whole, tokenizer, run.path / "model")

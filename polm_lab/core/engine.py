@@ -194,13 +194,14 @@ def last_checkpoint(run: Run) -> tuple[Path | None, int]:
 
 def train_with_trl(
     run: Run, settings: Settings, trainer: str, policy, tokenizer, rows: list[dict], evaluate=None, *, config: dict | None = None,
-    rows_per_step: int | None = None, **trainer_arguments,
+    rows_per_step: int | None = None, merge: bool = False, **trainer_arguments,
 ) -> None:  # fmt: skip
     """Train `policy` in place with TRL's `<trainer>Trainer` ("SFT", "DPO", "GRPO", ...), write the record, and save the model: what `fit` and `save_model` do.
 
     `rows` are dataset rows as that trainer takes them; `rows_per_step` of them (default batch_size × accumulate) make a step, in the order of our loop.
     `config` are further arguments of `<trainer>Config` and win over those of `trl_arguments`; `trainer_arguments` go to the trainer (reward functions,
     reference model, data_collator; with a collator every column reaches it). `evaluate()` returns metrics of the policy as it is.
+    `merge` as in `fit`.
 
     Raises `WrongInput` for what TRL refuses, `Stopped` if the run was asked to stop (its state is saved), `FloatingPointError` if the loss is not finite.
     """
@@ -209,6 +210,7 @@ def train_with_trl(
     from transformers import PrinterCallback
 
     from polm_lab.core.models import quiet_libraries, pick_device, save_model
+    from polm_lab.core.train import as_saved
 
     trainer_class, config_class = trl_class(f"{trainer}Trainer"), trl_class(f"{trainer}Config")
     arguments = {**trl_arguments(settings, run), **(dict(remove_unused_columns=False) if "data_collator" in trainer_arguments else {}), **(config or {})}
@@ -254,6 +256,7 @@ def train_with_trl(
         if made.state.global_step < settings.steps:
             raise Stopped(f"{run.id}: stopped after step {made.state.global_step}; `polm resume {run.id}` goes on from there")
 
+    as_saved(run, settings, policy, merge)
     if evaluate:
         run.frame("after", evaluate())
     if run.writes:

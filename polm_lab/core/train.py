@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['seed_of', 'seed_all', 'learning_rate_at', 'Meter', 'Progress', 'world', 'my_share', 'gather_meters',
            'make_accelerator', 'load_policy', 'token_batches', 'RankBudget', 'checkpoints', 'save_checkpoint',
-           'load_checkpoint', 'optimizer_for', 'fit', 'anybody', 'peak_memory', 'not_finite']
+           'load_checkpoint', 'optimizer_for', 'fit', 'as_saved', 'anybody', 'peak_memory', 'not_finite']
 
 # %% ../../nbs/core/train.ipynb #2c15edb9
 import contextlib
@@ -288,12 +288,14 @@ def fit(
     updates: Callable[[int, Meter], Iterable[list[dict]]],
     loss: Callable[[torch.nn.Module, dict, Meter], torch.Tensor],
     evaluate: Callable[[], dict[str, float]] | None = None,
+    merge: bool = False,
 ) -> None:
     """Train `policy` in place for `settings.steps` steps, and write the record.
 
     `updates(step, meter)` yields, for each optimizer update of the step, the list of microbatches of this process. A microbatch is a dict of
     tensors with `weight`, the number of units that its loss sums over, and usually `input_ids` and `attention_mask` [rows, time].
     `loss(policy, batch, meter)` returns the summed loss, a scalar with gradient. `evaluate()` returns metrics of the policy as it is.
+    Before the last evaluation the weights are rounded to the type that they are saved in; with `merge`, the adapter of `policy.model` is merged into it first.
 
     Raises `Stopped` if the run was asked to stop (its state is saved), `FloatingPointError` if the loss is not finite (the batch is saved).
     """
@@ -362,10 +364,21 @@ def fit(
         if stop and step + 1 < settings.steps:
             raise Stopped(f"{run.id}: stopped after step {step + 1}; `polm resume {run.id}` goes on from there")
 
+    as_saved(run, settings, policy, merge)
     if evaluate:
         run.frame("after", evaluate())
     if settings.tracker != "none":
         accelerator.end_training()
+
+
+def as_saved(run: Run, settings: Settings, policy: torch.nn.Module, merge: bool = False) -> None:
+    "Bring `policy` into the form that is saved, after its last checkpoint, which keeps the weights in 32 bits: the adapter merged if asked, weights rounded to `save_dtype`."
+    from polm_lab.core.models import merge_adapter, round_weights
+
+    if merge:
+        policy.model = merge_adapter(policy.model)
+    for line in round_weights(policy, settings.save_dtype):
+        run.note(line)
 
 
 def anybody(accelerator, flag: bool) -> bool:

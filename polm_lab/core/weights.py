@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'NEAR', 'BLOCK', 'COPIED', 'Entry', 'read_header', 'blocks', 'Weights', 'differences', 'check_alike',
-           'Writer', 'walk', 'check_finite', 'Block', 'each_block', 'transform']
+           'renamed', 'Converted', 'in_one_form', 'open_weights', 'Writer', 'walk', 'check_finite', 'Block',
+           'each_block', 'transform']
 
 # %% ../../nbs/core/weights.ipynb #c20aac4a
+import copy
 import errno
 import json
 import math
@@ -14,6 +16,7 @@ import mmap
 import os
 import shutil
 import struct
+import tempfile
 import threading
 import warnings
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -25,7 +28,7 @@ import torch
 from torch import Tensor
 
 from .knobs import WrongInput
-from .models import TOKENIZER_FILES, data_folder, model_path
+from .models import TOKENIZER_FILES, data_folder, load_model, load_tokenizer, merge_adapter, model_path, save_model, skeleton, weight_sources
 
 # %% ../../nbs/core/weights.ipynb #963aac4e
 DTYPES = {  # names in the format -> torch
@@ -97,7 +100,7 @@ class Weights:
         self.spec, self.folder = str(spec), model_path(spec)
         index = self.folder / "model.safetensors.index.json"
         if (self.folder / "adapter_config.json").is_file():
-            raise WrongInput(f"{self.folder}: an adapter, not a whole model; expected all weights; merge the adapter into its base first")
+            raise WrongInput(f"{self.folder}: an adapter, not a whole model; expected all weights; the methods merge and fuse merge an adapter into its base first, as `open_weights` does")
         try:
             self.config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
             files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())) if index.is_file() else ["model.safetensors"]
@@ -187,6 +190,121 @@ def check_alike(models: list[Weights], dtypes: bool = True, rows_of: Iterable[st
         if found:
             raise WrongInput(f"{model.spec}: {found} as in {models[0].spec}; expected models of one architecture with the same tensors; leave this one out")
 
+# %% ../../nbs/core/weights.ipynb #f83a2e7d
+def _equal(model: Weights, one: str, other: str) -> bool:
+    "Whether two tensors of a model hold the same values."
+    a, b = model.entries[one], model.entries[other]
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    for start, stop in blocks(a.shape):
+        same = torch.equal(model.read(one, start, stop), model.read(other, start, stop))
+        model.release(one, start, stop)
+        model.release(other, start, stop)
+        if not same:
+            return False
+    return True
+
+
+def renamed(model: Weights) -> Weights:
+    """The same model with the names that it has when it is loaded, without buffers and the copy of a tied head; `ties` maps a tied name to the stored one.
+
+    Weights that transformers computes from several tensors keep the names of their parts. A model that transformers does not know stays as it is.
+    """
+    named = copy.copy(model)
+    named.config, named.ties, named.parts = dict(model.config), {}, {}
+    try:
+        sources, ties = weight_sources(model.folder, model.entries), skeleton(model.folder).all_tied_weights_keys
+    except Exception:  # whatever transformers raises for a configuration that it cannot make a model of
+        return named
+    named.entries = {}
+    for name, (known, converter, pattern) in sources.items():
+        if converter is not None:
+            named.parts[name] = known, converter, pattern
+        if known is not None:
+            named.entries[known if converter is None else name] = model.entries[name]
+    for tied, source in ties.items():
+        if tied in named.entries and source not in named.entries:
+            named.entries[source] = named.entries.pop(tied)
+        elif tied in named.entries and not _equal(named, tied, source):
+            if named.entries[tied].shape == named.entries[source].shape:  # such a model is loaded with both
+                named.config["tie_word_embeddings"] = False
+            continue
+        named.entries.pop(tied, None)
+        named.ties[tied] = source
+    return named
+
+
+class Converted(Weights):
+    "A `renamed` model whose `parts` are put together as loading does it; a thread keeps the last weight that it read."
+
+    def __init__(self, model: Weights):
+        from transformers.core_model_loading import dot_natural_key
+
+        self.__dict__.update(model.__dict__)
+        self.inner, self.kept, self.recipes, groups = model, threading.local(), {}, {}
+        self.entries = {name: entry for name, entry in model.entries.items() if name not in model.parts}
+        for name in sorted(model.parts, key=dot_natural_key):
+            groups.setdefault(model.parts[name][0], []).append(name)
+        for known, names in groups.items():
+            for made, value in self._convert(known, names, lambda e: torch.empty(e.shape, dtype=e.dtype, device="meta")).items():
+                self.entries[made] = Entry(model.entries[names[0]].file, value.dtype, tuple(value.shape), 0, value.numel() * value.dtype.itemsize)
+                self.recipes[made] = known, names
+
+    def _convert(self, known: str, names: list[str], value: Callable | None = None) -> dict[str, Tensor]:
+        "The weights that come of the tensors `names`, by name; `value(entry)` stands for their values."
+        model, converter = skeleton(self.folder), copy.deepcopy(self.inner.parts[names[0]][1])
+        for name in names:
+            converter.add_tensor(known, name, self.inner.parts[name][2], value(self.inner.entries[name]) if value else self.inner.read(name))
+        made = converter.convert(known, model=model, config=model.config)
+        return {name: found[0] if isinstance(found, list) else found for name, found in made.items()}
+
+    def read(self, name, start=0, stop=None):
+        if name not in self.recipes:
+            return self.inner.read(name, start, stop)
+        known, names = self.recipes[name]
+        if getattr(self.kept, "known", None) != known:
+            self.kept.known, self.kept.made = known, self._convert(known, names)
+            for part in names:
+                self.inner.release(part)
+        return self.kept.made[name][start:stop]
+
+    def release(self, name, start=0, stop=None):
+        if name not in self.recipes:
+            self.inner.release(name, start, stop)
+
+
+def in_one_form(models: list[Weights]) -> list[Weights]:
+    "The models under the same names, as far as they are models of one kind; all untied if one is."
+    if len({model.config.get("model_type") for model in models}) > 1:
+        return models
+    models = [renamed(model) for model in models]
+    shapes = {name: entry.shape[1:] for model in models for name, entry in model.entries.items()}
+    for model in models:
+        for tied, source in model.ties.items():
+            if source in model.entries and shapes.get(tied) == model.entries[source].shape[1:]:
+                model.entries[tied] = model.entries[source]
+                model.config["tie_word_embeddings"] = False
+    if any(model.entries.keys() != models[0].entries.keys() for model in models):
+        models = [Converted(model) if model.parts else model for model in models]
+    return models
+
+
+def open_weights(spec, scratch: Path) -> Weights:
+    """`Weights(spec)`; of a run that saved an adapter, those of its base with the adapter merged in, written to a folder in `scratch` first.
+
+    Raises `WrongInput` for an adapter that cannot be merged. To merge an adapter takes the memory of its whole base in 32 bits.
+    """
+    if not (model_path(spec) / "adapter_config.json").is_file():
+        return Weights(spec)
+    model = load_model(spec, "float32", "cpu")
+    try:
+        model = merge_adapter(model)
+    except WrongInput as error:
+        raise WrongInput(f"{spec}: {error}") from None
+    opened = Weights(save_model(model, load_tokenizer(spec), Path(tempfile.mkdtemp(dir=scratch)) / "model"))
+    opened.spec, opened.dtype = str(spec), model.file_dtypes[""]
+    return opened
+
 # %% ../../nbs/core/weights.ipynb #ddb4031f
 COPIED = {*TOKENIZER_FILES, "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.json"}
 
@@ -260,6 +378,8 @@ class Writer:
     def write(self, name: str, rows: Tensor, start: int = 0) -> None:
         "Put rows of tensor `name`, from row `start` on, in their place; threads may write at once. Each row is to be written once."
         dtype, shape = self.plan[name]
+        if dtype == torch.float16 and rows.dtype != dtype and rows.numel() and rows.abs().max() > torch.finfo(dtype).max:
+            raise WrongInput(f"{name}: a weight of {rows.abs().max():g}; float16 ends at {torch.finfo(dtype).max:g}; set save_dtype to bfloat16 or float32")
         rows = rows.detach().to("cpu", dtype).contiguous()
         descriptor, at = self._at[name]
         self._put(descriptor, rows.view(-1).view(torch.uint8).numpy(), at + start * math.prod(shape[1:]) * dtype.itemsize, name)

@@ -11,17 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..core.blocks import Inputs, begin, blocks_of, read_inputs, walk
-from ..core.knobs import RunSettings, WrongInput, knob, redefault
+from ..core.blocks import Inputs, begin, blocks_of, finish, read_inputs, walk
+from ..core.knobs import SavedSettings, WrongInput, knob, redefault
 from ..core.method import method
-from ..core.models import save_model
 from ..core.run import Run, Stopped
 from ..core.train import Progress
 from .sparse import parse_pattern, smallest, sparsegpt, swap, wanda_score
 
 # %% ../../nbs/efficiency/prune.ipynb #b32c1181
 @dataclass(kw_only=True)
-class Prune(RunSettings):
+class Prune(SavedSettings):
     "Settings of unstructured pruning."
 
     how: str = knob("sparsegpt", "what decides which weights go, and whether the others are refitted", choices=("magnitude", "wanda", "sparsegpt"))
@@ -141,6 +140,4 @@ def prune(settings: Prune, run: Run) -> None:
         progress(step, facts)
         if run.stop_requested():
             raise Stopped(f"{run.id}: stopped after block {step}")
-    run.frame("after", evaluate(model))
-    if run.writes:
-        save_model(model, tokenizer, run.path / "model")
+    finish(settings, run, model, tokenizer, evaluate, model)

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..core.blocks import begin, blocks_of, read_inputs, walk
-from ..core.knobs import RunSettings, WrongInput, knob, redefault
+from ..core.blocks import begin, blocks_of, finish, read_inputs, walk
+from ..core.knobs import SavedSettings, WrongInput, knob, redefault
 from ..core.method import method
-from ..core.models import save_model
 from ..core.run import Run, Stopped
 from ..core.train import Progress
 from .cuts import (OTHER, add_bias, block_facts, check_same, cut, embedding_scale, fits, fluctuation, gain_of, gradients, layers_of, probe, read_stream,
@@ -25,7 +24,7 @@ from .cuts import (OTHER, add_bias, block_facts, check_same, cut, embedding_scal
 
 # %% ../../nbs/efficiency/slim.ipynb #2caa55f7
 @dataclass(kw_only=True)
-class Slim(RunSettings):
+class Slim(SavedSettings):
     "Settings of structured pruning."
 
     how: str = knob("flap", "what is cut out and how it is chosen: heads and neurons by gradient (taylor) or by fluctuation (flap), dimensions (slicegpt), blocks (depth)",
@@ -302,6 +301,7 @@ def check_cut(model, settings: Slim):
 def slim(settings: Slim, run: Run) -> None:
     "Cut out heads and neurons, dimensions, or blocks: a smaller dense model."
     model, tokenizer, windows, evaluate = begin(settings, run)
+    start = model
     count = len(blocks_of(model, linear=False))
     check_cut(model, settings)
     progress = Progress(run, count)
@@ -330,6 +330,4 @@ def slim(settings: Slim, run: Run) -> None:
             if index >= 0:
                 note(index + 1, found)
         model = rebuild(model, **found)
-    run.frame("after", evaluate(model))
-    if run.writes:
-        save_model(model, tokenizer, run.path / "model")
+    finish(settings, run, model, tokenizer, evaluate, start)

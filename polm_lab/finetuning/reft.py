@@ -16,16 +16,16 @@ from ..alignment.reward import load_reward
 from ..core.chain import stage
 from ..core.data import encode, load_data, parse_spec
 from ..core.evaluate import last_number, matches, pass_at_k, with_rows
-from ..core.knobs import RunSettings, WrongInput, knob, redefault
+from ..core.knobs import SavedSettings, WrongInput, knob, redefault
 from ..core.method import method
-from ..core.models import load_model, load_tokenizer, save_model
+from ..core.models import load_model, load_tokenizer, round_weights, save_model
 from ..core.rollout import rollout
 from ..core.run import Run, replace_file
 from ..core.worlds import WORLDS
 
 # %% ../../nbs/finetuning/reft.ipynb #271043ba
 @dataclass(kw_only=True)
-class ReFT(RunSettings):
+class ReFT(SavedSettings):
     "Settings of reinforced fine-tuning."
 
     data: str = knob("sums", "questions with worked answers: sums (its form with steps), or a file with prompt, completion and answer")
@@ -118,7 +118,7 @@ def reft(settings: ReFT, run: Run) -> None:
         raise WrongInput(f"batch_size = {settings.batch_size}: expected a multiple of samples = {settings.samples}, so that groups are whole")
     rows, held_out = load_questions(settings, "train"), load_questions(settings, "test")
     train, test = (write_rows(run.path / f"{name}.jsonl", part) for name, part in (("train", rows), ("test", held_out)))
-    shared = dict(data=train, eval_data=test, batch_size=settings.batch_size, eval_rows=4, seed=settings.seed, dtype=settings.dtype, device=settings.device)
+    shared = dict(data=train, eval_data=test, batch_size=settings.batch_size, eval_rows=4, seed=settings.seed, dtype=settings.dtype, device=settings.device, save_dtype=settings.save_dtype)
     imitate = shared | dict(learning_rate=settings.sft_rate)
     learn = shared | dict(steps=settings.steps, learning_rate=settings.rl_rate, rewards="correct", samples=settings.samples, max_new_tokens=settings.max_new_tokens, beta=settings.beta)
     learn |= dict(epochs=1, minibatches=1, details="missing_eos") if settings.learner == "ppo" else {}
@@ -143,7 +143,9 @@ def reft(settings: ReFT, run: Run) -> None:
         run.frame(when, with_rows(states[name], len(held_out)))
     run.update(states=states, pairs=len(pairs))
     if run.writes:
-        save_model(load_model(found.path, settings.dtype, settings.device), tokenizer, run.path / "model")
+        model = load_model(found.path, settings.dtype, settings.device)
+        round_weights(model, settings.save_dtype)
+        save_model(model, tokenizer, run.path / "model")
 
 
 def state_table(run: Run):

@@ -8,6 +8,7 @@ __all__ = ['Fuse', 'fisher_mean', 'fisher_information', 'regmean', 'input_grams'
 
 # %% ../../nbs/integration/fuse.ipynb #b3d51c6f
 import copy
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +21,10 @@ from ..core.evaluate import mean_nll, quiet
 from ..core.knobs import WrongInput, knob, redefault
 from ..core.logprobs import Policy
 from ..core.method import method
-from ..core.models import load_model, load_tokenizer, save_model
+from ..core.models import load_model, load_tokenizer, merge_adapter, model_path, round_weights, save_model, untie
 from ..core.run import Run, Stopped, parent_of
 from ..core.train import seed_of
-from ..core.weights import Weights, check_alike
+from ..core.weights import check_alike, in_one_form, open_weights
 from .merge import Experts, examine, framed, tunes_of
 from .vocabulary import align, embeddings
 
@@ -149,12 +150,17 @@ def fuse(settings: Fuse, run: Run) -> None:
     if len(sources) != len(specs) or not specs:
         raise WrongInput(f"data: {len(sources)} sources for {len(specs)} models; expected one for each, separated by commas")
     names = tunes_of(run, settings)
-    opened = [Weights(spec) for spec in (settings.model, *names)]
-    check_alike(opened, dtypes=False, rows_of=set.intersection(*(set(embeddings(model)) for model in opened)))
-    align(opened, "same", Path())
-    run.update(parents=sorted({parent for weights in opened for parent in parent_of(str(weights.folder))}), total=len(specs) + 2)
+    with tempfile.TemporaryDirectory(dir=run.path) as scratch:
+        opened = in_one_form([open_weights(spec, Path(scratch)) for spec in (settings.model, *names)])
+        check_alike(opened, dtypes=False, rows_of=set.intersection(*(set(embeddings(model)) for model in opened)))
+        align(opened, "same", Path())
+        del opened
+    run.update(parents=sorted({parent for spec in (settings.model, *names) for parent in parent_of(str(model_path(spec)))}), total=len(specs) + 2)
     words, pad = load_tokenizer(settings.model), load_tokenizer(settings.model).pad_token_id
-    policies = [Policy(load_model(spec, settings.dtype, settings.device)) for spec in (settings.model, *names)]
+    models = [merge_adapter(load_model(spec, settings.dtype, settings.device)) for spec in (settings.model, *names)]
+    if len({len(list(model.parameters())) for model in models}) > 1:  # one is untied
+        models = [untie(model) for model in models]
+    policies = [Policy(model) for model in models]
     base, tunes = policies[0], policies[1:]
     rows = [[encode(words, row, "completion", 256) for row in load_data(source, "completion")[: settings.examples]] for source in sources]
     start, *states = ({name: p.detach() for name, p in policy.model.named_parameters()} for policy in policies)
@@ -197,6 +203,8 @@ def fuse(settings: Fuse, run: Run) -> None:
     if not all(value.isfinite().all() for value in merged.values()):
         raise WrongInput(f"{settings.technique}: the result is not finite; expected finite weights; look for NaN in the inputs, or take fewer steps")
     base.model.load_state_dict(merged, strict=False)
+    for line in round_weights(base.model, settings.save_dtype):
+        run.note(line)
     save_model(base.model, words, run.path / "model")
     if tasks:
         states = {name: examine(spec, tasks, settings.rows, settings, sources) for name, spec in [("base", settings.model), *zip(specs, names), ("merged", run.path / "model")]}

@@ -20,12 +20,12 @@ from torch import Tensor
 from ..core.chain import stage
 from ..core.data import load_held_out, natural_kind, parse_spec
 from ..core.evaluate import with_rows
-from ..core.knobs import RunSettings, WrongInput, knob, nearest, redefault
+from ..core.knobs import SavedSettings, WrongInput, knob, nearest, redefault
 from ..core.method import method
-from ..core.models import load_tokenizer
+from ..core.models import load_tokenizer, model_path
 from ..core.run import Run, Stopped, parent_of
 from ..core.train import seed_of
-from ..core.weights import Block, Weights, check_alike, each_block, transform
+from ..core.weights import Block, Weights, check_alike, each_block, in_one_form, open_weights, transform
 from .vectors import Trim, add_up, dare, della, della_density, disjoint_mean, linear, metagpt_weights, moments, slerp, trim
 from .vocabulary import align, embeddings
 
@@ -38,7 +38,7 @@ TECHNIQUES = {
 
 
 @dataclass(kw_only=True)
-class Experts(RunSettings):
+class Experts(SavedSettings):
     "What all merging shares: the tunes, and what they are tried on."
 
     models: str = knob("sums,chat", "tunes to merge, separated by commas: folders, runs, Hub ids; the name of a world stands for an expert that is trained on it first")
@@ -63,7 +63,10 @@ class Merge(Experts):
     density: float = knob(0.2, "share of each task vector's entries that is kept (TIES, DARE, DELLA)", "share", low=0.0, high=1.0, source="Yadav et al. 2023, §5")
     epsilon: float = knob(0.1, "how much denser the largest entries of a row are than the smallest (DELLA)", "share", low=0.0, high=1.0, source="Deep et al. 2024, §2.1")
     tokenizer: str = knob("same", "vocabularies that differ: refuse them, take the base's, or unite all", choices=("same", "base", "union"))
-    save_dtype: str = knob("same", "type of the merged weights; same: as the base's", choices=("same", "float32", "bfloat16", "float16"))
+
+    def __post_init__(self):
+        self.save_dtype = "auto" if self.save_dtype == "same" else self.save_dtype  # as runs of old called it
+        super().__post_init__()
 
 # %% ../../nbs/integration/merge.ipynb #ca91eb4a
 def weight_rules(text: str, count: int) -> Callable[[str], list[float]]:
@@ -101,12 +104,20 @@ def merge_models(
     if not 0 <= density <= 1:
         raise WrongInput(f"density = {density}: expected a share from 0 to 1 of entries that are kept")
     rules = weight_rules(weights, len(models))
-    opened = [Weights(spec) for spec in (base, *models)]
-    if any(Path(out).absolute().resolve() == model.folder.resolve() for model in opened):
+    folders = [model_path(spec) for spec in (base, *models)]
+    if any(Path(out).absolute().resolve() == folder.resolve() for folder in folders):
         raise WrongInput(f"{out}: this is an input; expected another folder to write to")
-    with tempfile.TemporaryDirectory() as scratch:
+    place = None
+    if any((folder / "adapter_config.json").is_file() for folder in folders):  # whole models are written there
+        place = Path(out).absolute().parent
+        place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place) as scratch:
+        opened = in_one_form([open_weights(spec, Path(scratch)) for spec in (base, *models)])
+        dtype = dtype or getattr(opened[0], "dtype", None)
         check_alike(opened, dtypes=False, rows_of=set.intersection(*(set(embeddings(model)) for model in opened)))
         opened, like, config = align(opened, tokenizer, Path(scratch))
+        if opened[0].config.get("tie_word_embeddings") is False:
+            config = config | {"tie_word_embeddings": False}
         if technique == "della":
             della_density(torch.zeros(1, 2), density, epsilon)  # raises
         if technique in ("linear", "slerp"):
@@ -152,7 +163,7 @@ def vector_table(base, models: list, density: float = 0.2):
     "For each tensor: its entries, the norms of two task vectors, their cosine, and the share of entries kept by both whose signs disagree; a DataFrame."
     import pandas as pd
 
-    opened, rows = [Weights(spec) for spec in (base, *models)], []
+    opened, rows = in_one_form([Weights(spec) for spec in (base, *models)]), []
     check_alike(opened, dtypes=False)
     for name, entry in opened[0].entries.items():
         a, b = (torch.cat([piece.flatten() for piece in task_blocks(opened, n, name)]) for n in (1, 2))
@@ -206,13 +217,13 @@ def merge(settings: Merge, run: Run) -> None:
     specs, tasks = ([word.strip() for word in text.split(",") if word.strip()] for text in (settings.models, settings.tasks))
     weight_rules(settings.weights, len(specs))
     names = tunes_of(run, settings)
-    run.update(parents=sorted({parent for spec in (settings.model, *names) for parent in parent_of(str(Weights(spec).folder))}), total=len(specs) + 2)
+    run.update(parents=sorted({parent for spec in (settings.model, *names) for parent in parent_of(str(model_path(spec)))}), total=len(specs) + 2)
 
     def go_on(name):
         if run.stop_requested():
             raise Stopped
 
-    dtype = None if settings.save_dtype == "same" else getattr(torch, settings.save_dtype)
+    dtype = None if settings.save_dtype == "auto" else getattr(torch, settings.save_dtype)
     own = {key: getattr(settings, key) for key in ("technique", "weights", "lam", "density", "epsilon", "seed", "tokenizer")}
     merge_models(settings.model, names, run.path / "model", dtype=dtype, before=go_on, **own)
     if not tasks:

@@ -21,7 +21,7 @@ from ..core.evaluate import quiet, sequence_logps, with_rows
 from ..core.knobs import Settings, WrongInput, knob, redefault
 from ..core.logprobs import Policy, states
 from ..core.method import method
-from ..core.models import load_model, load_tokenizer, save_model
+from ..core.models import can_merge, load_model, load_tokenizer, save_model
 from ..core.run import Run
 from ..core.train import Meter, fit, my_share, world
 from .documents import UNSPACED, Library, answers_of, holds, open_library, words_of
@@ -225,7 +225,7 @@ def retriever(settings: Retriever, run: Run) -> None:
     model, tokenizer = load_model(
         settings.model, dtype=settings.dtype, device=settings.device, adapter=settings.adapter, seed=settings.seed, gradient_checkpointing=settings.gradient_checkpointing,
     ), load_tokenizer(settings.model, settings.chat_template)  # fmt: skip
-    if settings.adapter != "none" and not hasattr(model.base_model, "merge_and_unload"):
+    if settings.adapter != "none" and not can_merge(model):
         raise WrongInput(f"adapter {settings.adapter!r}: cannot be merged into the model; expected one that can, such as lora: an encoder is saved whole")
     encoder, pad = DualEncoder(model), tokenizer.pad_token_id
     index = Index(passages, Encoder(settings.model, settings.device) if settings.search != "bm25" else None)
@@ -274,6 +274,6 @@ def retriever(settings: Retriever, run: Run) -> None:
     def loss(encoder, batch, meter):
         return pulled(encoder(batch["input_ids"], batch["attention_mask"]), batch["pull"], batch["losses"])
 
-    fit(run, settings, encoder, updates, loss, evaluate)
+    fit(run, settings, encoder, updates, loss, evaluate, merge=True)
     if run.writes:
-        save_encoder(model if settings.adapter == "none" else model.merge_and_unload(), tokenizer, run.path / "model")
+        save_encoder(encoder.model, tokenizer, run.path / "model")
