@@ -386,10 +386,10 @@ def test_a_picture_is_drawn_or_one_line_says_why_not(make, tmp_path, monkeypatch
         assert "needs Chrome" in str(wrong) and "\n" not in str(wrong)
 
     def none(*_, **__):
-        raise RuntimeError("Kaleido requires Google Chrome\nto be installed.")
+        raise WrongInput("no browser found")
 
-    monkeypatch.setattr(type(figure), "write_image", none)
-    with pytest.raises(WrongInput, match=r"needs Chrome or Chromium \(Kaleido requires Google Chrome\)"):
+    monkeypatch.setattr("polm_lab.workbench.compare.draw_png", none)
+    with pytest.raises(WrongInput, match=r"needs Chrome or Chromium \(no browser found\)"):
         export_figure(figure, tmp_path / "figure.png")
 
 

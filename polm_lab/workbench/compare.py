@@ -8,7 +8,6 @@ __all__ = ['run_rows', 'settings_difference', 'leaderboard', 'same_prompt', 'fam
 
 # %% ../../nbs/workbench/compare.ipynb #81846db1
 import html
-import os
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +19,20 @@ from ..core.knobs import WrongInput, nearest
 from ..core.metrics import metric, without_counts
 from ..core.run import Run, all_runs, open_run, runs_folder
 from .browser import Table, visible
-from .panels import COLORS, advantage_histogram, as_text, framed, frontier, live_figure, panels, style, write_page
+from polm_lab.workbench.panels import (
+    COLORS,
+    CONFIG,
+    advantage_histogram,
+    as_text,
+    draw_png,
+    figure_json,
+    framed,
+    frontier,
+    live_figure,
+    panels,
+    style,
+    write_page,
+)
 from .watch import Watch
 
 # %% ../../nbs/workbench/compare.ipynb #28159f4a
@@ -169,26 +181,16 @@ def export_figure(figure, path, connected: bool = False) -> Path:
     """
     path = Path(path)
     if path.suffix == ".html":
-        figure.write_html(path, include_plotlyjs="cdn" if connected else True)
+        figure.write_html(path, include_plotlyjs="cdn" if connected else True, config=CONFIG)
     elif path.suffix == ".png":
-        _find_browser()
         try:
-            figure.write_image(path, scale=2)
-        except Exception as error:  # kaleido raises many kinds
-            reason = str(error).strip().split("\n")[0]
+            path.write_bytes(draw_png(figure_json(figure), scale=2))
+        except WrongInput as wrong:
             help = "`plotly_get_chrome` installs one, and .html needs none"
-            raise WrongInput(f"{path}: a picture needs Chrome or Chromium ({reason}); {help}") from None
+            raise WrongInput(f"{path}: a picture needs Chrome or Chromium ({wrong}); {help}") from None
     else:
         raise WrongInput(f"{path}: expected a name that ends in .html or .png")
     return path
-
-
-def _find_browser():
-    "Let kaleido use the browser that Playwright installed, where no other is named."
-    found = sorted((Path.home() / ".cache/ms-playwright").glob("chromium*/chrome-linux*/*"))
-    found = [p for p in found if p.name in ("chrome", "headless_shell", "chrome-headless-shell")]
-    if found:
-        os.environ.setdefault("BROWSER_PATH", str(found[-1]))
 
 
 _IMPORTS = """from pathlib import Path

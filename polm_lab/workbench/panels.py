@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLORS', 'GROUPS', 'FIGURE', 'CONFIG', 'PICTURE_BYTES', 'plain', 'explain', 'as_text', 'shown_metrics', 'grouped',
            'style', 'framed', 'traces', 'draw', 'panels', 'show', 'figure_output', 'figure_json', 'figure_picture',
-           'shrink', 'browser_path', 'Library', 'library', 'live_figure', 'frontier', 'advantage_histogram',
+           'draw_png', 'shrink', 'browser_path', 'Library', 'library', 'live_figure', 'frontier', 'advantage_histogram',
            'summary_table', 'sample_texts', 'write_page']
 
 # %% ../../nbs/workbench/panels.ipynb #836c6564
@@ -246,9 +246,19 @@ def figure_picture(stored: dict, limit: int = PICTURE_BYTES) -> bytes:
 
     Raises: `WrongInput` where kaleido, Pillow or a browser is missing, or the browser fails.
     """
-    layout = stored["layout"]
-    width, height = layout.get("width") or _WIDTH, layout.get("height") or _HEIGHT
-    return shrink(_painter().draw({"data": stored["data"], "layout": layout}, width, height, min(1.0, _WIDTH / width)), limit)
+    if find_spec("PIL") is None:
+        raise WrongInput("pillow is not installed; pip install pillow, then run the cell again")
+    width = stored["layout"].get("width") or _WIDTH
+    return shrink(draw_png(stored, width, min(1.0, _WIDTH / width)), limit)
+
+
+def draw_png(stored: dict, width: int = _WIDTH, scale: float = 1.0) -> bytes:
+    """Draw a figure, given as its JSON, as a PNG in all its colors, `scale` pixels of it for one of the figure's.
+
+    Raises: `WrongInput` where kaleido or a browser is missing, or the browser fails.
+    """
+    options = dict(format="png", width=width, height=stored["layout"].get("height") or _HEIGHT, scale=scale)
+    return _painter().draw({"data": stored["data"], "layout": stored["layout"]}, options)
 
 
 def shrink(png: bytes, limit: int) -> bytes:
@@ -277,10 +287,10 @@ class _Painter:
             threading.Thread(target=self.loop.run_forever, daemon=True, name="polm-pictures").start()
             atexit.register(self.close)
 
-    def draw(self, figure: dict, width: int, height: int, scale: float) -> bytes:
+    def draw(self, figure: dict, options: dict) -> bytes:
         "The PNG. Raises: `WrongInput` with the first trouble of this process."
         if not self.trouble:
-            asked = asyncio.run_coroutine_threadsafe(self._draw(figure, dict(format="png", width=width, height=height, scale=scale)), self.loop)
+            asked = asyncio.run_coroutine_threadsafe(self._draw(figure, options), self.loop)
             try:
                 return asked.result(_PATIENCE)
             except BaseException as error:
@@ -323,13 +333,15 @@ def _painter() -> _Painter:
 
 
 def browser_path() -> str | None:
-    "The browser that draws pictures: `$POLM_CHROMIUM`, one on the PATH, or one that kaleido knows; None where there is none."
+    "The browser that draws pictures: `$POLM_CHROMIUM`, one on the PATH, Playwright's or kaleido's; None where there is none."
     named = os.environ.get("POLM_CHROMIUM") or os.environ.get("BROWSER_PATH")  # the second is kaleido's own
     if named:
         return None if named == "none" else shutil.which(named)
     found = next(filter(None, map(shutil.which, _BROWSERS)), None)
-    if found:
-        return found
+    installed = sorted((Path.home() / ".cache/ms-playwright").glob("chromium*/chrome-linux*/*"))
+    installed = [path for path in installed if path.name in ("chrome", "headless_shell", "chrome-headless-shell")]
+    if found or installed:
+        return found or str(installed[-1])
     from choreographer.browsers.chromium import Chromium
 
     return Chromium.find_browser(skip_local=False, skip_typical=sys.platform == "linux")  # there the usual places are on the PATH
@@ -337,9 +349,8 @@ def browser_path() -> str | None:
 
 def _no_painter() -> str:
     "Why no picture can be drawn here, as one line; empty where it can."
-    lacks = [name for name, module in (("kaleido", "kaleido"), ("pillow", "PIL")) if find_spec(module) is None]
-    if lacks:
-        return f"{' and '.join(lacks)} not installed; pip install {' '.join(lacks)}, then run the cell again"
+    if find_spec("kaleido") is None:
+        return "kaleido is not installed; pip install kaleido, then run the cell again"
     if browser_path() is None:
         return "no browser found; install chromium, or name one in POLM_CHROMIUM, then run the cell again"
     return ""
