@@ -189,6 +189,7 @@ _IDLE = 30.0  # seconds after which a browser without work is closed
 _PATIENCE = 60.0  # seconds for a picture with the start of its browser, on a machine that is busy
 _CLEAR = "rgba(0,0,0,0)"
 _SPACES = ("scene", "polar", "ternary", "smith", "geo", "map", "mapbox")  # parts of a template for traces on no plain axes
+_SCALES = ("colorscale", "coloraxis")  # for traces whose colors are numbers
 _FLAT = {"scatter", "scattergl", "bar", "histogram", "heatmap", "box", "violin", "contour", "pie", "sunburst", "treemap", "icicle", "sankey"}
 
 
@@ -210,8 +211,8 @@ def figure_output(figure) -> dict:
 
 
 def figure_json(figure) -> dict:
-    "A figure as plain JSON of numbers with seven digits, on a ground of its own, with the part of its template that it uses."
-    stored = {"config": dict(CONFIG), **_numbers(json.loads(figure.to_json(validate=False)))}
+    "A figure as JSON of numbers with seven digits, on a ground of its own, with the part of its template that it uses."
+    stored = {"config": dict(CONFIG), **_compact(json.loads(figure.to_json(validate=False)))}
     layout = stored["layout"]
     for ground in ("paper_bgcolor", "plot_bgcolor"):
         if layout.get(ground) == _CLEAR:  # dark letters could not be read on a dark page
@@ -219,26 +220,41 @@ def figure_json(figure) -> dict:
     template = layout.get("template", {})
     kinds = {trace.get("type", "scatter") for trace in stored["data"]}
     template["data"] = {kind: look for kind, look in template.get("data", {}).items() if kind in kinds}
-    if kinds <= _FLAT:
-        template["layout"] = {name: look for name, look in template.get("layout", {}).items() if name not in _SPACES}
+    plain_colors = kinds <= {"scatter", "bar", "histogram", "box"} and not re.search(r'"coloraxis"|"color": [\[{]', json.dumps(stored["data"]))
+    unused = (*(_SPACES if kinds <= _FLAT else ()), *(_SCALES if plain_colors else ()))
+    template["layout"] = {name: look for name, look in template.get("layout", {}).items() if name not in unused}
     return stored
 
 
-def _numbers(value):
-    "JSON with arrays in base64 as lists, which viewers of every age read, and numbers rounded to seven digits."
+def _compact(value, name: str = ""):
+    "JSON with arrays of numbers in base64, which a notebook stores in one line, and no number longer than seven digits."
     if isinstance(value, dict) and "bdata" in value:
-        flat = np.frombuffer(base64.b64decode(value["bdata"]), value["dtype"])
-        shape = [int(size) for size in str(value.get("shape", flat.size)).split(",")]
-        return _numbers(flat.reshape(shape).tolist())
+        packed = _packed(np.frombuffer(base64.b64decode(value["bdata"]), value["dtype"]))
+        return {**packed, "shape": value["shape"]} if "shape" in value else packed
     if isinstance(value, dict):
-        return {name: _numbers(part) for name, part in value.items()}
+        return {key: _compact(part, key) for key, part in value.items()}
     if isinstance(value, list):
-        return [_numbers(part) for part in value]
+        if name in ("x", "y", "z", "values") and len(value) > 8 and {type(part) for part in value} <= {int, float}:
+            return _packed(np.array(value))
+        return [_compact(part) for part in value]
     if isinstance(value, float):
         if not math.isfinite(value):
             return None  # JSON has no NaN; plotly leaves a gap
-        return int(value) if value.is_integer() and abs(value) < 2**53 else float(f"{value:.7g}")
+        return float(f"{value:.7g}") if value != round(value) else value
     return value
+
+
+def _packed(numbers: np.ndarray) -> dict:
+    "Numbers as plotly's typed array: integers in as few bytes as hold them, others as float32 where that keeps seven digits."
+    kind = "f8"
+    if numbers.dtype.kind in "iu":
+        fits = [k for k in ("i1", "i2", "i4") if np.array_equal(numbers.astype(k), numbers)]
+        kind = fits[0] if fits else kind
+    else:
+        with np.errstate(over="ignore"):  # what is too large for float32 is not close to it
+            small = numbers.astype("f4")
+        kind = "f4" if np.allclose(small, numbers, rtol=1e-6, atol=0, equal_nan=True) else "f8"
+    return {"dtype": kind, "bdata": base64.b64encode(numbers.astype(kind).tobytes()).decode()}
 
 
 def figure_picture(stored: dict, limit: int = PICTURE_BYTES) -> bytes:
@@ -269,7 +285,7 @@ def shrink(png: bytes, limit: int) -> bytes:
     for share in (1.0, 0.75, 0.5, 0.25):
         size = [max(1, round(side * share)) for side in image.size]
         smaller = image if share == 1.0 else image.resize(size, Image.Resampling.LANCZOS)
-        for colors in (128, 48, 24, 16):
+        for colors in (128, 48, 24, 16, 12):
             out = io.BytesIO()
             smaller.quantize(colors, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(out, "png", optimize=True)
             if out.tell() <= limit:

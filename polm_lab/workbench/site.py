@@ -615,6 +615,7 @@ def execute_page(path: Path, root: Path) -> dict:
         env = {**os.environ, "POLM_RUNS": f"{place}/runs", "TMPDIR": f"{place}/tmp", "OMP_NUM_THREADS": "1"}
         env.pop("POLM_RUN", None)
         settings = dict(timeout=CELL_SECONDS, kernel_name="python3", store_widget_state=False, record_timing=False)
+        settings["extra_arguments"] = ["--IPKernelApp.log_level=ERROR"]  # else each kernel says that TCP is not encrypted
         try:
             NotebookClient(notebook, resources={"metadata": {"path": str(path.parent)}}, **settings).execute(env=env)
         except CellExecutionError as error:

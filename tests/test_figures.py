@@ -1,0 +1,401 @@
+"""Figures as notebooks store them: they show without a network, without trust, without scripts, and the file stays small.
+
+The browser test opens each notebook with figures in a real JupyterLab, as a person does who has just cloned the project, and looks at the pixels. It takes
+what is stored, so it fails for a notebook whose outputs are older than its code: `polm_site execute PAGE` stores them anew.
+"""
+
+import base64
+import io
+import json
+import re
+import shutil
+import time
+from importlib.util import find_spec
+
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+from conftest import ROOT
+
+from polm_lab.core.knobs import WrongInput
+from polm_lab.core.run import Run
+from polm_lab.workbench import panels, site
+
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+ALL = [p.relative_to(ROOT / "nbs").with_suffix("").as_posix() for p in NOTEBOOKS]
+PNG = b"\x89PNG\r\n"
+needs_pillow = pytest.mark.skipif(find_spec("PIL") is None, reason="pictures are read with pillow: pip install pillow")
+
+
+def cells(name) -> list[dict]:
+    "The code cells of a notebook, each with its `number`."
+    found = json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    return [dict(cell, number=number) for number, cell in enumerate(found) if cell["cell_type"] == "code"]
+
+
+def figures(name) -> list[tuple[int, int, dict]]:
+    "(cell, output, data) of the figures that a notebook stores, in whatever way: all of them are to be seen."
+    found = []
+    for cell in cells(name):
+        for place, output in enumerate(cell["outputs"]):
+            data = output.get("data", {})
+            if site.FIGURE in data or "Plotly.newPlot" in "".join(data.get("text/html", "")):
+                found.append((cell["number"], place, data))
+    return found
+
+
+WITH_FIGURES = [name for name in ALL if figures(name)]
+
+
+def numbers(array) -> list:
+    "The numbers of an array as it is stored."
+    if isinstance(array, list):
+        return array
+    return np.frombuffer(base64.b64decode(array["bdata"]), array["dtype"]).tolist()
+
+
+def pixels(png: bytes) -> np.ndarray:
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+def drawn(png: bytes) -> float:
+    "The share of pixels of a picture that are not white."
+    return float((pixels(png) < 250).any(axis=-1).mean())
+
+
+@pytest.fixture
+def painter():
+    "A process that has not tried to draw a picture."
+    panels._painter.cache_clear()
+    yield
+    made = panels._painter()
+    if made.loop:
+        made.close()
+    panels._painter.cache_clear()
+
+
+@pytest.fixture
+def run(runs):
+    "A run of 40 steps with six metrics."
+    run = Run.create("example", dict(steps=40))
+    chance = np.random.default_rng(0)
+    names = ("reward", "kl", "entropy", "loss", "grad_norm", "length")
+    with run.active():
+        for step in range(1, 41):
+            run.log(step, **dict(zip(names, chance.normal(size=6).round(4).tolist())))
+    return run
+
+
+# ---- what is stored
+
+
+def test_numbers_keep_seven_digits_and_integers_all():
+    rough = np.array([1 / 3, np.nan, 1e-30, -2.0])
+    figure = go.Figure([go.Scatter(x=np.arange(1000, 1004), y=rough), go.Scatter(x=list(range(9)), y=[1.23456789012] * 9)])
+    figure.add_scatter(x=["a", "b"], y=np.array([1e300, 1.0]), marker_size=[7.123456789, 2.0])
+    first, second, third = panels.figure_json(figure)["data"]
+    assert first["x"]["dtype"] == "i2" and numbers(first["x"]) == [1000, 1001, 1002, 1003]
+    assert first["y"]["dtype"] == "f4" and np.allclose(numbers(first["y"]), rough, rtol=1e-7, atol=0, equal_nan=True)
+    assert second["x"]["dtype"] == "i1" and second["y"]["dtype"] == "f4" and abs(numbers(second["y"])[8] - 1.23456789012) < 1e-7
+    assert third["x"] == ["a", "b"] and third["y"]["dtype"] == "f8" and numbers(third["y"]) == [1e300, 1.0]
+    assert third["marker"]["size"] == [7.123457, 2.0]
+
+
+def test_a_matrix_keeps_its_shape_and_a_gap_stays_a_gap():
+    figure = go.Figure([go.Heatmap(z=np.arange(6.0).reshape(2, 3) / 7), go.Scatter(y=[0.5, None, float("inf")])])
+    heat, line = panels.figure_json(figure)["data"]
+    assert heat["z"]["shape"] == "2, 3" and np.allclose(numbers(heat["z"]), np.arange(6) / 7, rtol=1e-6)
+    assert line["y"] == [0.5, None, None]
+
+
+def test_of_the_template_only_what_is_used_is_stored():
+    line = panels.figure_json(panels.framed(go.Figure(go.Scatter(y=[1, 2])), 200))
+    heat = panels.figure_json(panels.framed(go.Figure(go.Heatmap(z=[[1, 2]])), 200))
+    colored = panels.figure_json(panels.framed(go.Figure(go.Scatter(y=[1, 2], marker_color=[1, 2])), 200))
+    space = panels.figure_json(panels.framed(go.Figure(go.Scatter3d(x=[1], y=[1], z=[1])), 200))
+    parts = [set(stored["layout"]["template"]["layout"]) for stored in (line, heat, colored, space)]
+    assert ["colorscale" in part for part in parts] == [False, True, True, True]
+    assert ["scene" in part for part in parts] == [False, False, False, True]
+    assert all({"colorway", "font", "xaxis", "paper_bgcolor"} <= part for part in parts)
+    assert set(heat["layout"]["template"]["data"]) == {"heatmap"} and len(json.dumps(line)) < 2000
+    assert "rgba(0,0,0,0)" not in json.dumps([line["layout"].get(name) for name in ("paper_bgcolor", "plot_bgcolor")])
+
+
+def test_no_figure_has_a_button_that_sends_data_away(run, tmp_path):
+    "Plotly's default is a button that opens a host with the data of the figure."
+    from polm_lab.workbench.compare import export_figure
+
+    figure = panels.panels(run)
+    assert panels.figure_json(figure)["config"]["showSendToCloud"] is False
+    assert panels.live_figure(figure)._config["showSendToCloud"] is False
+    for page in (panels.write_page([run], tmp_path / "a.html", "A page"), export_figure(figure, tmp_path / "b.html")):
+        text = page.read_text(encoding="utf-8")
+        assert '"showSendToCloud": false' in text and not site.fetched(re.sub(r"<script[^>]*>/\*\*.*?</script>", "", text, flags=re.S))
+
+
+@needs_pillow
+def test_a_picture_is_small_and_shows_the_figure(run, painter):
+    if panels.browser_path() is None:
+        pytest.skip("no browser")
+    made = panels.figure_output(panels.panels(run))
+    assert set(made) == {site.FIGURE, "image/png", "text/plain"} and panels.FIGURE == site.FIGURE
+    png = base64.b64decode(made["image/png"])
+    assert png.startswith(PNG) and len(png) <= panels.PICTURE_BYTES
+    shown = pixels(png)
+    assert shown.shape == (470, 800, 3) and 0.01 < drawn(png) < 0.5 and (shown[0, 0] >= 250).all()
+    blue = np.abs(shown.astype(int) - [0, 114, 178]).sum(axis=-1) < 30  # the line of the run, #0072b2
+    assert blue.sum() > 300
+    tree = panels.figure_json(go.Figure(go.Scatter(y=np.random.default_rng(0).normal(size=9000)), layout=dict(width=1600, height=900)))
+    large = panels.figure_picture(tree)
+    assert len(large) <= panels.PICTURE_BYTES and pixels(large).shape[1] <= 800
+
+
+@needs_pillow
+def test_a_picture_of_noise_gets_smaller_until_it_fits():
+    from PIL import Image
+
+    noise, out = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8), io.BytesIO()
+    Image.fromarray(noise).save(out, "png")
+    small = panels.shrink(out.getvalue(), 20_000)
+    assert len(small) <= 20_000 and pixels(small).shape[1] in (100, 200, 300)
+    with pytest.raises(WrongInput, match="expected at most 100"):
+        panels.shrink(out.getvalue(), 100)
+
+
+def test_without_a_browser_the_numbers_are_stored_and_a_line(run, painter, monkeypatch):
+    monkeypatch.setenv("POLM_CHROMIUM", "none")
+    made = panels.figure_output(panels.panels(run))
+    assert set(made) == {site.FIGURE, "text/plain"} and "\n" not in made["text/plain"]
+    if find_spec("PIL") and find_spec("kaleido"):
+        assert made["text/plain"] == "A figure without a picture: no browser found; install chromium, or name one in POLM_CHROMIUM, then run the cell again"
+
+
+@needs_pillow
+def test_a_browser_that_fails_fails_once_and_no_run(run, painter, monkeypatch, tmp_path):
+    pytest.importorskip("kaleido")
+    broken = tmp_path / "browser"
+    broken.write_text("#!/bin/sh\nexit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("POLM_CHROMIUM", str(broken))
+    made = [panels.figure_output(panels.panels(run)) for _ in range(2)]
+    assert all(set(part) == {site.FIGURE, "text/plain"} for part in made)
+    assert "the browser that draws pictures failed (" in made[0]["text/plain"] and made[0]["text/plain"] == made[1]["text/plain"]
+
+
+@needs_pillow
+def test_a_browser_that_hangs_is_given_up(run, painter, monkeypatch):
+    pytest.importorskip("kaleido")
+
+    async def hang(*_):
+        import asyncio
+
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(panels, "_PATIENCE", 0.2)
+    monkeypatch.setattr(panels, "browser_path", lambda: "/bin/sh")
+    monkeypatch.setattr(panels._Painter, "_draw", hang)
+    assert "failed (TimeoutError: no answer within 0.2 s)" in panels.figure_output(panels.panels(run))["text/plain"]
+
+
+def test_the_browser_is_closed_when_no_figure_comes(run, painter, monkeypatch):
+    if panels.browser_path() is None or not find_spec("kaleido"):
+        pytest.skip("no browser")
+    monkeypatch.setattr(panels, "_IDLE", 0.05)
+    stored = panels.figure_json(panels.panels(run))
+    assert panels.draw_png(stored).startswith(PNG)
+    for _ in range(200):
+        if panels._painter().browser is None:
+            break
+        time.sleep(0.05)
+    assert panels._painter().browser is None
+    assert panels.draw_png(stored).startswith(PNG)  # the next figure starts another
+
+
+# ---- what the notebooks hold
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_stored_output_needs_a_host_a_script_or_a_kernel(name):
+    for cell in cells(name):
+        for output in cell["outputs"]:
+            text = json.dumps(output)
+            assert not re.search(r"\bcdn\b|cdnjs|jsdelivr|unpkg", text), f"cell {cell['number']} names a host of scripts"
+            assert site.WIDGET not in output.get("data", {}), f"cell {cell['number']} stores a widget, which shows nothing without its kernel"
+            page = "".join(output.get("data", {}).get("text/html", ""))
+            assert not site.fetched(page), f"cell {cell['number']} fetches {site.fetched(page)[0]}"
+            assert not re.search(r"<(script|iframe|object|embed)\b|\son\w+=", page), f"cell {cell['number']} stores a script, which JupyterLab removes"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_each_figure_is_stored_as_numbers_and_a_small_picture(name):
+    for number, _, data in figures(name):
+        assert site.FIGURE in data, f"cell {number} stores a figure as a script; run polm_site execute {name}"
+        png = base64.b64decode(data.get("image/png", ""))
+        assert png.startswith(PNG), f"cell {number}: {data['text/plain']}"
+        assert len(png) <= panels.PICTURE_BYTES, f"cell {number}: a picture of {len(png)} bytes; run polm_site execute {name}"
+    asked = [cell for cell in cells(name) if re.search(r"^show\(", "".join(cell["source"]), re.M) and "skip-execution" not in cell["metadata"].get("tags", [])]
+    if not name.startswith("_"):
+        lacking = [cell["number"] for cell in asked if not cell["outputs"]]
+        assert not lacking, f"cells {lacking} show a figure and store none; run polm_site execute {name}"
+
+
+# ---- outputs are stored by one command
+
+
+def write(path, *sources, **tags):
+    made = [
+        {"cell_type": "code", "id": f"c{i:07d}", "metadata": {"tags": tags.get(f"c{i}", [])} if f"c{i}" in tags else {}, "source": text, "outputs": [], "execution_count": None}
+        for i, text in enumerate(sources)
+    ]
+    text = json.dumps({"cells": made, "metadata": {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}, "nbformat": 4, "nbformat_minor": 5})
+    path.write_text(text)
+    return text
+
+
+def stored(path) -> list[list[dict]]:
+    return [cell["outputs"] for cell in json.loads(path.read_text())["cells"]]
+
+
+def test_a_notebook_is_executed_and_its_outputs_are_stored(tmp_path):
+    page = tmp_path / "page.ipynb"
+    people = "#| eval: false\n1 / 0"
+    first = "import os, sys\nprint('a warning', file=sys.stderr)\nprint(os.environ['POLM_RUNS'], os.environ['TMPDIR'])"
+    show = "import plotly.graph_objects as go\nfrom polm_lab.workbench.panels import show\nshow(go.Figure(go.Scatter(y=[1, 2])))\nobject()"
+    write(page, first, people, show, c1=["skip-execution"])
+    got = site.execute_page(page, ROOT)
+    printed, nothing, shown = stored(page)
+    assert [(o["name"], o["text"]) for o in printed] == [("stdout", ["runs /tmp\n"])] and nothing == []
+    assert set(shown[0]["data"]) - {"image/png"} == {site.FIGURE, "text/plain"} and shown[1]["data"]["text/plain"] == ["<object>"]
+    assert got["figures"] == 1 and len(got["pictures"]) == ("image/png" in shown[0]["data"]) and got["bytes"] == page.stat().st_size
+    assert '"execution_count": null' in page.read_text() and "language_info" not in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("x = 1\nraise ValueError('no\\nmore')", "ValueError: no"),
+        ("import polm_lab\nprint(polm_lab.__file__)", "cell 0 shows a path of this machine, .*/polm_lab/"),
+        ("from IPython.display import HTML\nHTML('<script src=\"https://cdn.example.org/x.js\"></script>')", "fetches https://cdn.example.org/x.js"),
+        ("import os\nos._exit(3)", "DeadKernelError"),
+    ],
+)
+def test_a_notebook_that_cannot_be_stored_stays_as_it_was(tmp_path, text, says):
+    page = tmp_path / "page.ipynb"
+    before = write(page, text)
+    with pytest.raises(WrongInput, match=says):
+        site.execute_page(page, ROOT)
+    assert page.read_text() == before
+
+
+def test_which_notebooks_are_executed(monkeypatch, capsys):
+    every = [p.relative_to(ROOT / "nbs").as_posix() for p in site.notebooks(ROOT, [])]
+    assert "alignment/dpo.ipynb" in every and "workbench.ipynb" not in every and not [p for p in every if p.startswith("_")]
+    assert [p.stem for p in site.notebooks(ROOT, ["dpo", "nbs/reasoning/grpo.ipynb", "alignment/dpo"])] == ["dpo", "grpo"]
+    assert {p.parent.name for p in site.notebooks(ROOT, ["recipes"])} == {"recipes"}
+    with pytest.raises(WrongInput, match="polm_site execute nothing: no such notebook"):
+        site.notebooks(ROOT, ["nothing"])
+
+    def page(path, root):
+        if path.stem == "dpo":
+            raise WrongInput("ValueError: no")
+        return dict(seconds=1.0, bytes=2000, figures=2, pictures=[1000])
+
+    monkeypatch.setattr(site, "execute_page", page)
+    assert site.main(["execute", "dpo", "grpo"]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        "nbs/alignment/dpo.ipynb: failed, left as it was: ValueError: no",
+        "nbs/reasoning/grpo.ipynb: 1 s, 2 kB, 2 figures (1 kB of pictures)",
+        "1 figures have no picture; their outputs say why",
+        "1 failed: nbs/alignment/dpo.ipynb",
+    ]
+    assert site.main(["execute", "nothing"]) == 2
+
+
+# ---- in a browser without a network
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="this test needs playwright")
+    from browsing import browser_or_skip
+
+    with sync_api.sync_playwright() as p:
+        made = browser_or_skip(p)
+        yield made
+        made.close()
+
+
+@needs_pillow
+def test_a_page_of_the_site_draws_a_stored_figure(browser, tmp_path, run):
+    from browsing import Page
+
+    figure = panels.panels(run, metrics=["loss", "reward"]).update_layout(title="</script><b>x")
+    texts = [site.figure_html(panels.figure_json(part), "") for part in (figure, figure)]  # twice the same: each has its place
+    (tmp_path / "page.html").write_text("<meta charset='utf-8'><body style='background:#fff'>" + "\n".join(texts))
+    site.finish(tmp_path)
+    page = Page(browser)
+    page.page.goto((tmp_path / "page.html").as_uri())
+    page.wait_for(lambda: page.page.locator(".js-plotly-plot svg.main-svg .scatterlayer .trace").count() >= 4, what="the figures")
+    shots = [part.screenshot() for part in page.page.locator(".plotly-figure").all()]
+    asked = [u for u in page.asked if not u.startswith(("file:", "data:", "blob:"))]
+    page.context.close()
+    assert not asked and not page.errors and [0.01 < drawn(shot) < 0.5 for shot in shots] == [True, True]
+
+
+OPEN = """async path => {
+    const app = window.jupyterapp, none = { shouldStart: false, canStart: false, autoStartDefault: false };
+    window.page = await app.commands.execute('docmanager:open', { path, factory: 'Notebook', kernelPreference: none });
+    await window.page.context.ready;
+    await window.page.revealed;
+    return window.page.content.widgets.map(cell => cell.model.trusted !== false);
+}"""
+FIND = """async ([cell, output, id]) => {
+    await window.page.content.scrollToItem(cell, 'center');
+    const found = window.page.content.widgets[cell].outputArea?.widgets[output]?.node;
+    if (found) { found.id = id; found.scrollIntoView({ block: 'center' }); }
+    return Boolean(found);
+}"""
+CLOSE = "() => { window.page.context.model.dirty = false; window.page.dispose(); }"
+
+
+@pytest.fixture(scope="module")
+def lab(browser, tmp_path_factory):
+    "JupyterLab without kernels on a copy of the notebooks, none of which it trusts; a browser that finds no other host."
+    from browsing import POLM, Page, free_port, patience, server
+
+    folder, port = tmp_path_factory.mktemp("figures"), free_port()
+    shutil.copytree(ROOT / "nbs", folder / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints", "_*"))
+    words = [POLM, "lab", "--no-browser", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=secret", f"--ServerApp.root_dir={folder}"]
+    with server([*words, "--allow-root", "--LabApp.expose_app_in_browser=True"], f"http://127.0.0.1:{port}/api", folder):
+        at = Page(browser)
+        at.page.goto(f"http://127.0.0.1:{port}/lab?token=secret")
+        at.page.wait_for_function("window.jupyterapp", timeout=patience(60) * 1000)
+        at.page.evaluate("window.jupyterapp.restored.then(() => true)")
+        yield at
+        at.context.close()
+
+
+@needs_pillow
+@pytest.mark.parametrize("name", WITH_FIGURES)
+def test_every_figure_of_a_notebook_shows_offline_and_untrusted(lab, name):
+    trusted = lab.page.evaluate(OPEN, f"nbs/{name}.ipynb")
+    found = figures(name)
+    assert not any(trusted[number] for number, _, _ in found), "a fresh copy is not trusted"
+    shown = []
+    try:
+        for number, place, _ in found:
+            ident = f"figure-{number}-{place}"
+            lab.wait_for(lambda: lab.page.evaluate(FIND, [number, place, ident]), 20, f"the output of cell {number}")  # noqa: B023
+            part = lab.page.locator(f"#{ident}")
+            until = time.monotonic() + (10 if site.FIGURE in found[0][2] else 1)
+            while drawn(png := part.screenshot()) < 0.005 and time.monotonic() < until:
+                lab.page.wait_for_timeout(100)
+            shown.append(round(drawn(png), 4))
+        lab.picture(f"figures-{name.replace('/', '-')}")
+    finally:
+        lab.page.evaluate(CLOSE)
+    assert not lab.elsewhere() and not lab.errors
+    assert len(shown) == len(found) and all(share > 0.005 for share in shown), f"shares of pixels that are not white: {shown}"
