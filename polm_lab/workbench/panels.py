@@ -287,7 +287,9 @@ def shrink(png: bytes, limit: int) -> bytes:
         smaller = image if share == 1.0 else image.resize(size, Image.Resampling.LANCZOS)
         for colors in (128, 48, 24, 16, 12):
             out = io.BytesIO()
-            smaller.quantize(colors, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(out, "png", optimize=True)
+            few = smaller.quantize(colors, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+            few.putpalette([255 if part > 247 else part for part in few.getpalette()])  # a ground that is nearly white would show on a white page
+            few.save(out, "png", optimize=True)
             if out.tell() <= limit:
                 return out.getvalue()
     raise WrongInput(f"its smallest PNG has {out.tell()} bytes; expected at most {limit}")
