@@ -1,7 +1,7 @@
 """A real JupyterLab or Voilà and a headless Chromium, for the tests and the benchmark of the workbench.
 
-The browser is $POLM_CHROMIUM, a chromium or chrome on the PATH, or Playwright's own (`playwright install chromium`). It is told to find no host but
-this one, and each request to another is noted. POLM_SCREENSHOTS=FOLDER keeps pictures.
+The browser is $POLM_CHROMIUM, a chromium or chrome on the PATH, or Playwright's own (`playwright install chromium`); POLM_CHROMIUM=none takes none. It is told
+to find no host but this one, and each request to another is noted. POLM_SCREENSHOTS=FOLDER keeps pictures.
 """
 
 import contextlib
@@ -55,6 +55,8 @@ def browser_or_skip(playwright):
     from playwright.sync_api import Error
 
     try:
+        if os.environ.get("POLM_CHROMIUM") == "none":
+            raise Error("POLM_CHROMIUM=none")
         return open_browser(playwright)
     except Error as error:
         words = f"no browser: install chromium, or `playwright install chromium` ({str(error).splitlines()[0]})"

@@ -278,21 +278,27 @@ def draw_png(stored: dict, width: int = _WIDTH, scale: float = 1.0) -> bytes:
 
 
 def shrink(png: bytes, limit: int) -> bytes:
-    "A PNG with as many colors, and then as many pixels, as `limit` bytes allow. Raises: `WrongInput` where none is small enough."
+    "A PNG with as many pixels, and then as many colors, as `limit` bytes allow. Raises: `WrongInput` where none is small enough."
     from PIL import Image
 
     image = Image.open(io.BytesIO(png)).convert("RGB")
-    for share in (1.0, 0.75, 0.5, 0.25):
+    for share in (1.0, 0.85, 0.7, 0.6, 0.5, 0.35, 0.25):
         size = [max(1, round(side * share)) for side in image.size]
         smaller = image if share == 1.0 else image.resize(size, Image.Resampling.LANCZOS)
-        for colors in (128, 48, 24, 16, 12):
-            out = io.BytesIO()
-            few = smaller.quantize(colors, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-            few.putpalette([255 if part > 247 else part for part in few.getpalette()])  # a ground that is nearly white would show on a white page
-            few.save(out, "png", optimize=True)
-            if out.tell() <= limit:
-                return out.getvalue()
-    raise WrongInput(f"its smallest PNG has {out.tell()} bytes; expected at most {limit}")
+        found = _reduced(smaller, 12)
+        if len(found) <= limit:
+            richer = (_reduced(smaller, colors) for colors in (128, 48, 24, 16))
+            return next((more for more in richer if len(more) <= limit), found)
+    raise WrongInput(f"its smallest PNG has {len(found)} bytes; expected at most {limit}")
+
+
+def _reduced(image, colors: int) -> bytes:
+    from PIL import Image
+
+    few, out = image.quantize(colors, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE), io.BytesIO()
+    few.putpalette([255 if part > 247 else part for part in few.getpalette()])  # a ground that is nearly white would show on a white page
+    few.save(out, "png", optimize=True)
+    return out.getvalue()
 
 
 class _Painter:
@@ -360,6 +366,8 @@ def browser_path() -> str | None:
     installed = [path for path in installed if path.name in ("chrome", "headless_shell", "chrome-headless-shell")]
     if found or installed:
         return found or str(installed[-1])
+    if find_spec("choreographer") is None:
+        return None
     from choreographer.browsers.chromium import Chromium
 
     return Chromium.find_browser(skip_local=False, skip_typical=sys.platform == "linux")  # there the usual places are on the PATH
