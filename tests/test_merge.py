@@ -340,9 +340,9 @@ def test_grams_fishers_and_coefficients_are_what_they_say():
     coefficients = {page.layer_of(n): torch.tensor([0.5, 0.25]) for n in start}
     assert all(torch.allclose(v, start[n] + 1.0) for n, v in merged_state(start, vectors, coefficients).items())
     row = rows[1]
-    entropy = page.prediction_entropy(policy, start, row)
-    logp = torch.log_softmax(policy.model(torch.tensor([row["input_ids"]])).logits[0, :-1], -1)
-    assert torch.allclose(entropy, -(logp.exp() * logp).sum(-1).mean(), atol=1e-5)
+    entropy = page.prediction_entropy(policy, start, row["input_ids"])
+    logp = torch.log_softmax(policy.model(torch.tensor([row["input_ids"]])).logits[0, -1], -1)
+    assert torch.allclose(entropy, -(logp.exp() * logp).sum(), atol=1e-5)
 
 
 def test_soups_means_and_ensembles():

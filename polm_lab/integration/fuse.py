@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Fuse', 'fisher_mean', 'fisher_information', 'regmean', 'input_grams', 'layer_of', 'merged_state',
-           'prediction_entropy', 'greedy_soup', 'ensemble', 'fuse']
+           'prediction_entropy', 'asked', 'rows_apart', 'greedy_soup', 'ensemble', 'fuse']
 
 # %% ../../nbs/integration/fuse.ipynb #b3d51c6f
 import copy
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from ..core.data import collate, encode, load_data
+from ..core.data import collate, encode, load_data, natural_kind
 from ..core.evaluate import mean_nll, quiet
 from ..core.knobs import WrongInput, knob, redefault
 from ..core.logprobs import Policy
@@ -35,7 +35,7 @@ class Fuse(Experts):
 
     technique: str = knob("regmean", "how", choices=("greedy", "fisher", "regmean", "adamerging"), source="Jin et al. 2023")
     data: str = knob("", "data of each tune, in their order, separated by commas; empty: the tasks")
-    examples: int = knob(48, "training rows of each tune that are looked at", "rows", low=1)
+    examples: int = knob(48, "rows of each tune's data that are looked at: training rows; greedy: held-out rows that the report leaves out; adamerging: their prompts alone", "rows", low=1)
     shrink: float = knob(0.9, "share of the Gram matrices' off-diagonal that is kept (RegMean)", "share", low=0.0, high=1.0, source="Jin et al. 2023, §5.1: 0.9 for most models")
     steps: int = knob(30, "steps of AdaMerging", "steps", low=1)
     learning_rate: float = knob(0.02, "step size of AdaMerging's coefficients", low=1e-6, high=1, log=True, source="tiny: coefficients move by a few tenths in 30 steps")
@@ -110,13 +110,32 @@ def merged_state(start: dict[str, Tensor], vectors: list[dict[str, Tensor]], coe
     return {name: value + sum(c * v[name] for c, v in zip(coefficients[layer_of(name)], vectors)) for name, value in start.items()}
 
 
-def prediction_entropy(policy: Policy, state: dict[str, Tensor], example: dict) -> Tensor:
-    "Mean entropy in nats of the predictions of the learned tokens of a row, by a model with the weights `state`; the tokens themselves are not looked at."
-    ids = torch.tensor([example["input_ids"]], device=next(policy.parameters()).device)
-    at = torch.tensor(example["target_mask"], device=ids.device).bool().roll(-1)
-    at[-1] = False
-    logp = torch.log_softmax(functional_call(policy.model, state, (ids,), dict(use_cache=False)).logits[0, at].float(), -1)
-    return -(logp.exp() * logp).sum(-1).mean()
+def prediction_entropy(policy: Policy, state: dict[str, Tensor], prompt: list[int]) -> Tensor:
+    "Entropy in nats of the token that a model with the weights `state` expects after the token ids `prompt`."
+    ids = torch.tensor([prompt], device=next(policy.parameters()).device)
+    logits = functional_call(policy.model, state, (ids,), dict(use_cache=False)).logits
+    logp = torch.log_softmax(logits[0, -1].float(), -1)
+    return -(logp.exp() * logp).sum()
+
+
+def asked(row: dict) -> str:
+    "The words of a row's prompt, by which two rows are told apart; its text where it has no prompt."
+    prompt = row.get("prompt", row.get("text", ""))
+    return prompt if isinstance(prompt, str) else "\n".join(str(turn["content"]) for turn in prompt)
+
+
+def rows_apart(source: str, kind: str, tasks: list[str], reported: int, examples: int) -> list[dict]:
+    """At most `examples` held-out rows of `source` that ask nothing which the report asks: the first `reported` held-out rows of each task.
+
+    Raises `WrongInput` where no such row is left.
+    """
+    taken = {asked(row) for task in tasks for row in load_data(task, natural_kind(task), "test")[:reported]}
+    held_out = load_data(source, kind, "test")
+    apart = [row for row in held_out if asked(row) not in taken]
+    if not apart:
+        found = f"data {source!r}: all {len(held_out)} held-out rows are among the first {reported} that the report uses"
+        raise WrongInput(f"{found}; expected others to choose on; lower rows, or give more data")
+    return apart[:examples]
 
 # %% ../../nbs/integration/fuse.ipynb #46036c83
 def greedy_soup(states: list[dict[str, Tensor]], loss) -> tuple[dict[str, Tensor], list[int]]:
@@ -162,7 +181,12 @@ def fuse(settings: Fuse, run: Run) -> None:
         models = [untie(model) for model in models]
     policies = [Policy(model) for model in models]
     base, tunes = policies[0], policies[1:]
-    rows = [[encode(words, row, "completion", 256) for row in load_data(source, "completion")[: settings.examples]] for source in sources]
+    kind = "prompt" if settings.technique == "adamerging" else "completion"
+    if settings.technique in ("greedy", "adamerging"):
+        read = [rows_apart(source, kind, tasks, settings.rows, settings.examples) for source in sources]
+    else:
+        read = [load_data(source, kind)[: settings.examples] for source in sources]
+    rows = [[encode(words, row, kind, 256) for row in part] for part in read]
     start, *states = ({name: p.detach() for name, p in policy.model.named_parameters()} for policy in policies)
 
     def checked():
@@ -195,7 +219,7 @@ def fuse(settings: Fuse, run: Run) -> None:
             checked()
             picked = [part[seed_of(settings.seed, step, i, n) % len(part)] for i, part in enumerate(rows) for n in range(2)]
             state = merged_state(start, vectors, coefficients)
-            entropy = sum(prediction_entropy(base, state, example) for example in picked) / len(picked)
+            entropy = sum(prediction_entropy(base, state, example["input_ids"]) for example in picked) / len(picked)
             descent.zero_grad(), entropy.backward(), descent.step()
             seen.append(entropy.item())
         run.update(coefficients={layer: values.tolist() for layer, values in coefficients.items()}, entropy=seen)

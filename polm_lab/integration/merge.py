@@ -59,7 +59,7 @@ class Merge(Experts):
 
     technique: str = knob("task_arithmetic", "how", choices=tuple(TECHNIQUES), source="Ilharco et al. 2023")
     weights: str = knob("", "a weight for each tune, such as 0.7,0.3; more rules for tensors by pattern follow after ';', as in 1,1; layers\\.[01]\\.=1,0; the last that fits counts; empty: all 1")
-    lam: float = knob(0.6, "scale λ of the merged task vector", low=-10, high=10, source="Ilharco et al. 2023, appendix B: 0.3 to 0.5 for many tasks, more for two")
+    lam: float = knob(0.6, "scale λ of the merged task vector; linear and slerp have none, metagpt has that of eq. 39", low=-10, high=10, source="Ilharco et al. 2023, appendix B: 0.3 to 0.5 for many tasks, more for two")
     density: float = knob(0.2, "share of each task vector's entries that is kept (TIES, DARE, DELLA)", "share", low=0.0, high=1.0, source="Yadav et al. 2023, §5")
     epsilon: float = knob(0.1, "how much denser the largest entries of a row are than the smallest (DELLA)", "share", low=0.0, high=1.0, source="Deep et al. 2024, §2.1")
     tokenizer: str = knob("same", "vocabularies that differ: refuse them, take the base's, or unite all", choices=("same", "base", "union"))
@@ -152,7 +152,7 @@ def merge_models(
                 start, *tunes = block.parts()
                 deltas = [sparse(n, tune.sub_(start), block) for n, tune in enumerate(tunes)]
                 together = disjoint_mean(deltas, w) if technique in ("ties", "dare_ties", "della") else add_up(deltas, w)
-                return start.add_(together, alpha=lam)
+                return start.add_(together, alpha=1.0 if technique == "metagpt" else lam)
 
             return make
 

@@ -226,7 +226,10 @@ class FactWords(Known):
 
 
 class CodeWords(Known):
-    "Code: a comment and the beginning of a function. What came of running it can be written behind it as a comment, which only a trained editor has read."
+    """Code: a comment and the beginning of a function.
+
+    A failed program is written before the question is asked again, with what came of running it as a comment. An editor that was trained reads the comment and the beginning of the function alone.
+    """
 
     world = "code"
 
@@ -237,7 +240,9 @@ class CodeWords(Known):
         return f" {answer}"
 
     def revision(self, row, answer, feedback, memory=()):
-        return row["prompt"]
+        said = " ".join(feedback.text.split())[:120]
+        tried = f"{row['prompt']}{self.written(row, answer)}\n# {said}\n\n" if said else ""
+        return f"{tried}{row['prompt']}"
 
     def edit(self, row, answer, outcome):
         return f"{row['prompt']} {answer}\n# {' '.join(outcome.split())[:120]}\nf = lambda x, y:"

@@ -75,7 +75,7 @@ STRATEGIES = {
     "self_edit": Strategy("tests", "edit", data="code", rounds=1, paper="Zhang et al. 2023"),
     "reflexion": Strategy("outcome", "reflect", paper="Shinn et al. 2023"),
     "flare": Strategy("unsure", "consult", data="facts", paper="Jiang et al. 2023"),
-    "logic_lm": Strategy("solver", "again", data="equations", paper="Pan et al. 2023"),
+    "logic_lm": Strategy("solver", "follow", data="equations", paper="Pan et al. 2023"),
 }
 STOPS, MEMORIES, TOOLS = {"satisfied": satisfied, "never": never, "unchanged": unchanged}, {"none": forget, "all": remember}, {"sums": "calculator", "facts": "retrieval", "code": "tests", "equations": "solver"}
 REVISERS = {"follow": follow, "again": again, "edit": edit, "reflect": reflect}

@@ -1,0 +1,183 @@
+"Where a page makes a claim about a method, the code does it: held-out rows, unlabelled inputs, λ of eq. 39, complaints that reach the model, marks of a judge."
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import polm_lab as lab
+from polm_lab.core.data import encode, load_data
+from polm_lab.core.knobs import WrongInput
+from polm_lab.core.logprobs import Policy
+from polm_lab.core.models import load_model, load_tokenizer, save_model
+from polm_lab.core.worlds import WORLDS
+from polm_lab.integration import fuse as fusing
+from polm_lab.reasoning.asking import Ask, Said, Trace, read_traces
+from polm_lab.reasoning.forms import CodeWords
+from polm_lab.reasoning.refine import forget, refine, satisfied
+from polm_lab.reasoning.selfrefine import REVISERS, STRATEGIES
+from polm_lab.reasoning.solver import equations, solver
+from polm_lab.reasoning.tools import ToolCritic
+from polm_lab.reasoning.words import Words
+
+
+def tuned(folder, seed: int, size: float):
+    "`tiny` with every weight moved a little, as a folder."
+    model, words = load_model("tiny", "float32", "cpu"), load_tokenizer("tiny")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += size * torch.randn(weight.shape, generator=generator)
+    return str(save_model(model, words, folder))
+
+
+@pytest.fixture(scope="module")
+def tunes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tunes")
+    return [tuned(folder / "a", 1, 0.002), tuned(folder / "b", 2, 0.004)]
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# Model soup -----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_to_choose_on_are_held_out_and_not_those_of_the_report():
+    reported = {fusing.asked(row) for row in load_data("sums", "completion", "test")[:32]}
+    trained = {fusing.asked(row) for row in load_data("sums", "completion")}
+    held_out = [fusing.asked(row) for row in load_data("sums", "completion", "test")]
+    found = [fusing.asked(row) for row in fusing.rows_apart("sums", "completion", ["sums", "chat"], 32, 48)]
+    assert len(found) == 48 and set(found) <= set(held_out)
+    assert not set(found) & reported and not set(found) & trained
+    assert found == [words for words in held_out if words not in reported][:48]
+
+
+def test_the_greedy_soup_is_chosen_on_held_out_rows(tunes, runs, monkeypatch):
+    "What the loss of the selection reads, row by row, next to what the report reads."
+    read = []
+    plain = fusing.mean_nll
+    monkeypatch.setattr(fusing, "mean_nll", lambda policy, part, pad: read.append(part) or plain(policy, part, pad))
+    run = lab.run("fuse", models=",".join(tunes), tasks="sums", data="sums,sums", rows=4, examples=6, technique="greedy")
+    assert run.status == "finished" and run.read()["chosen"]
+    words = load_tokenizer("tiny")
+    rows = fusing.rows_apart("sums", "completion", ["sums"], 4, 6)
+    wanted = [encode(words, row, "completion", 256)["input_ids"] for row in rows]
+    assert [example["input_ids"] for example in read[0]] == wanted and read[0] == read[1]
+    reported = [encode(words, row, "completion", 256)["input_ids"] for row in load_data("sums", "completion", "test")[:4]]
+    assert not any(ids in reported for ids in wanted)
+
+
+def test_a_file_whose_held_out_rows_all_are_in_the_report_is_refused(tunes, runs):
+    rows = load_data("sums", "completion")[:60]
+    (runs / "few.jsonl").write_text("".join(json.dumps(dict(prompt=r["prompt"], completion=r["completion"])) + "\n" for r in rows))
+    shared = dict(models=",".join(tunes), tasks="few.jsonl", data="few.jsonl,few.jsonl", technique="greedy")
+    with pytest.raises(WrongInput) as error:
+        lab.run("fuse", **shared, rows=32)
+    assert "few.jsonl" in str(error.value) and "lower rows" in str(error.value) and "\n" not in str(error.value)
+    assert lab.run("fuse", **shared, rows=1, examples=2).status == "finished"
+
+
+# AdaMerging -----------------------------------------------------------------------------------------------------------
+
+
+def test_adamerging_reads_prompts_alone(tunes, runs):
+    "The same prompts with other answers, and with none: the same coefficients, to the bit. The entropy is that of the first prediction after a prompt."
+    rows = load_data("sums", "prompt", "test")[40:80]
+    answers = {"right": lambda n: str(n), "wrong": lambda n: "no idea at all", "none": None}
+    found = {}
+    for name, answer in answers.items():
+        file = runs / f"{name}.jsonl"
+        lines = [dict(prompt=row["prompt"]) | ({} if answer is None else dict(completion=answer(n))) for n, row in enumerate(rows)]
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        run = lab.run("fuse", models=",".join(tunes), tasks="", data=f"{file},{file}", technique="adamerging", steps=3, examples=4)
+        found[name] = run.read()["coefficients"], run.read()["entropy"]
+    assert found["right"] == found["wrong"] == found["none"]
+    policy, words = Policy(load_model("tiny", "float32", "cpu")), load_tokenizer("tiny")
+    state = {name: p.detach() for name, p in policy.model.named_parameters()}
+    prompt = encode(words, rows[0], "prompt", 256)["input_ids"]
+    with torch.no_grad():
+        p = torch.softmax(policy.model(torch.tensor([prompt])).logits[0, -1].double(), -1)
+        assert fusing.prediction_entropy(policy, state, prompt).item() == pytest.approx(-(p * p.log()).sum().item(), abs=1e-5)
+
+
+# MetaGPT --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lam", [None, 0.1])
+def test_the_lambda_of_metagpt_is_that_of_eq_39(tunes, runs, lam):
+    "θ₀ + Σ ‖τ_t‖² / Σ ‖τ_k‖² τ_t, whatever the knob of the other techniques says."
+    run = lab.run("merge", models=",".join(tunes), tasks="", technique="metagpt", save_dtype="float32", **({} if lam is None else dict(lam=lam)))
+    start = {name: p.detach() for name, p in load_model("tiny", "float32", "cpu").named_parameters()}
+    states = [{name: p.detach() for name, p in load_model(path, "float32", "cpu").named_parameters()} for path in tunes]
+    vectors = [{name: state[name] - start[name] for name in start} for state in states]
+    squares = [sum(v.double().square().sum().item() for v in vector.values()) for vector in vectors]
+    shares = [square / sum(squares) for square in squares]
+    assert shares[0] == pytest.approx(0.2, abs=0.01)  # spreads of 0.002 and 0.004: one to four
+    made = load_file(run.path / "model" / "model.safetensors")
+    for name in ("model.norm.weight", "model.layers.2.mlp.up_proj.weight"):
+        wanted = start[name] + shares[0] * vectors[0][name] + shares[1] * vectors[1][name]
+        assert torch.allclose(made[name].float(), wanted, atol=1e-6)
+
+
+# Complaints that reach the model --------------------------------------------------------------------------------------
+
+
+def revisions(words, row, drafts, critic, reviser):
+    "The prompts of the revisions of one question whose drafts are given, and the trace."
+    prompts = []
+
+    def writer(asked, seeds, most, *rest):
+        prompts.extend(asked)
+        return [Said(drafts[min(len(prompts), len(drafts) - 1)], 1, 1) for _ in asked]
+
+    trace = Trace(0, row)
+    list(refine([trace], lambda traces, ask: [drafts[0]], critic, reviser(words), satisfied, forget, Ask(writer), 2))
+    return prompts, trace
+
+
+def words_of(prompt) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
+
+
+@pytest.mark.parametrize("words", [CodeWords(), Words()])
+def test_the_solvers_complaint_reaches_the_model(words):
+    "Logic-LM: first what cannot be read, then what has no solution; each repair is asked for with the try and the complaint."
+    assert STRATEGIES["logic_lm"].reviser == "follow"
+    row = dict(equations(1)[0], y=0, value=7)
+    bad = ["x ** x", "x * 2", "x + 7"]
+    prompts, trace = revisions(words, row, bad, ToolCritic(solver), REVISERS["follow"])
+    assert len(prompts) == 2 and trace.over in ("satisfied", "rounds")
+    said = [words_of(prompt) for prompt in prompts]
+    assert "x ** x" in said[0] and "the solver cannot read it" in said[0]
+    assert "x * 2" in said[1] and "f(x, 0) = 7 has no solution" in said[1]
+    assert all(words_of(words.draft(row)).split("\n")[0] in text for text in said)
+
+
+@pytest.mark.parametrize("words", [CodeWords(), Words()])
+def test_what_a_program_did_wrong_reaches_the_model(words):
+    "Self-Debug: the failed program and what its tests said are in the prompt of the repair."
+    way = STRATEGIES["self_debug"]
+    assert way.reviser == "follow" and way.critic == "tests"
+    row = dict(WORLDS["code"].rows("prompt", 1, 0, "test")[0])
+    outcomes = {"x + nothing": "NameError: name 'nothing' is not defined", "x": "f(2, 3) is 2, not 5"}
+    critic = ToolCritic(lambda row, answer: (outcomes.get(answer, "passes"), answer not in outcomes))
+    prompts, trace = revisions(words, row, ["x + nothing", "x", "x + y"], critic, REVISERS["follow"])
+    said = [words_of(prompt) for prompt in prompts]
+    assert "x + nothing" in said[0] and outcomes["x + nothing"] in said[0]
+    assert outcomes["x"] in said[1] and trace.answer == "x + y"
+
+
+def test_a_run_of_logic_lm_shows_its_complaints(runs):
+    run = lab.run("selfrefine", strategy="logic_lm", questions=24, rounds=1, samples=0, dtype="float32", device="cpu")
+    seen = 0
+    for trace in read_traces(run):
+        feedback = next(step for step in trace.steps if step.role == "feedback")
+        asked = [part.prompt for step in trace.steps if step.role == "revision" for part in step.parts]
+        assert all(" ".join(feedback.text.split())[:60] in prompt and trace.answers[0] in prompt for prompt in asked)
+        seen += len(asked)
+    assert seen >= 2, "no answer was revised: the test shows nothing"
