@@ -1,12 +1,14 @@
 "Where a page makes a claim about a method, the code does it: held-out rows, unlabelled inputs, λ of eq. 39, complaints that reach the model, marks of a judge."
 
 import json
+import math
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import polm_lab as lab
+from polm_lab.alignment.judges import MARK, ModelJudge, Unreadable, mark_in, mark_of
 from polm_lab.core.data import encode, load_data
 from polm_lab.core.knobs import WrongInput
 from polm_lab.core.logprobs import Policy
@@ -181,3 +183,66 @@ def test_a_run_of_logic_lm_shows_its_complaints(runs):
         assert all(" ".join(feedback.text.split())[:60] in prompt and trace.answers[0] in prompt for prompt in asked)
         seen += len(asked)
     assert seen >= 2, "no answer was revised: the test shows nothing"
+
+
+# Marks of a judge -----------------------------------------------------------------------------------------------------
+
+
+def test_a_mark_is_the_mean_of_the_marks_by_their_probabilities():
+    "Scaled from 1 to 10 to [-1, 1]; what the ten answers have in common counts nothing."
+    never = -math.inf
+    assert mark_of([never] * 9 + [-3.0]) == 1.0 and mark_of([-5.0] + [never] * 9) == -1.0
+    assert mark_of([-7.0] * 10) == pytest.approx(0.0) and mark_of([0.0] + [never] * 8 + [0.0]) == pytest.approx(0.0)
+    found = mark_of([math.log(0.25), never, never, math.log(0.75), *[never] * 6])
+    assert found == pytest.approx(2 * (0.25 * 1 + 0.75 * 4 - 1) / 9 - 1)
+    assert mark_of([x - 100.0 for x in (1.0, 2.0, 3.0)]) == pytest.approx(mark_of([1.0, 2.0, 3.0]))
+
+
+def test_the_mark_of_a_model_is_that_of_the_ten_answers():
+    words, policy = load_tokenizer("tiny"), Policy(load_model("tiny", "float32", "cpu"))
+    judge = ModelJudge(policy, words, [("Be polite.", "Be rude.")])
+    row, reply = dict(prompt=[dict(role="user", content="Name a colour.")]), "Blue, please."
+    asked = [dict(role="user", content=MARK.format(request="Name a colour.", reply=reply, principle="Be polite."))]
+    logps = []
+    for n in range(1, 11):
+        answer = [dict(role="assistant", content=str(n))]
+        example = encode(words, dict(prompt=asked, completion=answer), "completion", 512)
+        ids, mask = torch.tensor([example["input_ids"]]), example["target_mask"]
+        with torch.no_grad():
+            logp = torch.log_softmax(policy.model(ids).logits[0].double(), -1)
+        logps.append(sum(logp[t - 1, ids[0, t]].item() for t in range(1, len(mask)) if mask[t]))
+    weights = [math.exp(logp - max(logps)) for logp in logps]
+    mean = sum(n * w for n, w in enumerate(weights, 1)) / sum(weights)
+    assert judge.mark(row, reply) == pytest.approx(2 * (mean - 1) / 9 - 1, abs=1e-4)
+
+
+@pytest.mark.parametrize("content, top, mark, soft", [
+    ("8", [("8", 0.5), (" 6", 0.25), ("the", 0.25)], 2 * (22 / 3 - 1) / 9 - 1, True),
+    ("Mark: 10", [("10", 1.0)], 1.0, True),
+    ("I say 1.", [], -1.0, False),
+    ("10", [("1", 0.9)], 1.0, False),
+])  # fmt: skip
+def test_the_mark_of_an_endpoint(content, top, mark, soft):
+    "From the probabilities of its tokens; where 10 comes as two tokens, or without probabilities, the number alone counts."
+    listed = [dict(token=token, logprob=math.log(p)) for token, p in top]
+    logprobs = dict(content=[dict(token=top[0][0], logprob=listed[0]["logprob"], top_logprobs=listed)]) if top else None
+    found, from_probabilities = mark_in(dict(message=dict(content=content), logprobs=logprobs))
+    assert found == pytest.approx(mark) and from_probabilities == soft
+    with pytest.raises(Unreadable):
+        mark_in(dict(message=dict(content="a fine reply"), logprobs=None))
+
+
+def test_direct_rlaif_learns_from_marks(runs):
+    shared = dict(data="chat", prompts=8, samples=2, batch_size=4, steps=2, eval_rows=2, max_new_tokens=12, dtype="float32", device="cpu", seed=3)
+    run = lab.run("rlaif", train="mark", judge="model:self", **shared)
+    judge = ModelJudge(Policy(load_model("tiny", "float32", "cpu")), load_tokenizer("tiny"), [("Be polite.", "Be rude.")])
+    kept = [json.loads(line) for line in open(run.path / "marks.jsonl")]
+    assert run.status == "finished" and len(kept) >= 8 and all(-1 <= row["mark"] <= 1 for row in kept)
+    assert kept[0]["mark"] == pytest.approx(judge.mark(dict(prompt=kept[0]["prompt"]), kept[0]["reply"]), abs=1e-4)
+    marks = {row["reply"]: row["mark"] for row in kept}
+    learned = [row for row in run.lines("samples") if row["step"] == 1]
+    assert learned and all(marks[row["completion"]] == pytest.approx(row["reward"], abs=1e-4) for row in learned)
+    for judge in ("contrast:self", "rule:correct"):
+        with pytest.raises(WrongInput, match="gives no marks") as error:
+            lab.run("rlaif", train="mark", judge=judge, **shared)
+        assert "\n" not in str(error.value)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CRITIQUE', 'REVISION', 'RLAIF', 'preference_rows', 'label_facts', 'revise', 'sample_pairs', 'judge_reward',
-           'gold_name', 'judge_of', 'prepare', 'rlaif']
+           'mark_reward', 'learn_from_marks', 'gold_name', 'judge_of', 'prepare', 'rlaif']
 
 # %% ../../nbs/alignment/rlaif.ipynb #250194ba
 import json
@@ -38,8 +38,8 @@ class RLAIF(Settings):
     "Settings of learning from an AI's labels."
 
     judge: str = knob("contrast:self", "who judges: rule:..., model:..., contrast:..., openai:...; see the page on judges")
-    train: str = knob("dpo", "what the judge is for: pairs for DPO; pairs for a reward model and PPO; the reward of GRPO (direct); or revised answers for SFT",
-                      choices=("dpo", "ppo", "direct", "sft"))  # fmt: skip
+    train: str = knob("dpo", "what the judge is for: pairs for DPO; pairs for a reward model and PPO; the reward of GRPO (direct); marks from 1 to 10 as the reward (mark); or revised answers for SFT",
+                      choices=("dpo", "ppo", "direct", "mark", "sft"))  # fmt: skip
     constitution: str = knob("Be polite. | Be rude.", "principle, and after | its opposite; or a .txt file with one on each line, of which each prompt draws one", source="Bai et al. 2022, appendix C")
     key_variable: str = knob("", "environment variable that holds the endpoint's key; empty: no key is sent")
     tries: int = knob(6, "times that a question is put to an endpoint before the run fails", "tries", low=1, high=100)
@@ -156,6 +156,31 @@ def judge_reward(judge: Callable, settings: RLAIF) -> Callable:
     return beats
 
 
+def mark_reward(judge, kept: Kept) -> Callable:
+    "A reward function: the judge's mark of each completion, in [-1, 1]; what was asked once is kept."
+
+    def mark(prompts, completions, **columns):
+        def one(prompt, text):
+            return kept.get([prompt, "mark", text], lambda: dict(prompt=prompt, reply=text, mark=judge.mark(dict(prompt=prompt), text)))["mark"]
+
+        with ThreadPoolExecutor(judge.at_once) as pool:
+            return list(pool.map(one, prompts, map(text_of, completions)))
+
+    return mark
+
+
+def learn_from_marks(settings: RLAIF, run: Run) -> None:
+    "Direct RLAIF: REINFORCE with the mean of the group as baseline, on the marks of a judge (Lee et al. 2023). Raises `WrongInput`."
+    if parse_judge(settings.judge)[0] not in ("model", "openai"):
+        raise WrongInput(f"train = 'mark': the judge {settings.judge!r} gives no marks; expected model:... or openai:...; or train = 'direct', which compares replies")
+    rows = load_data(settings.data, "prompt")
+    told = {name: getattr(settings, name) for name in ("constitution", "key_variable", "tries", "max_new_tokens", "dtype", "device")}
+    judge = make_judge(settings.judge, rows, own=settings.model, say=run.note, **told)
+    kept = Kept(run.path / ("marks.jsonl" if run.writes else f"marks-{world()[0]}.jsonl"))
+    shared = {name: getattr(settings, name) for name in (*Settings.__dataclass_fields__, "samples", "max_new_tokens", "temperature", "beta")}
+    grpo(GRPO(**shared, scale="none"), run, rewards=[Reward("mark", 1.0, mark_reward(judge, kept))])
+
+
 def gold_name(settings: RLAIF) -> str:
     "The world that the data are from, without a number of rows; other data as they are."
     return parse_spec(settings.data).world or settings.data
@@ -199,6 +224,8 @@ def prepare(settings: RLAIF, run: Run, path: Path):
 )  # fmt: skip
 def rlaif(settings: RLAIF, run: Run) -> None:
     "Learn from a judge's opinion of the model's own answers."
+    if settings.train == "mark":
+        return learn_from_marks(settings, run)
     shared = {name: getattr(settings, name) for name in Settings.__dataclass_fields__}
     sampled = dict(samples=settings.samples, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, beta=settings.beta)
     if settings.train == "direct":
