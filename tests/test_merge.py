@@ -362,7 +362,7 @@ def test_soups_means_and_ensembles():
 def test_a_merge_is_a_run_with_its_parents(models, runs, tmp_path):
     run = lab.run("merge", models="sums," + str(models / "b"), tasks="sums", rows=4, expert_steps=1, technique="ties")
     expert = run.read()["stages"]["sums"]
-    assert run.status == "finished" and run.read()["parents"] == [expert] and set(run.summary["after"]) == {"perplexity/sums", "accuracy/sums"}
+    assert run.status == "finished" and run.read()["parents"] == [expert] and set(run.summary["after"]) == {"perplexity/sums", "accuracy/sums", "rows"}
     again = lab.run("merge", models=f"{expert},{run.id}", tasks="")
     assert sorted(again.read()["parents"]) == sorted([expert, run.id]) and not again.summary
     for technique in ("greedy", "fisher", "regmean", "adamerging"):

@@ -52,7 +52,7 @@ def test_reward_model():
     sure, unsure = sigmoid(2.0), sigmoid(0.1)
     assert [row["pairs"] for row in table] == [1, 2]
     close(error, (1 * (1 - unsure) + 2 * abs(0.5 - sure)) / 3)
-    close(reward.length_bias(t(1.0, -1.0, 1.0), t(3, 2, 0)), 0.5 - 1.0)
+    close(reward.length_bias(t(1.0, 1.0, -1.0, 1.0), t(3, 2, 1, 0)), 2 / 3 - 1.0)
     close(reward.together(torch.tensor([[1.0, 4.0], [3.0, 0.0]])), [2.0, 2.0])
     close(reward.together(torch.tensor([[1.0, 4.0], [3.0, 0.0]]), "min"), [1.0, 0.0])
 
