@@ -279,7 +279,7 @@ def test_contained(name, host):
     assert got.reason in ends, got
     assert got.seconds < limits["seconds"] + 10
     assert len(got.stdout) + len(got.stderr) <= 64 * 1024
-    assert not got.ended or got.ok
+    assert not got.ended or got.clean_exit
     if name.startswith("system call"):
         assert "[Errno 1]" in got.stderr, got  # the filter's answer, before the kernel looks at the arguments
     unharmed(host)
@@ -314,7 +314,7 @@ def test_a_program_is_a_program():
         ("import sys\nprint(1)\nsys.exit()", "", "1\n"),
     ):  # fmt: skip
         got = run_code(code, stdin, seconds=10)
-        assert got.ok and got.stdout == out and not got.stderr and not got.reason, got
+        assert got.clean_exit and got.stdout == out and not got.stderr and not got.reason, got
     kept = run_code("import tempfile\nwith tempfile.TemporaryFile() as f: f.write(b'ab'); f.seek(0); print(f.read())", disk_mib=1, seconds=10)
     assert kept.stdout == "b'ab'\n" and kept.ended
 
@@ -338,9 +338,133 @@ def test_text_cannot_act_on_a_terminal_that_shows_the_result():
 def test_to_leave_early_is_not_to_pass():
     for code in ("import sys\nsys.exit(0)", "raise SystemExit", "import os\nos._exit(0)", "import os\nfor fd in range(3, 9):\n    try: os.write(fd, b'+' + b'0' * 32)\n    except OSError: pass\nos._exit(0)"):
         got = run_code(code, tests="assert False")
-        assert got.ok and not got.ended, got
+        assert got.clean_exit and not got.ended, got
     assert not run_code('x = """', tests='assert False\n"""').ended and not run_code("if 0:\\", tests="    assert False").ended  # code that would swallow its tests
     assert run_code("x = 3", tests="assert x == 3").ended and not run_code("x = 3", tests="assert x == 4").ended
+
+
+CHEATS = {  # each makes `assert f(2) == 4` and `assert f(3) == 9` pass where tests run in the program's own process, or tries to
+    "exec is replaced": "import builtins\nbuiltins.exec = lambda *a, **k: None\ndef f(x): return 1",
+    "compile gives an empty program": "import builtins\nplain = compile\nbuiltins.compile = lambda *a, **k: plain('', 'x', 'exec')\ndef f(x): return 1",
+    "everything is equal to it": "class Any:\n    def __eq__(self, other): return True\n    __hash__ = None\ndef f(x): return Any()",
+    "a number that is equal to all": "class Any(int):\n    def __eq__(self, other): return True\n    __hash__ = int.__hash__\ndef f(x): return Any(1)",
+    "a text that is equal to all": "class Any(str):\n    def __eq__(self, other): return True\n    __hash__ = str.__hash__\ndef f(x): return Any('')",
+    "not equal is false": "class Any:\n    def __ne__(self, other): return False\n    def __eq__(self, other): return True\ndef f(x): return Any()",
+    "leaves when it is called": "import os\ndef f(x): os._exit(0)",
+    "leaves at the start": "import os\nos._exit(0)",
+    "leaves politely": "def f(x): raise SystemExit(0)",
+    "leaves from a trace": "import os, sys\nsys.settrace(lambda *a: os._exit(0))\ndef f(x): return 1",
+    "leaves when it is collected": "import os\nclass Late:\n    def __del__(self): os._exit(0)\ndef f(x): return Late()",
+    "leaves at the end": "import atexit, os\natexit.register(os._exit, 0)\ndef f(x): return 1",
+    "looks for the secret word in the frames": "import os, sys\ndef f(x):\n    frame = sys._getframe()\n    while frame:\n        for value in list(frame.f_locals.values()) + list(frame.f_globals.values()):\n            if isinstance(value, bytes):\n                for fd in range(3, 256):\n                    try: os.write(fd, value)\n                    except OSError: pass\n        frame = frame.f_back\n    os._exit(0)",
+    "looks for the secret word everywhere": "import gc, os\nfor thing in gc.get_objects():\n    for value in thing.values() if isinstance(thing, dict) else ():\n        if isinstance(value, bytes) and len(value) == 32:\n            for fd in range(3, 256):\n                try: os.write(fd, value)\n                except OSError: pass\nos._exit(0)",
+    "says yes on every pipe": "import os\nfor fd in range(3, 256):\n    try: os.write(fd, b'+' + b'0' * 32)\n    except OSError: pass\nos._exit(0)",
+    "answers in place of the server": "import json, os\ndef f(x):\n    for fd in range(3, 256):\n        try: os.write(fd, json.dumps(['found', 4, None]).encode() + b'\\n')\n        except OSError: pass\n    return 1",
+    "speaks nonsense": "import os\ndef f(x):\n    for fd in range(3, 256):\n        try: os.write(fd, b'nonsense\\n')\n        except OSError: pass\n    return 1",
+    "an error that is no error": "import builtins\nbuiltins.AssertionError = type('Fine', (BaseException,), {})\ndef f(x): return 1",
+    "assert is told to be silent": "import sys\nsys.flags = type('F', (), {'optimize': 2})()\n__debug = False\ndef f(x): return 1",
+    "a hook for errors": "import os, sys\nsys.excepthook = lambda *a: os._exit(0)\ndef f(x): return 1 / 0",
+    "a hook for audits": "import os, sys\nsys.addaudithook(lambda name, args: os._exit(0) if name == 'compile' else None)\ndef f(x): return 1",
+    "its own importer": "import sys\nclass Finder:\n    def find_spec(self, *a): raise SystemExit(0)\nsys.meta_path.insert(0, Finder())\ndef f(x): return 1",
+    "modules of its own": "import sys\nfor name in list(sys.modules):\n    sys.modules[name] = None\ndef f(x): return 1",
+    "another answer with each call": "import itertools\nanswers = itertools.cycle([4, 9, 16, 25])\nclass Any:\n    def __eq__(self, other): return next(answers)\ndef f(x): return Any()",
+    "goes through the frames to change the tests": "import sys\ndef f(x):\n    frame = sys._getframe()\n    while frame:\n        for name in list(frame.f_globals):\n            if name not in ('sys', 'f'): frame.f_globals[name] = f\n        frame = frame.f_back\n    return 1",
+    "its own repr and len": "class Any:\n    def __len__(self): return 10 ** 9\n    def __repr__(self): return '4'\n    def __index__(self): return 4\n    def __bool__(self): return True\ndef f(x): return Any()",
+    "Python's functions with other meanings": "def isinstance(*a): return True\ndef all(*a): return True\ndef len(*a): return 4\ndef print(*a): pass\ndef f(x): return 1",
+    "a name of its own for equality": "import operator\noperator.eq = lambda a, b: True\nint.__eq__\ndef f(x): return 1",
+    "sleeps the tests to death": "import time\ndef f(x): time.sleep(60)",
+}
+
+
+FIRST = ["f(2) == 4", "f(3) == 9", "f(4) == 16"]
+
+
+def in_one_process(code: str, tests: str) -> bool:
+    "What a naive harness says: the tests run after the program, where it runs; leaving with status 0 is passing."
+    return run_code(f"{code}\nexec(compile({tests!r}, 'tests.py', 'exec'))", seconds=5).clean_exit
+
+
+@pytest.mark.parametrize("name", CHEATS)
+def test_a_program_cannot_cheat_its_tests(name):
+    got = run_code(CHEATS[name], tests=assertions(FIRST), seconds=1 if "sleeps" in name else 30)
+    assert not got.ended and not (got.clean_exit and not got.cheat), got
+
+
+def test_the_cheats_are_real():
+    "Many of them deceive tests that run in the program's own process."
+    deceived = [name for name, code in CHEATS.items() if "sleeps" not in name and in_one_process(code, assertions(FIRST))]
+    assert len(CHEATS) >= 15 and len(deceived) >= 10, deceived
+
+
+def test_what_a_cheat_did_is_told():
+    told = ("everything is equal to it", "leaves at the start", "leaves politely", "speaks nonsense")
+    found = [run_code(CHEATS[name], tests=assertions(FIRST), seconds=30).cheat for name in told]
+    assert found == ["object", "left", "left", "broken"]
+    assert run_code("def f(x): return 1", tests=assertions(FIRST)).cheat == ""
+
+
+def test_python_s_own_functions_are_python_s_in_tests():
+    liar = "def set(x): return 0\ndef sorted(x): return 0\ndef f(x): return [3]"
+    assert not run_code(liar, tests="assert set(f(1)) == set([1, 2])").ended and not run_code(liar, tests="assert sorted(f(1)) == [1]").ended
+    assert run_code("def sum(a, b): return a + b", tests="assert sum(10, 15) == 25").ended  # unless there is nothing else to test
+    assert not run_code("def sum(a, b): return 0\ndef sorted(x): return [25]", tests="assert sorted([sum(10, 15)]) == [25]").ended
+    fake = "class math:\n    fabs = staticmethod(lambda x: 0)\ndef f(x): return 7"
+    assert not run_code(fake, tests="assert math.fabs(f(1)) < 1e-4").ended
+
+
+def test_what_else_a_prompt_defines_the_tests_have_for_themselves():
+    prompt = "import math\n\ndef poly(xs, x):\n    return sum(c * x**i for i, c in enumerate(xs))\n\ndef find_zero(xs):\n    ' zero '\n"
+    task = dict(prompt=prompt, entry_point="find_zero", test="def check(candidate):\n    assert math.fabs(poly([1, 2], candidate([1, 2]))) < 1e-4\n")
+    assert check_humaneval(task, "    return -xs[0] / xs[1]\n").ended
+    assert not check_humaneval(task, "    return 5\ndef poly(xs, x): return 0\n").ended
+
+
+PROGRAM = """
+from collections import Counter, OrderedDict, deque, namedtuple
+from fractions import Fraction
+class Pair:
+    def __init__(self, a, b): self.a, self.b = a, b
+    def total(self): return self.a + self.b
+Point = namedtuple("Point", "x y")
+def same(x): return x
+def grow(xs): xs.append(len(xs))
+def clear(d): d.clear()
+def count(n):
+    for i in range(n): yield i
+def totals(pairs): return [p.total() for p in pairs]
+def adder(a): return lambda b: a + b
+def fails(x): raise KeyError(x)
+things = dict(counter=Counter("aab"), order=OrderedDict(a=1), point=Point(1, 2), half=Fraction(1, 2), line=deque([1]))
+state = [0]
+def bump(): state[0] += 1
+"""
+ITS_TESTS = """
+for x in (None, True, 1, 10 ** 5000, 1.5, float("inf"), 2j, "é\\ud800", b"\\x00", bytearray(b"a"), [1, [2]], (1, (2,)), {1, 2}, frozenset({1}), {"a": {1: (2,)}}, range(1, 9, 2), int, -0.0):
+    assert same(x) == x and type(same(x)) is type(x), x
+assert same(float("nan")) != same(float("nan"))
+xs, d = [5], {1: 2}
+grow(xs), clear(d)
+assert xs == [5, 1] and d == {}
+assert list(count(3)) == [0, 1, 2] and next(count(10 ** 9)) == 0 and sum(count(4)) == 6
+assert totals([Pair(1, 2), Pair(3, 4)]) == [3, 7] and Pair(1, 2).total() == 3 and Pair(5, 6).a == 5
+assert adder(2)(3) == 5
+assert things["counter"] == {"a": 2, "b": 1} and things["order"] == {"a": 1} and things["point"] == (1, 2) and things["half"] == 0.5 and len(things["line"]) == 1
+bump()
+assert state == [1]
+try:
+    fails("k")
+except KeyError as error:
+    assert error.args == ("'k'",)
+else:
+    raise AssertionError("no error came over")
+"""
+
+
+def test_what_tests_and_programs_hand_over():
+    got = run_code(PROGRAM, tests=ITS_TESTS, seconds=30)
+    assert got.ended, got
+    handed = run_code("def f(g): return g(1)", tests="assert f(lambda x: x) == 1", seconds=30)
+    assert not handed.ended and "tests hand over a function; expected numbers" in handed.stderr
 
 
 def test_nothing_stays_between_executions():
