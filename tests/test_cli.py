@@ -116,6 +116,7 @@ def test_two_processes_by_accelerate(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(all_runs(tmp_path)) == 1 and all_runs(tmp_path)[0].status == "finished" and all_runs(tmp_path)[0].record["processes"] == 2
+    assert all_runs(tmp_path)[0].record["parallel"] == "ddp"
     refused = subprocess.run([POLM, "run", "sft"], capture_output=True, text=True, env={**os.environ, "WORLD_SIZE": "2", "RANK": "0"})
     assert refused.returncode == 2 and "--bare" in refused.stderr
 

@@ -120,7 +120,7 @@ class Run:
                     (folder / name).mkdir()
                     break
             record = dict(
-                id=name, method=method, settings=settings, seed=settings.get("seed"), versions=versions(), device=None, dtype=None, processes=1, parents=list(parents),
+                id=name, method=method, settings=settings, seed=settings.get("seed"), versions=versions(), device=None, dtype=None, processes=1, parallel=None, parents=list(parents),
                 status="created", reason=None, created=made.isoformat(timespec="seconds"), started=None, ended=None, seconds=0.0, heartbeat=None,
                 host=socket.gethostname(), pid=None, via=via, step=0, total=settings.get("steps"), summary={},
             )  # fmt: skip
