@@ -133,6 +133,8 @@ def _report(run: Run, as_json: bool):
         click.echo(json.dumps(dict(run=run.id, path=str(run.path), status=run.status, reason=record["reason"], summary=record["summary"])))
         return
     click.echo(f"{run.id}: {run.status}" + (f" ({record['reason']})" if record["reason"] else ""))
+    for part, found in record.get("left_out", {}).items():
+        click.echo(f"left out:  {found['equal']} of {found['pairs']} pairs ({part}), whose answers are equal within max_length")
     states = record.get("states") or record["summary"]  # a recipe has one state of the model after each of its stages
     if states:
         import pandas as pd

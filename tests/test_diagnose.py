@@ -96,6 +96,7 @@ RECORDS = {
     "kl_not_held": (dict(kl=line(0, 0.9), kl_coefficient=line(0.01, 0.2)), {}, dict(kl=line(0, 0.9), kl_coefficient=line(0.02, 0.01))),
     "ranks_by_chance": (dict(margin=line(0, 1)), dict(summary=dict(after=dict(accuracy=0.55))), dict(margin=line(0, 1))),
     "prefers_length": (dict(loss=1.0), dict(summary=dict(after=dict(length_bias=0.3))), dict(loss=1.0)),
+    "equal_pairs": (dict(loss=1.0), dict(left_out=dict(train=dict(equal=3, pairs=4))), dict(loss=1.0)),
     "did_not_finish": (dict(loss=1.0), dict(status="running"), dict(loss=1.0)),
 }  # fmt: skip
 

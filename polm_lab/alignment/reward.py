@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dpo import doubt_of, pair_batches
+from .dpo import doubt_of, drop_equal, encode_each, pair_batches
 from ..core.data import Order, collate, encode, load_data, load_held_out
 from ..core.engine import train_with_trl
 from ..core.evaluate import quiet, with_rows
@@ -69,17 +69,19 @@ def encode_sides(tokenizer, row: dict, max_length: int, head: str) -> dict:
 
 
 def encode_pairs(tokenizer, rows: list[dict], max_length: int, head: str = "pointwise") -> list[dict]:
-    "Rows as pairs `{chosen, rejected, row, margin, doubt}`; a row that cannot be encoded is refused, or left out if its data was loaded with `skip`."
-    pairs = []
-    for number, row in enumerate(rows):
-        try:
-            pairs.append(dict(encode_sides(tokenizer, row, max_length, head), row=number, margin=margin_of(row), doubt=doubt_of(row)))
-        except WrongInput:
-            if not getattr(row, "skip", False):
-                raise
-    if rows and not pairs:
-        raise WrongInput(f"data: no pair is left after skipping all {len(rows)}; expected some within max_length = {max_length}; raise it")
-    return pairs
+    """Rows as pairs `{chosen, rejected, row, margin, doubt, lost}`; a row that cannot be encoded is refused, or left out if its data was loaded with `skip`.
+
+    `lost`: the answers are the same tokens within `max_length`, or, before the pairwise head, one of them is cut away whole by the other.
+    """
+
+    def encode_row(row: dict) -> dict:
+        alone = encode(tokenizer, row, "preference", max_length)
+        ids = [alone[side]["input_ids"] for side in ("chosen", "rejected")]
+        lost = ids[0] == ids[1] or (head == "pairwise" and max(map(len, ids)) >= max_length)
+        sides = encode_sides(tokenizer, row, max_length, head)
+        return dict(sides, margin=margin_of(row), doubt=doubt_of(row), lost=lost)
+
+    return encode_each(rows, encode_row)
 
 
 def margin_of(row: dict) -> float:
@@ -298,6 +300,8 @@ def reward(settings: RewardModel, run: Run) -> None:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     pairs, held_out = (encode_pairs(tokenizer, part, settings.max_length, settings.head) for part in (rows, held_rows))
+    rows, pairs = drop_equal(run, "train", rows, pairs, settings.max_length)
+    held_rows, held_out = drop_equal(run, "held out", held_rows, held_out, settings.max_length)
     order = Order(len(pairs), settings.batch_size * settings.accumulate, settings.seed)
 
     held_rewards = torch.zeros(len(held_out), 2)

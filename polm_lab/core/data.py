@@ -1722,7 +1722,10 @@ def encode_rows(tokenizer, rows: list[dict], kind: str, max_length: int, complet
     examples, first = [], None
     for row in rows:
         try:
-            examples.append(encode(tokenizer, row, kind, max_length, completion_only))
+            found = encode(tokenizer, row, kind, max_length, completion_only)
+            if not any(found.get("target_mask", [1])):
+                raise WrongInput(f"{_where(row)}: nothing to learn: no token but the first; expected at least one more; remove this row")
+            examples.append(found)
         except WrongInput as error:
             if not getattr(row, "skip", False):
                 raise

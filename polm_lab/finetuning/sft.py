@@ -76,6 +76,9 @@ def class_accuracy(policy: Policy, tokenizer, rows: list[dict], labels: list[str
         if said(row).strip() not in labels:
             raise WrongInput(f"classes: the label {said(row).strip()!r} is not among {', '.join(labels)}; add it to classes, or mend the data")
     asked = [encode(tokenizer, labelled(row, label), "completion", max_length) for row in rows for label in labels]
+    for i, row in enumerate(rows):
+        if len({tuple(one["input_ids"]) for one in asked[i * len(labels) : (i + 1) * len(labels)]}) < len(labels):
+            raise WrongInput(f"{getattr(row, 'where', 'row')}: two classes are the same tokens within max_length = {max_length}; expected labels that differ within it; raise max_length")
     best = sequence_logps(policy, asked, tokenizer.pad_token_id).view(len(rows), len(labels)).argmax(1)
     return sum(labels[b] == said(row).strip() for b, row in zip(best.tolist(), rows)) / len(rows)
 

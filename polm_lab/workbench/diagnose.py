@@ -6,9 +6,9 @@
 __all__ = ['LEAST', 'SEVERITIES', 'RULES', 'SPIKE', 'TASTE', 'TINY_WIDTH', 'MARKS', 'INKS', 'Lines', 'Series', 'Evidence',
            'is_number', 'Finding', 'rule', 'diagnose', 'did_not_finish', 'damaged_lines', 'no_contrast', 'groups_of',
            'entropy_collapsed', 'cut_short', 'kl_left_range', 'critic_misleads', 'kl_not_held', 'ranks_by_chance',
-           'prefers_length', 'pays_for_length', 'length_slope', 'reward_without_accuracy', 'both_rewards_fall',
-           'loss_near_zero', 'worse_on_held_out', 'worse_than_start', 'gradient_spikes', 'unusual_learning_rate',
-           'usual_learning_rate', 'findings_html', 'Diagnosis']
+           'equal_pairs', 'prefers_length', 'pays_for_length', 'length_slope', 'reward_without_accuracy',
+           'both_rewards_fall', 'loss_near_zero', 'worse_on_held_out', 'worse_than_start', 'gradient_spikes',
+           'unusual_learning_rate', 'usual_learning_rate', 'findings_html', 'Diagnosis']
 
 # %% ../../nbs/workbench/diagnose.ipynb #adb37f8f
 import html
@@ -361,6 +361,20 @@ def ranks_by_chance(record: Evidence) -> Finding | None:
     evidence = f"accuracy is {share:.3g} on {record.rows} held-out rows; above {0.5 + record.doubt:.2g} is more than chance there"
     look = "the pairs: can you tell which answer is better? Then more `steps`, more data, or a higher `learning_rate`."
     return Finding("warning", "Held-out pairs are ranked no better than by chance.", evidence + ".", look)
+
+
+@rule
+def equal_pairs(record: Evidence) -> Finding | None:
+    "Pairs were left out because their answers are equal within `max_length`."
+    left_out = record.facts.get("left_out") or {}
+    counts = {part: (found["equal"], found["pairs"]) for part, found in left_out.items()}
+    if not counts:
+        return None
+    shares = [f"{equal} of {pairs} pairs ({part}, {equal / pairs:.0%})" for part, (equal, pairs) in counts.items()]
+    evidence = f"{', '.join(shares)} hold the same tokens on both sides within max_length = {record.settings.get('max_length')}; they were left out."
+    look = "the longest rows: their answers differ after the cut, or one of them is cut away. Raise `max_length`, or shorten what comes before the difference."
+    severity = "warning" if max(equal / pairs for equal, pairs in counts.values()) > 0.05 else "note"
+    return Finding(severity, "Pairs teach nothing: cut at `max_length`, their answers are equal.", evidence, look)
 
 
 @rule
