@@ -255,6 +255,11 @@ def test_each_figure_is_stored_as_numbers_and_a_small_picture(name):
         assert not lacking, f"cells {lacking} show a figure and store none; run polm_site execute {name}"
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_stored_outputs_are_small(name):
+    assert sum(len(json.dumps(cell["outputs"], ensure_ascii=False)) for cell in cells(name)) <= 300_000
+
+
 # ---- outputs are stored by one command
 
 
@@ -354,6 +359,20 @@ def test_a_page_of_the_site_draws_a_stored_figure(browser, tmp_path, run):
     page.page.goto((tmp_path / "page.html").as_uri())
     page.wait_for(lambda: page.page.locator(".js-plotly-plot svg.main-svg .scatterlayer .trace").count() >= 4, what="the figures")
     shots = [part.screenshot() for part in page.page.locator(".plotly-figure").all()]
+    asked = [u for u in page.asked if not u.startswith(("file:", "data:", "blob:"))]
+    page.context.close()
+    assert not asked and not page.errors and [0.01 < drawn(shot) < 0.5 for shot in shots] == [True, True]
+
+
+@needs_pillow
+def test_the_one_page_of_a_run_draws_its_figures(browser, tmp_path, run):
+    "What `make run` writes, opened from the disk."
+    from browsing import Page
+
+    page = Page(browser)
+    page.page.goto(panels.write_page([run, run], tmp_path / "panels.html", "Two runs").as_uri())
+    page.wait_for(lambda: page.page.locator(".js-plotly-plot svg.main-svg .scatterlayer .trace").count() >= 12, what="the figures")
+    shots = [part.screenshot() for part in page.page.locator(".js-plotly-plot").all()]
     asked = [u for u in page.asked if not u.startswith(("file:", "data:", "blob:"))]
     page.context.close()
     assert not asked and not page.errors and [0.01 < drawn(shot) < 0.5 for shot in shots] == [True, True]
