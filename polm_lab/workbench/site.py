@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
@@ -655,7 +655,8 @@ def execute(root: Path, chosen: list[str], workers: int = 2) -> int:
             return path, {}, str(error) if isinstance(error, WrongInput) else f"{type(error).__name__}: {error}"
 
     with ThreadPoolExecutor(workers) as pool:
-        for path, got, why in pool.map(one, notebooks(root, chosen)):
+        for done in as_completed([pool.submit(one, path) for path in notebooks(root, chosen)]):
+            path, got, why = done.result()
             name = path.relative_to(root).as_posix()
             if why:
                 failed.append(name)
