@@ -297,7 +297,7 @@ def test_a_notebook_is_executed_and_its_outputs_are_stored(tmp_path):
     ("text", "says"),
     [
         ("x = 1\nraise ValueError('no\\nmore')", "ValueError: no"),
-        ("1\nprint('in /opt/other/site-packages/torch')", "cell 0 shows a path of this machine, /opt/other/site-packages/"),
+        ("print('/opt/other' + '/site-packages/torch')", "cell 0 shows a path of this machine, /opt/other.site-packages/"),
         ("from pathlib import Path\nprint(Path.home() / 'notes.txt')", "cell 0 shows a path of this machine, "),
         ("from IPython.display import HTML\nHTML('<script src=\"https://cdn.example.org/x.js\"></script>')", "fetches https://cdn.example.org/x.js"),
         ("import os\nos._exit(3)", "DeadKernelError"),
