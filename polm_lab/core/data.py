@@ -1387,6 +1387,7 @@ def _spans(tokenizer, messages: list[dict], row, wanted=None) -> tuple[str, list
 
     Each turn's part is known from the loop of the template that wrote it. Raises `WrongInput` for what cannot be found exactly.
     """
+    messages = _plain_turns(messages, row)
     made = Rendering(tokenizer, messages, row)
     learned = [k for k, turn in enumerate(messages) if turn["role"] == "assistant" and turn.get("weight") != 0 and (wanted is None or wanted(k))]
     whole, spans = made.text, []
@@ -1394,12 +1395,12 @@ def _spans(tokenizer, messages: list[dict], row, wanted=None) -> tuple[str, list
     for k in learned:
         if marked:
             parts = marked.get(k, [])
-        elif made.parts:
+        else:
             parts = made.of(k)
             if parts:
                 start, stop = parts[0]
                 parts = [(start + _header(tokenizer, messages, k, whole[start:stop], row), stop), *parts[1:]]
-        else:
+        if not parts and not marked:
             parts = _by_prefix(tokenizer, messages, k, whole, row)
         if not parts:
             _unaligned(row, k, "the chat template writes nothing")
@@ -1560,7 +1561,13 @@ def _tokens(tokenizer, text: str, limit: int, offsets: bool = False):
 
 def _render(tokenizer, messages: list[dict], row, opened: bool = False) -> str:
     "A conversation as text by the model's chat template; `opened` adds the beginning of an answer."
-    return Rendering(tokenizer, messages, row, opened, traced=False).text
+    return Rendering(tokenizer, _plain_turns(messages, row), row, opened, traced=False).text
+
+
+def _plain_turns(messages: list[dict], row) -> list[dict]:
+    "Turns as `turns` gives them, also of rows that were not loaded by it."
+    plain = all(set(turn) == {"role", "content"} and isinstance(turn["content"], str) for turn in messages)
+    return messages if plain else turns(messages, row, "messages")
 
 
 def _pair_ids(tokenizer, prompt: str, answer: str, row, max_length: int, opening: tuple, eos: bool):
