@@ -228,6 +228,27 @@ def test_marks_that_leave_the_end_out_learn_it():
     assert learned_texts(tokenizer_of(only), {"messages": messages}) == ["b<|im_end|>"]
 
 
+def test_an_answer_that_is_opened_inside_of_the_loop():
+    "As Zephyr's template has it; and Llama 2's, which opens no answer."
+    messages = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c?"}, {"role": "assistant", "content": "d"}]
+    inside = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}"
+    assert learned_texts(tokenizer_of(inside, eos="</s>"), {"messages": messages}) == ["b</s>\n", "d</s>\n"]
+    without = "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+    assert learned_texts(tokenizer_of(without, eos="</s>"), {"messages": messages}) == [" b </s>", " d </s>"]
+    closing = "{% for m in messages %}{% if not loop.first %}{{ '<|im_end|>\n' }}{% endif %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}{{ '<|im_end|>\n' }}"
+    closing += "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"  # a turn is closed by what comes next
+    runs = learned_texts(tokenizer_of(closing), {"messages": messages})
+    assert [run.rstrip() for run in runs] == ["b<|im_end|>", "d<|im_end|>"]
+
+
+def test_marks_around_some_turns_say_which_are_learned():
+    last = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if loop.last %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    messages = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c?"}, {"role": "assistant", "content": "d"}]
+    assert learned_texts(tokenizer_of(last), {"messages": messages}) == ["d<|im_end|>"]
+    with pytest.raises(WrongInput, match="a.jsonl:1: the generation marks of the chat template hold nothing"):
+        learned_texts(tokenizer_of(last), Row({"messages": messages[:3]}, "a.jsonl:1"))
+
+
 def test_no_token_of_two_turns_is_learned():
     "Without special tokens, a token may reach over the seam: it is taken apart as it is where the model is asked."
     template = "{% for m in messages %}{{ m.role + ': ' + m.content + '</s>' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"

@@ -1303,9 +1303,9 @@ def _asked_after(tokenizer, messages: list[dict], row) -> str:
         try:
             opened = Rendering(tokenizer, before, row, opened=True)
             after = opened.after(len(before) - 1)
-            if after is None:  # a template that writes this turn outside of its loop
+            if not after:  # a template that opens the answer inside of its loop, or writes this turn outside of it
                 closed = Rendering(tokenizer, before, row, traced=False)
-                after = opened.text.removeprefix(closed.text) if opened.text.startswith(closed.text) else None
+                after = opened.text.removeprefix(closed.text) if opened.text.startswith(closed.text) else after
         except WrongInput:
             continue
         if after is not None:
@@ -1403,7 +1403,7 @@ def _spans(tokenizer, messages: list[dict], row, wanted=None) -> tuple[str, list
         if not parts and not marked:
             parts = _by_prefix(tokenizer, messages, k, whole, row)
         if not parts:
-            _unaligned(row, k, "the chat template writes nothing")
+            continue  # a template with marks says itself which turns are learned
         closed = []
         for number, (start, stop) in enumerate(parts, 1):
             if not marked or number == len(parts):
@@ -1414,6 +1414,8 @@ def _spans(tokenizer, messages: list[dict], row, wanted=None) -> tuple[str, list
             if any(a < stop and b > start for a, b, number in made.said if number != k):
                 _unaligned(row, k, "the chat template writes another turn in the midst")
         spans += closed
+    if learned and not spans:
+        _unaligned(row, learned[0], "the generation marks of the chat template hold nothing")
     _check_context(made, messages, row)
     return whole, sorted(spans)
 
@@ -1656,8 +1658,10 @@ def _answered(tokenizer, prompt, answer, row, max_length: int, completion_only: 
     whole, spans = _spans(tokenizer, prompt + answer, row, lambda k: k >= len(prompt))
     if not spans:
         _refuse(row, "completion", "has weight 0 on each assistant turn", "one that is learned")
-    first, rest = spans[0][0], spans[1:]
-    if not rest and spans[0][1] == len(whole):
+    if not whole[spans[-1][1] :].strip():
+        spans[-1] = (spans[-1][0], len(whole))  # a line break behind the answer belongs to the completion
+    first = spans[0][0]
+    if len(spans) == 1 and spans[0][1] == len(whole):
         ids, n = _pair_ids(tokenizer, whole[:first], whole[first:], row, max_length, (), eos=False)
         return _masked(ids, [int(t >= n or not completion_only) for t in range(len(ids))])
     _pair_ids(tokenizer, whole[:first], "", row, max_length, (), eos=False)  # refuses a prompt that leaves no room
