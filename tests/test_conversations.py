@@ -249,6 +249,15 @@ def test_marks_around_some_turns_say_which_are_learned():
         learned_texts(tokenizer_of(last), Row({"messages": messages[:3]}, "a.jsonl:1"))
 
 
+def test_another_turn_in_the_midst_of_an_answer_is_refused():
+    template = "{% for m in messages %}{% if m.role != 'tool' %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{% if not loop.last and messages[loop.index0 + 1].role == 'tool' %}"
+    template += "{{ '[found: ' + messages[loop.index0 + 1].content + ']' }}{% endif %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    messages = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "look"}, {"role": "tool", "content": "cats"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(WrongInput, match="a.jsonl:1: the chat template writes another turn in the midst of assistant turn 2"):
+        learned_texts(tokenizer_of(template), Row({"messages": messages}, "a.jsonl:1"))
+    assert learned_texts(tokenizer_of(template), {"messages": [messages[0], messages[3]]}) == ["b<|im_end|>\n"]
+
+
 def test_no_token_of_two_turns_is_learned():
     "Without special tokens, a token may reach over the seam: it is taken apart as it is where the model is asked."
     template = "{% for m in messages %}{{ m.role + ': ' + m.content + '</s>' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
