@@ -170,6 +170,11 @@ def test_heads_and_neurons_that_give_nothing_can_go(family, tmp_path):
         with torch.enable_grad():
             *_, (_, sizes) = cut_widths(copy.deepcopy(model), text, "taylor", ratio, rows=2)
         assert (sizes["intermediate_size"], sizes["num_key_value_heads"], sizes["head_dim"]) == ((80, 3, width), (60, 2, width))[ratio > 0]
+    for how in ("taylor", "flap"):
+        same = copy.deepcopy(model)
+        with torch.enable_grad():
+            *_, (_, nothing) = cut_widths(same, text, how, 0.0, rows=2)
+        assert torch.equal(rebuild(same, **nothing)(text).logits, model(text).logits)
     for block in blocks_of(model):
         layers = layers_of(block)
         layers["down_proj"].weight[:, 60:] = 0
@@ -226,6 +231,7 @@ def test_a_model_of_fewer_blocks_is_the_model_that_skips_them(family, tmp_path):
     kept = [1, 2, 3] if family != "phi3" else [0, 3]
     expected = skipping(model, kept)(text, use_cache=False).logits
     check_cut(model, Slim(how="depth", ratio=0.25))
+    assert torch.equal(check_depth(model, [0, 1, 2, 3])(text).logits, model(text).logits)
     small = check_depth(model, kept)
     again = reloaded(small, tmp_path / "small")
     assert small.config.num_hidden_layers == len(kept) and gap(small(text, use_cache=False).logits, expected) < 1e-6

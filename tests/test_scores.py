@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 from zoo import make
 
 import polm_lab as lab
@@ -68,7 +68,7 @@ def test_the_score_is_that_of_the_last_real_token(family, tmp_path):
     assert torch.allclose(score_rows(Scorer(model), [{"input_ids": row} for row in texts()], EOS), expected, atol=1e-5)
     ids, mask = padded(texts(), "right")
     wrong = model(input_ids=ids, attention_mask=mask).logits[:, 0]  # what transformers reads
-    assert (wrong - expected).abs()[[0, 2]].min() > 1e-3
+    assert (wrong - expected).abs()[[0, 2]].min() > 1e-3 and (wrong - expected).abs()[[1, 3]].max() < 1e-5  # rows that do not end in EOS
 
 
 @torch.no_grad()
@@ -204,6 +204,11 @@ def test_the_side_of_the_padding_stays(pads_with_eos, run, tmp_path):
     assert isinstance(tuned, Run)
 
 
-def test_a_model_without_a_head_is_still_refused(tmp_path):
+def test_a_model_without_such_a_head_is_refused(tmp_path):
     with pytest.raises(WrongInput, match="gives no reward"):
         load_reward("tiny")
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=1024, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=1)
+    save_model(BertForSequenceClassification(BertConfig(**sizes)), load_tokenizer("tiny"), tmp_path / "first")
+    with pytest.raises(WrongInput, match="does not read the last token"):
+        load_reward(str(tmp_path / "first"))

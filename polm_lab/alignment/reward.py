@@ -216,7 +216,8 @@ def _member(spec: str, device: str, dtype: str, rows: int) -> Callable[[list, li
     "One model as a function from prompts and completions to rewards."
     model, tokenizer = load_model(spec, dtype=dtype, device=device, head="any"), load_tokenizer(spec)
     if not hasattr(model, "score"):
-        raise WrongInput(f"reward model {spec!r}: a language model, which gives no reward; expected a reward model, such as a run of `polm run reward`")
+        found = "its head does not read the last token" if type(model).__name__.endswith("ForSequenceClassification") else "a language model, which gives no reward"
+        raise WrongInput(f"reward model {spec!r}: {found}; expected a reward model, such as a run of `polm run reward`")
     scorer, pad = Scorer(model.requires_grad_(False).eval()), tokenizer.pad_token_id
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 4096
 
