@@ -67,7 +67,9 @@ class Knob:
 
     def check(self, value):
         "Return `value` as this knob's type; raise `WrongInput` if it is of another type or out of range."
-        wrong = WrongInput(f"{self.name} = {value!r}: expected {self.range} ({self.meaning})")
+        close = difflib.get_close_matches(str(value), map(str, self.choices), n=1)
+        guess = f"; did you mean {close[0]!r}?" if close else ""
+        wrong = WrongInput(f"{self.name} = {value!r}: expected {self.range} ({self.meaning}){guess}")
         try:
             value = _convert(value, self.type)
         except (TypeError, ValueError):

@@ -123,7 +123,7 @@ def _gather() -> dict:
             continue  # some hundred models and data sets load there: that is the atlas's to list
         own, beside = neighbours(page, rows)
         survey[page] = dict(
-            own=[{k: r[k] for k in ("name", "section", "year", "property", "by")} for r in own],
+            own=[{k: r[k] for k in ("name", "section", "year", "property", "state", "by", "gap")} for r in own],
             beside=[{k: r[k] for k in ("name", "state", "notebook")} for r in beside],
         )
     return dict(methods=known, survey=survey)
@@ -318,12 +318,12 @@ def table(names: tuple[str, ...], rows: list[list[str]]) -> str:
 
 
 def in_the_survey(page: str, survey: dict) -> str:
-    "The rows of the survey that a page runs, and their neighbours, as markdown."
+    "The rows of the survey that a page runs or shows, with what is missing of those that it runs in part, and their neighbours, as markdown."
     if page not in survey:
         return ""
     up, own, beside = "../" * page.count("/"), survey[page]["own"], survey[page]["beside"]
-    rows = [[_cell(r[k] or "") for k in ("name", "section", "year", "property", "by")] for r in own]
-    text = "## In the survey {#survey}\n\n" + table(("system", "section", "year", "what it is", "here"), rows)
+    rows = [[_cell(r[k] or "") for k in ("name", "section", "year", "property", "state", "by", "gap")] for r in own]
+    text = "## In the survey {#survey}\n\n" + table(("system", "section", "year", "what it is", "state", "here", "what is missing"), rows)
     shown = [
         f"[{_cell(r['name'])}]({up}{r['notebook']})" if r["notebook"] not in ("", page) else f"{_cell(r['name'])} ({r['state']})" for r in beside
     ]
