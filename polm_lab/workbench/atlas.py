@@ -254,7 +254,7 @@ def tests_of(place: Place, known: dict[str, Method] | None = None) -> list[str]:
 
 def systems() -> list[dict]:
     "All rows of the survey with their state: what `lab.atlas()` has, as dictionaries."
-    known, families, rows = methods(), {f["family"]: f for f in survey("families")}, []
+    known, families, rows, held = methods(), {f["family"]: f for f in survey("families")}, [], {}
     for fact in survey("systems"):
         place = look(fact["here"], known) if fact["here"] else None
         place = place if place and (notebooks_folder() / place.notebook).is_file() else None
@@ -262,6 +262,9 @@ def systems() -> list[dict]:
         gap = fact["gap"] if state in ("runs", "shown") else ""
         state = "partial" if gap and state == "runs" else state
         needs = ", ".join(known[place.method].needs) if place and place.method else ""
+        page = (place.notebook, place.method) if place else ""
+        if place and page not in held:
+            held[page] = ", ".join(tests_of(place, known))
         rows.append(
             dict(
                 name=fact["name"],
@@ -277,7 +280,7 @@ def systems() -> list[dict]:
                 gap=gap,
                 by=place.by if place else fact["library"],
                 notebook=place.notebook if place else "",
-                tests=", ".join(tests_of(place, known)) if place else "",
+                tests=held.get(page, ""),
                 why=WHY[fact["runnable"]] if state == "catalogued" else "",
             )
         )
