@@ -8,7 +8,7 @@ import sys
 
 from polm_lab.core.sandbox import missing
 
-RUN_CODE = ("tools", "selfrefine", "corrections", "critic")
+RUN_CODE = ("tools", "selfrefine", "corrections", "critic", "cheating")
 
 if __name__ == "__main__":
     why = missing() if os.environ.get("POLM_SANDBOX") != "required" else ""
