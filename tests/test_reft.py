@@ -45,7 +45,7 @@ def test_a_chain_with_equal_data_and_updates(learner):
     warm, alone, second = (stages[label] for label in ("warm-up", "sft alone", "second stage"))
     assert alone.settings["data"] == second.settings["data"] == warm.settings["data"] and alone.settings["model"] == second.settings["model"] == str(warm.path)
     assert len(alone.lines()) == len(second.lines()) == 2 and alone.settings["batch_size"] == second.settings["batch_size"]
-    assert set(run.record["states"]) == {"base", "warm-up", "sft alone", "reft"} and run.summary["after"] == run.record["states"]["reft"]
+    assert set(run.record["states"]) == {"base", "warm-up", "sft alone", "reft"} and run.summary["after"] == {**run.record["states"]["reft"], "rows": len(run.path.joinpath("test.jsonl").read_text().splitlines())}
     assert (run.path / "model" / "model.safetensors").read_bytes() == (second.path / "model" / "model.safetensors").read_bytes()
 
 
