@@ -229,6 +229,7 @@ def test_every_method_on_every_kind_of_data(ended, name, source, given):
         assert after["forgetting"] == pytest.approx(sum(rises) / len(rises), abs=1e-9) and after["rows/forgetting"] == 16 * len(others)
     if name in ON_POLICY:
         assert after["reward"] == pytest.approx(after["accuracy"], abs=1e-6) and before["reward"] == pytest.approx(before["accuracy"], abs=1e-6)
+        assert {key for key in after if is_count(key)} == {"rows", "rows/forgetting", *(f"rows/perplexity/{other}" for other in others)}
     if name == "dpo":  # pairs in a file have no answer that a rule could look at
         assert ("reward" in after) == (source != "file" and given == "none")
     if name == "critic":
@@ -257,6 +258,15 @@ def test_held_out_rows_are_rewarded_by_their_own_rule(name, tmp_path, monkeypatc
         after = check.short_run(find(name), tmp_path, data=source, eval_data=given, steps=0, eval_rows=SEEN, max_new_tokens=24).summary["after"]
         assert after["reward"] == pytest.approx(after["accuracy"], abs=1e-6) and after["accuracy"] > 0
         assert after["rows"] == (6 if given == "sums#6" else SEEN) and not {"perplexity/sums", "perplexity/chat"} & set(after)
+
+
+def test_a_reward_that_applies_to_some_rows_says_to_how_many(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "TRAIN_ROWS", TRAIN)
+    rows = WORLDS["sums"].rows("prompt", GIVEN, 3, "test")
+    given, code = written(tmp_path / "given.jsonl", rows), tmp_path / "some.py"
+    code.write_text(f"def some(prompts, completions, **columns):\n    return [None if p == {rows[0]['prompt']!r} else 0.25 for p in prompts]\n")
+    after = check.short_run(find("grpo"), tmp_path, data="sums", eval_data=given, steps=0, rewards=f"{code}:some").summary["after"]
+    assert (after["rows"], after["rows/reward"], after["reward"]) == (4, 3, 0.25) and "rows/accuracy" not in after
 
 
 def test_a_reward_that_nothing_can_give_on_held_out_rows():
