@@ -9,6 +9,7 @@ __all__ = ['HOWS', 'Encoder', 'pool', 'Hit', 'fuse_ranks', 'Index']
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -122,10 +123,11 @@ def _checked(passages: Iterable[dict], known=frozenset()) -> tuple[list[dict], l
 
 def fuse_ranks(rankings: list[list[int]], constant: int = 60) -> list[tuple[int, float]]:
     "Items by the sum of 1 / (constant + rank) over rankings, best first (Cormack et al. 2009); of equals the one that was ranked first."
-    scores: dict[int, float] = {}
+    parts: dict[int, list[float]] = {}
     for ranking in rankings:
         for rank, item in enumerate(ranking, 1):
-            scores[item] = scores.get(item, 0.0) + 1.0 / (constant + rank)
+            parts.setdefault(item, []).append(1.0 / (constant + rank))
+    scores = {item: math.fsum(found) for item, found in parts.items()}  # exact: rounding must not decide between equals
     return sorted(scores.items(), key=lambda pair: -pair[1])
 
 
