@@ -117,7 +117,8 @@ def test_killed_and_resumed_gives_the_same_bits(bases, tmp_path, adapter, monkey
                     short("sft", tmp_path / "stopped", bases / "float16", steps=4, adapter=adapter)
         if stop:
             run = Run(next((tmp_path / "stopped").iterdir()))
-            runs.append(check.go_on(find("sft"), run))
+            with check.exchanged(other_worlds, lambda *args: ()):
+                runs.append(check.go_on(find("sft"), run))
         else:
             runs.append(short("sft", tmp_path / "whole", bases / "float16", steps=4, adapter=adapter))
     assert check.weights_file(runs[0]) == check.weights_file(runs[1]) and types_of(runs[0].path / "model") == {torch.float16}
@@ -216,3 +217,14 @@ def test_trls_engine_saves_the_same_way(bases, tmp_path):
         assert types_of(run.path / "model") == {torch.bfloat16}
         again = short("sft", tmp_path / "again", run.path, steps=0)
         assert run.summary["after"]["perplexity"] == pytest.approx(again.summary["before"]["perplexity"], rel=1e-6)
+
+
+def test_fuse_takes_an_adapters_run_next_to_a_whole_model(bases, tmp_path):
+    "A head of its own on one side: all are untied, and the adapter counts. Both tunes alike, their mean is the tune."
+    first = short("sft", tmp_path, bases / "bfloat16", adapter="lora:r=2,target_modules=lm_head", learning_rate=1e-2)
+    made = short("fuse", tmp_path, bases / "bfloat16", models=f"{first.path},{first.path}", technique="fisher", tasks="sums", data="sums,sums", save_dtype="float32")
+    with torch.no_grad():
+        ids = torch.arange(20, 40)[None]
+        tuned, fused, base = (load_model(f, "float32", "cpu").eval()(input_ids=ids, use_cache=False).logits for f in (first.path, made.path, bases / "bfloat16"))
+    assert (fused - tuned).abs().max() < 1e-5 * tuned.abs().max() < (tuned - base).abs().max()
+    assert made.record["parents"] == [first.id] and not (list(made.path.glob("tmp*")))

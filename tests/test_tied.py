@@ -132,6 +132,7 @@ def test_what_no_adapter_touches_stays_tied(bases, tmp_path, spec):
     model = load_model(bases / "llama", "float32", "cpu", adapter=spec)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     merged, _ = check(bases / "llama", spec, tmp_path)
+    assert all(p.requires_grad for p in merged.parameters()), "whoever trains the merged model trains all of it"
     assert merged.config.tie_word_embeddings and merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
     assert "lm_head.weight" not in load_file(tmp_path / "merged" / "model.safetensors")
 

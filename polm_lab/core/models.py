@@ -546,6 +546,8 @@ def merge_adapter(model):
                 config.tie_word_embeddings = True
         else:
             _say_untied(merged)
+    for weight in merged.parameters():  # PEFT froze them; whoever trains the merged model trains all of it
+        weight.requires_grad_(weight.is_floating_point())
     return merged
 
 
