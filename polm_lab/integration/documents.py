@@ -432,9 +432,14 @@ def open_library(data: str, corpus: str = "", words: int = 100, rows: int = 10**
     parts["test"] = parts["test"][:rows]
     if not parts["train"] or not parts["test"]:
         raise WrongInput(f"data {data!r}: {len(parts['train'])} questions to learn from and {len(parts['test'])} held out; expected at least one of each; give more rows, or others as eval_data")
-    for row in (row for part in parts.values() for row in part):
+    for number, row in enumerate(parts["train"] + parts["test"]):
         asked = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-        lacks = next((n for n in ("answer", *(() if corpus else ("context",))) if not isinstance(row.get(n), str) or not row[n].strip()), None)
+        needs = [] if corpus else ["context"]
+        if number < len(parts["train"]) or str(row.get("answer") or "").strip():
+            needs.insert(0, "answer")
+        else:  # only what is learned from needs one; without it an evaluation has less to score
+            row.pop("answer", None)
+        lacks = next((n for n in needs if not isinstance(row.get(n), str) or not row[n].strip()), None)
         if lacks:
             raise WrongInput(f"{getattr(row, 'where', 'row')}: no {lacks}; expected question, answer{'' if corpus else ' and context (or a corpus of documents)'}; add the column")
         row["question"] = asked
