@@ -198,6 +198,8 @@ def words_of(text: str) -> list[str]:
     CJK analyzer does; so does Korean, whose particles are written onto the word. Other words
     have two characters or more.
     """
+    if text.isascii():
+        return [word for word in re.findall(r"\w\w+", text.lower()) if word not in STOP_WORDS]
     words = []
     for run in RUNS.finditer(fold(text)):
         if run["letters"] or run["hangul"]:
