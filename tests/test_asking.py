@@ -114,10 +114,12 @@ def test_contexts_are_the_library_of_questions_without_answers(written):
 
 def test_a_retriever_learns_from_other_questions_than_those_that_are_asked(books, written):
     learn = written([{"question": f"What is it that Beka plays, {n}?", "answer": "harp"} for n in range(30)], "learn.jsonl")
-    run = lab.run("rag", corpus=books, data=learn, eval_data=written(ASKED), retriever_steps=1, k=1, dtype="float32", device="cpu")
+    asked = written(ASKED)
+    run = lab.run("rag", corpus=books, data=learn, eval_data=asked, retriever_steps=1, k=1, dtype="float32", device="cpu")
     trained = lab.open_run(run.path.parent / run.read()["stages"]["retriever"])
     assert run.read()["search"] == "hybrid" and run.summary["after"]["rows"] == 6
-    assert trained.settings["data"] == learn and trained.read()["rows"] == 29  # 5 % of 30 are held out
+    assert (trained.settings["data"], trained.settings["eval_data"]) == (learn, asked)
+    assert trained.read()["rows"] == 29  # 5 % of 30 are held out
 
 
 def test_what_cannot_be_asked_is_refused_in_one_line(books, written):
