@@ -242,7 +242,16 @@ def test_cutting_any_script_keeps_every_character_in_order():
             assert all(len(piece.split()) <= size for piece in pieces)
             if not spaced:
                 assert "".join(pieces) == text, "no space is added"
+            assert cut(text, 10**6) == ([" ".join(text.split())] if text.strip() else []), "and none is lost"
             assert not any(unicodedata.combining(piece[0]) for piece in pieces)
+
+
+def test_no_run_of_characters_takes_long():
+    for character in (" ", "\n", "。", "，", "(", "\u0e31", "\u17d2", "\u200b", "\u0301", "[", "黑 ", "น้ำ ", '"'):
+        text = "é" + character * 20_000 + "é"
+        assert "".join("".join(cut(text, 50)).split()) == "".join(text.split())
+        assert not holds(text, "z") and exact_match(text, "z") == 0.0
+        words_of(text)
 
 
 def test_a_passage_that_is_too_long_for_the_reader_is_halved():

@@ -82,7 +82,7 @@ def _page(path: Path) -> str:
     except UnicodeDecodeError:
         try:
             return raw.decode(named[1].decode()) if named else _plain(path)
-        except (LookupError, UnicodeDecodeError):
+        except (LookupError, UnicodeError):
             pass
     return _plain(path)
 
@@ -283,7 +283,7 @@ CLOSING = r"[\"')\]”’»」』）】》〉]"
 SENTENCES = regex.compile(
     rf"((?<=[.\p{{Sentence_Break=STerm}}])\s+|(?<=[.\p{{Sentence_Break=STerm}}]{CLOSING})\s+"
     rf"|(?<=[。！？｡။។៕])(?!{CLOSING}|[。！？｡])|(?<=[。！？｡]{CLOSING})(?!{CLOSING}|[。！？｡])"
-    r"|(?<=\p{Line_Break=SA})\s+|\s+(?=\p{Line_Break=SA}))",
+    r"|(?<=\p{Line_Break=SA})\s+|(?<!\s)\s++(?=\p{Line_Break=SA}))",
     regex.V1,
 )
 CLAUSE = regex.compile(r"[，、；：,;:။၊]\W*$")
