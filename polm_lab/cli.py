@@ -26,7 +26,7 @@ import click
 from .core.data import read_text
 from .core.knobs import WrongInput, knobs, one_line
 from .core.metrics import without_counts
-from .core.run import Run, Stopped, open_run, read_lines, runs_folder
+from .core.run import Run, Stopped, open_run, runs_folder
 from .workbench.sweep import Plan, Sweep, create_sweep, plan, resumable_sweep, results, sweep_table, work_sweep
 
 # %% ../nbs/cli.ipynb #27eab74d
@@ -144,14 +144,24 @@ def _report(run: Run, as_json: bool):
         click.echo(f"{'rows:':10} {rows} seen by the evaluation") if rows is not None else None
     if record.get("notebook_error"):
         click.echo(f"note: the run is not affected, but a lesson of its page does not hold here ({record['notebook_error']})")
-    for line in record.get("notes", []):
-        click.echo(f"note: {line}")
-    for row in read_lines(run.path / "answers.jsonl")[:10] if (run.path / "answers.jsonl").exists() else []:
-        said = f"{row['question']} -> {row['answer']} ({', '.join(row['cited']) or 'in no passage'})"
-        click.echo("".join(c if c.isprintable() else " " for c in said))
-    for what, name in (("record", ""), ("answers", "answers.jsonl"), ("notebook", "notebook.ipynb"), ("panels", "panels.html")):
+    for what, name in (("record", ""), ("notebook", "notebook.ipynb"), ("panels", "panels.html")):
         if (run.path / name).exists():
             click.echo(f"{what + ':':10} {run.path / name}")
+    _report_answers(run, record)
+
+
+def _report_answers(run: Run, record: dict):
+    "Print what a run noted, and the first answers of one that was asked questions."
+    from polm_lab.core.run import read_lines
+
+    for line in record.get("notes", []):
+        click.echo(f"note: {line}")
+    path = run.path / "answers.jsonl"
+    if path.exists():
+        click.echo(f"answers:   {path}")
+        for row in read_lines(path)[:10]:
+            said = f"{row['question']} -> {row['answer']} ({', '.join(row['cited']) or 'in no passage'})"
+            click.echo("".join(c if c.isprintable() else " " for c in said))
 
 
 def _show_progress(run: Run, row: dict):
