@@ -8,8 +8,17 @@ run: $(READY)  ## the tour: the embedded model through SFT, DPO and GRPO
 
 test: $(READY)  ## notebooks clean, export in sync, notebooks run, tests pass
 	$(BIN)/python tests/tree.py
-	place=$$(mktemp -d) && TMPDIR=$$place POLM_RUNS=$$place/runs POLM_CLAIMS=required OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --skip_file_re "$$($(BIN)/python tests/pages.py)" && rm -r $$place
+	place=$$(mktemp -d) && TMPDIR=$$place POLM_RUNS=$$place/runs POLM_CLAIMS=required POLM_CHROMIUM=none OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --skip_file_re "$$($(BIN)/python tests/pages.py)" && rm -r $$place
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+hidden: $(READY)  ## the tests that look at bubblewrap, a browser and Quarto, where none of them is
+	OMP_NUM_THREADS=1 $(BIN)/python tests/without.py bwrap chromium chromium-browser google-chrome google-chrome-stable quarto -- $(BIN)/pytest -n 2 --dist loadfile $$($(BIN)/python tests/pages.py --hidden)
+
+mutate: $(READY)  ## faults are put into a copy of the package, one by one; those that no test sees are listed
+	$(BIN)/python tests/mutate.py
+
+outputs: $(READY)  ## notebooks executed, and their outputs stored
+	$(BIN)/polm_site execute $(PAGES)
 
 lab: $(READY)  ## JupyterLab on the front page
 	$(BIN)/polm lab
@@ -25,4 +34,4 @@ $(READY): settings.ini setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $(READY)
 
-.PHONY: run test lab docs bench
+.PHONY: run test hidden mutate outputs lab docs bench

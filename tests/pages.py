@@ -1,16 +1,29 @@
 """Prints the pattern of the notebooks that are not run here: drafts, and, where no sandbox works, the pages that run code of a model.
 
-`POLM_SANDBOX=required` (as in CI) leaves nothing out: there those pages fail without a sandbox.
+`POLM_SANDBOX=required` (as in CI) leaves nothing out: there those pages fail without a sandbox. With `--hidden` it prints the tests that look at the sandbox,
+at a browser or at Quarto.
 """
 
 import os
+import re
 import sys
+from pathlib import Path
 
 from polm_lab.core.sandbox import missing
 
 RUN_CODE = ("tools", "selfrefine", "corrections", "critic", "cheating")
+LOOKS = r"sandbox|bwrap|chromium|browser|quarto|run_code|data=.code|\"tests\""
+
+
+def looking() -> list[str]:
+    "The files of tests that look at what may be missing."
+    return [str(path) for path in sorted(Path(__file__).parent.glob("test_*.py")) if re.search(LOOKS, path.read_text(encoding="utf-8"))]
+
 
 if __name__ == "__main__":
+    if "--hidden" in sys.argv:
+        print(" ".join(looking()))
+        sys.exit()
     why = missing() if os.environ.get("POLM_SANDBOX") != "required" else ""
     if why:
         print(f"not run: {', '.join(RUN_CODE)}. {why}", file=sys.stderr)
