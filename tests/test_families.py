@@ -98,7 +98,7 @@ def test_gains_are_measured():
         assert torch.equal(gain, norm.weight.detach() + offset) and one == 1 - offset
         assert embedding_scale(model) == pytest.approx(scale, rel=1e-5)
         assert len(fold_norms(model)) == 9 and (norm.weight == one).all()
-    with pytest.raises(WrongInput, match="position"):
+    with pytest.raises(WrongInput, match="such as a position"):
         embedding_scale(make("opt"))
 
 

@@ -94,10 +94,11 @@ def margin_of(row: dict) -> float:
 
 
 class Scorer(torch.nn.Module):
-    """Wraps a model with a scalar head; calling it with token ids and mask [rows, time] gives rewards [rows].
+    """Wrap a model with a scalar head: token ids and mask [rows, time] give rewards [rows].
 
-    The score is that of the last token under the mask, whichever side is padded and whatever it is padded with. transformers' own forward looks for the
-    padding token instead, and takes the token before EOS for the last one where EOS is the padding token.
+    The score is that of the last token under the mask, whichever side is padded and with what.
+    transformers' own forward looks for the padding token instead; where EOS is the padding token,
+    it takes the token before EOS for the last one.
     """
 
     def __init__(self, model):
@@ -106,30 +107,38 @@ class Scorer(torch.nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         whole = self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
-        order = attention_mask.argsort(dim=1, descending=True, stable=True)  # real tokens first: their positions are those of a text alone
+        # real tokens first, so that their positions are those of a text alone
+        order = attention_mask.argsort(dim=1, descending=True, stable=True)
         ids, mask = input_ids.gather(1, order), attention_mask.gather(1, order)
-        hidden = getattr(whole, whole.base_model_prefix)(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+        backbone = getattr(whole, whole.base_model_prefix)
+        hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False)[0]
         last = mask.sum(1) - 1
         return whole.score(hidden[torch.arange(len(ids), device=ids.device), last])[:, 0].float()
 
 
 def read_by_mask(model):
-    "Make a call of `model` itself, as TRL's trainer makes it, read the score where `Scorer` does; undone by `del model.forward`."
+    """Make a call of `model` itself, as in TRL's trainer, read the score where `Scorer` does.
+
+    `del model.forward` undoes it.
+    """
     from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
     scorer = [Scorer(model)]  # in a list, so that the model does not become a part of itself
 
     @functools.wraps(model.forward)
     def forward(input_ids=None, attention_mask=None, **others):
-        return SequenceClassifierOutputWithPast(logits=scorer[0](input_ids, attention_mask)[:, None])
+        scores = scorer[0](input_ids, attention_mask)
+        return SequenceClassifierOutputWithPast(logits=scores[:, None])
 
     model.forward = forward
 
 
 def padding_for(tokenizer, ends: set[int]) -> int | None:
-    """Return the padding token for a reward model whose texts end in EOS or the tokens `ends`, and make it the tokenizer's: its own, if it ends no text, else another special token.
+    """Return a padding token that ends no text, and make it the tokenizer's.
 
-    Whoever reads the saved model with plain transformers finds the last token by it. None if each special token ends a text: transformers then refuses to read several texts at once.
+    It is the tokenizer's own unless that is EOS or one of `ends`, the tokens that end texts; then
+    another special token. Plain transformers finds the last token of a text by it.
+    None if each special token ends a text: transformers then refuses several texts at once.
     """
     ends = ends | {tokenizer.eos_token_id}
     if tokenizer.pad_token_id not in ends:
@@ -216,7 +225,9 @@ def _member(spec: str, device: str, dtype: str, rows: int) -> Callable[[list, li
     "One model as a function from prompts and completions to rewards."
     model, tokenizer = load_model(spec, dtype=dtype, device=device, head="any"), load_tokenizer(spec)
     if not hasattr(model, "score"):
-        found = "its head does not read the last token" if type(model).__name__.endswith("ForSequenceClassification") else "a language model, which gives no reward"
+        found = "a language model, which gives no reward"
+        if type(model).__name__.endswith("ForSequenceClassification"):
+            found = "its head does not read the last token"
         raise WrongInput(f"reward model {spec!r}: {found}; expected a reward model, such as a run of `polm run reward`")
     scorer, pad = Scorer(model.requires_grad_(False).eval()), tokenizer.pad_token_id
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 4096
@@ -345,6 +356,7 @@ def reward(settings: RewardModel, run: Run) -> None:
         if held_out and not run.lines("samples"):
             run.sample(settings.steps, sample_rows(scorer, tokenizer, held_rows, held_out, held_rewards))
         whole = scorer.model
-        ends = {pair[side]["input_ids"][-1] for pair in pairs + held_out for side in ("chosen", "rejected")}
+        both = pairs + held_out
+        ends = {pair[side]["input_ids"][-1] for pair in both for side in ("chosen", "rejected")}
         whole.config.get_text_config().pad_token_id = padding_for(tokenizer, ends)
         save_model(whole, tokenizer, run.path / "model")

@@ -20,7 +20,11 @@ from .run import Run
 
 # %% ../../nbs/core/blocks.ipynb #51353777
 def blocks_of(model, linear: bool = True) -> nn.ModuleList:
-    "The transformer blocks of a causal LM; raises `WrongInput` where their weights are not linear layers, which who takes blocks whole (`linear` False) does not mind."
+    """Return the transformer blocks of a causal language model.
+
+    Raises `WrongInput` where there are none, or where most of their weights are not in linear layers;
+    with `linear` False, for methods that take blocks whole, the kind of layer does not matter.
+    """
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     blocks = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not blocks or not all(torch.isfinite(p.sum()) or torch.isfinite(p).all() for p in model.parameters()):  # a sum takes a thirtieth of the time

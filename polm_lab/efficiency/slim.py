@@ -43,13 +43,17 @@ class Slim(SavedSettings):
 def untie(model):
     "Give the head a matrix of its own, in place."
     if model.config.tie_word_embeddings:
-        model.get_output_embeddings().weight = nn.Parameter(model.get_input_embeddings().weight.detach().clone())
+        shared = model.get_input_embeddings().weight.detach()
+        model.get_output_embeddings().weight = nn.Parameter(shared.clone())
         model.config.tie_word_embeddings = False
 
 
 @torch.no_grad()
 def fold_norms(model) -> list[nn.Module]:
-    "Move the gains of the norms into the matrices that read them, and untie the head, in place: the output stays. Gives the norms in the order in which they run."
+    """Move the gains of the norms into the matrices that read them, and untie the head, in place.
+
+    The output stays. Returns the norms in the order in which they run.
+    """
     untie(model)
     norms, _ = read_stream(model)
     names = {m: n for n, m in model.named_modules()}
@@ -74,7 +78,7 @@ def stream_covariances(model, norms: list, windows: Tensor, rows: int) -> list[T
     return [s / windows.numel() for s in sums]
 
 
-EPSILONS = ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon")  # what configurations call the norms' ε
+EPSILONS = ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon")  # names of the norms' ε
 
 
 @torch.no_grad()
@@ -83,10 +87,15 @@ def rotate(model, Q: Tensor):
     model, (width, kept) = copy.deepcopy(model), Q.shape
     (norms, writers), scale = read_stream(model), embedding_scale(model)
     config, grow = model.config, width / kept
-    turn = lambda weight: nn.Parameter((weight.float() @ Q.to(weight.device)).to(weight.dtype).contiguous())
+
+    def turn(weight):
+        turned = weight.float() @ Q.to(weight.device)
+        return nn.Parameter(turned.to(weight.dtype).contiguous())
+
     model.get_input_embeddings().weight = turn(model.get_input_embeddings().weight)
     for norm, layers in norms:
-        norm.weight = nn.Parameter(torch.full((kept,), grow**0.5 - 1 + norm.weight[0].item(), dtype=model.dtype, device=model.device))
+        gain = grow**0.5 - 1 + norm.weight[0].item()
+        norm.weight = nn.Parameter(norm.weight.new_full((kept,), gain))
         for layer in layers:
             layer.weight = turn(layer.weight)
     for layer in writers:
@@ -94,8 +103,10 @@ def rotate(model, Q: Tensor):
         if layer.bias is not None:
             layer.bias = turn(layer.bias)
     head = getattr(config, "head_dim", None) or width // config.num_attention_heads
-    small = rebuild(model, hidden_size=kept, head_dim=head, **{name: getattr(config, name) * grow for name in EPSILONS if hasattr(config, name)})
-    small.get_input_embeddings().weight.mul_(scale / embedding_scale(small))  # Gemma multiplies by √width, which is another number now
+    epsilons = {name: getattr(config, name) * grow for name in EPSILONS if hasattr(config, name)}
+    small = rebuild(model, hidden_size=kept, head_dim=head, **epsilons)
+    # Gemma multiplies embeddings by √width, which is another number now
+    small.get_input_embeddings().weight.mul_(scale / embedding_scale(small))
     return small
 
 
@@ -112,14 +123,19 @@ def sliced_width(model, ratio: float) -> int:
 
 @torch.no_grad()
 def check_slicing(model, kept: int):
-    "Raise `WrongInput` unless, in 32 bits, a random rotation leaves the logits as they are, and so does cutting to `kept` dimensions a stream that is 0 in the others."
+    """Raise `WrongInput` unless, in 32 bits, rotating and slicing do what they should to a model.
+
+    A random rotation has to leave the logits as they are, and so does cutting the stream to `kept`
+    dimensions when it is 0 in the others.
+    """
     whole = copy.deepcopy(model).float()
     expected = probe(whole)
     fold_norms(whole)
     width = whole.config.hidden_size
     Q = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(0))).Q
     turned, kind = rotate(whole, Q), model.config.model_type
-    check_same(probe(turned), expected, f"turning the residual stream of a {kind} model, with the gains of its norms moved into the next layers,", OTHER)
+    what = f"turning the residual stream of a {kind} model, with its norms' gains moved into the next layers,"
+    check_same(probe(turned), expected, what, OTHER)
     if kept < width:
         turned.get_input_embeddings().weight[:, kept:] = 0
         for layer in read_stream(turned)[1]:
@@ -127,7 +143,8 @@ def check_slicing(model, kept: int):
             if layer.bias is not None:
                 layer.bias[kept:] = 0
         small = rotate(turned, torch.eye(width)[:, :kept])
-        check_same(probe(small), probe(turned), f"cutting off {width - kept} dimensions that are 0 of a {kind} model's residual stream", OTHER)
+        what = f"cutting {width - kept} dimensions that are 0 off the residual stream of a {kind} model"
+        check_same(probe(small), probe(turned), what, OTHER)
 
 # %% ../../nbs/efficiency/slim.ipynb #06a7b063
 @torch.no_grad()
@@ -142,7 +159,7 @@ def block_influence(model, windows: Tensor, rows: int) -> list[float]:
             found[index] += (1 - nn.functional.cosine_similarity(x, y, dim=-1)).sum().item() / windows.numel()
         return hook
 
-    hooks = [block.register_forward_hook(look(i), with_kwargs=True) for i, block in enumerate(blocks)]
+    hooks = [b.register_forward_hook(look(i), with_kwargs=True) for i, b in enumerate(blocks)]
     for batch in windows.to(model.device).split(rows):
         model.base_model(batch, use_cache=False)
     for hook in hooks:
@@ -161,16 +178,25 @@ def drop_blocks(model, kept: list[int]):
 
 
 def check_depth(model, kept: list[int]):
-    "Drop all blocks but `kept` from a copy and return it; raises `WrongInput` unless each block is the one that it was, and the logits are those of the model that skips the others."
-    kind, before = model.config.model_type, [block_facts(block) for block in blocks_of(model, linear=False)]
+    """Return a copy that has only the blocks `kept`.
+
+    Raises `WrongInput` unless each is the block that it was, and the logits are those of the model
+    that skips the others.
+    """
+    kind = model.config.model_type
+    before = [block_facts(block) for block in blocks_of(model, linear=False)]
     small = drop_blocks(copy.deepcopy(model), kept)
     for new, old in enumerate(kept):
         after = block_facts(blocks_of(small, linear=False)[new])
         for name in sorted(before[old].keys() | after.keys()):
             was, now = before[old].get(name), after.get(name)
             if was != now:
-                raise WrongInput(f"model: as block {new}, block {old} of a {kind} model would have {name} = {now!r:.40} instead of {was!r:.40}; expected a configuration that says of each block what it is; use another model")
-    check_same(probe(small), skipped(model, kept), f"numbering the blocks of a {kind} model anew, with {len(before) - len(kept)} left out,", "use another model")
+                raise WrongInput(
+                    f"model: as block {new}, block {old} of a {kind} model would have {name} = {now!r:.40} instead of {was!r:.40}; "
+                    "expected a configuration that says of each block what it is; use another model"
+                )
+    what = f"numbering the blocks of a {kind} model anew, with {len(before) - len(kept)} left out,"
+    check_same(probe(small), skipped(model, kept), what, "use another model")
     return small
 
 # %% ../../nbs/efficiency/slim.ipynb #24915dc1
@@ -180,7 +206,8 @@ def widths(model, ratio: float, target: str) -> tuple[int, int, int]:
     for number, block in enumerate(blocks_of(model)):
         for name, layer in layers_of(block).items():
             if layer.weight.shape != layers[name].weight.shape:
-                raise WrongInput(f"model: {name} of block {number} is {list(layer.weight.shape)}, of block 0 {list(layers[name].weight.shape)}; expected blocks of one size; use how = depth")
+                found, first = list(layer.weight.shape), list(layers[name].weight.shape)
+                raise WrongInput(f"model: {name} of block {number} is {found}, of block 0 {first}; expected blocks of one size; use how = depth")
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     neurons, groups = layers["gate_proj"].out_features, layers["k_proj"].out_features // width
     shared = config.num_attention_heads // groups
@@ -193,28 +220,37 @@ def widths(model, ratio: float, target: str) -> tuple[int, int, int]:
 
 
 def new_biases(model, how: str, ratio: float, target: str, compensate: bool) -> list[str]:
-    "What the configuration has to say so that the layers that are cut have a bias; raises `WrongInput` if it cannot."
+    """Return the settings by which a configuration gives a bias to the layers that are cut.
+
+    Raises `WrongInput` if it has no such setting.
+    """
     if how != "flap" or not compensate or not ratio:
         return []
-    biases = [name for name, cutting in (("mlp_bias", target != "heads"), ("attention_bias", target != "neurons")) if cutting]
+    biases = {"both": ["mlp_bias", "attention_bias"], "neurons": ["mlp_bias"], "heads": ["attention_bias"]}[target]
     for name in biases:
         if not hasattr(model.config, name):
-            raise WrongInput(f"compensate = true: a {model.config.model_type} model has no {name} in its configuration; expected compensate = false, or a Llama")
+            kind = model.config.model_type
+            raise WrongInput(f"compensate = true: a {kind} model has no {name} in its configuration; expected compensate = false, or a Llama")
     return biases
 
 
 @torch.no_grad()
 def check_widths(model, how: str, ratio: float, target: str = "both", compensate: bool = True):
-    "Raise `WrongInput` unless, in 32 bits, neurons and heads that give 0 can be cut and the logits stay; which ones is drawn at random."
-    (neurons, heads, width), biases = widths(model, ratio, target), new_biases(model, how, ratio, target, compensate)
-    whole, generator, kind = copy.deepcopy(model).float(), torch.Generator().manual_seed(0), model.config.model_type
+    """Raise `WrongInput` unless, in 32 bits, neurons and heads that give 0 can be cut.
+
+    They are drawn at random, and the logits have to stay.
+    """
+    neurons, heads, width = widths(model, ratio, target)
+    biases = new_biases(model, how, ratio, target, compensate)
+    whole, generator = copy.deepcopy(model).float(), torch.Generator().manual_seed(0)
     small = copy.deepcopy(whole)
     for dense, block in zip(blocks_of(whole), blocks_of(small)):
         kept = {}
         for name, count, unit in (("down_proj", neurons, 1), ("o_proj", heads, 0)):
             layer, thin = layers_of(dense)[name], layers_of(block)[name]
             groups = layer.in_features if unit else layers_of(dense)["k_proj"].out_features // width
-            kept[name] = torch.randperm(groups, generator=generator)[:count].sort().values.to(model.device)
+            drawn = torch.randperm(groups, generator=generator)[:count]
+            kept[name] = drawn.sort().values.to(model.device)
             gone = torch.ones(groups, dtype=torch.bool, device=model.device)
             gone[kept[name]] = False
             layer.weight[:, gone.repeat_interleave(layer.in_features // groups)] = 0
@@ -224,13 +260,15 @@ def check_widths(model, how: str, ratio: float, target: str = "both", compensate
                     one.bias = nn.Parameter(more if one.bias is None else one.bias + more)
         cut(block, kept["down_proj"], kept["o_proj"], width)
     small = rebuild(small, **cut_sizes(model, neurons, heads, width, biases))
-    check_same(probe(small), probe(whole), f"cutting neurons and heads that give 0 out of a {kind} model", OTHER)
+    what = f"cutting neurons and heads that give 0 out of a {model.config.model_type} model"
+    check_same(probe(small), probe(whole), what, OTHER)
 
 
 def cut_sizes(model, neurons: int, heads: int, width: int, biases: list[str]) -> dict:
     "What the configuration says once each block has so many neurons and groups of heads."
     shared = model.config.num_attention_heads // model.config.num_key_value_heads
-    return dict(intermediate_size=neurons, num_attention_heads=heads * shared, num_key_value_heads=heads, head_dim=width, **dict.fromkeys(biases, True))
+    sizes = dict(intermediate_size=neurons, num_attention_heads=heads * shared, num_key_value_heads=heads)
+    return sizes | dict(head_dim=width) | dict.fromkeys(biases, True)
 
 
 @torch.no_grad()
@@ -277,7 +315,7 @@ def blocks_gone(count: int, ratio: float) -> int:
 
 
 def check_cut(model, settings: Slim):
-    "Raise `WrongInput`, before anything is evaluated, if this cut would do more to this model than take something out."
+    "Raise `WrongInput` if this cut would do more to this model than take something out."
     try:
         if settings.how == "depth":
             count = len(blocks_of(model, linear=False))
@@ -287,11 +325,15 @@ def check_cut(model, settings: Slim):
             check_slicing(model, sliced_width(model, settings.ratio))
         else:
             check_widths(model, settings.how, settings.ratio, settings.target, settings.compensate)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:  # a family may differ in ways that nobody thought of
-        if isinstance(error, WrongInput):
-            raise
+    except WrongInput:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        # a family may differ in ways that nobody thought of
         found = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise WrongInput(f"model: how = {settings.how} does not fit a {model.config.model_type} model ({found}); expected one such as Llama, Mistral or Qwen; use how = depth, or another model") from error
+        raise WrongInput(
+            f"model: how = {settings.how} does not fit a {model.config.model_type} model ({found}); "
+            f"expected one such as Llama, Mistral or Qwen; {OTHER}"
+        ) from error
 
 
 @method(
