@@ -158,7 +158,10 @@ def _header(file: Path) -> dict[str, dict]:
 
 
 def file_dtypes(folder) -> dict:
-    "Types of the float weights in the files of a model or an adapter: under the empty name that of the most bytes, under its own each that differs."
+    """Find the types of the float weights in the files of a model or an adapter.
+
+    The empty name has the type of the most bytes; each weight that differs has its own name.
+    """
     import torch
 
     headers = {name: facts for file in _weight_files(Path(folder)) for name, facts in _header(file).items() if facts["dtype"] in FLOATS}
@@ -196,9 +199,10 @@ def skeleton(folder):
 
 
 def weight_sources(folder, names) -> dict[str, tuple[str | None, object, str | None]]:
-    """For each name of a tensor in a checkpoint: its name in the loaded model, and, where transformers computes that weight from several, the converter and the pattern that found it.
+    """Map each name of a tensor in a checkpoint to its name in the loaded model.
 
-    The name is None for a buffer that loading leaves out.
+    Where transformers computes a weight from several tensors, the converter and the pattern that
+    found it follow. The name is None for a buffer that loading leaves out.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
@@ -222,7 +226,10 @@ def weight_sources(folder, names) -> dict[str, tuple[str | None, object, str | N
 
 
 def weight_names(folder, names) -> dict[str, str | None]:
-    "Names of tensors in a checkpoint -> names in the loaded model; as they are where there is no such model, and None for a buffer that loading leaves out."
+    """Map names of tensors in a checkpoint to names in the loaded model.
+
+    An adapter's names stay as they are; None is for a buffer that loading leaves out.
+    """
     if not (Path(folder) / "config.json").is_file():  # an adapter
         return {name: name for name in names}
     return {name: known for name, (known, _, _) in weight_sources(folder, names).items()}
@@ -479,7 +486,10 @@ def _shared(model) -> list[list[tuple]]:
 
 @contextmanager
 def _untied(model):
-    "Inside, modules that share a weight hold copies of it; those that no adapter sits on at the end share it again."
+    """Let modules that share a weight hold copies of it.
+
+    At the end, those that no adapter sits on share it again.
+    """
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -498,7 +508,10 @@ def _untied(model):
 
 
 def untie(model):
-    "Give the head of `model` a matrix of its own, equal to the embedding's, and say so in its configuration. Nothing changes for a model that is not tied."
+    """Give the head of `model` a matrix of its own, equal to the embedding's.
+
+    Its configuration says so. Nothing changes for a model that is not tied.
+    """
     import torch
 
     read, words = model.get_output_embeddings(), model.get_input_embeddings()
@@ -519,9 +532,10 @@ def can_merge(model) -> bool:
 
 
 def merge_adapter(model):
-    """`model` with its adapter merged into its weights: the plain model, which computes the same; a model without an adapter as it is.
+    """Merge the adapter of `model` into its weights and return the plain model.
 
-    A head and an embedding that were tied and differ afterwards are untied. Raises `WrongInput` for an adapter that cannot be merged.
+    A model without an adapter is returned as it is. A head and an embedding that were tied and
+    differ afterwards are untied. Raises `WrongInput` for an adapter that cannot be merged.
     """
     if not hasattr(model, "peft_config"):
         return model
@@ -552,10 +566,14 @@ def merge_adapter(model):
 
 
 def _fit_vocabulary(base, folder: Path, spec: str):
-    "Give `base` as many embeddings as the adapter in `folder` brings rows for. Raises `WrongInput` for an adapter whose base had more tokens, and that does not bring their rows."
-    places = {name: module for name, module in base.named_modules() if module in (base.get_input_embeddings(), base.get_output_embeddings())}
-    rows, wanted, header = len(base.get_input_embeddings().weight), set(), _header(_weight_files(folder)[0])
-    whole = False
+    """Give `base` as many embeddings as the adapter in `folder` brings rows for.
+
+    Raises `WrongInput` for an adapter whose base had more tokens, and that lacks their rows.
+    """
+    ends = base.get_input_embeddings(), base.get_output_embeddings()
+    places = [name for name, module in base.named_modules() if module in ends]
+    rows, width = len(ends[0].weight), base.config.get_text_config().hidden_size
+    header, wanted, whole = _header(_weight_files(folder)[0]), set(), False
     for name, facts in header.items():
         place = next((place for place in places if f".{place}." in name), None)
         ending = name.partition(f".{place}.")[2]
@@ -564,7 +582,8 @@ def _fit_vocabulary(base, folder: Path, spec: str):
             wanted.add(facts["shape"][0])
         elif place and re.fullmatch(r"lora_(embedding_)?[AB](\.weight)?", ending) and rows not in facts["shape"]:
             side = {"lora_embedding_A": 1, "lora_B.weight": 0, "lora_B": 0}.get(ending)
-            wanted |= set() if side is None or base.config.get_text_config().hidden_size == facts["shape"][side] else {facts["shape"][side]}
+            if side is not None and facts["shape"][side] != width:
+                wanted.add(facts["shape"][side])
     wanted.discard(rows)
     if whole and len(wanted) == 1:
         with quiet_libraries():
@@ -576,14 +595,17 @@ def _fit_vocabulary(base, folder: Path, spec: str):
         try:
             read = json.loads(file.read_text())
             words = read["model"]["vocab"]
-            ids = words.values() if isinstance(words, dict) else range(len(words))
-            tokens = 1 + max([*ids, *(token["id"] for token in read.get("added_tokens") or [])], default=-1)
+            ids = list(words.values() if isinstance(words, dict) else range(len(words)))
+            ids += [token["id"] for token in read.get("added_tokens") or []]
+            tokens = 1 + max(ids, default=-1)
         except (ValueError, KeyError, TypeError, AttributeError):
             pass  # whoever reads the tokenizer says what is wrong with it
     if wanted or tokens > rows:
         raise WrongInput(
-            f"{folder}: an adapter for {max([*wanted, tokens])} tokens, and its base {spec} has {rows} embeddings; expected a base with the new rows, which are not in the adapter's files; "
-            "save the resized base, and name its folder as base_model_name_or_path in adapter_config.json"
+            f"{folder}: an adapter for {max([*wanted, tokens])} tokens, and its base {spec} has "
+            f"{rows} embeddings; expected a base with the new rows, which are not in the adapter's "
+            "files; save the resized base, and name its folder as base_model_name_or_path in "
+            "adapter_config.json"
         )
 
 # %% ../../nbs/core/models.ipynb #cb702938
@@ -751,7 +773,10 @@ def _portable(spec, folder: Path) -> str:
 
 # %% ../../nbs/core/models.ipynb #965a3829
 def _saved_tensors(model) -> dict:
-    "The tensors that saving `model` writes, by name, as they are in memory; of an adapter those that train, and those that PEFT saves as they are."
+    """Find the tensors that saving `model` writes, by name, as they are in memory.
+
+    Of an adapter these are those that train, and those that PEFT saves as they are.
+    """
     if not hasattr(model, "peft_config"):
         return model.state_dict()
     from peft import get_peft_model_state_dict
@@ -774,10 +799,11 @@ def _loaded_models(module) -> list:
 
 
 def round_weights(module, save_dtype: str = "auto") -> list[str]:
-    """Round the models in `module`, in place, to the type that `save_model` will write, so that an evaluation sees the weights as they are saved.
+    """Round the models in `module`, in place, to the type that `save_model` will write.
 
-    auto is the type that each weight's file had: of a new adapter its base's, of one that goes on training its own. Float32 takes the place of float16 for a model with weights
-    beyond 65504. Returns what is worth a line in the log.
+    An evaluation then sees the weights as they are saved. auto is the type that each weight's file
+    had: of a new adapter its base's, of one that goes on training its own. A model with weights
+    beyond 65504 becomes float32 instead of float16. Returns what is worth a line in the log.
     """
     import torch
 

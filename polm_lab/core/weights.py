@@ -206,9 +206,10 @@ def _equal(model: Weights, one: str, other: str) -> bool:
 
 
 def renamed(model: Weights) -> Weights:
-    """The same model with the names that it has when it is loaded, without buffers and the copy of a tied head; `ties` maps a tied name to the stored one.
+    """Give a model the names that it has when it is loaded, without buffers and copies of a head.
 
-    Weights that transformers computes from several tensors keep the names of their parts. A model that transformers does not know stays as it is.
+    `ties` maps a tied name to the stored one. Weights that transformers computes from several
+    tensors keep the names of their parts. A model that transformers does not know stays as it is.
     """
     named = copy.copy(model)
     named.config, named.ties, named.parts = dict(model.config), {}, {}
@@ -235,7 +236,10 @@ def renamed(model: Weights) -> Weights:
 
 
 class Converted(Weights):
-    "A `renamed` model whose `parts` are put together as loading does it; a thread keeps the last weight that it read."
+    """A `renamed` model whose `parts` are put together as loading does it.
+
+    A thread keeps the last weight that it read.
+    """
 
     def __init__(self, model: Weights):
         from transformers.core_model_loading import dot_natural_key
@@ -290,9 +294,10 @@ def in_one_form(models: list[Weights]) -> list[Weights]:
 
 
 def open_weights(spec, scratch: Path) -> Weights:
-    """`Weights(spec)`; of a run that saved an adapter, those of its base with the adapter merged in, written to a folder in `scratch` first.
+    """Open the weights of `spec`; an adapter is merged into its base first.
 
-    Raises `WrongInput` for an adapter that cannot be merged. To merge an adapter takes the memory of its whole base in 32 bits.
+    The merged model is written to a folder in `scratch`, and takes memory for the whole base in 32
+    bits. Raises `WrongInput` for an adapter that cannot be merged.
     """
     if not (model_path(spec) / "adapter_config.json").is_file():
         return Weights(spec)
