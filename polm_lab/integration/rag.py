@@ -233,7 +233,7 @@ def measure_arm(pipeline: Rag, questions: list[dict], found: list[list[Hit]]) ->
     """Read these passages: accuracy (exact match), faithfulness, recall and mrr of finding them; and the readings.
 
     Accuracy is of the questions with a known answer, recall and mrr of those with a known right passage; `rows` says how
-    many were asked, `rows/accuracy` and `rows/recall` how many counted where that is another number.
+    many were asked, `rows/NAME` how many counted for the metric NAME where that is another number.
     """
     read = pipeline.read([q["question"] for q in questions], found)
     metrics = {}
@@ -249,8 +249,8 @@ def measure_arm(pipeline: Rag, questions: list[dict], found: list[list[Hit]]) ->
     metrics["rows"] = len(questions)
     if right and len(right) < len(questions):
         metrics["rows/accuracy"] = len(right)
-    if "mrr" in metrics and labelled < len(questions):
-        metrics["rows/recall"] = labelled
+    if labelled < len(questions):
+        metrics |= {f"rows/{name}": labelled for name in metrics if name.startswith(("recall/", "mrr"))}
     return metrics, read
 
 
@@ -376,7 +376,13 @@ def rag(settings: RAG, run: Run) -> None:
         lines = [json.dumps(answer_line(row), ensure_ascii=False) + "\n" for row in answers]
         (run.path / "answers.jsonl").write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
     run.update(ways=arms)
-    scores = {name: found["accuracy"] for name, found in arms.items() if "accuracy" in found}
-    after = arms[search] | {f"accuracy/{name.replace(' ', '_')}": score for name, score in scores.items()} | latency
+    after = arms[search] | latency
+    for way, found in arms.items():
+        if "accuracy" in found:
+            name = f"accuracy/{way.replace(' ', '_')}"
+            after[name] = found["accuracy"]
+            counted = found.get("rows/accuracy", found["rows"])
+            if counted != len(questions):
+                after[f"rows/{name}"] = counted
     run.frame("before", with_rows(arms["no passages"], len(questions)))
     run.frame("after", with_rows(after, len(questions), ranked_rows(after, questions) | dict.fromkeys(latency, len(each))))
