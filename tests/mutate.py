@@ -1,6 +1,6 @@
 """Put faults into a copy of the package, one by one, and report those that no test sees: `make mutate`.
 
-`mutations.csv` lists them: `file` (below the root), `before` (text that occurs there once), `after` (what it becomes) and `tests` (pytest's words, separated by spaces).
+`mutations.csv` lists them: `file` (below the root), `before` (text that occurs there once), `after` (what it becomes) and `tests` (pytest's words, as in a shell).
 Exit status 1 if a fault lives, if a text is not found once, or if a test fails without any fault.
 
     python tests/mutate.py                    # all of them
@@ -9,6 +9,7 @@ Exit status 1 if a fault lives, if a text is not found once, or if a test fails 
 
 import csv
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -36,11 +37,11 @@ def copy_of_package(folder: Path) -> Path:
     return folder
 
 
-def status_of(tests: list[str], package: Path) -> int:
+def status_of(tests: str, package: Path) -> int:
     "Exit status of pytest over `tests` with the package in the folder `package`."
     env = {**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     # -P: the package of this folder would come before the one of PYTHONPATH
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *shlex.split(tests)]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True).returncode
 
 
@@ -53,17 +54,18 @@ def verdict(row: dict) -> str:
         if text.count(row["before"]) != 1 or row["before"] == row["after"]:
             return f"not a fault: its text occurs {text.count(row['before'])} times in {row['file']}"
         path.write_text(text.replace(row["before"], row["after"]), encoding="utf-8")
-        status = status_of(row["tests"].split(), package)
+        status = status_of(row["tests"], package)
     return {SEEN: "seen", LIVES: "lives"}.get(status, f"pytest ended with {status}")
 
 
 def main(words: list[str]) -> int:
     rows = mutations(words)
-    tests = sorted({test for row in rows for test in row["tests"].split()})
-    with tempfile.TemporaryDirectory() as folder:
-        if status_of(tests, copy_of_package(Path(folder))) != LIVES:
-            print("tests fail without any fault; run: pytest " + " ".join(tests))
-            return 1
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        package, tests = copy_of_package(Path(folder)), sorted({row["tests"] for row in rows})
+        failing = [test for test, status in zip(tests, pool.map(lambda test: status_of(test, package), tests)) if status != LIVES]
+    if failing:
+        print("without any fault these fail: " + "; ".join(f"pytest {test}" for test in failing))
+        return 1
     bad = 0
     with ThreadPoolExecutor(2) as pool:
         for row, found in zip(rows, pool.map(verdict, rows)):

@@ -12,7 +12,7 @@ from pathlib import Path
 from polm_lab.core.sandbox import missing
 
 RUN_CODE = ("tools", "selfrefine", "corrections", "critic", "cheating")
-LOOKS = r"sandbox|bwrap|chromium|browser|quarto|run_code|data=.code|\"tests\""
+LOOKS = r"sandbox|chromium|browsing|quarto|run_code|learn=.(editor|coderl)"
 
 
 def looking() -> list[str]:
