@@ -246,3 +246,16 @@ def test_direct_rlaif_learns_from_marks(runs):
         with pytest.raises(WrongInput, match="gives no marks") as error:
             lab.run("rlaif", train="mark", judge=judge, **shared)
         assert "\n" not in str(error.value)
+
+
+def test_words_end_in_any_script():
+    "The full stop of a script is no part of an answer, a letter next to a Chinese one stands alone, and 4 is not in 2004."
+    from polm_lab.alignment.judges import verdict
+    from polm_lab.core.evaluate import matches
+    from polm_lab.reasoning.tools import searched
+
+    assert matches(dict(answer="北京"), "北京。") == 1.0 and matches(dict(answer="दिल्ली"), "दिल्ली।") == 1.0 and matches(dict(answer="北京"), "南京。") == 0.0
+    assert verdict(dict(message=dict(content="答案是A。")))[0] == 1.0
+    found = searched(lambda question: ["It was founded in 2004."])
+    assert not found(dict(prompt="When?"), "4").fine and found(dict(prompt="When?"), "2004").fine
+    assert searched(lambda question: ["首都是北京。"])(dict(prompt="首都?"), "北京").fine

@@ -261,7 +261,7 @@ def verdict(choice: dict) -> tuple[float, bool]:
             if sum(mass.values()) > 0:
                 return mass["A"] / sum(mass.values()), True
     text = choice["message"].get("content") or ""
-    named = set(re.findall(r"\b[AB]\b", text))
+    named = set(re.findall(r"(?<![A-Za-z0-9_])[AB](?![A-Za-z0-9_])", text))
     if len(named) != 1:
         raise Unreadable(f"an answer that names {'both replies' if named else 'neither reply'} ({' '.join(text.split())[:60]!r})")
     return float(named == {"A"}), False

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NUMBER', 'GROUPED', 'AMOUNT', 'quiet', 'sequence_logps', 'learned_tokens', 'mean_nll', 'perplexity', 'pass_at_k',
-           'last_number', 'matches', 'scorer', 'other_worlds', 'worlds_of', 'as_example', 'examples_of', 'mean_kl',
-           'win_rate', 'latency_ms', 'cost', 'with_rows', 'Evaluation', 'lm_eval']
+           'last_number', 'plain_words', 'matches', 'scorer', 'other_worlds', 'worlds_of', 'as_example', 'examples_of',
+           'mean_kl', 'win_rate', 'latency_ms', 'cost', 'with_rows', 'Evaluation', 'lm_eval']
 
 # %% ../../nbs/core/evaluate.ipynb #d0f780c2
 import json
@@ -98,6 +98,11 @@ def last_number(text: str) -> str | None:
     return "0" if plain == "-0" else plain
 
 
+def plain_words(text: str) -> str:
+    "Lower-case `text` with single spaces, without the full stop of any script at its ends."
+    return " ".join(text.split()).strip(" .。．｡।۔။።").lower()
+
+
 def matches(row: dict, text: str) -> float:
     """1 if the completion gives `row['answer']`: the last number if the answer is one, else the same words.
 
@@ -107,7 +112,7 @@ def matches(row: dict, text: str) -> float:
     amount = AMOUNT.fullmatch(answer)
     if amount:
         return float(last_number(text) == last_number(amount[1]))
-    return float(" ".join(text.split()).strip(" .").lower() == " ".join(answer.split()).strip(" .").lower())
+    return float(plain_words(text) == plain_words(answer))
 
 
 def scorer(spec: str, rows: list[dict]) -> Callable[[dict, str], float] | None:

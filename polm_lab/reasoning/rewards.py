@@ -95,10 +95,10 @@ def dialogue_reward(completions, **columns) -> list[float]:
 # %% ../../nbs/reasoning/rewards.ipynb #0dce8bf8
 def consistency_reward(prompts, completions, **columns) -> list[float | None]:
     "Share of the other completions of the same prompt that end with the same number, or have the same words; None for one that stands alone."
-    from polm_lab.core.evaluate import last_number
+    from polm_lab.core.evaluate import last_number, plain_words
 
     texts, asked = [text_of(c) for c in completions], [str(p) for p in prompts]
-    answers = [(p, last_number(t) or " ".join(t.split()).strip(" .").lower()) for p, t in zip(asked, texts)]
+    answers = [(p, last_number(t) or plain_words(t)) for p, t in zip(asked, texts)]
     siblings, agree = Counter(asked), Counter(answers)
     return [(agree[a] - 1) / (siblings[p] - 1) if siblings[p] > 1 else None for p, a in zip(asked, answers)]
 

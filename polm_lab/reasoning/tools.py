@@ -129,7 +129,8 @@ def searched(search: Callable[[str], list[str]]) -> Callable:
 
     def retrieval(row: dict, answer: str) -> Feedback:
         passages, plain = search(question_in(row["prompt"])), result_in(answer).strip(" .\n").lower()
-        return Feedback(" ".join(passages), bool(plain) and any(plain in p.lower() for p in passages) if passages else None)
+        whole = re.compile(rf"(?<![0-9a-z]){re.escape(plain)}(?![0-9a-z])")  # 4 is not in 2004; scripts without spaces have no such borders
+        return Feedback(" ".join(passages), bool(plain) and any(whole.search(p.lower()) for p in passages) if passages else None)
 
     return retrieval
 
