@@ -330,13 +330,23 @@ class _Painter:
         if self.closing:
             self.closing.cancel()
         if self.browser is None:
-            from kaleido import Kaleido
-
-            self.browser = Kaleido(n=1, timeout=_PATIENCE, mathjax=False, path=browser_path())  # MathJax would come from a host
-            await self.browser.open()
+            self.browser = await self._opened()
         picture = await self.browser.calc_fig(figure, opts=options)
         self.closing = self.loop.call_later(_IDLE, lambda: self.loop.create_task(self._close()))
         return picture
+
+    async def _opened(self, tries: int = 3):
+        "A browser; on a busy machine one now and then ends as it starts."
+        from kaleido import Kaleido
+
+        for attempt in range(1, tries + 1):
+            browser = Kaleido(n=1, timeout=_PATIENCE, mathjax=False, path=browser_path())  # MathJax would come from a host
+            try:
+                await browser.open()
+                return browser
+            except Exception:
+                if attempt == tries:
+                    raise
 
     async def _close(self):
         browser, self.browser = self.browser, None
