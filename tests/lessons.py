@@ -87,7 +87,7 @@ def attempt(path: Path, name: str) -> dict:
     page = str(path.relative_to(ROOT / "nbs").with_suffix(""))
     began, error = time.monotonic(), ""
     with tempfile.TemporaryDirectory() as folder:
-        env = {**os.environ, "OMP_NUM_THREADS": str(threads), "POLM_CLAIMS": "required", "POLM_RUNS": f"{folder}/runs", "TMPDIR": folder}
+        env = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "POLM_CLAIMS": "required", "POLM_RUNS": f"{folder}/runs", "TMPDIR": folder}
         client = NotebookClient(prepared(path, changes, moved), timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
         try:
             client.execute(env=env)
