@@ -230,9 +230,27 @@ def test_same_seed_same_bits_and_resumed_is_uninterrupted(monkeypatch):
     assert max(passes) == SHORT["eval_rows"], "the training pairs went through the reference again"
 
 
-def test_dropout_is_off(monkeypatch):
-    seen = []
-    monkeypatch.setattr(page, "fit", lambda run, settings, policy, *rest: seen.append([m.p for m in policy.modules() if isinstance(m, nn.Dropout)]))
-    with pytest.raises(Exception):
-        lab.run("dpo", **SHORT, adapter="lora:r=2,lora_dropout=0.5")
-    assert seen and seen[0] and not any(seen[0])
+def test_dropout_is_off():
+    "A run with dropout in its adapter is the run without, to the last digit."
+    with_dropout, without = (lab.run("dpo", **SHORT, adapter=f"lora:r=2,lora_dropout={p}") for p in (0.5, 0.0))
+    facts = lambda run: [(row["loss"], row["grad_norm"], row["margin"]) for row in run.lines()]
+    assert facts(with_dropout) == facts(without) and len(facts(without)) == 3
+    assert with_dropout.summary == without.summary
+
+
+@pytest.mark.parametrize("kind, chances", [("Llama", dict(attention_dropout=0.5)), ("OPT", dict(dropout=0.5, attention_dropout=0.5, layerdrop=0.5)), ("GPT2", dict(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5))])
+def test_no_chance_is_left_to_drop_anything(kind, chances):
+    "Dropout layers, dropout inside of attention, and whole layers that are left out."
+    import transformers
+
+    from polm_lab.core.train import switch_off_dropout
+
+    small = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, ffn_dim=24, n_embd=16, n_layer=2, n_head=2, word_embed_proj_dim=16)
+    config = getattr(transformers, f"{kind}Config")(**small, **chances)
+    model = getattr(transformers, {"GPT2": "GPT2LMHeadModel"}.get(kind, f"{kind}ForCausalLM"))(config)
+    ids, model = torch.arange(3, 15)[None], model.train()
+    noisy = [model(ids).logits for _ in range(2)]
+    assert not torch.allclose(*noisy)
+    switch_off_dropout(model)
+    with torch.no_grad():
+        assert torch.equal(model.train()(ids).logits, model.eval()(ids).logits)

@@ -12,8 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import polm_lab as lab
-from polm_lab.core.data import collate, encode, load_data
+from polm_lab.core.data import collate, encode, load_data, load_held_out
 from polm_lab.core.engine import labelled_rows, last_checkpoint, our_metrics, paired_collator, paired_rows, train_with_trl, trl_arguments, trl_optimizers
+from polm_lab.core.evaluate import perplexity
 from polm_lab.core.knobs import Settings, WrongInput
 from polm_lab.core.logprobs import Policy
 from polm_lab.core.metrics import metric
@@ -119,7 +120,10 @@ def test_a_whole_run_leaves_a_complete_record(small, runs):
     assert [row["step"] for row in rows if "eval/perplexity" in row] == [3]
     assert run.summary["after"]["perplexity"] < run.summary["before"]["perplexity"]
     trained = load_model(run.path / "model", dtype="float32", device="cpu")
-    assert any(not torch.equal(a, b) for a, b in zip(trained.state_dict().values(), load_model(small, dtype="float32", device="cpu").state_dict().values()))
+    held_out = load_held_out("sums", "", "completion", COMMON["eval_rows"])
+    examples = [encode(load_tokenizer(small), row, "completion", COMMON["max_length"]) for row in held_out]
+    found = perplexity(Policy(trained), examples, load_tokenizer(small).pad_token_id)
+    assert found == pytest.approx(run.summary["after"]["perplexity"], rel=1e-5)  # what was saved is what was trained
     assert (run.path / "model" / "tokenizer.json").exists() and not list((run.path / "checkpoints").glob("step-*"))
 
 

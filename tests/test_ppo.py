@@ -197,7 +197,8 @@ def test_a_reward_model_is_trained_first_where_it_is_asked_for(monkeypatch):
     assert {"reward/model", "reward/length", "reward/gold"} <= set(row) and row["reward"] == pytest.approx(0.5 * row["reward/model"] + 0.1 * row["reward/length"], abs=1e-5)
     assert found.settings["rewards"] == f"model:{found.path.parent / judge}:0.5,length:0.1,gold:0"
     critic = load_critic(PPO(**SHORT), str(found.path.parent / judge))
-    assert not torch.equal(critic.model.model.layers[0].mlp.up_proj.weight, load_model("tiny", dtype="float32", device="cpu").model.layers[0].mlp.up_proj.weight)
+    trained = load_model(found.path.parent / judge / "model", dtype="float32", device="cpu", head="score")
+    assert torch.equal(critic.model.model.layers[0].mlp.up_proj.weight, trained.model.layers[0].mlp.up_proj.weight)
 
 
 @pytest.mark.parametrize(

@@ -167,3 +167,17 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(WrongInput, match="cannot be written"):
         Run.create("sft", {}, out=tmp_path / "file" / "runs")
+
+
+def test_a_run_records_its_dtype_and_goes_on_with_it(tmp_path):
+    "auto is resolved once; a run that began in bf16, on another machine, goes on in bf16."
+    from polm_lab.core.chain import create, execute
+
+    settings = dict(data="sums", steps=1, batch_size=2, eval_rows=2, max_length=64, device="cpu")
+    for asked, found in (("auto", "float32"), ("bfloat16", "bfloat16")):
+        assert execute(create("sft", settings | dict(dtype=asked), out=tmp_path)).read()["dtype"] == found
+    begun = create("sft", settings | dict(dtype="auto"), out=tmp_path)
+    begun.update(dtype="bfloat16")
+    assert execute(Run(begun.path)).read()["dtype"] == "bfloat16"
+    loss = [run.lines()[0]["loss"] for run in all_runs(tmp_path)]
+    assert loss[2] == loss[1] != loss[0]

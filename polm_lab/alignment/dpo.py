@@ -26,7 +26,7 @@ from ..core.logprobs import Policy
 from ..core.method import method
 from ..core.models import save_model
 from ..core.run import Run
-from ..core.train import Meter, fit, load_policy, my_share, world
+from ..core.train import Meter, fit, load_policy, my_share, switch_off_dropout, world
 
 # %% ../../nbs/alignment/dpo.ipynb #e98263df
 @dataclass(kw_only=True)
@@ -254,9 +254,7 @@ def dpo(settings: DPO, run: Run) -> None:
     "Learn from pairs which of two answers is better, without a reward model."
     rows, held_rows = load_data(settings.data, "preference"), load_held_out(settings.data, settings.eval_data, "preference", settings.eval_rows)
     policy, tokenizer = load_policy(settings)
-    for module in policy.modules():  # noise on one side of a ratio is noise in the margin
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    switch_off_dropout(policy)  # noise on one side of a ratio is noise in the margin
     pad, size, beta = tokenizer.pad_token_id, max(1, settings.batch_size // world()[1]), settings.beta
     rows, pairs = drop_equal(run, "train", rows, encode_pairs(tokenizer, rows, settings.max_length), settings.max_length)
     held_rows, held_out = drop_equal(run, "held out", held_rows, encode_pairs(tokenizer, held_rows, settings.max_length), settings.max_length)

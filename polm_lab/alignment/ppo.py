@@ -25,7 +25,7 @@ from ..core.models import load_model, save_model
 from ..core.onpolicy import (OnPolicy, Sampled, clipped_objective, everywhere, kl_estimate, make_batches, masked_moments, policy_metrics,
                                     starting_model, token_stats, whiten)  # fmt: skip
 from ..core.run import Run
-from ..core.train import Meter, fit, load_policy, seed_of, world
+from ..core.train import Meter, fit, load_policy, seed_of, switch_off_dropout, world
 from ..reasoning.rewards import as_judge, make_rewards, on_held_out, try_rewards
 
 # %% ../../nbs/alignment/ppo.ipynb #a14c18a7
@@ -333,6 +333,7 @@ def ppo(settings: PPO, run: Run) -> None:
     held_judge = as_judge(on_held_out(rewards, settings.eval_data, held_out))
     reference = starting_model(policy, settings) if settings.beta else None
     actor = ActorCritic(policy, load_critic(settings, kind), settings.beta)
+    switch_off_dropout(actor)  # of a critic too: its values are compared with those that it had before
     stage = OnPolicy(run, settings, policy, tokenizer, rows, held_out, as_judge(rewards), reference, held_judge)
 
     def updates(step: int, meter: Meter):

@@ -27,7 +27,7 @@ from ..core.knobs import Settings, WrongInput, knob, redefault
 from ..core.method import method
 from ..core.models import can_merge, load_model, load_tokenizer, save_model
 from ..core.run import Run
-from ..core.train import Meter, fit, my_share, world
+from ..core.train import Meter, fit, my_share, switch_off_dropout, world
 
 # %% ../../nbs/alignment/reward.ipynb #3e55d1ae
 @dataclass(kw_only=True)
@@ -308,9 +308,7 @@ def reward(settings: RewardModel, run: Run) -> None:
         raise WrongInput(f"adapter {settings.adapter!r}: cannot be merged into the model; expected one that can, such as lora: a reward model is saved whole")
     model.config.reward_head = settings.head
     scorer, pad, size = Scorer(model), tokenizer.pad_token_id, max(1, settings.batch_size // world()[1])
-    for module in scorer.modules():  # noise on one side of a difference is noise in the difference
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    switch_off_dropout(scorer)  # noise on one side of a difference is noise in the difference
     pairs, held_out = (encode_pairs(tokenizer, part, settings.max_length, settings.head) for part in (rows, held_rows))
     rows, pairs = drop_equal(run, "train", rows, pairs, settings.max_length)
     held_rows, held_out = drop_equal(run, "held out", held_rows, held_out, settings.max_length)

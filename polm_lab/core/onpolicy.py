@@ -26,7 +26,7 @@ from .logprobs import Policy, TokenStats
 from .models import load_model
 from .rollout import rollout, row_seeds
 from .run import Run, parent_of
-from .train import Meter, my_share, seed_of, world
+from .train import Meter, my_share, seed_of, switch_off_dropout, world
 
 # %% ../../nbs/core/onpolicy.ipynb #9b7c5d42
 def group_advantages(rewards: Tensor, samples: int, scale: str = "group", eps: float = 1e-4, batch: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -318,9 +318,7 @@ class OnPolicy:
         self.run, self.settings, self.policy, self.tokenizer, self.judge, self.reference = run, settings, policy, tokenizer, judge, reference
         judges = [parent for model in getattr(judge, "models", ()) for parent in parent_of(model)]
         run.update(parents=[*dict.fromkeys([*run.record["parents"], *judges])])
-        for module in policy.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+        switch_off_dropout(policy)
         self.rows, self.prompts, self.recorded = rows, encode_prompts(tokenizer, rows, settings), recorded_steps(settings.steps)
         self.looks = recorded_steps(settings.steps, 6)  # each costs an eighth of a step of the embedded model
         self.watched = [(n, row, prompt) for n, (row, prompt) in enumerate(zip(held_out[:2], encode_prompts(tokenizer, held_out, settings)))]

@@ -19,7 +19,7 @@ from ..core.logprobs import Policy
 from ..core.method import method
 from ..core.models import load_model, load_tokenizer, save_model
 from ..core.run import Run
-from ..core.train import Meter, fit, load_policy, my_share, world
+from ..core.train import Meter, fit, load_policy, my_share, switch_off_dropout, world
 from ..core.worlds import WORLDS
 from .documents import Library, open_library
 from .passages import HOWS, Encoder, Hit, Index
@@ -131,9 +131,7 @@ def reader(settings: Reader, run: Run) -> None:
     if frozen:
         index = Index(passages, Encoder(settings.encoder, settings.device) if settings.search != "bm25" else None)
         hits, held_hits = (candidates(index, [q["question"] for q in part], settings.k, settings.search) for part in (learned, held_out))
-    for module in pair.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    switch_off_dropout(pair)
     order = Order(len(learned), settings.batch_size * settings.accumulate, settings.seed)
     others = {name: [encode(tokenizer, row, "text", settings.max_length) for row in WORLDS[name].rows("text", 16, settings.seed, "test")] for name in other_worlds(settings, tokenizer)}
 
