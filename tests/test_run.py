@@ -175,7 +175,8 @@ def test_a_run_records_its_dtype_and_goes_on_with_it(tmp_path):
 
     settings = dict(data="sums", steps=1, batch_size=2, eval_rows=2, max_length=64, device="cpu")
     for asked, found in (("auto", "float32"), ("bfloat16", "bfloat16")):
-        assert execute(create("sft", settings | dict(dtype=asked), out=tmp_path)).read()["dtype"] == found
+        record = execute(create("sft", settings | dict(dtype=asked), out=tmp_path)).read()
+        assert (record["dtype"], record["device"], record["parallel"]) == (found, "cpu", "none")
     begun = create("sft", settings | dict(dtype="auto"), out=tmp_path)
     begun.update(dtype="bfloat16")
     assert execute(Run(begun.path)).read()["dtype"] == "bfloat16"

@@ -54,14 +54,14 @@ def create(name: str, values: dict, out=None, parents=None, via: str = "python")
 
 def execute(run: Run) -> Run:
     "Run a prepared run in this process; what goes wrong is recorded and raised."
-    from polm_lab.core.models import pick_dtype
+    from polm_lab.core.models import pick_device, pick_dtype
     from polm_lab.core.train import check_launch
 
     found, settings = check(run.method, run.settings)
     with run.active():
         if settings.dtype == "auto":  # a run that is resumed on another machine goes on as it began
             settings.dtype = run.record.get("dtype") or str(pick_dtype(settings.device)).removeprefix("torch.")
-        run.update(dtype=settings.dtype, parallel=check_launch(settings))
+        run.update(dtype=settings.dtype, device=str(pick_device(settings.device)), parallel=check_launch(settings))
         found.function(settings, run)
     return run
 
