@@ -78,6 +78,10 @@ def check(words: list[str]):
             assert option in done.stdout, f"{option} is no option of polm {rest[0]}"
     elif name == "polm":
         done = call(BIN / "polm", *rest)
+    elif name == "polm_site" and rest[0] == "execute":  # takes minutes: that it looks for its page is enough
+        done = call(BIN / "polm_site", "execute", "no/such/page")
+        assert done.returncode == 2 and "no/such/page" in done.stderr
+        return
     elif name == "polm_site":
         done = call(BIN / "polm_site", "check" if rest == ["build"] else rest[0]) if rest != ["filter"] else call("true")
         assert rest[0] in ("write", "check", "build", "filter")

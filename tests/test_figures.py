@@ -12,8 +12,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import plotly.graph_objects as go
@@ -217,7 +219,9 @@ def test_the_browser_is_closed_when_no_figure_comes(run, painter, monkeypatch):
     assert panels.draw_png(stored).startswith(PNG)  # the next figure starts another
 
 
-def test_a_process_that_ends_leaves_no_browser_and_no_folder(tmp_path):
+def test_a_process_that_ends_leaves_no_browser_and_no_folder(request):
+    tmp_path = Path(tempfile.mkdtemp())  # a browser's socket wants a short path
+    request.addfinalizer(lambda: shutil.rmtree(tmp_path))
     if panels.browser_path() is None or not find_spec("kaleido"):
         pytest.skip("no browser")
     code = "from polm_lab.workbench import panels; import plotly.graph_objects as go; print(len(panels.draw_png(panels.figure_json(go.Figure(go.Scatter(y=[1, 2]))))))"

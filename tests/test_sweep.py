@@ -92,6 +92,7 @@ def tree(tmp_path_factory):
     "The environment of a copy of this package that has one method more, with its notebook: it loads no torch."
     root = tmp_path_factory.mktemp("tree")
     shutil.copytree(ROOT / "polm_lab", root / "polm_lab", ignore=shutil.ignore_patterns("__pycache__"))
+    (root / "data").symlink_to(ROOT / "data")
     (root / "polm_lab" / "finetuning" / "mini.py").write_text(MINI)
     lines = {"parameters": 'steps = 5\nrate = 0.5\npace = 0.0\ndata = ""', "run": 'import polm_lab as lab\nfrom polm_lab.finetuning.mini import Mini\nlab.run("mini", **lab.from_cell(Mini, globals()))'}
     code = [dict(cell_type="code", id=n, metadata=dict(tags=[n]), source=text, outputs=[], execution_count=None) for n, text in lines.items()]

@@ -24,6 +24,7 @@ from ..core.evaluate import sequence_logps, with_rows
 from ..core.knobs import RunSettings, WrongInput, knob, redefault
 from ..core.logprobs import Policy
 from ..core.method import method
+from ..core.metrics import without_counts
 from ..core.models import has_chat_template, load_model, load_tokenizer
 from ..core.rollout import rollout
 from ..core.run import Run, Stopped
@@ -360,7 +361,7 @@ def rag(settings: RAG, run: Run) -> None:
         pipeline = make(way if way in HOWS else "bm25")
         those = labelled if way in ("right passage", "altered passage") else questions
         arms[way], read = measure_arm(pipeline, those, passages_for(way, pipeline, those, texts))
-        run.log(number, **arms[way])
+        run.log(number, **without_counts(arms[way]))
         some = [sample_of(way, q, r) for q, r in zip(those, read)]
         rows += some[:16]
         if way == search:
