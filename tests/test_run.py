@@ -173,12 +173,14 @@ def test_a_run_records_its_dtype_and_goes_on_with_it(tmp_path):
     "auto is resolved once; a run that began in bf16, on another machine, goes on in bf16."
     from polm_lab.core.chain import create, execute
 
-    settings = dict(data="sums", steps=1, batch_size=2, eval_rows=2, max_length=64, device="cpu")
+    settings, loss = dict(data="sums", steps=1, batch_size=2, eval_rows=2, max_length=64, device="cpu"), []
     for asked, found in (("auto", "float32"), ("bfloat16", "bfloat16")):
-        record = execute(create("sft", settings | dict(dtype=asked), out=tmp_path)).read()
+        run = execute(create("sft", settings | dict(dtype=asked), out=tmp_path))
+        record = run.read()
         assert (record["dtype"], record["device"], record["parallel"]) == (found, "cpu", "none")
+        loss.append(run.lines()[0]["loss"])
     begun = create("sft", settings | dict(dtype="auto"), out=tmp_path)
     begun.update(dtype="bfloat16")
-    assert execute(Run(begun.path)).read()["dtype"] == "bfloat16"
-    loss = [run.lines()[0]["loss"] for run in all_runs(tmp_path)]
-    assert loss[2] == loss[1] != loss[0]
+    again = execute(Run(begun.path))
+    assert again.read()["dtype"] == "bfloat16"
+    assert again.lines()[0]["loss"] == loss[1] != loss[0]
