@@ -196,7 +196,7 @@ def test_perplexity_is_of_learned_tokens():
     assert evaluate.learned_tokens(rows) == 3
     assert evaluate.mean_nll(policy, rows, 0) == pytest.approx(7 / 3)
     assert evaluate.perplexity(policy, rows, 0) == pytest.approx(math.exp(7 / 3))
-    assert evaluate.pass_at_k(5, 2, 2) == pytest.approx(1 - 3 / 10)
+    assert evaluate.pass_at_k(5, 2, 3) == pytest.approx(1 - 1 / 10)
     assert evaluate.win_rate([1.0, 2.0, 3.0], [1.0, 3.0, 0.0]) == pytest.approx(1.5 / 3)
 
 
@@ -271,9 +271,10 @@ def test_merging():
     close(vectors.linear([t(1.0), t(4.0)], [1.0, 2.0]), [3.0])
     close(vectors.add_up([t(1.0), t(4.0)], [0.5, -2.0]), [-7.5])
     close(vectors.slerp(t(1.0, 0.0), t(0.0, 2.0), 1 / 3), [math.cos(math.pi / 6), 2 * math.sin(math.pi / 6)])
+    close(vectors.slerp(t(1.0, 0.0), t(0.5, math.sqrt(0.75)), 0.5), [math.cos(math.pi / 6), math.sin(math.pi / 6)])
     close(vectors.metagpt_weights([1.0, 3.0]), [0.25, 0.75])
     close(vectors.trim(t(1.0, -3.0, 2.0, 0.5).float(), 0.5), [0.0, -3.0, 2.0, 0.0])
-    close(vectors.disjoint_mean([t(1.0, -1.0, 2.0), t(3.0, 4.0, -1.0)], [1.0, 1.0]), [2.0, 4.0, 2.0])
+    close(vectors.disjoint_mean([t(1.0, -1.0, 2.0, -3.0), t(3.0, 4.0, -1.0, 1.0)], [1.0, 1.0]), [2.0, 4.0, 2.0, -3.0])
     close(vectors.ties(t(1.0, 1.0), [t(2.0, 0.0), t(4.0, 2.0)], [1.0, 1.0], 1.0, 0.5), [1 + 0.5 * 2.0, 1 + 0.5 * 1.0])
     close(vectors.della_density(t(3.0, -1.0, 2.0)[None].float(), 0.5, 0.4)[0], [0.7, 0.3, 0.5], 1e-6)
     kept = vectors.dare(torch.ones(20_000), 0.25, torch.Generator().manual_seed(0))
@@ -284,8 +285,8 @@ def test_fusing():
     one, two = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]])
     grams = [torch.diag(torch.tensor([3.0, 1.0])), torch.diag(torch.tensor([1.0, 1.0]))]
     close(fuse.regmean([one, two], grams)[0], [3 / 4, 2 / 2], 1e-5)
-    crossed = [torch.tensor([[2.0, 1.0], [1.0, 2.0]])] * 2
-    close(fuse.regmean([one, one], crossed, shrink=0.5)[0], [1.0, 0.0], 1e-5)
+    crossed = [torch.tensor([[2.0, 1.0], [1.0, 2.0]]), torch.eye(2)]  # shrunk by half: [[2, 1/2], [1/2, 2]]
+    close(fuse.regmean([one, two], crossed, shrink=0.5)[0], [(3 * 2.0 - 0.5 * 2.5) / 8.75, (3 * 2.5 - 0.5 * 2.0) / 8.75], 1e-5)
     half = fuse.ensemble([t(math.log(0.2)), t(math.log(0.6))], [1.0, 3.0])
     close(half.exp(), [0.25 * 0.2 + 0.75 * 0.6])
 
