@@ -71,6 +71,13 @@ def drawn(png: bytes) -> float:
     return float((pixels(png) < 250).any(axis=-1).mean())
 
 
+def without_browser():
+    "Leave a test out where no browser is; with POLM_BROWSER=required (as in CI) it fails."
+    if os.environ.get("POLM_BROWSER") == "required":
+        pytest.fail("no browser that draws pictures, and POLM_BROWSER=required")
+    pytest.skip("no browser")
+
+
 @pytest.fixture
 def painter():
     "A process that has not tried to draw a picture."
@@ -144,7 +151,7 @@ def test_no_figure_has_a_button_that_sends_data_away(run, tmp_path):
 @needs_pillow
 def test_a_picture_is_small_and_shows_the_figure(run, painter):
     if panels.browser_path() is None:
-        pytest.skip("no browser")
+        without_browser()
     made = panels.figure_output(panels.panels(run))
     assert set(made) == {site.FIGURE, "image/png", "text/plain"} and panels.FIGURE == site.FIGURE
     png = base64.b64decode(made["image/png"])
@@ -207,7 +214,7 @@ def test_a_browser_that_hangs_is_given_up(run, painter, monkeypatch):
 
 def test_the_browser_is_closed_when_no_figure_comes(run, painter, monkeypatch):
     if panels.browser_path() is None or not find_spec("kaleido"):
-        pytest.skip("no browser")
+        without_browser()
     monkeypatch.setattr(panels, "_IDLE", 0.05)
     stored = panels.figure_json(panels.panels(run))
     assert panels.draw_png(stored).startswith(PNG)
@@ -223,7 +230,7 @@ def test_a_process_that_ends_leaves_no_browser_and_no_folder(request):
     tmp_path = Path(tempfile.mkdtemp())  # a browser's socket wants a short path
     request.addfinalizer(lambda: shutil.rmtree(tmp_path))
     if panels.browser_path() is None or not find_spec("kaleido"):
-        pytest.skip("no browser")
+        without_browser()
     code = "from polm_lab.workbench import panels; import plotly.graph_objects as go; print(len(panels.draw_png(panels.figure_json(go.Figure(go.Scatter(y=[1, 2]))))))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "TMPDIR": str(tmp_path)}, timeout=120)
     assert done.returncode == 0 and int(done.stdout) > 1000 and done.stderr == "", done.stderr
