@@ -28,7 +28,7 @@ def one(args):
     import torch
     import torch.nn.functional as F
 
-    from polm_lab.core.logprobs import full_kl, selected_logprobs
+    from polm_lab.models.logprobs import full_kl, selected_logprobs
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     kind, wants = CASES[args.case]

@@ -27,7 +27,8 @@ def make_model(folder: Path):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from polm_lab.core.models import load_tokenizer, save_model
+    from polm_lab.models.tokenizers import load_tokenizer
+    from polm_lab.models.save import save_model
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -41,7 +42,7 @@ def measure(model: str, out: str, steps: int, options: dict):
     import torch
 
     import polm_lab as lab
-    from polm_lab.core.models import load_model  # noqa: F401  so that imports do not count
+    from polm_lab.models.load import load_model  # noqa: F401  so that imports do not count
     from polm_lab.finetuning import sft  # noqa: F401
 
     torch.set_num_threads(2)

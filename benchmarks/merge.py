@@ -29,8 +29,9 @@ from pathlib import Path
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
 import torch
 
-from polm_lab.core.models import data_folder
-from polm_lab.core.weights import Weights, Writer, blocks, walk
+from polm_lab.core.machine import data_folder
+from polm_lab.models.weights import Weights, blocks
+from polm_lab.models.transform import Writer, walk
 
 POLM = Path(sys.executable).parent / "polm"
 SIZES = {"200M": dict(width=1024, inner=2816, layers=12, words=32_000), "small": dict(width=256, inner=640, layers=3, words=1024), "4GB": dict(width=2560, inner=6912, layers=26, words=32_000)}

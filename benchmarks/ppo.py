@@ -19,7 +19,7 @@ import torch
 
 import polm_lab as lab
 from polm_lab.alignment import ppo
-from polm_lab.core import train
+from polm_lab.training import loop as train
 from polm_lab.core.run import Run, all_runs
 from polm_lab.reasoning import grpo
 

@@ -64,8 +64,8 @@ def one(args):
 
     torch.set_num_threads(args.threads)
     faiss.omp_set_num_threads(args.threads)
-    from polm_lab.integration import passages as ours
-    from polm_lab.integration.passages import Encoder, Index
+    from polm_lab.integration.retrieval import passages as ours
+    from polm_lab.integration.retrieval.passages import Encoder, Index
 
     checks, check = [0.0], ours._checked
 

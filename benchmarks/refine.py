@@ -12,11 +12,11 @@ import time
 
 import torch
 
-from polm_lab.core.worlds import WORLDS
-from polm_lab.reasoning.asking import Ask, Trace, make_writer
-from polm_lab.reasoning.checks import feedback_critic
-from polm_lab.reasoning.forms import SumWords
-from polm_lab.reasoning.refine import draft, follow, forget, refine, satisfied
+from polm_lab.data.tasks import WORLDS
+from polm_lab.reasoning.refine.asking import Ask, Trace, make_writer
+from polm_lab.reasoning.refine.checks import feedback_critic
+from polm_lab.reasoning.refine.forms import SumWords
+from polm_lab.reasoning.refine.rounds import draft, follow, forget, refine, satisfied
 
 
 def main():

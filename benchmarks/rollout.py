@@ -19,7 +19,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from polm_lab.core.rollout import rollout
+from polm_lab.models.rollout import rollout
 
 ENDS = list(range(1, 100))
 

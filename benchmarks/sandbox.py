@@ -11,7 +11,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from polm_lab.core.sandbox import Pool, isolator, run_code
+from polm_lab.rewards.sandbox import Pool, isolator, run_code
 
 BAR = 50
 TESTS = "assert rev([1, 2, 3]) == [3, 2, 1]\nassert rev([]) == []\nassert rev('ab') == 'ba'"

@@ -103,9 +103,11 @@ def one(args):
     import torch
 
     import polm_lab as lab
-    from polm_lab.core import engine, train
+    from polm_lab.training import engine
+    from polm_lab.training import loop as train
     from polm_lab.core.method import find
-    from polm_lab.core.models import count_parameters, load_model
+    from polm_lab.models.attach import count_parameters
+    from polm_lab.models.load import load_model
     from polm_lab.core.run import Run, all_runs
 
     torch.set_num_threads(args.threads)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from polm_lab.core.run import Run
 from polm_lab.workbench.cockpit import Cockpit
-from polm_lab.workbench.sweep import create_sweep, plan
+from polm_lab.runner.sweep import create_sweep, plan
 from polm_lab.workbench.trials import Sweeps
 from polm_lab.workbench.watch import Watch
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from polm_lab.core.knobs import WrongInput
-from polm_lab.core.sandbox import missing
+from polm_lab.rewards.sandbox import missing
 
 ROOT = Path(__file__).parent.parent
 POLM = Path(sys.executable).parent / "polm"

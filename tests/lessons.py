@@ -34,7 +34,7 @@ TRIES = {  # name -> changes of knobs, threads, share by which each weight is mo
 SEEDS = [name for name in TRIES if name.startswith("seed")]  # for pages with knobs
 OTHERS = ["two threads", "moved"]  # for pages without
 MOVE = """
-import polm_lab.core.models as _models
+import polm_lab.models.load as _models
 import torch as _torch
 
 _read = _models._read_model

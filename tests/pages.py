@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from polm_lab.core.sandbox import missing
+from polm_lab.rewards.sandbox import missing
 
 RUN_CODE = ("tools", "selfrefine", "corrections", "critic", "cheating")
 LOOKS = r"sandbox|chromium|browsing|quarto|run_code|learn=.(editor|coderl)"

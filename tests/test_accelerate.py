@@ -16,7 +16,7 @@ from conftest import POLM
 import polm_lab as lab
 from polm_lab.core.knobs import Settings, WrongInput
 from polm_lab.core.run import all_runs
-from polm_lab.core.train import check_launch
+from polm_lab.core.machine import check_launch
 
 BASE = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "num_machines": 1, "num_processes": 2, "mixed_precision": "no", "use_cpu": False}
 FSDP = {"fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_state_dict_type": "FULL_STATE_DICT"}

@@ -4,10 +4,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from polm_lab.core import check
+from polm_lab.training import conformance as check
 from polm_lab.core.knobs import WrongInput
 from polm_lab.core.method import find, methods
-from polm_lab.core.models import load_model, model_path
+from polm_lab.models.load import load_model
+from polm_lab.models.sources import model_path
 
 TRAINED = [name for name, m in methods().items() if m.trains]
 ADAPTERS = ["lora:r=2,target_modules=q_proj,v_proj", "ia3"]

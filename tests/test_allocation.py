@@ -5,8 +5,10 @@ import torch
 from torch import nn
 
 import polm_lab as lab
-from polm_lab.core.blocks import Inputs, blocks_of, calibration
-from polm_lab.core.models import load_model, load_tokenizer
+from polm_lab.training.layerwise import Inputs, calibration
+from polm_lab.models.layers import blocks_of
+from polm_lab.models.load import load_model
+from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.efficiency.prune import allocate, block_sensitivity, sparsities
 
 KINDS = ("outliers", "hessian")

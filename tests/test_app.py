@@ -12,8 +12,10 @@ import time
 import pytest
 
 from polm_lab.core.run import Run
-from polm_lab.workbench import launch
-from polm_lab.workbench.app import TABS, Configure, RunBar, Spare, Workbench, summary_html
+from polm_lab.runner import launch
+from polm_lab.workbench.app import TABS, RunBar, Workbench, summary_html
+from polm_lab.workbench.configure import Configure
+from polm_lab.workbench.ready import Spare
 from polm_lab.workbench.watch import Watch
 
 

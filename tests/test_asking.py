@@ -8,10 +8,11 @@ import torch
 import polm_lab as lab
 from polm_lab.cli import _report
 from polm_lab.core.knobs import WrongInput
-from polm_lab.core.models import load_model, load_tokenizer
-from polm_lab.core.train import Meter
+from polm_lab.models.load import load_model
+from polm_lab.models.tokenizers import load_tokenizer
+from polm_lab.training.loop import Meter
 from polm_lab.integration import reader as reader_module
-from polm_lab.integration.documents import open_library, open_questions
+from polm_lab.integration.retrieval.library import open_library, open_questions
 from polm_lab.integration.reader import Reader
 
 TEXTS = {

@@ -10,11 +10,11 @@ import pytest
 from conftest import ROOT
 
 import polm_lab as lab
-from polm_lab.core.catalog import CATALOG
+from polm_lab.data.catalog import CATALOG
 from polm_lab.core.knobs import WrongInput, knobs
 from polm_lab.core.method import methods
-from polm_lab.core.models import parse_adapter
-from polm_lab.workbench import atlas as page
+from polm_lab.models.attach import parse_adapter
+from polm_lab.site import atlas as page
 
 ROWS = page.systems()
 BY_NAME = {r["name"]: r for r in ROWS}

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 import polm_lab as lab
-from polm_lab.core.chain import stage
+from polm_lab.training.chain import stage
 from polm_lab.core.method import methods
-from polm_lab.core.models import load_model
-from polm_lab.core.train import load_policy
+from polm_lab.models.load import load_model
+from polm_lab.training.loop import load_policy
 from polm_lab.finetuning.sft import SFT
-from polm_lab.workbench import atlas as page
+from polm_lab.site import atlas as page
 
 ROWS = page.systems()
 HERE = {f["name"]: f for f in page.survey("systems")}

@@ -13,12 +13,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from polm_lab.core import base
-from polm_lab.core.base import (
-    Recipe, draw_documents, encode_document, learning_rate, make_model, make_tokenizer, measure, microbatches, pretrain, save_base,
-    summed_loss,
-)  # fmt: skip
-from polm_lab.core.worlds import END, WORLDS, assistant, chat_text, user
+from polm_lab.data import base
+from polm_lab.data.base import Recipe, draw_documents, encode_document, learning_rate, make_model
+from polm_lab.data.base import make_tokenizer, measure, microbatches, pretrain, save_base, summed_loss  # fmt: skip
+from polm_lab.data.messages import END, assistant, chat_text, user
+from polm_lab.data.tasks import WORLDS
 
 TINY = Path(__file__).parents[1] / "data" / "tiny"
 MINI = Recipe(width=32, layers=1, heads=2, inner=48, vocabulary=320, context=256, steps=30, tokens=256, warmup=4)
@@ -139,7 +138,7 @@ def test_killed_training_ends_in_the_same_bits(tmp_path):
 import os, signal
 from pathlib import Path
 import torch
-from polm_lab.core.base import Recipe, pretrain
+from polm_lab.data.base import Recipe, pretrain
 
 torch.set_num_threads({torch.get_num_threads()})
 replace, calls = os.replace, []

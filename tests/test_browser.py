@@ -240,7 +240,7 @@ REPLAY = """async ([figure_code, library_code]) => {
 def test_what_was_said_to_a_figure_before_plotly_came_is_repeated_to_it(browser):
     import plotly.graph_objects as go
 
-    from polm_lab.workbench.panels import library, live_figure
+    from polm_lab.workbench.figures import library, live_figure
 
     page = browser.new_page()
     page.route("http://127.0.0.1/", lambda route: route.fulfill(body="<!doctype html>", content_type="text/html"))

@@ -9,8 +9,10 @@ import json
 import pytest
 from conftest import ROOT
 
-from polm_lab.core.catalog import CATALOG
-from polm_lab.core.data import Row, convert, datasets_table, load_data, standard
+from polm_lab.data.catalog import CATALOG
+from polm_lab.data.rows import Row
+from polm_lab.data.schema import convert, standard
+from polm_lab.data.load import datasets_table, load_data
 from polm_lab.core.knobs import WrongInput
 
 ALPACA = [

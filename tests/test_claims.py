@@ -8,20 +8,24 @@ import torch
 from safetensors.torch import load_file
 
 import polm_lab as lab
-from polm_lab.alignment.judges import MARK, ModelJudge, Unreadable, mark_in, mark_of
-from polm_lab.core.data import encode, load_data
+from polm_lab.rewards.judges import MARK, ModelJudge, mark_in, mark_of
+from polm_lab.rewards.endpoint import Unreadable
+from polm_lab.data.encode import encode
+from polm_lab.data.load import load_data
 from polm_lab.core.knobs import WrongInput
-from polm_lab.core.logprobs import Policy
-from polm_lab.core.models import load_model, load_tokenizer, save_model
-from polm_lab.core.worlds import WORLDS
+from polm_lab.models.logprobs import Policy
+from polm_lab.models.load import load_model
+from polm_lab.models.tokenizers import load_tokenizer
+from polm_lab.models.save import save_model
+from polm_lab.data.tasks import WORLDS
 from polm_lab.integration import fuse as fusing
-from polm_lab.reasoning.asking import Ask, Said, Trace, read_traces
-from polm_lab.reasoning.forms import CodeWords
-from polm_lab.reasoning.refine import forget, refine, satisfied
+from polm_lab.reasoning.refine.asking import Ask, Said, Trace, read_traces
+from polm_lab.reasoning.refine.forms import CodeWords
+from polm_lab.reasoning.refine.rounds import forget, refine, satisfied
 from polm_lab.reasoning.selfrefine import REVISERS, STRATEGIES
-from polm_lab.reasoning.solver import equations, solver
-from polm_lab.reasoning.tools import ToolCritic
-from polm_lab.reasoning.words import Words
+from polm_lab.reasoning.refine.solver import equations, solver
+from polm_lab.reasoning.refine.tools import ToolCritic
+from polm_lab.reasoning.refine.words import Words
 
 
 def tuned(folder, seed: int, size: float):
@@ -250,9 +254,9 @@ def test_direct_rlaif_learns_from_marks(runs):
 
 def test_words_end_in_any_script():
     "The full stop of a script is no part of an answer, a letter next to a Chinese one stands alone, and 4 is not in 2004."
-    from polm_lab.alignment.judges import verdict
-    from polm_lab.core.evaluate import matches
-    from polm_lab.reasoning.tools import searched
+    from polm_lab.rewards.judges import verdict
+    from polm_lab.training.evaluate import matches
+    from polm_lab.reasoning.refine.tools import searched
 
     assert matches(dict(answer="北京"), "北京。") == 1.0 and matches(dict(answer="दिल्ली"), "दिल्ली।") == 1.0 and matches(dict(answer="北京"), "南京。") == 0.0
     assert verdict(dict(message=dict(content="答案是A。")))[0] == 1.0

@@ -13,8 +13,11 @@ from unittest import mock
 import pytest
 
 from polm_lab.core.run import Run, open_run
-from polm_lab.workbench import launch
-from polm_lab.workbench.cockpit import COLORINGS, MOST_TOKENS, Cockpit, Models, TryIt, ink, inspect_tokens, stream, token_facts, weights, why
+from polm_lab.runner import launch
+from polm_lab.workbench.tokens import COLORINGS, MOST_TOKENS, Models, ink, inspect_tokens, token_facts
+from polm_lab.workbench.cockpit import Cockpit
+from polm_lab.workbench.tryit import TryIt, stream
+from polm_lab.workbench.why import weights, why
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +204,7 @@ def test_what_the_models_say_agrees_with_the_record(trained, pairs):
 def test_entropy_and_kl_are_those_of_the_library(trained):
     import torch
 
-    from polm_lab.core.logprobs import Policy
+    from polm_lab.models.logprobs import Policy
 
     models, row = Models(trained), trained.lines("samples")[-1]
     saved, start, tokenizer = models.load()
@@ -239,7 +242,7 @@ def test_text_stays_legible_on_the_strongest_color(ground, text, value):
 
 
 def test_a_stream_is_a_rollout(trained):
-    from polm_lab.core.rollout import rollout
+    from polm_lab.models.rollout import rollout
 
     saved, _, tokenizer = Models(trained).load()
     for text in ("12+34=", "Once"):

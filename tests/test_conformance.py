@@ -10,7 +10,10 @@ from unittest import mock
 import pytest
 import torch
 
-from polm_lab.core import check, logprobs, train
+from polm_lab.training import conformance as check
+from polm_lab.models import logprobs
+from polm_lab.core import machine as train_machine
+from polm_lab.training import loop as train_loop
 from polm_lab.core.method import find, methods
 
 TRAINED = [name for name, m in methods().items() if m.trains]
@@ -61,12 +64,12 @@ def test_whatever_critic_trains_has_the_property(variants, learn, prop, tmp_path
 def by_time():
     "Random choices that depend on the clock."
     counter = itertools.count()
-    return mock.patch.object(train, "seed_of", lambda *parts: next(counter))
+    return mock.patch.object(train_machine, "seed_of", lambda *parts: next(counter))
 
 
 def each_batch_by_its_own_count():
     "Each microbatch normalized by its own number of tokens."
-    plain = train.token_batches
+    plain = train_loop.token_batches
 
     def wrong(examples, settings, pad_id, packing=False):
         batches = plain(examples, settings, pad_id, packing)
@@ -98,7 +101,7 @@ def kernel_drifts():
 
 def optimizer_is_forgotten():
     "A resumed run begins with fresh moments."
-    plain = train.load_checkpoint
+    plain = train_loop.load_checkpoint
 
     def wrong(run, accelerator):
         states = [o.state_dict() for o in accelerator._optimizers]
@@ -107,7 +110,7 @@ def optimizer_is_forgotten():
             optimizer.load_state_dict(state)
         return step
 
-    return mock.patch.object(train, "load_checkpoint", wrong)
+    return mock.patch.object(train_loop, "load_checkpoint", wrong)
 
 
 def a_step_is_not_logged():

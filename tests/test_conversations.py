@@ -12,11 +12,18 @@ import pytest
 import trl
 
 import polm_lab as lab
-from polm_lab.core import rollout as sampling
-from polm_lab.core.data import Row, encode, load_data, turn_ends, turns
+from polm_lab.models import rollout as sampling
+from polm_lab.data.rows import Row
+from polm_lab.data.encode import encode
+from polm_lab.data.load import load_data
+from polm_lab.data.turns import turn_ends
+from polm_lab.data.schema import turns
 from polm_lab.core.knobs import WrongInput
-from polm_lab.core.models import data_folder, load_model, load_tokenizer, save_model
-from polm_lab.core.rollout import end_strings, end_tokens, rollout
+from polm_lab.core.machine import data_folder
+from polm_lab.models.load import load_model
+from polm_lab.models.tokenizers import load_tokenizer
+from polm_lab.models.save import save_model
+from polm_lab.models.rollout import end_strings, end_tokens, rollout
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 WRITTEN = r"<\|[\w▁]+\|?>|<[\w▁]+\|>|<｜[^<>]+｜>|</?(?:start_of_turn|end_of_turn|end_of_utterance|tool_call|tool_response|think|s)>|\[gMASK\]|<sop>"

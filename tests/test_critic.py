@@ -13,18 +13,19 @@ import pytest
 from conftest import POLM
 
 import polm_lab as lab
-from polm_lab.core.chain import execute
-from polm_lab.core.data import load_data
+from polm_lab.training.chain import execute
+from polm_lab.data.load import load_data
 from polm_lab.core.knobs import WrongInput
-from polm_lab.core.models import load_model, load_tokenizer
+from polm_lab.models.load import load_model
+from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.core.run import all_runs, open_run
-from polm_lab.core.worlds import WORLDS
-from polm_lab.reasoning import corrections as learning
+from polm_lab.data.tasks import WORLDS
+from polm_lab.reasoning.refine import corrections as learning
 from polm_lab.reasoning import critic as trained
-from polm_lab.reasoning.asking import read_traces
-from polm_lab.reasoning.forms import SumSteps
-from polm_lab.reasoning.tools import run_tests, scoring, source_of
-from polm_lab.reasoning.words import Words
+from polm_lab.reasoning.refine.asking import read_traces
+from polm_lab.reasoning.refine.forms import SumSteps
+from polm_lab.reasoning.refine.tools import run_tests, scoring, source_of
+from polm_lab.reasoning.refine.words import Words
 
 LEARN = ("corrector", "selfee", "critique", "refiner", "editor", "coderl")
 CPU = dict(dtype="float32", device="cpu")
@@ -165,7 +166,7 @@ HUMANEVAL = dict(task_id="X/0", prompt='from typing import List\n\n\ndef half(x:
 
 def test_worked_answers_in_the_manner_of_gsm8k(tmp_path):
     "The refiner's rows: mistakes put in by a rule, calculators' marks taken out, held-out questions scored by the last number."
-    from polm_lab.reasoning.words import StepWords, wrong_step
+    from polm_lab.reasoning.refine.words import StepWords, wrong_step
 
     rows = learning.spoiled_steps(jsonl(tmp_path / "gsm.jsonl", GSM), 40, 0, StepWords())
     found = [wrong_step(row["completion"]) for row in rows]

@@ -11,9 +11,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
-from polm_lab.core.data import KINDS, Order, Row, check_packing, collate, encode, encode_rows, held_out, load_data, microbatches, pack_rows, read_file
+from polm_lab.data.rows import KINDS, Row
+from polm_lab.data.batches import Order, check_packing, collate, microbatches, pack_rows
+from polm_lab.data.encode import encode, encode_rows
+from polm_lab.data.load import held_out, load_data
+from polm_lab.data.files import read_file
 from polm_lab.core.knobs import WrongInput
-from polm_lab.core.worlds import WORLDS
+from polm_lab.data.tasks import WORLDS
 
 ASK, SAY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
 CHATML = (
@@ -452,7 +456,7 @@ def test_data_imports_without_torch():
     import subprocess
     import sys
 
-    code = "import sys, polm_lab.core.data; print([m for m in ('torch', 'transformers', 'datasets', 'pandas', 'pyarrow', 'numpy') if m in sys.modules])"
+    code = "import sys, polm_lab.data.load, polm_lab.data.encode; print([m for m in ('torch', 'transformers', 'datasets', 'pandas', 'pyarrow', 'numpy') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 

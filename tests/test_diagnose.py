@@ -6,8 +6,9 @@ import shutil
 import pytest
 
 from polm_lab.core.run import Run
-from polm_lab.workbench import launch
-from polm_lab.workbench.diagnose import RULES, Diagnosis, Evidence, Lines, diagnose, findings_html
+from polm_lab.runner import launch
+from polm_lab.workbench.evidence import RULES, Evidence, Lines, diagnose
+from polm_lab.workbench.diagnose import Diagnosis, findings_html
 
 REWARDS = """
 def flat(completions, **columns):

@@ -8,11 +8,13 @@ from torch import nn
 
 import polm_lab as lab
 from polm_lab.alignment import dpo as page
-from polm_lab.alignment.dpo import can_switch_off, dpo_loss, encode_pairs, implicit_reward, optimal_policy, pair_batches, pair_logps, pair_metrics, pick_reference, trl_loss
-from polm_lab.core.data import load_data
+from polm_lab.alignment.dpo import can_switch_off, dpo_loss, encode_pairs, implicit_reward, optimal_policy, pair_logps, pair_metrics, pick_reference, trl_loss
+from polm_lab.training.pairwise import pair_batches
+from polm_lab.data.load import load_data
 from polm_lab.core.knobs import WrongInput
-from polm_lab.core.logprobs import Policy
-from polm_lab.core.models import load_model, load_tokenizer
+from polm_lab.models.logprobs import Policy
+from polm_lab.models.load import load_model
+from polm_lab.models.tokenizers import load_tokenizer
 
 SHORT = dict(data="sums", steps=3, batch_size=4, eval_rows=4, max_length=64, device="cpu", dtype="float32", learning_rate=1e-3, warmup=0.0)
 
@@ -243,7 +245,7 @@ def test_no_chance_is_left_to_drop_anything(kind, chances):
     "Dropout layers, dropout inside of attention, and whole layers that are left out."
     import transformers
 
-    from polm_lab.core.train import switch_off_dropout
+    from polm_lab.models.layers import switch_off_dropout
 
     small = dict(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, ffn_dim=24, n_embd=16, n_layer=2, n_head=2, word_embed_proj_dim=16)
     config = getattr(transformers, f"{kind}Config")(**small, **chances)

@@ -12,14 +12,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import polm_lab as lab
-from polm_lab.core.data import collate, encode, load_data, load_held_out
-from polm_lab.core.engine import labelled_rows, last_checkpoint, our_metrics, paired_collator, paired_rows, train_with_trl, trl_arguments, trl_optimizers
-from polm_lab.core.evaluate import perplexity
+from polm_lab.data.batches import collate
+from polm_lab.data.encode import encode
+from polm_lab.data.load import load_data, load_held_out
+from polm_lab.training.engine import labelled_rows, last_checkpoint, our_metrics, paired_collator, paired_rows, train_with_trl, trl_arguments, trl_optimizers
+from polm_lab.training.evaluate import perplexity
 from polm_lab.core.knobs import Settings, WrongInput
-from polm_lab.core.logprobs import Policy
+from polm_lab.models.logprobs import Policy
 from polm_lab.core.metrics import metric
-from polm_lab.core.models import load_model, load_tokenizer
-from polm_lab.core.train import learning_rate_at
+from polm_lab.models.load import load_model
+from polm_lab.models.tokenizers import load_tokenizer
+from polm_lab.training.loop import learning_rate_at
 from polm_lab.core.run import Run, Stopped, all_runs
 
 COMMON = dict(data="sums", eval_rows=4, steps=6, batch_size=4, learning_rate=1e-2, max_length=64, device="cpu", dtype="float32", save_every=2)
@@ -184,7 +187,7 @@ def test_stopped_and_resumed_equals_uninterrupted(small, runs, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_unrecorded(small, examples, tmp_path):
-    from polm_lab.core.train import load_policy
+    from polm_lab.training.loop import load_policy
 
     settings = Settings(**{**COMMON, "model": str(small), "warmup": 0.0, "learning_rate": 10.0, "clip": 0.0})
     policy, tokenizer = load_policy(settings)

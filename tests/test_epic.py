@@ -4,9 +4,10 @@ import random
 import pytest
 import torch
 
-from polm_lab.alignment.epic import REWRITES, agreement, answer_distance, epic, epic_form, half_distance, rewritten, starc, starc_form
+from polm_lab.rewards.distance import REWRITES, agreement, answer_distance, epic, epic_form, half_distance, rewritten, starc, starc_form
 from polm_lab.core.knobs import WrongInput
-from polm_lab.core.worlds import WORLDS, gold
+from polm_lab.data.tasks import WORLDS
+from polm_lab.data.language import gold
 
 MAKER = torch.Generator().manual_seed(3)
 N, M, GAMMA = 5, 3, 0.8

@@ -7,16 +7,20 @@ import pytest
 import torch
 
 import polm_lab as lab
-from polm_lab.alignment.dpo import drop_equal, dpo_loss, encode_pairs, pair_batches, pair_logps
+from polm_lab.training.pairwise import drop_equal, pair_batches
+from polm_lab.alignment.dpo import dpo_loss, encode_pairs, pair_logps
 from polm_lab.alignment.reward import encode_pairs as encode_for_reward
 from polm_lab.cli import polm
-from polm_lab.core.data import Row, encode_rows, load_data
+from polm_lab.data.rows import Row
+from polm_lab.data.encode import encode_rows
+from polm_lab.data.load import load_data
 from polm_lab.core.knobs import WrongInput
-from polm_lab.core.logprobs import Policy
-from polm_lab.core.models import load_model, load_tokenizer
+from polm_lab.models.logprobs import Policy
+from polm_lab.models.load import load_model
+from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.core.run import Run, all_runs
 from polm_lab.finetuning.sft import class_accuracy
-from polm_lab.workbench.diagnose import diagnose
+from polm_lab.workbench.evidence import diagnose
 
 LENGTH = 64  # tokens
 SAME = "2, and once more: 1+1 is 2, and 1+1 is " * 4

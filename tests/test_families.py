@@ -9,14 +9,15 @@ from transformers import AutoModelForCausalLM
 from zoo import FAMILIES, gap, ids, make
 
 import polm_lab as lab
-from polm_lab.core.blocks import blocks_of
-from polm_lab.core.evaluate import quiet
+from polm_lab.models.layers import blocks_of
+from polm_lab.training.evaluate import quiet
 from polm_lab.core.knobs import WrongInput
-from polm_lab.core.logprobs import Policy
-from polm_lab.core.models import load_tokenizer, save_model
+from polm_lab.models.logprobs import Policy
+from polm_lab.models.tokenizers import load_tokenizer
+from polm_lab.models.save import save_model
 from polm_lab.efficiency import slim
-from polm_lab.efficiency.cuts import block_facts, check_same, cut, embedding_scale, fits, gain_of, kept_entries, layers_of, read_stream, rebuild
-from polm_lab.efficiency.slim import (Slim, check_cut, check_depth, cut_widths, drop_blocks, fold_norms, rotate, slice_model, sliced_width)  # fmt: skip
+from polm_lab.efficiency.compression.cuts import block_facts, check_same, cut, embedding_scale, fits, gain_of, kept_entries, layers_of, read_stream, rebuild
+from polm_lab.efficiency.slim import Slim, check_cut, check_depth, cut_widths, drop_blocks, fold_norms, rotate, slice_model, sliced_width  # fmt: skip
 
 # What SliceGPT works on; the others, and what is said of them.
 SLICED = ("llama", "llama tied", "llama biases", "mistral", "qwen2", "qwen3", "gemma", "phi3", "granite", "smollm3", "glm", "ernie4_5", "seed_oss", "hunyuan_v1_dense", "arcee", "apertus", "ministral")
@@ -270,7 +271,7 @@ def test_entries_of_a_configuration():
 
 def test_a_block_that_would_become_another_is_refused(monkeypatch):
     model = make("gemma3_text")
-    monkeypatch.setattr("polm_lab.efficiency.cuts.kept_entries", lambda value, kept, count, name="": value[: len(kept)] if isinstance(value, list) and len(value) == count else value)
+    monkeypatch.setattr("polm_lab.efficiency.compression.cuts.kept_entries", lambda value, kept, count, name="": value[: len(kept)] if isinstance(value, list) and len(value) == count else value)
     with pytest.raises(WrongInput, match="as block 0, block 1 of a gemma3_text model would have"):
         check_depth(model, [1, 2, 3])
 

@@ -25,7 +25,12 @@ from conftest import ROOT
 
 from polm_lab.core.knobs import WrongInput
 from polm_lab.core.run import Run
-from polm_lab.workbench import panels, site
+from polm_lab.workbench import figures as panels_figures
+from polm_lab.workbench import panels as panels_panels
+from polm_lab.site import build as site_build
+from polm_lab.site import filter as site_filter
+from polm_lab.site import lint as site_lint
+from polm_lab.site import outputs as site_outputs
 
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 ALL = [p.relative_to(ROOT / "nbs").with_suffix("").as_posix() for p in NOTEBOOKS]
@@ -45,7 +50,7 @@ def figures(name) -> list[tuple[int, int, dict]]:
     for cell in cells(name):
         for place, output in enumerate(cell["outputs"]):
             data = output.get("data", {})
-            if site.FIGURE in data or "Plotly.newPlot" in "".join(data.get("text/html", "")):
+            if site_filter.FIGURE in data or "Plotly.newPlot" in "".join(data.get("text/html", "")):
                 found.append((cell["number"], place, data))
     return found
 
@@ -81,12 +86,12 @@ def without_browser():
 @pytest.fixture
 def painter():
     "A process that has not tried to draw a picture."
-    panels._painter.cache_clear()
+    panels_figures._painter.cache_clear()
     yield
-    made = panels._painter()
+    made = panels_figures._painter()
     if made.loop:
         made.close()
-    panels._painter.cache_clear()
+    panels_figures._painter.cache_clear()
 
 
 @pytest.fixture
@@ -108,7 +113,7 @@ def test_numbers_keep_seven_digits_and_integers_all():
     rough = np.array([1 / 3, np.nan, 1e-30, -2.0])
     figure = go.Figure([go.Scatter(x=np.arange(1000, 1004), y=rough), go.Scatter(x=list(range(9)), y=[1.23456789012] * 9)])
     figure.add_scatter(x=["a", "b"], y=np.array([1e300, 1.0]), marker_size=[7.123456789, 2.0])
-    first, second, third = panels.figure_json(figure)["data"]
+    first, second, third = panels_figures.figure_json(figure)["data"]
     assert first["x"]["dtype"] == "i2" and numbers(first["x"]) == [1000, 1001, 1002, 1003]
     assert first["y"]["dtype"] == "f4" and np.allclose(numbers(first["y"]), rough, rtol=1e-7, atol=0, equal_nan=True)
     assert second["x"]["dtype"] == "i1" and second["y"]["dtype"] == "f4" and abs(numbers(second["y"])[8] - 1.23456789012) < 1e-7
@@ -118,16 +123,16 @@ def test_numbers_keep_seven_digits_and_integers_all():
 
 def test_a_matrix_keeps_its_shape_and_a_gap_stays_a_gap():
     figure = go.Figure([go.Heatmap(z=np.arange(6.0).reshape(2, 3) / 7), go.Scatter(y=[0.5, None, float("inf")])])
-    heat, line = panels.figure_json(figure)["data"]
+    heat, line = panels_figures.figure_json(figure)["data"]
     assert heat["z"]["shape"] == "2, 3" and np.allclose(numbers(heat["z"]), np.arange(6) / 7, rtol=1e-6)
     assert line["y"] == [0.5, None, None]
 
 
 def test_of_the_template_only_what_is_used_is_stored():
-    line = panels.figure_json(panels.framed(go.Figure(go.Scatter(y=[1, 2])), 200))
-    heat = panels.figure_json(panels.framed(go.Figure(go.Heatmap(z=[[1, 2]])), 200))
-    colored = panels.figure_json(panels.framed(go.Figure(go.Scatter(y=[1, 2], marker_color=[1, 2])), 200))
-    space = panels.figure_json(panels.framed(go.Figure(go.Scatter3d(x=[1], y=[1], z=[1])), 200))
+    line = panels_figures.figure_json(panels_panels.framed(go.Figure(go.Scatter(y=[1, 2])), 200))
+    heat = panels_figures.figure_json(panels_panels.framed(go.Figure(go.Heatmap(z=[[1, 2]])), 200))
+    colored = panels_figures.figure_json(panels_panels.framed(go.Figure(go.Scatter(y=[1, 2], marker_color=[1, 2])), 200))
+    space = panels_figures.figure_json(panels_panels.framed(go.Figure(go.Scatter3d(x=[1], y=[1], z=[1])), 200))
     parts = [set(stored["layout"]["template"]["layout"]) for stored in (line, heat, colored, space)]
     assert ["colorscale" in part for part in parts] == [False, True, True, True]
     assert ["scene" in part for part in parts] == [False, False, False, True]
@@ -140,29 +145,29 @@ def test_no_figure_has_a_button_that_sends_data_away(run, tmp_path):
     "Plotly's default is a button that opens a host with the data of the figure."
     from polm_lab.workbench.compare import export_figure
 
-    figure = panels.panels(run)
-    assert panels.figure_json(figure)["config"]["showSendToCloud"] is False
-    assert panels.live_figure(figure)._config["showSendToCloud"] is False
-    for page in (panels.write_page([run], tmp_path / "a.html", "A page"), export_figure(figure, tmp_path / "b.html")):
+    figure = panels_panels.panels(run)
+    assert panels_figures.figure_json(figure)["config"]["showSendToCloud"] is False
+    assert panels_figures.live_figure(figure)._config["showSendToCloud"] is False
+    for page in (panels_panels.write_page([run], tmp_path / "a.html", "A page"), export_figure(figure, tmp_path / "b.html")):
         text = page.read_text(encoding="utf-8")
-        assert '"showSendToCloud": false' in text and not site.fetched(re.sub(r"<script[^>]*>/\*\*.*?</script>", "", text, flags=re.S))
+        assert '"showSendToCloud": false' in text and not site_lint.fetched(re.sub(r"<script[^>]*>/\*\*.*?</script>", "", text, flags=re.S))
 
 
 @needs_pillow
 def test_a_picture_is_small_and_shows_the_figure(run, painter):
-    if panels.browser_path() is None:
+    if panels_figures.browser_path() is None:
         without_browser()
-    made = panels.figure_output(panels.panels(run))
-    assert set(made) == {site.FIGURE, "image/png", "text/plain"} and panels.FIGURE == site.FIGURE
+    made = panels_figures.figure_output(panels_panels.panels(run))
+    assert set(made) == {site_filter.FIGURE, "image/png", "text/plain"} and panels_figures.FIGURE == site_filter.FIGURE
     png = base64.b64decode(made["image/png"])
-    assert png.startswith(PNG) and len(png) <= panels.PICTURE_BYTES
+    assert png.startswith(PNG) and len(png) <= panels_figures.PICTURE_BYTES
     shown = pixels(png)
     assert shown.shape == (470, 800, 3) and 0.01 < drawn(png) < 0.5 and (shown[0, 0] == 255).all()
     blue = np.abs(shown.astype(int) - [0, 114, 178]).sum(axis=-1) < 30  # the line of the run, #0072b2
     assert blue.sum() > 300
-    tree = panels.figure_json(go.Figure(go.Scatter(y=np.random.default_rng(0).normal(size=9000)), layout=dict(width=1600, height=900)))
-    large = panels.figure_picture(tree)
-    assert len(large) <= panels.PICTURE_BYTES and pixels(large).shape[1] <= 800
+    tree = panels_figures.figure_json(go.Figure(go.Scatter(y=np.random.default_rng(0).normal(size=9000)), layout=dict(width=1600, height=900)))
+    large = panels_figures.figure_picture(tree)
+    assert len(large) <= panels_figures.PICTURE_BYTES and pixels(large).shape[1] <= 800
 
 
 @needs_pillow
@@ -171,16 +176,16 @@ def test_a_picture_of_noise_gets_smaller_until_it_fits():
 
     noise, out = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8), io.BytesIO()
     Image.fromarray(noise).save(out, "png")
-    small = panels.shrink(out.getvalue(), 20_000)
+    small = panels_figures.shrink(out.getvalue(), 20_000)
     assert len(small) <= 20_000 and 100 <= pixels(small).shape[1] < 400
     with pytest.raises(WrongInput, match="expected at most 100"):
-        panels.shrink(out.getvalue(), 100)
+        panels_figures.shrink(out.getvalue(), 100)
 
 
 def test_without_a_browser_the_numbers_are_stored_and_a_line(run, painter, monkeypatch):
     monkeypatch.setenv("POLM_CHROMIUM", "none")
-    made = panels.figure_output(panels.panels(run))
-    assert set(made) == {site.FIGURE, "text/plain"} and "\n" not in made["text/plain"]
+    made = panels_figures.figure_output(panels_panels.panels(run))
+    assert set(made) == {site_filter.FIGURE, "text/plain"} and "\n" not in made["text/plain"]
     if find_spec("PIL") and find_spec("kaleido"):
         assert made["text/plain"] == "A figure without a picture: no browser found; install chromium, or name one in POLM_CHROMIUM, then run the cell again"
 
@@ -192,8 +197,8 @@ def test_a_browser_that_fails_fails_once_and_no_run(run, painter, monkeypatch, t
     broken.write_text("#!/bin/sh\nexit 3\n")
     broken.chmod(0o755)
     monkeypatch.setenv("POLM_CHROMIUM", str(broken))
-    made = [panels.figure_output(panels.panels(run)) for _ in range(2)]
-    assert all(set(part) == {site.FIGURE, "text/plain"} for part in made)
+    made = [panels_figures.figure_output(panels_panels.panels(run)) for _ in range(2)]
+    assert all(set(part) == {site_filter.FIGURE, "text/plain"} for part in made)
     assert "the browser that draws pictures failed (" in made[0]["text/plain"] and made[0]["text/plain"] == made[1]["text/plain"]
 
 
@@ -206,32 +211,32 @@ def test_a_browser_that_hangs_is_given_up(run, painter, monkeypatch):
 
         await asyncio.sleep(60)
 
-    monkeypatch.setattr(panels, "_PATIENCE", 0.2)
-    monkeypatch.setattr(panels, "browser_path", lambda: "/bin/sh")
-    monkeypatch.setattr(panels._Painter, "_draw", hang)
-    assert "failed (TimeoutError: no answer within 0.2 s)" in panels.figure_output(panels.panels(run))["text/plain"]
+    monkeypatch.setattr(panels_figures, "_PATIENCE", 0.2)
+    monkeypatch.setattr(panels_figures, "browser_path", lambda: "/bin/sh")
+    monkeypatch.setattr(panels_figures._Painter, "_draw", hang)
+    assert "failed (TimeoutError: no answer within 0.2 s)" in panels_figures.figure_output(panels_panels.panels(run))["text/plain"]
 
 
 def test_the_browser_is_closed_when_no_figure_comes(run, painter, monkeypatch):
-    if panels.browser_path() is None or not find_spec("kaleido"):
+    if panels_figures.browser_path() is None or not find_spec("kaleido"):
         without_browser()
-    monkeypatch.setattr(panels, "_IDLE", 0.05)
-    stored = panels.figure_json(panels.panels(run))
-    assert panels.draw_png(stored).startswith(PNG)
+    monkeypatch.setattr(panels_figures, "_IDLE", 0.05)
+    stored = panels_figures.figure_json(panels_panels.panels(run))
+    assert panels_figures.draw_png(stored).startswith(PNG)
     for _ in range(200):
-        if panels._painter().browser is None:
+        if panels_figures._painter().browser is None:
             break
         time.sleep(0.05)
-    assert panels._painter().browser is None
-    assert panels.draw_png(stored).startswith(PNG)  # the next figure starts another
+    assert panels_figures._painter().browser is None
+    assert panels_figures.draw_png(stored).startswith(PNG)  # the next figure starts another
 
 
 def test_a_process_that_ends_leaves_no_browser_and_no_folder(request):
     tmp_path = Path(tempfile.mkdtemp())  # a browser's socket wants a short path
     request.addfinalizer(lambda: shutil.rmtree(tmp_path))
-    if panels.browser_path() is None or not find_spec("kaleido"):
+    if panels_figures.browser_path() is None or not find_spec("kaleido"):
         without_browser()
-    code = "from polm_lab.workbench import panels; import plotly.graph_objects as go; print(len(panels.draw_png(panels.figure_json(go.Figure(go.Scatter(y=[1, 2]))))))"
+    code = "from polm_lab.workbench import panels; import plotly.graph_objects as go; print(len(panels_figures.draw_png(panels_figures.figure_json(go.Figure(go.Scatter(y=[1, 2]))))))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "TMPDIR": str(tmp_path)}, timeout=120)
     assert done.returncode == 0 and int(done.stdout) > 1000 and done.stderr == "", done.stderr
     assert not [p for p in tmp_path.iterdir() if p.name != "runs"]
@@ -247,19 +252,19 @@ def test_no_stored_output_needs_a_host_a_script_or_a_kernel(name):
         for output in cell["outputs"]:
             shown = {kind: value for kind, value in output.get("data", {}).items() if kind not in ("text/plain", "image/png")}
             assert not re.search(r"\bcdn\b|cdnjs|jsdelivr|unpkg", json.dumps(shown)), f"cell {cell['number']} names a host of scripts"
-            assert site.WIDGET not in output.get("data", {}), f"cell {cell['number']} stores a widget, which shows nothing without its kernel"
+            assert site_filter.WIDGET not in output.get("data", {}), f"cell {cell['number']} stores a widget, which shows nothing without its kernel"
             page = "".join(output.get("data", {}).get("text/html", ""))
-            assert not site.fetched(page), f"cell {cell['number']} fetches {site.fetched(page)[0]}"
+            assert not site_lint.fetched(page), f"cell {cell['number']} fetches {site_lint.fetched(page)[0]}"
             assert not re.search(r"<(script|iframe|object|embed)\b|<\w[^<>]*\son\w+=", page), f"cell {cell['number']} stores a script, which JupyterLab removes"
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_each_figure_is_stored_as_numbers_and_a_small_picture(name):
     for number, _, data in figures(name):
-        assert site.FIGURE in data, f"cell {number} stores a figure as a script; run polm_site execute {name}"
+        assert site_filter.FIGURE in data, f"cell {number} stores a figure as a script; run polm_site execute {name}"
         png = base64.b64decode(data.get("image/png", ""))
         assert png.startswith(PNG), f"cell {number}: {data['text/plain']}"
-        assert len(png) <= panels.PICTURE_BYTES, f"cell {number}: a picture of {len(png)} bytes; run polm_site execute {name}"
+        assert len(png) <= panels_figures.PICTURE_BYTES, f"cell {number}: a picture of {len(png)} bytes; run polm_site execute {name}"
     asked = [cell for cell in cells(name) if re.search(r"^show\(", "".join(cell["source"]), re.M) and "skip-execution" not in cell["metadata"].get("tags", [])]
     if not name.startswith("_"):
         lacking = [cell["number"] for cell in asked if not cell["outputs"]]
@@ -292,14 +297,14 @@ def test_a_notebook_is_executed_and_its_outputs_are_stored(tmp_path):
     page = tmp_path / "page.ipynb"
     people = "#| eval: false\n1 / 0"
     first = "import os, sys\nprint('a warning', file=sys.stderr)\nprint(os.environ['POLM_RUNS'], os.environ['TMPDIR'])"
-    show = "import plotly.graph_objects as go\nfrom polm_lab.workbench.panels import show\nshow(go.Figure(go.Scatter(y=[1, 2])))\nobject()"
+    show = "import plotly.graph_objects as go\nfrom polm_lab.workbench.figures import show\nshow(go.Figure(go.Scatter(y=[1, 2])))\nobject()"
     made = json.loads(write(page, first, people, show, c1=["skip-execution"]))
     made["cells"][1]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": ["of a person"]}]
     page.write_text(json.dumps(made))
-    got = site.execute_page(page, ROOT)
+    got = site_outputs.execute_page(page, ROOT)
     printed, nothing, shown = stored(page)
     assert [(o["name"], o["text"]) for o in printed] == [("stdout", ["runs /tmp\n"])] and nothing == []
-    assert set(shown[0]["data"]) - {"image/png"} == {site.FIGURE, "text/plain"} and shown[1]["data"]["text/plain"] == ["<object>"]
+    assert set(shown[0]["data"]) - {"image/png"} == {site_filter.FIGURE, "text/plain"} and shown[1]["data"]["text/plain"] == ["<object>"]
     assert got["figures"] == 1 and len(got["pictures"]) == ("image/png" in shown[0]["data"]) and got["bytes"] == page.stat().st_size
     assert '"execution_count": null' in page.read_text() and "language_info" not in page.read_text()
 
@@ -318,25 +323,25 @@ def test_a_notebook_that_cannot_be_stored_stays_as_it_was(tmp_path, text, says):
     page = tmp_path / "page.ipynb"
     before = write(page, text)
     with pytest.raises(WrongInput, match=says):
-        site.execute_page(page, ROOT)
+        site_outputs.execute_page(page, ROOT)
     assert page.read_text() == before
 
 
 def test_which_notebooks_are_executed(monkeypatch, capsys):
-    every = [p.relative_to(ROOT / "nbs").as_posix() for p in site.notebooks(ROOT, [])]
+    every = [p.relative_to(ROOT / "nbs").as_posix() for p in site_outputs.notebooks(ROOT, [])]
     assert "alignment/dpo.ipynb" in every and "workbench.ipynb" not in every and not [p for p in every if p.startswith("_")]
-    assert [p.stem for p in site.notebooks(ROOT, ["dpo", "nbs/reasoning/grpo.ipynb", "alignment/dpo"])] == ["dpo", "grpo"]
-    assert {p.parent.name for p in site.notebooks(ROOT, ["recipes"])} == {"recipes"}
+    assert [p.stem for p in site_outputs.notebooks(ROOT, ["dpo", "nbs/reasoning/grpo.ipynb", "alignment/dpo"])] == ["dpo", "grpo"]
+    assert {p.parent.name for p in site_outputs.notebooks(ROOT, ["recipes"])} == {"recipes"}
     with pytest.raises(WrongInput, match="polm_site execute nothing: no such notebook"):
-        site.notebooks(ROOT, ["nothing"])
+        site_outputs.notebooks(ROOT, ["nothing"])
 
     def page(path, root):
         if path.stem == "dpo":
             raise WrongInput("ValueError: no")
         return dict(seconds=1.0, bytes=2000, figures=2, pictures=[1000])
 
-    monkeypatch.setattr(site, "execute_page", page)
-    assert site.main(["execute", "dpo", "grpo"]) == 1
+    monkeypatch.setattr(site_outputs, "execute_page", page)
+    assert site_build.main(["execute", "dpo", "grpo"]) == 1
     said = capsys.readouterr().out.splitlines()
     assert [*sorted(said[:2]), *said[2:]] == [  # the first two as they end
         "nbs/alignment/dpo.ipynb: failed, left as it was: ValueError: no",
@@ -344,7 +349,7 @@ def test_which_notebooks_are_executed(monkeypatch, capsys):
         "1 figures have no picture; their outputs say why",
         "1 failed: nbs/alignment/dpo.ipynb",
     ]
-    assert site.main(["execute", "nothing"]) == 2
+    assert site_build.main(["execute", "nothing"]) == 2
 
 
 # ---- in a browser without a network
@@ -365,10 +370,10 @@ def browser():
 def test_a_page_of_the_site_draws_a_stored_figure(browser, tmp_path, run):
     from browsing import Page
 
-    figure = panels.panels(run, metrics=["loss", "reward"]).update_layout(title="</script><b>x")
-    texts = [site.figure_html(panels.figure_json(part), "") for part in (figure, figure)]  # twice the same: each has its place
+    figure = panels_panels.panels(run, metrics=["loss", "reward"]).update_layout(title="</script><b>x")
+    texts = [site_filter.figure_html(panels_figures.figure_json(part), "") for part in (figure, figure)]  # twice the same: each has its place
     (tmp_path / "page.html").write_text("<meta charset='utf-8'><body style='background:#fff'>" + "\n".join(texts))
-    site.finish(tmp_path)
+    site_build.finish(tmp_path)
     page = Page(browser)
     page.page.goto((tmp_path / "page.html").as_uri())
     page.wait_for(lambda: page.page.locator(".js-plotly-plot svg.main-svg .scatterlayer .trace").count() >= 4, what="the figures")
@@ -384,7 +389,7 @@ def test_the_one_page_of_a_run_draws_its_figures(browser, tmp_path, run):
     from browsing import Page
 
     page = Page(browser)
-    page.page.goto(panels.write_page([run, run], tmp_path / "panels.html", "Two runs").as_uri())
+    page.page.goto(panels_panels.write_page([run, run], tmp_path / "panels_panels.html", "Two runs").as_uri())
     page.wait_for(lambda: page.page.locator(".js-plotly-plot svg.main-svg .scatterlayer .trace").count() >= 12, what="the figures")
     shots = [part.screenshot() for part in page.page.locator(".js-plotly-plot").all()]
     asked = [u for u in page.asked if not u.startswith(("file:", "data:", "blob:"))]
@@ -438,7 +443,7 @@ def test_every_figure_of_a_notebook_shows_offline_and_untrusted(lab, name):
             ident = f"figure-{number}-{place}"
             lab.wait_for(lambda: lab.page.evaluate(FIND, [number, place, ident]), 20, f"the output of cell {number}")  # noqa: B023
             part = lab.page.locator(f"#{ident}")
-            until = time.monotonic() + (10 if site.FIGURE in found[0][2] else 1)
+            until = time.monotonic() + (10 if site_filter.FIGURE in found[0][2] else 1)
             while drawn(png := part.screenshot()) < 0.005 and time.monotonic() < until:
                 lab.page.wait_for_timeout(100)
             shown.append(round(drawn(png), 4))
@@ -453,7 +458,7 @@ def test_every_figure_of_a_notebook_shows_offline_and_untrusted(lab, name):
 @needs_pillow
 def test_a_figure_is_alive_under_the_pointer_and_where_it_has_no_picture(lab, run, painter):
     "A picture gives way to the figure when the pointer is over it; without a picture the figure is drawn at once. All of it untrusted, without a kernel."
-    made = [panels.figure_output(panels.panels(run, metrics=["loss", "kl", "reward"])) for _ in range(2)]
+    made = [panels_figures.figure_output(panels_panels.panels(run, metrics=["loss", "kl", "reward"])) for _ in range(2)]
     made[1].pop("image/png", None)
     page = json.loads(write(lab.folder / "made.ipynb", "1", "2"))
     for cell, data in zip(page["cells"], made):

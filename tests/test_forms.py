@@ -11,8 +11,11 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from polm_lab.core.knobs import WrongInput
-from polm_lab.core.models import load_model, model_path, quiet_libraries, save_model, skeleton, weight_names
-from polm_lab.core.weights import Weights, in_one_form, open_weights
+from polm_lab.models.load import load_model
+from polm_lab.models.sources import model_path, skeleton, weight_names
+from polm_lab.core.machine import quiet_libraries
+from polm_lab.models.save import save_model
+from polm_lab.models.weights import Weights, in_one_form, open_weights
 from polm_lab.integration.merge import merge_models, vector_table
 
 SIZES = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, bos_token_id=None, eos_token_id=1, pad_token_id=0)
@@ -149,7 +152,7 @@ def test_experts_one_by_one_merge_with_experts_in_one_tensor(bases, tmp_path, na
 
 def test_a_tied_model_merges_with_an_untied_one(bases, tmp_path):
     model = load_model(bases / "llama", "float32", "cpu", adapter="lora:r=2,target_modules=lm_head")
-    from polm_lab.core.models import merge_adapter
+    from polm_lab.models.attach import merge_adapter
 
     tune = save_model(merge_adapter(noisy(model.train(), 3, 0.01)), words(), tmp_path / "tune")
     assert not Weights(tune).config["tie_word_embeddings"]

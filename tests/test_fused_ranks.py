@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from polm_lab.integration.passages import fuse_ranks
+from polm_lab.integration.retrieval.passages import fuse_ranks
 
 
 def exact(rankings, constant=60):

@@ -11,16 +11,19 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from polm_lab.alignment.judges import read_constitution
+from polm_lab.rewards.judges import read_constitution
 from polm_lab.cli import _values
-from polm_lab.core.data import KINDS, _check, convert, read_file, standard
+from polm_lab.data.rows import KINDS
+from polm_lab.data.schema import check_row as _check, convert, standard
+from polm_lab.data.files import read_file
 from polm_lab.core.knobs import WrongInput
-from polm_lab.core.models import _config, _set_template, _weight_files
+from polm_lab.models.sources import read_config as _config, find_weight_files as _weight_files
+from polm_lab.models.tokenizers import _set_template
 from polm_lab.core.run import Run
-from polm_lab.core.weights import read_header
-from polm_lab.integration.documents import load_documents
-from polm_lab.integration.vocabulary import vocabulary
-from polm_lab.reasoning.tools import read_passages
+from polm_lab.models.weights import read_header
+from polm_lab.integration.retrieval.documents import load_documents
+from polm_lab.integration.merging.vocabulary import vocabulary
+from polm_lab.reasoning.refine.tools import read_passages
 
 FILES = 1000  # of each reader
 

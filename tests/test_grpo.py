@@ -10,18 +10,19 @@ from conftest import ROOT
 from trl import GRPOConfig, GRPOTrainer
 
 import polm_lab as lab
-from polm_lab.core import onpolicy
-from polm_lab.core.data import collate
-from polm_lab.core.evaluate import as_example, quiet
+from polm_lab.training import onpolicy
+from polm_lab.data.batches import collate
+from polm_lab.training.evaluate import as_example, quiet
 from polm_lab.core.knobs import WrongInput
-from polm_lab.core.logprobs import Policy
+from polm_lab.models.logprobs import Policy
 from polm_lab.core.metrics import metric
-from polm_lab.core.models import load_model, load_tokenizer
-from polm_lab.core.train import Meter
+from polm_lab.models.load import load_model
+from polm_lab.models.tokenizers import load_tokenizer
+from polm_lab.training.loop import Meter
 from polm_lab.reasoning import grpo
 from polm_lab.reasoning.grpo import GRPO, KLS, LOSSES, batch_loss, loss_weight, summed_loss, token_loss, trl_config
-from polm_lab.reasoning.rewards import parse_rewards
-from polm_lab.workbench.launch import create, execute
+from polm_lab.rewards.functions import parse_rewards
+from polm_lab.training.chain import create, execute
 
 SHORT = dict(steps=3, batch_size=8, samples=4, eval_rows=2, max_new_tokens=8, device="cpu", dtype="float32", save_every=0)
 
@@ -124,7 +125,7 @@ def weights(run):
 
 def test_two_runs_are_equal_to_the_bit_and_the_record_is_whole():
     first, second = (lab.run("grpo", **SHORT, updates=2, rewards="correct:1,format:0.5") for _ in range(2))
-    assert weights(first) == weights(second) and weights(first) != (lab.core.models.model_path("tiny") / "model.safetensors").read_bytes()
+    assert weights(first) == weights(second) and weights(first) != (lab.models.sources.model_path("tiny") / "model.safetensors").read_bytes()
     drop = ("seconds", "tokens_per_second", "memory_mib")
     assert [{k: v for k, v in row.items() if k not in drop} for row in first.lines()] == [{k: v for k, v in row.items() if k not in drop} for row in second.lines()]
     names = {name for row in [*first.lines(), *first.summary.values()] for name in row} - {"step", "seconds"}

@@ -12,7 +12,7 @@ from conftest import POLM
 
 import polm_lab as lab
 from polm_lab.cli import polm
-from polm_lab.core.models import model_path
+from polm_lab.models.sources import model_path
 from polm_lab.core.run import all_runs
 
 PAIR = {"prompt": "1+1=", "chosen": "2", "rejected": "3"}
@@ -264,7 +264,7 @@ def test_a_loss_that_is_not_finite_keeps_its_batch(runs):
 
     from polm_lab.core.knobs import Settings
     from polm_lab.core.run import Run
-    from polm_lab.core.train import fit
+    from polm_lab.training.loop import fit
 
     run, batch = Run.create("line", {"steps": 3}), dict(x=torch.tensor([[1.0], [2.0]]), weight=2)
     with pytest.raises(FloatingPointError, match="step 1"), run.active():

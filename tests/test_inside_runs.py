@@ -5,14 +5,16 @@ import math
 import pytest
 import torch
 
-from polm_lab.core import check, data
-from polm_lab.core.evaluate import Evaluation, mean_nll, perplexity, with_rows
-from polm_lab.core.data import encode
-from polm_lab.core.logprobs import Policy
+from polm_lab.training import conformance as check
+from polm_lab.data import rows as data
+from polm_lab.training.evaluate import Evaluation, mean_nll, perplexity, with_rows
+from polm_lab.data.encode import encode
+from polm_lab.models.logprobs import Policy
 from polm_lab.core.method import find
-from polm_lab.core.models import load_model, load_tokenizer
-from polm_lab.core.onpolicy import group_advantages, leave_one_out
-from polm_lab.core.worlds import WORLDS
+from polm_lab.models.load import load_model
+from polm_lab.models.tokenizers import load_tokenizer
+from polm_lab.training.onpolicy import group_advantages, leave_one_out
+from polm_lab.data.tasks import WORLDS
 
 # A large learning rate moves the policy away from its reference in a step or two, so that the KL weighs as much as the reward.
 FAR = dict(data="sums", steps=3, batch_size=8, samples=4, max_new_tokens=12, eval_rows=2, save_every=0, learning_rate=3e-3, schedule="constant", updates=1)

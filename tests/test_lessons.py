@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from polm_lab.core.chain import create
+from polm_lab.training.chain import create
 from polm_lab.core.run import Run
-from polm_lab.workbench import launch
+from polm_lab.runner import launch
 
 FAILED = SimpleNamespace(ename="AssertionError", evalue="it does not hold\nmore")
 

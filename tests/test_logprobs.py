@@ -8,7 +8,7 @@ from transformers import (AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2
                           Qwen3Config)
 
 from polm_lab.core.knobs import WrongInput
-from polm_lab.core.logprobs import Policy, Readout, dense_kl, dense_logprobs, full_kl, selected_logprobs
+from polm_lab.models.logprobs import Policy, Readout, dense_kl, dense_logprobs, full_kl, selected_logprobs
 
 SMALL = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 FAMILIES = {
@@ -171,7 +171,7 @@ def test_low_precision_keeps_fp32_statistics():
 
 def test_products_in_bf16(monkeypatch):
     "The route that a GPU takes: bf16 products, fp32 statistics."
-    import polm_lab.core.logprobs as module
+    import polm_lab.models.logprobs as module
     monkeypatch.setattr(module, "_product_dtype", lambda *tensors: torch.bfloat16)
     hidden, weight, bias, targets = inputs(torch.float32, n=40, width=16, vocab=300)
     leaves = [(t.detach() * 0.3).requires_grad_() for t in (hidden, weight, bias)]
@@ -295,7 +295,7 @@ def test_no_targets_at_all():
 
 
 def test_only_targets_reach_the_head(monkeypatch):
-    import polm_lab.core.logprobs as module
+    import polm_lab.models.logprobs as module
     seen, inner = [], module._blocks
     monkeypatch.setattr(module, "_blocks", lambda hidden, *rest: seen.append(len(hidden)) or inner(hidden, *rest))
     ids, real, target = batch()

@@ -11,13 +11,15 @@ from safetensors.torch import load_file, save_file
 
 import polm_lab as lab
 from polm_lab.core.knobs import WrongInput
-from polm_lab.core.models import load_tokenizer, model_path, save_model
-from polm_lab.core.weights import Weights
+from polm_lab.models.tokenizers import load_tokenizer
+from polm_lab.models.sources import model_path
+from polm_lab.models.save import save_model
+from polm_lab.models.weights import Weights
 from polm_lab.integration import fuse as page
 from polm_lab.integration.fuse import ensemble, fisher_information, fisher_mean, greedy_soup, input_grams, merged_state, regmean
 from polm_lab.integration.merge import TECHNIQUES, examine, merge_models, weight_rules
-from polm_lab.integration.vectors import Trim, dare, della, della_density, disjoint_mean, kth_largest, linear, metagpt_weights, slerp, ties, trim
-from polm_lab.integration.vocabulary import vocabulary
+from polm_lab.integration.merging.vectors import Trim, dare, della, della_density, disjoint_mean, kth_largest, linear, metagpt_weights, slerp, ties, trim
+from polm_lab.integration.merging.vocabulary import vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -313,8 +315,8 @@ def test_regmean_is_least_squares():
 
 
 def test_grams_fishers_and_coefficients_are_what_they_say():
-    from polm_lab.core.logprobs import Policy
-    from polm_lab.core.models import load_model
+    from polm_lab.models.logprobs import Policy
+    from polm_lab.models.load import load_model
 
     policy, words = Policy(load_model("tiny", "float32", "cpu")), load_tokenizer("tiny")
     rows = [{"input_ids": [5, 9, 33, 2], "target_mask": [0, 0, 1, 1]}, {"input_ids": [7, 8, 9, 10, 11, 2], "target_mask": [0, 1, 1, 1, 1, 1]}]
@@ -381,7 +383,7 @@ def test_a_stopped_merge_leaves_no_model(models, runs):
 
 SLOW = """
 import sys, time
-from polm_lab.core.chain import create, execute
+from polm_lab.training.chain import create, execute
 from polm_lab.integration import merge as page
 plain = page.add_up
 def slow(*words):
@@ -409,7 +411,7 @@ FILLED = """
 mount -t tmpfs -o size=9m tmpfs {disk} && head -c 4M /dev/zero > {disk}/other
 {python} - <<'END'
 import shutil
-from polm_lab.core.chain import create, execute
+from polm_lab.training.chain import create, execute
 from polm_lab.core.run import all_runs
 free = shutil.disk_usage
 shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40)  # there was room when the run began; somebody else took it

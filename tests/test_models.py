@@ -15,10 +15,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from polm_lab.core.knobs import WrongInput
-from polm_lab.core.models import (
-    CHAT_TEMPLATES, adapter_names, built_in_models, count_parameters, data_folder, has_chat_template, load_model, load_tokenizer, model_path,
-    parse_adapter, pick_device, pick_dtype, save_model, size_mib,
-)  # fmt: skip
+from polm_lab.models.tokenizers import CHAT_TEMPLATES, has_chat_template, load_tokenizer
+from polm_lab.models.attach import adapter_names, count_parameters, parse_adapter, size_mib
+from polm_lab.models.sources import built_in_models, model_path
+from polm_lab.core.machine import data_folder, pick_device, pick_dtype
+from polm_lab.models.load import load_model
+from polm_lab.models.save import save_model  # fmt: skip
 
 IDS = torch.tensor([[0, 40, 41, 42, 43, 44]])
 CPU = dict(dtype="float32", device="cpu")
@@ -231,7 +233,7 @@ def test_hub_cache_by_environment(small, tmp_path):
     shutil.copytree(small, repo / "snapshots" / revision)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(revision)
-    code = "from polm_lab.core.models import *; print(count_parameters(load_model('org/small', device='cpu')), len(load_tokenizer('org/small')))"
+    code = "from polm_lab.models.attach import *; from polm_lab.models.load import *; from polm_lab.models.tokenizers import *; print(count_parameters(load_model('org/small', device='cpu')), len(load_tokenizer('org/small')))"
     env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     env.pop("HF_HUB_CACHE", None)
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
@@ -301,7 +303,7 @@ def test_failed_save_leaves_the_old_model(small, tmp_path):
 def test_killed_save_leaves_no_half_model(small, tmp_path):
     "A process that saves over and over is killed at some instant: what stands there is one whole model, or nothing."
     code = (
-        "import sys, torch; from polm_lab.core.models import *; m = load_model(sys.argv[1], device='cpu', dtype='float32'); t = load_tokenizer(sys.argv[1])\n"
+        "import sys, torch; from polm_lab.models.load import *; from polm_lab.models.tokenizers import *; m = load_model(sys.argv[1], device='cpu', dtype='float32'); t = load_tokenizer(sys.argv[1])\n"
         "for i in range(10**6):\n    [p.data.fill_(i % 100) for p in m.parameters()]; save_model(m, t, sys.argv[2]); print(i, flush=True)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(small), str(tmp_path / "model")], stdout=subprocess.PIPE, text=True)
@@ -412,5 +414,5 @@ def test_loading_is_quiet_and_leaves_the_random_state(small, capfd):
 
 
 def test_models_imports_without_torch():
-    code = "import sys, polm_lab.core.models; print([m for m in ('torch', 'transformers', 'peft', 'huggingface_hub') if m in sys.modules])"
+    code = "import sys, polm_lab.models.load, polm_lab.models.save; print([m for m in ('torch', 'transformers', 'peft', 'huggingface_hub') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -11,11 +11,11 @@ import pytest
 from conftest import POLM
 
 from polm_lab.cli import polm
-from polm_lab.core.data import read_file, read_text
-from polm_lab.core.evaluate import last_number, matches
+from polm_lab.data.files import read_file, read_text
+from polm_lab.training.evaluate import last_number, matches
 from polm_lab.core.knobs import WrongInput, nearest
-from polm_lab.integration.documents import load_documents
-from polm_lab.reasoning.rewards import parse_rewards
+from polm_lab.integration.retrieval.documents import load_documents
+from polm_lab.rewards.functions import parse_rewards
 
 # Words
 

@@ -5,12 +5,22 @@ import math
 import pytest
 import torch
 
-from polm_lab.alignment import dpo, epic, ppo, reward, rloo
-from polm_lab.core import evaluate, logprobs, onpolicy, train
-from polm_lab.efficiency import adapters, prune, sparse
+from polm_lab.alignment import dpo, ppo, rloo
+from polm_lab.rewards import distance as epic
+from polm_lab.alignment import reward as reward_reward
+from polm_lab.rewards import learned as reward_learned
+from polm_lab.training import evaluate
+from polm_lab.models import logprobs
+from polm_lab.training import onpolicy
+from polm_lab.training import loop as train
+from polm_lab.efficiency import prune
+from polm_lab.efficiency.adaptation import formulas as adapters
+from polm_lab.efficiency.compression import sparse
 from polm_lab.finetuning import sft
-from polm_lab.integration import fuse, reader, retriever, vectors
-from polm_lab.reasoning import grpo, rewards
+from polm_lab.integration import fuse, reader, retriever
+from polm_lab.integration.merging import vectors
+from polm_lab.reasoning import grpo
+from polm_lab.rewards import functions as rewards
 from polm_lab.recipes import overoptimization
 
 
@@ -47,14 +57,14 @@ def test_dpo():
 
 def test_reward_model():
     loss = -0.8 * math.log(sigmoid(1.5 - 0.25)) - 0.2 * math.log(sigmoid(-1.5 - 0.25)) + 0.01 * (1.0 - 0.5) ** 2
-    close(reward.reward_loss(t(1.0), t(-0.5), 0.25, 0.2, 0.01), [loss])
-    table, error = reward.calibration(t(2.0, -2.0, 0.1), bins=2)
+    close(reward_reward.reward_loss(t(1.0), t(-0.5), 0.25, 0.2, 0.01), [loss])
+    table, error = reward_reward.calibration(t(2.0, -2.0, 0.1), bins=2)
     sure, unsure = sigmoid(2.0), sigmoid(0.1)
     assert [row["pairs"] for row in table] == [1, 2]
     close(error, (1 * (1 - unsure) + 2 * abs(0.5 - sure)) / 3)
-    close(reward.length_bias(t(1.0, 1.0, -1.0, 1.0), t(3, 2, 1, 0)), 2 / 3 - 1.0)
-    close(reward.together(torch.tensor([[1.0, 4.0], [3.0, 0.0]])), [2.0, 2.0])
-    close(reward.together(torch.tensor([[1.0, 4.0], [3.0, 0.0]]), "min"), [1.0, 0.0])
+    close(reward_reward.length_bias(t(1.0, 1.0, -1.0, 1.0), t(3, 2, 1, 0)), 2 / 3 - 1.0)
+    close(reward_learned.together(torch.tensor([[1.0, 4.0], [3.0, 0.0]])), [2.0, 2.0])
+    close(reward_learned.together(torch.tensor([[1.0, 4.0], [3.0, 0.0]]), "min"), [1.0, 0.0])
 
 
 def test_distances_of_rewards():

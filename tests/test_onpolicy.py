@@ -7,18 +7,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from polm_lab.core.data import Row, load_data
+from polm_lab.data.rows import Row
+from polm_lab.data.load import load_data
 from polm_lab.core.knobs import WrongInput
-from polm_lab.core.logprobs import Policy
-from polm_lab.core.models import load_model, load_tokenizer
-from polm_lab.core.onpolicy import (Group, OnPolicy, Sampled, beside, clipped_objective, draw_groups, group_advantages, kl_estimate, leave_one_out, make_batches, masked_moments,
-                                    recorded_steps, sample_rows, sequence_kl, whiten)  # fmt: skip
+from polm_lab.models.logprobs import Policy
+from polm_lab.models.load import load_model
+from polm_lab.models.tokenizers import load_tokenizer
+from polm_lab.training.onpolicy import Group, OnPolicy, Sampled, beside, clipped_objective, draw_groups, group_advantages
+from polm_lab.training.onpolicy import kl_estimate, leave_one_out, make_batches, masked_moments, recorded_steps, sample_rows, sequence_kl, whiten  # fmt: skip
 from polm_lab.core.run import Run
-from polm_lab.core.train import Meter
-from polm_lab.core.worlds import WORLDS
+from polm_lab.training.loop import Meter
+from polm_lab.data.tasks import WORLDS
 from polm_lab.reasoning.grpo import what_if_advantages, what_if_kl
-from polm_lab.reasoning.rewards import as_judge, make_rewards
-from polm_lab.workbench.cockpit import history_html, token_ids
+from polm_lab.rewards.functions import as_judge, make_rewards
+from polm_lab.workbench.tokens import history_html, token_ids
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ from polm_lab.core.knobs import WrongInput
 from polm_lab.core.metrics import METRICS
 from polm_lab.core.run import Run
 from polm_lab.workbench.compare import Compare, export_figure, family_tree, leaderboard, lineage, report, run_rows, same_prompt, settings_difference
-from polm_lab.workbench.panels import advantage_histogram, explain, frontier, grouped, library, panels, plain, sample_texts, write_page
+from polm_lab.workbench.panels import advantage_histogram, explain, frontier, grouped, panels, plain, sample_texts, write_page
+from polm_lab.workbench.figures import library
 from polm_lab.workbench.record import Record, smooth, thin
 from polm_lab.workbench.watch import Watch
 

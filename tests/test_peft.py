@@ -3,9 +3,9 @@
 import pytest
 
 import polm_lab as lab
-from polm_lab.core.chain import create, execute
+from polm_lab.training.chain import create, execute
 from polm_lab.core.knobs import WrongInput
-from polm_lab.core.models import adapter_names
+from polm_lab.models.attach import adapter_names
 from polm_lab.efficiency.peft import NEEDS, RATES, adapter_list, pareto
 
 SHORT = dict(steps=2, batch_size=4, eval_rows=4)

@@ -7,18 +7,19 @@ import torch
 
 import polm_lab as lab
 from polm_lab.alignment import ppo
-from polm_lab.alignment.ppo import (DETAILS, PPO, ActorCritic, batch_loss, deal, experience, exploration, gae, learned_reward, load_critic, parse_details, parse_value, read_values,
-                                    steer, table, token_rewards, value_loss, what_if, with_experience)  # fmt: skip
-from polm_lab.core.chain import create, execute, stage
-from polm_lab.core.data import load_data
+from polm_lab.alignment.ppo import DETAILS, PPO, ActorCritic, batch_loss, deal, experience, exploration, gae, learned_reward
+from polm_lab.alignment.ppo import load_critic, parse_details, parse_value, read_values, steer, table, token_rewards, value_loss, what_if, with_experience  # fmt: skip
+from polm_lab.training.chain import create, execute, stage
+from polm_lab.data.load import load_data
 from polm_lab.core.knobs import WrongInput
-from polm_lab.core.logprobs import Policy
-from polm_lab.core.models import load_model, load_tokenizer
-from polm_lab.core.onpolicy import draw_groups, make_batches, token_stats
+from polm_lab.models.logprobs import Policy
+from polm_lab.models.load import load_model
+from polm_lab.models.tokenizers import load_tokenizer
+from polm_lab.training.onpolicy import draw_groups, make_batches, token_stats
 from polm_lab.core.run import Run, Stopped
-from polm_lab.core.train import Meter
-from polm_lab.core.worlds import WORLDS
-from polm_lab.reasoning.rewards import as_judge, make_rewards
+from polm_lab.training.loop import Meter
+from polm_lab.data.tasks import WORLDS
+from polm_lab.rewards.functions import as_judge, make_rewards
 
 SHORT = dict(steps=4, batch_size=8, value="own", rewards="correct", data="sums", eval_rows=2, max_new_tokens=8, device="cpu", dtype="float32", save_every=0, minibatches=2, epochs=2,
              details="whiten_advantages,normalize,clip_value,missing_eos,adaptive_kl:0.001,entropy,explore")  # fmt: skip

@@ -8,12 +8,16 @@ import torch
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import polm_lab as lab
-from polm_lab.core import models
-from polm_lab.core.blocks import blocks_of, calibration, hold_zeros, read_inputs, walk, zeros
+from polm_lab.models import save as models
+from polm_lab.models.layers import blocks_of, hold_zeros, zeros
+from polm_lab.training.layerwise import calibration, read_inputs, walk
 from polm_lab.core.knobs import WrongInput
-from polm_lab.core.models import load_model, load_tokenizer
-from polm_lab.efficiency.prune import Prune, parse_pattern, prune_model, smallest, sparsegpt, swap, wanda_score
-from polm_lab.efficiency.slim import cut_widths, fold_norms, principal, rebuild, rotate, slice_model, stream_covariances
+from polm_lab.models.load import load_model
+from polm_lab.models.tokenizers import load_tokenizer
+from polm_lab.efficiency.prune import Prune, prune_model
+from polm_lab.efficiency.compression.sparse import parse_pattern, smallest, sparsegpt, swap, wanda_score
+from polm_lab.efficiency.slim import cut_widths, fold_norms, principal, rotate, slice_model, stream_covariances
+from polm_lab.efficiency.compression.cuts import rebuild
 
 SMALL = dict(samples=4, eval_rows=4, device="cpu", dtype="float32")
 

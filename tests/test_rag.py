@@ -18,11 +18,14 @@ from serving import Endpoint, endpoint
 
 import polm_lab as lab
 from polm_lab.core.knobs import WrongInput
-from polm_lab.core.logprobs import Policy
-from polm_lab.core.models import load_model, load_tokenizer
-from polm_lab.integration.documents import cut, cut_documents, holds, load_documents, open_library
-from polm_lab.integration.passages import HOWS, Encoder, Index
-from polm_lab.core.data import Order
+from polm_lab.models.logprobs import Policy
+from polm_lab.models.load import load_model
+from polm_lab.models.tokenizers import load_tokenizer
+from polm_lab.integration.retrieval.text import cut, cut_documents, holds
+from polm_lab.integration.retrieval.documents import load_documents
+from polm_lab.integration.retrieval.library import open_library
+from polm_lab.integration.retrieval.passages import HOWS, Encoder, Index
+from polm_lab.data.batches import Order
 from polm_lab.integration.rag import EndpointReader, LocalReader, Rag, altered, exact_match
 from polm_lab.integration.reader import Pair, each_loss, reading_batch, sequence_loss, token_loss
 from polm_lab.integration.retriever import DualEncoder, Retriever, contrastive_loss, distillation_loss, encode_texts, in_batch, states_answer, teach, vectors_of
@@ -202,7 +205,7 @@ def test_an_updated_index_equals_one_built_afresh(tiny_encoder, tmp_path):
 
 SAVES = """
 import sys
-from polm_lab.integration.passages import Index
+from polm_lab.integration.retrieval.passages import Index
 old, new = ([{"id": f"{w}{i}", "text": f"{w} {i}"} for i in range(3000)] for w in ("old", "new"))
 both = [Index(old), Index(new)]
 print("begin", flush=True)
@@ -347,7 +350,7 @@ server = endpoint(Endpoint)
 
 def test_endpoints_that_fail_end_in_one_line(server):
     index = Index([{"id": "a", "text": "Adran plays the lute."}])
-    ask = lambda: Rag(index, EndpointReader(server.url, "m", (), key="sk-secret", tries=2, pause=0.01), "bm25", reading="together")(["What does Adran play?"])[0]
+    ask = lambda: Rag(index, EndpointReader(server.url, "m", key="sk-secret", tries=2, pause=0.01), "bm25", reading="together")(["What does Adran play?"])[0]
     server.says = "The lute [1]."
     for fails, word in ([401], "401"), ([500, 500], "500"), (["<html>"] * 2, "malformed"), (['{"choices": []}'] * 2, "malformed"), ([404], "404"):
         server.fails[:] = fails

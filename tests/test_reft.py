@@ -6,12 +6,13 @@ import time
 import pytest
 
 import polm_lab as lab
-from polm_lab.core.chain import create, execute
+from polm_lab.training.chain import create, execute
 from polm_lab.core.knobs import WrongInput
 from polm_lab.core.run import Run, Stopped, open_run
-from polm_lab.finetuning.reft import ReFT, best, load_questions, majority, result_of, right_and_wrong
+from polm_lab.finetuning.reft import ReFT, best, load_questions, majority, right_and_wrong
+from polm_lab.training.evaluate import result_of
 from polm_lab.finetuning.reft import tested as figures  # pytest takes names that begin with test for its own
-from polm_lab.workbench.launch import running_part
+from polm_lab.runner.launch import running_part
 
 SHORT = dict(questions=8, warmup_steps=2, steps=2, batch_size=4, samples=2, judge_steps=1, votes=2, prompts=4, max_new_tokens=12, device="cpu", dtype="float32")
 

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 import polm_lab as lab
-from polm_lab.alignment.reward import (RewardModel, Scorer, calibration, encode_pairs, encode_sides, length_bias, load_reward, margin_of, members, pair_metrics, reward_loss, score_rows,
-                                       together, trl_rows)  # fmt: skip
-from polm_lab.core.data import load_data
+from polm_lab.alignment.reward import RewardModel, calibration, encode_pairs, length_bias, margin_of, pair_metrics, reward_loss, trl_rows
+from polm_lab.rewards.learned import Scorer, encode_sides, load_reward, members, score_rows, together  # fmt: skip
+from polm_lab.data.load import load_data
 from polm_lab.core.knobs import WrongInput
-from polm_lab.core.models import load_model, load_tokenizer
-from polm_lab.reasoning.rewards import make_rewards, short_name
+from polm_lab.models.load import load_model
+from polm_lab.models.tokenizers import load_tokenizer
+from polm_lab.rewards.functions import make_rewards, short_name
 
 SHORT = dict(data="sums", steps=3, batch_size=4, eval_rows=4, max_length=64, device="cpu", dtype="float32", learning_rate=1e-3, warmup=0.0)
 CHAT = [[dict(role="user", content="How do I make tea?")]] * 2

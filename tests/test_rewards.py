@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from polm_lab.core.evaluate import scorer
+from polm_lab.training.evaluate import scorer
 from polm_lab.core.knobs import WrongInput
-from polm_lab.core.worlds import WORLDS
-from polm_lab.reasoning.rewards import (Reward, as_completions, call_rewards, consistency_reward, dialogue_reward, dry_run, for_trl, format_reward, length_reward, make_rewards, parse_rewards,
-                                        repetition_reward, short_name, steps_reward, try_rewards)  # fmt: skip
+from polm_lab.data.tasks import WORLDS
+from polm_lab.rewards.functions import Reward, call_rewards, consistency_reward, dialogue_reward, dry_run, for_trl, format_reward
+from polm_lab.rewards.functions import length_reward, make_rewards, parse_rewards, repetition_reward, short_name, steps_reward, try_rewards
+from polm_lab.data.messages import as_completions  # fmt: skip
 
 ROWS = WORLDS["sums"].rows("prompt", 4)
 

@@ -14,16 +14,20 @@ from conftest import POLM
 from serving import Endpoint, endpoint
 
 import polm_lab as lab
-from polm_lab.alignment import judges as page
-from polm_lab.alignment.dpo import dpo_loss, encode_pairs, pair_batches
-from polm_lab.alignment.judges import (ContrastJudge, EndpointJudge, Kept, Label, ModelJudge, both_orders, kept_judge, label_pairs, make_judge, parse_judge, principle_of,
-                                       read_constitution, read_key, seconds_asked, verdict)  # fmt: skip
+from polm_lab.rewards import endpoint as page_endpoint
+from polm_lab.rewards import judges as page_judges
+from polm_lab.alignment.dpo import dpo_loss, encode_pairs
+from polm_lab.training.pairwise import pair_batches
+from polm_lab.rewards.judges import ContrastJudge, EndpointJudge, Label, ModelJudge, both_orders, kept_judge
+from polm_lab.rewards.judges import label_pairs, make_judge, parse_judge, principle_of, read_constitution, verdict
+from polm_lab.rewards.endpoint import Kept, read_key, seconds_asked  # fmt: skip
 from polm_lab.alignment.rlaif import RLAIF, judge_reward, label_facts, preference_rows, revise
-from polm_lab.core.data import load_data
+from polm_lab.data.load import load_data
 from polm_lab.core.knobs import WrongInput
-from polm_lab.core.logprobs import Policy
-from polm_lab.core.models import load_model, load_tokenizer
-from polm_lab.core.evaluate import scorer
+from polm_lab.models.logprobs import Policy
+from polm_lab.models.load import load_model
+from polm_lab.models.tokenizers import load_tokenizer
+from polm_lab.training.evaluate import scorer
 from polm_lab.core.run import Run, Stopped, all_runs, read_lines
 
 KEY = "sk-Very+Secret/0123456789abcdef"
@@ -125,7 +129,7 @@ def test_soft_labels_reach_the_loss():
 
 def test_a_local_reader_gives_the_share_of_the_letters(tiny):
     judge, row = ModelJudge(*tiny, CONSTITUTION), load_data("chat#1", "prompt")[0]
-    prompt = [page.user(page.QUESTION.format(request=row["prompt"][-1]["content"], a="Yes.", b="No.", principle="Be polite."))]
+    prompt = [page_judges.user(page_judges.QUESTION.format(request=row["prompt"][-1]["content"], a="Yes.", b="No.", principle="Be polite."))]
     a, b = (math.exp(v) for v in judge.logps([dict(prompt=prompt, completion=[dict(role="assistant", content=letter)]) for letter in "AB"]))
     assert math.isclose(judge(row, "Yes.", "No."), a / (a + b), rel_tol=1e-4)
 
@@ -187,7 +191,7 @@ def test_verdicts_as_servers_write_them():
     assert verdict(choice("B.", token("**B", 0.9), token("I", 0.1))) == (0.0, True)
     assert [verdict(choice(text)) for text in ("A", "**B**", "Reply A does.", "The answer: B")] == [(1.0, False), (0.0, False), (1.0, False), (0.0, False)]
     for text in ("", None, "Both A and B", "I cannot say", "about"):
-        with pytest.raises(page.Unreadable):
+        with pytest.raises(page_endpoint.Unreadable):
             verdict(choice(text))
     with pytest.raises(ValueError):
         verdict(choice("A", token("A", 0.5) | {"logprob": float("nan")}))
@@ -346,13 +350,13 @@ def test_no_label_is_lost_and_none_is_asked_twice(server, runs, monkeypatch):
     settings = QUICK | dict(judge=server.spec, tries=2, prompts=24)
     whole = lab.run("rlaif", **settings)
     needed = server.asked
-    server.asked, monkeypatched = 0, EndpointJudge.post
-    monkeypatch.setattr(EndpointJudge, "post", lambda self, *a: (setattr(server, "fails", [503] * 99) if server.asked >= 9 else None, monkeypatched(self, *a))[1])
+    server.asked, monkeypatched = 0, page_endpoint.Endpoint.post
+    monkeypatch.setattr(page_endpoint.Endpoint, "post", lambda self, *a: (setattr(server, "fails", [503] * 99) if server.asked >= 9 else None, monkeypatched(self, *a))[1])
     says(lab.run, "rlaif", **settings)
     run = next(r for r in all_runs(runs) if r.status == "failed")
     kept = len(read_lines(run.path / "labels.jsonl"))
     assert "503" in run.read()["reason"] and "2 tries" in run.read()["reason"] and 0 < kept < needed
-    monkeypatch.setattr(EndpointJudge, "post", monkeypatched)
+    monkeypatch.setattr(page_endpoint.Endpoint, "post", monkeypatched)
     server.fails, server.asked = [], 0
     with open(run.path / "labels.jsonl", "a") as file:
         file.write('{"key": "torn')
@@ -477,7 +481,7 @@ def test_a_reward_model_learns_the_labels_and_ppo_climbs_it(runs):
 
 
 def test_revision_asks_for_a_critique_and_then_for_the_answer(server):
-    judge, row = server.judge(), dict(prompt=[page.user("How?")])
+    judge, row = server.judge(), dict(prompt=[page_judges.user("How?")])
     found = revise(judge, row, "Ugh.", 3)
     first, second = (body["messages"] for body in server.bodies)
     assert [m["role"] for m in second] == ["user", "assistant", "user", "assistant", "user"] and second[:3] == first and first[1]["content"] == "Ugh."

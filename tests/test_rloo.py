@@ -11,18 +11,19 @@ from trl import RLOOConfig, RLOOTrainer
 
 import polm_lab as lab
 from polm_lab.alignment.rloo import ESTIMATORS, RLOO, answer_advantages, answer_loss, batch_loss, spread_over_tokens, token_advantages, token_loss, trl_config
-from polm_lab.core.data import load_data
-from polm_lab.core.evaluate import scorer
+from polm_lab.data.load import load_data
+from polm_lab.training.evaluate import scorer
 from polm_lab.core.knobs import WrongInput
-from polm_lab.core.logprobs import Policy
+from polm_lab.models.logprobs import Policy
 from polm_lab.core.metrics import metric
-from polm_lab.core.models import load_model, load_tokenizer
-from polm_lab.core.onpolicy import draw_groups, make_batches, refer, sequence_kl
-from polm_lab.core.rollout import end_tokens
+from polm_lab.models.load import load_model
+from polm_lab.models.tokenizers import load_tokenizer
+from polm_lab.training.onpolicy import draw_groups, make_batches, refer, sequence_kl
+from polm_lab.models.rollout import end_tokens
 from polm_lab.core.run import Run, Stopped
-from polm_lab.core.train import Meter
-from polm_lab.reasoning.rewards import as_judge, for_trl, make_rewards
-from polm_lab.workbench.launch import create, execute
+from polm_lab.training.loop import Meter
+from polm_lab.rewards.functions import as_judge, for_trl, make_rewards
+from polm_lab.training.chain import create, execute
 
 SHORT = dict(steps=3, batch_size=8, samples=4, eval_rows=2, max_new_tokens=8, device="cpu", dtype="float32", save_every=0)
 
@@ -177,7 +178,7 @@ def test_each_estimator_repeats_to_the_bit_stops_and_goes_on(estimator, tmp_path
     assert again.status == "stopped"
     again = Run(again.path)
     execute(again)
-    assert weights(first) == weights(again) and weights(first) != (lab.core.models.model_path("tiny") / "model.safetensors").read_bytes()
+    assert weights(first) == weights(again) and weights(first) != (lab.models.sources.model_path("tiny") / "model.safetensors").read_bytes()
     assert first.lines("samples") == again.lines("samples")
     names = {name for row in [*first.lines(), *first.summary.values()] for name in row} - {"step", "seconds"}
     assert all(map(metric, names)) and {"reward", "reward_std", "kl", "entropy", "clip_fraction", "ratio_max", "advantage_std", "length", "zero_std_groups"} <= names

@@ -8,9 +8,10 @@ import torch
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from polm_lab.core import rollout as module
+from polm_lab.models import cache as module
 from polm_lab.core.knobs import WrongInput
-from polm_lab.core.rollout import Stops, end_tokens, narrow, pick, rollout, row_seeds, uniforms
+from polm_lab.models.rollout import Stops, end_tokens, rollout
+from polm_lab.models.sampling import narrow, pick, row_seeds, uniforms
 
 hf.utils.logging.set_verbosity_error()
 COMMON = dict(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

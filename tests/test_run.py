@@ -171,7 +171,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
 
 def test_a_run_records_its_dtype_and_goes_on_with_it(tmp_path):
     "auto is resolved once; a run that began in bf16, on another machine, goes on in bf16."
-    from polm_lab.core.chain import create, execute
+    from polm_lab.training.chain import create, execute
 
     settings, loss = dict(data="sums", steps=1, batch_size=2, eval_rows=2, max_length=64, device="cpu"), []
     for asked, found in (("auto", "float32"), ("bfloat16", "bfloat16")):

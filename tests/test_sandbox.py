@@ -21,8 +21,9 @@ import pytest
 from conftest import ROOT
 
 from polm_lab.core.knobs import WrongInput
-from polm_lab.core.sandbox import Pool, assertions, check_humaneval, check_mbpp, code_in, isolator, run_code
-from polm_lab.core.worlds import WORLDS
+from polm_lab.rewards.sandbox import Pool, isolator, run_code
+from polm_lab.rewards.verifiers import assertions, check_humaneval, check_mbpp, code_in
+from polm_lab.data.tasks import WORLDS
 
 SECRET = "the-canary-sings"
 NUMBERS = "ptrace process_vm_readv pidfd_open mount umount2 pivot_root chroot unshare setns bpf perf_event_open userfaultfd io_uring_setup keyctl add_key memfd_create shmget open_by_handle_at capset reboot init_module kexec_load swapon clone3 clone fork vfork mq_open inotify_init1 name_to_handle_at sched_setaffinity setpriority personality seccomp quotactl acct"
@@ -493,7 +494,7 @@ def test_pool_keeps_order_and_contains_each():
 
 def test_a_host_that_is_killed_takes_its_executions_along(tmp_path):
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where the tests run in the background
-    code += "import polm_lab.core.sandbox as s; s.isolator(); print('ready', flush=True); s.run_code('import time\\nwhile True: time.sleep(1)', seconds=600)"
+    code += "import polm_lab.rewards.sandbox as s; s.isolator(); print('ready', flush=True); s.run_code('import time\\nwhile True: time.sleep(1)', seconds=600)"
     for kill in (signal.SIGKILL, signal.SIGINT):
         host = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT)
         assert host.stdout.readline() == b"ready\n"
@@ -550,7 +551,7 @@ def test_wrong_limits(values, said):
 
 def refusal(**environment):
     "What a process says that wants to run code in this environment."
-    code = "import sys, polm_lab.core.sandbox as s\ntry: s.run_code('print(1)')\nexcept s.WrongInput as wrong: print(wrong); sys.exit(2)"
+    code = "import sys, polm_lab.rewards.sandbox as s\ntry: s.run_code('print(1)')\nexcept s.WrongInput as wrong: print(wrong); sys.exit(2)"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT, env={**os.environ, **environment})
 
 
@@ -569,10 +570,10 @@ def test_without_an_isolator_nothing_runs(tmp_path):
 def test_as_a_normal_user_and_where_namespaces_are_forbidden():
     "As user 1000 without capabilities it works; where no further namespace may be made it is refused, with what to do."
     nested = [shutil.which("bwrap"), "--unshare-user", "--uid", "1000", "--gid", "1000", "--cap-drop", "ALL", "--dev-bind", "/", "/"]
-    code = "import os, polm_lab.core.sandbox as s; print(os.getuid(), s.run_code('print(6 * 7)', seconds=20).stdout)"
+    code = "import os, polm_lab.rewards.sandbox as s; print(os.getuid(), s.run_code('print(6 * 7)', seconds=20).stdout)"
     got = subprocess.run([*nested, sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert got.stdout == "1000 42\n\n", got
-    code = "import sys, polm_lab.core.sandbox as s\ntry: s.run_code('print(1)')\nexcept s.WrongInput as wrong: print(wrong); sys.exit(2)"
+    code = "import sys, polm_lab.rewards.sandbox as s\ntry: s.run_code('print(1)')\nexcept s.WrongInput as wrong: print(wrong); sys.exit(2)"
     got = subprocess.run([*nested, "--disable-userns", sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert got.returncode == 2 and "user namespaces" in got.stdout and "is not run" in got.stdout, got
 
@@ -603,7 +604,7 @@ def test_verdicts_are_those_of_the_code_world():
 
 
 def test_reward_of_code_that_passes_its_tests():
-    from polm_lab.reasoning.rewards import call_rewards, make_rewards, try_rewards
+    from polm_lab.rewards.functions import call_rewards, make_rewards, try_rewards
 
     world = WORLDS["code"]
     rows = world.rows("preference", 8, 1)

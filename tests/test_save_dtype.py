@@ -7,11 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from polm_lab.core import check
-from polm_lab.core.evaluate import other_worlds
+from polm_lab.training import conformance as check
+from polm_lab.training.evaluate import other_worlds
 from polm_lab.core.knobs import knobs
 from polm_lab.core.method import find, methods
-from polm_lab.core.models import load_model, load_tokenizer, merge_adapter, model_path, round_weights, save_model
+from polm_lab.models.load import load_model
+from polm_lab.models.tokenizers import load_tokenizer
+from polm_lab.models.attach import merge_adapter
+from polm_lab.models.sources import model_path
+from polm_lab.models.save import round_weights, save_model
 from polm_lab.core.run import Run, Stopped
 
 SAVING = [name for name, m in methods().items() if any(k.name == "save_dtype" for k in knobs(m.settings))]

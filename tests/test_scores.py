@@ -8,10 +8,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 from zoo import make
 
 import polm_lab as lab
-from polm_lab.alignment.reward import Scorer, load_reward, padding_for, read_by_mask, score_rows
-from polm_lab.core.data import encode
+from polm_lab.rewards.learned import Scorer, load_reward, padding_for, read_by_mask, score_rows
+from polm_lab.data.encode import encode
 from polm_lab.core.knobs import WrongInput
-from polm_lab.core.models import load_model, load_tokenizer, save_model
+from polm_lab.models.load import load_model
+from polm_lab.models.tokenizers import load_tokenizer
+from polm_lab.models.save import save_model
 from polm_lab.core.run import Run
 
 EOS = 2

@@ -8,24 +8,16 @@ import unicodedata
 import pytest
 
 from polm_lab.core.knobs import WrongInput
-from polm_lab.core.logprobs import Policy
-from polm_lab.core.models import load_model, load_tokenizer
-from polm_lab.integration import passages as passages_module
-from polm_lab.integration.documents import (
-    cut,
-    fold,
-    holds,
-    html_text,
-    load_documents,
-    open_library,
-    shortened,
-    spans,
-    squeezed,
-    words_of,
-)
-from polm_lab.integration.passages import Index
+from polm_lab.models.logprobs import Policy
+from polm_lab.models.load import load_model
+from polm_lab.models.tokenizers import load_tokenizer
+from polm_lab.integration.retrieval import passages as passages_module
+from polm_lab.integration.retrieval.text import cut, fold, holds, shortened, spans, squeezed, words_of
+from polm_lab.integration.retrieval.documents import html_text, load_documents
+from polm_lab.integration.retrieval.library import open_library
+from polm_lab.integration.retrieval.passages import Index
 from polm_lab.integration.rag import LocalReader, Reading, altered, exact_match
-from polm_lab.integration.passages import Hit
+from polm_lab.integration.retrieval.passages import Hit
 from polm_lab.integration.retriever import retrieval_metrics, states_answer
 
 # words

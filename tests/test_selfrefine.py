@@ -9,18 +9,18 @@ import pytest
 from serving import Endpoint, endpoint
 
 import polm_lab as lab
-from polm_lab.alignment.judges import Kept
+from polm_lab.rewards.endpoint import Kept
 from polm_lab.core.knobs import WrongInput
 from polm_lab.core.run import all_runs, open_run
-from polm_lab.core.worlds import WORLDS
-from polm_lab.reasoning.asking import Ask, EndpointWriter, Step, Trace, make_writer, read_traces, tree_html, tree_text
-from polm_lab.reasoning.checks import feedback_critic
-from polm_lab.reasoning.forms import FactWords, SumWords, words_for
-from polm_lab.reasoning.refine import Feedback, draft, follow, forget, never, refine, remember, round_metrics, satisfied, unchanged
+from polm_lab.data.tasks import WORLDS
+from polm_lab.reasoning.refine.asking import Ask, EndpointWriter, Step, Trace, make_writer, read_traces, tree_html, tree_text
+from polm_lab.reasoning.refine.checks import feedback_critic
+from polm_lab.reasoning.refine.forms import FactWords, SumWords, words_for
+from polm_lab.reasoning.refine.rounds import Feedback, draft, follow, forget, never, refine, remember, round_metrics, satisfied, unchanged
 from polm_lab.reasoning.selfrefine import STRATEGIES, Samples, most_for, round_table
-from polm_lab.reasoning.solver import equations, solve, solved, solver, symbolic
-from polm_lab.reasoning.tools import ToolCritic, bm25, calculator, called, read_passages, run_tests, searched, source_of
-from polm_lab.reasoning.words import Words
+from polm_lab.reasoning.refine.solver import equations, solve, solved, solver, symbolic
+from polm_lab.reasoning.refine.tools import ToolCritic, bm25, calculator, called, read_passages, run_tests, searched, source_of
+from polm_lab.reasoning.refine.words import Words
 
 QUICK = dict(questions=8, rounds=2, samples=2, dtype="float32", device="cpu")
 KEY = "sk-Very+Secret/0123456789abcdef"
@@ -306,7 +306,8 @@ def test_every_strategy_runs_and_is_bounded(name, tmp_path):
 @pytest.mark.parametrize("name", ["self_refine", "cove", "self_contrast", "constitution", "critic", "reflexion"])
 def test_another_local_model_is_asked_in_english(name, tmp_path):
     "A chat model with a vocabulary of its own: what it says is nonsense here, what it is asked is not."
-    from polm_lab.core.models import load_model, load_tokenizer
+    from polm_lab.models.load import load_model
+    from polm_lab.models.tokenizers import load_tokenizer
 
     tokenizer = load_tokenizer("tiny")
     tokenizer.add_tokens(["<extra>"])
@@ -384,7 +385,7 @@ def test_an_endpoint_that_dies_ends_the_run_with_one_line_and_is_not_asked_twice
     assert run.status == "failed" and run.read()["reason"] == message
     monkeypatch.setattr(Server, "reply", plain)
     server.dead, server.bodies = False, []
-    from polm_lab.core.chain import execute
+    from polm_lab.training.chain import execute
 
     execute(open_run(run.path))
     drafts = [body for body in server.bodies if len(body["messages"]) == 1]

@@ -18,32 +18,35 @@ from conftest import ROOT
 
 from polm_lab.core.knobs import WrongInput
 from polm_lab.core.method import methods
-from polm_lab.workbench import site
+from polm_lab.site import build as site_build
+from polm_lab.site import filter as site_filter
+from polm_lab.site import lint as site_lint
+from polm_lab.site import pages as site_pages
 
 SITE = Path(sys.executable).parent / "polm_site"
 KEYS = json.loads((ROOT / "tests/quarto_keys.json").read_text())  # of the schema of Quarto, see "quarto" for its version
-FOUND = site.facts(ROOT)
-BIB = site.read_bib(ROOT / "references.bib")
-PAGES = [p for paths in site.pages(ROOT, FOUND["methods"]).values() for p in paths]
+FOUND = site_pages.facts(ROOT)
+BIB = site_filter.read_bib(ROOT / "references.bib")
+PAGES = [p for paths in site_pages.pages(ROOT, FOUND["methods"]).values() for p in paths]
 
 
 def made(page):
-    return site.filtered(json.loads((ROOT / page).read_text(encoding="utf-8")), page.removeprefix("nbs/"), FOUND, BIB, "foot")
+    return site_filter.filtered(json.loads((ROOT / page).read_text(encoding="utf-8")), page.removeprefix("nbs/"), FOUND, BIB, "foot")
 
 
 MADE = {ROOT / page: made(page) for page in PAGES}
-ANCHORS = {path: site.anchors(notebook) for path, notebook in MADE.items()}
+ANCHORS = {path: site_lint.anchors(notebook) for path, notebook in MADE.items()}
 
 
 def problems(path, notebook):
-    return site.check_notebook(path, ROOT, notebook, BIB, ANCHORS)
+    return site_lint.check_notebook(path, ROOT, notebook, BIB, ANCHORS)
 
 
 # ---- the configuration
 
 
 def test_the_configuration_is_what_the_records_give():
-    assert (ROOT / "_quarto.yml").read_text(encoding="utf-8") == site.as_yaml(site.configuration(ROOT, FOUND["methods"])), "run polm_site write"
+    assert (ROOT / "_quarto.yml").read_text(encoding="utf-8") == site_pages.as_yaml(site_pages.configuration(ROOT, FOUND["methods"])), "run polm_site write"
 
 
 def unknown_keys(configured: dict) -> list[str]:
@@ -98,7 +101,7 @@ def test_the_style_asks_no_other_host():
     for base, own in html["theme"].values():
         assert base in ("cosmo", "darkly") and re.search(r"^\$web-font-path: false;", (ROOT / own).read_text(), re.M)
     for path in (ROOT / "nbs/_site").iterdir():
-        assert not site.fetched(path.read_text()), path
+        assert not site_lint.fetched(path.read_text()), path
 
 
 def test_every_notebook_is_in_the_sidebar_once():
@@ -107,16 +110,16 @@ def test_every_notebook_is_in_the_sidebar_once():
     there = {
         p.relative_to(ROOT).as_posix() for p in (ROOT / "nbs").rglob("*.ipynb") if not any(part.startswith(("_", ".")) for part in p.relative_to(ROOT).parts)
     }
-    assert sorted(hrefs) == sorted(there - set(site.LEFT_OUT)) == sorted(configured["project"]["render"])
+    assert sorted(hrefs) == sorted(there - set(site_pages.LEFT_OUT)) == sorted(configured["project"]["render"])
     for method in methods().values():
         assert f"nbs/{method.notebook}" in hrefs
     with pytest.raises(WrongInput, match="no section of the sidebar takes it"):
         records = dict(FOUND["methods"])
-        old, site.SECTIONS = site.SECTIONS, {k: v for k, v in site.SECTIONS.items() if k != "alignment"}
+        old, site_pages.SECTIONS = site_pages.SECTIONS, {k: v for k, v in site_pages.SECTIONS.items() if k != "alignment"}
         try:
-            site.pages(ROOT, records)
+            site_pages.pages(ROOT, records)
         finally:
-            site.SECTIONS = old
+            site_pages.SECTIONS = old
 
 
 # ---- the filter
@@ -156,7 +159,7 @@ def test_the_filter_called_as_quarto_calls_it(page, tmp_path):
     done = subprocess.run(command, cwd=path.parent, input=text, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     got = json.loads(done.stdout)
-    want = site.filtered(json.loads(text), page.removeprefix("nbs/"), FOUND, BIB, "foot")["cells"]
+    want = site_filter.filtered(json.loads(text), page.removeprefix("nbs/"), FOUND, BIB, "foot")["cells"]
     assert got["nbformat"] == 4 and got["cells"][:-1] == want[:-1]
     assert re.search(rf"`{re.escape(page)}`, polm_lab \d", "".join(got["cells"][-1]["source"]))
 
@@ -176,7 +179,7 @@ def test_a_method_page_has_its_row_its_knobs_and_its_reference():
 def shown(page) -> list[str]:
     "The outputs of a page that are HTML, as they come into it."
     data = [output.get("data", {}).get("text/markdown", "") for cell in MADE[ROOT / page]["cells"] for output in cell.get("outputs", [])]
-    return [text.removeprefix(f"{site.FENCE}{{=html}}\n").removesuffix(f"\n{site.FENCE}") for text in map("".join, data) if text]
+    return [text.removeprefix(f"{site_filter.FENCE}{{=html}}\n").removesuffix(f"\n{site_filter.FENCE}") for text in map("".join, data) if text]
 
 
 def test_figures_are_alive_with_what_the_site_has(tmp_path):
@@ -186,11 +189,11 @@ def test_figures_are_alive_with_what_the_site_has(tmp_path):
 
     outputs = shown("nbs/alignment/dpo.ipynb")
     drawn = [text for text in outputs if "Plotly.newPlot" in text]
-    assert drawn and all(f'src="../../{site.PLOTLY}"' in text for text in drawn) and not any(site.fetched(text) for text in outputs)
+    assert drawn and all(f'src="../../{site_filter.PLOTLY}"' in text for text in drawn) and not any(site_lint.fetched(text) for text in outputs)
     (tmp_path / "nbs/alignment").mkdir(parents=True)
     (tmp_path / "nbs/alignment/dpo.html").write_text("<meta charset='utf-8'>" + "\n".join(outputs))
-    site.finish(tmp_path)
-    assert (tmp_path / site.FONT).is_file() and f'url("../../{site.FONT}")' in (ROOT / "nbs/_site/style.css").read_text()
+    site_build.finish(tmp_path)
+    assert (tmp_path / site_filter.FONT).is_file() and f'url("../../{site_filter.FONT}")' in (ROOT / "nbs/_site/style.css").read_text()
     with playwright.sync_playwright() as p:
         browser = browser_or_skip(p)
         page = Page(browser)
@@ -212,7 +215,7 @@ def test_code_of_the_workbench_is_folded_and_that_of_methods_is_open():
 def broken(cell=None, text=None, page="nbs/alignment/dpo.ipynb"):
     "The problems of a page with a cell or a piece of text more."
     notebook = copy.deepcopy(MADE[ROOT / page])
-    notebook["cells"].append(cell or site.markdown(text))
+    notebook["cells"].append(cell or site_filter.markdown(text))
     return problems(ROOT / page, notebook)
 
 
@@ -247,7 +250,7 @@ def test_a_fault_in_the_text_is_caught(text, says):
         ({**output("stream"), "outputs": []}, "ends in a value and shows none; run the notebook"),
         (output("error", ename="ValueError", evalue="", traceback=[]), "shows an error, ValueError"),
         (output("display_data", data={"application/vnd.plotly.v1+json": {}}), "Unable to display output of type application/vnd.plotly.v1+json"),
-        (output("display_data", data={site.WIDGET: {}, "text/plain": "0%"}), "Unable to display output of type application/vnd.jupyter.widget-view+json"),
+        (output("display_data", data={site_filter.WIDGET: {}, "text/plain": "0%"}), "Unable to display output of type application/vnd.jupyter.widget-view+json"),
         (output("display_data", data={"application/javascript": ["1"], "text/plain": ["1"]}), "Unable to display output of type application/javascript"),
         (output("display_data", data={"text/html": ["<b>x</b>"], "text/plain": ["1"]}), "Unable to display output of type text/html"),
         (output("display_data", data={"text/markdown": ["<script src='https://cdn.example.org/x.js'></script>"]}), "a page has to work offline"),
@@ -277,7 +280,7 @@ def test_what_is_sound_is_not_refused(text):
 def a_site(folder, **pages):
     for name, text in pages.items():
         (folder / f"{name}.html").write_text(f"<html><body>{text}</body></html>")
-    return site.check_site(folder)
+    return site_lint.check_site(folder)
 
 
 @pytest.mark.parametrize(
@@ -322,7 +325,7 @@ def test_a_sound_site_passes(tmp_path):
 
 def test_warnings_of_quarto_are_seen():
     said = "[ 1/60] nbs/index.ipynb\n\x1b[33mWARN: Unable to resolve crossref @eq-x\x1b[39m\nOutput created: _docs/index.html\n[WARNING] Could not convert TeX math\n"
-    assert len(site.warnings_of(said)) == 2 and not site.warnings_of("Output created: _docs/nbs/warn.html\n")
+    assert len(site_build.warnings_of(said)) == 2 and not site_build.warnings_of("Output created: _docs/nbs/warn.html\n")
 
 
 def test_tables_sort_and_filter_in_a_browser(tmp_path):
@@ -330,7 +333,7 @@ def test_tables_sort_and_filter_in_a_browser(tmp_path):
     playwright = pytest.importorskip("playwright.sync_api", reason="this test needs playwright")
     from browsing import browser_or_skip
 
-    from polm_lab.workbench.atlas import html_table
+    from polm_lab.site.atlas import html_table
 
     rows = [dict(name=n, size=s, when=w) for n, s, w in (("b", "10", "Mar-2023"), ("a", "9", "Dec-2022"), ("c", "", "Jan-2024"))]
     script = (ROOT / "nbs/_site/tables.html").read_text()
@@ -367,32 +370,32 @@ def test_the_bibliography(tmp_path):
     bad = tmp_path / "x.bib"
     bad.write_text("@misc{a2020,\n  author = {A},\n  year = {2020}\n}\n")
     with pytest.raises(WrongInput, match="a2020 has no title"):
-        site.read_bib(bad)
+        site_filter.read_bib(bad)
 
 
 def test_mentions_become_the_right_citation():
-    assert site.cited("Wang", "2024", "alignment/reward", BIB) == "wang2024a" and site.cited("Wang", "2024", "efficiency/adapters", BIB) == "wang2024b"
-    assert site.cited("Wang", "2024", "core/data", BIB) == "" and site.cited("Rafailov", "2023", "any/page", BIB) == "rafailov2023"
+    assert site_filter.cited("Wang", "2024", "alignment/reward", BIB) == "wang2024a" and site_filter.cited("Wang", "2024", "efficiency/adapters", BIB) == "wang2024b"
+    assert site_filter.cited("Wang", "2024", "core/data", BIB) == "" and site_filter.cited("Rafailov", "2023", "any/page", BIB) == "rafailov2023"
 
 
 def test_only_the_year_of_a_mention_changes():
     bib = {"gao2022": {}, "tie2025": {}}
     text = "## Gao 2022\n\nGao, Schulman and Hilton (2022), Tie et al.\n2025, (Tie et al. 2025), Nobody et al. 2025."
     year = "[-@tie2025]"
-    assert site.with_citations(text, "any/page", bib) == f"## Gao 2022\n\nGao, Schulman and Hilton ([-@gao2022]), Tie et al.\n{year}, (Tie et al. {year}), Nobody et al. 2025."
+    assert site_filter.with_citations(text, "any/page", bib) == f"## Gao 2022\n\nGao, Schulman and Hilton ([-@gao2022]), Tie et al.\n{year}, (Tie et al. {year}), Nobody et al. 2025."
 
 
 def test_papers_of_all_methods_are_in_the_bibliography():
     for page, record in FOUND["methods"].items():
-        for mention in site._MENTION.finditer(record["paper"]):
-            assert site.cited(mention[1], mention[3], page.removesuffix(".ipynb"), BIB), f"{page}: {mention[0]}"
+        for mention in site_filter.MENTION.finditer(record["paper"]):
+            assert site_filter.cited(mention[1], mention[3], page.removesuffix(".ipynb"), BIB), f"{page}: {mention[0]}"
 
 
 def test_make_docs_says_how_to_get_quarto(capsys, monkeypatch):
     "Without Quarto the notebooks are checked, and the last line says where Quarto is."
     monkeypatch.setattr(shutil, "which", lambda name, *a: None)
     before = (ROOT / "_quarto.yml").read_bytes()
-    assert site.build(ROOT) == 2
+    assert site_build.build(ROOT) == 2
     said = capsys.readouterr().out
     assert "quarto is not installed" in said and "https://quarto.org" in said
     assert (ROOT / "_quarto.yml").read_bytes() == before
@@ -400,7 +403,7 @@ def test_make_docs_says_how_to_get_quarto(capsys, monkeypatch):
 
 
 def test_wrong_words_are_refused(capsys):
-    assert site.main(["rite"]) == 2 and "expected write, filter, finish, check" in capsys.readouterr().err
+    assert site_build.main(["rite"]) == 2 and "expected write, filter, finish, check" in capsys.readouterr().err
 
 
 def test_the_workflows_run_the_tests_and_publish():
@@ -432,7 +435,7 @@ def test_the_front_door():
 @pytest.mark.skipif(not shutil.which("quarto"), reason="quarto is not installed")
 def test_the_site_renders():
     "No warning, no dead link; and in a browser that finds no other host, from the disk: figures drawn, equations set in the font of the site."
-    assert site.build(ROOT) == 0
+    assert site_build.build(ROOT) == 0
     playwright = pytest.importorskip("playwright.sync_api", reason="this test needs playwright")
     from browsing import Page, browser_or_skip
 

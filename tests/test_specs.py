@@ -6,18 +6,22 @@ import math
 
 import pytest
 
-from polm_lab.core import chain, check, data
-from polm_lab.core.data import DataSpec, held_out, load_data, load_held_out, natural_kind, parse_spec
-from polm_lab.core.evaluate import Evaluation, other_worlds, scorer, with_rows, worlds_of
+from polm_lab.training import chain
+from polm_lab.training import conformance as check
+from polm_lab.data import load as data_load
+from polm_lab.data import rows as data_rows
+from polm_lab.data.load import DataSpec, held_out, load_data, load_held_out, natural_kind, parse_spec
+from polm_lab.training.evaluate import Evaluation, other_worlds, scorer, with_rows, worlds_of
 from polm_lab.core.knobs import WrongInput, make_settings
-from polm_lab.core.logprobs import Policy
+from polm_lab.models.logprobs import Policy
 from polm_lab.core.method import find, methods
 from polm_lab.core.metrics import is_count, metric
-from polm_lab.core.models import load_model, load_tokenizer
+from polm_lab.models.load import load_model
+from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.core.run import Run
-from polm_lab.core.worlds import WORLDS
-from polm_lab.integration.documents import open_library
-from polm_lab.reasoning.rewards import make_rewards, on_held_out
+from polm_lab.data.tasks import WORLDS
+from polm_lab.integration.retrieval.library import open_library
+from polm_lab.rewards.functions import make_rewards, on_held_out
 
 TRAIN, SEEN, GIVEN = 48, 8, 5  # rows of a world, rows of the evaluation at most, rows of a file to evaluate on
 
@@ -44,7 +48,7 @@ def test_each_kind_of_spec(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file, odd = written(tmp_path / "rows.jsonl", [{"text": "a"}]), written(tmp_path / "odd#3.jsonl", [{"text": "a"}])
     (tmp_path / "sums").mkdir()
-    entry = next(name for name, one in data.CATALOG.items() if one.hub)
+    entry = next(name for name, one in data_load.CATALOG.items() if one.hub)
     expected = {
         "sums": DataSpec("sums", "world", "sums"),  # a folder of that name does not hide the world
         "./sums": DataSpec("./sums", "folder", "./sums"),
@@ -82,7 +86,7 @@ def test_a_run_keeps_the_full_path_of_a_part_of_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = written(tmp_path / "rows.jsonl", WORLDS["sums"].rows("completion", 4))
     (tmp_path / "chat").mkdir()
-    entry = next(iter(data.CATALOG))
+    entry = next(iter(data_load.CATALOG))
     kept = {
         "rows.jsonl": file, "rows.jsonl#3,skip": f"{file}#3,skip", f"{entry}@rows.jsonl#2": f"{entry}@{file}#2",
         "chat": "chat", "./chat": str(tmp_path / "chat"), "chat#5": "chat#5", "org/name#part": "org/name#part", "": "",
@@ -104,7 +108,7 @@ def test_rows_to_evaluate_on(tmp_path):
     split = tmp_path / "split"
     split.mkdir()
     written(split / "train.jsonl", rows[:30]), written(split / "test.jsonl", rows[30:])
-    entry = next(name for name, one in data.CATALOG.items() if "completion" in one.kinds and not one.whole and one.rows is data.CATALOG["dolly-15k"].rows)
+    entry = next(name for name, one in data_load.CATALOG.items() if "completion" in one.kinds and not one.whole and one.rows is data_load.CATALOG["dolly-15k"].rows)
     copy = written(tmp_path / "dolly.jsonl", [dict(instruction=f"Say {i}.", context="", response=f"{i}", category="x") for i in range(40)])
     found = {
         "a file whole": len(load_held_out("sums", file, "prompt", 99)),
@@ -122,7 +126,7 @@ def test_rows_to_evaluate_on(tmp_path):
     }
     assert found == {
         "a file whole": 40, "a file that is learned from too": 40, "at most": 3, "its first rows": 9, "of the data": 2, "a folder without a test split": 40,
-        "the same folder": 2, "a test split": 10, "a file of the catalogue": 40, "a world": data.TEST_ROWS, "a part of a world": 6, "a number of rows to learn from": 99,
+        "the same folder": 2, "a test split": 10, "a file of the catalogue": 40, "a world": data_rows.TEST_ROWS, "a part of a world": 6, "a number of rows to learn from": 99,
     }  # fmt: skip
 
 
@@ -197,7 +201,7 @@ def ended(tmp_path_factory):
         return check.short_run(method, place, data=specs[source], eval_data=specs["given" if given == "file" else "none"], **small)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "TRAIN_ROWS", TRAIN)
+        patch.setattr(data_rows, "TRAIN_ROWS", TRAIN)
         yield run
 
 
@@ -253,7 +257,7 @@ def test_a_world_is_the_same_with_all_its_rows_named(ended, name, given):
 
 @pytest.mark.parametrize("name", ON_POLICY)
 def test_held_out_rows_are_rewarded_by_their_own_rule(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "TRAIN_ROWS", TRAIN)
+    monkeypatch.setattr(data_rows, "TRAIN_ROWS", TRAIN)
     for source, given in (("sums", "chat"), ("chat", "sums#6")):
         after = check.short_run(find(name), tmp_path, data=source, eval_data=given, steps=0, eval_rows=SEEN, max_new_tokens=24).summary["after"]
         assert after["reward"] == pytest.approx(after["accuracy"], abs=1e-6) and after["accuracy"] > 0
@@ -261,7 +265,7 @@ def test_held_out_rows_are_rewarded_by_their_own_rule(name, tmp_path, monkeypatc
 
 
 def test_a_reward_that_applies_to_some_rows_says_to_how_many(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "TRAIN_ROWS", TRAIN)
+    monkeypatch.setattr(data_rows, "TRAIN_ROWS", TRAIN)
     rows = WORLDS["sums"].rows("prompt", GIVEN, 3, "test")
     given, code = written(tmp_path / "given.jsonl", rows), tmp_path / "some.py"
     code.write_text(f"def some(prompts, completions, **columns):\n    return [None if p == {rows[0]['prompt']!r} else 0.25 for p in prompts]\n")
@@ -281,7 +285,7 @@ def test_a_reward_that_nothing_can_give_on_held_out_rows():
 
 
 def test_labels_of_held_out_answers_follow_their_own_rule(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "TRAIN_ROWS", TRAIN)
+    monkeypatch.setattr(data_rows, "TRAIN_ROWS", TRAIN)
     shared = dict(train="direct", judge="rule:correct", steps=0, eval_rows=4, samples=4, batch_size=8, max_new_tokens=24)
     alone = check.short_run(find("rlaif"), tmp_path / "a", data="sums", eval_data="chat", **shared).summary["after"]
     both = check.short_run(find("rlaif"), tmp_path / "b", data="chat", eval_data="chat", **shared).summary["after"]
@@ -289,7 +293,7 @@ def test_labels_of_held_out_answers_follow_their_own_rule(tmp_path, monkeypatch)
 
 
 def test_held_out_rows_of_the_wrong_kind_are_refused_before_the_judge_is_asked(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "TRAIN_ROWS", TRAIN)
+    monkeypatch.setattr(data_rows, "TRAIN_ROWS", TRAIN)
     prompts = written(tmp_path / "prompts.jsonl", WORLDS["sums"].rows("prompt", GIVEN))
     with pytest.raises(WrongInput, match="expected prompt . chosen . rejected"):
         check.short_run(find("rlaif"), tmp_path / "runs", eval_data=prompts, prompts=8)
@@ -298,7 +302,7 @@ def test_held_out_rows_of_the_wrong_kind_are_refused_before_the_judge_is_asked(t
 
 @pytest.mark.parametrize("given, kind", [("sums#6", "completion"), ("text", "text")])
 def test_a_compressed_model_is_measured_by_the_rule_of_what_it_is_measured_on(given, kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "TRAIN_ROWS", TRAIN)
+    monkeypatch.setattr(data_rows, "TRAIN_ROWS", TRAIN)
     spec = written(tmp_path / "text.jsonl", [dict(text=f"The sum of {i} and {i} is {2 * i}.") for i in range(6)]) if given == "text" else given
     run = made("prune", data="chat", eval_data=spec, **OTHERS["prune"][0])
     rows = load_held_out("", spec, kind, 99)
@@ -331,7 +335,7 @@ def test_no_method_is_left_out():
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_other_method_says_how_many_rows_it_saw(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "TRAIN_ROWS", TRAIN)
+    monkeypatch.setattr(data_rows, "TRAIN_ROWS", TRAIN)
     file = written(tmp_path / "given.jsonl", WORLDS["sums"].rows("completion", GIVEN, 3, "test"))
     settings, counts = OTHERS[name]
     settings = {key: value.replace("FILE", file) if isinstance(value, str) else value for key, value in settings.items()}
@@ -355,7 +359,7 @@ def test_a_part_of_the_sums_is_what_reft_learns_from(tmp_path):
 def test_counts_are_no_results_where_runs_are_shown(tmp_path):
     from polm_lab.workbench.app import summary_html
     from polm_lab.workbench.compare import leaderboard
-    from polm_lab.workbench.launch import compare
+    from polm_lab.runner.launch import compare
     from polm_lab.workbench.panels import shown_metrics, summary_table
 
     runs = []

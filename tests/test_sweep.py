@@ -18,8 +18,9 @@ import polm_lab as lab
 from polm_lab.cli import polm as cli
 from polm_lab.core.knobs import WrongInput
 from polm_lab.core.run import Run, Stopped, all_runs
-from polm_lab.workbench import launch
-from polm_lab.workbench.sweep import all_sweeps, create_sweep, open_sweep, plan, resume_sweep, results, sweep_command, tpe_point, work_sweep
+from polm_lab.runner import launch
+from polm_lab.runner.sweep import all_sweeps, create_sweep, open_sweep, plan, resume_sweep, results, sweep_command, work_sweep
+from polm_lab.runner.proposals import tpe_point
 from polm_lab.workbench.trials import Sweeps, fill_figure, parallel
 
 SHORT = dict(steps=2, data="sums", eval_rows=4, batch_size=4, save_every=1)
@@ -342,7 +343,7 @@ def test_the_form_starts_a_sweep_shows_it_and_survives_its_loss(runs, monkeypatc
     assert "expected a whole number" in view.said.value and view.start.disabled
     view.how["jobs"].control.value = "1"
     assert view.said.value == "2 trials, 1 at a time" and "learning_rate 0.1,0.2" in view.command.text
-    monkeypatch.setattr("polm_lab.workbench.launch.spawn", lambda made: work_sweep(made, start=Written(), pause=0.02))
+    monkeypatch.setattr("polm_lab.runner.launch.spawn", lambda made: work_sweep(made, start=Written(), pause=0.02))
     view.start.click()
     found = open_sweep(view.chosen, runs)
     assert found.status == "finished" and [row["status"] for row in view.table.rows] == ["finished"] * 2 and "0.2" in view.state.value

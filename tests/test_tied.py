@@ -5,9 +5,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-import polm_lab.core.models as page
+import polm_lab.models.attach as page
 from polm_lab.core.knobs import WrongInput
-from polm_lab.core.models import adapter_names, can_merge, load_model, merge_adapter, quiet_libraries, save_model, untie
+from polm_lab.models.attach import adapter_names, can_merge, merge_adapter, untie
+from polm_lab.models.load import load_model
+from polm_lab.core.machine import quiet_libraries
+from polm_lab.models.save import save_model
 
 IDS = torch.tensor([[3, 5, 7, 11, 13, 17]])
 SUITED = {
@@ -165,7 +168,7 @@ def test_before_pruning_the_adapter_is_merged_in_the_same_way(bases, tmp_path):
 
 
 def short_run_of(method, out, **values):
-    from polm_lab.core.check import go_on
+    from polm_lab.training.conformance import go_on
     from polm_lab.core.knobs import knobs, make_settings
     from polm_lab.core.run import Run
 

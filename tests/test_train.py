@@ -8,17 +8,17 @@ import torch
 
 import polm_lab as lab
 from polm_lab.core.knobs import WrongInput
-from polm_lab.core.models import load_model
+from polm_lab.models.load import load_model
 from polm_lab.core.run import Run, Stopped
-from polm_lab.core.train import RankBudget
-from polm_lab.workbench.launch import create, execute
+from polm_lab.training.budget import RankBudget
+from polm_lab.training.chain import create, execute
 
 SHORT = dict(data="sums", steps=6, batch_size=4, eval_rows=4, save_every=1, max_length=64, device="cpu", dtype="float32", warmup=0.0, learning_rate=1e-2, adapter="adalora:init_r=6,target_r=2")
 
 
 def ranks(run):
     "Ranks that are left in each layer of the saved adapter."
-    weights = lab.core.models.load_model(run.path / "model", "float32", "cpu").state_dict()
+    weights = lab.models.load.load_model(run.path / "model", "float32", "cpu").state_dict()
     return [int((value != 0).sum()) for name, value in weights.items() if "lora_E" in name]
 
 
@@ -69,6 +69,6 @@ def test_what_adalora_cannot_do_is_refused(tmp_path):
 
 def test_the_memory_of_a_run_is_its_own_and_not_that_of_who_started_it():
     held = bytearray(b"x" * 2**30)
-    code = "import torch; from polm_lab.core.train import peak_memory; print(peak_memory(torch.device('cpu')))"
+    code = "import torch; from polm_lab.training.loop import peak_memory; print(peak_memory(torch.device('cpu')))"
     found = float(subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True).stdout)
     assert 50 < found < len(held) / 2**20

@@ -15,8 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from polm_lab.core.knobs import WrongInput
-from polm_lab.core.models import load_model, load_tokenizer, model_path
-from polm_lab.core.weights import DTYPES, Block, Weights, Writer, blocks, check_alike, differences, each_block, read_header, transform, walk
+from polm_lab.models.load import load_model
+from polm_lab.models.tokenizers import load_tokenizer
+from polm_lab.models.sources import model_path
+from polm_lab.models.weights import DTYPES, Weights, blocks, check_alike, differences, read_header
+from polm_lab.models.transform import Block, Writer, each_block, transform, walk
 
 ODD = {  # sizes that end a tensor off every alignment
     "a": torch.arange(7, dtype=torch.uint8), "b": torch.randn(3, 5), "c": torch.randn(11, 2, 3).bfloat16(), "d": torch.tensor(2.5, dtype=torch.float64), "e": torch.randn(4).half(),
@@ -125,8 +128,8 @@ def test_memory_is_given_back(tmp_path):
     "Resident memory after a walk over 128 MiB is within 24 MiB of what it was: without `release` all of the file would stay mapped."
     code = """
 import sys, torch
-from polm_lab.core.weights import *
-from polm_lab.core.models import model_path
+from polm_lab.models.transform import *; from polm_lab.models.weights import *
+from polm_lab.models.sources import model_path
 from pathlib import Path
 here = Path(sys.argv[1])
 plan = {f"layer.{i}": (torch.float32, (1024, 1024)) for i in range(32)}
@@ -158,7 +161,7 @@ def test_an_error_leaves_nothing_and_keeps_what_was_there(tmp_path):
 def test_a_killed_merge_leaves_no_model_and_the_next_one_works(tmp_path):
     code = """
 import sys, time
-from polm_lab.core.weights import *
+from polm_lab.models.transform import *; from polm_lab.models.weights import *
 def slow(name):
     print(name, flush=True); time.sleep(0.2)
     return lambda block: block.part(0)
@@ -181,7 +184,7 @@ mount -t tmpfs -o size=5m tmpfs {disk}
 import shutil
 from polm_lab.core import weights
 from polm_lab.core.knobs import WrongInput
-from polm_lab.core.weights import *
+from polm_lab.models.transform import *; from polm_lab.models.weights import *
 try:
     transform([Weights("tiny")], "{disk}/out", lambda name: lambda block: block.part(0))
 except WrongInput as error:

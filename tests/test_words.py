@@ -4,10 +4,10 @@ import random
 
 import pytest
 
-from polm_lab.core.evaluate import matches
-from polm_lab.core.sandbox import missing
-from polm_lab.reasoning.refine import Feedback
-from polm_lab.reasoning.words import StepWords, Words, boxed, code_of, result_in, spoken, unmarked, verdict_in, wrong_step
+from polm_lab.training.evaluate import matches
+from polm_lab.rewards.sandbox import missing
+from polm_lab.reasoning.refine.rounds import Feedback
+from polm_lab.reasoning.refine.words import StepWords, Words, boxed, code_of, result_in, spoken, unmarked, verdict_in, wrong_step
 
 RESULTS = [
     ("68", "68"),
@@ -118,7 +118,7 @@ CODE = "def f(x):\n    return 2 * x"
 def test_code_is_found_among_chatter(text):
     assert code_of(text) == CODE and Words().answer(dict(tests=["assert f(2) == 4"]), text) == CODE
     if not missing():
-        from polm_lab.reasoning.tools import run_tests, source_of
+        from polm_lab.reasoning.refine.tools import run_tests, source_of
 
         assert run_tests(source_of(dict(prompt="Double x."), Words().answer(dict(tests=["f(2) == 4"]), text)), ["f(2) == 4"]) == "passes"
 

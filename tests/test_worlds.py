@@ -8,10 +8,11 @@ import sys
 import pytest
 
 from polm_lab.core.knobs import WrongInput
-from polm_lab.core.worlds import (
-    ENCYCLOPEDIA, RELATIONS, TASKS, UNSAFE, WORLDS, assistant, check_text, compute, evaluate_expression, gold, last_integer, slip,
-    split_of, steps_of, user,
-)  # fmt: skip
+from polm_lab.data.language import ENCYCLOPEDIA, RELATIONS, TASKS, UNSAFE, gold
+from polm_lab.data.tasks import WORLDS
+from polm_lab.data.messages import assistant, user
+from polm_lab.data.exact import check_text, compute, evaluate_expression, last_integer, slip, steps_of
+from polm_lab.data.synthetic import split_of  # fmt: skip
 
 COLUMNS = {
     "prompt": {"prompt"},
@@ -197,5 +198,5 @@ def test_wrong_words_name_the_choices(what, arguments):
 
 
 def test_worlds_import_without_torch():
-    code = "import sys, polm_lab.core.worlds; assert 'torch' not in sys.modules"
+    code = "import sys, polm_lab.data.tasks; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

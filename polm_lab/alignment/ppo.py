@@ -15,18 +15,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.chain import stage as chain
-from ..core.data import load_data, load_held_out
-from ..core.evaluate import Evaluation, quiet, scorer, win_rate
+from ..training.chain import stage as chain
+from ..data.load import load_data, load_held_out
+from ..training.evaluate import Evaluation, quiet, scorer, win_rate
 from ..core.knobs import WrongInput, knob, nearest, redefault
-from ..core.logprobs import Policy, TokenStats
+from ..models.logprobs import Policy, TokenStats
 from ..core.method import method
-from ..core.models import load_model, save_model
-from ..core.onpolicy import (OnPolicy, Sampled, clipped_objective, everywhere, kl_estimate, make_batches, masked_moments, policy_metrics,
-                                    starting_model, token_stats, whiten)  # fmt: skip
+from ..models.load import load_model
+from ..models.save import save_model
+from ..training.onpolicy import OnPolicy, Sampled, clipped_objective, everywhere, kl_estimate
+from ..training.onpolicy import make_batches, masked_moments, policy_metrics, starting_model, token_stats, whiten  # fmt: skip
 from ..core.run import Run
-from ..core.train import Meter, fit, load_policy, seed_of, switch_off_dropout, world
-from ..reasoning.rewards import as_judge, make_rewards, on_held_out, try_rewards
+from ..training.loop import Meter, fit, load_policy
+from ..core.machine import seed_of, world
+from ..models.layers import switch_off_dropout
+from ..rewards.functions import as_judge, make_rewards, on_held_out, try_rewards
 
 # %% ../../nbs/alignment/ppo.ipynb #a14c18a7
 DETAILS = {  # name: (its number where none is given, meaning, source)

@@ -13,17 +13,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.data import load_data, load_held_out
-from ..core.engine import train_with_trl
-from ..core.evaluate import scorer
+from ..data.load import load_data, load_held_out
+from ..training.engine import train_with_trl
+from ..training.evaluate import scorer
 from ..core.knobs import WrongInput, knob, redefault
 from ..core.method import method
-from ..core.models import save_model
-from ..core.onpolicy import OnPolicy, Sampled, clipped_objective, kl_estimate, leave_one_out, masked_moments, policy_metrics, sequence_kl, starting_model, token_stats
-from ..core.rollout import end_tokens
+from ..models.save import save_model
+from ..training.onpolicy import OnPolicy, Sampled, clipped_objective, kl_estimate, leave_one_out
+from ..training.onpolicy import masked_moments, policy_metrics, sequence_kl, starting_model, token_stats
+from ..models.rollout import end_tokens
 from ..core.run import Run
-from ..core.train import Meter, fit, load_policy
-from ..reasoning.rewards import as_judge, for_trl, make_rewards, on_held_out, try_rewards, weighted
+from ..training.loop import Meter, fit, load_policy
+from ..rewards.functions import as_judge, for_trl, make_rewards, on_held_out, try_rewards, weighted
 
 # %% ../../nbs/alignment/rloo.ipynb #6c185760
 ESTIMATORS = ("rloo", "remax", "reinforce++")

@@ -29,10 +29,10 @@ class Method:
     paper: str
     settings: type[RunSettings]
     function: Callable
-    data: str  # dataset type that it learns from (see core.data); empty: none
+    data: str  # dataset type that it learns from (see data.rows); empty: none
     needs: tuple[str, ...]  # "reference", "reward", "preference pairs", "calibration text", ...
     changes: str  # "weights" (or an adapter) or "nothing"
-    trains: bool  # by gradient, through core.train: the conformance suite applies
+    trains: bool  # by gradient, through training.loop: the conformance suite applies
     engines: tuple[str, ...]
     small: dict  # knob values that make a run short, for the conformance suite
 

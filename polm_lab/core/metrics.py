@@ -22,7 +22,7 @@ class Metric:
     high: float | None = None
     better: str = ""  # "up", "down", or "" where neither is better
 
-
+# %% ../../nbs/core/metrics.ipynb #4224d3aa
 _ALL = [
     Metric("loss", "what the optimizer makes smaller", unit="nats", better="down",
            reading="Falls in supervised and preference methods. In policy-gradient methods it stays near 0 and says little: read the reward."),
@@ -98,7 +98,7 @@ _ALL = [
 ]  # fmt: skip
 METRICS: dict[str, Metric] = {m.name: m for m in _ALL}
 
-
+# %% ../../nbs/core/metrics.ipynb #d386d5c4
 def is_count(name: str) -> bool:
     "Whether a name says how many rows an evaluation saw, and not what it found."
     return name.removeprefix("eval/").partition("/")[0] == "rows"

@@ -344,7 +344,7 @@ class Run:
         finally:
             signal.signal(signal.SIGTERM, old)
 
-
+# %% ../../nbs/core/run.ipynb #067193f0
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 

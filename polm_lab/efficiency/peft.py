@@ -13,15 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.chain import stage
-from ..core.data import encode_rows, load_data
-from ..core.evaluate import with_rows
+from ..training.chain import stage
+from ..data.encode import encode_rows
+from ..data.load import load_data
+from ..training.evaluate import with_rows
 from ..core.knobs import RunSettings, WrongInput, knob
-from ..core.logprobs import Policy
+from ..models.logprobs import Policy
 from ..core.method import method
-from ..core.models import adapter_names, count_parameters, load_tokenizer, parse_adapter
+from ..models.attach import adapter_names, count_parameters, parse_adapter
+from ..models.tokenizers import load_tokenizer
 from ..core.run import Run
-from ..core.train import Progress, load_policy, token_batches
+from ..training.loop import Progress, load_policy, token_batches
 from ..finetuning.sft import SFT, sft_loss
 
 # %% ../../nbs/efficiency/peft.ipynb #8db6da3b

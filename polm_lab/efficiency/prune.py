@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..core.blocks import Inputs, begin, blocks_of, finish, read_inputs, walk
+from ..training.layerwise import Inputs, begin, finish, read_inputs, walk
+from ..models.layers import blocks_of
 from ..core.knobs import SavedSettings, WrongInput, knob, redefault
 from ..core.method import method
 from ..core.run import Run, Stopped
-from ..core.train import Progress
-from .sparse import parse_pattern, smallest, sparsegpt, swap, wanda_score
+from ..training.loop import Progress
+from .compression.sparse import parse_pattern, smallest, sparsegpt, swap, wanda_score
 
 # %% ../../nbs/efficiency/prune.ipynb #b32c1181
 @dataclass(kw_only=True)

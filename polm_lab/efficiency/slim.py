@@ -14,13 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..core.blocks import begin, blocks_of, finish, read_inputs, walk
+from ..training.layerwise import begin, finish, read_inputs, walk
+from ..models.layers import blocks_of
 from ..core.knobs import SavedSettings, WrongInput, knob, redefault
 from ..core.method import method
 from ..core.run import Run, Stopped
-from ..core.train import Progress
-from .cuts import (OTHER, add_bias, block_facts, check_same, cut, embedding_scale, fits, fluctuation, gain_of, gradients, layers_of, probe, read_stream,
-                                      rebuild, skipped, taylor)  # fmt: skip
+from ..training.loop import Progress
+from .compression.cuts import OTHER, add_bias, block_facts, check_same, cut, embedding_scale, fits, fluctuation
+from .compression.cuts import gain_of, gradients, layers_of, probe, read_stream, rebuild, skipped, taylor  # fmt: skip
 
 # %% ../../nbs/efficiency/slim.ipynb #2caa55f7
 @dataclass(kw_only=True)
@@ -114,7 +115,7 @@ def principal(covariance: Tensor) -> Tensor:
     "Its eigenvectors [width, width] as columns, the largest eigenvalue first."
     return torch.linalg.eigh(covariance.double()).eigenvectors.flip(1).float()
 
-
+# %% ../../nbs/efficiency/slim.ipynb #b8a16d77
 def sliced_width(model, ratio: float) -> int:
     "How many dimensions of the residual stream are kept: a number that the configuration allows."
     width, heads = model.config.hidden_size, model.config.num_attention_heads
@@ -270,7 +271,7 @@ def cut_sizes(model, neurons: int, heads: int, width: int, biases: list[str]) ->
     sizes = dict(intermediate_size=neurons, num_attention_heads=heads * shared, num_key_value_heads=heads)
     return sizes | dict(head_dim=width) | dict.fromkeys(biases, True)
 
-
+# %% ../../nbs/efficiency/slim.ipynb #a3f15c39
 @torch.no_grad()
 def cut_widths(model, windows: Tensor, how: str, ratio: float, target: str = "both", compensate: bool = True, rows: int = 8):
     "Cut neurons and heads of all blocks in place (`how`: taylor or flap); yields each block's number and what the first batch's output lost, and last the configuration's new sizes."
@@ -335,7 +336,7 @@ def check_cut(model, settings: Slim):
             f"expected one such as Llama, Mistral or Qwen; {OTHER}"
         ) from error
 
-
+# %% ../../nbs/efficiency/slim.ipynb #090ecbc3
 @method(
     family="efficiency", title="Structured pruning", paper="Ma et al. 2023; An et al. 2023; Ashkboos et al. 2024; Men et al. 2024; survey §6.1.2", data="text",
     needs=("calibration text",), trains=False,

@@ -12,16 +12,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.blocks import hold_zeros
-from ..core.data import Order, encode, encode_rows, load_data, load_held_out, natural_kind
-from ..core.engine import labelled_rows, train_with_trl
-from ..core.evaluate import Evaluation, other_worlds, scorer, sequence_logps
+from ..models.layers import hold_zeros
+from ..data.batches import Order
+from ..data.encode import encode, encode_rows
+from ..data.load import load_data, load_held_out, natural_kind
+from ..training.engine import labelled_rows, train_with_trl
+from ..training.evaluate import Evaluation, other_worlds, scorer, sequence_logps
 from ..core.knobs import Settings, WrongInput, knob, redefault
-from ..core.logprobs import Policy
+from ..models.logprobs import Policy
 from ..core.method import method
-from ..core.models import save_model
+from ..models.save import save_model
 from ..core.run import Run
-from ..core.train import Meter, fit, load_policy, my_share, token_batches
+from ..training.loop import Meter, fit, load_policy, token_batches
+from ..core.machine import my_share
 
 # %% ../../nbs/finetuning/sft.ipynb #453456e1
 @dataclass(kw_only=True)

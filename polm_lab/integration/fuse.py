@@ -16,17 +16,23 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from ..core.data import collate, encode, load_data, natural_kind
-from ..core.evaluate import mean_nll, quiet
+from ..data.batches import collate
+from ..data.encode import encode
+from ..data.load import load_data, natural_kind
+from ..training.evaluate import mean_nll, quiet
 from ..core.knobs import WrongInput, knob, redefault
-from ..core.logprobs import Policy
+from ..models.logprobs import Policy
 from ..core.method import method
-from ..core.models import load_model, load_tokenizer, merge_adapter, model_path, round_weights, save_model, untie
+from ..models.load import load_model
+from ..models.tokenizers import load_tokenizer
+from ..models.attach import merge_adapter, untie
+from ..models.sources import model_path
+from ..models.save import round_weights, save_model
 from ..core.run import Run, Stopped, parent_of
-from ..core.train import seed_of
-from ..core.weights import check_alike, in_one_form, open_weights
+from ..core.machine import seed_of
+from ..models.weights import check_alike, in_one_form, open_weights
 from .merge import Experts, examine, framed, tunes_of
-from .vocabulary import align, embeddings
+from .merging.vocabulary import align, embeddings
 
 # %% ../../nbs/integration/fuse.ipynb #41d73a13
 @dataclass(kw_only=True)

@@ -17,17 +17,19 @@ from typing import Callable, Iterable
 import torch
 from torch import Tensor
 
-from ..core.chain import stage
-from ..core.data import load_held_out, natural_kind, parse_spec
-from ..core.evaluate import with_rows
+from ..training.chain import stage
+from ..data.load import load_held_out, natural_kind, parse_spec
+from ..training.evaluate import with_rows
 from ..core.knobs import SavedSettings, WrongInput, knob, nearest, redefault
 from ..core.method import method
-from ..core.models import load_tokenizer, model_path
+from ..models.tokenizers import load_tokenizer
+from ..models.sources import model_path
 from ..core.run import Run, Stopped, parent_of
-from ..core.train import seed_of
-from ..core.weights import Block, Weights, check_alike, each_block, in_one_form, open_weights, transform
-from .vectors import Trim, add_up, dare, della, della_density, disjoint_mean, linear, metagpt_weights, moments, slerp, trim
-from .vocabulary import align, embeddings
+from ..core.machine import seed_of
+from ..models.transform import Block, each_block, transform
+from ..models.weights import Weights, check_alike, in_one_form, open_weights
+from .merging.vectors import Trim, add_up, dare, della, della_density, disjoint_mean, linear, metagpt_weights, moments, slerp, trim
+from .merging.vocabulary import align, embeddings
 
 # %% ../../nbs/integration/merge.ipynb #9a57aa3f
 TECHNIQUES = {
@@ -195,9 +197,9 @@ def framed(found: dict[str, float], tasks: list[str], rows: int, learned: tuple[
 
 def examine(spec, tasks: list[str], rows: int, settings: Experts, learned: tuple[str, ...] = ()) -> dict[str, float]:
     "Perplexity of the answers, and score of what the model says, on `held_out_rows` of each task."
-    from polm_lab.core.evaluate import Evaluation, scorer
-    from polm_lab.core.logprobs import Policy
-    from polm_lab.core.models import load_model
+    from polm_lab.training.evaluate import Evaluation, scorer
+    from polm_lab.models.logprobs import Policy
+    from polm_lab.models.load import load_model
 
     policy, words, found = Policy(load_model(spec, settings.dtype, settings.device)), load_tokenizer(spec), {}
     for task in tasks:

@@ -17,29 +17,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..alignment.judges import EndpointJudge, parse_judge, read_key
-from ..core.chain import stage
-from ..core.data import encode
-from ..core.evaluate import sequence_logps, with_rows
+from ..rewards.judges import parse_judge
+from ..rewards.endpoint import Endpoint, answer_text, read_key
+from ..training.chain import stage
+from ..data.encode import encode
+from ..training.evaluate import sequence_logps, with_rows
 from ..core.knobs import RunSettings, WrongInput, knob, redefault
-from ..core.logprobs import Policy
+from ..models.logprobs import Policy
 from ..core.method import method
 from ..core.metrics import without_counts
-from ..core.models import has_chat_template, load_model, load_tokenizer
-from ..core.rollout import rollout
+from ..models.tokenizers import has_chat_template, load_tokenizer
+from ..models.load import load_model
+from ..models.rollout import rollout
 from ..core.run import Run, Stopped
-from ..core.worlds import user
-from polm_lab.integration.documents import (
-    Library,
-    answers_of,
-    fold,
-    holds,
-    normalized,
-    open_questions,
-    shortened,
-    spans,
-)
-from .passages import HOWS, Encoder, Hit, Index
+from ..data.messages import user
+from .retrieval.library import Library, answers_of, open_questions
+from .retrieval.text import fold, holds, normalized, shortened, spans
+from .retrieval.passages import HOWS, Encoder, Hit, Index
 from .retriever import ranked_rows, reading_rows, retrieval_metrics
 
 # %% ../../nbs/integration/rag.ipynb #fbc5a440
@@ -109,18 +103,17 @@ class LocalReader:
         return sequence_logps(self.policy, rows, self.tokenizer.pad_token_id, 64)
 
 
-class EndpointReader(EndpointJudge):
+class EndpointReader:
     "A model behind an OpenAI-compatible endpoint that answers from numbered passages."
 
     form = "chat"
 
-    def wrong(self, what, todo):
-        return WrongInput(f"endpoint {self.url}#{self.model}: {what}; {todo}")
+    def __init__(self, url: str, model: str, key: str = "", tries: int = 6, max_new_tokens: int = 16, **more):
+        self.endpoint, self.max_new_tokens = Endpoint(url, model, key, tries, **more), max_new_tokens
 
     def write(self, asked: list[tuple[str, list[str]]]) -> list[str]:
-        read = lambda choice: (choice["message"].get("content") or "").encode(errors="replace").decode().strip()
-        with ThreadPoolExecutor(self.at_once) as pool:
-            return list(pool.map(lambda pair: self.ask(chat_prompt(*pair), read, temperature=0.0, max_tokens=self.max_new_tokens), asked))
+        with ThreadPoolExecutor(self.endpoint.at_once) as pool:
+            return list(pool.map(lambda pair: self.endpoint.ask(chat_prompt(*pair), answer_text, temperature=0.0, max_tokens=self.max_new_tokens), asked))
 
 # %% ../../nbs/integration/rag.ipynb #da1ed48a
 def exact_match(text: str, *answers: str) -> float:
@@ -157,7 +150,7 @@ class Reading:
         "Whether the answer stands in a passage that was given."
         return bool(self.cited)
 
-
+# %% ../../nbs/integration/rag.ipynb #8a8c2560
 class Rag:
     "The pipeline: retrieve, rerank, read. `seconds` adds up what each stage took. Raises `WrongInput`."
 
@@ -286,7 +279,7 @@ def passages_for(way: str, pipeline: Rag, questions: list[dict], texts: dict[str
         without.append([hit for hit in hits if not any(holds(hit.text, a) for a in answers_of(q))])
     return without
 
-
+# %% ../../nbs/integration/rag.ipynb #50f983a2
 def sample_of(way: str, question: dict, read: Reading) -> dict:
     "A reading as a row of `samples.jsonl`; without a known answer it has no reward."
     row = dict(way=way, prompt=read.question, completion=read.answer, passages=[hit.text for hit in read.hits])
@@ -304,7 +297,7 @@ def answer_line(sample: dict) -> dict:
         line |= dict(expected=sample["answer"], right=bool(sample["reward"]))
     return line
 
-
+# %% ../../nbs/integration/rag.ipynb #c60690ae
 @method(
     family="integration", title="Retrieval-augmented generation", paper="Lewis et al. 2020; survey §7.2.2", data="prompt", needs=("a library",), changes="nothing", trains=False,
 )  # fmt: skip
@@ -315,7 +308,7 @@ def rag(settings: RAG, run: Run) -> None:
     )
     if settings.endpoint:
         kind, url, name = parse_judge(settings.endpoint)
-        reader = EndpointReader(url, name, (), read_key(settings.key_variable), max_new_tokens=settings.max_new_tokens)
+        reader = EndpointReader(url, name, read_key(settings.key_variable), max_new_tokens=settings.max_new_tokens)
     else:
         reader = LocalReader(Policy(load_model(settings.model, settings.dtype, settings.device)), load_tokenizer(settings.model), settings.form, settings.max_new_tokens)
     make = lambda how: Rag(index, reader, how, settings.k, settings.rerank, settings.reading)

@@ -12,17 +12,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.data import Order, collate, encode
-from ..core.evaluate import other_worlds, perplexity, with_rows
+from ..data.batches import Order, collate
+from ..data.encode import encode
+from ..training.evaluate import other_worlds, perplexity, with_rows
 from ..core.knobs import Settings, WrongInput, knob, redefault
-from ..core.logprobs import Policy
+from ..models.logprobs import Policy
 from ..core.method import method
-from ..core.models import load_model, load_tokenizer, save_model
+from ..models.load import load_model
+from ..models.tokenizers import load_tokenizer
+from ..models.save import save_model
 from ..core.run import Run
-from ..core.train import Meter, fit, load_policy, my_share, switch_off_dropout, world
-from ..core.worlds import WORLDS
-from .documents import Library, open_library
-from .passages import HOWS, Encoder, Hit, Index
+from ..training.loop import Meter, fit, load_policy
+from ..core.machine import my_share, world
+from ..models.layers import switch_off_dropout
+from ..data.tasks import WORLDS
+from .retrieval.library import Library, open_library
+from .retrieval.passages import HOWS, Encoder, Hit, Index
 from .rag import LocalReader, Rag, measure_arm
 from .retriever import DualEncoder, encode_texts, ranked_rows, reading_rows, save_encoder, vectors_of
 

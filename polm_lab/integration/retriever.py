@@ -15,17 +15,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..alignment.reward import load_reward
-from ..core.data import Order, collate
-from ..core.evaluate import quiet, sequence_logps, with_rows
+from ..rewards.learned import load_reward
+from ..data.batches import Order, collate
+from ..training.evaluate import quiet, sequence_logps, with_rows
 from ..core.knobs import Settings, WrongInput, knob, redefault
-from ..core.logprobs import Policy, states
+from ..models.logprobs import Policy, states
 from ..core.method import method
-from ..core.models import can_merge, load_model, load_tokenizer, save_model
+from ..models.attach import can_merge
+from ..models.load import load_model
+from ..models.tokenizers import load_tokenizer
+from ..models.save import save_model
 from ..core.run import Run
-from ..core.train import Meter, fit, my_share, world
-from .documents import UNSPACED, Library, answers_of, holds, open_library, words_of
-from .passages import HOWS, Encoder, Index, pool
+from ..training.loop import Meter, fit
+from ..core.machine import my_share, world
+from .retrieval.text import UNSPACED, holds, words_of
+from .retrieval.library import Library, answers_of, open_library
+from .retrieval.passages import HOWS, Encoder, Index, pool
 
 # %% ../../nbs/integration/retriever.ipynb #f2ab48b8
 @dataclass(kw_only=True)
@@ -141,7 +146,7 @@ def reading_rows(question: str, passages: list[str], answer: str) -> dict:
 
 def likelihoods(policy: Policy, tokenizer, rows: list[dict], max_length: int) -> Tensor:
     "log π(answer | passages, question) [n] in nats, of rows of `reading_rows`."
-    from polm_lab.core.data import encode
+    from polm_lab.data.encode import encode
 
     return sequence_logps(policy, [encode(tokenizer, row, "completion", max_length) for row in rows], tokenizer.pad_token_id, 64)
 

@@ -11,25 +11,31 @@ from dataclasses import dataclass
 from typing import Callable
 
 from ..alignment.ppo import PPO, ppo
-from ..core.data import Order, Row, encode_rows, load_data, load_held_out
-from ..core.evaluate import quiet, with_rows
+from ..data.batches import Order
+from ..data.rows import Row
+from ..data.encode import encode_rows
+from ..data.load import load_data, load_held_out
+from ..training.evaluate import quiet, with_rows
 from ..core.knobs import Settings, WrongInput, knob, redefault
 from ..core.metrics import without_counts
-from ..core.logprobs import Policy
+from ..models.logprobs import Policy
 from ..core.method import method
-from ..core.models import load_model, load_tokenizer, save_model
+from ..models.load import load_model
+from ..models.tokenizers import load_tokenizer
+from ..models.save import save_model
 from ..core.run import Run, read_lines, replace_file
-from ..core.sandbox import isolator
-from ..core.train import fit, load_policy, make_accelerator, my_share, token_batches
+from ..rewards.sandbox import isolator
+from ..training.loop import fit, load_policy, make_accelerator, token_batches
+from ..core.machine import my_share
 from ..finetuning.sft import sft_loss
-from .asking import Ask, LocalWriter, Trace, readable, trace_rows
-from .checks import feedback_critic
-from .corrections import chains, corrections, critiques, edits, sampled, spoiled_steps
-from .forms import LANGUAGES, words_for, worked
-from .refine import Feedback, draft, edit, follow, forget, never, refine, revising, round_metrics, satisfied
-from .rewards import as_completions
-from .tools import ToolCritic, scoring, tester
-from .words import Words
+from .refine.asking import Ask, LocalWriter, Trace, readable, trace_rows
+from .refine.checks import feedback_critic
+from .refine.corrections import chains, corrections, critiques, edits, sampled, spoiled_steps
+from .refine.forms import LANGUAGES, words_for, worked
+from .refine.rounds import Feedback, draft, edit, follow, forget, never, refine, revising, round_metrics, satisfied
+from ..data.messages import as_completions
+from .refine.tools import ToolCritic, scoring, tester
+from .refine.words import Words
 
 # %% ../../nbs/reasoning/critic.ipynb #4bc4932b
 @dataclass(kw_only=True)
@@ -171,7 +177,7 @@ def imitate(settings: Critic, run: Run, policy: Policy, tokenizer, rows: list[di
     if run.writes:
         save_model(policy.model, tokenizer, run.path / "model")
 
-
+# %% ../../nbs/reasoning/critic.ipynb #ba9dbe03
 @method(
     family="reasoning", title="Trained critics, correctors and editors", data="prompt", needs=("right answers or tests",),
     paper="Welleck et al. 2023; Saunders et al. 2022; Paul et al. 2024; Zhang et al. 2023; Le et al. 2022; survey §5.1",
@@ -200,7 +206,7 @@ def critic(settings: Critic, run: Run) -> None:
         run.update(untrained=figures(base.writer.model))
     make_accelerator(settings).wait_for_everyone()  # the file is there for all
     shared = {name: getattr(settings, name) for name in (*Settings.__dataclass_fields__, "max_new_tokens", "temperature")}
-    learning = dict(data=str(path), eval_data="", rewards="polm_lab.reasoning.corrections:coderl", epochs=1, minibatches=1, details="missing_eos")
+    learning = dict(data=str(path), eval_data="", rewards="polm_lab.reasoning.refine.corrections:coderl", epochs=1, minibatches=1, details="missing_eos")
     ppo(PPO(**shared | learning), run)
     if run.writes:  # PPO's own figures, and those of the loop
         ours = dict(before=run.record["untrained"], after=figures(load_model(run.path / "model", settings.dtype, settings.device).eval()))

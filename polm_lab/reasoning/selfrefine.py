@@ -11,22 +11,22 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Callable
 
-from ..core.data import load_held_out, parse_spec
-from ..core.evaluate import with_rows
+from ..data.load import load_held_out, parse_spec
+from ..training.evaluate import with_rows
 from ..core.knobs import RunSettings, WrongInput, knob, nearest
 from ..core.metrics import without_counts
 from ..core.method import method
 from ..core.run import Run, Stopped
-from ..core.sandbox import isolator
-from ..core.train import Progress
-from .asking import Ask, Trace, make_writer, trace_rows
-from .checks import contrast_critic, feedback_critic, most_frequent, principle_critic, question_critic, unsure
-from .forms import LANGUAGES, words_for
-from .refine import Feedback, again, draft, edit, follow, forget, never, refine, reflect, remember, round_metrics, satisfied, unchanged
-from .rewards import load_function
-from .solver import equations, solved, solver
-from .tools import ToolCritic, bm25, calculator, consult, read_passages, scoring, searched, tester
-from .words import Words
+from ..rewards.sandbox import isolator
+from ..training.loop import Progress
+from .refine.asking import Ask, Trace, make_writer, trace_rows
+from .refine.checks import contrast_critic, feedback_critic, most_frequent, principle_critic, question_critic, unsure
+from .refine.forms import LANGUAGES, words_for
+from .refine.rounds import Feedback, again, draft, edit, follow, forget, never, refine, reflect, remember, round_metrics, satisfied, unchanged
+from ..rewards.functions import load_function
+from .refine.solver import equations, solved, solver
+from .refine.tools import ToolCritic, bm25, calculator, consult, read_passages, scoring, searched, tester
+from .refine.words import Words
 
 # %% ../../nbs/reasoning/selfrefine.ipynb #f2b9f7de
 @dataclass(frozen=True)

@@ -12,16 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..alignment.reward import load_reward
-from ..core.chain import stage
-from ..core.data import encode, load_data
-from ..core.evaluate import with_rows
+from ..rewards.learned import load_reward
+from ..training.chain import stage
+from ..data.encode import encode
+from ..data.load import load_data
+from ..training.evaluate import with_rows
 from ..core.knobs import RunSettings, WrongInput, knob
 from ..core.method import method
-from ..core.models import load_model, load_tokenizer
-from ..core.rollout import rollout
+from ..models.load import load_model
+from ..models.tokenizers import load_tokenizer
+from ..models.rollout import rollout
 from ..core.run import Run
-from ..core.worlds import WORLDS
+from ..data.tasks import WORLDS
 
 # %% ../../nbs/recipes/overoptimization.ipynb #4ca5dfa8
 @dataclass(kw_only=True)

@@ -8,16 +8,18 @@ __all__ = ['Tour', 'battery', 'tour', 'state_table']
 # %% ../../nbs/recipes/tour.ipynb #4b2c5206
 from dataclasses import dataclass
 
-from ..core.chain import stage
-from ..core.data import encode, load_data
-from ..core.evaluate import examples_of, mean_kl, perplexity, sequence_logps, with_rows
+from ..training.chain import stage
+from ..data.encode import encode
+from ..data.load import load_data
+from ..training.evaluate import examples_of, mean_kl, perplexity, sequence_logps, with_rows
 from ..core.knobs import RunSettings, knob
-from ..core.logprobs import Policy
+from ..models.logprobs import Policy
 from ..core.method import method
-from ..core.models import load_model, load_tokenizer
-from ..core.rollout import rollout
+from ..models.load import load_model
+from ..models.tokenizers import load_tokenizer
+from ..models.rollout import rollout
 from ..core.run import Run
-from ..core.worlds import WORLDS
+from ..data.tasks import WORLDS
 from ..workbench.panels import write_page
 
 # %% ../../nbs/recipes/tour.ipynb #7238e53c

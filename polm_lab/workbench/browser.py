@@ -50,6 +50,7 @@ _STYLE = """
 .polm-code{display:flex;gap:8px;align-items:start;margin-bottom:4px}.polm-code b{min-width:6em;padding-top:4px}
 """
 
+# %% ../../nbs/workbench/browser.ipynb #bdab681a
 _TABLE = """
 const make = (tag, attributes = {}, ...children) => {
   const e = document.createElement(tag);
@@ -122,7 +123,7 @@ function render({ model, el }) {
 export default { render };
 """
 
-
+# %% ../../nbs/workbench/browser.ipynb #d0ef3b52
 class Table(anywidget.AnyWidget):
     "A table of text and numbers; `selected` holds indices into `rows`."
 

@@ -19,20 +19,8 @@ from ..core.knobs import WrongInput, nearest
 from ..core.metrics import metric, without_counts
 from ..core.run import Run, all_runs, open_run, runs_folder
 from .browser import Table, visible
-from polm_lab.workbench.panels import (
-    COLORS,
-    CONFIG,
-    advantage_histogram,
-    as_text,
-    draw_png,
-    figure_json,
-    framed,
-    frontier,
-    live_figure,
-    panels,
-    style,
-    write_page,
-)
+from .panels import COLORS, advantage_histogram, as_text, framed, frontier, panels, style, write_page
+from .figures import CONFIG, draw_png, figure_json, live_figure
 from .watch import Watch
 
 # %% ../../nbs/workbench/compare.ipynb #28159f4a
@@ -199,7 +187,8 @@ import pandas as pd
 
 import polm_lab as lab
 from polm_lab.workbench.compare import lineage, same_prompt, settings_difference
-from polm_lab.workbench.panels import advantage_histogram, frontier, show"""
+from polm_lab.workbench.panels import advantage_histogram, frontier
+from polm_lab.workbench.figures import show"""
 
 
 def report(*which, path="report.ipynb") -> Path:
@@ -345,7 +334,7 @@ class Compare(widgets.VBox):
     def _report(self, runs, folder):
         return report(*runs, path=folder / f"{runs[0].id}.ipynb")
 
-
+# %% ../../nbs/workbench/compare.ipynb #d508a1c0
 def _line(words) -> widgets.HTML:
     return widgets.HTML(f"<div role='status'>{html.escape(visible(words))}</div>")
 

@@ -41,7 +41,7 @@ def _slider(knob: Knob):
     step = 1 if knob.type is int else (top - low) / 100
     return widgets.FloatSlider(min=low, max=top, step=step, value=min(default, top), **facts), float, whole
 
-
+# %% ../../nbs/workbench/controls.ipynb #f58cd74d
 class Field(widgets.HBox):
     "One knob: `value` is what was last accepted, `problem` says what is wrong with what stands there now."
 
@@ -169,14 +169,14 @@ class Form(widgets.VBox):
 
 def known_models(out=None) -> list[str]:
     "Built-in models, and the runs that hold a model, newest first."
-    from polm_lab.core.models import built_in_models
+    from polm_lab.models.sources import built_in_models
 
     return [*built_in_models(), *(r.id for r in reversed(all_runs(out)) if (r.path / "model").is_dir())]
 
 
 def known_data(kind: str) -> list[str]:
     "Built-in data that gives rows of `kind`."
-    from polm_lab.core.worlds import WORLDS
+    from polm_lab.data.tasks import WORLDS
 
     return [name for name, world in WORLDS.items() if not kind or kind in world.kinds]
 
@@ -219,8 +219,9 @@ def preview_data(spec: str, kind: str, model: str = "tiny", max_length: int = 25
 
     Raises `WrongInput` that says what is wrong.
     """
-    from polm_lab.core.data import encode, load_data, natural_kind
-    from polm_lab.core.models import load_tokenizer
+    from polm_lab.data.encode import encode
+    from polm_lab.data.load import load_data, natural_kind
+    from polm_lab.models.tokenizers import load_tokenizer
 
     kind = natural_kind(spec) if kind in ("", "completion") else kind
     found, tokenizer, lengths = load_data(spec, kind), load_tokenizer(model), []
@@ -242,7 +243,8 @@ def _plain(value) -> str:
 
 def preview_model(spec: str) -> dict:
     "Architecture, layers, width, vocabulary, size of the weights, chat template. Raises `WrongInput`."
-    from polm_lab.core.models import has_chat_template, load_tokenizer, model_path
+    from polm_lab.models.tokenizers import has_chat_template, load_tokenizer
+    from polm_lab.models.sources import model_path
 
     path = model_path(spec)
     files = list(path.glob("*.safetensors"))
@@ -261,7 +263,7 @@ async def trial(method: str, values: dict, every: float = 0.2) -> dict:
 
     Raises `WrongInput` with the reason if it fails.
     """
-    from polm_lab.workbench.launch import launch
+    from polm_lab.runner.launch import launch
 
     folder = tempfile.mkdtemp(prefix="polm-trial-")
     run = None

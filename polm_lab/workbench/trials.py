@@ -17,11 +17,12 @@ from ..core.knobs import WrongInput, knobs
 from ..core.method import find, methods
 from ..core.metrics import METRICS
 from ..core.run import runs_folder
-from . import launch
+from ..runner import launch
 from .browser import Code, Table, visible
 from .controls import Field
-from .panels import live_figure, style
-from .sweep import Plan, Sweep, create_sweep, open_sweep, plan, resumable_sweep, sweep_command, trial_rows
+from .figures import live_figure
+from .panels import style
+from ..runner.sweep import Plan, Sweep, create_sweep, open_sweep, plan, resumable_sweep, sweep_command, trial_rows
 
 # %% ../../nbs/workbench/trials.ipynb #8f4ef788
 def parallel(sweep, out=None, dark: bool = False):
@@ -236,7 +237,7 @@ class Sweeps(widgets.VBox):
         if change["new"] and change["new"][0] < len(self.table.rows):
             self.selected_run = str(self.table.rows[change["new"][0]].get("run") or "")
 
-
+# %% ../../nbs/workbench/trials.ipynb #0a4eb6f7
 def _pairs(text: str) -> dict[str, str]:
     "`knob value` lines as a dictionary."
     pairs = {}

@@ -17,8 +17,9 @@ import traitlets
 from ..core.knobs import WrongInput
 from ..core.run import Run
 from .browser import visible
-from .launch import running_part
-from .panels import COLORS, draw, grouped, live_figure, style, traces
+from ..runner.launch import running_part
+from .panels import COLORS, draw, grouped, style, traces
+from .figures import live_figure
 from .record import Record
 
 # %% ../../nbs/workbench/watch.ipynb #41738f48
@@ -172,8 +173,7 @@ class Watch(widgets.VBox):
             self._within[group] = span
             self._alone(self._redraw)
 
-
-
+# %% ../../nbs/workbench/watch.ipynb #69792d7a
 def watch(*runs, every: float = 1.0) -> Watch:
     "Panels of runs that follow those which go on: what a cell ends with."
     view = Watch(list(runs))
