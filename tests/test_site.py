@@ -230,7 +230,7 @@ def output(kind, **more):
         ("[x](../core/train.ipynb#no-such-part)", "whose page has no such anchor"),
         ("[x](#no-such-part)", "whose page has no such anchor"),
         ("![x](nothing.png)", "picture to nothing.png"),
-        ("[x](../_template/method.ipynb)", "which is no page of the site"),
+        ("[x](../_template/supervised.ipynb)", "which is no page of the site"),
         ("[x](../../CONTRIBUTING.md)", "which is no page of the site"),
         ("see @eq-nowhere", "cross-reference @eq-nowhere leads nowhere"),
         ("see [@nobody2020]", "citation @nobody2020 is not in references.bib"),
