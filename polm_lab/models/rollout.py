@@ -9,7 +9,7 @@ __all__ = ['Rollout', 'end_tokens', 'end_strings', 'Stops', 'evaluating', 'soft_
 import inspect
 import math
 import numbers
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -112,11 +112,18 @@ class Stops:
 # %% ../../nbs/models/rollout.ipynb #53a2fb1c
 @contextmanager
 def evaluating(model):
-    "Evaluation mode inside; afterwards exactly those modules train that trained before."
+    """Evaluation mode inside; afterwards exactly those modules train that trained before.
+
+    While a model of 16 bits trains, its adapter is kept in 32: there it computes in 16, as in training.
+    """
     training = [m for m in model.modules() if m.training]
+    types = {p.dtype for p in model.parameters()}
+    half = next(iter(types & {torch.bfloat16, torch.float16}), None)
+    mixed = half is not None and torch.float32 in types
     model.eval()
     try:
-        yield
+        with torch.autocast(model.device.type, half) if mixed else nullcontext():
+            yield
     finally:
         for m in training:
             m.training = True
