@@ -157,7 +157,7 @@ def test_a_gap_makes_a_row_partial_and_no_row_that_runs_has_one():
 
 def test_a_function_that_no_method_reaches_is_shown(monkeypatch):
     "`fuse.ensemble` and `dpo.optimal_policy` exist on the pages of methods that run; no run calls them."
-    for here in ("fuse.ensemble", "dpo.optimal_policy", "adapters.fish_masks", "epic.starc"):
+    for here in ("fuse.ensemble", "dpo.optimal_policy", "formulas.fish_masks", "distance.starc"):
         assert page.look(here, KNOWN).state == "shown", here
     assert BY_NAME["output averaging"]["state"] == "shown" and BY_NAME["KL-regularised reward maximisation"]["state"] == "shown"
     for here in ("ppo.gae", "reft.majority", "reward.reward_loss"):

@@ -236,7 +236,7 @@ def test_a_process_that_ends_leaves_no_browser_and_no_folder(request):
     request.addfinalizer(lambda: shutil.rmtree(tmp_path))
     if panels_figures.browser_path() is None or not find_spec("kaleido"):
         without_browser()
-    code = "from polm_lab.workbench import panels; import plotly.graph_objects as go; print(len(panels_figures.draw_png(panels_figures.figure_json(go.Figure(go.Scatter(y=[1, 2]))))))"
+    code = "from polm_lab.workbench import figures; import plotly.graph_objects as go; print(len(figures.draw_png(figures.figure_json(go.Figure(go.Scatter(y=[1, 2]))))))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "TMPDIR": str(tmp_path)}, timeout=120)
     assert done.returncode == 0 and int(done.stdout) > 1000 and done.stderr == "", done.stderr
     assert not [p for p in tmp_path.iterdir() if p.name != "runs"]

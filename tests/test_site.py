@@ -206,7 +206,7 @@ def test_figures_are_alive_with_what_the_site_has(tmp_path):
 
 def test_code_of_the_workbench_is_folded_and_that_of_methods_is_open():
     folded = lambda page: [c for c in MADE[ROOT / page]["cells"] if "code-fold: true" in "".join(c["source"])]  # noqa: E731
-    assert folded("nbs/workbench/atlas.ipynb") and not folded("nbs/alignment/dpo.ipynb")
+    assert folded("nbs/site/atlas.ipynb") and not folded("nbs/alignment/dpo.ipynb")
 
 
 # ---- every check can fail
@@ -227,7 +227,7 @@ def output(kind, **more):
     ("text", "says"),
     [
         ("[x](../alignment/nothing.ipynb)", "link to ../alignment/nothing.ipynb, which is not there"),
-        ("[x](../core/train.ipynb#no-such-part)", "whose page has no such anchor"),
+        ("[x](../training/loop.ipynb#no-such-part)", "whose page has no such anchor"),
         ("[x](#no-such-part)", "whose page has no such anchor"),
         ("![x](nothing.png)", "picture to nothing.png"),
         ("[x](../_template/supervised.ipynb)", "which is no page of the site"),
@@ -265,7 +265,7 @@ def test_a_fault_in_an_output_is_caught(cell, says):
 @pytest.mark.parametrize(
     "text",
     [
-        "[x](../core/train.ipynb)",
+        "[x](../training/loop.ipynb)",
         "[x](#reference)",
         "[x](https://example.org/gone)",
         "`[x](nothing.md)`",
@@ -374,8 +374,8 @@ def test_the_bibliography(tmp_path):
 
 
 def test_mentions_become_the_right_citation():
-    assert site_filter.cited("Wang", "2024", "alignment/reward", BIB) == "wang2024a" and site_filter.cited("Wang", "2024", "efficiency/adapters", BIB) == "wang2024b"
-    assert site_filter.cited("Wang", "2024", "core/data", BIB) == "" and site_filter.cited("Rafailov", "2023", "any/page", BIB) == "rafailov2023"
+    assert site_filter.cited("Wang", "2024", "alignment/reward", BIB) == "wang2024a" and site_filter.cited("Wang", "2024", "efficiency/adaptation/formulas", BIB) == "wang2024b"
+    assert site_filter.cited("Wang", "2024", "data/load", BIB) == "" and site_filter.cited("Rafailov", "2023", "any/page", BIB) == "rafailov2023"
 
 
 def test_only_the_year_of_a_mention_changes():
@@ -441,7 +441,7 @@ def test_the_site_renders():
 
     with playwright.sync_playwright() as p:
         browser = browser_or_skip(p)
-        for name, figures, equations in (("index", 0, 0), ("alignment/dpo", 2, 50), ("workbench/atlas", 3, 0), ("survey/errata", 0, 50)):
+        for name, figures, equations in (("index", 0, 0), ("alignment/dpo", 2, 50), ("site/atlas", 3, 0), ("site/errata", 0, 50)):
             page = Page(browser)
             page.page.goto((ROOT / "_docs" / "nbs" / f"{name}.html").as_uri())
             page.wait_for(lambda: page.page.locator(".js-plotly-plot svg.main-svg").count() >= figures, what="the figures")  # noqa: B023

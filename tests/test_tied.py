@@ -183,4 +183,4 @@ def test_one_function_merges_everywhere():
 
     package = Path(page.__file__).parent.parent
     found = {p.name for p in package.rglob("*.py") if ".merge_and_unload(" in p.read_text()}
-    assert found == {"models.py"}
+    assert found == {"attach.py"}

@@ -22,7 +22,7 @@ from .pages import facts, project
 PLOTLY, FONT = "plotly.min.js", "STIXTwoMath-Regular.ttf"  # in the root of the site
 
 
-FIGURE = "application/vnd.plotly.v1+json"  # a figure as `show` of workbench/panels stores it
+FIGURE = "application/vnd.plotly.v1+json"  # a figure as `show` of workbench/figures stores it
 
 
 FENCE = "`" * 12
@@ -202,7 +202,7 @@ def filtered(notebook: dict, page: str, found: dict, bib: dict, foot: str = "") 
             text = _MARK.sub("", text).strip("\n")
             if not text:
                 continue
-            if own and page.startswith("workbench/"):  # what draws a figure is not what its reader came for
+            if own and page.startswith(("workbench/", "site/")):  # what draws a figure is not what its reader came for
                 text = "#| code-fold: true\n" + text
             cell["outputs"] = clean_outputs(cell["outputs"], up)
         else:
