@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from polm_lab.training import conformance as check
-from polm_lab.data import rows as data
+from polm_lab.data import load as data
 from polm_lab.training.evaluate import Evaluation, mean_nll, perplexity, with_rows
 from polm_lab.data.encode import encode
 from polm_lab.models.logprobs import Policy

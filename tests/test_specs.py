@@ -201,7 +201,7 @@ def ended(tmp_path_factory):
         return check.short_run(method, place, data=specs[source], eval_data=specs["given" if given == "file" else "none"], **small)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_rows, "TRAIN_ROWS", TRAIN)
+        patch.setattr(data_load, "TRAIN_ROWS", TRAIN)
         yield run
 
 
@@ -257,7 +257,7 @@ def test_a_world_is_the_same_with_all_its_rows_named(ended, name, given):
 
 @pytest.mark.parametrize("name", ON_POLICY)
 def test_held_out_rows_are_rewarded_by_their_own_rule(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(data_rows, "TRAIN_ROWS", TRAIN)
+    monkeypatch.setattr(data_load, "TRAIN_ROWS", TRAIN)
     for source, given in (("sums", "chat"), ("chat", "sums#6")):
         after = check.short_run(find(name), tmp_path, data=source, eval_data=given, steps=0, eval_rows=SEEN, max_new_tokens=24).summary["after"]
         assert after["reward"] == pytest.approx(after["accuracy"], abs=1e-6) and after["accuracy"] > 0
@@ -265,7 +265,7 @@ def test_held_out_rows_are_rewarded_by_their_own_rule(name, tmp_path, monkeypatc
 
 
 def test_a_reward_that_applies_to_some_rows_says_to_how_many(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_rows, "TRAIN_ROWS", TRAIN)
+    monkeypatch.setattr(data_load, "TRAIN_ROWS", TRAIN)
     rows = WORLDS["sums"].rows("prompt", GIVEN, 3, "test")
     given, code = written(tmp_path / "given.jsonl", rows), tmp_path / "some.py"
     code.write_text(f"def some(prompts, completions, **columns):\n    return [None if p == {rows[0]['prompt']!r} else 0.25 for p in prompts]\n")
@@ -285,7 +285,7 @@ def test_a_reward_that_nothing_can_give_on_held_out_rows():
 
 
 def test_labels_of_held_out_answers_follow_their_own_rule(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_rows, "TRAIN_ROWS", TRAIN)
+    monkeypatch.setattr(data_load, "TRAIN_ROWS", TRAIN)
     shared = dict(train="direct", judge="rule:correct", steps=0, eval_rows=4, samples=4, batch_size=8, max_new_tokens=24)
     alone = check.short_run(find("rlaif"), tmp_path / "a", data="sums", eval_data="chat", **shared).summary["after"]
     both = check.short_run(find("rlaif"), tmp_path / "b", data="chat", eval_data="chat", **shared).summary["after"]
@@ -293,7 +293,7 @@ def test_labels_of_held_out_answers_follow_their_own_rule(tmp_path, monkeypatch)
 
 
 def test_held_out_rows_of_the_wrong_kind_are_refused_before_the_judge_is_asked(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_rows, "TRAIN_ROWS", TRAIN)
+    monkeypatch.setattr(data_load, "TRAIN_ROWS", TRAIN)
     prompts = written(tmp_path / "prompts.jsonl", WORLDS["sums"].rows("prompt", GIVEN))
     with pytest.raises(WrongInput, match="expected prompt . chosen . rejected"):
         check.short_run(find("rlaif"), tmp_path / "runs", eval_data=prompts, prompts=8)
@@ -302,7 +302,7 @@ def test_held_out_rows_of_the_wrong_kind_are_refused_before_the_judge_is_asked(t
 
 @pytest.mark.parametrize("given, kind", [("sums#6", "completion"), ("text", "text")])
 def test_a_compressed_model_is_measured_by_the_rule_of_what_it_is_measured_on(given, kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(data_rows, "TRAIN_ROWS", TRAIN)
+    monkeypatch.setattr(data_load, "TRAIN_ROWS", TRAIN)
     spec = written(tmp_path / "text.jsonl", [dict(text=f"The sum of {i} and {i} is {2 * i}.") for i in range(6)]) if given == "text" else given
     run = made("prune", data="chat", eval_data=spec, **OTHERS["prune"][0])
     rows = load_held_out("", spec, kind, 99)
@@ -335,7 +335,7 @@ def test_no_method_is_left_out():
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_other_method_says_how_many_rows_it_saw(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(data_rows, "TRAIN_ROWS", TRAIN)
+    monkeypatch.setattr(data_load, "TRAIN_ROWS", TRAIN)
     file = written(tmp_path / "given.jsonl", WORLDS["sums"].rows("completion", GIVEN, 3, "test"))
     settings, counts = OTHERS[name]
     settings = {key: value.replace("FILE", file) if isinstance(value, str) else value for key, value in settings.items()}
