@@ -182,14 +182,14 @@ FULL = """
 mount -t tmpfs -o size=5m tmpfs {disk}
 {python} - <<'END'
 import shutil
-from polm_lab.core import weights
+from polm_lab.models import transform as writing
 from polm_lab.core.knobs import WrongInput
 from polm_lab.models.transform import *; from polm_lab.models.weights import *
 try:
     transform([Weights("tiny")], "{disk}/out", lambda name: lambda block: block.part(0))
 except WrongInput as error:
     print("early:", error)
-weights.shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40)  # somebody else fills it on the way
+writing.shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40)  # somebody else fills it on the way
 try:
     transform([Weights("tiny")], "{disk}/out", lambda name: lambda block: block.part(0))
 except OSError as error:
