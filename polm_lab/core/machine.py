@@ -71,8 +71,6 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 # %% ../../nbs/core/machine.ipynb #d66706cc
 def pick_device(device: str = "auto"):
     "The torch device for `device`; auto means cuda, else mps, else cpu. Raises `WrongInput` if it is not there."
-    import torch
-
     if str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
@@ -86,17 +84,14 @@ def pick_device(device: str = "auto"):
 
 # %% ../../nbs/core/machine.ipynb #dd657207
 def pick_dtype(device="auto"):
-    "The torch dtype that `auto` means on `device`: bf16 on a GPU that has it in hardware, else fp32. It is never measured: a stopwatch would give the same command other numbers."
-    import torch
-
+    "Return the torch dtype that `auto` means: bf16 on a GPU that has it in hardware, else fp32."
     device = pick_device(device)
     in_hardware = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if in_hardware else torch.float32
 
 # %% ../../nbs/core/machine.ipynb #09538249
 def torch_dtype(name, device):
-    import torch
-
+    "Return the torch dtype `name` (auto: that of the device). Raises: `WrongInput`."
     name = str(name).removeprefix("torch.")
     if name not in DTYPES:
         raise WrongInput(f"dtype {name!r}: expected one of {', '.join(DTYPES)}; {nearest(name, DTYPES)}")
@@ -133,8 +128,6 @@ def check_launch(settings: RunSettings) -> str:
 
     Raises `WrongInput` for what the configuration of `accelerate launch` asks for and the run would not do: accelerate itself trains as DDP where it cannot shard, and says nothing.
     """
-    from polm_lab.core.machine import pick_device
-
     def asked(name: str) -> str:
         return os.environ.get(name, "").strip().lower()
 
