@@ -17,8 +17,6 @@ import warnings
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
-import torch
-
 import polm_lab
 from .knobs import RunSettings, WrongInput, nearest
 
@@ -71,6 +69,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 # %% ../../nbs/core/machine.ipynb #d66706cc
 def pick_device(device: str = "auto"):
     "The torch device for `device`; auto means cuda, else mps, else cpu. Raises `WrongInput` if it is not there."
+    import torch
+
     if str(device) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
@@ -85,6 +85,8 @@ def pick_device(device: str = "auto"):
 # %% ../../nbs/core/machine.ipynb #dd657207
 def pick_dtype(device="auto"):
     "Return the torch dtype that `auto` means: bf16 on a GPU that has it in hardware, else fp32."
+    import torch
+
     device = pick_device(device)
     in_hardware = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if in_hardware else torch.float32
@@ -92,6 +94,8 @@ def pick_dtype(device="auto"):
 # %% ../../nbs/core/machine.ipynb #09538249
 def torch_dtype(name, device):
     "Return the torch dtype `name` (auto: that of the device). Raises: `WrongInput`."
+    import torch
+
     name = str(name).removeprefix("torch.")
     if name not in DTYPES:
         raise WrongInput(f"dtype {name!r}: expected one of {', '.join(DTYPES)}; {nearest(name, DTYPES)}")
@@ -105,6 +109,8 @@ def seed_of(*parts) -> int:
 
 def seed_all(*parts):
     "Seed the generators that dropout and user code draw from."
+    import torch
+
     seed = seed_of(*parts)
     torch.manual_seed(seed)
     random.seed(seed)
