@@ -84,7 +84,7 @@ def pick_device(device: str = "auto"):
 
 # %% ../../nbs/core/machine.ipynb #dd657207
 def pick_dtype(device="auto"):
-    "The torch dtype that `auto` means on `device`: bf16 on a GPU that has it in hardware, else fp32. It is never measured: a stopwatch would give the same command other numbers."
+    "Return the torch dtype that `auto` means: bf16 on a GPU that has it in hardware, else fp32."
     import torch
 
     device = pick_device(device)
@@ -93,6 +93,7 @@ def pick_dtype(device="auto"):
 
 # %% ../../nbs/core/machine.ipynb #09538249
 def torch_dtype(name, device):
+    "Return the torch dtype `name` (auto: that of the device). Raises: `WrongInput`."
     import torch
 
     name = str(name).removeprefix("torch.")
@@ -133,8 +134,6 @@ def check_launch(settings: RunSettings) -> str:
 
     Raises `WrongInput` for what the configuration of `accelerate launch` asks for and the run would not do: accelerate itself trains as DDP where it cannot shard, and says nothing.
     """
-    from polm_lab.core.machine import pick_device
-
     def asked(name: str) -> str:
         return os.environ.get(name, "").strip().lower()
 

@@ -143,6 +143,21 @@ def _masked(ids: list[int], mask: list[int]) -> dict:
     mask[:1] = [0]  # nothing stands before the first token, so it cannot be predicted
     return {"input_ids": ids, "target_mask": mask}
 
+# %% ../../nbs/data/encode.ipynb #c966a883
+def _steps(tokenizer, row, max_length: int) -> dict:
+    "Prompt and steps, each step on a line of its own; the mask marks the last token of each step, where a process reward is read."
+    prompt = row["prompt"] if isinstance(row["prompt"], str) else _render(tokenizer, row["prompt"], row, opened=True)
+    ids = [*(_opening(tokenizer) if isinstance(row["prompt"], str) else ()), *_tokens(tokenizer, prompt, max_length)[0]]
+    mask, labels = [0] * len(ids), []
+    for step, label in zip(row["completions"], row["labels"]):
+        more = _tokens(tokenizer, step.rstrip("\n") + "\n", max_length)[0]
+        if len(ids) + len(more) > max_length:
+            break
+        ids, mask, labels = [*ids, *more], [*mask, *[0] * (len(more) - 1), 1], [*labels, label]
+    if not labels:
+        raise WrongInput(f"{row_place(row)}: prompt and first step have more than max_length = {max_length} tokens; expected fewer; raise max_length")
+    return {"input_ids": ids, "target_mask": mask, "labels": labels}
+
 # %% ../../nbs/data/encode.ipynb #809da298
 def _conversation(tokenizer, messages: list[dict], row, max_length: int, completion_only: bool) -> dict:
     "Tokens of a whole conversation; learned are the assistant's turns, or everything."
@@ -214,18 +229,3 @@ def encode_rows(tokenizer, rows: list[dict], kind: str, max_length: int, complet
     if rows and not examples:
         raise WrongInput(f"{first} (and no row is left after skipping all {len(rows)})")
     return examples
-
-# %% ../../nbs/data/encode.ipynb #c966a883
-def _steps(tokenizer, row, max_length: int) -> dict:
-    "Prompt and steps, each step on a line of its own; the mask marks the last token of each step, where a process reward is read."
-    prompt = row["prompt"] if isinstance(row["prompt"], str) else _render(tokenizer, row["prompt"], row, opened=True)
-    ids = [*(_opening(tokenizer) if isinstance(row["prompt"], str) else ()), *_tokens(tokenizer, prompt, max_length)[0]]
-    mask, labels = [0] * len(ids), []
-    for step, label in zip(row["completions"], row["labels"]):
-        more = _tokens(tokenizer, step.rstrip("\n") + "\n", max_length)[0]
-        if len(ids) + len(more) > max_length:
-            break
-        ids, mask, labels = [*ids, *more], [*mask, *[0] * (len(more) - 1), 1], [*labels, label]
-    if not labels:
-        raise WrongInput(f"{row_place(row)}: prompt and first step have more than max_length = {max_length} tokens; expected fewer; raise max_length")
-    return {"input_ids": ids, "target_mask": mask, "labels": labels}

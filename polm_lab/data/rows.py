@@ -31,7 +31,7 @@ SHAREGPT = {  # who speaks, in ShareGPT files -> role
 
 TRAIN_ROWS, TEST_ROWS = 2048, 256  # rows of a world unless the spec says how many
 
-
+# %% ../../nbs/data/rows.ipynb #a400dba3
 class Row(dict):
     "A row of data that knows where it came from (`where`, such as `file:line`) and whether it may be left out if it is wrong (`skip`)."
 
@@ -43,6 +43,7 @@ class Row(dict):
 
 
 def row_place(row) -> str:
+    "Return where a row came from, or its beginning where that is not known."
     return getattr(row, "where", None) or f"row {str(dict(row))[:60]}…"
 
 
@@ -55,4 +56,5 @@ def abbreviated(value) -> str:
 
 
 def refuse_row(row, field: str, found: str, expected: str, todo: str = "correct this row, or leave wrong rows out with #skip after the name"):
+    "Raise `WrongInput` about a field of a row."
     raise WrongInput(f"{row_place(row)}: {field} {found}; expected {expected}; {todo}")

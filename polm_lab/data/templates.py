@@ -206,6 +206,73 @@ def calls_in(text: str, turn: dict) -> bool:
             return False
     return True
 
+# %% ../../nbs/data/templates.ipynb #d6cd7717
+def _first_that_fits(render, messages: list[dict], row) -> tuple[str, list[dict]]:
+    """Return the text and the turns, spelled in the first way that the template writes in full, else in the first that it takes.
+
+    `render(messages=...)` runs the template. Raises: `WrongInput` where it refuses the turns, or writes no tool call.
+    """
+    error, taken, last = None, None, next((t["content"] for t in reversed(messages) if t["content"].strip()), "")
+    calling = any(turn.get("tool_calls") for turn in messages)
+    for way in WAYS:
+        if way[0] is None and not calling:
+            continue
+        fitted = _fitting(messages, *way)
+        try:
+            text = render(messages=fitted)
+        except Exception as found:  # a template is a program and raises what it likes
+            error = error or found
+            continue
+        if holds_value(text, last) and all(calls_in(text, turn) for turn in messages):
+            return text, fitted
+        taken = taken or (text, fitted)
+    if taken is None:
+        what = " ".join(str(error).split("\n")[0].split())[:200]
+        roles = [m["role"] for m in messages]
+        raise WrongInput(f"{row_place(row)}: the chat template refuses this conversation ({what}); expected roles {roles} to be allowed; change the row or the template") from None
+    silent = next((k for k, turn in enumerate(messages) if not calls_in(taken[0], turn)), None)
+    if silent is not None:
+        raise WrongInput(f"{row_place(row)}: the chat template does not write the tool calls of turn {silent + 1}, so nobody would learn or see them; expected them in the rendering; {GIVE}")
+    return taken
+
+# %% ../../nbs/data/templates.ipynb #075cf6a5
+def _parts_between(marked: str, length: int) -> tuple[list, list, list]:
+    """Read a rendering with marks, whose text without them has `length` characters.
+
+    Returns (start, stop, turn) of what each turn wrote, (start, stop) of each generation block,
+    and (start, stop, turn) of the text of turns.
+    """
+    at, stack, began, block, removed = 0, [], {}, 0, 0
+    parts, blocks, said = [], [], []
+
+    def speak(stop: int):
+        if stop > at and stack:
+            k = stack[-1][1]
+            if parts and parts[-1][1:] == (at, k):
+                parts[-1] = (parts[-1][0], stop, k)
+            else:
+                parts.append((at, stop, k))
+
+    for found in MARK.finditer(marked):
+        kind, first, second = found[1], int(found[2]), int(found[3])
+        here = found.start() - removed
+        removed += len(found[0])
+        if kind in "se":
+            speak(here)
+            at = here
+            depth = next((d for d, (loop, _) in enumerate(stack) if loop == first), len(stack))
+            stack = stack[:depth] + ([(first, second)] if kind == "s" else [])
+        elif kind == "g":
+            block = here
+        elif kind == "h":
+            blocks.append((block, here))
+        elif kind == "c":
+            began[first] = here
+        elif first in began:
+            said.append((began.pop(first), here, first))
+    speak(length)
+    return parts, blocks, said
+
 # %% ../../nbs/data/templates.ipynb #1ddd93d8
 class Rendering:
     "A conversation as a chat template writes it: its `text`, and which part of it each turn wrote (`parts`: start, stop, number of the turn)."
@@ -219,37 +286,13 @@ class Rendering:
         self.words = {**_words_of(tokenizer, row), "add_generation_prompt": opened}
         self.source = tokenizer.get_chat_template(tools=self.words["tools"])
         self.plain, self.marked = _compiled(self.source)
-        self.text, self.messages = self._first_that_fits(messages, row)
+        render = functools.partial(self.plain.render, **self.words)
+        self.text, self.messages = _first_that_fits(render, messages, row)
         self.parts: list[tuple[int, int, int]] = []
         self.blocks: list[tuple[int, int]] = []  # generation blocks
         self.said: list[tuple[int, int, int]] = []  # where the text of a turn stands
         if traced:
             self._trace()
-
-    def _first_that_fits(self, messages: list[dict], row) -> tuple[str, list[dict]]:
-        "The text, the turns spelled in the first way that the template writes in full, else in the first that it takes."
-        error, taken, last = None, None, next((t["content"] for t in reversed(messages) if t["content"].strip()), "")
-        calling = any(turn.get("tool_calls") for turn in messages)
-        for way in WAYS:
-            if way[0] is None and not calling:
-                continue
-            fitted = _fitting(messages, *way)
-            try:
-                text = self.plain.render(messages=fitted, **self.words)
-            except Exception as found:  # a template is a program and raises what it likes
-                error = error or found
-                continue
-            if holds_value(text, last) and all(calls_in(text, turn) for turn in messages):
-                return text, fitted
-            taken = taken or (text, fitted)
-        if taken is None:
-            what = " ".join(str(error).split("\n")[0].split())[:200]
-            roles = [m["role"] for m in messages]
-            raise WrongInput(f"{row_place(row)}: the chat template refuses this conversation ({what}); expected roles {roles} to be allowed; change the row or the template") from None
-        silent = next((k for k, turn in enumerate(messages) if not calls_in(taken[0], turn)), None)
-        if silent is not None:
-            raise WrongInput(f"{row_place(row)}: the chat template does not write the tool calls of turn {silent + 1}, so nobody would learn or see them; expected them in the rendering; {GIVE}")
-        return taken
 
     def _trace(self):
         "Render once more with marks, and read them; they count if the text between them is the same."
@@ -269,40 +312,8 @@ class Rendering:
             except Exception:
                 continue
             if MARK.sub("", marked) == self.text:
-                return self._read(marked)
-
-    def _read(self, marked: str):
-        at, last, stack, began, block = 0, 0, [], {}, 0
-        pieces = []
-
-        def speak(stop: int):
-            if stop > at and stack:
-                pieces.append((at, stop, stack[-1][1]))
-
-        removed = 0
-        for found in MARK.finditer(marked):
-            kind, first, second = found[1], int(found[2]), int(found[3])
-            here = found.start() - removed
-            removed += len(found[0])
-            if kind in "se":
-                speak(here)
-                at = here
-                depth = next((d for d, (loop, _) in enumerate(stack) if loop == first), len(stack))
-                stack = stack[:depth] + ([(first, second)] if kind == "s" else [])
-            elif kind == "g":
-                block = here
-            elif kind == "h":
-                self.blocks.append((block, here))
-            elif kind == "c":
-                began[first] = here
-            elif first in began:
-                self.said.append((began.pop(first), here, first))
-        speak(len(self.text))
-        for start, stop, k in pieces:
-            if self.parts and self.parts[-1][1:] == (start, k):
-                self.parts[-1] = (self.parts[-1][0], stop, k)
-            else:
-                self.parts.append((start, stop, k))
+                self.parts, self.blocks, self.said = _parts_between(marked, len(self.text))
+                return
 
     def of(self, k: int) -> list[tuple[int, int]]:
         "The parts that turn `k` wrote and that are not blank."

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHAT', 'RAG', 'chat_prompt', 'LocalReader', 'EndpointReader', 'exact_match', 'log_weights', 'Reading', 'Rag',
-           'altered', 'measure_arm', 'ways_of', 'passages_for', 'sample_of', 'answer_line', 'rag']
+           'altered', 'measure_arm', 'ways_of', 'passages_for', 'sample_of', 'answer_line', 'open_reader',
+           'not_counted', 'stage_latency', 'rag']
 
 # %% ../../nbs/integration/rag.ipynb #89919c0e
 import json
@@ -297,6 +298,39 @@ def answer_line(sample: dict) -> dict:
         line |= dict(expected=sample["answer"], right=bool(sample["reward"]))
     return line
 
+# %% ../../nbs/integration/rag.ipynb #97781441
+def open_reader(settings: RAG) -> LocalReader | EndpointReader:
+    "The reader that the settings name: behind an endpoint, or a local model."
+    if settings.endpoint:
+        kind, url, name = parse_judge(settings.endpoint)
+        key = read_key(settings.key_variable)
+        return EndpointReader(url, name, key, max_new_tokens=settings.max_new_tokens)
+    policy = Policy(load_model(settings.model, settings.dtype, settings.device))
+    return LocalReader(policy, load_tokenizer(settings.model), settings.form, settings.max_new_tokens)
+
+
+def not_counted(questions: list[dict]) -> list[str]:
+    "Notes on questions that some metrics leave out: without an answer, or without a right passage."
+    notes, asked = [], len(questions)
+    silent = sum(not answers_of(q) for q in questions)
+    if silent:
+        notes.append(f"{silent} of {asked} questions have no answer to compare with: they are asked, and get no score")
+    lost = sum(bool(answers_of(q)) and not q["positives"] for q in questions)
+    if lost:
+        notes.append(f"the answers of {lost} of {asked} questions are in no passage: they do not count for recall and mrr")
+    return notes
+
+
+def stage_latency(pipeline: Rag, questions: list[str]) -> dict[str, float]:
+    "Median ms of each stage; the questions come one at a time, as a person asks."
+    each = []
+    for question in questions:
+        before = dict(pipeline.seconds)
+        pipeline([question])
+        each.append({name: 1000 * (pipeline.seconds[name] - before[name]) for name in before})
+    middle = len(each) // 2
+    return {f"stage_ms/{name}": sorted(row[name] for row in each)[middle] for name in pipeline.seconds}
+
 # %% ../../nbs/integration/rag.ipynb #c60690ae
 @method(
     family="integration", title="Retrieval-augmented generation", paper="Lewis et al. 2020; survey §7.2.2", data="prompt", needs=("a library",), changes="nothing", trains=False,
@@ -306,11 +340,7 @@ def rag(settings: RAG, run: Run) -> None:
     passages, learnable, questions = open_questions(
         settings.data, settings.corpus, settings.words, settings.eval_rows, settings.eval_data
     )
-    if settings.endpoint:
-        kind, url, name = parse_judge(settings.endpoint)
-        reader = EndpointReader(url, name, read_key(settings.key_variable), max_new_tokens=settings.max_new_tokens)
-    else:
-        reader = LocalReader(Policy(load_model(settings.model, settings.dtype, settings.device)), load_tokenizer(settings.model), settings.form, settings.max_new_tokens)
+    reader = open_reader(settings)
     make = lambda how: Rag(index, reader, how, settings.k, settings.rerank, settings.reading)
     Rag(None, reader, settings.search, settings.k, settings.rerank, settings.reading)  # refuses before an encoder is trained
     kept = bool(settings.index) and (Path(settings.index) / "index.json").is_file()
@@ -336,12 +366,7 @@ def rag(settings: RAG, run: Run) -> None:
         notes.append(f"search is bm25, not hybrid: the index in {settings.index} has no vectors; build it with an encoder")
     if settings.index and not kept:
         index.save(settings.index)
-    silent = sum(not answers_of(q) for q in questions)
-    if silent:
-        notes.append(f"{silent} of {len(questions)} questions have no answer to compare with: they are asked, and get no score")
-    lost = sum(bool(answers_of(q)) and not q["positives"] for q in questions)
-    if lost:
-        notes.append(f"the answers of {lost} of {len(questions)} questions are in no passage: they do not count for recall and mrr")
+    notes += not_counted(questions)
     texts, arms, rows, answers = {p["id"]: p["text"] for p in passages}, {}, [], []
     labelled = [q for q in questions if q["positives"] and answers_of(q)]
     ways = ways_of(questions, [how for how in HOWS if how == "bm25" or index.vectors is not None])
@@ -359,12 +384,8 @@ def rag(settings: RAG, run: Run) -> None:
         rows += some[:16]
         if way == search:
             answers = some
-    pipeline, each = make(search), []
-    for question in [q["question"] for q in questions[:12]]:  # one at a time, as a person asks
-        before = dict(pipeline.seconds)
-        pipeline([question])
-        each.append({name: 1000 * (pipeline.seconds[name] - before[name]) for name in before})
-    latency = {f"stage_ms/{name}": sorted(row[name] for row in each)[len(each) // 2] for name in pipeline.seconds}
+    timed = [q["question"] for q in questions[:12]]
+    latency = stage_latency(make(search), timed)
     run.sample(len(ways), rows)
     if run.writes:
         lines = [json.dumps(answer_line(row), ensure_ascii=False) + "\n" for row in answers]
@@ -379,4 +400,4 @@ def rag(settings: RAG, run: Run) -> None:
             if counted != len(questions):
                 after[f"rows/{name}"] = counted
     run.frame("before", with_rows(arms["no passages"], len(questions)))
-    run.frame("after", with_rows(after, len(questions), ranked_rows(after, questions) | dict.fromkeys(latency, len(each))))
+    run.frame("after", with_rows(after, len(questions), ranked_rows(after, questions) | dict.fromkeys(latency, len(timed))))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Reader', 'sequence_loss', 'token_loss', 'each_loss', 'responsibilities', 'Pair', 'reading_batch', 'candidates',
-           'reader']
+           'best_passages', 'reader']
 
 # %% ../../nbs/integration/reader.ipynb #3e079e8d
 from dataclasses import dataclass
@@ -107,11 +107,19 @@ def reading_batch(tokenizer, questions: list[dict], passages: list[list[str]], t
     return dict(collate(examples, tokenizer.pad_token_id), answers=answers, weight=float(len(questions)))
 
 
-
 def candidates(index: Index, questions: list[str], k: int, how: str) -> list[list[int]]:
     "Numbers of `k` passages of each question, best first; where BM25 finds fewer (it leaves out what shares no word), others fill up."
     found = [[n for n, _ in ranked] for ranked in index.ranked(questions, k, how)]
     return [row + [n for n in range(len(index)) if n not in row][: k - len(row)] if len(row) < k else row for row in found]
+
+
+def best_passages(scores: Tensor, k: int, among: list[list[int]] | None = None) -> list[list[tuple[int, float]]]:
+    "(number, cosine) of the `k` best passages of each question by `scores` [questions, passages], of all or `among`."
+    if among is not None:
+        some = torch.tensor(among, device=scores.device)
+        scores = torch.full_like(scores, -2.0).scatter(1, some, scores.gather(1, some))
+    best = scores.topk(k, dim=1)
+    return [list(zip(*row)) for row in zip(best.indices.tolist(), best.values.tolist())]
 
 # %% ../../nbs/integration/reader.ipynb #81f7571a
 @method(
@@ -142,11 +150,8 @@ def reader(settings: Reader, run: Run) -> None:
 
     def find(examples: list[dict], vectors: Tensor, among: list[list[int]] | None) -> list[list[tuple[int, float]]]:
         "Numbers and cosines of the `k` passages that are nearest now, of all or `among` candidates."
-        scores = vectors_of(encoder, examples, words.pad_token_id).to(vectors.device) @ vectors.T
-        if among is not None:
-            scores = torch.full_like(scores, -2.0).scatter(1, torch.tensor(among, device=scores.device), scores.gather(1, torch.tensor(among, device=scores.device)))
-        best = scores.topk(settings.k, dim=1)
-        return [list(zip(*row)) for row in zip(best.indices.tolist(), best.values.tolist())]
+        asked = vectors_of(encoder, examples, words.pad_token_id).to(vectors.device)
+        return best_passages(asked @ vectors.T, settings.k, among)
 
     def passage_vectors() -> Tensor:
         return vectors_of(encoder, documents, words.pad_token_id).to(pair.vectors.device)

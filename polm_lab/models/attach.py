@@ -239,7 +239,7 @@ def merge_adapter(model):
         weight.requires_grad_(weight.is_floating_point())
     return merged
 
-
+# %% ../../nbs/models/attach.ipynb #170ef09f
 def fit_vocabulary(base, folder: Path, spec: str):
     """Give `base` as many embeddings as the adapter in `folder` brings rows for.
 

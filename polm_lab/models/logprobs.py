@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCK_MIB', 'Readout', 'selected_logprobs', 'dense_logprobs', 'dense_kl', 'full_kl', 'TokenStats', 'states',
-           'read_head', 'length_parts', 'pick_rows', 'Policy']
+           'read_head', 'length_parts', 'pick_rows', 'StateReader', 'PrefixReader', 'Policy']
 
 # %% ../../nbs/models/logprobs.ipynb #d0b185fc
 import contextlib
@@ -320,14 +320,9 @@ def pick_rows(x: Tensor, mask: Tensor) -> Tensor:
     "Rows [n, width] of `x` [rows, time, width] where `mask` [rows, time] is 1: x[mask], with a gradient that is several times faster on CPU."
     return x.flatten(0, 1).index_select(0, mask.flatten().nonzero()[:, 0])
 
-# %% ../../nbs/models/logprobs.ipynb #188640d6
-class Policy(nn.Module):
-    """Wraps a causal LM (or PeftModel); calling it gives `TokenStats` of a batch, and the logits are never built.
-
-    The model runs whole, adapters and virtual tokens included, but its head only hands over its input. Where the head is more than a plain
-    Linear layer (LoRA on it, quantized, hooked), or the model does something to the logits that is neither scale nor soft cap,
-    the model's own logits are used. `adapter=False` makes a frozen reference of a PeftModel: the same weights with the adapter switched off.
-    """
+# %% ../../nbs/models/logprobs.ipynb #81ebc686
+class StateReader(nn.Module):
+    "A causal LM (or PeftModel) whose head hands over its input instead of logits."
     def __init__(self, model: nn.Module, adapter: bool = True):
         super().__init__()
         if not adapter and not hasattr(model, "disable_adapter"):
@@ -335,6 +330,107 @@ class Policy(nn.Module):
         self.model, self.adapter = model, adapter
         self._known = None  # (head, its scale and soft cap or None): what `read_head` found
         self._packs = False  # True once the model has been seen to keep packed examples apart
+
+    def _states(self, batch: dict) -> tuple[Tensor, Readout]:
+        "The states that the head reads, or the model's logits where the head cannot be replaced."
+        with contextlib.nullcontext() if self.adapter else self.model.disable_adapter(), contextlib.nullcontext() if self.adapter else torch.no_grad():
+            head = self.model.get_output_embeddings()
+            readout = self._read(head, batch["input_ids"].device)
+            if readout is None: return self.model(**batch).logits, Readout(None)
+            return states(self.model, head, batch), readout
+
+    def _read(self, head, device: torch.device) -> Readout | None:
+        "`read_head`, remembered until the model has another head."
+        if not _is_plain(head): return None
+        if self._known is None or self._known[0] is not head:
+            found = read_head(self.model, device)
+            self._known = head, None if found is None else (found.scale, found.softcap)
+        return None if self._known[1] is None else Readout(head.weight, head.bias, *self._known[1])
+
+    def _check_packing(self, input_ids: Tensor) -> None:
+        "Make sure, once, that what stands in an earlier example of a packed row does not change a later one."
+        if self._packs: return
+        ids = torch.stack([input_ids.new_tensor([0, 0, 0, 1, 1, 1]), input_ids.new_tensor([1, 0, 1, 1, 1, 1])])
+        batch = {"input_ids": ids, "attention_mask": None, "position_ids": input_ids.new_tensor([[0, 1, 2, 0, 1, 2]] * 2), "use_cache": False}
+        with _quiet(self.model, input_ids.device): found, _ = self._states(batch)
+        if found.shape[1] != 6 or not torch.allclose(found[0, 3:], found[1, 3:], rtol=1e-5, atol=1e-6):
+            raise WrongInput(f"model: {type(self.model).__name__} lets packed examples see each other; expected none to; train it with pack=0")
+        self._packs = True
+
+    def _batch(self, input_ids: Tensor, real: Tensor, position_ids: Tensor | None) -> dict:
+        "The arguments of the model's forward."
+        if position_ids is None: return {"input_ids": input_ids, "attention_mask": real.long(), "use_cache": False}
+        position_ids = position_ids.masked_fill(~real, 0)
+        batch = {"input_ids": input_ids, "attention_mask": real.long(), "position_ids": position_ids, "use_cache": False}
+        if (position_ids.diff(dim=1).ne(1) & real[:, 1:]).any():
+            self._check_packing(input_ids)
+            batch["attention_mask"] = None  # transformers sees that rows are packed from the positions, and only without a mask
+        return batch
+
+    def _rows(self, batch: dict, wanted: Tensor) -> tuple[Tensor, Readout]:
+        "What the head reads [n, width] at the positions before the wanted tokens, and how to read logits off it."
+        found, readout = self._states(batch)
+        time = wanted.shape[1]
+        return pick_rows(found[:, found.shape[1] - time : -1], wanted[:, 1:]), readout  # virtual tokens stand in front
+
+# %% ../../nbs/models/logprobs.ipynb #258d33e0
+class PrefixReader(StateReader):
+    "Reads long rows apart from short ones, and the common beginning of a group of rows once."
+    def _can_share(self) -> bool:
+        "Whether keys and values that one row computed can stand in for another's: a plain cache in every layer, which training keeps."
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        config = getattr(self.model, "active_peft_config", None)
+        learned = getattr(config, "is_prompt_learning", False) or getattr(config, "is_adaption_prompt", False)  # have keys and values of their own
+        learned = learned or getattr(getattr(config, "peft_type", None), "value", "") in ("LILY", "SHADOW")  # look at a whole row at once
+        kinds = {type(layer) for layer in DynamicCache(config=base.config).layers}
+        recomputes = any(getattr(m, "gradient_checkpointing", False) for m in base.modules())  # it keeps no cache
+        takes = {"past_key_values", "position_ids"} <= set(inspect.signature(base.forward).parameters)
+        return kinds == {DynamicLayer} and takes and not learned and not (self.model.training and recomputes)
+
+    def _rows_after_prefix(self, input_ids: Tensor, real: Tensor, wanted: Tensor, prefix: Tensor) -> tuple[Tensor, Readout]:
+        "`_rows`, with the first tokens of each group read once: their keys and values go to all its rows, and gradients come back the same way."
+        owner = prefix[:, 0].unique(return_inverse=True)[1]
+        count = torch.arange(len(owner), device=owner.device)
+        first = torch.zeros_like(owner[: int(owner.max()) + 1]).scatter_reduce(0, owner, count, "amin", include_self=False)
+        shared = prefix[first, 1] - 1  # the last common token stays with the rows: its state predicts their first own one
+        longest, time = int(shared.max()), input_ids.shape[1] - int(shared.min())
+        if longest < 1: return self._rows(self._batch(input_ids, real, None), wanted)
+        place = count.new_ones(longest).cumsum(0) - 1 - (longest - shared)[:, None]  # padded on the left, so that rows go on in the same column
+        own = count.new_ones(time).cumsum(0) - 1 + shared[owner][:, None]
+        inside, column = own < input_ids.shape[1], own.clamp_max(input_ids.shape[1] - 1)
+        cache, mask = DynamicCache(config=self.model.config), torch.cat([(place >= 0)[owner], real.gather(1, column) & inside], 1)
+        fixed = dict(past_key_values=cache, use_cache=True)
+        self._states(dict(input_ids=input_ids[first].gather(1, place.clamp_min(0)), attention_mask=(place >= 0).long(), position_ids=place.clamp_min(0), **fixed))
+        for layer in cache.layers:  # index_select: its gradient is several times faster than that of indexing
+            layer.keys, layer.values = layer.keys.index_select(0, owner), layer.values.index_select(0, owner)
+        asked, column, mask = (wanted.gather(1, column) & inside)[:, 1:], column[:, :-1], mask[:, :-1].long()  # nothing follows the last column
+        found, readout = self._states(dict(input_ids=input_ids.gather(1, column), attention_mask=mask, position_ids=column, **fixed))
+        return pick_rows(found, asked), readout
+
+    def _read_rows(self, input_ids: Tensor, real: Tensor, wanted: Tensor, position_ids: Tensor | None, prefix: Tensor | None = None) -> tuple[Tensor, Readout]:
+        "`_rows` of a whole batch, long rows apart from short ones where that saves much padding."
+        if position_ids is not None: return self._rows(self._batch(input_ids, real, position_ids), wanted)
+        found, shared = [], prefix is not None and self._can_share()
+        parts = length_parts(real.sum(1).tolist())
+        for part in parts:
+            ids, some, asked = (x[part, : max(int(real[part].sum(1).max()), 1)] for x in (input_ids, real, wanted))
+            found.append(self._rows_after_prefix(ids, some, asked, prefix[part]) if shared else self._rows(self._batch(ids, some, None), asked))
+        if len(parts) == 1: return found[0]
+        number = wanted.flatten().cumsum(0).view_as(wanted)
+        place = torch.cat([number[part][wanted[part]] for part in parts]).argsort()
+        return torch.cat([rows for rows, _ in found])[place], found[0][1]
+
+    @torch.no_grad()
+    def _constant_rows(self, *batch) -> tuple[Tensor, Readout]: return self._read_rows(*batch)
+
+# %% ../../nbs/models/logprobs.ipynb #188640d6
+class Policy(PrefixReader):
+    """Wraps a causal LM (or PeftModel); calling it gives `TokenStats` of a batch, and the logits are never built.
+
+    The model runs whole, adapters and virtual tokens included, but its head only hands over its input. Where the head is more than a plain
+    Linear layer (LoRA on it, quantized, hooked), or the model does something to the logits that is neither scale nor soft cap,
+    the model's own logits are used. `adapter=False` makes a frozen reference of a PeftModel: the same weights with the adapter switched off.
+    """
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, target_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, temperature: float = 1.0, entropy: bool = False,
@@ -377,96 +473,7 @@ class Policy(nn.Module):
             return table if order is None else table.new_zeros(full.shape).scatter(1, order, table)
         return TokenStats(*map(spread_out, (logp, spread, kl, worth)))
 
-    def _batch(self, input_ids: Tensor, real: Tensor, position_ids: Tensor | None) -> dict:
-        "The arguments of the model's forward."
-        if position_ids is None: return {"input_ids": input_ids, "attention_mask": real.long(), "use_cache": False}
-        position_ids = position_ids.masked_fill(~real, 0)
-        batch = {"input_ids": input_ids, "attention_mask": real.long(), "position_ids": position_ids, "use_cache": False}
-        if (position_ids.diff(dim=1).ne(1) & real[:, 1:]).any():
-            self._check_packing(input_ids)
-            batch["attention_mask"] = None  # transformers sees that rows are packed from the positions, and only without a mask
-        return batch
-
-    def _read_rows(self, input_ids: Tensor, real: Tensor, wanted: Tensor, position_ids: Tensor | None, prefix: Tensor | None = None) -> tuple[Tensor, Readout]:
-        "`_rows` of a whole batch, long rows apart from short ones where that saves much padding."
-        if position_ids is not None: return self._rows(self._batch(input_ids, real, position_ids), wanted)
-        found, shared = [], prefix is not None and self._can_share()
-        parts = length_parts(real.sum(1).tolist())
-        for part in parts:
-            ids, some, asked = (x[part, : max(int(real[part].sum(1).max()), 1)] for x in (input_ids, real, wanted))
-            found.append(self._rows_after_prefix(ids, some, asked, prefix[part]) if shared else self._rows(self._batch(ids, some, None), asked))
-        if len(parts) == 1: return found[0]
-        number = wanted.flatten().cumsum(0).view_as(wanted)
-        place = torch.cat([number[part][wanted[part]] for part in parts]).argsort()
-        return torch.cat([rows for rows, _ in found])[place], found[0][1]
-
-    def _rows(self, batch: dict, wanted: Tensor) -> tuple[Tensor, Readout]:
-        "What the head reads [n, width] at the positions before the wanted tokens, and how to read logits off it."
-        found, readout = self._states(batch)
-        time = wanted.shape[1]
-        return pick_rows(found[:, found.shape[1] - time : -1], wanted[:, 1:]), readout  # virtual tokens stand in front
-
-    def _can_share(self) -> bool:
-        "Whether keys and values that one row computed can stand in for another's: a plain cache in every layer, which training keeps."
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        config = getattr(self.model, "active_peft_config", None)
-        learned = getattr(config, "is_prompt_learning", False) or getattr(config, "is_adaption_prompt", False)  # have keys and values of their own
-        learned = learned or getattr(getattr(config, "peft_type", None), "value", "") in ("LILY", "SHADOW")  # look at a whole row at once
-        kinds = {type(layer) for layer in DynamicCache(config=base.config).layers}
-        recomputes = any(getattr(m, "gradient_checkpointing", False) for m in base.modules())  # it keeps no cache
-        takes = {"past_key_values", "position_ids"} <= set(inspect.signature(base.forward).parameters)
-        return kinds == {DynamicLayer} and takes and not learned and not (self.model.training and recomputes)
-
-    def _rows_after_prefix(self, input_ids: Tensor, real: Tensor, wanted: Tensor, prefix: Tensor) -> tuple[Tensor, Readout]:
-        "`_rows`, with the first tokens of each group read once: their keys and values go to all its rows, and gradients come back the same way."
-        owner = prefix[:, 0].unique(return_inverse=True)[1]
-        count = torch.arange(len(owner), device=owner.device)
-        first = torch.zeros_like(owner[: int(owner.max()) + 1]).scatter_reduce(0, owner, count, "amin", include_self=False)
-        shared = prefix[first, 1] - 1  # the last common token stays with the rows: its state predicts their first own one
-        longest, time = int(shared.max()), input_ids.shape[1] - int(shared.min())
-        if longest < 1: return self._rows(self._batch(input_ids, real, None), wanted)
-        place = count.new_ones(longest).cumsum(0) - 1 - (longest - shared)[:, None]  # padded on the left, so that rows go on in the same column
-        own = count.new_ones(time).cumsum(0) - 1 + shared[owner][:, None]
-        inside, column = own < input_ids.shape[1], own.clamp_max(input_ids.shape[1] - 1)
-        cache, mask = DynamicCache(config=self.model.config), torch.cat([(place >= 0)[owner], real.gather(1, column) & inside], 1)
-        fixed = dict(past_key_values=cache, use_cache=True)
-        self._states(dict(input_ids=input_ids[first].gather(1, place.clamp_min(0)), attention_mask=(place >= 0).long(), position_ids=place.clamp_min(0), **fixed))
-        for layer in cache.layers:  # index_select: its gradient is several times faster than that of indexing
-            layer.keys, layer.values = layer.keys.index_select(0, owner), layer.values.index_select(0, owner)
-        asked, column, mask = (wanted.gather(1, column) & inside)[:, 1:], column[:, :-1], mask[:, :-1].long()  # nothing follows the last column
-        found, readout = self._states(dict(input_ids=input_ids.gather(1, column), attention_mask=mask, position_ids=column, **fixed))
-        return pick_rows(found, asked), readout
-
-    @torch.no_grad()
-    def _constant_rows(self, *batch) -> tuple[Tensor, Readout]: return self._read_rows(*batch)
-
     def _kl(self, rows, readout, ref_rows, ref, temperature, reverse):
         if readout.weight is None or ref.weight is None: return dense_kl(readout.logits(rows), ref.logits(ref_rows), reverse, temperature)
         return full_kl(rows, readout.weight, ref_rows, ref.weight, reverse, readout.bias, ref.bias, temperature, None,
                        readout.scale, readout.softcap, ref.scale, ref.softcap)
-
-    def _states(self, batch: dict) -> tuple[Tensor, Readout]:
-        "The states that the head reads, or the model's logits where the head cannot be replaced."
-        with contextlib.nullcontext() if self.adapter else self.model.disable_adapter(), contextlib.nullcontext() if self.adapter else torch.no_grad():
-            head = self.model.get_output_embeddings()
-            readout = self._read(head, batch["input_ids"].device)
-            if readout is None: return self.model(**batch).logits, Readout(None)
-            return states(self.model, head, batch), readout
-
-    def _read(self, head, device: torch.device) -> Readout | None:
-        "`read_head`, remembered until the model has another head."
-        if not _is_plain(head): return None
-        if self._known is None or self._known[0] is not head:
-            found = read_head(self.model, device)
-            self._known = head, None if found is None else (found.scale, found.softcap)
-        return None if self._known[1] is None else Readout(head.weight, head.bias, *self._known[1])
-
-    def _check_packing(self, input_ids: Tensor) -> None:
-        "Make sure, once, that what stands in an earlier example of a packed row does not change a later one."
-        if self._packs: return
-        ids = torch.stack([input_ids.new_tensor([0, 0, 0, 1, 1, 1]), input_ids.new_tensor([1, 0, 1, 1, 1, 1])])
-        batch = {"input_ids": ids, "attention_mask": None, "position_ids": input_ids.new_tensor([[0, 1, 2, 0, 1, 2]] * 2), "use_cache": False}
-        with _quiet(self.model, input_ids.device): found, _ = self._states(batch)
-        if found.shape[1] != 6 or not torch.allclose(found[0, 3:], found[1, 3:], rtol=1e-5, atol=1e-6):
-            raise WrongInput(f"model: {type(self.model).__name__} lets packed examples see each other; expected none to; train it with pack=0")
-        self._packs = True

@@ -28,12 +28,12 @@ from ..rewards.sandbox import isolator
 from ..training.loop import fit, load_policy, make_accelerator, token_batches
 from ..core.machine import my_share
 from ..finetuning.sft import sft_loss
-from .refine.asking import Ask, LocalWriter, Trace, readable, trace_rows
+from .refine.asking import Ask, LocalWriter, Trace, trace_rows
 from .refine.checks import feedback_critic
 from .refine.corrections import chains, corrections, critiques, edits, sampled, spoiled_steps
 from .refine.forms import LANGUAGES, words_for, worked
 from .refine.rounds import Feedback, draft, edit, follow, forget, never, refine, revising, round_metrics, satisfied
-from ..data.messages import as_completions
+from ..data.messages import as_completions, readable
 from .refine.tools import ToolCritic, scoring, tester
 from .refine.words import Words
 

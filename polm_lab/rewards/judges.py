@@ -22,11 +22,11 @@ from ..core.knobs import WrongInput, nearest
 from ..core.machine import seed_of
 from ..data.encode import encode
 from ..data.files import read_text
-from ..data.messages import as_completions, request_of, under, user
+from ..data.messages import as_completions, readable, request_of, under, user
 from ..models.load import load_model
 from ..models.logprobs import Policy
 from ..models.rollout import rollout
-from ..models.tokenizers import has_chat_template, load_tokenizer
+from ..models.tokenizers import load_tokenizer
 from .endpoint import Again, Endpoint, Kept, Unreadable, answer_text, read_key, seconds_asked
 from .functions import Reward, call_rewards, make_rewards
 from ..training.evaluate import sequence_logps
@@ -156,7 +156,7 @@ class ModelJudge:
 
     def asked(self, messages: list[dict]):
         "A conversation for a model with a chat template, text for one without."
-        return messages if has_chat_template(self.tokenizer) else "\n\n".join(m["content"] for m in messages) + "\n\n"
+        return readable(self.tokenizer, messages)
 
     def write(self, messages: list[dict], seed: int) -> str:
         "A sampled answer to a conversation."

@@ -27,6 +27,7 @@ def reward_parts(row: dict) -> dict[str, float | None]:
 
 # %% ../../nbs/workbench/tokens.ipynb #d877a7f8
 def token_count(row: dict) -> list:
+    "The tokens of a row; none where its record has none."
     return row["tokens"] if isinstance(row.get("tokens"), list) else []
 
 # %% ../../nbs/workbench/tokens.ipynb #22c56ce6

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Iterable
 
 from ...core.knobs import WrongInput, knob, redefault
+from ...data.messages import text_of
 from ...data.language import ENCYCLOPEDIA, RELATIONS, SYLLABLES, article, invent, values_of
 from ...data.load import load_data, load_held_out, parse_spec
 from ...data.synthetic import split_of
@@ -77,7 +78,7 @@ def open_library(data: str, corpus: str = "", words: int = 100, rows: int = 10**
     if not parts["train"] or not parts["test"]:
         raise WrongInput(f"data {data!r}: {len(parts['train'])} questions to learn from and {len(parts['test'])} held out; expected at least one of each; give more rows, or others as eval_data")
     for number, row in enumerate(parts["train"] + parts["test"]):
-        asked = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+        asked = text_of(row["prompt"])
         needs = [] if corpus else ["context"]
         if number < len(parts["train"]) or str(row.get("answer") or "").strip():
             needs.insert(0, "answer")
@@ -144,8 +145,7 @@ def open_questions(
             raise WrongInput(f"{where}: answer is {kind} {row['answer']!r:.40}; expected text, or none; correct it")
         if not (row.get("answer") or "").strip():
             row.pop("answer", None)
-        said = row["prompt"]
-        row["question"] = said if isinstance(said, str) else said[-1]["content"]
+        row["question"] = text_of(row["prompt"])
     passages = _passages(corpus, words, texts, given)
     _label(asked[:rows], passages)
     return passages, any(answers_of(row) for row in others), asked[:rows]

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ANSWER', 'GOOD', 'BAD', 'HALF', 'THING', 'FAULT', 'SEEMS', 'PHRASES', 'PHRASE', 'FORM', 'CODE', 'CHECK', 'AGAIN',
            'BETTER', 'PLAN', 'REFLECT', 'NOTES', 'PASSAGES', 'WAYS', 'WHOLE', 'STEPS', 'STEPCHECK', 'GOON', 'spoken',
-           'unmarked', 'boxed', 'result_in', 'code_of', 'verdict_in', 'wrong_step', 'Words', 'StepWords']
+           'unmarked', 'boxed', 'result_in', 'code_of', 'verdict_in', 'wrong_step', 'AnswerWords', 'CritiqueWords',
+           'QuestionWords', 'Words', 'StepWords']
 
 # %% ../../../nbs/reasoning/refine/words.ipynb #a4dd4e89
 import re
@@ -125,8 +126,8 @@ WHOLE = (
 )
 
 # %% ../../../nbs/reasoning/refine/words.ipynb #658dea38
-class Words:
-    "How a model that follows instructions is asked, and how what it says is read."
+class AnswerWords:
+    "How a model is asked for an answer, and how it is read."
 
     stop: tuple[str, ...] = ()  # what ends a feedback
     world = ""  # whose forms these are
@@ -167,6 +168,10 @@ class Words:
         "Whether two answers come to the same: the same last number, or the same words."
         return result_of(self.result(a)) == result_of(self.result(b))
 
+# %% ../../../nbs/reasoning/refine/words.ipynb #7aede97f
+class CritiqueWords(AnswerWords):
+    "How a model is asked for a critique and for a better answer."
+
     def feedback(self, row: dict, answer: str):
         "A prompt for a critique of the answer."
         return self._then(row, answer, CHECK)
@@ -190,6 +195,22 @@ class Words:
     def correction(self, row: dict, answer: str):
         "A prompt for a better answer where nobody judged."
         return self._then(row, answer, BETTER)
+
+    def reflection(self, row: dict, answer: str, feedback: Feedback):
+        "A prompt for what is to be remembered of a failure."
+        return self._then(row, answer, REFLECT.format(feedback=feedback.text))
+
+    def lessons(self, row: dict, text: str) -> list[str]:
+        "What is remembered of a reflection."
+        return [f"- {' '.join(spoken(text).split())}"] if spoken(text).strip() else []
+
+    def edit(self, row: dict, answer: str, outcome: str):
+        "A prompt for an editor of code: the task, the code, what came of it."
+        return self._then(row, answer, AGAIN.format(feedback=outcome))
+
+# %% ../../../nbs/reasoning/refine/words.ipynb #ce37aa21
+class QuestionWords(CritiqueWords):
+    "Questions that test an answer, and other ways to it."
 
     def ways(self, row: dict) -> list:
         "Prompts that lead to the answer in different ways."
@@ -217,17 +238,9 @@ class Words:
         "The question with passages."
         return self.task(row, before=PASSAGES.format(passages="\n".join(passages)))
 
-    def reflection(self, row: dict, answer: str, feedback: Feedback):
-        "A prompt for what is to be remembered of a failure."
-        return self._then(row, answer, REFLECT.format(feedback=feedback.text))
-
-    def lessons(self, row: dict, text: str) -> list[str]:
-        "What is remembered of a reflection."
-        return [f"- {' '.join(spoken(text).split())}"] if spoken(text).strip() else []
-
-    def edit(self, row: dict, answer: str, outcome: str):
-        "A prompt for an editor of code: the task, the code, what came of it."
-        return self._then(row, answer, AGAIN.format(feedback=outcome))
+# %% ../../../nbs/reasoning/refine/words.ipynb #3f4db7af
+class Words(QuestionWords):
+    "How a model that follows instructions is asked, and how what it says is read."
 
     def whole(self, row: dict):
         "A prompt for answer, check and correction in one text (SelFee)."
