@@ -17,8 +17,6 @@ import warnings
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
-import torch
-
 import polm_lab
 from .knobs import RunSettings, WrongInput, nearest
 
@@ -110,6 +108,8 @@ def seed_of(*parts) -> int:
 
 def seed_all(*parts):
     "Seed the generators that dropout and user code draw from."
+    import torch
+
     seed = seed_of(*parts)
     torch.manual_seed(seed)
     random.seed(seed)

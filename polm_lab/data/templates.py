@@ -272,7 +272,7 @@ class Rendering:
                 return self._read(marked)
 
     def _read(self, marked: str):
-        at, last, stack, began, block = 0, 0, [], {}, 0
+        at, stack, began, block = 0, [], {}, 0
         pieces = []
 
         def speak(stop: int):

@@ -62,7 +62,7 @@ class RunBar(widgets.VBox):
             record, status = self.run.read(), self.run.status
             last = self.run.last_line() or {}
             self.step = step = last.get("step") or 0
-            total, seconds = record.get("total") or 0, last.get("seconds") or 0.0
+            total = record.get("total") or 0
         except (WrongInput, OSError, KeyError, TypeError, AttributeError) as error:
             self.text.value, self.bar.value = alert(f"{error}; choose another run"), 0
             self.stop_button.disabled = self.resume_button.disabled = self.clone_button.disabled = True
