@@ -44,7 +44,6 @@ LONG = {  # exported cells that are still above CELL_LINES, as notebook:name; th
     "reasoning/refine/words:Words",
     "rewards/endpoint:Endpoint",
     "rewards/jail:ask_all",
-    "runner/sweep:Worker",
     "training/loop:fit",
     "training/onpolicy:OnPolicy",
     "workbench/app:Workbench",
