@@ -50,7 +50,6 @@ LONG = {  # exported cells that are still above CELL_LINES, as notebook:name; th
     "workbench/configure:Configure",
     "workbench/trials:Sweeps",
     "workbench/tryit:TryIt",
-    "workbench/watch:Watch",
 }
 
 
