@@ -47,7 +47,6 @@ LONG = {  # exported cells that are still above CELL_LINES, as notebook:name; th
     "training/loop:fit",
     "training/onpolicy:OnPolicy",
     "workbench/app:Workbench",
-    "workbench/trials:Sweeps",
     "workbench/tryit:TryIt",
 }
 
