@@ -46,7 +46,6 @@ LONG = {  # exported cells that are still above CELL_LINES, as notebook:name; th
     "rewards/jail:ask_all",
     "training/loop:fit",
     "training/onpolicy:OnPolicy",
-    "workbench/app:Workbench",
     "workbench/tryit:TryIt",
 }
 
