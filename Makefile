@@ -1,15 +1,28 @@
-# Everything happens in .venv, which is made when it is needed.
+# Everything happens in .venv, which is made when it is needed. `make` alone prints the targets.
 PYTHON ?= $(firstword $(wildcard $(shell command -v python3.11 || true)) python3)
 BIN = .venv/bin
 READY = .venv/ready
 
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s%s\n", $$1, $$2 }' Makefile
+
 run: $(READY)  ## the tour: the embedded model through SFT, DPO and GRPO
 	$(BIN)/polm run tour
 
-test: $(READY)  ## notebooks clean, export in sync, notebooks run, tests pass
+test: $(READY)  ## all that proves the project: lint, notebooks clean, export in sync, notebooks run, tests pass
+	$(BIN)/ruff check polm_lab tests benchmarks
 	$(BIN)/python tests/tree.py
 	place=$$(mktemp -d) && TMPDIR=$$place POLM_RUNS=$$place/runs POLM_CLAIMS=required POLM_CHROMIUM=none OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --skip_file_re "$$($(BIN)/python tests/pages.py)" && rm -r $$place
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=50
+
+quick: $(READY)  ## in three minutes: lint, export in sync, rules of the tree, fast tests, the notebooks touched since main
+	$(BIN)/ruff check polm_lab tests benchmarks
+	$(BIN)/python tests/tree.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile @tests/fast.txt
+	$(BIN)/python tests/page.py --touched
+
+page: $(READY)  ## one page, P=alignment/dpo: exported, run, its tests, rendered
+	$(BIN)/python tests/page.py "$(P)"
 
 hidden: $(READY)  ## the tests that look at bubblewrap, a browser and Quarto, where none of them is
 	OMP_NUM_THREADS=1 $(BIN)/python tests/without.py bwrap chromium chromium-browser google-chrome google-chrome-stable quarto -- $(BIN)/pytest -n 2 --dist loadfile $$($(BIN)/python tests/pages.py --hidden)
@@ -34,4 +47,4 @@ $(READY): settings.ini setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $(READY)
 
-.PHONY: run test hidden mutate outputs lab docs bench
+.PHONY: help run test quick page hidden mutate outputs lab docs bench

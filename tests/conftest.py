@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,24 @@ def pytest_runtest_call(item):
         if "sandbox: " in str(wrong) and missing() and os.environ.get("POLM_SANDBOX") != "required":
             pytest.skip(str(wrong))
         raise
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    "With `--durations=N`, write the N slowest parts of tests to runs/durations.txt too, and the seconds of each file."
+    if not config.getoption("durations"):
+        return
+    parts, files = [], Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if hasattr(report, "duration") and hasattr(report, "when"):
+                parts.append((report.duration, report.when, report.nodeid))
+                files[report.nodeid.split("::")[0]] += report.duration
+    slowest = sorted(parts, reverse=True)[: config.getoption("durations")]
+    lines = [f"{seconds:8.2f} s {when:8} {name}" for seconds, when, name in slowest]
+    lines += ["", *(f"{seconds:8.1f} s in all  {name}" for name, seconds in files.most_common())]
+    place = Path(os.environ.get("POLM_DURATIONS", ROOT / "runs" / "durations.txt"))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 @pytest.fixture(autouse=True)

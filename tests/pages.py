@@ -20,11 +20,17 @@ def looking() -> list[str]:
     return [str(path) for path in sorted(Path(__file__).parent.glob("test_*.py")) if re.search(LOOKS, path.read_text(encoding="utf-8"))]
 
 
+def left_out() -> tuple[str, str]:
+    "The pattern of the file names that are not run here, and why; drafts are always left out."
+    why = missing() if os.environ.get("POLM_SANDBOX") != "required" else ""
+    return (rf"^([_.]|({'|'.join(RUN_CODE)})\.ipynb$)" if why else "^[_.]"), why
+
+
 if __name__ == "__main__":
     if "--hidden" in sys.argv:
         print(" ".join(looking()))
         sys.exit()
-    why = missing() if os.environ.get("POLM_SANDBOX") != "required" else ""
+    pattern, why = left_out()
     if why:
         print(f"not run: {', '.join(RUN_CODE)}. {why}", file=sys.stderr)
-    print(rf"^([_.]|({'|'.join(RUN_CODE)})\.ipynb$)" if why else "^[_.]")
+    print(pattern)

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 import polm_lab as lab
 from polm_lab.alignment import dpo as page

@@ -290,7 +290,7 @@ def enlarged(models, tmp_path):
 
 
 def test_another_vocabulary_is_refused_or_resolved(models, enlarged, tmp_path):
-    two, (start, a, b) = [str(models / "a"), str(enlarged)], three(models)
+    two = [str(models / "a"), str(enlarged)]
     refused(["another vocabulary", "zyzzyva"], two, tmp_path / "o")
     expected = values(merge_models("tiny", pair(models), tmp_path / "plain", lam=0.5))
     base = values(merge_models("tiny", two, tmp_path / "base", lam=0.5, tokenizer="base"))

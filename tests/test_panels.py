@@ -45,7 +45,7 @@ def make(runs):
 
 def figures(view):
     "The figures of a `Watch` by group."
-    return {group: figure for group, (_, figure, _) in view._figures.items()}
+    return {group: figure for group, (_, figure, _) in view.panels.figures.items()}
 
 
 def lines(text, folder):
@@ -406,7 +406,7 @@ def test_compare_shows_the_chosen_runs(make, runs):
     assert "choose one run" in shown("Panels").value
     view.table.selected = [[row["run"] for row in view.table.rows].index(run.id) for run in (second, first)]
     assert view.chosen == [second.id, first.id]
-    assert len(shown("Panels")._records) == 2 and len(shown("Reward against KL").data) == 4
+    assert len(shown("Panels").panels.records) == 2 and len(shown("Reward against KL").data) == 4
     assert [r["knob"] for r in shown("Settings").rows] == ["beta"]
     assert [r["completion"] for r in shown("Same prompts").rows] == ["<img src=x onerror=alert(1)>␛[31m⟨U+202E⟩txt"] * 2
     graph = shown("Lineage")

@@ -135,7 +135,7 @@ def test_a_cell_for_people_works(path, number, request, interactive, monkeypatch
     space = {"__name__": "people", "lab": lab, "display": display}  # a notebook has it without import
     if module:
         space |= vars(importlib.import_module("polm_lab" if module == "__init__" else f"polm_lab.{module}"))
-    method, view = REGISTRY.get(path.stem), None
+    method = REGISTRY.get(path.stem)
     if "runs" in cells[number][0]:
         monkeypatch.setenv("POLM_RUNS", str(request.getfixturevalue("record")))
 

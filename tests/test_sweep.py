@@ -403,7 +403,7 @@ def test_the_queue_outlives_who_filled_it_and_its_own_process(runs, tree, polm):
     for process in psutil.process_iter(["cmdline"]):
         if "work-queue" in (process.info["cmdline"] or []) and str(runs) in process.info["cmdline"]:
             process.kill()
-    python(f"lab.enqueue('mini', notebook=False, seed=3).request_stop()", tree)  # whoever comes next finds the queue as it was left
+    python("lab.enqueue('mini', notebook=False, seed=3).request_stop()", tree)  # whoever comes next finds the queue as it was left
     until(lambda: second.status == "finished")
     assert first.status == "finished" and not out.lines()
     until(lambda: not launch.waiting(runs))

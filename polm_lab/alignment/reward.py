@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RewardModel', 'reward_loss', 'margin_of', 'calibration', 'length_bias', 'reward_panels', 'pair_metrics', 'trl_rows',
-           'sample_rows', 'reward', 'encode_pairs']
+           'encode_pairs', 'sample_rows', 'reward']
 
 # %% ../../nbs/alignment/reward.ipynb #d3bc2635
 import math
@@ -88,7 +88,6 @@ def length_bias(gaps: Tensor, longer: Tensor) -> float:
 
 def reward_panels(run: Run):
     "Three panels of a run's held-out pairs, from its samples: margins, what the model is sure of against what is so, and reward against length."
-    import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
     sides = {side: {row["pair"]: row for row in run.lines("samples") if row["side"] == side} for side in ("chosen", "rejected")}
@@ -121,10 +120,26 @@ def trl_rows(settings: RewardModel, pairs: list[dict]) -> list[dict]:
     rows = [dict(chosen_ids=pair["chosen"]["input_ids"], rejected_ids=pair["rejected"]["input_ids"], margin=settings.margin * pair["margin"]) for pair in pairs]
     return rows if any(row["margin"] for row in rows) else [{name: row[name] for name in ("chosen_ids", "rejected_ids")} for row in rows]
 
+# %% ../../nbs/alignment/reward.ipynb #0b4ae6f4
+def encode_pairs(tokenizer, rows: list[dict], max_length: int, head: str = "pointwise") -> list[dict]:
+    """Rows as pairs `{chosen, rejected, row, margin, doubt, lost}`; a row that cannot be encoded is refused, or left out if its data was loaded with `skip`.
+
+    `lost`: the answers are the same tokens within `max_length`, or, before the pairwise head, one of them is cut away whole by the other.
+    """
+
+    def encode_row(row: dict) -> dict:
+        alone = encode(tokenizer, row, "preference", max_length)
+        ids = [alone[side]["input_ids"] for side in ("chosen", "rejected")]
+        lost = ids[0] == ids[1] or (head == "pairwise" and max(map(len, ids)) >= max_length)
+        sides = encode_sides(tokenizer, row, max_length, head)
+        return dict(sides, margin=margin_of(row), doubt=doubt_of(row), lost=lost)
+
+    return encode_each(rows, encode_row)
+
 # %% ../../nbs/alignment/reward.ipynb #51dd67f2
 def sample_rows(scorer: Scorer, tokenizer, rows: list[dict], pairs: list[dict], rewards: Tensor, detailed: int = 8) -> list[dict]:
     "Rows for samples.jsonl of held-out pairs with their rewards [pairs, 2]; those of the first few have the reward after each token too."
-    found, device = [], next(scorer.parameters()).device
+    found = []
     for pair, both in zip(pairs, rewards.tolist()):
         row = rows[pair["row"]]
         for side, reward in zip(("chosen", "rejected"), both):
@@ -204,19 +219,3 @@ def reward(settings: RewardModel, run: Run) -> None:
         ends = {pair[side]["input_ids"][-1] for pair in both for side in ("chosen", "rejected")}
         whole.config.get_text_config().pad_token_id = padding_for(tokenizer, ends)
         save_model(whole, tokenizer, run.path / "model")
-
-# %% ../../nbs/alignment/reward.ipynb #0b4ae6f4
-def encode_pairs(tokenizer, rows: list[dict], max_length: int, head: str = "pointwise") -> list[dict]:
-    """Rows as pairs `{chosen, rejected, row, margin, doubt, lost}`; a row that cannot be encoded is refused, or left out if its data was loaded with `skip`.
-
-    `lost`: the answers are the same tokens within `max_length`, or, before the pairwise head, one of them is cut away whole by the other.
-    """
-
-    def encode_row(row: dict) -> dict:
-        alone = encode(tokenizer, row, "preference", max_length)
-        ids = [alone[side]["input_ids"] for side in ("chosen", "rejected")]
-        lost = ids[0] == ids[1] or (head == "pairwise" and max(map(len, ids)) >= max_length)
-        sides = encode_sides(tokenizer, row, max_length, head)
-        return dict(sides, margin=margin_of(row), doubt=doubt_of(row), lost=lost)
-
-    return encode_each(rows, encode_row)

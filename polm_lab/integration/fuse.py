@@ -20,7 +20,7 @@ from ..data.batches import collate
 from ..data.encode import encode
 from ..data.load import load_data, natural_kind
 from ..training.evaluate import mean_nll, quiet
-from ..core.knobs import WrongInput, knob, redefault
+from ..core.knobs import WrongInput, knob
 from ..models.logprobs import Policy
 from ..core.method import method
 from ..models.load import load_model

@@ -8,10 +8,8 @@ __all__ = ['JUDGES', 'MARK', 'QUESTION', 'CRITIQUE', 'REVISION', 'parse_judge', 
            'make_judge', 'kept_judge', 'label_pairs']
 
 # %% ../../nbs/rewards/judges.ipynb #0460b9a8
-import json
 import math
 import re
-import threading
 import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +25,7 @@ from ..models.load import load_model
 from ..models.logprobs import Policy
 from ..models.rollout import rollout
 from ..models.tokenizers import load_tokenizer
-from .endpoint import Again, Endpoint, Kept, Unreadable, answer_text, read_key, seconds_asked
+from .endpoint import Endpoint, Kept, Unreadable, answer_text, read_key
 from .functions import Reward, call_rewards, make_rewards
 from ..training.evaluate import sequence_logps
 

@@ -11,7 +11,6 @@ import ast
 import csv
 import functools
 import html
-import importlib
 import re
 from collections import Counter
 from dataclasses import dataclass

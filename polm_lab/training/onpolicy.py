@@ -9,7 +9,6 @@ __all__ = ['group_advantages', 'group_spread', 'leave_one_out', 'everywhere', 'm
            'trl_groups', 'OnPolicy']
 
 # %% ../../nbs/training/onpolicy.ipynb #23bd6acc
-import contextlib
 import math
 import random
 from dataclasses import dataclass, field

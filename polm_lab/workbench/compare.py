@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['run_rows', 'settings_difference', 'leaderboard', 'same_prompt', 'family_tree', 'lineage', 'export_figure', 'report',
-           'Compare']
+           'Exports', 'Compare', 'leaderboard_view']
 
 # %% ../../nbs/workbench/compare.ipynb #81846db1
 import html
@@ -230,6 +230,42 @@ def _write_notebook(cells: list[tuple[str, str]], path: Path) -> Path:
     path.write_text(nbformat.writes(notebook), encoding="utf-8")
     return path
 
+# %% ../../nbs/workbench/compare.ipynb #c05d8e13
+class Exports(widgets.HBox):
+    "Buttons that write the runs that `chosen()` gives below `out`, and what was written."
+
+    def __init__(self, out: Path, chosen):
+        self.folder, self.chosen, self.said = out / "exports", chosen, widgets.HTML()
+        kinds = {
+            "Page (.html)": self._page,
+            "Figure (.png)": self._picture,
+            "Report (.ipynb)": self._report,
+        }
+        self.buttons = []
+        for words, write in kinds.items():
+            hint = f"write the chosen runs as {words}"
+            button = widgets.Button(description=words, tooltip=hint)
+            button.on_click(lambda _, write=write: self._export(write))
+            self.buttons.append(button)
+        super().__init__([*self.buttons, self.said])
+
+    def _export(self, write):
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.said.value = f"written: {html.escape(str(write(self.chosen())))}"
+        except (WrongInput, OSError) as wrong:
+            self.said.value = _line(wrong).value
+
+    def _page(self, runs: list[Run]) -> Path:
+        title = ", ".join(run.id for run in runs)
+        return write_page(runs, self.folder / f"{runs[0].id}.html", title)
+
+    def _picture(self, runs: list[Run]) -> Path:
+        return export_figure(panels(*runs), self.folder / f"{runs[0].id}.png")
+
+    def _report(self, runs: list[Run]) -> Path:
+        return report(*runs, path=self.folder / f"{runs[0].id}.ipynb")
+
 # %% ../../nbs/workbench/compare.ipynb #25c9e962
 class Compare(widgets.VBox):
     "The runs below `out`, and views of those that are `chosen` (ids). What is missing for a view is said in its place."
@@ -240,9 +276,7 @@ class Compare(widgets.VBox):
 
     def __init__(self, out=None, dark: bool = False, **traits):
         self.out = runs_folder(out)
-        number = [dict(name=name, kind="number") for name in ("step", *_HEADLINES)]
-        columns = ["run", "method", "status", number[0], "model", "data", *number[1:], "parents"]
-        self.table = Table(columns, multiple=True, label="Runs", height=260)
+        self.table = Table(_columns(), multiple=True, label="Runs", height=260)
         self.views = {
             "Panels": lambda: Watch(self._chosen(), dark=self.dark),
             "Reward against KL": lambda: self._figure(frontier(*self._chosen())),
@@ -252,12 +286,9 @@ class Compare(widgets.VBox):
             "Leaderboard": self._leaderboard,
         }
         self.tabs = widgets.Tab([widgets.VBox() for _ in self.views], titles=list(self.views), selected_index=0)
-        exports = {"Page (.html)": self._page, "Figure (.png)": self._picture, "Report (.ipynb)": self._report}
-        self.exports = [widgets.Button(description=words, tooltip=f"write the chosen runs as {words}") for words in exports]
-        for button, write in zip(self.exports, exports.values()):
-            button.on_click(lambda _, write=write: self._export(write))
-        self.said = widgets.HTML()
-        super().__init__([self.table, self.tabs, widgets.HBox([*self.exports, self.said])], dark=dark, **traits)
+        export = Exports(self.out, self._chosen)
+        self.exports, self.said = export.buttons, export.said
+        super().__init__([self.table, self.tabs, export], dark=dark, **traits)
         self.refresh()
         self.table.observe(self._pick, "selected")
         self.tabs.observe(lambda _: self._open(), "selected_index")
@@ -304,35 +335,15 @@ class Compare(widgets.VBox):
         self.table.selected = [i for i, row in enumerate(self.table.rows) if (row["run"] in clicked) != (row["run"] in self.chosen)]
 
     def _leaderboard(self):
-        known = sorted({name for run in all_runs(self.out) for name in without_counts(run.summary.get("after", {}))})
-        if not known:
-            raise WrongInput(f"{self.out}: no run was evaluated yet")
-        picker = widgets.Dropdown(options=known, value=self.metric_name if self.metric_name in known else known[0], description="metric")
-        picker.observe(lambda change: self.set_trait("metric_name", change["new"]), "value")
-        numbers = ("place", "before", "after", "change", "seconds")
-        return widgets.VBox([picker, _rows(leaderboard(self.out, picker.value), f"Leaderboard by {picker.value}", "", numbers)])
+        def choose(name: str):
+            self.metric_name = name
 
-    def _export(self, write):
-        folder = self.out / "exports"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.said.value = f"written: {html.escape(str(write(self._chosen(), folder)))}"
-        except (WrongInput, OSError) as wrong:
-            self.said.value = _line(wrong).value
+        return leaderboard_view(self.out, self.metric_name, choose)
 
     def _chosen(self) -> list[Run]:
         if not self.chosen:
             raise WrongInput("choose one run or more in the table")
         return [Run(self.out / name) for name in self.chosen]
-
-    def _page(self, runs, folder):
-        return write_page(runs, folder / f"{runs[0].id}.html", ", ".join(run.id for run in runs))
-
-    def _picture(self, runs, folder):
-        return export_figure(panels(*runs), folder / f"{runs[0].id}.png")
-
-    def _report(self, runs, folder):
-        return report(*runs, path=folder / f"{runs[0].id}.ipynb")
 
 # %% ../../nbs/workbench/compare.ipynb #d508a1c0
 def _line(words) -> widgets.HTML:
@@ -344,3 +355,27 @@ def _rows(rows: list[dict], label: str, empty: str, numbers=()):
     if not rows:
         return _line(empty)
     return Table([dict(name=name, kind="number" if name in numbers else "text") for name in rows[0]], rows, label=label)
+
+
+def _columns() -> list:
+    "The columns of the table of runs."
+    number = [dict(name=name, kind="number") for name in ("step", *_HEADLINES)]
+    return ["run", "method", "status", number[0], "model", "data", *number[1:], "parents"]
+
+
+def leaderboard_view(out, metric_name: str, choose) -> widgets.VBox:
+    """The leaderboard by a metric, and a list of the metrics, which calls `choose(name)`.
+
+    Raises `WrongInput` if no run was evaluated yet.
+    """
+    known = set()
+    for run in all_runs(out):
+        known |= set(without_counts(run.summary.get("after", {})))
+    if not known:
+        raise WrongInput(f"{out}: no run was evaluated yet")
+    known = sorted(known)
+    shown = metric_name if metric_name in known else known[0]
+    picker = widgets.Dropdown(options=known, value=shown, description="metric")
+    picker.observe(lambda change: choose(change["new"]), "value")
+    numbers = ("place", "before", "after", "change", "seconds")
+    return widgets.VBox([picker, _rows(leaderboard(out, shown), f"Leaderboard by {shown}", "", numbers)])

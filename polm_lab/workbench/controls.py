@@ -18,8 +18,8 @@ from pathlib import Path
 import ipywidgets as widgets
 import traitlets
 
-from ..core.knobs import Knob, Settings, WrongInput, knobs, make_settings
-from ..core.method import find, methods
+from ..core.knobs import Knob, WrongInput, knobs, make_settings
+from ..core.method import find
 from ..core.run import Run, all_runs, replace_file, runs_folder
 from .browser import visible
 

@@ -247,7 +247,7 @@ def _import_nbformat():
     if "jsonschema" not in sys.modules:
         sys.modules["rfc3987_syntax"] = None  # jsonschema takes it as not installed; nobody here checks an address
         try:
-            import nbformat
+            import nbformat  # noqa: F401
         finally:
             del sys.modules["rfc3987_syntax"]
 

@@ -29,6 +29,7 @@ def stream(model, tokenizer, prompt: list[int], max_new_tokens: int = 64, temper
         raise WrongInput(f"prompt: {len(prompt)} tokens; expected 1 to {longest - max_new_tokens}; shorten it, or ask for fewer new tokens")
     ends, stops, said = set(end_tokens(model, tokenizer)), Stops(tokenizer, end_strings(tokenizer)), []
     u = torch.from_numpy(uniforms(row_seeds(seed, 1), max_new_tokens)).to(model.device)
+    token = None
     for t in range(max_new_tokens):
         with torch.no_grad():  # not around the yield: whoever reads the stream keeps its gradients
             if t == 0:
