@@ -319,7 +319,7 @@ def against(evaluation: Evaluation, base: Policy) -> float:
 
 
 @method(
-    family="alignment", title="Proximal policy optimization", paper="Schulman et al. 2017; Ziegler et al. 2019; survey eq. 1-5, 13, 22", data="prompt", needs=("reward", "reference"),
+    family="alignment", title="Proximal policy optimization", paper="Schulman et al. 2017; Ziegler et al. 2019; survey eq. 1-5, 13, 22", data="prompt", needs=("reward", "reference"), explain="tokens",
     small=dict(data="sums", batch_size=8, max_new_tokens=8, epochs=2, minibatches=2, details="whiten_advantages,normalize,clip_value,missing_eos,adaptive_kl,entropy,explore"),
 )  # fmt: skip
 def ppo(settings: PPO, run: Run) -> None:

@@ -122,7 +122,8 @@ def plan(method: str, grid: dict, fixed: dict | None = None, **asked) -> tuple[s
 
     Raises `WrongInput`; every point of a grid and of a random search is checked, and of TPE each value by itself.
     """
-    how, space, fixed = make_settings(Plan, asked), make_space(method, grid), fixed or {}
+    space, fixed = make_space(method, grid), fixed or {}
+    how = make_settings(Plan, asked)  # its metric may be one that the method's page declares
     for name in fixed:
         if name in space:
             raise WrongInput(f"{name} is swept and fixed at {fixed[name]!r}; expected one of the two")

@@ -145,7 +145,7 @@ class Cockpit(widgets.VBox):
             self.table.selected = [self.selected]
         key = "group" if "group" in row else "prompt"
         group = [r for r in self.rows if r.get("step") == row.get("step") and r.get(key) == row.get(key)]
-        sentences = self._guard(lambda: why(row, group, self.evidence.settings), [])
+        sentences = self._guard(lambda: why(row, group, self.evidence.settings, self.evidence.run.method), [])
         self.why.value = f"<div class='polm-view'>{''.join(f'<p>{escape_text(s)}</p>' for s in sentences)}</div>"
         self.group.value = self._guard(lambda: group_html(group, row), "")
         self.history.value = self._guard(lambda: history_html(self.rows, row), "")
