@@ -16,7 +16,8 @@ import time
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 
-from ..core.knobs import WrongInput, knob, knobs, make_settings, nearest
+from ..core.knobs import WrongInput, compose, knob, knobs, make_settings, nearest, value_named
+from ..core.method import find
 from ..core.metrics import METRICS, metric as meaning_of, without_counts
 from ..core.run import Run, Stopped, all_runs, open_run, runs_folder
 from . import launch
@@ -122,12 +123,16 @@ def plan(method: str, grid: dict, fixed: dict | None = None, **asked) -> tuple[s
 
     Raises `WrongInput`; every point of a grid and of a random search is checked, and of TPE each value by itself.
     """
-    space, fixed = make_space(method, grid), fixed or {}
+    space = make_space(method, grid)
+    fixed = compose(find(method).settings, fixed or {})
     how = make_settings(Plan, asked)  # its metric may be one that the method's page declares
     for name in fixed:
         if name in space:
             raise WrongInput(f"{name} is swept and fixed at {fixed[name]!r}; expected one of the two")
-    _, settings = launch.check(method, fixed | {name: v[0] if isinstance(v, list) else v["low"] for name, v in space.items()})
+    first = {name: v[0] if isinstance(v, list) else v["low"] for name, v in space.items()}
+    launch.check(method, fixed | first)
+    whole = {name: value for name, value in first.items() if "." not in name}  # parts change strings
+    _, settings = launch.check(method, fixed | whole)
     fixed, number = {name: getattr(settings, name) for name in fixed}, how.trials or 10
     if how.search == "tpe":
         import_optuna()
@@ -240,7 +245,9 @@ class Worker:
                 trial["run"] = trial["run"] or strays.get(trial["number"])  # killed between making the run and writing it down
                 run = self.sweep.run(trial)
                 trial.update(status="running" if run else "waiting", run=run and run.id, failures=[], reason=None)
-                trial["values"] = {name: run.settings[name] for name in self.asked["space"]} if run else trial["values"]
+                if run:
+                    made = find(run.method).settings
+                    trial["values"] = {name: value_named(made, run.settings, name) for name in self.asked["space"]}
         self.sweep.save()
 
     def look(self, stopping: bool) -> bool:
