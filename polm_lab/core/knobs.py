@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNSHOWN', 'OFF', 'ADAPTER', 'WrongInput', 'one_line', 'nearest', 'Knob', 'knob', 'Part', 'PartKnob', 'Listed',
            'Options', 'Word', 'redefault', 'knobs', 'RunSettings', 'SavedSettings', 'Settings', 'make_settings',
-           'from_cell', 'share_parts', 'part_knob', 'part_knobs', 'part_named', 'compose', 'value_named']
+           'from_cell', 'share_parts', 'part_knob', 'part_knobs', 'knob_names', 'part_named', 'compose', 'value_named']
 
 # %% ../../nbs/core/knobs.ipynb #454d671b
 import dataclasses
@@ -85,7 +85,7 @@ class Knob:
             raise wrong
         return value
 
-
+# %% ../../nbs/core/knobs.ipynb #49a5fb23
 def _convert(value, kind: type):
     "`value` as `kind`, from itself or from the text of a command line; nothing is rounded or guessed."
     if kind is str:
@@ -281,7 +281,7 @@ class Options:
         pieces[place : place + 1] = entry
         return ":".join(filter(None, [kind, ",".join(pieces)]))
 
-
+# %% ../../nbs/core/knobs.ipynb #7e6dc525
 class Word:
     "One of several words, or a text that is written out, such as numbers: its word is `own`."
 
@@ -378,7 +378,7 @@ class Settings(SavedSettings):
     engine: str = knob("lab", "who trains: our loop, or TRL's public trainer", choices=("lab", "trl"))
     tracker: str = knob("none", "also report to this tracker of accelerate", choices=("none", "tensorboard", "wandb", "trackio"))
 
-
+# %% ../../nbs/core/knobs.ipynb #b14a6626
 def make_settings(cls: type, values: dict):
     """Settings of class `cls` from a mapping (command line, file, run record).
 
@@ -421,6 +421,11 @@ def part_knobs(settings) -> dict[str, PartKnob]:
             made = part_knob(whole, part)
             found[made.name] = made
     return found
+
+
+def knob_names(settings) -> set[str]:
+    "The names of the knobs of a settings class and of their parts."
+    return {k.name for k in knobs(settings)} | set(part_knobs(settings))
 
 
 def part_named(settings, name: str) -> tuple[Knob, PartKnob]:

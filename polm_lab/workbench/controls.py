@@ -231,7 +231,7 @@ class Form(widgets.VBox):
             raise WrongInput(self.problem)
         return make_settings(self.method.settings, self.values)
 
-
+# %% ../../nbs/workbench/controls.ipynb #8ac38489
 def known_models(out=None) -> list[str]:
     "Built-in models, and the runs that hold a model, newest first."
     from polm_lab.models.sources import built_in_models
