@@ -22,7 +22,7 @@ from pathlib import Path
 
 import click
 
-from .core.knobs import WrongInput, knobs, one_line
+from .core.knobs import WrongInput, knob_names, knobs, one_line
 from .core.machine import use_utf8
 from .core.metrics import without_counts
 from .core.run import Run, Stopped, open_run, runs_folder
@@ -95,7 +95,7 @@ def _knob_names(words: list[str]) -> set[str]:
     from polm_lab.core.method import find, methods
 
     named = [word for word in words if word in methods()]
-    return {k.name for k in knobs(find(named[0]).settings)} if named else set()
+    return knob_names(find(named[0]).settings) if named else set()
 
 
 @click.command(cls=Lab, context_settings={"help_option_names": ["-h", "--help"]})

@@ -7,7 +7,9 @@ import pytest
 
 from polm_lab.core.run import Run
 from polm_lab.runner import launch
-from polm_lab.workbench.evidence import RULES, Evidence, Lines, diagnose
+from polm_lab.workbench.diagnose import diagnose
+from polm_lab.workbench.evidence import Evidence, Lines
+from polm_lab.workbench.rules import RULES
 from polm_lab.workbench.diagnose import Diagnosis, findings_html
 
 REWARDS = """

@@ -20,7 +20,7 @@ from polm_lab.models.load import load_model
 from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.core.run import Run, all_runs
 from polm_lab.finetuning.sft import class_accuracy
-from polm_lab.workbench.evidence import diagnose
+from polm_lab.workbench.diagnose import diagnose
 
 LENGTH = 64  # tokens
 SAME = "2, and once more: 1+1 is 2, and 1+1 is " * 4

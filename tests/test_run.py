@@ -184,3 +184,37 @@ def test_a_run_records_its_dtype_and_goes_on_with_it(tmp_path):
     again = execute(Run(begun.path))
     assert again.read()["dtype"] == "bfloat16"
     assert again.lines()[0]["loss"] == loss[1] != loss[0]
+
+
+def test_steps_count_show_and_end_when_asked(monkeypatch):
+    "A stop ends the walk before the next step; the life that follows forgets what the first one logged."
+    shown = []
+    show = lambda self, step, metrics: shown.append((step, self.total, dict(metrics)))  # noqa: E731
+    monkeypatch.setattr("polm_lab.core.run.Progress.__call__", show)
+    run = Run.create("example", {})
+    with pytest.raises(Stopped, match=f"after 2 of 3 parts; `polm resume {run.id}`"), run.active():
+        for step in run.steps(3, unit="parts"):
+            if step == 1:  # a step without metrics shows none, not those of the step before
+                run.log(step, loss=1.0)
+            run.sample(step, [dict(completion="x")])
+            if step == 2:
+                run.request_stop()
+    assert shown == [(1, 3, {"loss": 1.0}), (2, 3, {})]
+    assert (run.status, run.read()["total"], len(run.lines("samples"))) == ("stopped", 3, 2)
+    run.clear_stop()
+    with Run(run.path).active() as again:
+        walked = [step for step in again.steps(3) if not again.log(step, loss=2.0)]
+    assert walked == [row["step"] for row in run.lines()] == [1, 2, 3]
+    assert {row["loss"] for row in run.lines()} == {2.0} and run.lines("samples") == []
+
+
+def test_a_walk_from_a_later_step_keeps_what_came_before():
+    run = Run.create("example", {})
+    for step in (1, 2, 3):
+        run.log(step, loss=1.0)
+    assert list(run.steps(4, first=3)) == [3, 4]
+    assert [row["step"] for row in run.lines()] == [1, 2]
+    run.request_stop()  # a walk with no step left is over, not stopped
+    assert list(run.steps(4, first=5)) == []
+    with pytest.raises(Stopped, match="after 0 of 2"):
+        next(run.steps(4, first=3))

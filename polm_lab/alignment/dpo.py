@@ -196,7 +196,7 @@ def sample_rows(policy: Policy, start: Policy, tokenizer, answers: list[tuple[di
 
 @method(
     family="alignment", title="Direct preference optimization", paper="Rafailov et al. 2023; survey §2.2.3, §4.3.1, eq. 6, 7, 14–20", data="preference",
-    needs=("reference", "preference pairs"), engines=("lab", "trl"),
+    needs=("reference", "preference pairs"), explain="implicit", engines=("lab", "trl"),
 )  # fmt: skip
 def dpo(settings: DPO, run: Run) -> None:
     "Learn from pairs which of two answers is better, without a reward model."

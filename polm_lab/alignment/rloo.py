@@ -101,7 +101,7 @@ def trl_config(settings: RLOO) -> dict:
 # %% ../../nbs/alignment/rloo.ipynb #cf7cfdb9
 @method(
     family="alignment", title="REINFORCE with a baseline: leave-one-out, greedy, or the batch's", paper="Ahmadian et al. 2024; Li et al. 2023 (ReMax); Hu et al. 2025 (REINFORCE++)",
-    data="prompt", needs=("reward", "reference"), engines=("lab", "trl"), small=dict(batch_size=8, samples=4, max_new_tokens=8, updates=2),
+    data="prompt", needs=("reward", "reference"), explain="baseline", engines=("lab", "trl"), small=dict(batch_size=8, samples=4, max_new_tokens=8, updates=2),
 )  # fmt: skip
 def rloo(settings: RLOO, run: Run) -> None:
     "Raise the probability of answers in proportion to how much better they are than the others, the greedy one, or the batch."

@@ -12,7 +12,7 @@ import os
 import re
 
 from ..core.knobs import WrongInput
-from .rows import KINDS, ROLES, SHAREGPT, Row, abbreviated, refuse_row
+from .rows import CHECKS, KINDS, ROLES, SHAREGPT, Row, abbreviated, refuse_row
 
 # %% ../../nbs/data/schema.ipynb #e2c64ac2
 WEIGHTS = ("weight", "loss_weight", "loss", "train")  # names for whether a turn is learned: 0 or 1
@@ -373,6 +373,8 @@ def _encodable(row, name, text):
 
 def check_row(row: Row, kind: str):
     "Raise `WrongInput` unless `row` is a sound row of `kind`."
+    if kind in CHECKS:  # a kind that a method declared
+        return CHECKS[kind](row)
     if kind == "text":
         name = "messages" if "messages" in row else "text"
         if name == "text" and not isinstance(row["text"], str):

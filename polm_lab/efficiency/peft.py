@@ -23,7 +23,7 @@ from ..core.method import method
 from ..models.attach import adapter_names, count_parameters, parse_adapter
 from ..models.tokenizers import load_tokenizer
 from ..core.run import Run
-from ..training.loop import Progress, load_policy, token_batches
+from ..training.loop import load_policy, token_batches
 from ..finetuning.sft import SFT, sft_loss
 
 # %% ../../nbs/efficiency/peft.ipynb #8db6da3b
@@ -123,9 +123,8 @@ def peft(settings: PEFT, run: Run) -> None:
             if settings.adapters != "all":
                 raise
             left_out[spec] = str(error).split("\n")[0]
-    run.update(total=len(costs))
-    table, progress = [], Progress(run, len(costs))
-    for number, (spec, rate) in enumerate(((s, r) for s, r in listed if s in costs), 1):
+    fitting, table = [(spec, rate) for spec, rate in listed if spec in costs], []
+    for number, (spec, rate) in zip(run.steps(len(fitting), unit="adapters"), fitting):
         child = stage(
             run, f"{spec}@{rate:g}", "sft", inside=True, adapter=spec, learning_rate=rate, data=settings.data, steps=settings.steps, batch_size=settings.batch_size,
             eval_rows=settings.eval_rows, max_length=settings.max_length, save_every=0, **shared,
@@ -136,7 +135,6 @@ def peft(settings: PEFT, run: Run) -> None:
         if "before" not in run.summary:
             run.frame("before", child.summary["before"])
         run.log(number, **gained)
-        progress(number, gained)
     run.update(table=table, left_out=left_out)
     best, seen = min(table, key=lambda row: row["perplexity"]), child.summary["after"]  # all parts are evaluated on the same rows
     run.frame("after", with_rows(best, seen["rows"], {name: seen.get(f"rows/{name}", seen["rows"]) for name in gained}))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..training.layerwise import Inputs, begin, finish, read_inputs, walk
 from ..models.layers import blocks_of
-from ..core.knobs import SavedSettings, WrongInput, knob, redefault
+from ..core.knobs import Part, SavedSettings, Word, WrongInput, knob, redefault
 from ..core.method import method
 from ..core.run import Run, Stopped
 from ..training.loop import Progress
@@ -28,7 +28,8 @@ class Prune(SavedSettings):
     sparsity: float = knob(0.5, "share of the weights of the blocks' linear layers that become zero; a pattern N:M sets it to 1 − N/M", "share", low=0, high=0.99,
                            source="Sun et al. 2023, table 2")  # fmt: skip
     pattern: str = knob("", "at most N of M neighbours in a row stay, as `2:4`; empty: anywhere")
-    allocation: str = knob("uniform", "sparsity of each block: uniform; outliers (OWL); hessian (SAMSP); or numbers separated by commas, one for each block")
+    allocation: str = knob("uniform", "sparsity of each block: uniform; outliers (OWL); hessian (SAMSP); or numbers separated by commas, one for each block",
+                           parts=Word(Part("rule", str, "uniform", "what sets the sparsity of each block", choices=("uniform", "outliers", "hessian"))))  # fmt: skip
     band: float = knob(0.08, "how far outliers and hessian move a block's sparsity up or down", "share", low=0, high=0.5, source="Yin et al. 2023: λ = 0.08")
     swaps: int = knob(0, "rounds of DSnoT on the mask of magnitude or wanda, each at most one swap a row; 0: none", "rounds", low=0, high=1000,
                       source="Zhang et al. 2023, §4: at most 50")  # fmt: skip

@@ -133,10 +133,11 @@ def reft(settings: ReFT, run: Run) -> None:
     if pairs:
         ranks = dict(model=settings.model, data=write_rows(run.path / "pairs.jsonl", pairs), eval_data="", eval_rows=4, steps=settings.judge_steps)
         judge = load_reward(str(stage(run, "judge", "reward", **ranks, seed=settings.seed, dtype=settings.dtype, device=settings.device).path), settings.device)
-    for number, (name, model) in enumerate({"base": settings.model, "warm-up": warm.path, "sft alone": alone.path, "reft": found.path}.items()):
+    states["base"] = tested(held_out, answers(settings.model), judge)
+    models = {"warm-up": warm.path, "sft alone": alone.path, "reft": found.path}
+    for number, (name, model) in zip(run.steps(len(models), unit="models"), models.items()):
         states[name] = tested(held_out, answers(model), judge)
-        if number:
-            run.log(number, **states[name])
+        run.log(number, **states[name])
     for when, name in (("before", "base"), ("after", "reft")):
         run.frame(when, with_rows(states[name], len(held_out)))
     run.update(states=states, pairs=len(pairs))

@@ -28,7 +28,7 @@ from ..models.tokenizers import load_tokenizer
 from ..models.attach import merge_adapter, untie
 from ..models.sources import model_path
 from ..models.save import round_weights, save_model
-from ..core.run import Run, Stopped, parent_of
+from ..core.run import Run, parent_of
 from ..core.machine import seed_of
 from ..models.weights import check_alike, in_one_form, open_weights
 from .merge import Experts, examine, framed, tunes_of
@@ -195,15 +195,11 @@ def fuse(settings: Fuse, run: Run) -> None:
     rows = [[encode(words, row, kind, 256) for row in part] for part in read]
     start, *states = ({name: p.detach() for name, p in policy.model.named_parameters()} for policy in policies)
 
-    def checked():
-        if run.stop_requested():
-            raise Stopped
-
     if settings.technique == "greedy":
         target = copy.deepcopy(base)
 
         def loss(state):
-            checked()
+            run.stop_if_asked("in the choice of models")
             target.model.load_state_dict(state, strict=False)
             return sum(mean_nll(target, part, pad) for part in rows)
 
@@ -222,7 +218,7 @@ def fuse(settings: Fuse, run: Run) -> None:
         coefficients = {layer: torch.full((len(states),), settings.start, requires_grad=True) for layer in dict.fromkeys(map(layer_of, start))}
         descent, seen = torch.optim.Adam(list(coefficients.values()), lr=settings.learning_rate), []
         for step in range(settings.steps):
-            checked()
+            run.stop_if_asked(f"after {step} of {settings.steps} steps")
             picked = [part[seed_of(settings.seed, step, i, n) % len(part)] for i, part in enumerate(rows) for n in range(2)]
             state = merged_state(start, vectors, coefficients)
             entropy = sum(prediction_entropy(base, state, example["input_ids"]) for example in picked) / len(picked)
@@ -237,9 +233,10 @@ def fuse(settings: Fuse, run: Run) -> None:
         run.note(line)
     save_model(base.model, words, run.path / "model")
     if tasks:
-        states = {name: examine(spec, tasks, settings.rows, settings, sources) for name, spec in [("base", settings.model), *zip(specs, names), ("merged", run.path / "model")]}
-        for number, found in enumerate(states.values(), 1):
-            run.log(number, **found)
+        tested, states = [("base", settings.model), *zip(specs, names), ("merged", run.path / "model")], {}
+        for number, (name, spec) in zip(run.steps(len(tested), unit="models"), tested):
+            states[name] = examine(spec, tasks, settings.rows, settings, sources)
+            run.log(number, **states[name])
         run.update(states=states)
         for when, name in (("before", "base"), ("after", "merged")):
             run.frame(when, framed(states[name], tasks, settings.rows, sources))

@@ -24,7 +24,7 @@ from ..core.knobs import SavedSettings, WrongInput, knob, nearest, redefault
 from ..core.method import method
 from ..models.tokenizers import load_tokenizer
 from ..models.sources import model_path
-from ..core.run import Run, Stopped, parent_of
+from ..core.run import Run, parent_of
 from ..core.machine import seed_of
 from ..models.transform import Block, each_block, transform
 from ..models.weights import Weights, check_alike, in_one_form, open_weights
@@ -221,17 +221,17 @@ def merge(settings: Merge, run: Run) -> None:
     names = tunes_of(run, settings)
     run.update(parents=sorted({parent for spec in (settings.model, *names) for parent in parent_of(str(model_path(spec)))}), total=len(specs) + 2)
 
-    def go_on(name):
-        if run.stop_requested():
-            raise Stopped
-
     dtype = None if settings.save_dtype == "auto" else getattr(torch, settings.save_dtype)
     own = {key: getattr(settings, key) for key in ("technique", "weights", "lam", "density", "epsilon", "seed", "tokenizer")}
-    merge_models(settings.model, names, run.path / "model", dtype=dtype, before=go_on, **own)
+    merge_models(
+        settings.model, names, run.path / "model", dtype=dtype,
+        before=lambda name: run.stop_if_asked(f"before {name}"), **own,
+    )  # fmt: skip
     if not tasks:
         return
     states = {}
-    for number, (name, spec) in enumerate([("base", settings.model), *zip(specs, names), ("merged", run.path / "model")], 1):
+    tested = [("base", settings.model), *zip(specs, names), ("merged", run.path / "model")]
+    for number, (name, spec) in zip(run.steps(len(tested), unit="models"), tested):
         states[name] = examine(spec, tasks, settings.rows, settings)
         run.log(number, **states[name])
         run.update(states=states)

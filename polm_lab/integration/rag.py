@@ -30,7 +30,7 @@ from ..core.metrics import without_counts
 from ..models.tokenizers import has_chat_template, load_tokenizer
 from ..models.load import load_model
 from ..models.rollout import rollout
-from ..core.run import Run, Stopped
+from ..core.run import Run
 from ..data.messages import user
 from .retrieval.library import Library, answers_of, open_questions
 from .retrieval.text import fold, holds, normalized, shortened, spans
@@ -370,12 +370,10 @@ def rag(settings: RAG, run: Run) -> None:
     texts, arms, rows, answers = {p["id"]: p["text"] for p in passages}, {}, [], []
     labelled = [q for q in questions if q["positives"] and answers_of(q)]
     ways = ways_of(questions, [how for how in HOWS if how == "bm25" or index.vectors is not None])
-    run.update(total=len(ways), passages=len(passages), search=search, notes=notes)
+    run.update(passages=len(passages), search=search, notes=notes)
     for line in notes:
         run.note(line)
-    for number, way in enumerate(ways, 1):
-        if run.stop_requested():
-            raise Stopped(f"{run.id}: stopped after {number - 1} of {len(ways)} ways")
+    for number, way in zip(run.steps(len(ways), unit="ways"), ways):
         pipeline = make(way if way in HOWS else "bm25")
         those = labelled if way in ("right passage", "altered passage") else questions
         arms[way], read = measure_arm(pipeline, those, passages_for(way, pipeline, those, texts))

@@ -120,7 +120,7 @@ def trl_config(settings: GRPO) -> dict:
 # %% ../../nbs/reasoning/grpo.ipynb #adbee1bf
 @method(
     family="reasoning", title="Group relative policy optimization", paper="Shao et al. 2024 (DeepSeekMath), eq. 3, 4; survey eq. 8", data="prompt",
-    needs=("reward", "reference"), engines=("lab", "trl"), small=dict(batch_size=8, samples=4, max_new_tokens=8, updates=2),
+    needs=("reward", "reference"), explain="group", engines=("lab", "trl"), small=dict(batch_size=8, samples=4, max_new_tokens=8, updates=2),
 )  # fmt: skip
 def grpo(settings: GRPO, run: Run, rewards: list[Reward] | None = None, held_rewards: list[Reward] | None = None) -> None:
     "Raise the probability of answers that score above the mean of their group; `rewards` (on held-out rows `held_rewards`) replace those of the settings."

@@ -16,9 +16,8 @@ from ..training.evaluate import with_rows
 from ..core.knobs import RunSettings, WrongInput, knob, nearest
 from ..core.metrics import without_counts
 from ..core.method import method
-from ..core.run import Run, Stopped
+from ..core.run import Run
 from ..rewards.sandbox import isolator
-from ..training.loop import Progress
 from .refine.asking import Ask, Trace, make_writer, trace_rows
 from .refine.checks import contrast_critic, feedback_critic, most_frequent, principle_critic, question_critic, unsure
 from .refine.forms import LANGUAGES, words_for
@@ -175,16 +174,14 @@ def prepare(settings: SelfRefine, run: Run):
 def selfrefine(settings: SelfRefine, run: Run) -> None:
     "Draft, feedback, revision, stop: eleven methods as configurations of one loop."
     rows, words, score, writer, loop, rounds = prepare(settings, run)
-    run.rewind(-1)  # whatever was killed is done again: it is the same, and what an endpoint has said is kept
-    run.update(total=rounds)
     ask = Ask(writer, settings.max_new_tokens, settings.temperature, settings.seed)
     other = Ask(writer, settings.max_new_tokens, settings.temperature, settings.seed + 1)
     others = [Samples(rows, settings.samples, words, other, critic) for critic in (None, loop["critic"])] if settings.samples else []
-    traces, progress = [Trace(i, row, left=settings.tokens) for i, row in enumerate(rows)], Progress(run, rounds)
-    found, last = {}, 0
-
-    def note(round: int):
-        nonlocal found
+    traces = [Trace(i, row, left=settings.tokens) for i, row in enumerate(rows)]
+    going = refine(traces, **loop, ask=ask, rounds=rounds)
+    # What was killed is done again: it is the same, and what an endpoint answered is kept.
+    for round in run.steps(rounds, first=0, unit="rounds (with the draft)"):
+        _, live = next(going, (round, []))  # without an open trace a round changes nothing
         found = round_metrics(traces, round, score)
         for samples in others:
             found |= samples(found["tokens"], score)
@@ -192,15 +189,8 @@ def selfrefine(settings: SelfRefine, run: Run) -> None:
             run.log(round, **found)
         else:
             run.frame("before", with_rows(found, len(rows)))
-        progress(round, found)
-
-    for last, live in refine(traces, **loop, ask=ask, rounds=rounds):
-        note(last)
-        run.sample(last, trace_rows(live, last, score))
-        if run.stop_requested() and last < rounds:
-            raise Stopped(f"{run.id}: stopped after round {last} of {rounds}")
-    for round in range(last + 1, rounds + 1):  # nobody was open any more
-        note(round)
+        if live:
+            run.sample(round, trace_rows(live, round, score))
     errors = sum("error" in step.facts for t in traces for step in t.steps)
     run.update(endings=dict(Counter(t.over for t in traces)), tool_errors=errors)
     run.frame("after", with_rows(found, len(rows)))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STEP', 'LIBRARY', 'correct_reward', 'format_reward', 'steps_reward', 'length_reward', 'repetition_reward',
            'dialogue_reward', 'consistency_reward', 'tests_reward', 'Reward', 'short_name', 'parse_rewards',
-           'load_function', 'make_rewards', 'Scores', 'weighted', 'call_rewards', 'as_judge', 'on_held_out',
-           'try_rewards', 'dry_run', 'for_trl']
+           'load_function', 'reward_part', 'make_rewards', 'Scores', 'weighted', 'call_rewards', 'as_judge',
+           'on_held_out', 'try_rewards', 'dry_run', 'for_trl']
 
 # %% ../../nbs/rewards/functions.ipynb #16f2d9e3
 import asyncio
@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable
 
-from ..core.knobs import WrongInput, nearest
+from ..core.knobs import Listed, Part, WrongInput, nearest, share_parts
 from ..data.messages import as_completions, text_of
 from .sandbox import Pool, isolator
 from .verifiers import assertions, code_in
@@ -183,6 +183,20 @@ def load_function(where: str) -> Callable:
         known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise WrongInput(f"reward {where}: {home} has no function {name!r}; {nearest(name, known[:20])}")
     return function
+
+# %% ../../nbs/rewards/functions.ipynb #cc90491e
+def reward_part(name: str, meaning: str) -> Part:
+    "The weight of a reward as a part of the knob `rewards`."
+    return Part(name, float, 1.0, f"weight of {name}: {meaning}", low=-10, high=10)
+
+
+share_parts(
+    "rewards",
+    Listed(
+        *(reward_part(name, meaning) for name, meaning in LIBRARY.items()),
+        other=reward_part("a reward", "a function as `module:name`, or `model:RUN`"),
+    ),
+)
 
 # %% ../../nbs/rewards/functions.ipynb #43fd724a
 def make_rewards(spec: str, score: Callable[[dict, str], float] | None = None, longest: int = 256) -> list[Reward]:

@@ -323,7 +323,8 @@ def work_queue(out=None):
 def commands(name: str, values: dict, out=None, notebook: bool = True) -> dict[str, str]:
     "The same run as a papermill command, a `polm` command, and Python; quoted for the shell. Raises `WrongInput`."
     found, settings = check(name, values)
-    given = {k.name: getattr(settings, k.name) for k in knobs(settings) if k.name in values and getattr(settings, k.name) != k.default}
+    named = {key.partition(".")[0] for key in values}  # a part is given in its string
+    given = {k.name: getattr(settings, k.name) for k in knobs(settings) if k.name in named and getattr(settings, k.name) != k.default}
     where = str(runs_folder(out)) if out or os.environ.get("POLM_RUNS") else None  # else the default folder, in the terminal as here
     folder = runs_folder(out)
     papermill = [_tool("papermill"), str(notebooks_folder() / found.notebook), str(folder / f"{name}.ipynb")]

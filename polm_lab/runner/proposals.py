@@ -13,7 +13,7 @@ import random
 import statistics
 from contextlib import suppress
 
-from ..core.knobs import Knob, WrongInput, knobs, nearest
+from ..core.knobs import OFF, Knob, WrongInput, knobs, nearest, part_named
 from ..core.method import find
 
 # %% ../../nbs/runner/proposals.ipynb #d571095d
@@ -34,7 +34,7 @@ def choices_of(k: Knob, asked) -> list | dict:
         if len(asked) != 2 or not number:
             raise WrongInput(f"{k.name} = {asked!r}: expected (low, high) of a number's range, or a list of values")
         low, high = map(k.check, asked)
-        if not low < high:
+        if OFF in (low, high) or not low < high:
             raise WrongInput(f"{k.name} = {asked!r}: expected the low end below the high one")
         return dict(low=low, high=high, log=k.log and low > 0)
     if not isinstance(asked, list) or not asked:
@@ -46,9 +46,12 @@ def make_space(method: str, grid: dict) -> dict[str, list | dict]:
     "`grid` as data: see `choices_of`."
     if not grid:
         raise WrongInput("sweep: no knob is swept; expected at least one, such as beta with 0.05,0.1,0.2")
-    known = {k.name: k for k in knobs(find(method).settings)}
+    settings = find(method).settings
+    known = {k.name: k for k in knobs(settings)}
     for name in grid:
-        if name not in known:
+        if "." in name:
+            known[name] = part_named(settings, name)[1]
+        elif name not in known:
             raise WrongInput(f"unknown knob {name!r} of {method}: {nearest(name, known)}")
     return {name: choices_of(known[name], asked) for name, asked in grid.items()}
 

@@ -16,7 +16,8 @@ import time
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 
-from ..core.knobs import WrongInput, knob, knobs, make_settings, nearest
+from ..core.knobs import WrongInput, compose, knob, knobs, make_settings, nearest, value_named
+from ..core.method import find
 from ..core.metrics import METRICS, metric as meaning_of, without_counts
 from ..core.run import Run, Stopped, all_runs, open_run, runs_folder
 from . import launch
@@ -122,11 +123,16 @@ def plan(method: str, grid: dict, fixed: dict | None = None, **asked) -> tuple[s
 
     Raises `WrongInput`; every point of a grid and of a random search is checked, and of TPE each value by itself.
     """
-    how, space, fixed = make_settings(Plan, asked), make_space(method, grid), fixed or {}
+    space = make_space(method, grid)
+    fixed = compose(find(method).settings, fixed or {})
+    how = make_settings(Plan, asked)  # its metric may be one that the method's page declares
     for name in fixed:
         if name in space:
             raise WrongInput(f"{name} is swept and fixed at {fixed[name]!r}; expected one of the two")
-    _, settings = launch.check(method, fixed | {name: v[0] if isinstance(v, list) else v["low"] for name, v in space.items()})
+    first = {name: v[0] if isinstance(v, list) else v["low"] for name, v in space.items()}
+    launch.check(method, fixed | first)
+    whole = {name: value for name, value in first.items() if "." not in name}  # parts change strings
+    _, settings = launch.check(method, fixed | whole)
     fixed, number = {name: getattr(settings, name) for name in fixed}, how.trials or 10
     if how.search == "tpe":
         import_optuna()
@@ -272,7 +278,8 @@ def reopen_trials(sweep: Sweep):
         status = "running" if run else "waiting"
         trial.update(status=status, run=run and run.id, failures=[], reason=None)
         if run:
-            trial["values"] = {name: run.settings[name] for name in sweep.settings["space"]}
+            made, space = find(run.method).settings, sweep.settings["space"]
+            trial["values"] = {name: value_named(made, run.settings, name) for name in space}
     sweep.save()
 
 

@@ -102,13 +102,13 @@ class CockpitView(widgets.VBox):
             self.say(f"this row cannot be shown whole: {type(error).__name__}: {error}", "alert")
             return otherwise
 
-    def show_row(self, row: dict, rows: list[dict], settings: dict):
+    def show_row(self, row: dict, rows: list[dict], settings: dict, method: str):
         "Why this reward, the group of the row, the steps before and after, and its prompt to try."
         if self.table.selected != [self.selected]:
             self.table.selected = [self.selected]
         key = "group" if "group" in row else "prompt"
         group = [r for r in rows if r.get("step") == row.get("step") and r.get(key) == row.get(key)]
-        sentences = self.guard(lambda: why(row, group, settings), [])
+        sentences = self.guard(lambda: why(row, group, settings, method), [])
         paragraphs = "".join(f"<p>{escape_text(sentence)}</p>" for sentence in sentences)
         self.why.value = f"<div class='polm-view'>{paragraphs}</div>"
         self.group.value = self.guard(lambda: group_html(group, row), "")
@@ -203,7 +203,7 @@ class Cockpit(CockpitView):
             self.clear()
             return
         self.say("")
-        self.show_row(row, self.rows, self.evidence.settings)
+        self.show_row(row, self.rows, self.evidence.settings, self.evidence.run.method)
         self._recolor()
 
     def _recolor(self):

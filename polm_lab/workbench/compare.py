@@ -16,7 +16,8 @@ import ipywidgets as widgets
 import traitlets
 
 from ..core.knobs import WrongInput, nearest
-from ..core.metrics import metric, without_counts
+from ..core.method import metric_of
+from ..core.metrics import without_counts
 from ..core.run import Run, all_runs, open_run, runs_folder
 from .browser import Table, visible
 from .panels import COLORS, advantage_histogram, as_text, framed, frontier, panels, style, write_page
@@ -77,13 +78,13 @@ def leaderboard(out=None, metric_name: str = "accuracy") -> list[dict]:
             change = after - before if before is not None else None
             facts = dict(run=run.id, method=run.method, data=data, seconds=run.record.get("seconds"))
             rows.append(dict(facts, before=before, after=after, change=change))
-    rows.sort(key=lambda row: row["after"], reverse=_better(metric_name) != "down")
+    rows.sort(key=lambda row: row["after"], reverse=_better(metric_name, rows) != "down")
     return [dict(place=place, **row) for place, row in enumerate(rows, 1)]
 
 
-def _better(name: str) -> str:
+def _better(name: str, rows: list[dict]) -> str:
     with suppress(KeyError):
-        return metric(name).better
+        return metric_of(name, *{row["method"] for row in rows}).better
     return ""
 
 

@@ -12,6 +12,8 @@ import math
 
 import numpy as np
 
+from ..core.method import load_page
+from ..core.metrics import METRICS
 from ..core.run import open_run
 
 # %% ../../nbs/workbench/record.ipynb #db420b90
@@ -57,6 +59,7 @@ class Record:
 
     def __init__(self, run):
         self.run = open_run(run)
+        self._asked = False  # whether the page of its method was imported for names that it declares
         self._forget()
         self.refresh()
 
@@ -90,6 +93,10 @@ class Record:
         self.columns |= {name: tuple(map(np.concatenate, zip(*pairs))) for name, pairs in parts.items()}
         if new:
             self._end, self._tail = self._end + len(new), new[-200:]
+        heads = {name.removeprefix("eval/").partition("/")[0] for name in parts}
+        if not self._asked and not heads <= {*METRICS, "step", "seconds"}:
+            self._asked = True
+            load_page(self.run.method)  # its page may declare metrics
         return set(parts)
 
 # %% ../../nbs/workbench/record.ipynb #8ca713a5

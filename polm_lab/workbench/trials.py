@@ -15,7 +15,7 @@ from pathlib import Path
 import ipywidgets as widgets
 import traitlets
 
-from ..core.knobs import Knob, WrongInput, knobs
+from ..core.knobs import Knob, WrongInput, knobs, part_knobs
 from ..core.method import find, methods
 from ..core.metrics import METRICS
 from ..core.run import runs_folder
@@ -119,7 +119,8 @@ class SweepForm(widgets.VBox):
 
     @traitlets.observe("method")
     def _new_method(self, _=None):
-        self.known = {k.name: k for k in knobs(find(self.method).settings)}
+        settings = find(self.method).settings
+        self.known = {k.name: k for k in knobs(settings)} | part_knobs(settings)
         self.method_list.value, self.varied.value = self.method, ""
         self.add.options = [("choose one", ""), *((f"{k.name}: {k.meaning}", k.name) for k in self.known.values())]
         self.check()

@@ -1,0 +1,310 @@
+"Knobs whose value is a short string: their parts are knobs of their own, and the string stays the short form."
+
+import dataclasses
+import json
+import random
+
+import pytest
+
+from polm_lab.alignment.ppo import DETAILS, PPO, parse_details
+from polm_lab.core.knobs import OFF, Settings, WrongInput, compose, knobs, make_settings, part_knobs
+from polm_lab.core.knobs import part_named, value_named
+from polm_lab.core.method import find, methods
+from polm_lab.efficiency.prune import Prune
+from polm_lab.models.attach import parse_adapter
+from polm_lab.reasoning.grpo import GRPO
+from polm_lab.rewards.functions import LIBRARY, parse_rewards
+from polm_lab.runner import launch, sweep
+from polm_lab.workbench.controls import Form
+
+SHORT = dict(steps=1, batch_size=8, max_new_tokens=4, eval_rows=4, data="sums")
+
+
+def parts_of(cls, name: str) -> dict:
+    "The parts of one knob of a settings class, by their own name."
+    return {k.part.name: k for k in part_knobs(cls).values() if k.name.startswith(f"{name}.")}
+
+
+def written(cls, name: str, text: str, part: str, value) -> str:
+    "`text` of the knob `name` with `value` for a part."
+    return getattr(make_settings(cls, {name: text, f"{name}.{part}": value}), name)
+
+
+# Declared -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_parts_are_declared_with_type_range_and_meaning():
+    details = parts_of(PPO, "details")
+    assert list(details) == list(DETAILS)
+    assert {k.type for k in details.values()} == {bool, float} and details["normalize"].type is bool
+    assert details["clip_value"].default == 0.2 and details["entropy"].default == OFF
+    assert details["normalize"].default is True and details["whiten_rewards"].default is False
+    for method in ("grpo", "ppo", "rloo"):
+        rewards = parts_of(find(method).settings, "rewards")
+        assert list(rewards) == list(LIBRARY) and rewards["correct"].default == 1.0
+    assert parts_of(Prune, "allocation")["rule"].choices == ("uniform", "outliers", "hessian", "own")
+    for name, m in methods().items():
+        for k in part_knobs(m.settings).values():
+            assert k.meaning and (k.choices or k.range) and k.check(k.default) == k.default, (name, k.name)
+
+
+def test_strings_are_kept_and_parse_as_before():
+    for text in ("", "clip_value", " normalize , clip_value:0.30", "explore:-2", "normalize:0"):
+        assert make_settings(PPO, dict(details=text)).details == text
+        parse_details(text)
+    for text in ("correct", "correct:1.0,format:0.2", "a.py:nan,model:runs/x:0.5"):
+        assert make_settings(GRPO, dict(rewards=text)).rewards == text
+    assert [f.name for f in dataclasses.fields(PPO) if "." in f.name] == []
+
+
+# Reading and writing ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, part, value, found",
+    [
+        ("normalize,clip_value:0.2", "clip_value", 0.3, "normalize,clip_value:0.3"),
+        ("normalize,clip_value", "clip_value", 0.2, "normalize,clip_value"),  # as it was: 0.2 is what it means
+        ("normalize, clip_value:0.2", "clip_value", OFF, "normalize"),
+        ("clip_value:0.2,clip_value:0.3,normalize", "clip_value", OFF, "normalize"),
+        ("normalize,clip_value:0.2", "normalize", "off", "clip_value:0.2"),
+        ("normalize,clip_value:0.2", "whiten_rewards", "on", "normalize,clip_value:0.2,whiten_rewards"),
+        ("", "entropy", "1e-5", "entropy:1e-05"),
+        ("normalize", "entropy", "on", "normalize,entropy:0.01"),
+        ("normalize", "entropy", OFF, "normalize"),
+    ],
+)
+def test_details_are_written(text, part, value, found):
+    assert written(PPO, "details", text, part, value) == found
+    parse_details(found)
+
+
+@pytest.mark.parametrize(
+    "text, part, value, found",
+    [
+        ("correct", "format", 0.2, "correct,format:0.2"),
+        ("correct,format:0.2", "correct", 2, "correct:2,format:0.2"),
+        ("correct,format:0.2", "format", 0, "correct,format:0"),  # still measured, weighs nothing
+        ("correct,m:f:0.5", "m:f", 0.25, "correct,m:f:0.25"),
+        ("correct,a/b.py:f", "a/b.py:f", 0.25, "correct,a/b.py:f:0.25"),
+        ("correct", "model:runs/x.y", "off", "correct"),
+        ("correct,model:runs/x.y", "model:runs/x.y", 3, "correct,model:runs/x.y:3"),
+    ],
+)
+def test_weights_of_rewards_are_written(text, part, value, found):
+    assert written(GRPO, "rewards", text, part, value) == found
+    names = dict(parse_rewards(found))
+    assert part not in names if value == "off" else names[part] == value
+
+
+@pytest.mark.parametrize(
+    "text, part, value, found",
+    [
+        ("lora", "r", 4, "lora:r=4"),
+        ("lora:r=8,lora_alpha=16", "r", "4", "lora:r=4,lora_alpha=16"),
+        ("lora:target_modules=q_proj,v_proj,r=8", "lora_alpha", 32, "lora:target_modules=q_proj,v_proj,r=8,lora_alpha=32"),
+        ("lora:target_modules=q_proj,v_proj,r=8", "r", OFF, "lora:target_modules=q_proj,v_proj"),
+        ("lora:r=8", "kind", "none", "none"),
+        ("none", "kind", "lora", "lora"),
+        ("", "kind", "lora", "lora"),
+        ("none", "r", OFF, "none"),
+    ],
+)  # fmt: skip
+def test_settings_of_an_adapter_are_written(text, part, value, found):
+    assert written(Settings, "adapter", text, part, value) == found
+    parse_adapter(found)
+
+
+def test_the_kind_of_an_adapter_comes_before_its_settings():
+    made = make_settings(Settings, {"adapter.r": 4, "adapter.kind": "lora"})
+    assert parse_adapter(made.adapter) == ("lora", dict(r=4))
+
+
+def test_the_rule_of_an_allocation_is_a_word():
+    assert written(Prune, "allocation", "uniform", "rule", "hessian") == "hessian"
+    assert written(Prune, "allocation", "0.4,0.5", "rule", "own") == "0.4,0.5"
+    assert written(Prune, "allocation", "0.4,0.5", "rule", "outliers") == "outliers"
+
+
+def test_what_is_written_is_read_again():
+    "For any details: the numbers come back as they were written, and the others stay."
+    draw = random.Random(0)
+    details = parts_of(PPO, "details")
+    for _ in range(200):
+        text = PPO().details
+        wanted = {}
+        for name in draw.sample(list(details), 4):
+            switch = details[name].type is bool
+            wanted[name] = draw.choice([True, False] if switch else [OFF, draw.random() * 10 ** draw.randint(-6, 2)])
+            text = written(PPO, "details", text, name, wanted[name])
+        found = parse_details(text)
+        for name, value in parse_details(PPO().details).items():
+            assert name in wanted or found[name] == value
+        for name, value in wanted.items():
+            assert value_named(PPO, dict(details=text), f"details.{name}") == value
+            assert (name in found) == (value not in (False, OFF))
+            if value not in (True, False, OFF):
+                assert found[name] == value
+
+
+# Checks -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "cls, values, found",
+    [
+        (PPO, {"details.clip_value": -1}, "details.clip_value = -1: expected a number ≥ 0, or off (in its loss,"),
+        (PPO, {"details.clip_value": "much"}, "details.clip_value = 'much': expected a number ≥ 0, or off"),
+        (PPO, {"details.normalize": 0.5}, "details.normalize = 0.5: expected on or off"),
+        (PPO, {"details.clip_valeu": 1}, "details.clip_valeu: details has no part 'clip_valeu': did you mean 'clip_value'?"),
+        (PPO, {"detail.clip_value": 1}, "unknown knob 'detail' of PPO: did you mean 'details'?"),
+        (PPO, {"details.clip_value": 1, "steps.x": 2}, "steps.x: steps has no parts; expected steps itself, a whole number"),
+        (PPO, {"detials": "normalize"}, "unknown knob 'detials' of PPO: did you mean 'details'?"),
+        (PPO, {"details": 3, "details.clip_value": 1}, "details = 3: expected text"),
+        (GRPO, {"rewards.fromat": 0.2}, "rewards.fromat: rewards has no part 'fromat': did you mean 'format'?"),
+        (GRPO, {"rewards.format": float("nan")}, "rewards.format = nan: expected a number"),
+        (GRPO, {"adapter.r": 8}, "adapter = 'none': r = 8: none has no settings; expected another kind"),
+        (GRPO, {"adapter": "lora", "adapter.r": 2.5}, "adapter.r = 2.5: expected a whole number ≥ 1"),
+        (Prune, {"allocation.rule": "even"}, "allocation.rule = 'even': expected one of uniform, outliers"),
+        (Prune, {"allocation.rule": "own"}, "allocation = 'uniform': rule = 'own': expected the text itself"),
+    ],
+)  # fmt: skip
+def test_a_wrong_part_is_refused_in_one_line(cls, values, found):
+    with pytest.raises(WrongInput) as wrong:
+        make_settings(cls, values)
+    assert str(wrong.value).startswith(found) and "\n" not in str(wrong.value)
+
+
+def test_a_part_of_a_part_less_knob_and_unknown_ones_by_name():
+    with pytest.raises(WrongInput, match="has no parts"):
+        part_named(PPO, "beta.x")
+    assert compose(PPO, dict(beta=1)) == dict(beta=1)
+
+
+# The form -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_form_shows_the_parts_and_they_write_the_string():
+    form = Form("ppo")
+    fields = form.parts["details"].fields
+    clip, normalize = fields["details.clip_value"], fields["details.normalize"]
+    clip.slider.value = 0.4
+    assert form.values == dict(details=PPO().details.replace("clip_value:0.2", "clip_value:0.4"))
+    clip.control.value = "off"
+    normalize.control.value = False
+    assert form.values == dict(details="whiten_advantages,clip_reward:5,missing_eos:1")
+    assert form.settings().details == form.values["details"]
+    clip.slider.value = 0.1  # from off: the slider names it
+    assert form.values["details"].endswith(",clip_value:0.1")
+    form.fields["details"].control.value = "entropy"
+    assert (clip.value, normalize.value, fields["details.entropy"].value) == (OFF, False, 0.01)
+    clip.control.value = "-3"
+    assert form.problem.startswith("details.clip_value = '-3'") and form.values == dict(details="entropy")
+    clip.control.value = "0.3"
+    assert not form.problem
+    form.load({"details.clip_value": 0.7})
+    assert clip.value == 0.7 and form.values["details"].count("0.7") == 1
+    for field in form.fields.values():
+        field.undo.click()
+    assert form.values == {} and clip.value == 0.2
+
+
+def test_a_part_that_needs_another_says_so_in_the_form():
+    form = Form("grpo")
+    rank = form.parts["adapter"].fields["adapter.r"]
+    rank.control.value = "8"
+    assert "give the kind too" in rank.problem and form.values == {} and rank.value == OFF
+    form.parts["adapter"].fields["adapter.kind"].control.value = "lora"
+    rank.control.value = "8"
+    assert form.values == dict(adapter="lora:r=8") and not form.problem
+    form.parts["rewards"].fields["rewards.format"].slider.value = 0.2
+    assert form.values["rewards"] == "correct,format:0.2"
+
+
+# Sweeps -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_varies_parts():
+    grid = {"details.clip_value": "0.1,off", "rewards.format": "0,0.2"}
+    fixed = {"details": "clip_value:0.2,normalize", "details.normalize": "off"}
+    name, asked, points = sweep.plan("ppo", grid, fixed, metric="reward")
+    assert asked["space"] == {"details.clip_value": [0.1, OFF], "rewards.format": [0.0, 0.2]}
+    assert asked["fixed"] == dict(details="clip_value:0.2")
+    made = [launch.check(name, asked["fixed"] | point)[1] for point in points]
+    assert [(s.details, s.rewards) for s in made] == [
+        ("clip_value:0.1", "correct,format:0"),
+        ("clip_value:0.1", "correct,format:0.2"),
+        ("", "correct,format:0"),
+        ("", "correct,format:0.2"),
+    ]
+    json.dumps(asked)
+
+
+def test_a_sweep_searches_a_part_in_a_range():
+    grid = {"details.clip_value": "0.1..0.4"}
+    _, asked, points = sweep.plan("ppo", grid, metric="reward", search="random", trials=3)
+    assert asked["space"] == {"details.clip_value": dict(low=0.1, high=0.4, log=False)}
+    assert len({p["details.clip_value"] for p in points}) == 3
+    assert all(0.1 <= p["details.clip_value"] <= 0.4 for p in points)
+
+
+@pytest.mark.parametrize(
+    "grid, fixed, found",
+    [
+        ({"details.clip": "0.1,0.2"}, {}, "details has no part 'clip'"),
+        ({"details.clip_value": "0.1,-1"}, {}, "details.clip_value = '-1': expected"),
+        ({"details.clip_value": "off..0.4"}, {}, "expected the low end below the high one"),
+        ({"details": "normalize,clip_value"}, {"details.clip_value": 1}, "details is swept and fixed"),
+        ({"rewards.fromat": "0,1"}, {}, "rewards has no part 'fromat'"),
+        ({"adapter.r": "4,8"}, {}, "none has no settings"),
+    ],
+)
+def test_what_a_sweep_refuses(grid, fixed, found):
+    with pytest.raises(WrongInput) as wrong:
+        sweep.plan("ppo", grid, fixed, metric="reward")
+    assert found in str(wrong.value) and "\n" not in str(wrong.value)
+
+
+def test_a_sweep_of_parts_runs_is_shown_and_is_picked_up_again(runs):
+    values = dict(SHORT, samples=4, adapter="lora", notebook=False, metric="loss", better="down")
+    made = sweep.sweep("grpo", {"adapter.r": [1, 2], "rewards.format": [0.2]}, **values)
+    trials = made.trials
+    assert [t["status"] for t in trials] == ["finished"] * 2
+    found = [made.run(t).settings for t in trials]
+    assert [(s["adapter"], s["rewards"]) for s in found] == [
+        ("lora:r=1", "correct,format:0.2"),
+        ("lora:r=2", "correct,format:0.2"),
+    ]
+    assert list(sweep.results(made)["adapter.r"]) == [1, 2]
+    trials[1].update(status="running", values=None)  # as a worker that was killed leaves it
+    made.update(trials=trials)
+    worker = sweep.Worker(sweep.open_sweep(made.id), lambda run: lambda: True)
+    worker.pick_up()
+    assert worker.sweep.trials[1]["values"] == {"adapter.r": 2, "rewards.format": 0.2}
+
+
+# The command line ---------------------------------------------------------------------------------------------------
+
+
+def test_a_part_on_the_command_line(polm, runs):
+    asked = ["-p", "details.clip_value", "0.3", "-p", "rewards.format", "0.2", "-p", "details.normalize", "off"]
+    short = [word for name, value in SHORT.items() for word in ("-p", name, str(value))]
+    done = polm("run", "ppo", "--bare", *asked, *short, "--json")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((runs / json.loads(done.stdout.splitlines()[-1])["run"] / "run.json").read_text())
+    assert record["settings"]["details"] == "whiten_advantages,clip_reward:5,clip_value:0.3,missing_eos:1"
+    assert record["settings"]["rewards"] == "correct,format:0.2"
+    assert not any("." in name for name in record["settings"])
+    done = polm("run", "ppo", "-p", "details.clip_valeu", "3")
+    assert done.returncode == 2 and "did you mean 'clip_value'" in done.stderr
+    done = polm("run", "ppo", "--details.clip_value", "3")
+    assert done.returncode == 2 and "write -p details.clip_value 3" in done.stderr
+
+
+def test_commands_clone_and_presets_hold_the_string(runs):
+    said = launch.commands("ppo", {"details.clip_value": 0.3})
+    text = PPO().details.replace("clip_value:0.2", "clip_value:0.3")
+    assert f"-p details {text}" in said["polm"] and f"details={text!r}" in said["python"]
+    run = launch.create("ppo", dict(details="normalize"))
+    assert launch.clone(run, **{"details.clip_value": 0.3}) == dict(details="normalize,clip_value:0.3")
+    assert [k.name for k in knobs(PPO)].count("details") == 1
