@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import polm_lab as lab
-from polm_lab.alignment import dpo as page
-from polm_lab.alignment.dpo import can_switch_off, dpo_loss, encode_pairs, implicit_reward, optimal_policy, pair_logps, pair_metrics, pick_reference, trl_loss
-from polm_lab.training.pairwise import pair_batches
+from polm_lab.alignment.dpo import dpo_loss, implicit_reward, optimal_policy, trl_loss
+from polm_lab.training import pairwise as page
+from polm_lab.training.pairwise import can_switch_off, encode_pairs, pair_batches, pair_logps, pair_metrics, pick_reference
 from polm_lab.data.load import load_data
 from polm_lab.core.knobs import WrongInput
 from polm_lab.models.logprobs import Policy
@@ -103,7 +103,9 @@ def test_optimal_policy_beats_others():
 
 
 def test_metrics_of_pairs():
-    found = pair_metrics(torch.tensor([-1.0, -2.0, -9.0]), torch.tensor([-5.0, -2.0, -3.0]), torch.tensor([-2.0, -2.0, -3.0]), torch.tensor([-4.0, -2.0, -3.0]), 0.5)
+    chosen = implicit_reward(torch.tensor([-1.0, -2.0, -9.0]), torch.tensor([-2.0, -2.0, -3.0]), 0.5)
+    rejected = implicit_reward(torch.tensor([-5.0, -2.0, -3.0]), torch.tensor([-4.0, -2.0, -3.0]), 0.5)
+    found = pair_metrics(chosen, rejected)
     assert found["accuracy"].tolist() == [1.0, 0.5, 0.0] and found["margin"].tolist() == [1.0, 0.0, -3.0]
     assert found["reward_chosen"].tolist() == [0.5, 0.0, -3.0] and found["reward_rejected"].tolist() == [-0.5, 0.0, 0.0]
 

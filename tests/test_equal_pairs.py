@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import polm_lab as lab
-from polm_lab.training.pairwise import drop_equal, pair_batches
-from polm_lab.alignment.dpo import dpo_loss, encode_pairs, pair_logps
+from polm_lab.training.pairwise import drop_equal, encode_pairs, pair_batches, pair_logps
+from polm_lab.alignment.dpo import dpo_loss
 from polm_lab.alignment.reward import encode_pairs as encode_for_reward
 from polm_lab.cli import polm
 from polm_lab.data.rows import Row

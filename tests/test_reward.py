@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import polm_lab as lab
-from polm_lab.alignment.reward import RewardModel, calibration, encode_pairs, length_bias, margin_of, pair_metrics, reward_loss, trl_rows
+from polm_lab.alignment.reward import RewardModel, calibration, encode_pairs, length_bias, margin_of, reward_loss, trl_rows
+from polm_lab.training.pairwise import pair_metrics
 from polm_lab.rewards.learned import Scorer, encode_sides, load_reward, members, score_rows, together  # fmt: skip
 from polm_lab.data.load import load_data
 from polm_lab.core.knobs import WrongInput

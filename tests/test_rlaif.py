@@ -16,8 +16,8 @@ from serving import Endpoint, endpoint
 import polm_lab as lab
 from polm_lab.rewards import endpoint as page_endpoint
 from polm_lab.rewards import judges as page_judges
-from polm_lab.alignment.dpo import dpo_loss, encode_pairs
-from polm_lab.training.pairwise import pair_batches
+from polm_lab.alignment.dpo import dpo_loss
+from polm_lab.training.pairwise import encode_pairs, pair_batches
 from polm_lab.rewards.judges import ContrastJudge, EndpointJudge, Label, ModelJudge, both_orders, kept_judge
 from polm_lab.rewards.judges import label_pairs, make_judge, parse_judge, principle_of, read_constitution, verdict
 from polm_lab.rewards.endpoint import Kept, read_key, seconds_asked  # fmt: skip

@@ -1,0 +1,200 @@
+"The shape of methods on pairs: what an objective sees, the template against TRL, an objective without a reference, doubts and further metrics."
+
+import copy
+import json
+import math
+import re
+import types
+
+import pytest
+import torch
+from conftest import ROOT
+
+import polm_lab as lab
+from polm_lab.core.knobs import Settings, WrongInput
+from polm_lab.core.method import REGISTRY
+from polm_lab.core.run import Run
+from polm_lab.data.load import load_data
+from polm_lab.models.load import load_model
+from polm_lab.models.logprobs import Policy
+from polm_lab.models.tokenizers import load_tokenizer
+from polm_lab.training import pairwise
+from polm_lab.training.pairwise import Answers, Objective, batch_answers, both_logps, encode_pairs
+from polm_lab.training.pairwise import no_reference, pair_batches, pair_logps, table_answers
+from polm_lab.training.pairwise import train_pairs, wrong_way
+
+SHORT = dict(
+    data="sums", steps=2, batch_size=4, eval_rows=4, max_length=64, device="cpu", dtype="float32",
+    learning_rate=1e-3, warmup=0.0,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("tiny")
+
+
+@pytest.fixture(scope="module")
+def start():
+    return load_model("tiny", dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def template():
+    "The exported code of the template as a module; its method is known while the tests of this file run."
+    module = types.ModuleType("template_of_pairwise")
+    for cell in json.loads((ROOT / "nbs/_template/pairwise.ipynb").read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code" and re.search(r"^#\| *export\b", source, re.M):
+            exec(source, vars(module))
+    yield module
+    REGISTRY.pop("ipo")
+
+
+def shaken(model):
+    torch.manual_seed(0)
+    model = copy.deepcopy(model)
+    for p in model.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    return model
+
+
+def run_of(objective, out, **changes) -> Run:
+    "A short run of `train_pairs` with an objective."
+    run = Run.create("example", {}, out=out)
+    train_pairs(run, Settings(**SHORT | changes), objective)
+    return run
+
+
+def mean_logp(answers: Answers):
+    return answers.logp / answers.tokens
+
+
+def without_reference(**more) -> Objective:
+    def loss(chosen, rejected, doubt):
+        return -torch.nn.functional.logsigmoid(mean_logp(chosen) - mean_logp(rejected))
+
+    return Objective(loss, mean_logp, reference=False, **more)
+
+
+# What an objective sees -------------------------------------------------------------------------------------------
+
+
+def test_a_batch_and_a_table_show_the_same_answers(tokenizer, start):
+    "Padding changes neither log-probabilities nor lengths, and the prompt is no part of an answer."
+    pairs = encode_pairs(tokenizer, load_data("chat", "preference", "test")[:5], 128)
+    policy, ref = Policy(start), torch.randn(5, 2)
+    known = table_answers(pairs, both_logps(policy, pairs, tokenizer.pad_token_id, 1), ref)
+    seen = 0
+    for batch in pair_batches(pairs, 3, tokenizer.pad_token_id):
+        rows = batch["rows"]
+        for side, other in zip(batch_answers(policy, batch, lambda b: ref[b["rows"]].unbind(1)), known):
+            assert torch.allclose(side.logp, other.logp[rows], atol=2e-4)
+            assert torch.equal(side.ref_logp, other.ref_logp[rows])
+            assert torch.equal(side.tokens, other.tokens[rows])
+        seen += len(rows)
+    lengths = [sum(pair["rejected"]["target_mask"]) for pair in pairs]
+    assert seen == 5 and known[1].tokens.tolist() == lengths and len(set(lengths)) > 1
+
+
+def test_one_of_two_errors_turns_a_pair():
+    assert wrong_way(0.1, 0.0) == 0.1 and wrong_way(0.0, 0.3) == 0.3 and wrong_way(0.5, 0.3) == 0.5
+    assert wrong_way(0.1, 0.2) == pytest.approx(0.1 * 0.8 + 0.9 * 0.2)
+
+
+# The template -----------------------------------------------------------------------------------------------------
+
+
+def test_ipo_by_hand(template):
+    "Gains of 1/2 and -1/4 nats a token: a gap of 3/4, where 1/(2 · 0.4) is asked for."
+    chosen = Answers(torch.tensor([-3.0]), torch.tensor([-5.0]), torch.tensor([4]))
+    rejected = Answers(torch.tensor([-3.0]), torch.tensor([-2.5]), torch.tensor([2]))
+    assert template.ipo_loss(chosen, rejected, 0.4).item() == pytest.approx((0.75 - 1.25) ** 2)
+    assert template.ipo_loss(chosen, rejected, 0.4, 0.25).item() == pytest.approx((0.75 - 0.625) ** 2)
+
+
+def test_a_doubted_pair_pulls_like_the_mean_over_both_labels(template):
+    a, b = (Answers(torch.randn(6, requires_grad=True), torch.randn(6), torch.arange(1, 7)) for _ in range(2))
+    doubt = torch.tensor([0.0, 0.1, 0.3, 0.5, 0.9, 1.0])
+    mixed = (1 - doubt) * template.ipo_loss(a, b, 0.2) + doubt * template.ipo_loss(b, a, 0.2)
+    found, expected = (torch.autograd.grad(x.sum(), a.logp)[0] for x in (template.ipo_loss(a, b, 0.2, doubt), mixed))
+    assert torch.allclose(found, expected, atol=1e-5) and found.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("tau", [0.1, 1.0])
+def test_ipo_loss_and_gradient_are_trls(template, tokenizer, start, tmp_path, tau):
+    datasets = pytest.importorskip("datasets")
+    from trl import DPOConfig, DPOTrainer
+
+    rows = [{k: r[k] for k in ("prompt", "chosen", "rejected")} for r in load_data("chat", "preference")[:5]]
+    config = DPOConfig(
+        str(tmp_path), per_device_train_batch_size=5, use_cpu=True, bf16=False, report_to=[],
+        max_length=128, disable_tqdm=True, beta=tau, loss_type="ipo",
+    )  # fmt: skip
+    trainer = DPOTrainer(shaken(start), copy.deepcopy(start), config, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer)
+    batch = next(iter(trainer.get_train_dataloader()))
+    theirs = trainer.compute_loss(trainer.model, batch)
+    theirs.backward()
+    batch = dict(batch, target_mask=batch["completion_mask"])
+    with torch.no_grad():
+        reference = pair_logps(Policy(start), batch)
+    model = shaken(start)
+    chosen, rejected = batch_answers(Policy(model), batch, lambda batch: reference)
+    ours = template.ipo_loss(chosen, rejected, tau).mean()
+    ours.backward()
+    assert abs(ours.item() - 0.25 / tau**2) > 1e-2  # far from the start, where all pairs are alike
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    for (name, p), q in zip(model.named_parameters(), trainer.model.parameters()):
+        assert (p.grad - q.grad).norm() <= 1e-4 * max(q.grad.norm().item(), 1e-3), name
+
+
+def test_ipo_by_trl_trains_the_same_model(template, runs):
+    more = dict(SHORT, clip=0.0, schedule="constant", tau=1.0)
+    ours, theirs = (lab.run("ipo", **more, engine=engine) for engine in ("lab", "trl"))
+    for a, b in zip(ours.lines(), theirs.lines(), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=2e-4)
+        assert a["logp_chosen"] == pytest.approx(b["logp_chosen"], abs=2e-3)
+    assert ours.lines()[0]["loss"] == pytest.approx(0.25, rel=1e-5)
+    assert ours.summary["after"]["margin"] == pytest.approx(theirs.summary["after"]["margin"], abs=5e-3)
+    assert ours.summary["before"]["margin"] == 0.0 and ours.summary["after"]["margin"] != 0.0
+
+
+# Objectives of other kinds ----------------------------------------------------------------------------------------
+
+
+def test_an_objective_without_a_reference_asks_for_none(tmp_path, monkeypatch):
+    "No pass over the training pairs, no knob, no line in the log; held-out pairs are still ranked."
+    passes, original = [], pairwise.both_logps
+    monkeypatch.setattr(pairwise, "both_logps", lambda policy, pairs, *rest: passes.append(len(pairs)) or original(policy, pairs, *rest))
+    monkeypatch.setattr(pairwise, "make_reference", None)
+    run = run_of(without_reference(), tmp_path)
+    assert passes == [4, 4] and run.summary["after"]["margin"] != run.summary["before"]["margin"] != 0.0
+    assert {"kl", "logp_chosen", "accuracy", "reward"} <= set(run.summary["after"])
+    assert "reference" not in "\n".join(run.path.joinpath("log.txt").read_text().splitlines() if run.path.joinpath("log.txt").exists() else [])
+    sampled = run.lines("samples")
+    first = sampled[0]
+    assert first["reward"] == pytest.approx(sum(first["logp"]) / len(first["ids"]), abs=1e-3)
+    assert no_reference(dict(rows=torch.arange(3))).tolist() == [[0.0] * 3] * 2
+
+
+def test_trl_is_refused_where_it_has_no_such_loss(tmp_path):
+    with pytest.raises(WrongInput, match="TRL has no such loss on pairs"):
+        run_of(without_reference(), tmp_path, engine="trl")
+
+
+def test_doubts_of_the_data_reach_the_loss(tmp_path):
+    data = tmp_path / "pairs.jsonl"
+    rows = [dict(prompt=f"{i}+1=", chosen=str(i + 1), rejected=str(i + 2), probability=p) for i in range(20) for p in (0.6, 1.0)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    objective = Objective(lambda a, b, doubt: doubt + 0 * a.logp, mean_logp, reference=False)
+    found = run_of(objective, tmp_path / "runs", data=str(data), batch_size=16, steps=4).lines()
+    assert 0.0 < sum(row["loss"] for row in found) / 4 < 0.4
+    counts = [row["loss"] * 16 / 0.4 for row in found]  # how many of a batch are doubted
+    assert counts == pytest.approx([round(n) for n in counts], abs=1e-4) and sum(counts) > 0
+
+
+def test_further_metrics_are_logged_with_and_without_training(tmp_path):
+    objective = without_reference(metrics=lambda a, b: dict(length_chosen=a.tokens.float()))
+    run = run_of(objective, tmp_path)
+    assert run.lines()[0]["length_chosen"] >= 1 and run.summary["before"]["length_chosen"] >= 1
+    assert math.isfinite(run.lines()[-1]["loss"])
