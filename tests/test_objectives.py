@@ -11,7 +11,7 @@ from polm_lab.alignment import reward as reward_reward
 from polm_lab.rewards import learned as reward_learned
 from polm_lab.training import evaluate
 from polm_lab.models import logprobs
-from polm_lab.training import onpolicy
+from polm_lab.training import advantages as onpolicy
 from polm_lab.training import loop as train
 from polm_lab.efficiency import prune
 from polm_lab.efficiency.adaptation import formulas as adapters
