@@ -11,13 +11,15 @@ import torch
 from ..core.knobs import WrongInput
 
 # %% ../../nbs/training/budget.ipynb #da9f40fa
-SMOOTHED = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # importance, its mean and its uncertainty; PEFT's names
+# importance of a rank, its mean and its uncertainty, under PEFT's names
+SMOOTHED = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
 class RankBudget:
     """Lets the AdaLoRA adapter of a model give ranks back as training goes on: a hook of the loop.
 
-    Its state is what a resumed run needs to continue. Raises `WrongInput` for an adapter that has nothing to give back.
+    Its state is what a resumed run needs to continue. Raises `WrongInput` for an adapter that has
+    nothing to give back.
     """
 
     def __init__(self, tuner):
@@ -37,12 +39,13 @@ class RankBudget:
         return None
 
     def penalty(self) -> torch.Tensor:
-        "How far the factors are from orthogonal, weighted, a scalar with gradient; Zhang et al. 2023, eq. 4."
+        "How far the factors are from orthogonal, weighted, a scalar; Zhang et al. 2023, eq. 4."
         norms = []
         for name, p in self.tuner.named_parameters():
             if p.requires_grad and ("lora_A" in name or "lora_B" in name):
                 f = p if "lora_A" in name else p.T
-                norms.append(torch.linalg.norm(f @ f.T - torch.eye(len(f), dtype=f.dtype, device=f.device)))
+                one = torch.eye(len(f), dtype=f.dtype, device=f.device)
+                norms.append(torch.linalg.norm(f @ f.T - one))
         return self.config.orth_reg_weight * sum(norms) / len(norms)
 
     def after_step(self, done: int):
@@ -68,13 +71,13 @@ class RankBudget:
 
 
 def step_hooks(model: torch.nn.Module) -> list:
-    "What in `model` wants to be called in each step of training, as hooks of the loop. Raises `WrongInput`."
+    "The hooks of what in `model` takes part in each step of training. Raises `WrongInput`."
     budget = RankBudget.of(model)
     return [budget] if budget else []
 
 # %% ../../nbs/training/budget.ipynb #afeb1439
 def with_total_step(adapter: str, steps: int) -> str:
-    "The knob `adapter` with `total_step`, the length of the run in steps, where its kind plans over it and none is given."
+    "The knob `adapter` with the run's length as `total_step`, where its kind needs one and has none."
     if adapter.partition(":")[0] != "adalora" or "total_step" in adapter:
         return adapter
     return adapter + ("," if ":" in adapter else ":") + f"total_step={steps}"

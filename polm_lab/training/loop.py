@@ -221,7 +221,7 @@ def optimizer_for(model: torch.nn.Module, settings: Settings) -> torch.optim.Opt
 
 # %% ../../nbs/training/loop.ipynb #316ebffe
 def keep_in_32_bits(model: torch.nn.Module) -> None:
-    "Bring the trainable weights to 32 bits: small updates would vanish in 16. Autocast computes in 16."
+    "Bring the trainable weights to 32 bits: small updates would vanish in 16."
     for p in model.parameters():
         if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16):
             p.data = p.data.float()
@@ -247,11 +247,12 @@ class Updater:
     clip: float  # largest norm of the gradient; 0 for none
 
     def __call__(self, step: int, batches: list[dict], meter: Meter) -> int:
-        "Learn from the microbatches of an update of step `step` (from 0); returns the tokens in them."
+        "Learn from the microbatches of an update of step `step` (from 0); returns their tokens."
         self.model.train()
         total, tokens = self.total_weight(batches), 0
         for n, batch in enumerate(batches, 1):
-            batch = {k: v.to(self.accelerator.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+            device = self.accelerator.device
+            batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
             self.add_gradient(step, batch, total, n == len(batches), meter)
             tokens += tokens_in(batch)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip or math.inf)
@@ -273,7 +274,7 @@ class Updater:
         return self.accelerator.reduce(total).item()
 
     def add_gradient(self, step: int, batch: dict, total: float, last: bool, meter: Meter) -> None:
-        "Add the gradient of a microbatch; after the `last` of the update, processes exchange theirs."
+        "Add the gradient of a microbatch; after the `last` one, processes exchange theirs."
         with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
             with self.accelerator.autocast():
                 summed = self.loss(self.model, batch, meter)
@@ -372,13 +373,14 @@ def is_evaluated(done: int, settings: Settings) -> bool:
 
 
 def save_or_stop(run: Run, settings: Settings, accelerator, done: int) -> None:
-    "Write a checkpoint after `done` steps if it is time for one, and raise `Stopped` if asked to stop."
+    "Write a checkpoint after `done` steps if one is due; raise `Stopped` if asked to stop."
     stop = anybody(accelerator, run.stop_requested())
     due = settings.save_every and done % settings.save_every == 0
     if stop or due or done == settings.steps:
         save_checkpoint(run, accelerator, done)
     if stop and done < settings.steps:
-        raise Stopped(f"{run.id}: stopped after step {done}; `polm resume {run.id}` goes on from there")
+        what = f"stopped after step {done}; `polm resume {run.id}` goes on from there"
+        raise Stopped(f"{run.id}: {what}")
 
 
 def anybody(accelerator, flag: bool) -> bool:
