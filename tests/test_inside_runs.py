@@ -13,7 +13,7 @@ from polm_lab.models.logprobs import Policy
 from polm_lab.core.method import find
 from polm_lab.models.load import load_model
 from polm_lab.models.tokenizers import load_tokenizer
-from polm_lab.training.onpolicy import group_advantages, leave_one_out
+from polm_lab.training.advantages import group_advantages, leave_one_out
 from polm_lab.data.tasks import WORLDS
 
 # A large learning rate moves the policy away from its reference in a step or two, so that the KL weighs as much as the reward.

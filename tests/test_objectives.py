@@ -11,7 +11,8 @@ from polm_lab.alignment import reward as reward_reward
 from polm_lab.rewards import learned as reward_learned
 from polm_lab.training import evaluate
 from polm_lab.models import logprobs
-from polm_lab.training import onpolicy, pairwise
+from polm_lab.training import advantages as shared
+from polm_lab.training import pairwise
 from polm_lab.training import loop as train
 from polm_lab.efficiency import prune
 from polm_lab.efficiency.adaptation import formulas as adapters
@@ -95,24 +96,24 @@ def test_distances_of_rewards():
 
 def test_advantages_of_groups():
     spread = math.sqrt((1.5**2 + 0.5**2 + 0.5**2 + 1.5**2) / 3)
-    found, spreads = onpolicy.group_advantages(t(0.0, 1.0, 2.0, 3.0, 1.0, 1.0, 1.0, 5.0), 4)
+    found, spreads = shared.group_advantages(t(0.0, 1.0, 2.0, 3.0, 1.0, 1.0, 1.0, 5.0), 4)
     close(spreads, [spread, 2.0])
     close(found[:4], [x / (spread + 1e-4) for x in (-1.5, -0.5, 0.5, 1.5)])
-    close(onpolicy.group_advantages(t(0.0, 1.0), 2, "none")[0], [-0.5, 0.5])
+    close(shared.group_advantages(t(0.0, 1.0), 2, "none")[0], [-0.5, 0.5])
     whole = math.sqrt(5 / 3)
-    close(onpolicy.group_advantages(t(0.0, 1.0, 2.0, 3.0), 2, "batch")[0], [x / (whole + 1e-4) for x in (-0.5, 0.5, -0.5, 0.5)])
-    close(onpolicy.leave_one_out(t(0.0, 3.0, 6.0), 3), [-4.5, 0.0, 4.5])
-    close(onpolicy.leave_one_out(t(1.0, math.nan, 3.0), 3), [-2.0, 0.0, 2.0])
-    close(onpolicy.whiten(t(1.0, 3.0, 9.0), t(1, 1, 0)), [-1 / math.sqrt(2), 1 / math.sqrt(2), 0.0], 1e-6)
-    close(onpolicy.whiten(t(1.0, 3.0), t(1, 1), shift_mean=False), [2 - 1 / math.sqrt(2), 2 + 1 / math.sqrt(2)], 1e-6)
+    close(shared.group_advantages(t(0.0, 1.0, 2.0, 3.0), 2, "batch")[0], [x / (whole + 1e-4) for x in (-0.5, 0.5, -0.5, 0.5)])
+    close(shared.leave_one_out(t(0.0, 3.0, 6.0), 3), [-4.5, 0.0, 4.5])
+    close(shared.leave_one_out(t(1.0, math.nan, 3.0), 3), [-2.0, 0.0, 2.0])
+    close(shared.whiten(t(1.0, 3.0, 9.0), t(1, 1, 0)), [-1 / math.sqrt(2), 1 / math.sqrt(2), 0.0], 1e-6)
+    close(shared.whiten(t(1.0, 3.0), t(1, 1), shift_mean=False), [2 - 1 / math.sqrt(2), 2 + 1 / math.sqrt(2)], 1e-6)
 
 
 def test_clipping_and_kl():
-    close(onpolicy.clipped_objective(t(1.5, 0.5, 1.5, 0.5, 1.1), t(1.0, 1.0, -1.0, -1.0, 2.0), 0.2, 0.3), [1.3, 0.5, -1.5, -0.8, 2.2])
+    close(shared.clipped_objective(t(1.5, 0.5, 1.5, 0.5, 1.1), t(1.0, 1.0, -1.0, -1.0, 2.0), 0.2, 0.3), [1.3, 0.5, -1.5, -0.8, 2.2])
     gap = -1.0 + 1.5
-    close(onpolicy.kl_estimate(t(-1.0), t(-1.5), "k1"), [gap])
-    close(onpolicy.kl_estimate(t(-1.0), t(-1.5), "k2"), [gap**2 / 2])
-    close(onpolicy.kl_estimate(t(-1.0), t(-1.5), "k3"), [math.exp(-gap) - 1 + gap])
+    close(shared.kl_estimate(t(-1.0), t(-1.5), "k1"), [gap])
+    close(shared.kl_estimate(t(-1.0), t(-1.5), "k2"), [gap**2 / 2])
+    close(shared.kl_estimate(t(-1.0), t(-1.5), "k3"), [math.exp(-gap) - 1 + gap])
 
 
 def test_grpo():

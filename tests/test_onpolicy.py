@@ -13,8 +13,9 @@ from polm_lab.core.knobs import WrongInput
 from polm_lab.models.logprobs import Policy
 from polm_lab.models.load import load_model
 from polm_lab.models.tokenizers import load_tokenizer
-from polm_lab.training.onpolicy import Group, OnPolicy, Sampled, beside, clipped_objective, draw_groups, group_advantages
-from polm_lab.training.onpolicy import kl_estimate, leave_one_out, make_batches, masked_moments, recorded_steps, sample_rows, sequence_kl, whiten  # fmt: skip
+from polm_lab.training.advantages import clipped_objective, group_advantages, kl_estimate, leave_one_out, masked_moments, whiten
+from polm_lab.training.onpolicy import Group, OnPolicy, Sampled, beside, draw_groups, make_batches, recorded_steps
+from polm_lab.training.onpolicy import rewards_of, sample_rows, sequence_kl, token_stats, train_on_policy
 from polm_lab.core.run import Run
 from polm_lab.training.loop import Meter
 from polm_lab.data.tasks import WORLDS
@@ -153,7 +154,57 @@ def test_watched_answers_without_a_reward_are_no_fault(loaded, tmp_path):
         raise WrongInput("reward x: only None")
 
     stage = example(loaded, tmp_path, judge)
-    assert [row["reward"] is None or math.isnan(row["reward"]) for row in stage._watch()] == [True, True]
+    assert [row["reward"] is None or math.isnan(row["reward"]) for row in stage.record.watch()] == [True, True]
+
+
+def judged_by_length(rows, texts, ids, ended):
+    lengths = [float(len(i)) for i in ids]
+    return SimpleNamespace(parts={"length": lengths}, total=lengths)
+
+
+def trained(loaded, tmp_path, compare, **settings):
+    "Batches that the loss saw, and the run, of one step of training with `compare`."
+    tokenizer, seen = loaded[0], []
+    fresh = Policy(load_model("tiny", dtype="float32", device="cpu"))
+    stage = example((tokenizer, fresh), tmp_path, judged_by_length, steps=1, batch_size=2, accumulate=4, save_every=0)
+
+    def loss(policy, batch, settings, meter):
+        seen.append(batch)
+        return token_stats(policy, batch, settings.temperature).logp.sum() * 0.0
+
+    with stage.run.active():
+        train_on_policy(stage, compare, loss, **settings)
+    return seen, stage.run
+
+
+def test_each_completion_learns_from_its_own_advantage(loaded, tmp_path):
+    groups_seen = []
+
+    def compare(groups, batches):
+        groups_seen.append(groups)
+        return 10 * torch.arange(8.0) + rewards_of(groups)
+
+    seen, run = trained(loaded, tmp_path, compare, updates=2)
+    [groups] = groups_seen  # sampled once, learned from twice
+    assert len(seen) == 8 and sorted(r for b in seen[:4] for r in b["rows"].tolist()) == list(range(8))
+    for batch in seen:
+        assert batch["weight"] == 2.0 and batch["advantages"].tolist() == [10 * r + len(groups[r // 2].completions[r % 2]) for r in batch["rows"].tolist()]
+    rows = [row for row in run.lines("samples") if "group" in row]
+    assert [row["advantage"] for row in rows] == [10 * r + row["reward"] for r, row in enumerate(rows)] and "advantages" not in rows[0]
+    assert (run.path / "model" / "model.safetensors").exists() and run.lines()[0]["advantage_std"] > 20
+
+
+def test_a_method_may_give_each_token_its_advantage_and_say_what_it_weighs(loaded, tmp_path):
+    def compare(groups, batches):
+        for batch in batches:
+            places = batch["target_mask"].cumsum(1) * 1.0
+            batch |= dict(advantages=places, weight=float(batch["target_mask"].sum()))
+        return torch.zeros(8)
+
+    seen, run = trained(loaded, tmp_path, compare)
+    assert [b["weight"] for b in seen] == [float(b["target_mask"].sum()) for b in seen] and all(b["advantages"].ndim == 2 for b in seen)
+    rows = [row for row in run.lines("samples") if "group" in row]
+    assert len(rows) == 8 and all(row["advantages"] == [n + 1.0 for n in range(len(row["ids"]))] for row in rows)
 
 
 def test_groups_that_are_not_whole_are_refused_when_the_settings_are_made():

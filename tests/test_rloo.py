@@ -18,7 +18,7 @@ from polm_lab.models.logprobs import Policy
 from polm_lab.core.metrics import metric
 from polm_lab.models.load import load_model
 from polm_lab.models.tokenizers import load_tokenizer
-from polm_lab.training.onpolicy import draw_groups, make_batches, refer, sequence_kl
+from polm_lab.training.onpolicy import draw_groups, make_batches, refer, sequence_kl, token_values
 from polm_lab.models.rollout import end_tokens
 from polm_lab.core.run import Run, Stopped
 from polm_lab.training.loop import Meter
@@ -71,17 +71,19 @@ def microbatches(rewards=(1.0, 0.0, 3.0, -1.0)):
 
 def test_reinforce_plus_plus_whitens_over_all_tokens_of_the_step():
     rewards, batches = microbatches()
-    means, record = spread_over_tokens(rewards, batches, 0.1)
+    means = spread_over_tokens(rewards, batches, 0.1)
+    tokens = token_values(batches, "advantages")
     direct = [[r - 0.1 * 0.5 * (n + 1 - t) for t in range(n + 1)] for n, r in enumerate(rewards.tolist())]
     flat = torch.tensor([v for row in direct for v in row])
     expected = [((torch.tensor(row) - flat.mean()) / flat.std()).tolist() for row in direct]
-    assert [len(row) for row in record["advantages"]] == [1, 2, 3, 4]
-    for found, wanted, mean in zip(record["advantages"], expected, means):
+    assert [len(row) for row in tokens] == [1, 2, 3, 4]
+    for found, wanted, mean in zip(tokens, expected, means):
         assert found == pytest.approx(wanted, abs=1e-5) and mean.item() == pytest.approx(sum(wanted) / len(wanted), abs=1e-5)
     assert sum(b["weight"] for b in batches) == 10
     rewards, batches = microbatches((1.0, math.nan, 3.0, -1.0))
-    means, record = spread_over_tokens(rewards, batches, 0.1)
-    assert record["advantages"][1] == [] and means[1] == 0 and sum(b["weight"] for b in batches) == 8
+    means = spread_over_tokens(rewards, batches, 0.1)
+    tokens = token_values(batches, "advantages")
+    assert tokens[1] == [] and means[1] == 0 and sum(b["weight"] for b in batches) == 8
 
 
 def test_the_first_update_is_reinforce():

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import polm_lab as lab
-from polm_lab.core.knobs import WrongInput
+from polm_lab.core.knobs import Settings, WrongInput
 from polm_lab.models.load import load_model
 from polm_lab.core.run import Run, Stopped
+from polm_lab.training import loop
 from polm_lab.training.budget import RankBudget
 from polm_lab.training.chain import create, execute
 
@@ -58,6 +59,50 @@ def test_the_penalty_is_pefts():
     plain = model.base_model.model(input_ids=ids, labels=ids).loss
     assert RankBudget.of(model).penalty().item() == pytest.approx((with_labels - plain).item(), abs=1e-5)
     assert RankBudget.of(load_model("tiny", "float32", "cpu")) is None
+
+
+class Pull:
+    "A hook: the penalty pulls a weight to 5, and what it was called with is kept."
+
+    def __init__(self, line):
+        self.line, self.seen = line, []
+
+    def penalty(self):
+        return (self.line.weight - 5).square().sum()
+
+    def after_step(self, done):
+        self.seen.append((done, self.line.weight.grad is not None))
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"]
+
+
+def test_the_loop_calls_any_hook_and_keeps_its_state(tmp_path, monkeypatch):
+    settings, hooks = Settings(steps=40, learning_rate=0.5, warmup=0.0, save_every=20, device="cpu", dtype="float32"), []
+    monkeypatch.setattr(loop, "step_hooks", lambda model: hooks)
+
+    def updates(step, meter):
+        yield [dict(x=torch.ones(2, 1), weight=2.0), dict(x=torch.ones(1, 1), weight=1.0)]
+
+    def train(run, stop=None):
+        line = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(line.weight)
+        hooks[:] = [Pull(line)]
+        with monkeypatch.context() as patch, run.active():
+            if stop:
+                patch.setattr(Run, "stop_requested", lambda self: self.record["step"] == stop)
+            loop.fit(run, settings, line, updates, lambda model, batch, meter: model(batch["x"]).sum() * 0.0)
+        return line.weight.item(), hooks[0].seen
+
+    weight, seen = train(Run.create("line", {"steps": 40}, out=tmp_path / "whole"))
+    assert seen == [(done, True) for done in range(1, 41)] and weight == pytest.approx(5.0, abs=1.0)
+    parts = Run.create("line", {"steps": 40}, out=tmp_path / "parts")
+    with pytest.raises(Stopped):
+        train(parts, stop=7)
+    assert train(parts) == (weight, seen)
 
 
 def test_what_adalora_cannot_do_is_refused(tmp_path):

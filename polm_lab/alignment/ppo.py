@@ -15,21 +15,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..training.chain import stage as chain
-from ..data.load import load_data, load_held_out
-from ..training.evaluate import Evaluation, quiet, scorer, win_rate
 from ..core.knobs import Listed, Part, WrongInput, knob, nearest, redefault
-from ..models.logprobs import Policy, TokenStats
-from ..core.method import method
-from ..models.load import load_model
-from ..models.save import save_model
-from ..training.onpolicy import OnPolicy, Sampled, clipped_objective, everywhere, kl_estimate
-from ..training.onpolicy import make_batches, masked_moments, policy_metrics, starting_model, token_stats, whiten  # fmt: skip
-from ..core.run import Run
-from ..training.loop import Meter, fit, load_policy
 from ..core.machine import seed_of, world
+from ..core.method import method
+from ..core.run import Run
 from ..models.layers import switch_off_dropout
-from ..rewards.functions import as_judge, make_rewards, on_held_out, try_rewards
+from ..models.load import load_model
+from ..models.logprobs import Policy, TokenStats
+from ..models.save import save_model
+from ..rewards.prepare import prepare_on_policy
+from ..training.advantages import clipped_objective, everywhere, kl_estimate
+from ..training.advantages import masked_moments, whiten
+from ..training.chain import stage as chain
+from ..training.evaluate import Evaluation, quiet, win_rate
+from ..training.loop import Meter, fit
+from ..training.onpolicy import Sampled, make_batches, policy_metrics, starting_model
+from ..training.onpolicy import token_stats
 
 # %% ../../nbs/alignment/ppo.ipynb #a14c18a7
 DETAILS = {  # name: (its number where none is given, meaning, source)
@@ -337,16 +338,10 @@ def ppo(settings: PPO, run: Run) -> None:
     share, rank = settings.batch_size * settings.accumulate // world()[1], world()[0]
     if share % settings.minibatches:
         raise WrongInput(f"minibatches = {settings.minibatches}: expected a divisor of the {share} completions that a process has in a step (batch_size x accumulate)")
-    rows, held_out = load_data(settings.data, "prompt"), load_held_out(settings.data, settings.eval_data, "prompt", settings.eval_rows)
-    score = scorer(settings.data, rows)
-    rewards = make_rewards(learned_reward(settings, run, score is not None), score, settings.max_new_tokens)
-    policy, tokenizer = load_policy(settings)
-    try_rewards(rewards, rows, tokenizer)
-    held_judge = as_judge(on_held_out(rewards, settings.eval_data, held_out))
-    reference = starting_model(policy, settings) if settings.beta else None
+    stage = prepare_on_policy(run, settings, lambda known: learned_reward(settings, run, known))
+    policy, tokenizer = stage.policy, stage.tokenizer
     actor = ActorCritic(policy, load_critic(settings, kind), settings.beta)
     switch_off_dropout(actor)  # of a critic too: its values are compared with those that it had before
-    stage = OnPolicy(run, settings, policy, tokenizer, rows, held_out, as_judge(rewards), reference, held_judge)
 
     def updates(step: int, meter: Meter):
         groups, batches = stage.step(step, meter)
@@ -362,7 +357,7 @@ def ppo(settings: PPO, run: Run) -> None:
     def evaluate():
         found = stage.evaluate()
         if stage.evaluation.score and "before" in run.record["summary"]:
-            found["win_rate"] = against(stage.evaluation, reference or starting_model(policy, settings))
+            found["win_rate"] = against(stage.evaluation, stage.reference or starting_model(policy, settings))
         return found
 
     fit(run, settings, actor, updates, lambda actor, batch, meter: batch_loss(actor, batch, settings, details, meter), evaluate)

@@ -13,18 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..data.load import load_data, load_held_out
-from ..training.engine import train_with_trl
-from ..training.evaluate import scorer
 from ..core.knobs import WrongInput, knob, redefault
 from ..core.method import method
-from ..models.save import save_model
-from ..training.onpolicy import OnPolicy, Sampled, clipped_objective, kl_estimate, leave_one_out
-from ..training.onpolicy import masked_moments, policy_metrics, sequence_kl, starting_model, token_stats
-from ..models.rollout import end_tokens
 from ..core.run import Run
-from ..training.loop import Meter, fit, load_policy
-from ..rewards.functions import as_judge, for_trl, make_rewards, on_held_out, try_rewards, weighted
+from ..rewards.prepare import prepare_on_policy
+from ..training.advantages import clipped_objective, kl_estimate, leave_one_out
+from ..training.advantages import masked_moments
+from ..training.loop import Meter
+from ..training.onpolicy import InTRL, Sampled, policy_metrics, rewards_of, sequence_kl
+from ..training.onpolicy import token_stats, train_on_policy, trl_sampling
 
 # %% ../../nbs/alignment/rloo.ipynb #6c185760
 ESTIMATORS = ("rloo", "remax", "reinforce++")
@@ -92,10 +89,9 @@ def trl_config(settings: RLOO) -> dict:
     "The knobs of this page as arguments of TRL's RLOOConfig. Raises `WrongInput` for what TRL does not have."
     if settings.estimator != "rloo":
         raise WrongInput(f"engine = 'trl', estimator = {settings.estimator!r}: expected rloo, which is TRL's; change estimator, or use engine lab")
-    return dict(
-        num_generations=settings.samples, max_completion_length=settings.max_new_tokens, temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k,
-        num_iterations=settings.updates, epsilon=settings.clip_low, epsilon_high=settings.clip_high, beta=settings.beta, normalize_advantages=settings.normalize,
-        shuffle_dataset=False,
+    return trl_sampling(settings) | dict(
+        num_iterations=settings.updates, epsilon=settings.clip_low, epsilon_high=settings.clip_high,
+        beta=settings.beta, normalize_advantages=settings.normalize,
     )  # fmt: skip
 
 # %% ../../nbs/alignment/rloo.ipynb #cf7cfdb9
@@ -105,56 +101,42 @@ def trl_config(settings: RLOO) -> dict:
 )  # fmt: skip
 def rloo(settings: RLOO, run: Run) -> None:
     "Raise the probability of answers in proportion to how much better they are than the others, the greedy one, or the batch."
-    rows, held_out = load_data(settings.data, "prompt"), load_held_out(settings.data, settings.eval_data, "prompt", settings.eval_rows)
-    rewards = make_rewards(settings.rewards, scorer(settings.data, rows), settings.max_new_tokens)
-    policy, tokenizer = load_policy(settings)
-    try_rewards(rewards, rows, tokenizer)
-    held_judge = as_judge(on_held_out(rewards, settings.eval_data, held_out))
-    reference = starting_model(policy, settings) if settings.beta else None
-    stage = OnPolicy(run, settings, policy, tokenizer, rows, held_out, as_judge(rewards), reference, held_judge)
+    stage = prepare_on_policy(run, settings)
 
-    def updates(step: int, meter: Meter):
-        groups, batches = stage.step(step, meter)
-        totals, each = torch.tensor([r for group in groups for r in group.rewards]), {}
+    def compare(groups: list, batches: list[dict]) -> Tensor:
+        totals, baseline = rewards_of(groups), None
         if settings.estimator == "reinforce++":
-            advantages, each = spread_over_tokens(totals, batches, settings.beta if reference else 0.0)
-        else:
-            baseline = None
-            if settings.estimator == "remax":
-                baseline = torch.tensor([g.rewards[0] for g in stage.greedy(groups)]).repeat_interleave(settings.samples)
-            if reference is not None:
-                totals = totals - settings.beta * sequence_kl(batches, "k1")
-            advantages = answer_advantages(totals, settings.samples, baseline, settings.normalize)
-            for batch in batches:
-                batch |= dict(advantages=advantages[batch["rows"]], weight=float(len(batch["rows"])))
-        meter.add("advantage_std", advantages.std())
-        stage.record(step, groups, advantages, **each)
-        for _ in range(settings.updates):
-            yield batches
+            return spread_over_tokens(totals, batches, settings.beta if stage.reference else 0.0)
+        if settings.estimator == "remax":
+            baseline = rewards_of(stage.greedy(groups)).repeat_interleave(settings.samples)
+        if stage.reference is not None:
+            totals = totals - settings.beta * sequence_kl(batches, "k1")
+        return answer_advantages(totals, settings.samples, baseline, settings.normalize)
 
-    if settings.engine == "trl":
-        config = trl_config(settings) | dict(reward_weights=[r.weight for r in rewards])
-        advantages_of = lambda totals: answer_advantages(totals, settings.samples, normalize=settings.normalize)
-        heard = lambda step, arguments, parts: stage.heard(step, arguments, parts, weighted(rewards, parts), advantages_of)
-        more = dict(config=config, rows_per_step=stage.order.rows_per_step, reward_funcs=for_trl(rewards, end_tokens(policy.model, tokenizer), heard))
-        return train_with_trl(run, settings, "RLOO", policy, tokenizer, list(map(dict, rows)), stage.evaluate, **more)
-    fit(run, settings, policy, updates, lambda policy, batch, meter: batch_loss(policy, batch, settings, meter), stage.evaluate)
-    if run.writes:
-        save_model(policy.model, tokenizer, run.path / "model")
+    def advantages_of(totals: Tensor) -> Tensor:
+        return answer_advantages(totals, settings.samples, normalize=settings.normalize)
+
+    trl = InTRL("RLOO", trl_config, advantages_of)
+    train_on_policy(stage, compare, batch_loss, settings.updates, trl=trl)
 
 
-def spread_over_tokens(rewards: Tensor, batches: list[dict], beta: float) -> tuple[Tensor, dict]:
-    "Put the whitened advantages of REINFORCE++ into the batches; returns their mean over each answer [rows], and those of its tokens for the record."
+def spread_over_tokens(rewards: Tensor, batches: list[dict], beta: float) -> Tensor:
+    """Put the whitened advantages [rows, time] of REINFORCE++ into the batches.
+
+    Returns their mean over each answer [rows]; a token weighs as much as any other of the step.
+    """
     for batch in batches:
-        kl, known = kl_estimate(batch["old_logp"], batch.get("ref_logp", batch["old_logp"]), "k1"), rewards[batch["rows"]].isfinite()
-        batch["target_mask"] = batch["target_mask"] * known[:, None]
-        batch["advantages"] = token_advantages(rewards[batch["rows"]].nan_to_num(0.0), kl, batch["target_mask"], beta)
-        batch["weight"] = float(batch["target_mask"].sum())
-    mean, variance = masked_moments(*(torch.cat([b[name].flatten() for b in batches]) for name in ("advantages", "target_mask")))
-    means, tokens = torch.zeros(len(rewards)), [[] for _ in rewards]
+        own = rewards[batch["rows"]]
+        kl = kl_estimate(batch["old_logp"], batch.get("ref_logp", batch["old_logp"]), "k1")
+        mask = batch["target_mask"] * own.isfinite()[:, None]
+        advantages = token_advantages(own.nan_to_num(0.0), kl, mask, beta)
+        batch |= dict(target_mask=mask, advantages=advantages, weight=float(mask.sum()))
+    every, masks = (torch.cat([b[name].flatten() for b in batches]) for name in ("advantages", "target_mask"))
+    mean, variance = masked_moments(every, masks)
+    means = torch.zeros(len(rewards))
     for batch in batches:
-        batch["advantages"] = (batch["advantages"] - mean) / math.sqrt(variance + 1e-8) * batch["target_mask"]
-        for row, values, mask in zip(batch["rows"].tolist(), batch["advantages"], batch["target_mask"].bool()):
-            tokens[row] = values[mask].tolist()
+        scaled = (batch["advantages"] - mean) / math.sqrt(variance + 1e-8)
+        batch["advantages"] = scaled * batch["target_mask"]
+        for row, values, mask in zip(batch["rows"], batch["advantages"], batch["target_mask"].bool()):
             means[row] = values[mask].mean() if mask.any() else 0.0
-    return means, dict(advantages=tokens)
+    return means

@@ -12,19 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..data.load import load_data, load_held_out
-from ..training.engine import train_with_trl
-from ..training.evaluate import scorer
 from ..core.knobs import WrongInput, knob, redefault
 from ..core.method import method
-from ..models.save import save_model
-from ..training.onpolicy import OnPolicy, Sampled, clipped_objective, everywhere
-from ..training.onpolicy import group_advantages, kl_estimate, leave_one_out, policy_metrics, sequence_kl
-from ..training.onpolicy import starting_model, token_stats
-from ..models.rollout import end_tokens
 from ..core.run import Run
-from ..training.loop import Meter, fit, load_policy
-from ..rewards.functions import Reward, as_judge, for_trl, make_rewards, on_held_out, try_rewards, weighted
+from ..rewards.functions import Reward
+from ..rewards.prepare import prepare_on_policy
+from ..training.advantages import clipped_objective, everywhere, group_advantages
+from ..training.advantages import kl_estimate, leave_one_out
+from ..training.loop import Meter
+from ..training.onpolicy import InTRL, Sampled, policy_metrics, rewards_of, sequence_kl
+from ..training.onpolicy import token_stats, train_on_policy, trl_sampling
 
 # %% ../../nbs/reasoning/grpo.ipynb #8471c99c
 KLS = ("k1", "k2", "k3", "k3_weighted", "k1_reward", "k2_reward", "k3_reward")
@@ -110,11 +107,11 @@ def trl_config(settings: GRPO) -> dict:
         raise WrongInput(f"engine = 'trl', kl = {settings.kl!r}: expected k3 or k3_weighted, which are TRL's; change kl, or use engine lab")
     if settings.resample:
         raise WrongInput(f"engine = 'trl', resample = {settings.resample}: TRL's trainer does not resample; expected 0; or use engine lab")
-    return dict(
-        num_generations=settings.samples, max_completion_length=settings.max_new_tokens, temperature=settings.temperature, top_p=settings.top_p,
-        top_k=settings.top_k, num_iterations=settings.updates, epsilon=settings.clip_low, epsilon_high=settings.clip_high, beta=settings.beta,
-        use_bias_correction_kl=settings.kl == "k3_weighted", loss_type=settings.loss_type, scale_rewards=settings.scale,
-        mask_truncated_completions=settings.mask_truncated, shuffle_dataset=False,
+    return trl_sampling(settings) | dict(
+        num_iterations=settings.updates, beta=settings.beta, loss_type=settings.loss_type,
+        epsilon=settings.clip_low, epsilon_high=settings.clip_high, scale_rewards=settings.scale,
+        use_bias_correction_kl=settings.kl == "k3_weighted",
+        mask_truncated_completions=settings.mask_truncated,
     )  # fmt: skip
 
 # %% ../../nbs/reasoning/grpo.ipynb #adbee1bf
@@ -124,38 +121,21 @@ def trl_config(settings: GRPO) -> dict:
 )  # fmt: skip
 def grpo(settings: GRPO, run: Run, rewards: list[Reward] | None = None, held_rewards: list[Reward] | None = None) -> None:
     "Raise the probability of answers that score above the mean of their group; `rewards` (on held-out rows `held_rewards`) replace those of the settings."
-    rows, held_out = load_data(settings.data, "prompt"), load_held_out(settings.data, settings.eval_data, "prompt", settings.eval_rows)
-    rewards = rewards or make_rewards(settings.rewards, scorer(settings.data, rows), settings.max_new_tokens)
-    policy, tokenizer = load_policy(settings)
-    try_rewards(rewards, rows, tokenizer)
-    held_judge = as_judge(held_rewards or on_held_out(rewards, settings.eval_data, held_out))
-    reference = starting_model(policy, settings) if settings.beta else None
-    stage = OnPolicy(run, settings, policy, tokenizer, rows, held_out, as_judge(rewards), reference, held_judge)
+    stage = prepare_on_policy(run, settings, rewards, held_rewards)
 
     def advantages_of(totals: Tensor) -> Tensor:
-        return group_advantages(totals, settings.samples, settings.scale, batch=everywhere(totals) if settings.scale == "batch" else None)[0]
+        batch = everywhere(totals) if settings.scale == "batch" else None
+        return group_advantages(totals, settings.samples, settings.scale, batch=batch)[0]
 
-    def updates(step: int, meter: Meter):
-        groups, batches = stage.step(step, meter, settings.resample)
-        totals = torch.tensor([r for group in groups for r in group.rewards])
-        if reference is not None and settings.kl.endswith("_reward"):
+    def compare(groups: list, batches: list[dict]) -> Tensor:
+        totals = rewards_of(groups)
+        if stage.reference is not None and settings.kl.endswith("_reward"):
             totals = totals - settings.beta * sequence_kl(batches, settings.kl[:2])
-        advantages = advantages_of(totals)
-        meter.add("advantage_std", advantages.std())
         for batch in batches:
-            batch["advantages"] = advantages[batch["rows"]]
-            batch["loss_mask"] = batch["target_mask"] * (batch["ended"] | (not settings.mask_truncated))[:, None]
-            batch["weight"] = loss_weight(batch["loss_mask"], settings.loss_type, settings.max_new_tokens)
-        stage.record(step, groups, advantages)
-        for _ in range(settings.updates):
-            yield batches
+            counts = batch["ended"] | (not settings.mask_truncated)
+            batch["loss_mask"] = mask = batch["target_mask"] * counts[:, None]
+            batch["weight"] = loss_weight(mask, settings.loss_type, settings.max_new_tokens)
+        return advantages_of(totals)
 
-    if settings.engine == "trl":
-        config = trl_config(settings) | dict(reward_weights=[r.weight for r in rewards])
-        heard = lambda step, arguments, parts: stage.heard(step, arguments, parts, weighted(rewards, parts), advantages_of)
-        functions = for_trl(rewards, end_tokens(policy.model, tokenizer), heard)
-        more = dict(config=config, rows_per_step=stage.order.rows_per_step, reward_funcs=functions)
-        return train_with_trl(run, settings, "GRPO", policy, tokenizer, list(map(dict, rows)), stage.evaluate, **more)
-    fit(run, settings, policy, updates, lambda policy, batch, meter: batch_loss(policy, batch, settings, meter), stage.evaluate)
-    if run.writes:
-        save_model(policy.model, tokenizer, run.path / "model")
+    trl = InTRL("GRPO", trl_config, advantages_of)
+    train_on_policy(stage, compare, batch_loss, settings.updates, settings.resample, trl)

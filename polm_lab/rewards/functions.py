@@ -20,6 +20,7 @@ import time
 import traceback
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
@@ -343,12 +344,18 @@ def call_rewards(rewards: list[Reward], rows: list[dict], completions: list, com
 
 # %% ../../nbs/rewards/functions.ipynb #7ce5967e
 def as_judge(rewards: list[Reward]) -> Callable:
-    "The rewards as a judge of samples, as `training.onpolicy` calls it: `judge(rows, texts, completion_ids, ended) -> Scores`; `judge.models` are the reward models in it."
+    """The rewards as a judge of samples, as `training.onpolicy` calls it.
+
+    `judge(rows, texts, completion_ids, ended) -> Scores`; `judge.models` are the reward models in it.
+    TRL's trainers get `judge.weights` and `judge.for_trl(end_tokens, heard)`; see `for_trl`.
+    """
 
     def judge(rows, texts, completion_ids, ended) -> Scores:
         return call_rewards(rewards, rows, as_completions(rows, texts), completion_ids, ended)
 
     judge.models = [model for r in rewards for model in getattr(r.function, "models", ())]
+    judge.weights = [r.weight for r in rewards]
+    judge.for_trl = partial(for_trl, rewards)
     return judge
 
 
@@ -432,7 +439,7 @@ def dry_run(rewards, data="sums", model: str = "tiny", prompts: int = 8, samples
 def for_trl(rewards: list[Reward], end_tokens: list[int], heard: Callable | None = None) -> list[Callable]:
     """The rewards as functions for TRL's trainers, which take their names from them; weights are passed apart.
 
-    TRL calls them in turn; after the last, `heard(step, arguments, parts)` is told what was judged and what each reward gave.
+    TRL calls them in turn; after the last, `heard(step, arguments, parts, totals)` gets what was judged, what each reward gave, and their weighted sums.
     """
     parts = {}
 
@@ -442,7 +449,8 @@ def for_trl(rewards: list[Reward], end_tokens: list[int], heard: Callable | None
             arguments = dict(columns, prompts=prompts, completions=completions, completion_ids=completion_ids, ended=ended)
             parts[reward.name] = _called(reward, arguments)
             if heard and reward is rewards[-1]:
-                heard(columns["trainer_state"].global_step, arguments, dict(parts))
+                step = columns["trainer_state"].global_step
+                heard(step, arguments, dict(parts), weighted(rewards, parts))
             return parts[reward.name]
 
         function.__name__ = reward.name

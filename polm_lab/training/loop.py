@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['learning_rate_at', 'Meter', 'make_accelerator', 'gather_meters', 'load_policy', 'token_batches', 'checkpoints',
-           'save_checkpoint', 'load_checkpoint', 'optimizer_for', 'fit', 'as_saved', 'anybody', 'peak_memory',
-           'not_finite']
+           'save_checkpoint', 'load_checkpoint', 'optimizer_for', 'keep_in_32_bits', 'tokens_in', 'Updater', 'fit',
+           'as_saved', 'is_evaluated', 'save_or_stop', 'anybody', 'peak_memory', 'not_finite']
 
 # %% ../../nbs/training/loop.ipynb #2fc7e8e7
 import contextlib
@@ -17,6 +17,7 @@ import resource
 import shutil
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterable
 
@@ -26,7 +27,7 @@ from ..core.knobs import Settings, WrongInput
 from ..core.machine import seed_all, world
 from ..core.metrics import without_counts
 from ..core.run import Progress, Run, Stopped
-from .budget import RankBudget
+from .budget import step_hooks, with_total_step
 
 # %% ../../nbs/training/loop.ipynb #cb0aa3c5
 def learning_rate_at(step: int, settings: Settings) -> float:
@@ -119,9 +120,7 @@ def load_policy(settings: Settings):
     from polm_lab.models.load import load_model
     from polm_lab.models.tokenizers import load_tokenizer
 
-    adapter = settings.adapter
-    if adapter.partition(":")[0] == "adalora" and "total_step" not in adapter:  # it plans over the whole run
-        adapter += ("," if ":" in adapter else ":") + f"total_step={settings.steps}"
+    adapter = with_total_step(settings.adapter, settings.steps)
     model = load_model(
         settings.model, dtype=settings.dtype, device=settings.device, adapter=adapter, seed=settings.seed,
         gradient_checkpointing=settings.gradient_checkpointing,
@@ -192,6 +191,74 @@ def optimizer_for(model: torch.nn.Module, settings: Settings) -> torch.optim.Opt
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
 
+# %% ../../nbs/training/loop.ipynb #316ebffe
+def keep_in_32_bits(model: torch.nn.Module) -> None:
+    "Bring the trainable weights to 32 bits: small updates would vanish in 16."
+    for p in model.parameters():
+        if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16):
+            p.data = p.data.float()
+
+
+def tokens_in(batch: dict) -> int:
+    "Tokens of a microbatch without padding; 0 where it has none."
+    if batch.get("attention_mask") is not None:
+        return int(batch["attention_mask"].sum())
+    return batch["input_ids"].numel() if "input_ids" in batch else 0
+
+
+@dataclass
+class Updater:
+    "Makes one update of the weights from its microbatches."
+
+    run: Run
+    accelerator: object
+    model: torch.nn.Module  # as accelerate prepared it
+    optimizer: torch.optim.Optimizer
+    loss: Callable[[torch.nn.Module, dict, Meter], torch.Tensor]
+    hooks: list  # see training.budget
+    clip: float  # largest norm of the gradient; 0 for none
+
+    def __call__(self, step: int, batches: list[dict], meter: Meter) -> int:
+        "Learn from the microbatches of an update of step `step` (from 0); returns their tokens."
+        self.model.train()
+        total, tokens = self.total_weight(batches), 0
+        for n, batch in enumerate(batches, 1):
+            device = self.accelerator.device
+            batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+            self.add_gradient(step, batch, total, n == len(batches), meter)
+            tokens += tokens_in(batch)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip or math.inf)
+        if not torch.isfinite(norm):
+            not_finite(self.run, step, batches[-1])
+        self.optimizer.step()
+        for hook in self.hooks:
+            hook.after_step(step + 1)
+        self.optimizer.zero_grad()
+        meter.add("grad_norm", norm)
+        return tokens
+
+    def total_weight(self, batches: list[dict]) -> float:
+        "Weight of the microbatches of all processes."
+        total = sum(float(batch["weight"]) for batch in batches)
+        if self.accelerator.num_processes == 1:
+            return total
+        total = torch.tensor(total, dtype=torch.float64, device=self.accelerator.device)
+        return self.accelerator.reduce(total).item()
+
+    def add_gradient(self, step: int, batch: dict, total: float, last: bool, meter: Meter) -> None:
+        "Add the gradient of a microbatch; after the `last` one, processes exchange theirs."
+        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+            with self.accelerator.autocast():
+                summed = self.loss(self.model, batch, meter)
+            if not torch.isfinite(summed):
+                not_finite(self.run, step, batch)
+            # distributed training averages over processes
+            share = summed * (self.accelerator.num_processes / max(total, 1e-30))
+            if last and self.hooks:
+                share = share + sum(hook.penalty() for hook in self.hooks)
+            self.accelerator.backward(share)
+        meter.add_sum("loss", summed.item(), float(batch["weight"]))
+
 # %% ../../nbs/training/loop.ipynb #f5754cc5
 def fit(
     run: Run,
@@ -204,23 +271,25 @@ def fit(
 ) -> None:
     """Train `policy` in place for `settings.steps` steps, and write the record.
 
-    `updates(step, meter)` yields, for each optimizer update of the step, the list of microbatches of this process. A microbatch is a dict of
-    tensors with `weight`, the number of units that its loss sums over, and usually `input_ids` and `attention_mask` [rows, time].
-    `loss(policy, batch, meter)` returns the summed loss, a scalar with gradient. `evaluate()` returns metrics of the policy as it is.
-    Before the last evaluation the weights are rounded to the type that they are saved in; with `merge`, the adapter of `policy.model` is merged into it first.
+    `updates(step, meter)` yields, for each optimizer update of the step, the list of microbatches
+    of this process. A microbatch is a dict of tensors with `weight`, the number of units that its
+    loss sums over, and usually `input_ids` and `attention_mask` [rows, time].
+    `loss(policy, batch, meter)` returns the summed loss, a scalar with gradient.
+    `evaluate()` returns metrics of the policy as it is. Before the last evaluation the weights are
+    rounded to the type that they are saved in; with `merge`, the adapter of `policy.model` is
+    merged into it first.
 
-    Raises `Stopped` if the run was asked to stop (its state is saved), `FloatingPointError` if the loss is not finite (the batch is saved).
+    Raises `Stopped` if the run was asked to stop (its state is saved), `FloatingPointError` if the
+    loss is not finite (the batch is saved).
     """
     accelerator = make_accelerator(settings)
-    for p in policy.parameters():  # small updates would vanish in 16 bits: what is trained is kept in 32, autocast computes in 16
-        if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16):
-            p.data = p.data.float()
+    keep_in_32_bits(policy)
     trained, optimizer = accelerator.prepare(policy, optimizer_for(policy, settings))
-    budget = RankBudget.of(policy)
-    if budget:
-        accelerator.register_for_checkpointing(budget)
-    processes = accelerator.num_processes
-    run.update(device=str(accelerator.device), processes=processes)
+    hooks = step_hooks(policy)
+    for hook in hooks:
+        accelerator.register_for_checkpointing(hook)
+    update = Updater(run, accelerator, trained, optimizer, loss, hooks, settings.clip)
+    run.update(device=str(accelerator.device), processes=accelerator.num_processes)
     if settings.tracker != "none":
         accelerator.init_trackers("polm_lab", config=run.settings)
 
@@ -236,45 +305,21 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, settings)
         for batches in updates(step, meter):
-            trained.train()
-            total = sum(float(b["weight"]) for b in batches)
-            if processes > 1:
-                total = accelerator.reduce(torch.tensor(total, dtype=torch.float64, device=accelerator.device)).item()
-            for last, batch in zip([False] * (len(batches) - 1) + [True], batches):
-                batch = {k: v.to(accelerator.device) if torch.is_tensor(v) else v for k, v in batch.items()}
-                with contextlib.nullcontext() if last else accelerator.no_sync(trained):
-                    with accelerator.autocast():
-                        summed = loss(trained, batch, meter)
-                    if not torch.isfinite(summed):
-                        not_finite(run, step, batch)
-                    share = summed * (processes / max(total, 1e-30))  # distributed training averages over processes
-                    accelerator.backward(share + budget.penalty() if last and budget else share)
-                meter.add_sum("loss", summed.item(), float(batch["weight"]))
-                tokens += int(batch["attention_mask"].sum()) if batch.get("attention_mask") is not None else batch["input_ids"].numel() if "input_ids" in batch else 0
-            norm = accelerator.clip_grad_norm_(trained.parameters(), settings.clip or math.inf)
-            if not torch.isfinite(norm):
-                not_finite(run, step, batches[-1])
-            optimizer.step()
-            if budget:
-                budget.allocate(step + 1)
-            optimizer.zero_grad()
-            meter.add("grad_norm", norm)
+            tokens += update(step, batches, meter)
         metrics = gather_meters(meter).means()
+        speed = tokens * accelerator.num_processes / (time.perf_counter() - began)
         metrics |= dict(
-            learning_rate=learning_rate_at(step, settings), tokens_per_second=round(tokens * processes / (time.perf_counter() - began), 1),
+            learning_rate=learning_rate_at(step, settings), tokens_per_second=round(speed, 1),
             memory_mib=peak_memory(accelerator.device),
         )  # fmt: skip
-        if evaluate and settings.eval_every and (step + 1) % settings.eval_every == 0 and step + 1 < settings.steps:
-            metrics |= {f"eval/{name}": value for name, value in without_counts(evaluate()).items()}
+        if evaluate and is_evaluated(step + 1, settings):
+            found = without_counts(evaluate())
+            metrics |= {f"eval/{name}": value for name, value in found.items()}
         run.log(step + 1, **metrics)
         if settings.tracker != "none":
             accelerator.log(metrics, step=step + 1)
         progress(step + 1, metrics)
-        stop = anybody(accelerator, run.stop_requested())
-        if stop or (settings.save_every and (step + 1) % settings.save_every == 0) or step + 1 == settings.steps:
-            save_checkpoint(run, accelerator, step + 1)
-        if stop and step + 1 < settings.steps:
-            raise Stopped(f"{run.id}: stopped after step {step + 1}; `polm resume {run.id}` goes on from there")
+        save_or_stop(run, settings, accelerator, step + 1)
 
     as_saved(run, settings, policy, merge)
     if evaluate:
@@ -292,6 +337,22 @@ def as_saved(run: Run, settings: Settings, policy: torch.nn.Module, merge: bool 
         policy.model = merge_adapter(policy.model)
     for line in round_weights(policy, settings.save_dtype):
         run.note(line)
+
+
+def is_evaluated(done: int, settings: Settings) -> bool:
+    "Whether an evaluation follows after `done` steps; the one after the last frames the run."
+    return bool(settings.eval_every) and done % settings.eval_every == 0 and done < settings.steps
+
+
+def save_or_stop(run: Run, settings: Settings, accelerator, done: int) -> None:
+    "Write a checkpoint after `done` steps if one is due; raise `Stopped` if asked to stop."
+    stop = anybody(accelerator, run.stop_requested())
+    due = settings.save_every and done % settings.save_every == 0
+    if stop or due or done == settings.steps:
+        save_checkpoint(run, accelerator, done)
+    if stop and done < settings.steps:
+        what = f"stopped after step {done}; `polm resume {run.id}` goes on from there"
+        raise Stopped(f"{run.id}: {what}")
 
 
 def anybody(accelerator, flag: bool) -> bool:
