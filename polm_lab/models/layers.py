@@ -32,7 +32,7 @@ def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
     "Return the linear layers inside of `module` by name, in its order."
     return {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
 
-
+# %% ../../nbs/models/layers.ipynb #91bb6957
 def zeros(model) -> float:
     "Share of the weights in the blocks' matrices that are 0."
     weights = [p for p in blocks_of(model, linear=False).parameters() if p.dim() > 1]
