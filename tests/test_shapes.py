@@ -17,6 +17,7 @@ TEMPLATES = {  # file -> name of its method, family
     "supervised": ("focal", "finetuning"),
     "pairwise": ("ipo", "alignment"),
     "onpolicy": ("reinforce", "reasoning"),
+    "layerwise": ("nearest", "efficiency"),
 }
 SKIPPED = (".venv", ".git", "runs", "__pycache__", "benchmarks", "build", "dist", "_docs")
 CHECK = """

@@ -251,7 +251,7 @@ def test_trials_at_the_same_time_differ():
 
 def test_ray(runs, tree):
     pytest.importorskip("ray")
-    tree = tree | dict(RAY_raylet_start_wait_time_s="120")  # a busy machine
+    tree = tree | dict(RAY_raylet_start_wait_time_s="600")  # a busy machine
     said = python("import ray\ndone = lab.sweep('mini', {'rate': [0.1, 0.2]}, on='ray', jobs=2, notebook=False)\nprint(json.dumps([done.id, ray.is_initialized()]))", tree)
     name, left = json.loads(said.strip().split("\n")[-1])
     done = open_sweep(name)

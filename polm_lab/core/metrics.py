@@ -92,6 +92,8 @@ _ALL = [
            "Above 0: something else was unlearned.", better="down"),
     Metric("sparsity", "share of the weights in the blocks' linear layers that are 0", unit="share", low=0.0, high=0.99,
            reading="Fewer weights that count; fewer bytes or less time only where a format or a kernel makes use of it."),
+    Metric("weight_error", "what the weights of a compressed block lost", r"\lVert W-\hat W\rVert^2/\lVert W\rVert^2", "share",
+           "Says nothing of inputs: compare with `output_error`.", 0.0, 0.2, "down"),
     Metric("output_error", "what a compressed block's output lost", r"\lVert f(X)-\hat f(X)\rVert^2/\lVert f(X)\rVert^2", "share",
            "Grows with depth, as errors of earlier blocks are carried on; a jump marks a block that was compressed too far.", 0.0, 0.2, "down"),
     Metric("size_mib", "size of the weights", unit="MiB", better="down"),

@@ -5,27 +5,29 @@
 # %% auto #0
 __all__ = ['EPSILONS', 'Slim', 'untie', 'fold_norms', 'stream_covariances', 'rotate', 'principal', 'sliced_width',
            'check_slicing', 'block_influence', 'drop_blocks', 'check_depth', 'widths', 'new_biases', 'check_widths',
-           'cut_sizes', 'cut_widths', 'slice_model', 'blocks_gone', 'check_cut', 'slim']
+           'cut_sizes', 'importance_of', 'cut_widths', 'slice_model', 'blocks_gone', 'check_cut', 'slimmed_blocks',
+           'slim']
 
 # %% ../../nbs/efficiency/slim.ipynb #7629d1fe
 import copy
 from dataclasses import dataclass
+from typing import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from ..training.layerwise import begin, finish, read_inputs, walk
+from ..training.layerwise import BlockInputs, Calibrated, Inputs, carry_out, visit_blocks
 from ..models.layers import blocks_of
-from ..core.knobs import SavedSettings, WrongInput, knob, redefault
+from ..core.knobs import WrongInput, knob
 from ..core.method import method
-from ..core.run import Run, Stopped
-from ..training.loop import Progress
+from ..core.run import Run
 from .compression.cuts import OTHER, add_bias, block_facts, check_same, cut, embedding_scale, fits, fluctuation
 from .compression.cuts import gain_of, gradients, layers_of, probe, read_stream, rebuild, skipped, taylor  # fmt: skip
+from .compression.sparse import size_and_zeros
 
 # %% ../../nbs/efficiency/slim.ipynb #2caa55f7
 @dataclass(kw_only=True)
-class Slim(SavedSettings):
+class Slim(Calibrated):
     "Settings of structured pruning."
 
     how: str = knob("flap", "what is cut out and how it is chosen: heads and neurons by gradient (taylor) or by fluctuation (flap), dimensions (slicegpt), blocks (depth)",
@@ -33,12 +35,6 @@ class Slim(SavedSettings):
     ratio: float = knob(0.2, "share of heads and neurons, of dimensions, or of blocks that goes", "share", low=0, high=0.9, source="Ma et al. 2023, table 1")
     target: str = knob("both", "what taylor and flap cut", choices=("both", "neurons", "heads"))
     compensate: bool = knob(True, "flap: put the mean of what goes into a bias", source="An et al. 2023, eq. 7")
-    samples: int = knob(64, "calibration windows of max_length tokens", "windows", low=1, log=True, source="An et al. 2023: 1024; Ma et al. 2023: 10")
-    rows: int = knob(8, "calibration windows that go through at once", "windows", low=1, log=True)
-    data: str = redefault("data", "chat")
-    eval_data: str = redefault("eval_data", "")
-    eval_rows: int = redefault("eval_rows", 64)
-    max_length: int = redefault("max_length", 128)
 
 # %% ../../nbs/efficiency/slim.ipynb #301fc019
 def untie(model):
@@ -272,6 +268,18 @@ def cut_sizes(model, neurons: int, heads: int, width: int, biases: list[str]) ->
     return sizes | dict(head_dim=width) | dict.fromkeys(biases, True)
 
 # %% ../../nbs/efficiency/slim.ipynb #a3f15c39
+def importance_of(block: nn.Module, inputs: BlockInputs, how: str, width: int) -> tuple[dict[str, Tensor], dict[str, Inputs]]:
+    "Importance of the neurons (`down_proj`) and heads (`o_proj`) of a block, and for flap the inputs of these layers."
+    if how == "taylor":
+        return dict(zip(("down_proj", "o_proj"), taylor(block, width))), {}
+    layers, read = layers_of(block), {}
+    for group in inputs.read():
+        read |= {name.split(".")[-1]: group for name in group.layers}
+    importance = {name: fluctuation(layers[name], read[name].variance) for name in ("down_proj", "o_proj")}
+    importance["o_proj"] = importance["o_proj"].view(layers["k_proj"].out_features // width, -1).mean(1)
+    return importance, read
+
+
 @torch.no_grad()
 def cut_widths(model, windows: Tensor, how: str, ratio: float, target: str = "both", compensate: bool = True, rows: int = 8):
     "Cut neurons and heads of all blocks in place (`how`: taylor or flap); yields each block's number and what the first batch's output lost, and last the configuration's new sizes."
@@ -280,22 +288,20 @@ def cut_widths(model, windows: Tensor, how: str, ratio: float, target: str = "bo
     if how == "taylor":
         with torch.enable_grad():
             gradients(model, windows, rows)
-    for index, block, forward, parts in walk(model, windows, rows):
-        layers, dense = layers_of(block), forward(0)
-        if how == "taylor":
-            importance = dict(zip(("down_proj", "o_proj"), taylor(block, width)))
-        else:
-            groups = {name: group for group in read_inputs(block, forward, parts, False) for name in (n.split(".")[-1] for n in group.layers)}
-            importance = {name: fluctuation(layers[name], groups[name].variance) for name in ("down_proj", "o_proj")}
-            importance["o_proj"] = importance["o_proj"].view(layers["k_proj"].out_features // width, -1).mean(1)
+
+    def visit(block, inputs):
+        layers, (importance, read) = layers_of(block), importance_of(block, inputs, how, width)
         kept = {name: importance[name].topk(count).indices.sort().values for name, count in (("down_proj", neurons), ("o_proj", heads))}
         for name in ("down_proj", "o_proj") if biases else ():
             gone = torch.ones(len(importance[name]), dtype=torch.bool, device=model.device)
             gone[kept[name]] = False
             if gone.any():
-                add_bias(layers[name], groups[name].mean, gone.repeat_interleave(layers[name].in_features // len(gone)))
+                add_bias(layers[name], read[name].mean, gone.repeat_interleave(layers[name].in_features // len(gone)))
         cut(block, kept["down_proj"], kept["o_proj"], width)
-        yield index, ((forward(0) - dense).square().sum() / dense.square().sum()).item()
+        return {}
+
+    for index, facts in enumerate(visit_blocks(model, windows, rows, visit)):
+        yield index, facts["output_error"]
     model.zero_grad()
     yield -1, cut_sizes(model, neurons, heads, width, biases)
 
@@ -337,40 +343,37 @@ def check_cut(model, settings: Slim):
         ) from error
 
 # %% ../../nbs/efficiency/slim.ipynb #090ecbc3
+def slimmed_blocks(model, windows: Tensor, settings: Slim, run: Run) -> Iterator[dict]:
+    "Cut `model` as the settings say; yields what each block lost, and returns the smaller model."
+    count = len(blocks_of(model, linear=False))
+    if settings.how == "depth":
+        influence = block_influence(model, windows, settings.rows)
+        kept = sorted(sorted(range(count), key=influence.__getitem__)[blocks_gone(count, settings.ratio) :])
+        run.update(kept=kept)
+        for index, value in enumerate(influence):
+            yield dict(output_error=0.0 if index in kept else value)
+        return check_depth(model, kept)
+    if settings.how == "slicegpt":
+        small, lost = slice_model(model, windows, settings.ratio, settings.rows)
+        norms = (len(lost) - 1) // count  # of one block; the last is the head's
+        for index in range(count):
+            yield dict(output_error=max(lost[norms * index : norms * (index + 1)]))
+        return small
+    for index, found in cut_widths(model, windows, settings.how, settings.ratio, settings.target, settings.compensate, settings.rows):
+        if index >= 0:
+            yield dict(output_error=found)
+    return rebuild(model, **found)
+
+
 @method(
     family="efficiency", title="Structured pruning", paper="Ma et al. 2023; An et al. 2023; Ashkboos et al. 2024; Men et al. 2024; survey §6.1.2", data="text",
     needs=("calibration text",), trains=False,
 )  # fmt: skip
 def slim(settings: Slim, run: Run) -> None:
     "Cut out heads and neurons, dimensions, or blocks: a smaller dense model."
-    model, tokenizer, windows, evaluate = begin(settings, run)
-    start = model
-    count = len(blocks_of(model, linear=False))
-    check_cut(model, settings)
-    progress = Progress(run, count)
 
-    def note(step: int, lost: float):
-        run.log(step, output_error=lost)
-        progress(step, dict(output_error=lost))
-        if run.stop_requested():
-            raise Stopped(f"{run.id}: stopped after block {step}")
+    def plan(model, windows):
+        check_cut(model, settings)
+        return slimmed_blocks(model, windows, settings, run)
 
-    run.frame("before", evaluate(model))
-    if settings.how == "depth":
-        influence = block_influence(model, windows, settings.rows)
-        kept = sorted(sorted(range(count), key=influence.__getitem__)[blocks_gone(count, settings.ratio) :])
-        run.update(kept=kept)
-        for index, value in enumerate(influence):
-            note(index + 1, 0.0 if index in kept else value)
-        model = check_depth(model, kept)
-    elif settings.how == "slicegpt":
-        model, lost = slice_model(model, windows, settings.ratio, settings.rows)
-        for index in range(count):
-            norms = (len(lost) - 1) // count  # of one block; the last is the head's
-            note(index + 1, max(lost[norms * index : norms * (index + 1)]))
-    else:
-        for index, found in cut_widths(model, windows, settings.how, settings.ratio, settings.target, settings.compensate, settings.rows):
-            if index >= 0:
-                note(index + 1, found)
-        model = rebuild(model, **found)
-    finish(settings, run, model, tokenizer, evaluate, start)
+    carry_out(run, settings, plan, size_and_zeros)
