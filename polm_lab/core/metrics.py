@@ -94,6 +94,9 @@ _ALL = [
     Metric("size_mib", "size of the weights", unit="MiB", better="down"),
     Metric("rows", "how many rows the evaluation saw", unit="rows",
            reading="A count, no result. Evaluations compare where the rows are the same; a few rows say little. `rows/NAME` is for a metric that saw another number."),
+    Metric("kept", "share of the rows that were made and are kept to learn from", r"n_{kept}/n_{made}", "share", low=0.0, high=1.0,
+           reading="Near 1 the verdict decides nothing; near 0 most of the work is thrown away."),
+    Metric("verdict", "rows that were made, by what was decided on them", unit="rows", reading="The words after the slash are those of the method."),
     Metric("latency_ms", "time for one new token of one sequence", unit="ms", better="down"),
 ]  # fmt: skip
 METRICS: dict[str, Metric] = {m.name: m for m in _ALL}
