@@ -16,6 +16,7 @@ from conftest import ROOT
 TEMPLATES = {  # file -> name of its method, family
     "supervised": ("focal", "finetuning"),
     "making": ("sieve", "finetuning"),
+    "editing": ("constrained", "integration"),
 }
 SKIPPED = (".venv", ".git", "runs", "__pycache__", "benchmarks", "build", "dist", "_docs")
 CHECK = """
