@@ -17,6 +17,7 @@ from polm_lab.models.load import load_model
 from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.training.editing import Answer, EditSettings, Probe, edit_model, probes_of
 from polm_lab.training.editing import read_answers, says, score_edits
+from polm_lab.workbench.controls import known_data, preview_data
 
 WORDS = "<pad> <end> home of Ada Bob Eve she job Rome now later Bonn Kiel Oslo smith".split()
 SIZE = len(WORDS)
@@ -155,6 +156,12 @@ def test_kinds_that_are_not_asked_are_not_scored():
     found = score_edits([Probe(0, "efficacy", "a", " x")], answers, answers)
     assert found == {"efficacy": 1, "efficacy/tokens": 1, "efficacy/probability": 1, "efficacy/said": 1, "rows": 1}
     assert all(metric(name).meaning for name in ("efficacy/said", "paraphrase", "neighbourhood/tokens", "other_relation"))
+
+
+def test_facts_to_change_are_seen_before_a_run():
+    seen = preview_data("facts#3", "edit")
+    assert seen["rows"] == 3 and {"paraphrases", "neighbours", "others"} <= set(seen["columns"])
+    assert "Question" in seen["first"][0]["neighbours"] and known_data("edit") == ["facts"]
 
 
 WRONG = {

@@ -44,7 +44,7 @@ class Probe:
 
 
 def probes_of(edits: list[dict]) -> list[Probe]:
-    "All that is asked about rows of kind `edit`, without facts that should stay and are edited themselves."
+    "All that is asked about edits, without facts that should stay and are edited themselves."
     changed = {row["prompt"] for row in edits}
     for row in edits:
         changed.update(row.get("paraphrases", []))
@@ -57,10 +57,14 @@ def probes_of(edits: list[dict]) -> list[Probe]:
             found += [Probe(n, what, one["prompt"], one["target"]) for one in stay]
     return found
 
-# %% ../../nbs/training/editing.ipynb #aec2cdb7
+# %% ../../nbs/training/editing.ipynb #65c18e82
 @dataclass
 class Answer:
-    "What a model answers to a probe: `top` and `right` for each token of the target, its `logp` in nats, `text`."
+    """What a model answers to a probe.
+
+    For each token of the target the most probable one (`top`), and whether it is `right`; the
+    `logp` of the target in nats; the greedy `text`.
+    """
 
     top: list[int]
     right: list[bool]
@@ -92,7 +96,8 @@ def read_answers(model, tokenizer, probes: list[Probe], max_new_tokens=16, rows=
             logp = scores.log_softmax(-1).gather(1, wanted[:, None]).sum().item()
             top = scores.argmax(-1)
             found.append(Answer(top.tolist(), (top == wanted).tolist(), logp, ""))
-    prompts = [encode(tokenizer, {"prompt": p.prompt}, "prompt", 1 << 20)["input_ids"] for p in probes]
+    asked = [encode(tokenizer, {"prompt": probe.prompt}, "prompt", 1 << 20) for probe in probes]
+    prompts = [example["input_ids"] for example in asked]
     texts = rollout(model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=0.0).texts
     for answer, text in zip(found, texts):
         answer.text = (text.strip().splitlines() or [""])[0]
@@ -106,7 +111,7 @@ def says(text: str, target: str) -> bool:
 
 # %% ../../nbs/training/editing.ipynb #7ee95558
 def score_probe(probe: Probe, now: Answer, before: Answer) -> dict[str, float]:
-    "The four figures of one probe: all tokens, share of tokens, probability, said; see the table above."
+    "The four figures of one probe: all tokens, share of tokens, probability, said."
     if probe.what in ("efficacy", "paraphrase"):
         hits, said = now.right, says(now.text, probe.target)
     else:
@@ -119,7 +124,7 @@ def score_probe(probe: Probe, now: Answer, before: Answer) -> dict[str, float]:
 
 
 def score_edits(probes: list[Probe], now: list[Answer], before: list[Answer]) -> dict[str, float]:
-    "Means over the probes of each kind, under the names of the metrics; `rows/NAME` says over how many."
+    "Means over the probes of each kind, by metric; `rows/NAME` says over how many."
     found, seen = {}, {}
     scores = [score_probe(*each) for each in zip(probes, now, before, strict=True)]
     for what in PROBED:
@@ -135,11 +140,11 @@ def score_edits(probes: list[Probe], now: list[Answer], before: list[Answer]) ->
 class EditSettings(SavedSettings):
     "What all editing shares."
 
-    data: str = knob("facts#8", "facts to change, rows of kind edit: the world facts, a local file, or a Hub id")
+    data: str = knob("facts#8", "facts to change, rows of kind edit: a world, a file or a Hub id")
 
 
 def edit_rows(probes: list[Probe], before: list[Answer], now: list[Answer]) -> list[dict]:
-    "What is recorded of each probe: the greedy answer and the probability of the target, before and after."
+    "What is recorded of each probe: its answer and the target's probability, before and after."
     out = []
     for probe, old, new in zip(probes, before, now):
         facts = {"probability_before": math.exp(old.logp), "probability_after": math.exp(new.logp)}

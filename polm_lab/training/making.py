@@ -38,7 +38,8 @@ class Kept:
     def __init__(self, path: Path):
         self.path, self.guard = Path(path), threading.Lock()
         self.known = {row["key"]: row for row in read_lines(self.path) if "key" in row}
-        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):  # a kill tore the last line
+        torn = self.path.exists() and not self.path.read_bytes().endswith(b"\n")
+        if torn:  # by a kill: the last line is closed
             with open(self.path, "ab") as file:
                 file.write(b"\n")
 
@@ -62,8 +63,8 @@ def in_order(ask: Callable, items, at_once: int = 1) -> Iterator:
         yield from pool.map(ask, items)  # an error, or the end of the loop, cancels what is waiting
 
 
-def watch(run: Run, total: int, unit: str = "rows", what: str = "what was made is kept") -> Callable:
-    "A function of how many of `total` are done: shows it, and raises `Stopped` if a stop was asked for."
+def watch(run: Run, total: int, unit="rows", what="what was made is kept") -> Callable:
+    "A function of how many of `total` are done: shows it, and raises `Stopped` where asked to."
     progress = Progress(run, total)
 
     def heard(done: int):
@@ -108,14 +109,14 @@ def finish_row(row: dict, parent, verdict: Callable, kept: list[dict], place: in
     plain = {name: value for name, value in row.items() if name not in MADE}
     word = row.get("verdict") or verdict(plain, kept)
     if not isinstance(word, str):
-        raise TypeError(f"verdict: found {word!r:.40}; expected {KEPT!r}, or words that say why not")
+        raise TypeError(f"verdict: found {word!r:.40}; expected {KEPT!r}, or why not in words")
     seen = json.dumps([parents, place, plain], default=str)
     name = hashlib.sha256(seen.encode()).hexdigest()[:16]
     return plain | {"id": name, "parents": parents, "verdict": word}
 
 
 def verdict_counts(rows: list[dict]) -> dict[str, float]:
-    "What is known of rows that were made: how many, the share kept, and the number of each verdict."
+    "How many rows were made, the share that was kept, and the number of each verdict."
     counts = Counter(row["verdict"] for row in rows)
     share = counts[KEPT] / len(rows) if rows else 0.0
     return {"rows": len(rows), "kept": share} | {f"verdict/{v}": counts[v] for v in sorted(counts)}
