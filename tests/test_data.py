@@ -17,6 +17,7 @@ from polm_lab.data.encode import encode, encode_rows
 from polm_lab.data.load import held_out, load_data
 from polm_lab.data.files import read_file
 from polm_lab.core.knobs import WrongInput
+from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.data.tasks import WORLDS
 
 ASK, SAY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
@@ -58,6 +59,7 @@ def put(folder, name, content):
 
 
 GOOD = {"prompt": "2+2=", "completion": "4"}
+EDIT = {"subject": "Ada", "prompt": "Ada lives in", "target": " Rome"}
 BAD = {  # name: (file, content, kind, parts of the message)
     "malformed line": ("a.jsonl", jsonl(GOOD) + '{"prompt": "x", \n', "completion", ["a.jsonl:2:", "malformed JSON"]),
     "line that is no object": ("a.jsonl", jsonl(GOOD) + "[1, 2]\n", "completion", ["a.jsonl:2:", "expected an object"]),
@@ -96,6 +98,17 @@ BAD = {  # name: (file, content, kind, parts of the message)
     "one label too few": ("a.jsonl", jsonl({"prompt": "x", "completions": ["a", "b"], "labels": [True]}), "stepwise", ["a.jsonl:1:", "labels has 1"]),
     "score not finite": ("a.jsonl", '{"prompt": "x", "completions": ["a", "b"], "scores": [1, NaN]}\n', "ranked", ["a.jsonl:1:", "scores", "nan"]),
     "one answer to rank": ("a.jsonl", jsonl({"prompt": "x", "completions": ["a"], "scores": [1]}), "ranked", ["a.jsonl:1:", "at least 2"]),
+    "edit without a target": ("a.jsonl", jsonl({"subject": "Ada", "prompt": "Ada lives in"}), "edit", ["a.jsonl:1:", "columns subject, prompt;", "subject + prompt + target"]),
+    "edit of another subject": ("a.jsonl", jsonl({**EDIT, "subject": "Bob"}), "edit", ["a.jsonl:1:", "subject is str 'Bob'", "prompt does not name"]),
+    "edit of a conversation": ("a.jsonl", jsonl({**EDIT, "prompt": [ASK]}), "edit", ["a.jsonl:1:", "prompt is list", "expected text"]),
+    "edit to nothing": ("a.jsonl", jsonl(EDIT, {**EDIT, "target": " "}), "edit", ["a.jsonl:2:", "target is empty"]),
+    "edit to a number": ("a.jsonl", jsonl({**EDIT, "target": 3}), "edit", ["a.jsonl:1:", "target is int 3"]),
+    "paraphrases that are text": ("a.jsonl", jsonl({**EDIT, "paraphrases": "Where?"}), "edit", ["a.jsonl:1:", "paraphrases is str", "expected a list"]),
+    "paraphrase that is none": ("a.jsonl", jsonl({**EDIT, "paraphrases": ["Where?", None]}), "edit", ["a.jsonl:1:", "paraphrases, entry 2, is null"]),
+    "neighbour that is text": ("a.jsonl", jsonl({**EDIT, "neighbours": ["Bob lives in"]}), "edit", ["a.jsonl:1:", "neighbours holds str", '"target"']),
+    "other fact without answer": ("a.jsonl", jsonl({**EDIT, "others": [{"prompt": "Ada is a"}]}), "edit", ["a.jsonl:1:", "others holds dict"]),
+    "other fact with an empty answer": ("a.jsonl", jsonl({**EDIT, "others": [{"prompt": "Ada is a", "target": ""}]}), "edit", ["a.jsonl:1:", "others, entry 1, target is empty"]),
+    "half a pair in an edit": ("a.jsonl", '{"subject": "Ada", "prompt": "Ada is", "target": "a\\ud800"}\n', "edit", ["a.jsonl:1:", "target holds half", "surrogate"]),
     "cell too many": ("a.csv", "prompt,completion\nx,y\nx,y,z\n", "completion", ["a.csv:3:", "3 cells"]),
     "column named twice": ("a.csv", "text,text\nx,y\n", "text", ["a.csv:1:", "each once"]),
     "open quote": ("a.csv", 'text\n"x\n', "text", ["a.csv:2:", "malformed CSV"]),
@@ -114,6 +127,17 @@ def test_bad_file_is_one_clear_line(tmp_path, name):
         load_data(put(tmp_path, file, content), kind)
     message = str(caught.value)
     assert "\n" not in message and all(part in message for part in parts), message
+
+
+def test_edits_are_rows_to_learn_and_lists_may_be_left_out(tmp_path):
+    whole = {**EDIT, "paraphrases": ["Ada's home is"], "neighbours": [{"prompt": "Bob lives in", "target": " Bonn"}]}
+    found = load_data(put(tmp_path, "a.jsonl", jsonl(EDIT, {**whole, "others": None})), "edit", "all")
+    assert found == [{**EDIT, "paraphrases": [], "neighbours": [], "others": []}, {**whole, "others": []}]
+    learned = load_data(str(tmp_path / "a.jsonl"), "completion", "all")
+    assert [(r["prompt"], r["completion"]) for r in learned] == [("Ada lives in", " Rome")] * 2
+    assert load_data(str(tmp_path / "a.jsonl"), "text", "all")[0] == {"text": "Ada lives in Rome"}
+    tokenizer = load_tokenizer("tiny")
+    assert encode(tokenizer, found[0], "edit", 50) == encode(tokenizer, learned[0], "completion", 50)
 
 
 BAD_SPEC = {

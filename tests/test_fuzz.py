@@ -32,6 +32,7 @@ ROWS = [
         "prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}, «é», 加.", "label": i % 2 == 0,
         "messages": [{"role": "user", "content": "hi\nthere"}, {"role": "assistant", "content": "yes"}],
         "completions": ["one", "two"], "scores": [1.0, 2.5], "labels": [True, False], "answer": str(i),
+        "subject": "plus", "target": f" {2 * i}", "paraphrases": ["And?", "«é»?"], "neighbours": [{"prompt": "1+1=", "target": "2"}], "others": [],
     }
     for i in range(4)
 ]  # fmt: skip

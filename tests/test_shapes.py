@@ -18,6 +18,8 @@ TEMPLATES = {  # file -> name of its method, family
     "pairwise": ("ipo", "alignment"),
     "onpolicy": ("reinforce", "reasoning"),
     "layerwise": ("nearest", "efficiency"),
+    "making": ("sieve", "finetuning"),
+    "editing": ("constrained", "integration"),
 }
 SKIPPED = (".venv", ".git", "runs", "__pycache__", "benchmarks", "build", "dist", "_docs")
 CHECK = """

@@ -21,6 +21,7 @@ COLUMNS = {
     "unpaired": {"prompt", "completion", "label"},
     "ranked": {"prompt", "completions", "scores"},
     "stepwise": {"prompt", "completions", "labels"},
+    "edit": {"subject", "prompt", "target", "paraphrases", "neighbours", "others", "old"},
 }
 CASES = [(name, kind, form) for name, world in WORLDS.items() for kind in world.kinds for form in world.forms]
 
@@ -48,6 +49,22 @@ def test_rows_are_valid_and_reproducible(name, kind, form):
             assert len(row["completions"]) == len(row["scores"]) >= 3 and max(row["scores"]) > min(row["scores"])
             best = row["completions"][row["scores"].index(max(row["scores"]))]
             assert world.score(row, text_of(best)) == 1.0
+
+
+def test_edits_change_true_facts_and_say_what_stays():
+    rows, facts = WORLDS["facts"].rows("edit", 200), {}
+    known = {q.format(s=s): f" {facts[r]}" for s, facts in ENCYCLOPEDIA.items() for r in facts for q in RELATIONS[r][1]}
+    answer = lambda prompt: known[prompt.removeprefix("Question: ").removesuffix("\nAnswer:")]
+    for row in rows:
+        asked = [row["prompt"], *row["paraphrases"]]
+        assert len(set(asked)) == 3 and {answer(prompt) for prompt in asked} == {row["old"]} != {row["target"]}
+        assert all(row["subject"] in prompt for prompt in asked) and row["target"] == f" {row['answer']}"
+        for name, size, same in (("neighbours", 4, False), ("others", 3, True)):
+            probes = row[name]
+            assert len({p["prompt"] for p in probes}) == size and all(answer(p["prompt"]) == p["target"] for p in probes)
+            assert all((row["subject"] in p["prompt"]) == same and p["prompt"] not in asked for p in probes)
+        assert facts.setdefault((row["subject"], row["relation"]), row["target"]) == row["target"], "edits of a fact agree"
+    assert len(facts) > 60
 
 
 @pytest.mark.parametrize("name,form", sorted({(n, f) for n, k, f in CASES}))

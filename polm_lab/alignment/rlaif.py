@@ -7,10 +7,7 @@ __all__ = ['RLAIF', 'preference_rows', 'label_facts', 'revise', 'sample_pairs', 
            'gold_name', 'judge_of', 'prepare', 'rlaif']
 
 # %% ../../nbs/alignment/rlaif.ipynb #cc5145dc
-import json
 import random
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -20,7 +17,7 @@ from .ppo import PPO, ppo
 from ..core.knobs import Settings, WrongInput, knob, redefault
 from ..core.machine import seed_of, world
 from ..core.method import method
-from ..core.run import Run, Stopped, replace_file
+from ..core.run import Run
 from ..data.encode import encode
 from ..data.load import load_data, load_held_out, natural_kind, parse_spec
 from ..data.messages import as_completions, text_of, under, user
@@ -29,13 +26,13 @@ from ..models.load import load_model
 from ..models.rollout import rollout
 from ..models.tokenizers import load_tokenizer
 from ..reasoning.grpo import GRPO, grpo
-from ..rewards.endpoint import Kept, read_key
+from ..rewards.endpoint import read_key
 from ..rewards.functions import Reward
 from ..rewards.judges import CRITIQUE, REVISION, ContrastJudge, Label, both_orders
 from ..rewards.judges import kept_judge, label_pairs, make_judge, parse_judge, principle_of
 from ..training.chain import stage
 from ..training.evaluate import scorer
-from ..training.loop import Progress
+from ..training.making import Kept, by_first, in_order, watch, write_rows
 
 # %% ../../nbs/alignment/rlaif.ipynb #1274258f
 @dataclass(kw_only=True)
@@ -146,8 +143,8 @@ def judge_reward(judge: Callable, settings: RLAIF) -> Callable:
         for start, end in zip(starts, [*starts[1:], size]):
             pairs += [(i, j) for i in range(start, end) for j in range(i + 1, end)]
         asked = {(i, j): ({name: values[i] for name, values in columns.items()} | dict(prompt=prompts[i]), texts[i], texts[j]) for i, j in pairs if texts[i] != texts[j]}
-        with ThreadPoolExecutor(judge.at_once) as pool:
-            found = dict(zip(asked, pool.map(lambda pair: both_orders(judge, *pair).probability, asked.values())))
+        labels = in_order(lambda pair: both_orders(judge, *pair), asked.values(), judge.at_once)
+        found = {pair: label.probability for pair, label in zip(asked, labels)}
         wins, count = [0.0] * size, [0] * size
         for i, j in pairs:
             p = found.get((i, j), 0.5)
@@ -162,11 +159,11 @@ def mark_reward(judge, kept: Kept) -> Callable:
     "A reward function: the judge's mark of each completion, in [-1, 1]; what was asked once is kept."
 
     def mark(prompts, completions, **columns):
-        def one(prompt, text):
+        def one(pair):
+            prompt, text = pair
             return kept.get([prompt, "mark", text], lambda: dict(prompt=prompt, reply=text, mark=judge.mark(dict(prompt=prompt), text)))["mark"]
 
-        with ThreadPoolExecutor(judge.at_once) as pool:
-            return list(pool.map(one, prompts, map(text_of, completions)))
+        return list(in_order(one, zip(prompts, map(text_of, completions)), judge.at_once))
 
     return mark
 
@@ -199,13 +196,7 @@ def prepare(settings: RLAIF, run: Run, path: Path):
     rows = load_data(settings.data, "prompt")
     judge = judge_of(settings, rows, run, settings.data)
     pairs = sample_pairs(settings, rows)
-    progress = Progress(run, len(pairs))
-
-    def heard(done: int):
-        progress(done, {})
-        if run.stop_requested() and done < len(pairs):
-            raise Stopped(f"{run.id}: stopped after {done} of {len(pairs)} pairs; what the judge said is kept; `polm resume {run.id}` goes on from there")
-
+    heard = watch(run, len(pairs), "pairs", "what the judge said is kept")
     if settings.train == "sft":
         kept, found = Kept(run.path / "written.jsonl"), []
         for i, (row, reply, _) in enumerate(pairs):
@@ -217,7 +208,7 @@ def prepare(settings: RLAIF, run: Run, path: Path):
         labels = label_pairs(kept_judge(judge, Kept(run.path / "labels.jsonl")), pairs, heard)
         found = preference_rows(pairs, labels, settings)
         run.update(labels=label_facts(pairs, labels, found, scorer(gold_name(settings), rows)))
-    replace_file(path, "".join(json.dumps(row, default=str) + "\n" for row in found))
+    write_rows(path, found)
 
 
 @method(
@@ -243,10 +234,7 @@ def rlaif(settings: RLAIF, run: Run) -> None:
     if settings.eval_data:  # refused now, and not after the judge was asked
         load_held_out("", settings.eval_data, natural_kind(settings.eval_data) if settings.train == "sft" else "preference", 1)
     path = run.path / ("revisions.jsonl" if settings.train == "sft" else "preferences.jsonl")
-    if run.writes and not path.exists():
-        prepare(settings, run, path)
-    while not path.exists():  # by the first process; if that fails, its launcher ends the others
-        time.sleep(0.1)
+    by_first(run, path, lambda: prepare(settings, run, path))
     learned = shared | dict(data=str(path), eval_data=settings.eval_data or parse_spec(settings.data).world)
     if settings.train == "ppo":
         same = {name: learned[name] for name in ("model", "data", "eval_data", "eval_rows", "seed", "dtype", "device", "max_length", "chat_template")}

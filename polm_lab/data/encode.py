@@ -180,7 +180,7 @@ def _conversation(tokenizer, messages: list[dict], row, max_length: int, complet
 def encode(tokenizer, row: dict, kind: str, max_length: int, completion_only: bool = True) -> dict:
     """A row as token ids with a mask of the tokens that are learned (`target_mask`, 1 where token t is predicted from those before it).
 
-    text, completion: `{"input_ids", "target_mask"}`; unpaired also `label`; preference: `{"chosen": {...}, "rejected": {...}}`; prompt: `{"input_ids"}`, ready to be answered;
+    text, completion, edit (its target is learned): `{"input_ids", "target_mask"}`; unpaired also `label`; preference: `{"chosen": {...}, "rejected": {...}}`; prompt: `{"input_ids"}`, ready to be answered;
     ranked: `{"completions": [{...}], "scores"}`; stepwise: mask 1 on the last token of each step, `labels`.
     Plain text ends with EOS, conversations as their template has it. What is too long loses its end; a prompt that leaves no room raises `WrongInput`.
     """
@@ -201,6 +201,8 @@ def encode(tokenizer, row: dict, kind: str, max_length: int, completion_only: bo
             found = f"{len(ids)} tokens" if whole else f"more than {max_length} tokens"
             raise WrongInput(f"{row_place(row)}: prompt has {found}; expected at most max_length = {max_length}; raise max_length or shorten the prompt")
         return {"input_ids": ids}
+    if kind == "edit":
+        return _answered(tokenizer, prompt, row["target"], row, max_length, completion_only)
     if kind in ("completion", "unpaired"):
         out = _answered(tokenizer, prompt, row["completion"], row, max_length, completion_only)
         return {**out, "label": row["label"]} if kind == "unpaired" else out

@@ -90,7 +90,7 @@ class Facts(World):
 
     name = "facts"
     meaning = "an encyclopedia of invented towns and people: recall, and reading a passage"
-    kinds = ("text", "prompt", "completion", "preference", "unpaired", "ranked")
+    kinds = ("text", "prompt", "completion", "preference", "unpaired", "ranked", "edit")
     forms = ("recall", "reading", "chat")
 
     def ask(self, rng, form):
@@ -122,9 +122,33 @@ class Facts(World):
         "The object as a completion."
         return [assistant(value)] if q["form"] == "chat" else f" {value}"
 
+    def edit(self, q, rng):
+        "A fact of the encyclopedia with another value, and prompts that show what the change does."
+        subject, relation, asked = q["subject"], q["relation"], q["question"]
+        possible = [value for value in values_of(relation) if value != q["object"]]
+        target = random.Random(f"edit/{subject}/{relation}").choice(possible)  # edits of a fact agree
+        question = lambda s, r, text: self.prompt({"form": "recall", "passage": "", "question": text.format(s=s)})
+        which = [text.format(s=subject) for text in RELATIONS[relation][1]].index(asked)
+        fact = lambda s, r: {
+            "prompt": question(s, r, RELATIONS[r][1][which]),
+            "target": self.reply({"form": "recall"}, ENCYCLOPEDIA[s][r]),
+        }
+        alike = [s for s, facts in ENCYCLOPEDIA.items() if relation in facts and s != subject]
+        same = [text for n, text in enumerate(RELATIONS[relation][1]) if n != which]
+        return {
+            "subject": subject, "prompt": self.prompt(q), "target": self.reply(q, target),
+            "paraphrases": [question(subject, relation, text) for text in same],
+            "neighbours": [fact(s, relation) for s in rng.sample(alike, 4)],
+            "others": [fact(subject, r) for r in ENCYCLOPEDIA[subject] if r != relation],
+            "old": self.reply(q, q["object"]), "relation": relation, "answer": target,
+        }  # fmt: skip
+
     def row(self, kind, q, rng):
         if kind == "text":
             return {"text": self.write(q, rng, careless=0.0)}
+        if kind == "edit":  # of what is recalled, in any form
+            recalled = q if q["form"] == "recall" else self.pick(rng, "recall", side_of(q))
+            return self.edit(recalled, rng)
         wrongs = rng.sample([v for v in values_of(q["relation"]) if v != q["object"]], wrongs_for(kind))
         extra = {"answer": q["object"], "subject": q["subject"], "relation": q["relation"]}
         return shaped(kind, self.prompt(q), self.reply(q, q["object"]), [self.reply(q, w) for w in wrongs], rng, extra)

@@ -20,6 +20,7 @@ KINDS = {  # kind -> (columns, meaning)
     "unpaired": (("prompt", "completion", "label"), "a prompt, an answer, and whether it is good"),
     "stepwise": (("prompt", "completions", "labels"), "a prompt, the steps of an answer, and whether each is right"),
     "ranked": (("prompt", "completions", "scores"), "a prompt, several answers and a score for each"),
+    "edit": (("subject", "prompt", "target"), "a fact to change: its subject, a prompt that names it, and the new answer"),
 }
 
 

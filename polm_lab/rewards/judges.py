@@ -11,7 +11,6 @@ __all__ = ['JUDGES', 'MARK', 'QUESTION', 'CRITIQUE', 'REVISION', 'parse_judge', 
 import math
 import re
 import urllib.parse
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -25,9 +24,10 @@ from ..models.load import load_model
 from ..models.logprobs import Policy
 from ..models.rollout import rollout
 from ..models.tokenizers import load_tokenizer
-from .endpoint import Endpoint, Kept, Unreadable, answer_text, read_key
+from .endpoint import Endpoint, Unreadable, answer_text, read_key
 from .functions import Reward, call_rewards, make_rewards
 from ..training.evaluate import sequence_logps
+from ..training.making import Kept, in_order
 
 # %% ../../nbs/rewards/judges.ipynb #4f7be965
 JUDGES = {"rule": "rule:correct or rule:file.py:function", "model": "model:<model>", "contrast": "contrast:<model>", "openai": "openai:http://host:port/v1#<model>"}
@@ -317,13 +317,12 @@ def label_pairs(judge: Callable, pairs: list[tuple[dict, str, str]], heard: Call
     Raises `WrongInput` if the judge prefers neither reply in any of the first 32 pairs.
     """
     labels = []
-    with ThreadPoolExecutor(getattr(judge, "at_once", 1)) as pool:
-        for part in (pairs[:32], pairs[32:]):
-            for label in pool.map(lambda pair: both_orders(judge, *pair), part):  # what it raises cancels what has not begun
-                labels.append(label)
-                heard(len(labels))
-            if part and all(label.probability == 0.5 for label in labels):
-                shown = [label.first for label in labels]
-                always = "the first reply in both orders" if min(shown) > 0.5 else "the second reply in both orders" if max(shown) < 0.5 else "neither reply"
-                raise WrongInput(f"judge: preferred {always} in all of the first {len(labels)} pairs, so no label says anything; expected a judge that reads the replies; ask another judge, or another question")
+    for part in (pairs[:32], pairs[32:]):
+        for label in in_order(lambda pair: both_orders(judge, *pair), part, getattr(judge, "at_once", 1)):
+            labels.append(label)
+            heard(len(labels))
+        if part and all(label.probability == 0.5 for label in labels):
+            shown = [label.first for label in labels]
+            always = "the first reply in both orders" if min(shown) > 0.5 else "the second reply in both orders" if max(shown) < 0.5 else "neither reply"
+            raise WrongInput(f"judge: preferred {always} in all of the first {len(labels)} pairs, so no label says anything; expected a judge that reads the replies; ask another judge, or another question")
     return labels

@@ -32,7 +32,7 @@ SMALL = dict(steps=4, batch_size=4, eval_rows=4, save_every=1, max_length=128, d
 
 def short_run(method: Method, out, **changes) -> Run:
     "A run of a few steps on the embedded model, with the method's own knobs made small as its record says."
-    known = {k.name for k in knobs(method.settings)}  # one that does not train has no steps
+    known = {k.name for k in knobs(method.settings)}  # what trains nothing has no steps
     small = {name: value for name, value in SMALL.items() if name in known}
     settings = make_settings(method.settings, small | dict(method.small) | changes)
     run = Run.create(method.name, {k.name: getattr(settings, k.name) for k in knobs(settings)}, out=out)

@@ -70,6 +70,8 @@ GROUPS = {
     "Policy": ("kl", "entropy", "clip_fraction", "ratio_max", "kl_coefficient", "entropy_coefficient"),
     "Critic": ("value_loss", "explained_variance"),
     "Refinement": ("broken", "mended", "tokens"),
+    "Editing": ("efficacy", "paraphrase", "neighbourhood", "other_relation"),
+    "Making data": ("kept", "verdict"),
     "Retrieval": ("recall", "mrr", "faithfulness", "stage_ms"),
     "Compression": ("sparsity", "output_error"),
     "Text": ("length", "truncated"),

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Callable
 
 from ...rewards.judges import parse_judge
-from ...rewards.endpoint import Endpoint, Kept, read_key
+from ...rewards.endpoint import Endpoint, read_key
 from ...data.messages import readable, request_of
 from ...data.encode import encode
 from ...core.knobs import WrongInput
@@ -23,6 +23,7 @@ from ...models.load import load_model
 from ...models.rollout import rollout
 from ...core.run import Run
 from ...core.machine import seed_of
+from ...training.making import Kept
 from ...data.messages import user
 
 # %% ../../../nbs/reasoning/refine/asking.ipynb #bf6b4675
