@@ -8,7 +8,9 @@ from polm_lab.training import conformance as check
 from polm_lab.core.knobs import WrongInput
 from polm_lab.core.method import find, methods
 from polm_lab.models.load import load_model
+from polm_lab.models.rollout import rollout
 from polm_lab.models.sources import model_path
+from polm_lab.models.tokenizers import load_tokenizer
 
 TRAINED = [name for name, m in methods().items() if m.trains]
 ADAPTERS = ["lora:r=2,target_modules=q_proj,v_proj", "ia3"]
@@ -42,3 +44,13 @@ def test_an_adapter_for_layers_that_do_not_exist_is_refused_before_anything_is_c
     with pytest.raises(WrongInput, match="llama has no layer 'c_attn'") as error:
         check.short_run(find(name), tmp_path, **SHORT, adapter="lora:target_modules=c_attn")
     assert "\n" not in str(error.value) and not list(tmp_path.glob("*/model"))
+
+
+@pytest.mark.parametrize("adapter", ["ln_tuning", "lora:r=2", "prefix_tuning:num_virtual_tokens=2"])
+def test_a_16_bit_model_samples_while_its_adapter_is_kept_in_32_bits(adapter):
+    model, tokenizer = load_model("tiny", "bfloat16", "cpu", adapter=adapter), load_tokenizer("tiny")
+    for weight in model.parameters():  # as the loop does
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+    said = rollout(model, tokenizer, [[5, 6, 7], [8, 9]], max_new_tokens=3, seeds=0)
+    assert all(len(ids) > 0 for ids in said.completions) and all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
