@@ -15,6 +15,7 @@ from conftest import ROOT
 
 TEMPLATES = {  # file -> name of its method, family
     "supervised": ("focal", "finetuning"),
+    "search": ("beam", "reasoning"),
 }
 SKIPPED = (".venv", ".git", "runs", "__pycache__", "benchmarks", "build", "dist", "_docs")
 CHECK = """

@@ -121,7 +121,7 @@ def drafts(
     return Samples(len(rows), make, price, most)
 
 
-def price(group: list[Trace]) -> int:
+def price(question: int, group: list[Trace]) -> int:
     "Tokens of drafts of one question and of what judged them: the prompt of the drafts is read once."
     firsts = [t.steps[0].parts[0] for t in group]
     judged = sum(t.tokens() - t.tokens(0) for t in group)

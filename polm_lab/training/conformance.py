@@ -32,7 +32,9 @@ SMALL = dict(steps=4, batch_size=4, eval_rows=4, save_every=1, max_length=128, d
 
 def short_run(method: Method, out, **changes) -> Run:
     "A run of a few steps on the embedded model, with the method's own knobs made small as its record says."
-    settings = make_settings(method.settings, SMALL | dict(method.small) | changes)
+    known = {knob.name for knob in knobs(method.settings)}
+    shared = {name: value for name, value in SMALL.items() if name in known}  # what trains nothing has no steps
+    settings = make_settings(method.settings, shared | dict(method.small) | changes)
     run = Run.create(method.name, {k.name: getattr(settings, k.name) for k in knobs(settings)}, out=out)
     return go_on(method, run)
 
