@@ -90,12 +90,13 @@ def continuing(
     def propose(kept: list[Candidate], budget: Budget) -> list[Candidate]:
         place = {id(row): i for i, row in enumerate(rows)}
         live = [one.state for one in kept if not one.state.ended]
+        over = [one for one in kept if one.state.ended]
         if kept and (not live or len(live[0].tokens) == max_new_tokens):
             return []
         if not budget.pay(read=0 if kept else len(prompt), written=len(live) or 1):
             return []
         rows[:] = walk.send([place[id(row)] for row in live] or None)
-        return [one for one in kept if one.state.ended] + [Candidate(row) for row in rows]
+        return over + [Candidate(row) for row in rows]
 
     return propose
 
