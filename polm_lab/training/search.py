@@ -80,7 +80,7 @@ def continuing(
     max_new_tokens: int = 64,
     stop: tuple[str, ...] = (),
 ) -> Callable:
-    """A `propose` that continues each kept row by one token; the state of a candidate is a `Writing`.
+    """A `propose` that continues each kept row by one token; a candidate's state is a `Writing`.
 
     Rows that have ended stay and compete. Raises `WrongInput` as `steps` does.
     """
@@ -171,7 +171,7 @@ def sampled(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> Samples:
-    "Sampled answers of each prompt; a sample's draws depend on the seed, its prompt and its number."
+    "Sampled answers of each prompt; the draws depend on the seed, the prompt and the number."
 
     def make(wanted: list[tuple[int, int]]) -> list[Answer]:
         seeds = [seed_of(seed, "sampled", question, number) for question, number in wanted]
@@ -179,7 +179,8 @@ def sampled(
         rolled = rollout(
             model, tokenizer, asked, 1, max_new_tokens, temperature=temperature, seeds=seeds
         )
-        return [Answer(text, sum(logp), len(logp)) for text, logp in zip(rolled.texts, rolled.logps)]
+        texts = zip(rolled.texts, rolled.logps)
+        return [Answer(text, sum(logps), len(logps)) for text, logps in texts]
 
     def price(question: int, group: list[Answer]) -> int:
         return len(prompts[question]) + sum(answer.tokens for answer in group)
