@@ -17,10 +17,11 @@ from polm_lab.reasoning.refine.asking import Ask, EndpointWriter, Step, Trace, m
 from polm_lab.reasoning.refine.checks import feedback_critic
 from polm_lab.reasoning.refine.forms import FactWords, SumWords, words_for
 from polm_lab.reasoning.refine.rounds import Feedback, draft, follow, forget, never, refine, remember, round_metrics, satisfied, unchanged
-from polm_lab.reasoning.selfrefine import STRATEGIES, Samples, most_for, round_table
+from polm_lab.reasoning.selfrefine import STRATEGIES, chosen, drafts, round_table
 from polm_lab.reasoning.refine.solver import equations, solve, solved, solver, symbolic
 from polm_lab.reasoning.refine.tools import ToolCritic, bm25, calculator, called, read_passages, run_tests, searched, source_of
 from polm_lab.reasoning.refine.words import Words
+from polm_lab.training.search import most_for
 
 QUICK = dict(questions=8, rounds=2, samples=2, dtype="float32", device="cpu")
 KEY = "sk-Very+Secret/0123456789abcdef"
@@ -273,20 +274,21 @@ def test_assertions_and_whole_programs():
 @pytest.mark.parametrize("judged", [False, True])
 def test_sampling_more_costs_no_more_than_refining(writer, sums, judged):
     "And what is drawn bit by bit is what is drawn at once."
-    words, score, name = SumWords(), WORLDS["sums"].score, "best" if judged else "majority"
-    make = lambda: Samples(sums, 8, words, Ask(writer, 48, seed=9), feedback_critic(words) if judged else None)
+    words, score = SumWords(), WORLDS["sums"].score
+    make = lambda: drafts(sums, 8, words, Ask(writer, 48, seed=9), feedback_critic(words) if judged else None)
+    paid = lambda samples, tokens: samples.compared(tokens, lambda i, group: score(sums[i], chosen(group, words)))
     samples, drawn = make(), []
     for tokens in (1, 12, 60, 120, 10**6):
-        found = samples(tokens, score)
+        found = paid(samples, tokens)
         drawn.append(len(samples.groups[0]))
         n = most_for(tokens, [samples.cost(k) for k in range(1, drawn[-1] + 1)])
-        assert found[f"tokens/{name}"] == samples.cost(n) and (n == 1 or samples.cost(n) <= tokens)
+        assert found[1] == samples.cost(n) and (n == 1 or samples.cost(n) <= tokens)
         assert n == 8 or samples.cost(n + 1) > tokens
     assert drawn[0] == 1 and drawn[-1] == 8
     whole = make()
     whole.draw(8)
     assert [[(t.index, t.answers) for t in g] for g in whole.groups] == [[(t.index, t.answers) for t in g] for g in samples.groups]
-    assert whole(10**6, score) == found
+    assert paid(whole, 10**6) == found
     by_hand = sum(sum(t.tokens() for t in g) - 7 * g[0].steps[0].parts[0].read for g in whole.groups) / 16  # the prompt is read once
     assert math.isclose(whole.cost(8), by_hand)
 

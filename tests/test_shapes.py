@@ -20,6 +20,7 @@ TEMPLATES = {  # file -> name of its method, family
     "layerwise": ("nearest", "efficiency"),
     "making": ("sieve", "finetuning"),
     "editing": ("constrained", "integration"),
+    "search": ("beam", "reasoning"),
 }
 SKIPPED = (".venv", ".git", "runs", "__pycache__", "benchmarks", "build", "dist", "_docs")
 CHECK = """
