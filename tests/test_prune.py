@@ -12,6 +12,7 @@ from polm_lab.models import save as models
 from polm_lab.models.layers import blocks_of, hold_zeros, zeros
 from polm_lab.training.layerwise import calibration, read_inputs, walk
 from polm_lab.core.knobs import WrongInput
+from polm_lab.core.run import Run, Stopped, all_runs
 from polm_lab.models.load import load_model
 from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.efficiency.prune import Prune, prune_model
@@ -261,6 +262,21 @@ def test_a_run_records_its_parent_and_both_evaluations(how, runs):
 def test_same_settings_same_bits(runs):
     one, two = (lab.run("prune", swaps=5, how="wanda", allocation="hessian", **SMALL) for _ in range(2))
     assert (one.path / "model/model.safetensors").read_bytes() == (two.path / "model/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name, values", [("prune", dict(how="wanda")), ("slim", dict(how="taylor")), ("slim", dict(how="depth"))])
+def test_a_stop_comes_after_the_block_and_a_new_start_gives_the_same_bits(name, values, runs, monkeypatch):
+    whole = lab.run(name, **SMALL, **values)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "stop_requested", lambda self: self.record["step"] == 2)
+        with pytest.raises(Stopped, match="after block 2"):
+            lab.run(name, **SMALL, **values)
+    stopped = next(run for run in all_runs(runs) if run.status == "stopped")
+    assert stopped.status == "stopped" and len(stopped.lines()) == 2 and not (stopped.path / "model").exists()
+    again = lab.resume(stopped)
+    without = lambda run: [{k: v for k, v in row.items() if k != "seconds"} for row in run.lines()]
+    assert again.status == "finished" and without(again) == without(whole)
+    assert (again.path / "model/model.safetensors").read_bytes() == (whole.path / "model/model.safetensors").read_bytes()
 
 
 WRONG = [
