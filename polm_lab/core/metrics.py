@@ -70,6 +70,10 @@ _ALL = [
     Metric("logp_rejected", "log-probability of the rejected completion", r"\log\pi(y_l\mid x)", "nats", "Compare with its value at the start."),
     Metric("grad_norm", "norm of the gradient before clipping", r"\lVert g\rVert_2", reading="Spikes point to a bad batch or too high a learning rate."),
     Metric("learning_rate", "step size of the optimizer", reading="Follows the schedule."),
+]  # fmt: skip
+
+# %% ../../nbs/core/metrics.ipynb #199ee0e3
+_ALL += [
     Metric("tokens_per_second", "tokens of the step over its time", unit="tokens/s", better="up", reading="Falls when sequences grow."),
     Metric("memory_mib", "memory of the process (on a GPU: of the device) at its peak", unit="MiB", better="down", reading="Should be flat."),
     Metric("pass_at_k", "share of questions with at least one right answer in k samples", r"1-\binom{n-c}{k}/\binom nk", "share", better="up",

@@ -6,7 +6,7 @@
 __all__ = ['RELATIONS', 'SYLLABLES', 'ENCYCLOPEDIA', 'TOWNS', 'TASKS', 'UNSAFE', 'ASKS', 'BRIEF', 'DETAIL', 'SYSTEMS', 'OPENERS',
            'CLOSERS', 'FILLERS', 'REFUSALS', 'OFFER', 'HEROES', 'ANIMALS', 'TRAITS', 'PLACES', 'THINGS', 'OPENINGS',
            'WANTS', 'TROUBLES', 'HELPS', 'HAPPY', 'SAD', 'CLOSINGS', 'invent', 'values_of', 'article', 'Facts',
-           'keywords', 'gold', 'Chat', 'Stories']
+           'edit_of_fact', 'keywords', 'gold', 'Chat', 'Stories']
 
 # %% ../../nbs/data/language.ipynb #710a5c6e
 import random
@@ -122,33 +122,12 @@ class Facts(World):
         "The object as a completion."
         return [assistant(value)] if q["form"] == "chat" else f" {value}"
 
-    def edit(self, q, rng):
-        "A fact of the encyclopedia with another value, and prompts that show what the change does."
-        subject, relation, asked = q["subject"], q["relation"], q["question"]
-        possible = [value for value in values_of(relation) if value != q["object"]]
-        target = random.Random(f"edit/{subject}/{relation}").choice(possible)  # edits of a fact agree
-        question = lambda s, r, text: self.prompt({"form": "recall", "passage": "", "question": text.format(s=s)})
-        which = [text.format(s=subject) for text in RELATIONS[relation][1]].index(asked)
-        fact = lambda s, r: {
-            "prompt": question(s, r, RELATIONS[r][1][which]),
-            "target": self.reply({"form": "recall"}, ENCYCLOPEDIA[s][r]),
-        }
-        alike = [s for s, facts in ENCYCLOPEDIA.items() if relation in facts and s != subject]
-        same = [text for n, text in enumerate(RELATIONS[relation][1]) if n != which]
-        return {
-            "subject": subject, "prompt": self.prompt(q), "target": self.reply(q, target),
-            "paraphrases": [question(subject, relation, text) for text in same],
-            "neighbours": [fact(s, relation) for s in rng.sample(alike, 4)],
-            "others": [fact(subject, r) for r in ENCYCLOPEDIA[subject] if r != relation],
-            "old": self.reply(q, q["object"]), "relation": relation, "answer": target,
-        }  # fmt: skip
-
     def row(self, kind, q, rng):
         if kind == "text":
             return {"text": self.write(q, rng, careless=0.0)}
         if kind == "edit":  # of what is recalled, in any form
             recalled = q if q["form"] == "recall" else self.pick(rng, "recall", side_of(q))
-            return self.edit(recalled, rng)
+            return edit_of_fact(self, recalled, rng)
         wrongs = rng.sample([v for v in values_of(q["relation"]) if v != q["object"]], wrongs_for(kind))
         extra = {"answer": q["object"], "subject": q["subject"], "relation": q["relation"]}
         return shaped(kind, self.prompt(q), self.reply(q, q["object"]), [self.reply(q, w) for w in wrongs], rng, extra)
@@ -171,6 +150,28 @@ class Facts(World):
             subject = rng.choice(list(ENCYCLOPEDIA))
             return article(ENCYCLOPEDIA[subject], subject, rng)
         return self.write(self.pick(rng, form), rng, careless=0.05 if form == "reading" else 0.3)
+
+# %% ../../nbs/data/language.ipynb #fac8d51c
+def edit_of_fact(world: World, q: dict, rng) -> dict:
+    "A fact of the encyclopedia with another value, and prompts that show what the change does."
+    subject, relation, asked = q["subject"], q["relation"], q["question"]
+    possible = [value for value in values_of(relation) if value != q["object"]]
+    target = random.Random(f"edit/{subject}/{relation}").choice(possible)  # edits of a fact agree
+    question = lambda s, r, text: world.prompt({"form": "recall", "passage": "", "question": text.format(s=s)})
+    which = [text.format(s=subject) for text in RELATIONS[relation][1]].index(asked)
+    fact = lambda s, r: {
+        "prompt": question(s, r, RELATIONS[r][1][which]),
+        "target": world.reply({"form": "recall"}, ENCYCLOPEDIA[s][r]),
+    }
+    alike = [s for s, facts in ENCYCLOPEDIA.items() if relation in facts and s != subject]
+    same = [text for n, text in enumerate(RELATIONS[relation][1]) if n != which]
+    return {
+        "subject": subject, "prompt": world.prompt(q), "target": world.reply(q, target),
+        "paraphrases": [question(subject, relation, text) for text in same],
+        "neighbours": [fact(s, relation) for s in rng.sample(alike, 4)],
+        "others": [fact(subject, r) for r in ENCYCLOPEDIA[subject] if r != relation],
+        "old": world.reply(q, q["object"]), "relation": relation, "answer": target,
+    }  # fmt: skip
 
 # %% ../../nbs/data/language.ipynb #fc349c9a
 TASKS = {  # what is asked: the core of a good answer

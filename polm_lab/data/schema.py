@@ -339,7 +339,7 @@ def convert(row: Row, kind: str) -> list[Row]:
     need = " + ".join(KINDS[kind][0])
     raise WrongInput(f"{row.where}: columns {found}; expected {need} ({KINDS[kind][1]}), or a known schema that holds them; rename the columns or use data of this kind")
 
-
+# %% ../../nbs/data/schema.ipynb #9643f73a
 def _check_answer(row, name: str):
     "A prompt or an answer is text that is not blank, or a conversation that ends on the right side."
     value = row[name]

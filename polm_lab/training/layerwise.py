@@ -242,7 +242,7 @@ def log_blocks(run: Run, steps: Iterator[dict]):
         if run.stop_requested():
             raise Stopped(f"{run.id}: stopped after block {step}")
 
-
+# %% ../../nbs/training/layerwise.ipynb #2cf6b2f6
 def carry_out(run: Run, settings: Calibrated, plan, measures=cost) -> None:
     """Run a method that looks at the whole model first, or ends with another one.
 

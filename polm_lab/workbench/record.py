@@ -53,7 +53,7 @@ def _parse(block: bytes) -> tuple[dict[str, np.ndarray], int]:
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: np.array([row.get(name, np.nan) for row in rows]) for name in names}, len(lines) - len(rows)
 
-
+# %% ../../nbs/workbench/record.ipynb #168387f7
 class Record:
     "The metrics of one run: `columns[name]` is (steps, values), without gaps; `damaged` counts lines that cannot be read."
 
