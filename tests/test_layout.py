@@ -31,23 +31,7 @@ LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 METHOD_ROOMS = next(rooms for rooms in ROOMS if "finetuning" in rooms)
 MODULE_LINES, CELL_LINES = 500, 80
 SAME_NAMES = ["data.load, models.load"]  # the one pair of modules with the same last part
-LONG = {  # exported cells that are still above CELL_LINES, as notebook:name; the list may only shrink
-    "core/run:Run",
-    "data/exact:Sums",
-    "data/templates:Rendering",
-    "integration/rag:rag",
-    "integration/reader:reader",
-    "integration/retrieval/passages:Index",
-    "models/logprobs:Policy",
-    "models/rollout:Batch",
-    "models/transform:Writer",
-    "reasoning/refine/words:Words",
-    "rewards/endpoint:Endpoint",
-    "rewards/jail:ask_all",
-    "training/loop:fit",
-    "training/onpolicy:OnPolicy",
-    "workbench/tryit:TryIt",
-}
+LONG: set[str] = set()  # exported cells that may be above CELL_LINES, as notebook:name; the list may only shrink
 
 
 def cells(path, kind="code"):
