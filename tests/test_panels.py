@@ -372,7 +372,7 @@ def test_figures_and_reports_can_be_taken_away(make, tmp_path, monkeypatch):
     cells = [c for c in json.loads(report(first, second, path=tmp_path / "r.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
     assert cells[0]["metadata"]["tags"] == ["parameters"] and len(cells) == 9
     shown, seen = [], {}
-    monkeypatch.setattr("polm_lab.workbench.panels.show", shown.append)
+    monkeypatch.setattr("polm_lab.workbench.figures.show", shown.append)
     for cell in cells:
         exec("".join(cell["source"]), seen)
     assert [type(figure).__name__ for figure in shown] == ["Figure"] * 4

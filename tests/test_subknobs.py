@@ -278,9 +278,21 @@ def test_a_sweep_of_parts_runs_is_shown_and_is_picked_up_again(runs):
     assert list(sweep.results(made)["adapter.r"]) == [1, 2]
     trials[1].update(status="running", values=None)  # as a worker that was killed leaves it
     made.update(trials=trials)
-    worker = sweep.Worker(sweep.open_sweep(made.id), lambda run: lambda: True)
-    worker.pick_up()
-    assert worker.sweep.trials[1]["values"] == {"adapter.r": 2, "rewards.format": 0.2}
+    again = sweep.open_sweep(made.id)
+    sweep.reopen_trials(again)
+    assert again.trials[1]["values"] == {"adapter.r": 2, "rewards.format": 0.2}
+
+
+def test_a_slider_of_a_part_that_is_off_may_be_rounded_by_the_browser():
+    "A browser sets a slider onto its grid when it draws it; that is no choice of anybody."
+    form = Form("grpo")
+    moved = 0
+    for field in form.parts["adapter"].fields.values():
+        if field.value == OFF and field._place:
+            start, moved = field.slider.value, moved + 1
+            field.slider.value = start + field.slider.step / 4
+            assert field.value == OFF and not field.problem and not form.problem
+    assert moved and form.fields["adapter"].value == "none"
 
 
 # The command line ---------------------------------------------------------------------------------------------------

@@ -102,7 +102,8 @@ class Field(widgets.HBox):
     def _slid(self, change):
         if self._silent:
             return
-        moved = self.value == OFF or abs(change["new"] - self._place(self.value))
+        place = change["old"] if self.value == OFF else self._place(self.value)
+        moved = abs(change["new"] - place)
         if moved >= self.slider.step / 2:  # less is the browser rounding to its grid
             self.set(self._read(change["new"]))
 

@@ -73,7 +73,7 @@ GROUPS = {
     "Editing": ("efficacy", "paraphrase", "neighbourhood", "other_relation"),
     "Making data": ("kept", "verdict"),
     "Retrieval": ("recall", "mrr", "faithfulness", "stage_ms"),
-    "Compression": ("sparsity", "output_error"),
+    "Compression": ("sparsity", "output_error", "weight_error"),
     "Text": ("length", "truncated"),
     "Machine": ("tokens_per_second", "memory_mib", "latency_ms", "size_mib"),
 }
