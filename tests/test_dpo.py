@@ -135,7 +135,8 @@ def test_prompt_is_not_learned(tokenizer, pairs):
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.2])
 def test_loss_and_gradient_are_trls(tokenizer, start, tmp_path, epsilon):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     from trl import DPOConfig, DPOTrainer
 
     rows = [{k: r[k] for k in ("prompt", "chosen", "rejected")} for r in load_data("chat", "preference")[:5]]

@@ -123,7 +123,8 @@ def test_a_doubted_pair_pulls_like_the_mean_over_both_labels(template):
 
 @pytest.mark.parametrize("tau", [0.1, 1.0])
 def test_ipo_loss_and_gradient_are_trls(template, tokenizer, start, tmp_path, tau):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     from trl import DPOConfig, DPOTrainer
 
     rows = [{k: r[k] for k in ("prompt", "chosen", "rejected")} for r in load_data("chat", "preference")[:5]]

@@ -169,7 +169,7 @@ def from_turns(row: dict) -> Iterator[dict]:
 
 
 def as_it_is(row: dict) -> Iterator[dict]:
-    "A schema that `core/data` knows by itself."
+    "A schema that `data/schema` knows by itself."
     yield row
 
 # %% ../../nbs/data/catalog.ipynb #75c0d0ce

@@ -120,7 +120,7 @@ def held_out(n: int) -> list[int]:
 def load_data(spec: str, kind: str, split: str = "train", cut: bool = True) -> list[dict]:
     """The rows of `spec` as `kind`, all of them checked.
 
-    `spec` is a built-in world, a name of the catalogue (`dolly-15k`, or `dolly-15k@FILE` for a copy of it: see `core/catalog`), a local file, a folder with a data set, or a Hub id (`org/name`, `org/name:config`, `org/name:file`). After a # may stand the split to take for training, a
+    `spec` is a built-in world, a name of the catalogue (`dolly-15k`, or `dolly-15k@FILE` for a copy of it: see `data/catalog`), a local file, a folder with a data set, or a Hub id (`org/name`, `org/name:config`, `org/name:file`). After a # may stand the split to take for training, a
     number of rows, and `skip`, which leaves wrong rows out instead of refusing the data: `org/name#train_sft,1000,skip`. `split` is train, test (the data's own, else the same 5 % each time) or all. A single row has no test split: the list is empty.
     `cut=False`: data without a test split of their own are taken whole.
     Raises `WrongInput` with file, row, field, what was found and what is expected.
