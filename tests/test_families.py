@@ -16,8 +16,11 @@ from polm_lab.models.logprobs import Policy
 from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.models.save import save_model
 from polm_lab.efficiency import slim
-from polm_lab.efficiency.compression.cuts import block_facts, check_same, cut, embedding_scale, fits, gain_of, kept_entries, layers_of, read_stream, rebuild
-from polm_lab.efficiency.slim import Slim, check_cut, check_depth, cut_widths, drop_blocks, fold_norms, rotate, slice_model, sliced_width  # fmt: skip
+from polm_lab.efficiency.compression.cuts import block_facts, check_depth, check_same, cut
+from polm_lab.efficiency.compression.cuts import drop_blocks, fits, kept_entries, layers_of, rebuild
+from polm_lab.efficiency.compression.rotation import embedding_scale, fold_norms, gain_of
+from polm_lab.efficiency.compression.rotation import read_stream, rotate
+from polm_lab.efficiency.slim import Slim, check_cut, cut_widths, slice_model, sliced_width
 
 # What SliceGPT works on; the others, and what is said of them.
 SLICED = ("llama", "llama tied", "llama biases", "mistral", "qwen2", "qwen3", "gemma", "phi3", "granite", "smollm3", "glm", "ernie4_5", "seed_oss", "hunyuan_v1_dense", "arcee", "apertus", "ministral")

@@ -17,8 +17,10 @@ from polm_lab.models.load import load_model
 from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.efficiency.prune import Prune, prune_model
 from polm_lab.efficiency.compression.sparse import parse_pattern, smallest, sparsegpt, swap, wanda_score
-from polm_lab.efficiency.slim import cut_widths, fold_norms, principal, rotate, slice_model, stream_covariances
+from polm_lab.efficiency.slim import cut_widths, slice_model
 from polm_lab.efficiency.compression.cuts import rebuild
+from polm_lab.efficiency.compression.rotation import fold_norms, principal, rotate
+from polm_lab.efficiency.compression.rotation import stream_covariances
 
 SMALL = dict(samples=4, eval_rows=4, device="cpu", dtype="float32")
 
