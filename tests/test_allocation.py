@@ -9,7 +9,11 @@ from polm_lab.training.layerwise import Inputs, calibration
 from polm_lab.models.layers import blocks_of
 from polm_lab.models.load import load_model
 from polm_lab.models.tokenizers import load_tokenizer
-from polm_lab.efficiency.prune import allocate, block_sensitivity, sparsities
+from polm_lab.core.knobs import OFF, WrongInput, make_settings, part_knobs, value_named
+from polm_lab.efficiency.prune import Prune, allocate, block_sensitivity
+from polm_lab.efficiency.prune import parse_allocation, sparsities
+from polm_lab.runner import launch, sweep
+from polm_lab.workbench.controls import Form
 
 KINDS = ("outliers", "hessian")
 
@@ -62,6 +66,14 @@ def test_an_outlier_is_over_five_times_the_mean_of_its_block(large, share):
     assert block_sensitivity(None, group([weight], torch.eye(4)), "outliers") == share
 
 
+@pytest.mark.parametrize("factor, share", [(4.9, 1 / 16), (5.2, 0.0), (1.0, 1 / 16), (100.0, 0.0)])
+def test_the_factor_is_how_far_above_the_mean_an_outlier_is(factor, share):
+    "Fifteen scores of 1 and a 7: a mean of 22/16, and 7 is 5.09 times that."
+    weight = torch.ones(4, 4)
+    weight[1, 2] = 7.0
+    assert block_sensitivity(None, group([weight], torch.eye(4)), "outliers", factor) == share
+
+
 def test_outliers_count_inputs_and_all_layers_of_a_block():
     x = torch.diag(torch.tensor([1.0, 1.0, 1.0, 40.0]))  # norms of the inputs
     # 32 scores: 24 of 1 and 8 of 40, a mean of 10.75: 40 is not over 5 times that; with a single large column in one of two layers it is
@@ -112,6 +124,98 @@ def test_a_model_is_measured_block_by_block(kind, base, windows):
     expected += 0.5 - expected.mean()
     assert torch.allclose(shares, expected, atol=1e-3) and shares.argmin() == minds.argmax() and shares.argmax() == minds.argmin()
     assert shares.mean().item() == pytest.approx(0.5, abs=1e-6) and (shares.max() - shares.min()).item() == pytest.approx(0.16, abs=1e-6)
+
+
+def test_a_factor_changes_the_shares_and_five_is_the_rule_without_one(base, windows):
+    shares = lambda text: sparsities(base, windows, text, 0.5, 0.08, 2)
+    assert shares("outliers:factor=5") == shares("outliers") != shares("outliers:factor=3")
+    assert shares("outliers:factor=on") == shares("outliers:factor=off") == shares("outliers")
+
+
+# A short string with parts
+
+
+def written(text: str, **parts) -> str:
+    "The allocation `text` with values for its parts."
+    parts = {f"allocation.{name}": value for name, value in parts.items()}
+    return make_settings(Prune, {"allocation": text} | parts).allocation
+
+
+@pytest.mark.parametrize(
+    "text, parts, found",
+    [
+        ("uniform", dict(rule="outliers", factor=7), "outliers:factor=7"),
+        ("outliers", dict(factor="2.5"), "outliers:factor=2.5"),
+        ("outliers:factor=7", dict(factor=3), "outliers:factor=3"),
+        ("outliers:factor=7", dict(factor=OFF), "outliers"),
+        ("outliers:factor=7", dict(rule="outliers"), "outliers:factor=7"),
+        ("outliers:factor=7", dict(rule="hessian"), "hessian"),
+        ("hessian", dict(factor=OFF), "hessian"),
+        ("0.4,0.5", dict(factor=OFF), "0.4,0.5"),
+    ],
+)
+def test_a_factor_is_written_into_the_rule(text, parts, found):
+    assert written(text, **parts) == found
+    parse_allocation(found)
+
+
+def test_strings_with_and_without_a_factor_are_read():
+    for text, rule, factor in (
+        ("uniform", "uniform", OFF),
+        ("outliers", "outliers", OFF),
+        ("outliers:factor=7", "outliers", 7.0),
+        ("hessian", "hessian", OFF),
+        ("0.4,0.5", "own", OFF),
+        ("outliers_of_mine", "own", OFF),
+    ):
+        assert make_settings(Prune, dict(allocation=text)).allocation == text  # as a record has it
+        values = dict(allocation=text)
+        assert value_named(Prune, values, "allocation.rule") == rule
+        assert value_named(Prune, values, "allocation.factor") == factor
+    assert parse_allocation("outliers") == ("outliers", 5.0)
+    assert parse_allocation("outliers:factor=7") == ("outliers", 7.0)
+    assert parse_allocation("0.4,0.5")[0] == "0.4,0.5"
+    assert part_knobs(Prune)["allocation.factor"].default == OFF
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("outliers:factr=7", "allocation = 'outliers:factr=7': expected outliers, or outliers:factor=7"),
+        ("outliers:factor=0", "allocation.factor = '0': expected a number ≥ 1 and ≤ 100, or off"),
+        ("outliers:factor=much", "allocation.factor = 'much': expected a number"),
+        ("outliers:", "allocation = 'outliers:': expected uniform"),
+        ("hessian:factor=7", "allocation = 'hessian:factor=7': expected uniform"),
+        ("outliers,factor=7", "allocation = 'outliers,factor=7': expected uniform"),
+    ],
+)
+def test_a_wrong_factor_is_refused_in_one_line(text, found, base, windows):
+    with pytest.raises(WrongInput) as wrong:
+        sparsities(base, windows, text, 0.5, 0.08, 2)
+    assert str(wrong.value).startswith(found) and "\n" not in str(wrong.value)
+
+
+def test_a_factor_needs_its_rule():
+    for text in ("uniform", "hessian", "0.4,0.5"):
+        with pytest.raises(WrongInput, match="expected rule = outliers; give the rule too"):
+            written(text, factor=7)
+    form = Form("prune")
+    fields = form.parts["allocation"].fields
+    fields["allocation.factor"].control.value = "7"
+    assert "give the rule too" in fields["allocation.factor"].problem and form.values == {}
+    fields["allocation.rule"].control.value = "outliers"
+    fields["allocation.factor"].control.value = "7"
+    assert form.values == dict(allocation="outliers:factor=7") and not form.problem
+    fields["allocation.rule"].control.value = "hessian"
+    assert form.values == dict(allocation="hessian")
+    assert fields["allocation.factor"].value == OFF
+
+
+def test_a_sweep_varies_the_factor():
+    grid = {"allocation.factor": "3,off,7"}
+    name, asked, points = sweep.plan("prune", grid, dict(allocation="outliers"), metric="perplexity")
+    made = [launch.check(name, asked["fixed"] | point)[1].allocation for point in points]
+    assert made == ["outliers:factor=3", "outliers", "outliers:factor=7"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

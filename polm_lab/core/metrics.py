@@ -99,7 +99,8 @@ _ALL += [
     Metric("weight_error", "what the weights of a compressed block lost", r"\lVert W-\hat W\rVert^2/\lVert W\rVert^2", "share",
            "Says nothing of inputs: compare with `output_error`.", 0.0, 0.2, "down"),
     Metric("output_error", "what a compressed block's output lost", r"\lVert f(X)-\hat f(X)\rVert^2/\lVert f(X)\rVert^2", "share",
-           "Grows with depth, as errors of earlier blocks are carried on; a jump marks a block that was compressed too far.", 0.0, 0.2, "down"),
+           "The loss of the block alone, on the inputs that the compressed blocks before it give; "
+           "a jump marks a block that was compressed too far.", 0.0, 0.2, "down"),
     Metric("size_mib", "size of the weights", unit="MiB", better="down"),
     Metric("rows", "how many rows the evaluation saw", unit="rows",
            reading="A count, no result. Evaluations compare where the rows are the same; a few rows say little. `rows/NAME` is for a metric that saw another number."),
