@@ -150,7 +150,7 @@ class PartKnob(Part):
             return OFF
         return super().check(self.part.default if self.optional and word == "on" else value)
 
-# %% ../../nbs/core/knobs.ipynb #c6c168d0
+# %% ../../nbs/core/knobs.ipynb #3c9a6f58
 def _number(text: str) -> float | None:
     "`text` as a number, or None; `nan` and `inf` are names."
     with suppress(ValueError):
@@ -186,7 +186,7 @@ class Grammar:
             return replace(self.other, name=name)
         return self.parts.get(name)
 
-
+# %% ../../nbs/core/knobs.ipynb #c6c168d0
 class Listed(Grammar):
     "`a,b:0.2`: names with commas between them, with a number where one is wanted."
 
