@@ -2,6 +2,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -13,6 +14,7 @@ from polm_lab.alignment.ppo import CRITIC, DETAILS, PPO, ActorCritic, batch_loss
 from polm_lab.alignment.ppo import load_critic, read_values, steer, table, token_rewards, value_loss, with_experience
 from polm_lab.rewards.prepare import learned_reward
 from polm_lab.training.chain import create, execute, stage
+from polm_lab.training.evaluate import against
 from polm_lab.data.load import load_data
 from polm_lab.core.knobs import WrongInput
 from polm_lab.models.logprobs import Policy
@@ -227,6 +229,22 @@ def test_details_are_read_as_they_are_listed():
     assert CRITIC.values("some/run", "value") == dict(kind="some/run", weight=0.5)
     assert table([[1, 2], [3]]).tolist() == [[1, 2], [3, 0]]
     assert learned_reward(PPO(rewards="correct,length:0.2"), None, True) == "correct,length:0.2"
+
+
+def test_the_win_rate_is_of_the_policys_answers_over_those_of_the_base():
+    class Frame:
+        "An evaluation whose answers score by their letter; the last answers are there already."
+
+        policy, rolled = "ours", SimpleNamespace(texts=["b", "b", "c", "b"])
+
+        def sample(self):
+            return SimpleNamespace(texts=["a", "a", "d", "b"] if self.policy == "base" else None)
+
+        def scores(self, texts):
+            return [ord(text) for text in texts]
+
+    frame = Frame()
+    assert against(frame, "base") == (2 + 0.5) / 4 and frame.policy == "ours"
 
 
 def test_the_what_if_cell_takes_many_tokens():
