@@ -69,8 +69,9 @@ class PPO(Sampled):
     clip_ratio: float = knob(0.2, "the ratio counts from 1 - ε to 1 + ε", low=0, source="Schulman et al. 2017, §6.1")
     gamma: float = knob(1.0, "discount γ of later rewards", low=0, high=1, source="Ziegler et al. 2019")
     lam: float = knob(1.0, "λ: 1 trusts the rewards to come, 0 the next value", low=0, high=1, source="Hu et al. 2025 (Open-Reasoner-Zero), §2; TRL and Ziegler et al. 2019: 0.95")
-    value: str = knob("shared:0.1", "critic and weight of its loss: own (a model of its own), shared (a head on the policy), or a run of reward whose model it starts from", source="TRL: own, 0.1",
-                      parts=CRITIC)  # fmt: skip
+    value: str = knob("shared:0.1", "critic and weight of its loss: own (a model of its own), "
+                      "shared (a head on the policy), or a run of reward whose model it starts from",
+                      source="TRL: own, 0.1", parts=CRITIC)  # fmt: skip
     beta: float = knob(0.05, "strength of the KL constraint β, or where it begins; 0 needs no reference model", low=0, source="TRL; Ziegler et al. 2019: 0.03 to 0.15")
     kl: str = knob("k1", "estimator of the KL that is taken off the reward", choices=("k1", "k2", "k3"), source="Ziegler et al. 2019, eq. 2")
     details: str = knob("whiten_advantages,normalize,clip_reward:5,clip_value:0.2,missing_eos:1", "implementation details that are on, with their numbers; see the table",

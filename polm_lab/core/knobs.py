@@ -78,11 +78,9 @@ class Knob:
             value = _convert(value, self.type)
         except (TypeError, ValueError):
             raise wrong from None
-        if self.choices and value not in self.choices:
-            raise wrong
-        if self.type in (int, float) and not (
-            math.isfinite(value) and (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
-        ):
+        inside = (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+        finite = self.type not in (int, float) or math.isfinite(value)
+        if not (inside and finite and (not self.choices or value in self.choices)):
             raise wrong
         return value
 
