@@ -67,7 +67,7 @@ def test_a_run_calls_the_function_that_its_row_names(here, tmp_path, monkeypatch
     if "learned" in values.get("rewards", ""):  # the reward model is trained on one step
         values |= dict(data="chat", max_length=128)
         short = lambda run, name, method, **more: stage(run, name, method, **more | dict(steps=1, batch_size=4, save_every=0, eval_rows=2))
-        monkeypatch.setattr("polm_lab.alignment.ppo.chain", short)
+        monkeypatch.setattr("polm_lab.rewards.prepare.chain", short)
     key = (place.method, *sorted(values.items()))
     if key not in RECORDED:
         RECORDED[key] = called_in(lambda: lab.run(place.method, **SHORT[place.method] | values))

@@ -1,5 +1,8 @@
 "PPO: closed forms, equality with REINFORCE to the bit, state that survives a stop, and what is refused."
+import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -7,9 +10,11 @@ import torch
 
 import polm_lab as lab
 from polm_lab.alignment import ppo
-from polm_lab.alignment.ppo import DETAILS, PPO, ActorCritic, batch_loss, deal, experience, exploration, gae, learned_reward
-from polm_lab.alignment.ppo import load_critic, parse_details, parse_value, read_values, steer, table, token_rewards, value_loss, what_if, with_experience  # fmt: skip
+from polm_lab.alignment.ppo import CRITIC, DETAILS, PPO, ActorCritic, batch_loss, deal, experience, exploration, gae
+from polm_lab.alignment.ppo import load_critic, read_values, steer, table, token_rewards, value_loss, with_experience
+from polm_lab.rewards.prepare import learned_reward
 from polm_lab.training.chain import create, execute, stage
+from polm_lab.training.evaluate import against
 from polm_lab.data.load import load_data
 from polm_lab.core.knobs import WrongInput
 from polm_lab.models.logprobs import Policy
@@ -192,7 +197,8 @@ def test_stopped_and_resumed_is_uninterrupted(run, value):
 
 
 def test_a_reward_model_is_trained_first_where_it_is_asked_for(monkeypatch):
-    monkeypatch.setattr(ppo, "chain", lambda run, label, name, **values: stage(run, label, name, **values | dict(steps=2, eval_rows=4)))
+    short = lambda run, label, name, **values: stage(run, label, name, **values | dict(steps=2, eval_rows=4))
+    monkeypatch.setattr("polm_lab.rewards.prepare.chain", short)
     found = lab.run("ppo", **SHORT | dict(rewards="learned:0.5,length:0.1", data="chat", steps=2, max_new_tokens=16))
     row, judge = found.lines()[0], found.record["parents"][-1]
     assert {"reward/model", "reward/length", "reward/gold"} <= set(row) and row["reward"] == pytest.approx(0.5 * row["reward/model"] + 0.1 * row["reward/length"], abs=1e-5)
@@ -216,13 +222,40 @@ def test_what_is_refused(change, words):
 
 
 def test_details_are_read_as_they_are_listed():
-    assert parse_details("") == {} and parse_details(" entropy , clip_value:0.5 ") == {"entropy": DETAILS["entropy"][0], "clip_value": 0.5} and parse_details("explore:-2") == {"explore": -2.0}
-    assert parse_value("shared:0.1") == ("shared", 0.1) and parse_value("some/run") == ("some/run", 0.5) and table([[1, 2], [3]]).tolist() == [[1, 2], [3, 0]]
+    read = lambda text: DETAILS.values(text, "details")
+    assert read("") == {} and read("explore:-2") == {"explore": -2.0}
+    assert read(" entropy , clip_value:0.5 ") == {"entropy": 0.01, "clip_value": 0.5}
+    assert CRITIC.values("shared:0.1", "value") == dict(kind="shared", weight=0.1)
+    assert CRITIC.values("some/run", "value") == dict(kind="some/run", weight=0.5)
+    assert table([[1, 2], [3]]).tolist() == [[1, 2], [3, 0]]
     assert learned_reward(PPO(rewards="correct,length:0.2"), None, True) == "correct,length:0.2"
 
 
-def test_the_widgets_function_takes_many_tokens():
-    shown = what_if(", ".join(["0.5"] * 100), 1.0, 0.99, 0.95, 0.2)
-    assert len(shown["advantages"]) == 100 and shown["advantages"][-1] == 0.5
+def test_the_win_rate_is_of_the_policys_answers_over_those_of_the_base():
+    class Frame:
+        "An evaluation whose answers score by their letter; the last answers are there already."
+
+        policy, rolled = "ours", SimpleNamespace(texts=["b", "b", "c", "b"])
+
+        def sample(self):
+            return SimpleNamespace(texts=["a", "a", "d", "b"] if self.policy == "base" else None)
+
+        def scores(self, texts):
+            return [ord(text) for text in texts]
+
+    frame = Frame()
+    assert against(frame, "base") == (2 + 0.5) / 4 and frame.policy == "ours"
+
+
+def test_the_what_if_cell_takes_many_tokens():
+    path = Path(__file__).parent.parent / "nbs" / "alignment" / "ppo.ipynb"
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    [source] = ["".join(c["source"]) for c in cells if "skip-execution" in c["metadata"].get("tags", [])]
+    names = dict(vars(ppo))
+    exec(source, names)
+    names["draw"](", ".join(["0.5"] * 100), 1.0, 0.99, 0.95, 0.2)
+    value, advantage, good, bad = names["figure"].data
+    assert len(value.y) == len(advantage.y) == 100 and advantage.y[-1] == 0.5
+    assert max(good.y) == pytest.approx(1.2) and min(bad.y) == -2
     with pytest.raises(WrongInput, match="expected numbers"):
-        what_if("a, b", 1.0, 1.0, 0.9, 0.2)
+        names["draw"]("a, b", 1.0, 1.0, 0.9, 0.2)

@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from polm_lab.alignment.ppo import DETAILS, PPO, parse_details
-from polm_lab.core.knobs import OFF, Settings, WrongInput, compose, knobs, make_settings, part_knobs
-from polm_lab.core.knobs import part_named, value_named
+from polm_lab.alignment.ppo import CRITIC, DETAILS, PPO
+from polm_lab.core.knobs import OFF, Listed, Part, Settings, WrongInput, compose, knobs
+from polm_lab.core.knobs import make_settings, part_knobs, part_named, value_named
 from polm_lab.core.method import find, methods
 from polm_lab.efficiency.prune import Prune
 from polm_lab.models.attach import parse_adapter
@@ -30,12 +30,17 @@ def written(cls, name: str, text: str, part: str, value) -> str:
     return getattr(make_settings(cls, {name: text, f"{name}.{part}": value}), name)
 
 
+def details_of(text: str) -> dict:
+    "What PPO reads in the knob `details`."
+    return DETAILS.values(text, "details")
+
+
 # Declared -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_parts_are_declared_with_type_range_and_meaning():
     details = parts_of(PPO, "details")
-    assert list(details) == list(DETAILS)
+    assert list(details) == list(DETAILS.parts)
     assert {k.type for k in details.values()} == {bool, float} and details["normalize"].type is bool
     assert details["clip_value"].default == 0.2 and details["entropy"].default == OFF
     assert details["normalize"].default is True and details["whiten_rewards"].default is False
@@ -51,7 +56,7 @@ def test_the_parts_are_declared_with_type_range_and_meaning():
 def test_strings_are_kept_and_parse_as_before():
     for text in ("", "clip_value", " normalize , clip_value:0.30", "explore:-2", "normalize:0"):
         assert make_settings(PPO, dict(details=text)).details == text
-        parse_details(text)
+        details_of(text)
     for text in ("correct", "correct:1.0,format:0.2", "a.py:nan,model:runs/x:0.5"):
         assert make_settings(GRPO, dict(rewards=text)).rewards == text
     assert [f.name for f in dataclasses.fields(PPO) if "." in f.name] == []
@@ -76,7 +81,7 @@ def test_strings_are_kept_and_parse_as_before():
 )
 def test_details_are_written(text, part, value, found):
     assert written(PPO, "details", text, part, value) == found
-    parse_details(found)
+    details_of(found)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +131,81 @@ def test_the_rule_of_an_allocation_is_a_word():
     assert written(Prune, "allocation", "0.4,0.5", "rule", "outliers") == "outliers"
 
 
+@pytest.mark.parametrize(
+    "text, part, value, found",
+    [
+        ("shared:0.1", "weight", 0.5, "shared:0.5"),
+        ("shared:0.1", "weight", 2, "shared:2"),
+        ("shared:0.10", "weight", 0.1, "shared:0.10"),  # as it was
+        ("own", "weight", 0.5, "own"),  # as it was: 0.5 is what it means
+        ("own", "weight", "0", "own:0"),
+        ("shared:0.1", "kind", "own", "own:0.1"),
+        ("shared", "kind", "own", "own:0.5"),
+        ("shared:0.1", "kind", "runs/a", "runs/a:0.1"),
+        ("shared:0.1", "kind", "runs/a:b", "runs/a:b:0.1"),
+        ("runs/a:b:0.1", "weight", 1e-5, "runs/a:b:1e-05"),
+        ("C:/runs/a", "weight", 0.3, "C:/runs/a:0.3"),
+        ("runs/a:b:0.1", "kind", "shared", "shared:0.1"),
+    ],
+)
+def test_a_critic_and_its_weight_are_written(text, part, value, found):
+    "The word and the number, each kept while the other changes; a path with a colon survives."
+    made = written(PPO, "value", text, part, value)
+    assert made == found
+    read = CRITIC.values(made, "value")
+    assert read[part] == (float(value) if part == "weight" else value)
+    for name, part_of in CRITIC.parts.items():
+        assert CRITIC.read(made, part_of) == read[name]
+        if name != part:
+            assert CRITIC.read(text, part_of) == read[name]
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("", "value = '': expected own, shared or a run of reward, with the weight of its loss if wanted, such as own:0.5"),
+        (" :0.5", "value = ' :0.5': expected own, shared or a run of reward"),
+        ("own:x", "value = 'own:x': weight: found 'x'; expected a number from 0 up, such as 0.5"),
+        ("own:", "value = 'own:': weight: found ''; expected a number from 0 up, such as 0.5"),
+        ("own:-1", "value = 'own:-1': weight: found '-1'; expected a number from 0 up"),
+        ("own:inf", "value = 'own:inf': weight: found 'inf'; expected a number from 0 up"),
+        ("C:/runs/a", "value = 'C:/runs/a': weight: found '/runs/a'; expected a number from 0 up"),
+    ],
+)  # fmt: skip
+def test_a_wrong_critic_is_refused_as_a_whole(text, found):
+    with pytest.raises(WrongInput) as wrong:
+        CRITIC.values(text, "value")
+    assert str(wrong.value).startswith(found) and "\n" not in str(wrong.value)
+
+
+LIST = Listed(
+    Part("on", bool, True, "a switch"),
+    Part("low", float, 2.0, "a number", low=1),
+    Part("both", float, 0.5, "a number", low=0, high=1),
+    Part("high", float, 0.5, "a number", high=1),
+    Part("free", float, 0.5, "a number"),
+)
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("lov", "unknown 'lov'; did you mean 'low'? known: both, free, high, low, on"),
+        ("on,low:0", "low: found '0'; expected a number from 1 up, such as 2"),
+        ("both:1.5", "both: found '1.5'; expected a number from 0 to 1, such as 0.5"),
+        ("high:2", "high: found '2'; expected a number to 1, such as 0.5"),
+        ("free:nan", "free: found 'nan'; expected a number, such as 0.5"),
+        ("on:off", "on: found 'off'; expected a number, such as 1"),
+        ("low:1:2", "low: found '1:2'; expected a number from 1 up"),
+    ],
+)
+def test_all_values_of_a_list_are_checked(text, found):
+    assert LIST.values(" on, low:1,, both:1,high:-9 ,free", "list") == dict(on=True, low=1, both=1, high=-9, free=0.5)
+    with pytest.raises(WrongInput) as wrong:
+        LIST.values(text, "list")
+    assert str(wrong.value).startswith(f"list = {text!r}: {found}") and "\n" not in str(wrong.value)
+
+
 def test_what_is_written_is_read_again():
     "For any details: the numbers come back as they were written, and the others stay."
     draw = random.Random(0)
@@ -137,8 +217,8 @@ def test_what_is_written_is_read_again():
             switch = details[name].type is bool
             wanted[name] = draw.choice([True, False] if switch else [OFF, draw.random() * 10 ** draw.randint(-6, 2)])
             text = written(PPO, "details", text, name, wanted[name])
-        found = parse_details(text)
-        for name, value in parse_details(PPO().details).items():
+        found = details_of(text)
+        for name, value in details_of(PPO().details).items():
             assert name in wanted or found[name] == value
         for name, value in wanted.items():
             assert value_named(PPO, dict(details=text), f"details.{name}") == value
@@ -165,6 +245,10 @@ def test_what_is_written_is_read_again():
         (GRPO, {"rewards.format": float("nan")}, "rewards.format = nan: expected a number"),
         (GRPO, {"adapter.r": 8}, "adapter = 'none': r = 8: none has no settings; expected another kind"),
         (GRPO, {"adapter": "lora", "adapter.r": 2.5}, "adapter.r = 2.5: expected a whole number ≥ 1"),
+        (PPO, {"value.weight": -1}, "value.weight = -1: expected a number ≥ 0 (weight of its loss)"),
+        (PPO, {"value.weight": "off"}, "value.weight = 'off': expected a number ≥ 0"),
+        (PPO, {"value.wieght": 1}, "value.wieght: value has no part 'wieght': did you mean 'weight'?"),
+        (PPO, {"value.kind": 1}, "value.kind = 1: expected text (own, shared or a run of reward)"),
         (Prune, {"allocation.rule": "even"}, "allocation.rule = 'even': expected one of uniform, outliers"),
         (Prune, {"allocation.rule": "own"}, "allocation = 'uniform': rule = 'own': expected the text itself"),
     ],
@@ -209,6 +293,23 @@ def test_the_form_shows_the_parts_and_they_write_the_string():
     assert form.values == {} and clip.value == 0.2
 
 
+def test_the_form_shows_the_critic_and_a_slider_of_its_weight():
+    form = Form("ppo")
+    fields = form.parts["value"].fields
+    kind, weight = fields["value.kind"], fields["value.weight"]
+    assert (kind.value, weight.value) == ("shared", 0.1)
+    weight.slider.value = 0.4
+    assert form.values == dict(value="shared:0.4")
+    kind.control.value = "runs/a:b"
+    assert form.values == dict(value="runs/a:b:0.4") and form.settings().value == "runs/a:b:0.4"
+    weight.control.value = "-1"
+    assert form.problem.startswith("value.weight = '-1'") and form.values == dict(value="runs/a:b:0.4")
+    form.fields["value"].control.value = "own"
+    assert (kind.value, weight.value) == ("own", 0.5) and not form.problem
+    form.fields["value"].undo.click()
+    assert form.values == {} and weight.value == 0.1
+
+
 def test_a_part_that_needs_another_says_so_in_the_form():
     form = Form("grpo")
     rank = form.parts["adapter"].fields["adapter.r"]
@@ -238,6 +339,16 @@ def test_a_sweep_varies_parts():
         ("", "correct,format:0.2"),
     ]
     json.dumps(asked)
+
+
+def test_a_sweep_varies_the_critic_and_its_weight():
+    grid = {"value.weight": "0.1,0.5", "value.kind": "own,shared"}
+    name, asked, points = sweep.plan("ppo", grid, metric="reward")
+    assert asked["space"] == {"value.weight": [0.1, 0.5], "value.kind": ["own", "shared"]}
+    made = [launch.check(name, asked["fixed"] | point)[1].value for point in points]
+    assert sorted(made) == ["own:0.1", "own:0.5", "shared:0.1", "shared:0.5"]
+    _, asked, points = sweep.plan("ppo", {"value.weight": "0.05..1"}, metric="reward", search="random", trials=3)
+    assert all(0.05 <= p["value.weight"] <= 1 for p in points)
 
 
 def test_a_sweep_searches_a_part_in_a_range():

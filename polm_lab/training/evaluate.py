@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NUMBER', 'GROUPED', 'AMOUNT', 'quiet', 'sequence_logps', 'learned_tokens', 'mean_nll', 'perplexity', 'pass_at_k',
            'last_number', 'plain_words', 'matches', 'scorer', 'other_worlds', 'worlds_of', 'as_example', 'examples_of',
-           'mean_kl', 'win_rate', 'latency_ms', 'cost', 'with_rows', 'Evaluation', 'lm_eval', 'result_of']
+           'mean_kl', 'win_rate', 'latency_ms', 'cost', 'with_rows', 'Evaluation', 'against', 'lm_eval', 'result_of']
 
 # %% ../../nbs/training/evaluate.ipynb #927b28e2
 import json
@@ -231,6 +231,10 @@ class Evaluation:
             temperature=self.temperature, seeds=self.seed,
         )  # fmt: skip
 
+    def scores(self, texts: list[str]) -> list[float]:
+        "The scores of completions of the held-out prompts, in the order of `sample`."
+        return [self.score(self.rows[i // self.samples], text) for i, text in enumerate(texts)]
+
     def __call__(self) -> dict[str, float]:
         pad, found, seen = self.tokenizer.pad_token_id, {}, {}
         if self.examples:
@@ -238,7 +242,7 @@ class Evaluation:
         if self.prompts:
             rolled = self.rolled = self.sample()  # kept for whoever scores the same samples in another way
             if self.score:
-                scores = [self.score(self.rows[i // self.samples], text) for i, text in enumerate(rolled.texts)]
+                scores = self.scores(rolled.texts)
                 found["accuracy"] = sum(scores) / len(scores)
                 if self.samples > 1:
                     right = [sum(s == 1.0 for s in scores[i : i + self.samples]) for i in range(0, len(scores), self.samples)]
@@ -258,6 +262,17 @@ class Evaluation:
             found["forgetting"] = sum(rises) / len(rises)
             seen["forgetting"] = sum(map(len, self.others.values()))
         return with_rows(found, len(self.examples or self.prompts), seen)
+
+
+def against(evaluation: Evaluation, base: Policy) -> float:
+    """Win rate of the policy's last answers to the held-out prompts over those of `base`.
+
+    The answers of `base` are sampled here, from the same random numbers.
+    """
+    policy, evaluation.policy = evaluation.policy, base
+    texts = evaluation.sample().texts
+    evaluation.policy = policy
+    return win_rate(evaluation.scores(evaluation.rolled.texts), evaluation.scores(texts))
 
 # %% ../../nbs/training/evaluate.ipynb #cb327b73
 def lm_eval(model, tokenizer, tasks: list[str], limit: int | None = None, **options) -> dict[str, float]:

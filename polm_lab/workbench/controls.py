@@ -32,7 +32,7 @@ def _slider(knob: Knob):
     "(slider, value to position, position to value) for a number with a range, else None."
     low, high, default = knob.low, knob.high, knob.default
     if default == OFF:  # of a part: the slider begins where the string would name it
-        default = knob.part.given
+        default = knob.part.default
     whole = (lambda v: int(round(v))) if knob.type is int else (lambda v: float(f"{v:.4g}"))
     facts = dict(readout=False, layout=widgets.Layout(width="130px"), tooltip=f"{knob.name}: slide to change")
     if knob.log and default > 0:
