@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PLOTLY', 'FONT', 'FIGURE', 'FENCE', 'WIDGET', 'ANSI', 'MENTION', 'RUN', 'ASIDE', 'read_bib', 'cited', 'outside',
-           'with_citations', 'figure_html', 'clean_outputs', 'markdown', 'reference', 'table', 'in_the_survey',
-           'knob_table', 'filtered', 'which', 'foot_of', 'filter_stream', 'is_aside', 'before_and_after', 'shown',
-           'first_paragraph', 'result_first']
+           'with_citations', 'figure_html', 'raw_html', 'clean_outputs', 'markdown', 'reference', 'table',
+           'in_the_survey', 'knob_table', 'filtered', 'which', 'foot_of', 'filter_stream', 'is_aside',
+           'before_and_after', 'shown', 'first_paragraph', 'result_first']
 
 # %% ../../nbs/site/filter.ipynb #97a8a42b
 import ast
@@ -17,6 +17,7 @@ import subprocess
 from pathlib import Path
 
 from ..core.knobs import WrongInput
+from .diagrams import with_diagrams
 from .pages import facts, project
 
 # %% ../../nbs/site/filter.ipynb #8bafc28e
@@ -103,6 +104,11 @@ def figure_html(stored: dict, up: str) -> str:
     )
 
 
+def raw_html(text: str) -> str:
+    "Return HTML as markdown that passes it on."
+    return f"{FENCE}{{=html}}\n{text}\n{FENCE}"
+
+
 def clean_outputs(outputs: list[dict], up: str) -> list[dict]:
     "The outputs of a cell as the page shows them; `up` leads from the page to the root of the site."
     kept = []
@@ -118,7 +124,7 @@ def clean_outputs(outputs: list[dict], up: str) -> list[dict]:
             text = figure_html(data.pop(FIGURE), up)
             data.pop("image/png", None)
         if text:
-            data["text/markdown"] = f"{FENCE}{{=html}}\n{text}\n{FENCE}"
+            data["text/markdown"] = raw_html(text)
         for place in (new, data):
             for name in ("text", "text/plain"):
                 if name in place:
@@ -193,7 +199,8 @@ def filtered(notebook: dict, page: str, found: dict, bib: dict, foot: str = "") 
     rest = first[title.end() + (summary.end() if summary else 0) :].strip()
     front = f"---\n{yaml.safe_dump(head, allow_unicode=True, sort_keys=False, width=1000)}---\n"
     cells = [{"cell_type": "raw", "metadata": {}, "source": front.splitlines(keepends=True)}]
-    cells += [markdown(with_citations(rest, name, bib))] if rest else []
+    rest = with_diagrams(with_citations(rest, name, bib), raw_html)
+    cells += [markdown(rest)] if rest else []
     section = ""
     for cell in new["cells"][1:]:
         text = "".join(cell["source"])
@@ -211,7 +218,7 @@ def filtered(notebook: dict, page: str, found: dict, bib: dict, foot: str = "") 
             cell["outputs"] = clean_outputs(cell["outputs"], up)
         else:
             section = text if text.startswith("## ") else section
-            text = with_citations(text, name, bib)
+            text = with_diagrams(with_citations(text, name, bib), raw_html)
         cell["source"] = text.splitlines(keepends=True)
         cells.append(cell)
     record = found["methods"].get(page)
