@@ -25,6 +25,7 @@ _HOME = {
     "resume_sweep": "runner.sweep",
     "results": "runner.sweep",
     "claims": "runner.launch",
+    "seed_table": "runner.seeds",
     "methods": ("runner.launch", "method_table"),
     "datasets": ("data.load", "datasets_table"),
     "atlas": "site.atlas",

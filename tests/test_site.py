@@ -204,9 +204,30 @@ def test_figures_are_alive_with_what_the_site_has(tmp_path):
     assert not asked and not errors
 
 
-def test_code_of_the_workbench_is_folded_and_that_of_methods_is_open():
-    folded = lambda page: [c for c in MADE[ROOT / page]["cells"] if "code-fold: true" in "".join(c["source"])]  # noqa: E731
-    assert folded("nbs/site/atlas.ipynb") and not folded("nbs/alignment/dpo.ipynb")
+def folded(page: str) -> list[str]:
+    "The sources of the folded cells of a page."
+    sources = ["".join(c["source"]) for c in MADE[ROOT / page]["cells"]]
+    return [text for text in sources if text.startswith("#| code-fold: true")]
+
+
+def test_code_of_the_workbench_imports_and_proofs_are_folded_and_methods_are_open():
+    assert len(folded("nbs/site/atlas.ipynb")) > 5
+    hidden = "\n".join(folded("nbs/alignment/dpo.ipynb"))
+    assert "import torch" in hidden and "def trl_loss" in hidden
+    assert "def dpo_loss" not in hidden and "def dpo(" not in hidden and "lab.run" not in hidden
+
+
+@pytest.mark.parametrize("page", sorted(FOUND["methods"]))
+def test_a_methods_result_comes_first(page):
+    cells = MADE[ROOT / "nbs" / page]["cells"]
+    sources = ["".join(c["source"]) for c in cells]
+    result = next(i for i, text in enumerate(sources) if text.startswith("## The result"))
+    heads = [text for text in sources[:result] if text.startswith("## ")]
+    code = [c for c in cells[:result] if c["cell_type"] == "code"]
+    assert not heads and len(code) <= 3  # nothing but imports and settings before it
+    shown = sources[result]
+    assert "plotly-figure" in shown and ("<table" in shown or "| metric |" in shown)
+    assert "(#run)" in shown and any("{#run}" in text for text in sources[result + 1 :])
 
 
 # ---- every check can fail
