@@ -10,16 +10,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import polm_lab as lab
-from polm_lab.core.knobs import WrongInput
+from polm_lab.core.knobs import WrongInput, knobs
 from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.models.sources import model_path
 from polm_lab.models.save import save_model
 from polm_lab.models.weights import Weights
 from polm_lab.integration import fuse as page
 from polm_lab.integration.fuse import ensemble, fisher_information, fisher_mean, greedy_soup, input_grams, merged_state, regmean
-from polm_lab.integration.merge import TECHNIQUES, examine, merge_models, weight_rules
+from polm_lab.integration.merge import merge_models
+from polm_lab.integration.merging.experts import examine
+from polm_lab.integration.merging.techniques import TECHNIQUES
 from polm_lab.integration.merging.vectors import Trim, dare, della, della_density, disjoint_mean, kth_largest, linear, metagpt_weights, slerp, ties, trim
 from polm_lab.integration.merging.vocabulary import vocabulary
+from polm_lab.integration.merging.weighting import weight_rules
 
 
 @pytest.fixture(scope="module")
@@ -384,7 +387,7 @@ def test_a_stopped_merge_leaves_no_model(models, runs):
 SLOW = """
 import sys, time
 from polm_lab.training.chain import create, execute
-from polm_lab.integration import merge as page
+from polm_lab.integration.merging import techniques as page
 plain = page.add_up
 def slow(*words):
     print("block", flush=True); time.sleep(0.1)
@@ -456,6 +459,9 @@ def test_fusing_refuses_what_merging_refuses(models, runs, tmp_path):
 
 
 def test_every_technique_is_described_and_rules_are_read():
-    assert set(TECHNIQUES) == {"linear", "slerp", "task_arithmetic", "metagpt", "ties", "dare", "dare_ties", "della"} and callable(examine) and callable(save_model)
+    known = {"linear", "slerp", "task_arithmetic", "metagpt", "ties", "dare", "dare_ties", "della"}
+    assert set(TECHNIQUES) == known and callable(examine) and callable(save_model)
+    assert all(how.meaning for how in TECHNIQUES.values())
+    assert set(page.TECHNIQUES) == set(next(k for k in knobs(page.Fuse) if k.name == "technique").choices)
     rule = weight_rules("2,1; up_proj=0,1;", 2)
     assert rule("x.up_proj.weight") == [0, 1] and rule("x") == [2, 1] and weight_rules("", 3)("x") == [1, 1, 1]
