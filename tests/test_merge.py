@@ -14,13 +14,14 @@ from polm_lab.core.knobs import WrongInput, knobs
 from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.models.sources import model_path
 from polm_lab.models.save import save_model
+from polm_lab.models.transform import each_block
 from polm_lab.models.weights import Weights
 from polm_lab.integration import fuse as page
 from polm_lab.integration.fuse import ensemble, fisher_information, fisher_mean, greedy_soup, input_grams, merged_state, regmean
 from polm_lab.integration.merge import merge_models
 from polm_lab.integration.merging.experts import examine
-from polm_lab.integration.merging.techniques import TECHNIQUES
-from polm_lab.integration.merging.vectors import Trim, dare, della, della_density, disjoint_mean, kth_largest, linear, metagpt_weights, slerp, ties, trim
+from polm_lab.integration.merging.techniques import TECHNIQUES, Merging
+from polm_lab.integration.merging.vectors import Trim, add_up, dare, della, della_density, disjoint_mean, kth_largest, linear, metagpt_weights, slerp, ties, trim
 from polm_lab.integration.merging.vocabulary import vocabulary
 from polm_lab.integration.merging.weighting import weight_rules
 
@@ -184,6 +185,27 @@ def test_random_drops_depend_on_the_seed_alone(models, tmp_path, technique):
     start = values(model_path("tiny"))["model.layers.2.mlp.up_proj.weight"]
     moved = (values(one)["model.layers.2.mlp.up_proj.weight"] != start).float().mean()
     assert abs(moved - (1 - 0.8**2)) < 0.01  # kept in one tune or the other
+
+
+DROPS = {"dare": add_up, "dare_ties": disjoint_mean, "della": disjoint_mean}
+
+
+def test_what_is_dropped_is_added_up_or_elected(models):
+    opened = tuple(Weights(spec) for spec in ("tiny", *pair(models)))
+    knobs_of_all = dict(models=opened, lam=0.5, density=0.4, epsilon=0.3, seed=3)
+    name = "model.layers.2.mlp.up_proj.weight"
+    for block in each_block(list(opened), name):
+        start, *tunes = block.parts()
+        deltas = [tune - start for tune in tunes]
+        for technique, together in DROPS.items():
+            at = Merging(technique, lambda _: [2.0, 1.0], **knobs_of_all)
+            drawn = zip(deltas, at.draws(block))
+            if technique == "della":
+                sparse = [della(delta, 0.4, 0.3, draw) for delta, draw in drawn]
+            else:
+                sparse = [dare(delta, 0.4, draw) for delta, draw in drawn]
+            made = TECHNIQUES[technique].make(at, name)(block)
+            assert torch.equal(made, start + 0.5 * together(sparse, [2.0, 1.0])), technique
 
 
 def test_full_density_drops_nothing(models, tmp_path):
