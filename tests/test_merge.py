@@ -21,7 +21,9 @@ from polm_lab.integration.fuse import ensemble, fisher_information, fisher_mean,
 from polm_lab.integration.merge import merge_models
 from polm_lab.integration.merging.experts import examine
 from polm_lab.integration.merging.techniques import TECHNIQUES, Merging
-from polm_lab.integration.merging.vectors import Trim, add_up, dare, della, della_density, disjoint_mean, kth_largest, linear, metagpt_weights, slerp, ties, trim
+from polm_lab.integration.merging.vectors import Trim, add_up, dare, della, della_density
+from polm_lab.integration.merging.vectors import disjoint_mean, kth_largest, linear
+from polm_lab.integration.merging.vectors import metagpt_weights, slerp, ties, trim
 from polm_lab.integration.merging.vocabulary import vocabulary
 from polm_lab.integration.merging.weighting import weight_rules
 
@@ -484,6 +486,7 @@ def test_every_technique_is_described_and_rules_are_read():
     known = {"linear", "slerp", "task_arithmetic", "metagpt", "ties", "dare", "dare_ties", "della"}
     assert set(TECHNIQUES) == known and callable(examine) and callable(save_model)
     assert all(how.meaning for how in TECHNIQUES.values())
-    assert set(page.TECHNIQUES) == set(next(k for k in knobs(page.Fuse) if k.name == "technique").choices)
+    choices = {k.name: k.choices for k in knobs(page.Fuse)}
+    assert set(page.TECHNIQUES) == set(choices["technique"])
     rule = weight_rules("2,1; up_proj=0,1;", 2)
     assert rule("x.up_proj.weight") == [0, 1] and rule("x") == [2, 1] and weight_rules("", 3)("x") == [1, 1, 1]
