@@ -117,17 +117,6 @@ def test_settings_of_an_adapter_are_written(text, part, value, found):
     parse_adapter(found)
 
 
-def test_the_kind_of_an_adapter_comes_before_its_settings():
-    made = make_settings(Settings, {"adapter.r": 4, "adapter.kind": "lora"})
-    assert parse_adapter(made.adapter) == ("lora", dict(r=4))
-
-
-def test_the_rule_of_an_allocation_is_a_word():
-    assert written(Prune, "allocation", "uniform", "rule", "hessian") == "hessian"
-    assert written(Prune, "allocation", "0.4,0.5", "rule", "own") == "0.4,0.5"
-    assert written(Prune, "allocation", "0.4,0.5", "rule", "outliers") == "outliers"
-
-
 RULES = r"0.7,0.3; layers\.[01]\.=1,0"
 
 
@@ -168,6 +157,17 @@ def test_weights_of_tunes_are_parts_with_a_place():
         rule = weight_rules(text, 2)
         assert rule("model.norm.weight") == pair and rule("model.layers.1.mlp") == [1, 0]
         assert [value_named(Merge, dict(weights=text), name) for name in values] == pair
+
+
+def test_the_kind_of_an_adapter_comes_before_its_settings():
+    made = make_settings(Settings, {"adapter.r": 4, "adapter.kind": "lora"})
+    assert parse_adapter(made.adapter) == ("lora", dict(r=4))
+
+
+def test_the_rule_of_an_allocation_is_a_word():
+    assert written(Prune, "allocation", "uniform", "rule", "hessian") == "hessian"
+    assert written(Prune, "allocation", "0.4,0.5", "rule", "own") == "0.4,0.5"
+    assert written(Prune, "allocation", "0.4,0.5", "rule", "outliers") == "outliers"
 
 
 def test_what_is_written_is_read_again():
