@@ -197,6 +197,11 @@ def test_what_is_written_is_read_again():
 @pytest.mark.parametrize(
     "cls, values, found",
     [
+        (Merge, {"weights.1": 0.5}, "weights: '0.5' has 1 weights; expected 2 finite numbers"),
+        (Merge, {"weights.2": 20}, "weights.2 = 20: expected a number ≥ -10 and ≤ 10, or off"),
+        (Merge, {"weights": "1,2", "weights.1": OFF}, "weights = '1,2': 1 = 'off': weight 2 follows"),
+        (Merge, {"weights.5": 1}, "weights.5: weights has no part '5': known: 1, 2, 3, 4"),
+        (Merge, {"weights": "(=1,1"}, "weights: '(=1,1': missing )"),
         (PPO, {"details.clip_value": -1}, "details.clip_value = -1: expected a number ≥ 0, or off (in its loss,"),
         (PPO, {"details.clip_value": "much"}, "details.clip_value = 'much': expected a number ≥ 0, or off"),
         (PPO, {"details.normalize": 0.5}, "details.normalize = 0.5: expected on or off"),
@@ -209,11 +214,6 @@ def test_what_is_written_is_read_again():
         (GRPO, {"rewards.format": float("nan")}, "rewards.format = nan: expected a number"),
         (GRPO, {"adapter.r": 8}, "adapter = 'none': r = 8: none has no settings; expected another kind"),
         (GRPO, {"adapter": "lora", "adapter.r": 2.5}, "adapter.r = 2.5: expected a whole number ≥ 1"),
-        (Merge, {"weights.1": 0.5}, "weights: '0.5' has 1 weights; expected 2 finite numbers"),
-        (Merge, {"weights.2": 20}, "weights.2 = 20: expected a number ≥ -10 and ≤ 10, or off"),
-        (Merge, {"weights": "1,2", "weights.1": OFF}, "weights = '1,2': 1 = 'off': weight 2 follows"),
-        (Merge, {"weights.5": 1}, "weights.5: weights has no part '5': known: 1, 2, 3, 4"),
-        (Merge, {"weights": "(=1,1"}, "weights: '(=1,1': missing )"),
         (Prune, {"allocation.rule": "even"}, "allocation.rule = 'even': expected one of uniform, outliers"),
         (Prune, {"allocation.rule": "own"}, "allocation = 'uniform': rule = 'own': expected the text itself"),
     ],
