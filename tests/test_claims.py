@@ -19,6 +19,7 @@ from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.models.save import save_model
 from polm_lab.data.tasks import WORLDS
 from polm_lab.integration import fuse as fusing
+from polm_lab.integration.merging.experts import asked, rows_apart
 from polm_lab.reasoning.refine.asking import Ask, Said, Trace, read_traces
 from polm_lab.reasoning.refine.forms import CodeWords
 from polm_lab.reasoning.refine.rounds import forget, refine, satisfied
@@ -54,10 +55,10 @@ def runs(tmp_path, monkeypatch):
 
 
 def test_rows_to_choose_on_are_held_out_and_not_those_of_the_report():
-    reported = {fusing.asked(row) for row in load_data("sums", "completion", "test")[:32]}
-    trained = {fusing.asked(row) for row in load_data("sums", "completion")}
-    held_out = [fusing.asked(row) for row in load_data("sums", "completion", "test")]
-    found = [fusing.asked(row) for row in fusing.rows_apart("sums", "completion", ["sums", "chat"], 32, 48)]
+    reported = {asked(row) for row in load_data("sums", "completion", "test")[:32]}
+    trained = {asked(row) for row in load_data("sums", "completion")}
+    held_out = [asked(row) for row in load_data("sums", "completion", "test")]
+    found = [asked(row) for row in rows_apart("sums", "completion", ["sums", "chat"], 32, 48)]
     assert len(found) == 48 and set(found) <= set(held_out)
     assert not set(found) & reported and not set(found) & trained
     assert found == [words for words in held_out if words not in reported][:48]
@@ -71,7 +72,7 @@ def test_the_greedy_soup_is_chosen_on_held_out_rows(tunes, runs, monkeypatch):
     run = lab.run("fuse", models=",".join(tunes), tasks="sums", data="sums,sums", rows=4, examples=6, technique="greedy")
     assert run.status == "finished" and run.read()["chosen"]
     words = load_tokenizer("tiny")
-    rows = fusing.rows_apart("sums", "completion", ["sums"], 4, 6)
+    rows = rows_apart("sums", "completion", ["sums"], 4, 6)
     wanted = [encode(words, row, "completion", 256)["input_ids"] for row in rows]
     assert [example["input_ids"] for example in read[0]] == wanted and read[0] == read[1]
     reported = [encode(words, row, "completion", 256)["input_ids"] for row in load_data("sums", "completion", "test")[:4]]

@@ -10,16 +10,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import polm_lab as lab
-from polm_lab.core.knobs import WrongInput
+from polm_lab.core.knobs import WrongInput, knobs
 from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.models.sources import model_path
 from polm_lab.models.save import save_model
+from polm_lab.models.transform import each_block
 from polm_lab.models.weights import Weights
 from polm_lab.integration import fuse as page
 from polm_lab.integration.fuse import ensemble, fisher_information, fisher_mean, greedy_soup, input_grams, merged_state, regmean
-from polm_lab.integration.merge import TECHNIQUES, examine, merge_models, weight_rules
-from polm_lab.integration.merging.vectors import Trim, dare, della, della_density, disjoint_mean, kth_largest, linear, metagpt_weights, slerp, ties, trim
+from polm_lab.integration.merge import merge_models
+from polm_lab.integration.merging.experts import examine
+from polm_lab.integration.merging.techniques import TECHNIQUES, Merging
+from polm_lab.integration.merging.vectors import Trim, add_up, dare, della, della_density
+from polm_lab.integration.merging.vectors import disjoint_mean, kth_largest, linear
+from polm_lab.integration.merging.vectors import metagpt_weights, slerp, ties, trim
 from polm_lab.integration.merging.vocabulary import vocabulary
+from polm_lab.integration.merging.weighting import weight_rules
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +187,27 @@ def test_random_drops_depend_on_the_seed_alone(models, tmp_path, technique):
     start = values(model_path("tiny"))["model.layers.2.mlp.up_proj.weight"]
     moved = (values(one)["model.layers.2.mlp.up_proj.weight"] != start).float().mean()
     assert abs(moved - (1 - 0.8**2)) < 0.01  # kept in one tune or the other
+
+
+DROPS = {"dare": add_up, "dare_ties": disjoint_mean, "della": disjoint_mean}
+
+
+def test_what_is_dropped_is_added_up_or_elected(models):
+    opened = tuple(Weights(spec) for spec in ("tiny", *pair(models)))
+    knobs_of_all = dict(models=opened, lam=0.5, density=0.4, epsilon=0.3, seed=3)
+    name = "model.layers.2.mlp.up_proj.weight"
+    for block in each_block(list(opened), name):
+        start, *tunes = block.parts()
+        deltas = [tune - start for tune in tunes]
+        for technique, together in DROPS.items():
+            at = Merging(technique, lambda _: [2.0, 1.0], **knobs_of_all)
+            drawn = zip(deltas, at.draws(block))
+            if technique == "della":
+                sparse = [della(delta, 0.4, 0.3, draw) for delta, draw in drawn]
+            else:
+                sparse = [dare(delta, 0.4, draw) for delta, draw in drawn]
+            made = TECHNIQUES[technique].make(at, name)(block)
+            assert torch.equal(made, start + 0.5 * together(sparse, [2.0, 1.0])), technique
 
 
 def test_full_density_drops_nothing(models, tmp_path):
@@ -384,7 +411,7 @@ def test_a_stopped_merge_leaves_no_model(models, runs):
 SLOW = """
 import sys, time
 from polm_lab.training.chain import create, execute
-from polm_lab.integration import merge as page
+from polm_lab.integration.merging import techniques as page
 plain = page.add_up
 def slow(*words):
     print("block", flush=True); time.sleep(0.1)
@@ -456,6 +483,10 @@ def test_fusing_refuses_what_merging_refuses(models, runs, tmp_path):
 
 
 def test_every_technique_is_described_and_rules_are_read():
-    assert set(TECHNIQUES) == {"linear", "slerp", "task_arithmetic", "metagpt", "ties", "dare", "dare_ties", "della"} and callable(examine) and callable(save_model)
+    known = {"linear", "slerp", "task_arithmetic", "metagpt", "ties", "dare", "dare_ties", "della"}
+    assert set(TECHNIQUES) == known and callable(examine) and callable(save_model)
+    assert all(how.meaning for how in TECHNIQUES.values())
+    choices = {k.name: k.choices for k in knobs(page.Fuse)}
+    assert set(page.TECHNIQUES) == set(choices["technique"])
     rule = weight_rules("2,1; up_proj=0,1;", 2)
     assert rule("x.up_proj.weight") == [0, 1] and rule("x") == [2, 1] and weight_rules("", 3)("x") == [1, 1, 1]

@@ -11,6 +11,8 @@ from polm_lab.core.knobs import OFF, Listed, Part, Settings, WrongInput, compose
 from polm_lab.core.knobs import make_settings, part_knobs, part_named, value_named
 from polm_lab.core.method import find, methods
 from polm_lab.efficiency.prune import Prune
+from polm_lab.integration.merge import Merge
+from polm_lab.integration.merging.weighting import weight_rules
 from polm_lab.models.attach import parse_adapter
 from polm_lab.reasoning.grpo import GRPO
 from polm_lab.rewards.functions import LIBRARY, parse_rewards
@@ -118,6 +120,48 @@ def test_weights_of_rewards_are_written(text, part, value, found):
 def test_settings_of_an_adapter_are_written(text, part, value, found):
     assert written(Settings, "adapter", text, part, value) == found
     parse_adapter(found)
+
+
+RULES = r"0.7,0.3; layers\.[01]\.=1,0"
+
+
+@pytest.mark.parametrize(
+    "text, part, value, found",
+    [
+        (RULES, "1", 0.5, r"0.5,0.3; layers\.[01]\.=1,0"),
+        (RULES, "2", "0.30", RULES),  # as it was
+        ("mlp=1,0", "1", 2, "2; mlp=1,0"),  # for all comes before the rule for a few
+        ("1,1; mlp=1,0; 0.5,0.5; norm=0,1", "2", -1, "1,1; mlp=1,0; 0.5,-1; norm=0,1"),
+        ("", "2", 0.25, "1,0.25"),
+        ("", "1", OFF, ""),
+        (" 1 , 2 ;", "2", OFF, "1"),
+        ("2; mlp=1", "1", "off", "mlp=1"),
+        ("=1,2", "1", "on", "=1,2"),
+        ("3", "2", 1e-5, "3,1e-05"),
+    ],
+)  # fmt: skip
+def test_weights_of_tunes_are_written(text, part, value, found):
+    grammar = next(k for k in knobs(Merge) if k.name == "weights").parts
+    assert compose(Merge, {"weights": text, f"weights.{part}": value})["weights"] == found
+    for name, whole in grammar.parts.items():
+        kept = grammar.read(text, whole)
+        assert name <= part or grammar.read(found, whole) == kept  # those behind it stay
+
+
+def test_weights_of_tunes_are_parts_with_a_place():
+    found = parts_of(Merge, "weights")
+    assert list(found) == ["1", "2", "3", "4"] and {k.type for k in found.values()} == {float}
+    assert all(k.default == OFF and k.low < 0 < k.high for k in found.values())
+    made = make_settings(Merge, {"weights.2": 0.3, "weights.1": 0.7})
+    assert made.weights == "0.7,0.3" and weight_rules(made.weights, 2)("any") == [0.7, 0.3]
+    draw = random.Random(0)
+    for _ in range(100):
+        pair = [draw.uniform(-1, 1) * 10 ** draw.randint(-6, 0) for _ in range(2)]
+        values = {f"weights.{n}": value for n, value in enumerate(pair, 1)}
+        text = make_settings(Merge, dict(weights=RULES) | values).weights
+        rule = weight_rules(text, 2)
+        assert rule("model.norm.weight") == pair and rule("model.layers.1.mlp") == [1, 0]
+        assert [value_named(Merge, dict(weights=text), name) for name in values] == pair
 
 
 def test_the_kind_of_an_adapter_comes_before_its_settings():
@@ -233,6 +277,11 @@ def test_what_is_written_is_read_again():
 @pytest.mark.parametrize(
     "cls, values, found",
     [
+        (Merge, {"weights.1": 0.5}, "weights: '0.5' has 1 weights; expected 2 finite numbers"),
+        (Merge, {"weights.2": 20}, "weights.2 = 20: expected a number ≥ -10 and ≤ 10, or off"),
+        (Merge, {"weights": "1,2", "weights.1": OFF}, "weights = '1,2': 1 = 'off': weight 2 follows"),
+        (Merge, {"weights.5": 1}, "weights.5: weights has no part '5': known: 1, 2, 3, 4"),
+        (Merge, {"weights": "(=1,1"}, "weights: '(=1,1': missing )"),
         (PPO, {"details.clip_value": -1}, "details.clip_value = -1: expected a number ≥ 0, or off (in its loss,"),
         (PPO, {"details.clip_value": "much"}, "details.clip_value = 'much': expected a number ≥ 0, or off"),
         (PPO, {"details.normalize": 0.5}, "details.normalize = 0.5: expected on or off"),
@@ -322,6 +371,21 @@ def test_a_part_that_needs_another_says_so_in_the_form():
     assert form.values["rewards"] == "correct,format:0.2"
 
 
+def test_the_weights_of_tunes_have_sliders():
+    form = Form("merge")
+    first, second = (form.parts["weights"].fields[f"weights.{n}"] for n in (1, 2))
+    second.slider.value = 0.4
+    assert form.values == dict(weights="1,0.4") and first.value == 1.0
+    first.slider.value = 0.6
+    assert form.settings().weights == "0.6,0.4" and not form.problem
+    form.fields["weights"].control.value = r"0.7,0.3; mlp=1,0"
+    assert (first.value, second.value) == (0.7, 0.3)
+    second.control.value = "off"
+    first.control.value = "off"
+    assert form.values == dict(weights="mlp=1,0")
+    assert form.parts["weights"].fields["weights.3"].value == OFF
+
+
 # Sweeps -------------------------------------------------------------------------------------------------------------
 
 
@@ -357,6 +421,15 @@ def test_a_sweep_searches_a_part_in_a_range():
     assert asked["space"] == {"details.clip_value": dict(low=0.1, high=0.4, log=False)}
     assert len({p["details.clip_value"] for p in points}) == 3
     assert all(0.1 <= p["details.clip_value"] <= 0.4 for p in points)
+
+
+def test_a_sweep_varies_the_weights_of_tunes():
+    grid, fixed = {"weights.1": "0.3,0.7", "weights.2": "0.5"}, dict(weights=RULES)
+    name, asked, points = sweep.plan("merge", grid, fixed, metric="accuracy/sums")
+    made = [launch.check(name, asked["fixed"] | point)[1].weights for point in points]
+    assert made == [RULES.replace("0.7,0.3", pair) for pair in ("0.3,0.5", "0.7,0.5")]
+    with pytest.raises(WrongInput, match="expected 2 finite numbers"):
+        sweep.plan("merge", {"weights.1": "0.3,0.7"}, metric="accuracy/sums")
 
 
 @pytest.mark.parametrize(
