@@ -30,7 +30,7 @@ class Allocation(Word):
     def __init__(self, rule: Part, factor: Part):
         super().__init__(rule)
         self.parts[factor.name] = factor
-        self.outliers = Options(rule, factor, none=rule.given)
+        self.outliers = Options(rule, factor, none=rule.default)
 
     def read(self, text: str, part: Part):
         "The word of `text`, or its factor; `off` is the default one."
@@ -84,7 +84,7 @@ def allocate(sensitivity: Tensor, sparsity: float, band: float, sizes: Tensor) -
 
 
 def block_sensitivity(
-    block: nn.Module, groups: list[Inputs], kind: str, factor: float = FACTOR.given
+    block: nn.Module, groups: list[Inputs], kind: str, factor: float = FACTOR.default
 ) -> float:
     """Return how much a block minds that weights go.
 
@@ -105,12 +105,12 @@ def parse_allocation(text: str) -> tuple[str, float]:
     """
     rule, _, setting = text.partition(":")
     if rule != "outliers" or not setting:
-        return text, FACTOR.given
+        return text, FACTOR.default
     name, _, value = setting.partition("=")
     if name.strip() != "factor":
         raise WrongInput(f"allocation = {text!r}: expected outliers, or outliers:factor=7")
     factor = part_knobs(Prune)["allocation.factor"].check(value.strip())
-    return rule, FACTOR.given if factor == OFF else factor
+    return rule, FACTOR.default if factor == OFF else factor
 
 
 def sparsities(model, windows: Tensor, allocation: str, sparsity: float, band: float, rows: int) -> list[float]:
