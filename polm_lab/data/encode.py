@@ -222,7 +222,7 @@ def encode(tokenizer, row: dict, kind: str, max_length: int, completion_only: bo
         return _steps(tokenizer, row, max_length)
     raise WrongInput(f"kind {kind!r}: unknown; {nearest(kind, KINDS)}")
 
-
+# %% ../../nbs/data/encode.ipynb #15b46c23
 def encode_each(rows: list[dict], encode_row: Callable[[dict], dict]) -> list[tuple[int, dict]]:
     """`encode_row` of each row, with the row's number.
 
