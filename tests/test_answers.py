@@ -1,6 +1,6 @@
-"""Objectives on unpaired and ranked rows: what they see, closed forms, and three methods of tests that are a page with a loss only.
+"""Objectives on unpaired and ranked rows: what they see, closed forms, and methods of tests.
 
-The methods are of the form of KTO, BCO and listwise DPO; each passes the conformance suite.
+Those are three pages with a loss only, of the form of KTO, BCO and listwise DPO; each passes the conformance suite.
 """
 
 import json
@@ -22,11 +22,24 @@ from polm_lab.core.run import Run
 from polm_lab.data.load import load_data
 from polm_lab.data.rows import Row
 from polm_lab.models.logprobs import Policy
-from polm_lab.training.answers import Answers, answer_batches, batch_answers, drop_equal, encode_answers
-from polm_lab.training.answers import logps_table, marks_of, mismatched, sides_of, stacked, table_answers
+from polm_lab.training.answers import (
+    Answers,
+    answer_batches,
+    batch_answers,
+    drop_equal,
+    encode_answers,
+)
+from polm_lab.training.answers import (
+    logps_table,
+    marks_of,
+    mismatched,
+    sides_of,
+    stacked,
+    table_answers,
+)
 from polm_lab.training.pairwise import Objective, couples, train_pairs, with_baseline
 
-START = '''
+START = """
 from dataclasses import dataclass
 
 import torch
@@ -38,8 +51,8 @@ from polm_lab.core.run import Run
 from polm_lab.training.answers import Answers
 from polm_lab.training.pairwise import Objective, train_pairs
 from polm_lab.training.reference import reference_knob
-'''
-SETTINGS = '''
+"""
+SETTINGS = """
 
 @dataclass(kw_only=True)
 class Mine(Settings):
@@ -52,10 +65,10 @@ class Mine(Settings):
 
 def ratio(answers: Answers) -> Tensor:
     return answers.logp - answers.ref_logp
-'''
+"""
 KTO = '''
 def kto_loss(answers, labels, baseline, beta, good=1.0, bad=1.0):
-    """lambda_y - v of each row [rows] (Ethayarajh et al. 2024, eq. 8); z_0 is `baseline`, in nats."""
+    """lambda_y - v of each row [rows] (Ethayarajh et al. 2024, eq. 8); `baseline` is z_0, nats."""
     gap = beta * (ratio(answers) - baseline)
     return torch.where(labels, good * (1 - torch.sigmoid(gap)), bad * (1 - torch.sigmoid(-gap)))
 
@@ -75,7 +88,7 @@ def ktolike(settings: Mine, run: Run) -> None:
     )
     train_pairs(run, settings, objective)
 '''
-BCO = '''
+BCO = """
 @method(family="alignment", title="BCO-like", data="unpaired", needs=("reference",))
 def bcolike(settings: Mine, run: Run) -> None:
     "Tell good answers from bad ones, around a running mean of the rewards."
@@ -92,7 +105,7 @@ def bcolike(settings: Mine, run: Run) -> None:
         return torch.nn.functional.softplus(torch.where(labels, -gap, gap))
 
     train_pairs(run, settings, Objective(loss, reward, kind="unpaired", baseline=running))
-'''
+"""
 LISTWISE = '''
 def plackett_luce(answers, scores, beta):
     """-log probability of the order of each row [rows] (Rafailov et al. 2023, appendix A.3)."""
@@ -147,7 +160,9 @@ def test_couples_of_unpaired_rows_and_of_rankings():
     answers = Answers(torch.arange(4.0), torch.zeros(4), torch.ones(4))
     better, worse = couples((answers,), dict(labels=torch.tensor([False, True, False, True])))
     assert list(zip(better.logp.tolist(), worse.logp.tolist())) == [(1, 0), (1, 2), (3, 0), (3, 2)]
-    sides = tuple(Answers(torch.tensor([k, k + 10.0]), torch.zeros(2), torch.ones(2)) for k in range(3))
+    sides = tuple(
+        Answers(torch.tensor([k, k + 10.0]), torch.zeros(2), torch.ones(2)) for k in range(3)
+    )
     scores = torch.tensor([[2.0, 1.0, 1.0], [5.0, 4.0, torch.nan]])
     better, worse = couples(sides, dict(scores=scores))
     assert list(zip(better.logp.tolist(), worse.logp.tolist())) == [(0, 1), (0, 2), (10, 11)]
@@ -160,8 +175,16 @@ def test_a_batch_and_a_table_show_the_same_answers(tokenizer, start, kind):
     "Each is plain log-softmax on the answer alone; rankings of unlike length stay apart."
     rows = load_data("chat", kind, "test")[:5]
     if kind == "ranked":
-        rows = [rows[0], dict(rows[1], completions=rows[1]["completions"][:2], scores=rows[1]["scores"][:2]), *rows[2:]]
-    examples, pad, policy = encode_answers(tokenizer, rows, 128, kind), tokenizer.pad_token_id, Policy(start)
+        rows = [
+            rows[0],
+            dict(rows[1], completions=rows[1]["completions"][:2], scores=rows[1]["scores"][:2]),
+            *rows[2:],
+        ]
+    examples, pad, policy = (
+        encode_answers(tokenizer, rows, 128, kind),
+        tokenizer.pad_token_id,
+        Policy(start),
+    )
     table = logps_table(policy, examples, pad, 3)
     ref = torch.randn(table.shape)
     marks, known, seen = marks_of(examples), stacked(table_answers(examples, table, ref)), 0
@@ -171,10 +194,14 @@ def test_a_batch_and_a_table_show_the_same_answers(tokenizer, start, kind):
         found, at = stacked(found), (batch["rows"], slice(count))
         assert found.logp.shape == (len(batch["rows"]), count)
         assert torch.allclose(found.logp, known[at].logp, atol=2e-4)
-        assert torch.equal(found.ref_logp, known[at].ref_logp) and torch.equal(found.tokens, known[at].tokens)
+        assert torch.equal(found.ref_logp, known[at].ref_logp) and torch.equal(
+            found.tokens, known[at].tokens
+        )
         for name in ("labels", "scores"):
             if name in marks:
-                assert torch.equal(batch[name], marks[name][at] if name == "scores" else marks[name][at[0]])
+                assert torch.equal(
+                    batch[name], marks[name][at] if name == "scores" else marks[name][at[0]]
+                )
         seen += len(batch["rows"])
     assert seen == 5
     for example, values in zip(examples, table):
@@ -189,7 +216,9 @@ def test_a_batch_and_a_table_show_the_same_answers(tokenizer, start, kind):
 def test_the_best_answer_comes_first(tokenizer):
     row = dict(prompt="1+1=", completions=["3", "2", "4", "5"], scores=[0.5, 2, 0.5, -1])
     [example] = encode_answers(tokenizer, [row], 64, "ranked")
-    texts = [tokenizer.decode(side["input_ids"], skip_special_tokens=True) for side in sides_of(example)]
+    texts = [
+        tokenizer.decode(side["input_ids"], skip_special_tokens=True) for side in sides_of(example)
+    ]
     assert [text.replace(" ", "")[-1] for text in texts] == ["2", "3", "4", "5"]
     assert example["scores"] == [2.0, 0.5, 0.5, -1.0]
 
@@ -202,11 +231,16 @@ def test_rankings_that_teach_nothing_are_left_out(tokenizer, tmp_path):
         Row(dict(prompt="1+1=", completions=["2", "3", "4"], scores=[1, 1, 0]), "a:2"),
         Row(dict(prompt="1+1=", completions=[f"{same}2", f"{same}3"], scores=[1, 0]), "a:3"),
     ]
-    run, examples = Run.create("example", {}, out=tmp_path), encode_answers(tokenizer, rows, 64, "ranked")
+    run, examples = (
+        Run.create("example", {}, out=tmp_path),
+        encode_answers(tokenizer, rows, 64, "ranked"),
+    )
     left, kept = drop_equal(run, "train", rows, examples, 64)
     assert [row.where for row in left] == ["a:2"] and kept[0]["row"] == 0
     assert run.read()["left_out"] == dict(train=dict(equal=2, pairs=3))
-    with pytest.raises(WrongInput, match="1 of 1 rows .train. rank no two answers of different tokens"):
+    with pytest.raises(
+        WrongInput, match="1 of 1 rows .train. rank no two answers of different tokens"
+    ):
         drop_equal(run, "train", rows[:1], examples[:1], 64)
 
 
@@ -222,16 +256,24 @@ def test_a_row_gets_the_answer_to_another_prompt(tokenizer):
         row = dict(rows[n], completion=rows[taken]["completion"])
         [expected] = encode_answers(tokenizer, [row], 128, "unpaired")
         assert others[n]["row"] == 6 + n
-        assert others[n]["input_ids"] == expected["input_ids"] and others[n]["target_mask"] == expected["target_mask"]
+        assert (
+            others[n]["input_ids"] == expected["input_ids"]
+            and others[n]["target_mask"] == expected["target_mask"]
+        )
     longest = max(len(other["input_ids"]) for other in others)
-    assert max(len(other["input_ids"]) for other in mismatched(examples, longest - 1)) == longest - 1
+    assert (
+        max(len(other["input_ids"]) for other in mismatched(examples, longest - 1)) == longest - 1
+    )
     with pytest.raises(WrongInput, match="expected at least two prompts"):
         mismatched(examples[:2], 128)
 
 
 def test_a_baseline_is_of_the_whole_step(page, tokenizer, start):
-    "The same for one microbatch and for several, of the policy as it is, without gradient, and the loss gets it."
-    pad, examples = tokenizer.pad_token_id, encode_answers(tokenizer, load_data("sums", "unpaired", "test")[:6], 64, "unpaired")
+    "The same for one microbatch and several, of the policy as it is; the loss gets it."
+    pad, examples = (
+        tokenizer.pad_token_id,
+        encode_answers(tokenizer, load_data("sums", "unpaired", "test")[:6], 64, "unpaired"),
+    )
     others, policy, still = mismatched(examples, 64), Policy(shaken(start)), Policy(start)
     both = torch.stack([logps_table(p, others, pad, 3)[:, 0] for p in (policy, still)]).double()
     expected, asked = (both[0] - both[1]).mean().item(), []
@@ -240,18 +282,42 @@ def test_a_baseline_is_of_the_whole_step(page, tokenizer, start):
         asked.append((len(answers.logp), last))
         return page.ratio(answers).mean()
 
-    objective = Objective(lambda answers, labels, z: page.kto_loss(answers, labels, z, 0.1), page.ratio, kind="unpaired", baseline=baseline, mismatch=True)
-    reference = lambda batch: [logps_table(still, [(examples + others)[i] for i in batch["rows"].tolist()], pad, 8)[:, 0]]
+    objective = Objective(
+        lambda answers, labels, z: page.kto_loss(answers, labels, z, 0.1),
+        page.ratio,
+        kind="unpaired",
+        baseline=baseline,
+        mismatch=True,
+    )
+    reference = lambda batch: [
+        logps_table(still, [(examples + others)[i] for i in batch["rows"].tolist()], pad, 8)[:, 0]
+    ]
     for size in (6, 2):
-        source = with_baseline(policy, objective, lambda step, meter: [answer_batches(examples, size, pad)], reference, others, 3, pad)
+        source = with_baseline(
+            policy,
+            objective,
+            lambda step, meter: [answer_batches(examples, size, pad)],
+            reference,
+            others,
+            3,
+            pad,
+        )
         [batches] = source(0, None)
         assert len(batches) == 6 // size
         for batch in batches:
             z = batch["baseline"]
-            assert z.item() == pytest.approx(expected, abs=1e-3) and not z.requires_grad and abs(expected) > 0.05
+            assert (
+                z.item() == pytest.approx(expected, abs=1e-3)
+                and not z.requires_grad
+                and abs(expected) > 0.05
+            )
             sides = batch_answers(policy, batch, reference)
-            assert torch.equal(objective.losses(sides, batch), page.kto_loss(sides[0], batch["labels"], z, 0.1))
-            assert not torch.equal(objective.losses(sides, batch), page.kto_loss(sides[0], batch["labels"], 0.0, 0.1))
+            assert torch.equal(
+                objective.losses(sides, batch), page.kto_loss(sides[0], batch["labels"], z, 0.1)
+            )
+            assert not torch.equal(
+                objective.losses(sides, batch), page.kto_loss(sides[0], batch["labels"], 0.0, 0.1)
+            )
     [_] = source(1, None)
     assert [n for n, _ in asked] == [6] * 3 and asked[0][1] is None and asked[1][1] is None
     assert asked[2][1].item() == pytest.approx(expected, abs=1e-3)
@@ -273,10 +339,17 @@ def test_a_wrong_objective_is_refused_in_one_line(changes, words):
 def test_trl_and_wrong_data_are_refused(page, tmp_path):
     data = tmp_path / "pairs.jsonl"
     data.write_text(json.dumps(dict(prompt="1+1=", chosen="2", rejected="3")) + "\n")
-    for changes, words in ((dict(engine="trl"), "TRL has no such loss"), (dict(data=str(data)), "completions [+] scores")):
+    for changes, words in (
+        (dict(engine="trl"), "TRL has no such loss"),
+        (dict(data=str(data)), "completions [+] scores"),
+    ):
         run = Run.create("example", {}, out=tmp_path)
         with pytest.raises(WrongInput, match=words):
-            train_pairs(run, Settings(**SHORT | changes), Objective(None, page.ratio, kind="ranked", reference=False))
+            train_pairs(
+                run,
+                Settings(**SHORT | changes),
+                Objective(None, page.ratio, kind="ranked", reference=False),
+            )
 
 
 # Closed forms -----------------------------------------------------------------------------------
@@ -288,14 +361,23 @@ def test_kto_by_hand(page):
     labels = torch.tensor([True, False, True, True, False, False])
     loss = page.kto_loss(answers, labels, torch.tensor(z, dtype=torch.float64), beta, good, bad)
     loss.sum().backward()
-    rows = zip(answers.logp.tolist(), answers.ref_logp.tolist(), labels.tolist(), loss.tolist(), answers.logp.grad.tolist())
+    rows = zip(
+        answers.logp.tolist(),
+        answers.ref_logp.tolist(),
+        labels.tolist(),
+        loss.tolist(),
+        answers.logp.grad.tolist(),
+    )
     for logp, ref, label, value, slope in rows:
         sign, weight = (1, good) if label else (-1, bad)
         s = sigmoid(sign * beta * (logp - ref - z))
         assert value == pytest.approx(weight - weight * s, rel=1e-9)
         assert slope == pytest.approx(-sign * weight * beta * s * (1 - s), rel=1e-9)
     logps = torch.tensor([1.0, 4.0]), torch.tensor([0.0, 1.0])
-    assert page.z0(Answers(*logps, None), None, None) == 2.0 and page.z0(Answers(*logps[::-1], None), None, None) == 0.0
+    assert (
+        page.z0(Answers(*logps, None), None, None) == 2.0
+        and page.z0(Answers(*logps[::-1], None), None, None) == 0.0
+    )
 
 
 def test_plackett_luce_by_hand(page):
@@ -303,7 +385,9 @@ def test_plackett_luce_by_hand(page):
     answers, beta = some_answers(3, 4), 0.6
     loss = page.plackett_luce(answers, None, beta)
     loss.sum().backward()
-    for logps, refs, value, slopes in zip(answers.logp.tolist(), answers.ref_logp.tolist(), loss.tolist(), answers.logp.grad.tolist()):
+    for logps, refs, value, slopes in zip(
+        answers.logp.tolist(), answers.ref_logp.tolist(), loss.tolist(), answers.logp.grad.tolist()
+    ):
         weights = [math.exp(beta * (logp - ref)) for logp, ref in zip(logps, refs)]
         expected, pulls = 0.0, [-beta] * 4
         for k in range(4):
@@ -311,7 +395,9 @@ def test_plackett_luce_by_hand(page):
             expected -= math.log(weights[k] / rest)
             for j in range(k, 4):
                 pulls[j] += beta * weights[j] / rest
-        assert value == pytest.approx(expected, rel=1e-9) and slopes == pytest.approx(pulls, rel=1e-8, abs=1e-12)
+        assert value == pytest.approx(expected, rel=1e-9) and slopes == pytest.approx(
+            pulls, rel=1e-8, abs=1e-12
+        )
 
 
 def test_a_ranking_of_two_is_dpo(page):
@@ -348,7 +434,14 @@ def test_the_data_of_a_run_may_be_a_file(page, tmp_path, kind):
     "Rankings of unlike length, and rows of one label only, which hold no couple."
     rows = [dict(prompt=f"{i}+1=", completion=str(i + 1), label=True) for i in range(12)]
     if kind == "ranked":
-        rows = [dict(prompt=f"{i}+1=", completions=["x", str(i + 1), "y"][: 2 + i % 2], scores=[0, 1, -1][: 2 + i % 2]) for i in range(12)]
+        rows = [
+            dict(
+                prompt=f"{i}+1=",
+                completions=["x", str(i + 1), "y"][: 2 + i % 2],
+                scores=[0, 1, -1][: 2 + i % 2],
+            )
+            for i in range(12)
+        ]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     name = "ktolike" if kind == "unpaired" else "listwise"
@@ -356,7 +449,11 @@ def test_the_data_of_a_run_may_be_a_file(page, tmp_path, kind):
     getattr(page, name)(page.Mine(**SHORT | dict(data=str(data), eval_rows=4)), run)
     losses = [row["loss"] for row in run.lines()]
     assert len(losses) == 3 and run.summary["after"]["perplexity"] > 1
-    assert losses[0] == pytest.approx(0.5) if kind == "unpaired" else math.log(2) <= losses[0] <= math.log(6) + 1e-6
+    assert (
+        losses[0] == pytest.approx(0.5)
+        if kind == "unpaired"
+        else math.log(2) <= losses[0] <= math.log(6) + 1e-6
+    )
     assert ("margin" in run.lines()[0]) == ("margin" in run.summary["after"]) == (kind == "ranked")
 
 
@@ -377,7 +474,9 @@ def test_a_page_with_a_loss_only_passes_the_suite(name, tmp_path):
     (tmp_path / f"polm_lab/alignment/{name}.py").write_text(START + SETTINGS + PAGES[name])
     env = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
     env["PATH"] = f"{os.path.dirname(sys.executable)}:{env['PATH']}"
-    done = subprocess.run([sys.executable, "-c", SUITE, name], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SUITE, name], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
     found = json.loads(done.stdout.strip().split("\n")[-1])
     assert len(found) == 7 and all(found.values()), found

@@ -184,7 +184,7 @@ def encode(tokenizer, row: dict, kind: str, max_length: int, completion_only: bo
     text, completion, edit (its target is learned): `{"input_ids", "target_mask"}`; unpaired also `label`; preference: `{"chosen": {...}, "rejected": {...}}`; prompt: `{"input_ids"}`, ready to be answered;
     ranked: `{"completions": [{...}], "scores"}`; stepwise: mask 1 on the last token of each step, `labels`.
     Plain text ends with EOS, conversations as their template has it. What is too long loses its end; a prompt that leaves no room raises `WrongInput`.
-    So does a kind that the page of a method declared (see `register_kind`): that page encodes its rows itself.
+    So does a kind that a method's page declared (see `register_kind`): it encodes its rows itself.
     """
     if kind in CHECKS:
         known = ", ".join(name for name in KINDS if name not in CHECKS)

@@ -223,8 +223,10 @@ def with_rows(found: dict[str, float], rows: int, seen: dict[str, int] | None = 
 class Evaluation:
     """The evaluation that frames a run; calling it gives metrics of the policy as it is now.
 
-    `rows` are held-out rows as loaded; `kind` is their dataset type (`text`, `completion`, `preference`, `unpaired`, `ranked`, `prompt`).
-    Rows with completions that are good give `perplexity`; rows with a scorer give sampled `accuracy` and `length` (and `pass_at_k` for `samples` > 1).
+    `rows` are held-out rows as loaded; `kind` is their dataset type (`text`, `completion`,
+    `preference`, `unpaired`, `ranked`, `prompt`).
+    Rows with a good answer (`good_answers`) give `perplexity`; rows with a scorer give sampled
+    `accuracy` and `length` (and `pass_at_k` for `samples` > 1).
     `reference` adds `kl` on the policy's own samples. `others` (names of worlds) adds `perplexity/NAME` on text that the run does not train
     on, and `forgetting`, the mean rise of its loss since the first call. `rows` says how many rows it saw; see `with_rows`.
     At most `prompts` rows are asked, all of them unless told otherwise.
