@@ -1,6 +1,7 @@
 """Objectives on unpaired and ranked rows: what they see, closed forms, and methods of tests.
 
-Those are three pages with a loss only, of the form of KTO, BCO and listwise DPO; each passes the conformance suite.
+Those are three pages with a loss only, of the form of KTO, BCO and listwise DPO.
+Each passes the conformance suite.
 """
 
 import json
