@@ -1,5 +1,6 @@
 "What tests share."
 
+import copy
 import os
 import subprocess
 import sys
@@ -51,6 +52,33 @@ def runs(tmp_path, monkeypatch):
     monkeypatch.setenv("POLM_RUNS", str(folder))
     monkeypatch.delenv("POLM_RUN", raising=False)
     return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    "The tokenizer of the embedded model."
+    from polm_lab.models.tokenizers import load_tokenizer
+
+    return load_tokenizer("tiny")
+
+
+@pytest.fixture(scope="module")
+def start():
+    "The embedded model; a test that changes weights takes a copy, such as `shaken(start)`."
+    from polm_lab.models.load import load_model
+
+    return load_model("tiny", dtype="float32", device="cpu")
+
+
+def shaken(model, seed=0):
+    "A copy of a model with other weights, some way from it."
+    import torch
+
+    torch.manual_seed(seed)
+    model = copy.deepcopy(model)
+    for p in model.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    return model
 
 
 @pytest.fixture

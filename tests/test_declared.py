@@ -12,6 +12,7 @@ from polm_lab.core.method import EXPLANATIONS, NEEDS, REGISTRY, find, method, me
 from polm_lab.core.metrics import METRICS, Metric, metric, register_metrics
 from polm_lab.core.run import Run
 from polm_lab.data import rows
+from polm_lab.data.encode import encode
 from polm_lab.data.load import load_data
 from polm_lab.data.rows import KINDS, refuse_row, register_kind
 from polm_lab.runner import sweep
@@ -197,3 +198,14 @@ def test_a_kind_of_rows_has_one_owner():
     for columns, meaning in (((), "a fact"), ("fact", "a fact"), (("fact",), "")):
         with pytest.raises(WrongInput, match="expected a tuple of columns, and a meaning"):
             register_kind("mine", "other", columns, meaning)
+
+
+def test_a_declared_kind_is_not_encoded_for_its_page(tokenizer):
+    "Only the page knows what is learned of its rows; a kind of the table is encoded as before."
+    register_kind("mine", "swap", ("before", "after"), "a text and what it becomes")
+    for row in ({"before": "one", "after": "two"}, {"prompt": "one", "before": "one", "after": "two"}):
+        with pytest.raises(WrongInput) as wrong:
+            encode(tokenizer, row, "swap", 64)
+        assert str(wrong.value).startswith("kind 'swap': declared by the page of a method; expected")
+        assert "\n" not in str(wrong.value) and "swap," not in str(wrong.value)
+    assert encode(tokenizer, {"prompt": "1+1="}, "prompt", 64)["input_ids"]

@@ -4,41 +4,25 @@ import math
 
 import pytest
 import torch
+from conftest import shaken
 
 import polm_lab as lab
 from polm_lab.alignment.dpo import dpo_loss, implicit_reward, optimal_policy, trl_loss
-from polm_lab.training import pairwise as page
-from polm_lab.training.pairwise import can_switch_off, encode_pairs, pair_batches, pair_logps, pair_metrics, pick_reference
+from polm_lab.training import answers, pairwise, reference
+from polm_lab.training.answers import answer_batches, encode_answers, side_logps
+from polm_lab.training.pairwise import pair_metrics
+from polm_lab.training.reference import can_switch_off, pick_reference
 from polm_lab.data.load import load_data
 from polm_lab.core.knobs import WrongInput
 from polm_lab.models.logprobs import Policy
 from polm_lab.models.load import load_model
-from polm_lab.models.tokenizers import load_tokenizer
 
 SHORT = dict(data="sums", steps=3, batch_size=4, eval_rows=4, max_length=64, device="cpu", dtype="float32", learning_rate=1e-3, warmup=0.0)
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer("tiny")
-
-
-@pytest.fixture(scope="module")
-def start():
-    return load_model("tiny", dtype="float32", device="cpu")
-
-
-@pytest.fixture(scope="module")
 def pairs(tokenizer):
-    return encode_pairs(tokenizer, [*load_data("chat", "preference", "test")[:3], *load_data("sums", "preference", "test")[:3]], 128)
-
-
-def shaken(model, seed=0):
-    torch.manual_seed(seed)
-    model = copy.deepcopy(model)
-    for p in model.parameters():
-        p.data += 0.02 * torch.randn_like(p)
-    return model
+    return encode_answers(tokenizer, [*load_data("chat", "preference", "test")[:3], *load_data("sums", "preference", "test")[:3]], 128)
 
 
 def weights(run):
@@ -115,9 +99,9 @@ def test_metrics_of_pairs():
 
 def test_batch_of_pairs_is_each_answer_alone(tokenizer, start, pairs):
     "Log-probabilities of a padded, regrouped batch are those of plain log-softmax on each answer by itself."
-    for batch in pair_batches(pairs, 4, tokenizer.pad_token_id):
+    for batch in answer_batches(pairs, 4, tokenizer.pad_token_id):
         assert len(batch["input_ids"]) == 2 * batch["weight"]
-        for side, values in zip(("chosen", "rejected"), pair_logps(Policy(start), batch)):
+        for side, values in zip(("chosen", "rejected"), side_logps(Policy(start), batch)):
             for row, value in zip(batch["rows"].tolist(), values):
                 ids, mask = torch.tensor(pairs[row][side]["input_ids"]), torch.tensor(pairs[row][side]["target_mask"])
                 logp = start(ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
@@ -145,11 +129,11 @@ def test_loss_and_gradient_are_trls(tokenizer, start, tmp_path, epsilon):
     batch = next(iter(trainer.get_train_dataloader()))
     theirs = trainer.compute_loss(trainer.model, batch)
     theirs.backward()
-    batch = dict(batch, target_mask=batch["completion_mask"])
+    batch = dict(batch, target_mask=batch["completion_mask"], sides=2)
     model = shaken(start)
     with torch.no_grad():
-        reference = pair_logps(Policy(start), batch)
-    ours = dpo_loss(*pair_logps(Policy(model), batch), *reference, 0.3, epsilon).mean()
+        reference = side_logps(Policy(start), batch)
+    ours = dpo_loss(*side_logps(Policy(model), batch), *reference, 0.3, epsilon).mean()
     ours.backward()
     assert abs(ours.item() - math.log(2)) > 1e-2  # far from the start, where all losses are alike
     assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
@@ -187,7 +171,7 @@ def test_three_ways_to_the_reference_agree():
 @pytest.mark.parametrize("adapter, switchable", [("lora:r=2", True), ("lora:r=2,init_lora_weights=pissa", False), ("prompt_tuning:num_virtual_tokens=3", False)])
 def test_an_adapter_is_tried_before_it_is_trusted(tokenizer, pairs, adapter, switchable):
     policy = Policy(load_model("tiny", dtype="float32", device="cpu", adapter=adapter))
-    batch = pair_batches(pairs[:1], 1, tokenizer.pad_token_id)[0]
+    batch = answer_batches(pairs[:1], 1, tokenizer.pad_token_id)[0]
     assert can_switch_off(policy, batch) == switchable
     assert pick_reference("auto", True, switchable, 10, 10) == ("adapter" if switchable else "precomputed")
 
@@ -226,9 +210,14 @@ def test_same_seed_same_bits_and_resumed_is_uninterrupted(monkeypatch):
         with pytest.raises(lab.Stopped):
             lab.run("dpo", **SHORT, reference="precomputed", save_every=1)
     halted = next(r for r in lab.core.run.all_runs() if r.status == "stopped")
-    passes = []
-    original = page.both_logps
-    monkeypatch.setattr(page, "both_logps", lambda policy, pairs, *rest: passes.append(len(pairs)) or original(policy, pairs, *rest))
+    passes, original = [], answers.logps_table
+
+    def counted(policy, pairs, *rest):
+        passes.append(len(pairs))
+        return original(policy, pairs, *rest)
+
+    for module in (pairwise, reference):
+        monkeypatch.setattr(module, "logps_table", counted)
     lab.resume(halted)
     assert weights(halted) == weights(whole)
     assert max(passes) == SHORT["eval_rows"], "the training pairs went through the reference again"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import polm_lab as lab
-from polm_lab.training.pairwise import drop_equal, encode_pairs, pair_batches, pair_logps
+from polm_lab.training.answers import answer_batches, drop_equal, encode_answers, side_logps
 from polm_lab.alignment.dpo import dpo_loss
 from polm_lab.alignment.reward import encode_pairs as encode_for_reward
 from polm_lab.cli import polm
@@ -17,7 +17,6 @@ from polm_lab.data.load import load_data
 from polm_lab.core.knobs import WrongInput
 from polm_lab.models.logprobs import Policy
 from polm_lab.models.load import load_model
-from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.core.run import Run, all_runs
 from polm_lab.finetuning.sft import class_accuracy
 from polm_lab.workbench.diagnose import diagnose
@@ -38,11 +37,6 @@ WAYS = {
 }
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer("tiny")
-
-
 def put(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -50,13 +44,13 @@ def put(path, rows):
 
 def test_such_a_pair_has_no_margin_and_no_gradient(tokenizer):
     "What a run on it alone showed: a loss of log 2 whatever the weights, and gradients of rounding."
-    [whole], [cut] = (encode_pairs(tokenizer, [LATE], length) for length in (512, LENGTH))
+    [whole], [cut] = (encode_answers(tokenizer, [LATE], length) for length in (512, LENGTH))
     assert whole["chosen"] != whole["rejected"] and cut["chosen"] == cut["rejected"] and len(cut["chosen"]["input_ids"]) == LENGTH
     model = load_model("tiny", dtype="float32", device="cpu")
     norms = {}
     for name, pair in dict(whole=whole, cut=cut).items():
         model.zero_grad()
-        loss = dpo_loss(*pair_logps(Policy(model), pair_batches([pair], 1, 0)[0]), torch.zeros(1), torch.zeros(1), 0.1).sum()
+        loss = dpo_loss(*side_logps(Policy(model), answer_batches([pair], 1, 0)[0]), torch.zeros(1), torch.zeros(1), 0.1).sum()
         loss.backward()
         norms[name] = sum(p.grad.square().sum() for p in model.parameters()).sqrt().item()
         if name == "cut":
@@ -109,13 +103,13 @@ def test_the_command_line_says_so(tmp_path, runs, capsys):
 def test_numbers_follow_the_rows_that_are_left(tokenizer, tmp_path):
     rows = [Row(row, f"a:{n}", skip=True) for n, row in enumerate([LATE, EARLY, {**EARLY, "prompt": "1+1=" * 99}, LATE, {**EARLY, "prompt": "2+1="}], 1)]
     run = Run.create("dpo", {}, out=tmp_path)
-    for encode in (encode_pairs, encode_for_reward):
+    for encode in (encode_answers, encode_for_reward):
         left, pairs = drop_equal(run, "train", rows, encode(tokenizer, rows, LENGTH), LENGTH)
         assert [row.where for row in left] == ["a:2", "a:5"] and [pair["row"] for pair in pairs] == [0, 1]
         assert tokenizer.decode(pairs[1]["chosen"]["input_ids"]).startswith("2+1=")
     assert run.read()["left_out"] == {"train": dict(equal=2, pairs=4)}
     rows[2].skip = False
-    for encode in (encode_pairs, encode_for_reward):
+    for encode in (encode_answers, encode_for_reward):
         with pytest.raises(WrongInput, match="a:3: prompt has"):
             encode(tokenizer, rows, LENGTH)
 

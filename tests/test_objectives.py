@@ -12,7 +12,7 @@ from polm_lab.rewards import learned as reward_learned
 from polm_lab.training import evaluate
 from polm_lab.models import logprobs
 from polm_lab.training import advantages as shared
-from polm_lab.training import pairwise
+from polm_lab.training import answers, pairwise
 from polm_lab.training import loop as train
 from polm_lab.efficiency import prune
 from polm_lab.efficiency.adaptation import formulas as adapters
@@ -48,7 +48,7 @@ def test_dpo():
     close(dpo.dpo_loss(t(-2.0), t(-4.0), t(-3.0), t(-1.0), 0.5), [plain])
     close(dpo.dpo_loss(t(-2.0), t(-4.0), t(-3.0), t(-1.0), 0.5, 0.25), [0.75 * plain + 0.25 * turned])
     objective = pairwise.Objective(None, lambda side: dpo.implicit_reward(side.logp, side.ref_logp, 0.5))
-    metrics = objective.watched(pairwise.Answers(t(-2.0), t(-3.0), t(5)), pairwise.Answers(t(-4.0), t(-1.0), t(7)))
+    metrics = objective.watched(answers.Answers(t(-2.0), t(-3.0), t(5)), answers.Answers(t(-4.0), t(-1.0), t(7)))
     assert {name: value.item() for name, value in metrics.items()} == pytest.approx(
         dict(accuracy=1.0, margin=2.0, reward_chosen=0.5, reward_rejected=-1.5, logp_chosen=-2.0, logp_rejected=-4.0)
     )

@@ -8,35 +8,24 @@ import types
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, shaken
 
 import polm_lab as lab
 from polm_lab.core.knobs import Settings, WrongInput
 from polm_lab.core.method import REGISTRY
 from polm_lab.core.run import Run
 from polm_lab.data.load import load_data
-from polm_lab.models.load import load_model
 from polm_lab.models.logprobs import Policy
-from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.training import pairwise
-from polm_lab.training.pairwise import Answers, Objective, batch_answers, both_logps, encode_pairs
-from polm_lab.training.pairwise import no_reference, pair_batches, pair_logps, table_answers
-from polm_lab.training.pairwise import train_pairs, wrong_way
+from polm_lab.training.answers import Answers, answer_batches, batch_answers, encode_answers
+from polm_lab.training.answers import logps_table, side_logps, table_answers
+from polm_lab.training.pairwise import Objective, train_pairs, wrong_way
+from polm_lab.training.reference import no_reference
 
 SHORT = dict(
     data="sums", steps=2, batch_size=4, eval_rows=4, max_length=64, device="cpu", dtype="float32",
     learning_rate=1e-3, warmup=0.0,
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer("tiny")
-
-
-@pytest.fixture(scope="module")
-def start():
-    return load_model("tiny", dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +38,6 @@ def template():
             exec(source, vars(module))
     yield module
     REGISTRY.pop("ipo")
-
-
-def shaken(model):
-    torch.manual_seed(0)
-    model = copy.deepcopy(model)
-    for p in model.parameters():
-        p.data += 0.02 * torch.randn_like(p)
-    return model
 
 
 def run_of(objective, out, **changes) -> Run:
@@ -82,11 +63,11 @@ def without_reference(**more) -> Objective:
 
 def test_a_batch_and_a_table_show_the_same_answers(tokenizer, start):
     "Padding changes neither log-probabilities nor lengths, and the prompt is no part of an answer."
-    pairs = encode_pairs(tokenizer, load_data("chat", "preference", "test")[:5], 128)
+    pairs = encode_answers(tokenizer, load_data("chat", "preference", "test")[:5], 128)
     policy, ref = Policy(start), torch.randn(5, 2)
-    known = table_answers(pairs, both_logps(policy, pairs, tokenizer.pad_token_id, 1), ref)
+    known = table_answers(pairs, logps_table(policy, pairs, tokenizer.pad_token_id, 1), ref)
     seen = 0
-    for batch in pair_batches(pairs, 3, tokenizer.pad_token_id):
+    for batch in answer_batches(pairs, 3, tokenizer.pad_token_id):
         rows = batch["rows"]
         for side, other in zip(batch_answers(policy, batch, lambda b: ref[b["rows"]].unbind(1)), known):
             assert torch.allclose(side.logp, other.logp[rows], atol=2e-4)
@@ -136,9 +117,9 @@ def test_ipo_loss_and_gradient_are_trls(template, tokenizer, start, tmp_path, ta
     batch = next(iter(trainer.get_train_dataloader()))
     theirs = trainer.compute_loss(trainer.model, batch)
     theirs.backward()
-    batch = dict(batch, target_mask=batch["completion_mask"])
+    batch = dict(batch, target_mask=batch["completion_mask"], sides=2)
     with torch.no_grad():
-        reference = pair_logps(Policy(start), batch)
+        reference = side_logps(Policy(start), batch)
     model = shaken(start)
     chosen, rejected = batch_answers(Policy(model), batch, lambda batch: reference)
     ours = template.ipo_loss(chosen, rejected, tau).mean()
@@ -165,8 +146,13 @@ def test_ipo_by_trl_trains_the_same_model(template, runs):
 
 def test_an_objective_without_a_reference_asks_for_none(tmp_path, monkeypatch):
     "No pass over the training pairs, no knob, no line in the log; held-out pairs are still ranked."
-    passes, original = [], pairwise.both_logps
-    monkeypatch.setattr(pairwise, "both_logps", lambda policy, pairs, *rest: passes.append(len(pairs)) or original(policy, pairs, *rest))
+    passes, original = [], pairwise.logps_table
+
+    def counted(policy, pairs, *rest):
+        passes.append(len(pairs))
+        return original(policy, pairs, *rest)
+
+    monkeypatch.setattr(pairwise, "logps_table", counted)
     monkeypatch.setattr(pairwise, "make_reference", None)
     run = run_of(without_reference(), tmp_path)
     assert passes == [4, 4] and run.summary["after"]["margin"] != run.summary["before"]["margin"] != 0.0
@@ -175,7 +161,7 @@ def test_an_objective_without_a_reference_asks_for_none(tmp_path, monkeypatch):
     sampled = run.lines("samples")
     first = sampled[0]
     assert first["reward"] == pytest.approx(sum(first["logp"]) / len(first["ids"]), abs=1e-3)
-    assert no_reference(dict(rows=torch.arange(3))).tolist() == [[0.0] * 3] * 2
+    assert no_reference(dict(rows=torch.arange(3), sides=2)).tolist() == [[0.0] * 3] * 2
 
 
 def test_trl_is_refused_where_it_has_no_such_loss(tmp_path):

@@ -17,7 +17,7 @@ import polm_lab as lab
 from polm_lab.rewards import endpoint as page_endpoint
 from polm_lab.rewards import judges as page_judges
 from polm_lab.alignment.dpo import dpo_loss
-from polm_lab.training.pairwise import encode_pairs, pair_batches
+from polm_lab.training.answers import answer_batches, encode_answers
 from polm_lab.rewards.judges import ContrastJudge, EndpointJudge, Label, ModelJudge, both_orders, kept_judge
 from polm_lab.rewards.judges import label_pairs, make_judge, parse_judge, principle_of, read_constitution, verdict
 from polm_lab.rewards.endpoint import Kept, read_key, seconds_asked  # fmt: skip
@@ -114,14 +114,14 @@ def test_an_order_that_cannot_matter_is_not_asked_twice():
 
 def test_soft_labels_reach_the_loss():
     row = dict(prompt="1+1=", chosen="2", rejected="3", probability=0.75)
-    batch = pair_batches(encode_pairs(load_tokenizer("tiny"), [row, dict(row, probability=1.0)], 64), 2, 0)[0]
+    batch = answer_batches(encode_answers(load_tokenizer("tiny"), [row, dict(row, probability=1.0)], 64), 2, 0)[0]
     assert batch["doubt"].tolist() == [0.25, 0.0]
     margin = torch.full((2,), math.log(3.0), requires_grad=True)
     dpo_loss(margin, *torch.zeros(3, 2), 1.0, batch["doubt"]).sum().backward()
     assert abs(margin.grad[0]) < 1e-6 and math.isclose(margin.grad[1].item(), -0.25, rel_tol=1e-5)  # least where σ(margin) is the label
-    assert "doubt" not in pair_batches(encode_pairs(load_tokenizer("tiny"), [dict(row, probability=1)], 64), 1, 0)[0]
+    assert "doubt" not in answer_batches(encode_answers(load_tokenizer("tiny"), [dict(row, probability=1)], 64), 1, 0)[0]
     for wrong in (1.5, -0.1, "much", True, float("nan"), None):
-        assert "probability" in says(encode_pairs, load_tokenizer("tiny"), [dict(row, probability=wrong)], 64)
+        assert "probability" in says(encode_answers, load_tokenizer("tiny"), [dict(row, probability=wrong)], 64)
 
 
 # Judges -----------------------------------------------------------------------------------------------------------

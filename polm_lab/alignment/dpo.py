@@ -15,7 +15,9 @@ from torch import Tensor
 from ..core.knobs import Settings, knob, redefault
 from ..core.method import method
 from ..core.run import Run
-from ..training.pairwise import Answers, Objective, reference_knob, train_pairs, wrong_way
+from ..training.answers import Answers
+from ..training.pairwise import Objective, train_pairs, wrong_way
+from ..training.reference import reference_knob
 
 # %% ../../nbs/alignment/dpo.ipynb #e98263df
 @dataclass(kw_only=True)

@@ -19,7 +19,7 @@ from ..core.machine import world
 from ..core.method import method
 from ..core.run import Run
 from ..data.batches import Order
-from ..data.encode import encode
+from ..data.encode import encode, encode_each
 from ..data.load import load_data, load_held_out
 from ..models.attach import can_merge
 from ..models.layers import switch_off_dropout
@@ -27,11 +27,11 @@ from ..models.load import load_model
 from ..models.save import save_model
 from ..models.tokenizers import load_tokenizer, token_texts
 from ..rewards.learned import Scorer, encode_sides, padding_for, read_by_mask, score_rows
+from ..training.answers import SIDES, answer_updates, doubt_of, split_rows
 from ..training.engine import train_with_trl
 from ..training.evaluate import quiet, with_rows
 from ..training.loop import fit
-from ..training.pairwise import SIDES, doubt_of, encode_each, pair_metrics
-from ..training.pairwise import pair_updates, split_pairs, wrong_way
+from ..training.pairwise import pair_metrics, wrong_way
 
 # %% ../../nbs/alignment/reward.ipynb #3e55d1ae
 @dataclass(kw_only=True)
@@ -75,7 +75,7 @@ def margin_of(row: dict) -> float:
 def encode_pairs(
     tokenizer, rows: list[dict], max_length: int, head: str = "pointwise"
 ) -> list[dict]:
-    """Rows as pairs `{chosen, rejected, row, margin, doubt, lost}`, by `encode_each`.
+    """Rows as pairs `{chosen, rejected, row, margin, doubt, lost}`, numbered (`row`).
 
     `lost`: the answers are the same tokens within `max_length`, or, before the pairwise head, one
     of them is cut away whole by the other.
@@ -88,7 +88,7 @@ def encode_pairs(
         sides = encode_sides(tokenizer, row, max_length, head)
         return dict(sides, margin=margin_of(row), doubt=doubt_of(row), lost=lost)
 
-    return encode_each(rows, encode_row)
+    return [dict(pair, row=number) for number, pair in encode_each(rows, encode_row)]
 
 # %% ../../nbs/alignment/reward.ipynb #74156e61
 def calibration(gaps: Tensor, bins: int = 10) -> tuple[list[dict], float]:
@@ -216,7 +216,7 @@ def reward(settings: RewardModel, run: Run) -> None:
     def encode_rows(part: list[dict]) -> list[dict]:
         return encode_pairs(tokenizer, part, settings.max_length, settings.head)
 
-    pairs, held_rows, held_out = split_pairs(run, settings, rows, held_rows, encode_rows)
+    pairs, held_rows, held_out = split_rows(run, settings, rows, held_rows, encode_rows)
     order = Order(len(pairs), settings.batch_size * settings.accumulate, settings.seed)
     size, held_rewards = max(1, settings.batch_size // world()[1]), torch.zeros(len(held_out), 2)
     margins = settings.margin * torch.tensor([pair["margin"] for pair in pairs])
@@ -245,7 +245,7 @@ def reward(settings: RewardModel, run: Run) -> None:
         )  # fmt: skip
         del model.forward
     else:
-        updates = pair_updates(pairs, order, settings, pad)
+        updates = answer_updates(pairs, order, settings, pad)
         fit(run, settings, scorer, updates, loss, evaluate, merge=True)
     if run.writes:
         if held_out and not run.lines("samples"):

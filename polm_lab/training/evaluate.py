@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['NUMBER', 'GROUPED', 'AMOUNT', 'quiet', 'sequence_logps', 'learned_tokens', 'mean_nll', 'perplexity', 'pass_at_k',
            'last_number', 'plain_words', 'matches', 'scorer', 'other_worlds', 'worlds_of', 'as_example', 'examples_of',
-           'mean_kl', 'win_rate', 'latency_ms', 'cost', 'with_rows', 'Evaluation', 'against', 'lm_eval', 'result_of']
+           'mean_kl', 'win_rate', 'latency_ms', 'cost', 'good_answers', 'with_rows', 'Evaluation', 'against', 'lm_eval',
+           'result_of']
 
 # %% ../../nbs/training/evaluate.ipynb #927b28e2
 import json
@@ -194,6 +195,24 @@ def cost(model) -> dict[str, float]:
     "Size and speed of a model."
     return {"size_mib": size_mib(model), "latency_ms": latency_ms(model)}
 
+# %% ../../nbs/training/evaluate.ipynb #764c16c1
+def good_answers(rows: list[dict], kind: str) -> list[dict]:
+    """Rows with the best answer that they hold as `completion`.
+
+    Unpaired rows whose answer is bad are left out, and so are all rows of a kind without answers.
+    """
+    if kind == "completion":
+        return rows
+    if kind == "preference":
+        return [dict(row, completion=row["chosen"]) for row in rows]
+    if kind == "unpaired":
+        return [row for row in rows if row["label"]]
+    found = []
+    for row in rows if kind == "ranked" else []:
+        best = max(range(len(row["scores"])), key=row["scores"].__getitem__)
+        found.append(dict(row, completion=row["completions"][best]))
+    return found
+
 # %% ../../nbs/training/evaluate.ipynb #98e09fa7
 def with_rows(found: dict[str, float], rows: int, seen: dict[str, int] | None = None) -> dict[str, float]:
     "An evaluation with `rows`, how many rows it saw, and `rows/NAME` for each metric NAME that saw another number by `seen`."
@@ -204,8 +223,10 @@ def with_rows(found: dict[str, float], rows: int, seen: dict[str, int] | None = 
 class Evaluation:
     """The evaluation that frames a run; calling it gives metrics of the policy as it is now.
 
-    `rows` are held-out rows as loaded; `kind` is their dataset type (`text`, `completion`, `preference`, `prompt`).
-    Rows with completions give `perplexity`; rows with a scorer give sampled `accuracy` and `length` (and `pass_at_k` for `samples` > 1).
+    `rows` are held-out rows as loaded; `kind` is their dataset type (`text`, `completion`,
+    `preference`, `unpaired`, `ranked`, `prompt`).
+    Rows with a good answer (`good_answers`) give `perplexity`; rows with a scorer give sampled
+    `accuracy` and `length` (and `pass_at_k` for `samples` > 1).
     `reference` adds `kl` on the policy's own samples. `others` (names of worlds) adds `perplexity/NAME` on text that the run does not train
     on, and `forgetting`, the mean rise of its loss since the first call. `rows` says how many rows it saw; see `with_rows`.
     At most `prompts` rows are asked, all of them unless told otherwise.
@@ -218,7 +239,7 @@ class Evaluation:
     ):  # fmt: skip
         self.policy, self.tokenizer, self.score, self.reference = policy, tokenizer, score, reference
         self.samples, self.temperature, self.max_new_tokens, self.seed, self.before = samples, temperature, max_new_tokens, seed, before
-        learned = [dict(row, completion=row["chosen"]) for row in rows] if kind == "preference" else rows if kind in ("text", "completion") else []
+        learned = rows if kind == "text" else good_answers(rows, kind)
         self.examples = [encode(tokenizer, row, "text" if kind == "text" else "completion", max_length) for row in learned]
         sampled = [row for row in rows if "prompt" in row][:prompts] if score or reference else []
         self.rows, self.prompts = sampled, [encode(tokenizer, row, "prompt", max_length)["input_ids"] for row in sampled]
