@@ -4,7 +4,10 @@ A lesson's claim holds over seeds 0 to 4, one and two threads, and weights moved
 
     python tests/lessons.py                       # all pages
     python tests/lessons.py alignment/ppo         # one page
+    python tests/lessons.py _template/            # the templates of methods
     python tests/lessons.py --tries moved bf16    # some of the tries
+
+A page without knobs has no seed to set. A try with a seed then changes what the package draws on that page: order of rows, samples, random models.
 """
 
 import argparse
@@ -51,13 +54,33 @@ def _moved(*args, **kwargs):
 
 _models._read_model = _moved
 """
+DRAW = """
+import polm_lab.core.machine as _machine
+import torch as _torch
+
+_seed_of, _manual_seed = _machine.seed_of, _torch.manual_seed
+_machine.seed_of = lambda *parts: _seed_of({by}, *parts)
+_torch.manual_seed = lambda seed: _manual_seed(seed + {by})
+
+import polm_lab.data.batches as _batches
+
+_order = _batches.Order.__init__
+
+
+def _drawn(self, *args, **kwargs):
+    _order(self, *args, **kwargs)
+    self.seed += {by}
+
+
+_batches.Order.__init__ = _drawn
+"""
 
 
 def pages(wanted: list[str]) -> list[Path]:
-    "The notebooks that are tested, or those whose path has one of the words `wanted`."
-    found = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not re.match("[_.]", p.name))
-    found = [p for p in found if not any(part.startswith(("_", ".")) for part in p.relative_to(ROOT).parts)]
-    return [p for p in found if not wanted or any(word in str(p) for word in wanted)]
+    "The notebooks that are tested and the templates, or those whose path has one of the words `wanted`."
+    found = {p.relative_to(ROOT / "nbs"): p for p in sorted((ROOT / "nbs").rglob("*.ipynb"))}
+    tried = {name: p for name, p in found.items() if not re.search(r"(^|/)[_.](?!template/)", name.as_posix())}
+    return [p for name, p in tried.items() if not wanted or any(word in name.as_posix() for word in wanted)]
 
 
 def has_parameters(notebook) -> bool:
@@ -66,9 +89,11 @@ def has_parameters(notebook) -> bool:
 
 
 def prepared(path: Path, changes: dict, moved: float):
-    "The notebook at `path` without its cells for people, with knobs changed and weights moved."
+    "The notebook at `path` without its cells for people, with knobs changed or other draws, and weights moved."
     notebook = nbformat.read(path, as_version=4)
     cells = [nbformat.v4.new_code_cell(MOVE.replace("{by}", repr(moved)))] if moved else []
+    if "seed" in changes and not has_parameters(notebook):
+        cells.insert(0, nbformat.v4.new_code_cell(DRAW.replace("{by}", repr(changes["seed"]))))
     for cell in notebook.cells:
         if cell.cell_type != "code" or re.search(r"^#\|\s*eval:\s*false", cell.source, re.M):
             continue
