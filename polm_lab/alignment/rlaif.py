@@ -28,8 +28,9 @@ from ..models.tokenizers import load_tokenizer
 from ..reasoning.grpo import GRPO, grpo
 from ..rewards.endpoint import read_key
 from ..rewards.functions import Reward
-from ..rewards.judges import CRITIQUE, REVISION, ContrastJudge, Label, both_orders
-from ..rewards.judges import kept_judge, label_pairs, make_judge, parse_judge, principle_of
+from ..rewards.judges import CONSTITUTION, CRITIQUE, JUDGE, REVISION, ContrastJudge, Label
+from ..rewards.judges import both_orders, kept_judge, label_pairs, make_judge, parse_judge
+from ..rewards.judges import principle_of
 from ..training.chain import stage
 from ..training.evaluate import scorer
 from ..training.making import Kept, by_first, in_order, watch, write_rows
@@ -39,10 +40,17 @@ from ..training.making import Kept, by_first, in_order, watch, write_rows
 class RLAIF(Settings):
     "Settings of learning from an AI's labels."
 
-    judge: str = knob("contrast:self", "who judges: rule:..., model:..., contrast:..., openai:...; see the page on judges")
+    judge: str = knob(
+        "contrast:self", parts=JUDGE,
+        meaning="who judges: rule:..., model:..., contrast:..., openai:...; see the page on judges",
+    )  # fmt: skip
     train: str = knob("dpo", "what the judge is for: pairs for DPO; pairs for a reward model and PPO; the reward of GRPO (direct); marks from 1 to 10 as the reward (mark); or revised answers for SFT",
                       choices=("dpo", "ppo", "direct", "mark", "sft"))  # fmt: skip
-    constitution: str = knob("Be polite. | Be rude.", "principle, and after | its opposite; or a .txt file with one on each line, of which each prompt draws one", source="Bai et al. 2022, appendix C")
+    constitution: str = knob(
+        "Be polite. | Be rude.", source="Bai et al. 2022, appendix C", parts=CONSTITUTION,
+        meaning="principle, and after | its opposite; or a .txt file with one on each line, of which "
+        "each prompt draws one",
+    )  # fmt: skip
     key_variable: str = knob("", "environment variable that holds the endpoint's key; empty: no key is sent")
     tries: int = knob(6, "times that a question is put to an endpoint before the run fails", "tries", low=1, high=100)
     prompts: int = knob(256, "prompts that answers are sampled for", "prompts", low=1, log=True)

@@ -142,11 +142,14 @@ class PartFields(widgets.Accordion):
         self._read()
 
     def _read(self):
-        "Show the parts of the string as it is."
-        self._silent = True
+        "Show the parts of the string as it is; those that its kind has not are out of sight."
+        self._silent, grammar = True, self.whole.knob.parts
+        applies = getattr(grammar, "applies", lambda text, part: True)
         try:
             for field in self.fields.values():
-                value = self.whole.knob.parts.read(self.whole.value, field.knob.part)
+                value = grammar.read(self.whole.value, field.knob.part)
+                seen = applies(self.whole.value, field.knob.part)
+                field.layout.display = "" if seen else "none"
                 with suppress(WrongInput):  # whoever reads the string says what is wrong with it
                     field.set(value)
         finally:
