@@ -6,7 +6,7 @@
 __all__ = ['JUDGES', 'LOCAL', 'ENDPOINT', 'JUDGE', 'CONSTITUTION', 'MARK', 'MARKS', 'QUESTION', 'EDGES', 'CRITIQUE', 'REVISION',
            'parse_judge', 'Label', 'both_orders', 'read_constitution', 'principle_of', 'question_about', 'mark_of',
            'RuleJudge', 'ModelJudge', 'ContrastJudge', 'shares', 'verdict', 'mark_in', 'EndpointJudge', 'make_judge',
-           'kept_judge', 'label_pairs']
+           'kept_judge', 'label_each', 'label_pairs']
 
 # %% ../../nbs/rewards/judges.ipynb #0460b9a8
 import math
@@ -14,7 +14,7 @@ import re
 import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 from ..core.kinds import Joined, Kinds
 from ..core.knobs import Part, WrongInput, nearest, share_parts
@@ -365,18 +365,33 @@ def kept_judge(judge: Callable, kept: Kept) -> Callable:
     return asked
 
 
-def label_pairs(judge: Callable, pairs: list[tuple[dict, str, str]], heard: Callable[[int], None] = lambda done: None) -> list[Label]:
-    """The judge's labels of pairs (row, a, b), in order; `judge.at_once` questions are under way at a time, and `heard(done)` may raise to end it.
+def label_each(judge: Callable, pairs: list[tuple[dict, str, str]]) -> Iterator[Label]:
+    """Yield the judge's labels of pairs (row, a, b), in order; it is asked `at_once` at a time.
 
     Raises `WrongInput` if the judge prefers neither reply in any of the first 32 pairs.
     """
-    labels = []
+    labels, at_once = [], getattr(judge, "at_once", 1)
     for part in (pairs[:32], pairs[32:]):
-        for label in in_order(lambda pair: both_orders(judge, *pair), part, getattr(judge, "at_once", 1)):
+        for label in in_order(lambda pair: both_orders(judge, *pair), part, at_once):
             labels.append(label)
-            heard(len(labels))
+            yield label
         if part and all(label.probability == 0.5 for label in labels):
-            shown = [label.first for label in labels]
-            always = "the first reply in both orders" if min(shown) > 0.5 else "the second reply in both orders" if max(shown) < 0.5 else "neither reply"
-            raise WrongInput(f"judge: preferred {always} in all of the first {len(labels)} pairs, so no label says anything; expected a judge that reads the replies; ask another judge, or another question")
-    return labels
+            raise WrongInput(_no_preference(labels))
+
+
+def _no_preference(labels: list[Label]) -> str:
+    "The message about a judge whose labels are all ½."
+    shown, always = [label.first for label in labels], "neither reply"
+    if min(shown) > 0.5:
+        always = "the first reply in both orders"
+    elif max(shown) < 0.5:
+        always = "the second reply in both orders"
+    return (
+        f"judge: preferred {always} in all of the first {len(labels)} pairs, so no label says"
+        " anything; expected a judge that reads the replies; ask another judge, or another question"
+    )
+
+
+def label_pairs(judge: Callable, pairs: list[tuple[dict, str, str]]) -> list[Label]:
+    "The labels of `label_each`; raises what it raises."
+    return list(label_each(judge, pairs))
