@@ -314,8 +314,10 @@ def test_the_form_shows_the_parts_that_the_kind_of_a_judge_has():
     assert form.values == dict(judge="rule:correct,length:0.5") and not form.problem
     fields["judge.kind"].control.value = "openai"
     assert seen() == ["judge.kind", "judge.model", "judge.address"]
+    assert form.problem.startswith("judge: found 'openai' and nothing after it")
     fields["judge.address"].control.value = "http://localhost:8000/v1"
     fields["judge.model"].control.value = "small"
+    assert not form.problem
     assert form.settings().judge == "openai:http://localhost:8000/v1#small"
     form.fields["judge"].undo.click()
     assert form.values == {} and seen() == ["judge.kind", "judge.model"]
