@@ -242,7 +242,7 @@ def prepare(settings: RLAIF, run: Run, path: Path):
         found = preferences(settings, run, judge, pairs, scorer(gold_name(settings), rows))
     write_rows(path, found)
 
-
+# %% ../../nbs/alignment/rlaif.ipynb #da422bc0
 LEARNERS = {  # value of train -> word of core.method.EXPLANATIONS
     "dpo": "implicit", "ppo": "tokens", "direct": "group", "mark": "mean",
 }  # fmt: skip

@@ -86,7 +86,7 @@ def _encyclopedia(seed: str = "polm_lab encyclopedia", towns: int = 40, people: 
 ENCYCLOPEDIA = _encyclopedia()
 TOWNS = tuple(s for s, facts in ENCYCLOPEDIA.items() if "river" in facts)
 
-
+# %% ../../nbs/data/language.ipynb #9e3c2e7e
 def values_of(relation: str) -> tuple[str, ...]:
     "All objects that a relation can have."
     return RELATIONS[relation][3] or TOWNS

@@ -39,8 +39,9 @@ def parse_judge(spec: str) -> tuple[str, str, str]:
     "`kind:where` as (kind, where, name of the model of an endpoint). Raises `WrongInput`, which never repeats an address: a key may stand in it."
     kind, _, where = spec.strip().partition(":")
     if kind not in JUDGES or not where.strip():
-        found = repr(kind[:20]) + (" and nothing after it" if kind in JUDGES else "")
-        raise WrongInput(f"judge: found {found}; {nearest(kind[:20], JUDGES)}; expected {', '.join(JUDGES.values())}")
+        known = "and nothing after it" if kind in JUDGES else nearest(kind[:20], JUDGES)
+        found = f"{kind[:20]!r}{' ' if kind in JUDGES else '; '}{known}"
+        raise WrongInput(f"judge: found {found}; expected {', '.join(JUDGES.values())}")
     if kind != "openai":
         return kind, where.strip(), ""
     try:
