@@ -235,6 +235,9 @@ def test_the_mark_of_an_endpoint(content, top, mark, soft):
     assert found == pytest.approx(mark) and from_probabilities == soft
     with pytest.raises(Unreadable):
         mark_in(dict(message=dict(content="a fine reply"), logprobs=None))
+    token = dict(token="7", logprob=math.nan)
+    with pytest.raises(ValueError, match="above 0"):  # asked again, as for a letter
+        mark_in(dict(message=dict(content="7"), logprobs=dict(content=[token])))
 
 
 def test_direct_rlaif_learns_from_marks(runs):

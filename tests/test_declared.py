@@ -7,6 +7,7 @@ import types
 import pytest
 
 from polm_lab.core import method as registry
+from polm_lab.alignment.rlaif import explained
 from polm_lab.core.knobs import RunSettings, WrongInput
 from polm_lab.core.method import EXPLANATIONS, NEEDS, REGISTRY, find, method, methods
 from polm_lab.core.metrics import METRICS, Metric, metric, register_metrics
@@ -20,7 +21,7 @@ from polm_lab.workbench.cockpit import Cockpit
 from polm_lab.workbench.compare import leaderboard
 from polm_lab.workbench.panels import explain
 from polm_lab.workbench.record import Record
-from polm_lab.workbench.why import EXPLAINERS, why
+from polm_lab.workbench.why import EXPLAINERS, by_baseline, why
 
 GAP = Metric("surprise_gap", "surprise at new facts minus that at old ones", better="down")
 
@@ -37,6 +38,7 @@ def declare(**facts):
 @pytest.fixture(autouse=True)
 def forget():
     "Nothing that a test declares is there for the next."
+    methods()  # a page registers its method once, when it is imported
     kept = [(table, dict(table)) for table in (METRICS, KINDS, REGISTRY, rows.CHECKS)]
     yield
     for table, was in kept:
@@ -67,9 +69,12 @@ def page(monkeypatch):
 def test_every_method_uses_known_words():
     for m in methods().values():
         assert set(m.needs) <= set(NEEDS) and (callable(m.explain) or m.explain in ("", *EXPLANATIONS))
-    assert {name: find(name).explain for name in ("grpo", "ppo", "rloo", "dpo")} == dict(
-        grpo="group", ppo="tokens", rloo="baseline", dpo="implicit"
-    )
+    declared = dict(
+        grpo="group", ppo="tokens", rloo="baseline", dpo="implicit", reward="model", critic="score",
+        selfrefine="score", rag="score", rlaif=explained,
+    )  # fmt: skip
+    # The others record no samples of their own: their stages do, or nothing has a reward.
+    assert {name: m.explain for name, m in methods().items() if m.explain} == declared
     assert set(EXPLAINERS) == set(EXPLANATIONS)
 
 
@@ -98,9 +103,37 @@ def test_a_method_names_its_explanation():
     assert "likeliest answer" in why(row, group, {}, "mine")[2]  # of the record alone it is a group
     declare(explain=lambda row, group, settings: [f"{row['reward']} of {len(group)}, {settings['way']}"])
     assert why(row, group, dict(way="so"), "mine") == ["1.0 of 2, so"]
+    declare(explain=lambda row, group, settings: settings["way"])  # a word that depends on the row
+    assert why(row, group, dict(way="baseline"), "mine") == by_baseline(row, group, {})
     declare()
     assert why(row, group, {}, "mine") == why(row, group, {}) == why(row, group, {}, "gone")
     assert "no reward" in why(dict(completion="4"), [], {}, "mine")[-1]
+
+
+PAIR = [dict(side=side, reward=r, completion=side) for side, r in (("chosen", 2.0), ("rejected", 0.5))]
+GROUP = [dict(reward=r, advantage=r - 0.25, advantages=[0.1, 0.4]) for r in (1.0, 0.0, 0.0, 0.0)]
+
+
+@pytest.mark.parametrize(
+    "method, rows, settings, found",
+    [
+        ("reward", PAIR, dict(beta=0.1), "The reward model gives this answer 2;"),
+        ("dpo", PAIR, {}, "Its implicit reward is 2."),
+        ("grpo", GROUP, dict(scale="none"), "its advantage is 1 − 0.25 = 0.75"),
+        ("ppo", GROUP, {}, "Each of its tokens has an advantage of its own, from 0.1 to 0.4"),
+        ("rloo", [GROUP[0] | dict(advantages=[])], {}, "compared with the likeliest answer"),
+        ("rlaif", PAIR, dict(train="dpo", beta=0.1), "Its implicit reward is 2."),
+        ("rlaif", GROUP, dict(train="ppo"), "Each of its tokens has an advantage of its own"),
+        ("rlaif", GROUP, dict(train="direct"), "its advantage is (1 − 0.25) / 0.5 = 1.5"),
+        ("rlaif", GROUP, dict(train="mark"), "its advantage is 1 − 0.25 = 0.75"),
+        ("critic", GROUP, {}, "It is a score only"),
+        ("selfrefine", GROUP, {}, "It is a score only"),
+        ("rag", GROUP, {}, "It is a score only"),
+    ],
+)
+def test_a_row_is_explained_as_its_method_declares(method, rows, settings, found):
+    said = " ".join(why(rows[0], rows, settings, method))
+    assert found in said and said.count("It is a score only") == ("score only" in found)
 
 
 def test_the_cockpit_asks_the_page_of_the_run(page):

@@ -9,13 +9,23 @@ import pytest
 from polm_lab.alignment.ppo import CRITIC, DETAILS, PPO
 from polm_lab.core.knobs import OFF, Listed, Part, Settings, WrongInput, compose, knobs
 from polm_lab.core.knobs import make_settings, part_knobs, part_named, value_named
+from polm_lab.alignment.rlaif import RLAIF
+from polm_lab.alignment.ppo import DETAILS, PPO, parse_details
+from polm_lab.core.knobs import OFF, Settings, WrongInput, compose, knobs, make_settings, part_knobs
+from polm_lab.core.knobs import part_named, value_named
 from polm_lab.core.method import find, methods
+from polm_lab.core.run import Run
 from polm_lab.efficiency.prune import Prune
 from polm_lab.integration.merge import Merge
 from polm_lab.integration.merging.weighting import weight_rules
+from polm_lab.efficiency.compression.sparse import parse_pattern
+from polm_lab.integration.rag import RAG
+from polm_lab.integration.retriever import Retriever
 from polm_lab.models.attach import parse_adapter
 from polm_lab.reasoning.grpo import GRPO
+from polm_lab.reasoning.selfrefine import SelfRefine
 from polm_lab.rewards.functions import LIBRARY, parse_rewards
+from polm_lab.rewards.judges import JUDGES, parse_judge
 from polm_lab.runner import launch, sweep
 from polm_lab.workbench.controls import Form
 
@@ -248,6 +258,63 @@ def test_all_values_of_a_list_are_checked(text, found):
     with pytest.raises(WrongInput) as wrong:
         LIST.values(text, "list")
     assert str(wrong.value).startswith(f"list = {text!r}: {found}") and "\n" not in str(wrong.value)
+        ("contrast:self", "kind", "contrast", "contrast:self"),
+        (" contrast: self", "kind", "contrast", " contrast: self"),  # as it was
+        ("contrast:runs/a", "kind", "model", "model:runs/a"),
+        ("contrast:runs/a", "kind", "rule", "rule:correct"),
+        ("rule:a.py:f,length", "kind", "contrast", "contrast:self"),
+        ("contrast:self", "model", "runs/a.b", "contrast:runs/a.b"),
+        ("model:runs/a", "model", "on", "model:self"),
+        ("rule:correct", "correct", 0.5, "rule:correct:0.5"),
+        ("rule:correct", "length", "on", "rule:correct,length:1"),
+        ("rule:correct, a.py:f", "correct", OFF, "rule:a.py:f"),
+        ("rule:a.py:f,correct", "a.py:f", 0.25, "rule:a.py:f:0.25,correct"),
+        ("openai:http://h:1/v1#a", "model", "b/c", "openai:http://h:1/v1#b/c"),
+        ("openai:http://h:1/v1#a", "address", "https://g/v1", "openai:https://g/v1#a"),
+        ("openai:http://h:1/v1#a", "kind", "model", "model:self"),  # a name there is none here
+        ("openai:http://h:1/v1#a", "length", OFF, "openai:http://h:1/v1#a"),
+    ],
+)
+def test_the_parts_of_a_judge_are_written(text, part, value, found):
+    assert written(RLAIF, "judge", text, part, value) == found
+    assert parse_judge(found)[0] == parts_of(RLAIF, "judge")["kind"].check(found.split(":")[0].strip())
+
+
+def test_the_kind_of_a_judge_comes_before_what_it_has():
+    asked = {"judge.model": "m", "judge.address": "http://h/v1", "judge.kind": "openai"}
+    assert make_settings(RLAIF, asked).judge == "openai:http://h/v1#m"
+    asked = {"judge.correct": "off", "judge.length": 0.2, "judge.kind": "rule"}
+    assert make_settings(RLAIF, asked).judge == "rule:length:0.2"
+    assert parts_of(RLAIF, "judge")["kind"].choices == tuple(JUDGES)
+    assert list(parts_of(RLAIF, "judge")) == ["kind", *LIBRARY, "model", "address"]
+
+
+@pytest.mark.parametrize(
+    "text, part, value, found",
+    [
+        ("Be polite. | Be rude.", "opposite", "Be cold.", "Be polite. | Be cold."),
+        ("Be polite.|Be rude.", "principle", "Be brief.", "Be brief. | Be rude."),
+        ("Be polite. | Be rude.", "opposite", OFF, "Be polite."),
+        ("rules.txt", "principle", "others.txt", "others.txt"),
+        ("Be polite.", "opposite", "Be rude.", "Be polite. | Be rude."),
+    ],
+)
+def test_a_principle_and_its_opposite_are_written(text, part, value, found):
+    assert written(RLAIF, "constitution", text, part, value) == found
+
+
+def test_an_endpoint_a_pattern_and_the_reward_of_a_retriever_are_written():
+    asked = {"endpoint.kind": "openai", "endpoint.model": "m", "endpoint.address": "http://h/v1"}
+    for cls in (RAG, SelfRefine):
+        assert make_settings(cls, asked).endpoint == "openai:http://h/v1#m"
+        assert make_settings(cls, {"endpoint": "openai:x#m", "endpoint.kind": "none"}).endpoint == ""
+    assert written(Prune, "pattern", "2:4", "keep", 1) == "1:4"
+    asked = make_settings(Prune, {"pattern.of": 8, "pattern.keep": "4"})
+    assert parse_pattern(asked.pattern) == (4, 8)
+    assert value_named(Prune, dict(pattern="2:4"), "pattern.of") == 4
+    asked = make_settings(Retriever, {"reward.kind": "model", "reward.model": "runs/a"})
+    assert asked.reward == "model:runs/a"
+    assert make_settings(Retriever, {"reward": "model:a", "reward.kind": "states"}).reward == "states"
 
 
 def test_what_is_written_is_read_again():
@@ -298,6 +365,16 @@ def test_what_is_written_is_read_again():
         (PPO, {"value.weight": "off"}, "value.weight = 'off': expected a number ≥ 0"),
         (PPO, {"value.wieght": 1}, "value.wieght: value has no part 'wieght': did you mean 'weight'?"),
         (PPO, {"value.kind": 1}, "value.kind = 1: expected text (own, shared or a run of reward)"),
+        (RLAIF, {"judge.kind": "rul"}, "judge.kind = 'rul': expected one of rule, model, contrast, openai"),
+        (RLAIF, {"judge.length": 1}, "judge = 'contrast:self': length = 1.0: contrast has no length; expected kind rule; give the kind too"),
+        (RLAIF, {"judge.address": "http://k@h"}, "judge = 'contrast:self': address = 'http://…': contrast has no address; expected kind openai"),
+        (RLAIF, {"judge": "openai:http://k@h#m", "judge.length": 1}, "judge = 'openai:http://…': length = 1.0: openai has no length"),
+        (RLAIF, {"judge.lenght": 1}, "judge.lenght: judge has no part 'lenght': did you mean 'length'?"),
+        (RLAIF, {"judge.kind": "rule", "judge.length": 11}, "judge.length = 11: expected a number ≥ -10 and ≤ 10, or off"),
+        (RLAIF, {"judge.kind": "openai"}, "judge: found 'openai' and nothing after it"),
+        (RLAIF, {"judge.kind": "rule", "judge.correct": "off"}, "judge: found 'rule' and nothing after it"),
+        (Prune, {"pattern.keep": 0}, "pattern.keep = 0: expected a whole number ≥ 1"),
+        (Retriever, {"reward.kind": "model", "reward.steps": 1}, "reward.steps: reward has no part 'steps'"),
         (Prune, {"allocation.rule": "even"}, "allocation.rule = 'even': expected one of uniform, outliers"),
         (Prune, {"allocation.rule": "own"}, "allocation = 'uniform': rule = 'own': expected the text itself"),
     ],
@@ -384,6 +461,27 @@ def test_the_weights_of_tunes_have_sliders():
     first.control.value = "off"
     assert form.values == dict(weights="mlp=1,0")
     assert form.parts["weights"].fields["weights.3"].value == OFF
+def test_the_form_shows_the_parts_that_the_kind_of_a_judge_has():
+    form = Form("rlaif")
+    fields = form.parts["judge"].fields
+
+    def seen() -> list[str]:
+        return [name for name, f in fields.items() if f.layout.display != "none"]
+
+    assert seen() == ["judge.kind", "judge.model"]
+    fields["judge.kind"].control.value = "rule"
+    assert seen() == ["judge.kind", *(f"judge.{name}" for name in LIBRARY)]
+    fields["judge.length"].slider.value = 0.5
+    assert form.values == dict(judge="rule:correct,length:0.5") and not form.problem
+    fields["judge.kind"].control.value = "openai"
+    assert seen() == ["judge.kind", "judge.model", "judge.address"]
+    assert form.problem.startswith("judge: found 'openai' and nothing after it")
+    fields["judge.address"].control.value = "http://localhost:8000/v1"
+    fields["judge.model"].control.value = "small"
+    assert not form.problem
+    assert form.settings().judge == "openai:http://localhost:8000/v1#small"
+    form.fields["judge"].undo.click()
+    assert form.values == {} and seen() == ["judge.kind", "judge.model"]
 
 
 # Sweeps -------------------------------------------------------------------------------------------------------------
@@ -413,6 +511,14 @@ def test_a_sweep_varies_the_critic_and_its_weight():
     assert sorted(made) == ["own:0.1", "own:0.5", "shared:0.1", "shared:0.5"]
     _, asked, points = sweep.plan("ppo", {"value.weight": "0.05..1"}, metric="reward", search="random", trials=3)
     assert all(0.05 <= p["value.weight"] <= 1 for p in points)
+def test_a_sweep_varies_the_judge():
+    grid = {"judge.kind": "rule,contrast", "noise": "0,0.5"}
+    name, asked, points = sweep.plan("rlaif", grid, {"judge": "model:tiny"}, metric="reward")
+    made = [launch.check(name, asked["fixed"] | point)[1].judge for point in points]
+    assert made == ["rule:correct"] * 2 + ["contrast:tiny"] * 2
+    _, asked, points = sweep.plan("rlaif", {"judge.length": "0.1..1"}, {"judge": "rule:correct"},
+                                  metric="reward", search="random", trials=2)  # fmt: skip
+    assert all(0.1 <= point["judge.length"] <= 1 for point in points)
 
 
 def test_a_sweep_searches_a_part_in_a_range():
@@ -495,6 +601,17 @@ def test_a_part_on_the_command_line(polm, runs):
     assert done.returncode == 2 and "did you mean 'clip_value'" in done.stderr
     done = polm("run", "ppo", "--details.clip_value", "3")
     assert done.returncode == 2 and "write -p details.clip_value 3" in done.stderr
+
+
+def test_a_judge_on_the_command_line(polm, runs):
+    quick = dict(data="sums", prompts=24, max_new_tokens=8, steps=1, batch_size=4, eval_rows=4)
+    words = [word for name, value in quick.items() for word in ("-p", name, str(value))]
+    asked = ["-p", "judge.kind", "rule", "-p", "judge.format", "0.5"]
+    done = polm("run", "rlaif", "--bare", *asked, *words, "--json")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((runs / json.loads(done.stdout.splitlines()[-1])["run"] / "run.json").read_text())
+    assert record["settings"]["judge"] == "rule:correct,format:0.5"
+    assert launch.clone(Run(runs / record["id"]), **{"judge.format": "off"})["judge"] == "rule:correct"
 
 
 def test_commands_clone_and_presets_hold_the_string(runs):

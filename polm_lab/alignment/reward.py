@@ -204,7 +204,7 @@ def judge_pairs(pairs: list[dict], rewards: Tensor) -> dict[str, float]:
 # %% ../../nbs/alignment/reward.ipynb #685c859c
 @method(
     family="alignment", title="Reward model", data="preference", needs=("preference pairs",),
-    paper="Ouyang et al. 2022, eq. 1; survey §4.1.2, eq. 13, 18", engines=("lab", "trl"),
+    paper="Ouyang et al. 2022, eq. 1; survey §4.1.2, eq. 13, 18", engines=("lab", "trl"), explain="model",
 )  # fmt: skip
 def reward(settings: RewardModel, run: Run) -> None:
     "Learn from pairs how good an answer is, as one number."

@@ -30,11 +30,13 @@ NEEDS = {  # word -> meaning; what a method needs besides a model and its rows
     "questions with answers and passages": "questions, their answers, and the passages that hold these",
 }
 EXPLANATIONS = {  # word -> meaning; how the cockpit explains a reward (see workbench/why)
-    "group": "the reward against the mean of its group",
+    "group": "the reward against the mean of its group, over the group's spread",
+    "mean": "the reward less the mean of its group",
     "tokens": "an advantage for each token, from a critic",
     "baseline": "the reward against the other answers, or against the greedy one",
     "implicit": "β times the log-ratio of policy and reference",
     "model": "the number of a reward model",
+    "score": "the score of an answer that nothing is learned from",
 }
 
 # %% ../../nbs/core/method.ipynb #8d88c198
@@ -55,7 +57,7 @@ class Method:
     trains: bool  # by gradient, through training.loop: the conformance suite applies
     engines: tuple[str, ...]
     small: dict  # knob values that make a run short, for the conformance suite
-    explain: str | Callable = ""  # word of EXPLANATIONS, or (row, its group, settings) -> sentences
+    explain: str | Callable = ""  # word of EXPLANATIONS, or a function that explains
     metrics: tuple[Metric, ...] = ()  # what it measures that no other method does
 
     @property
@@ -90,8 +92,8 @@ def method(
 
     A notebook that is run defines its method a second time; the newer record then takes the place of the older.
     `needs` are words of NEEDS. `explain` says how the cockpit explains a reward of this method: a
-    word of EXPLANATIONS, or a function (row, rows of its group, settings) -> sentences. `metrics`
-    are the method's own and join the vocabulary.
+    word of EXPLANATIONS, or a function (row, rows of its group, settings) that gives sentences, or
+    the word that fits the row. `metrics` are the method's own and join the vocabulary.
     Raises: `WrongInput` for an unknown word and for a metric that is declared elsewhere.
     """
     if family not in FAMILIES:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RELATIONS', 'SYLLABLES', 'ENCYCLOPEDIA', 'TOWNS', 'TASKS', 'UNSAFE', 'ASKS', 'BRIEF', 'DETAIL', 'SYSTEMS', 'OPENERS',
            'CLOSERS', 'FILLERS', 'REFUSALS', 'OFFER', 'HEROES', 'ANIMALS', 'TRAITS', 'PLACES', 'THINGS', 'OPENINGS',
-           'WANTS', 'TROUBLES', 'HELPS', 'HAPPY', 'SAD', 'CLOSINGS', 'invent', 'values_of', 'article', 'Facts',
-           'edit_of_fact', 'keywords', 'gold', 'Chat', 'Stories']
+           'WANTS', 'TROUBLES', 'HELPS', 'HAPPY', 'SAD', 'CLOSINGS', 'invent', 'invent_new', 'invent_facts',
+           'values_of', 'article', 'Facts', 'edit_of_fact', 'keywords', 'gold', 'Chat', 'Stories']
 
 # %% ../../nbs/data/language.ipynb #710a5c6e
 import random
@@ -54,24 +54,39 @@ def invent(sort: str, rng: random.Random) -> str:
     return "".join(rng.choice(part) for part in SYLLABLES[sort])
 
 
+def invent_new(sort: str, known, rng: random.Random) -> str:
+    "An invented name that is not among the `known` ones."
+    name = invent(sort, rng)
+    while name in known:
+        name = invent(sort, rng)
+    return name
+
+
+def invent_facts(sort: str, towns, rng: random.Random) -> dict[str, str]:
+    "A value for each relation of a sort; where it is the name of a town, one of `towns`."
+    facts = {}
+    for relation, (of, _, _, possible) in RELATIONS.items():
+        if of == sort:
+            facts[relation] = rng.choice(possible or towns)
+    return facts
+
+
 def _encyclopedia(seed: str = "polm_lab encyclopedia", towns: int = 40, people: int = 40) -> dict[str, dict[str, str]]:
     "Subject -> relation -> object: the fixed truth of the world."
     rng, book, names = random.Random(seed), {}, {"town": [], "person": []}
     for sort, count in (("town", towns), ("person", people)):
-        while len(names[sort]) < count:
-            name = invent(sort, rng)
-            if name not in names[sort]:
-                names[sort].append(name)
+        for _ in range(count):
+            names[sort].append(invent_new(sort, names[sort], rng))
     for sort in names:
         for name in names[sort]:
-            book[name] = {r: rng.choice(f[3] or names["town"]) for r, f in RELATIONS.items() if f[0] == sort}
+            book[name] = invent_facts(sort, names["town"], rng)
     return book
 
 
 ENCYCLOPEDIA = _encyclopedia()
 TOWNS = tuple(s for s, facts in ENCYCLOPEDIA.items() if "river" in facts)
 
-
+# %% ../../nbs/data/language.ipynb #9e3c2e7e
 def values_of(relation: str) -> tuple[str, ...]:
     "All objects that a relation can have."
     return RELATIONS[relation][3] or TOWNS
@@ -99,10 +114,8 @@ class Facts(World):
         key = ""
         if form == "reading" and rng.random() < 0.7:  # somebody the encyclopedia does not know: memory cannot help
             sort = rng.choice(("town", "person"))
-            subject = invent(sort, rng)
-            while subject in ENCYCLOPEDIA:
-                subject = invent(sort, rng)
-            facts = {r: rng.choice(values_of(r)) for r, f in RELATIONS.items() if f[0] == sort}
+            subject = invent_new(sort, ENCYCLOPEDIA, rng)
+            facts = invent_facts(sort, TOWNS, rng)
             key = f"facts/{subject}"
         elif form == "reading" and rng.random() < 0.5:  # a passage that contradicts the encyclopedia
             facts = {r: rng.choice(values_of(r)) for r in facts}

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..training.layerwise import BlockInputs, Calibrated, Inputs
 from ..training.layerwise import carry_out, read_inputs, visit_blocks, walk
 from ..models.layers import blocks_of, linear_layers
-from ..core.knobs import Part, Word, WrongInput, knob
+from ..core.kinds import Joined
+from ..core.knobs import Part, Word, WrongInput, knob, share_parts
 from ..core.method import method
 from ..core.run import Run
 from ..core.knobs import OFF, Options, part_knobs
@@ -73,6 +74,16 @@ class Prune(Calibrated):
     block: int = knob(0, "columns B that SparseGPT chooses among at once; 0: a quarter of a layer's, at most 128", "columns", low=0, source="Frantar and Alistarh 2023, §3.3: 128")
     damping: float = knob(0.01, "what is added to the diagonal of H, as a share of its mean", "share", low=1e-8, high=1, log=True,
                           source="Frantar and Alistarh 2023, code")  # fmt: skip
+
+# %% ../../nbs/efficiency/prune.ipynb #c8ead188
+share_parts(
+    "pattern",
+    Joined(
+        Part("keep", int, 2, "weights that stay of so many neighbours: N of N:M", low=1, high=64),
+        Part("of", int, 4, "neighbours in a row: M of N:M", low=2, high=64),
+        sign=":",
+    ),
+)
 
 # %% ../../nbs/efficiency/prune.ipynb #bc4ed8dd
 def allocate(sensitivity: Tensor, sparsity: float, band: float, sizes: Tensor) -> list[float]:

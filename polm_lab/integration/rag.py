@@ -333,7 +333,9 @@ def stage_latency(pipeline: Rag, questions: list[str]) -> dict[str, float]:
 
 # %% ../../nbs/integration/rag.ipynb #c60690ae
 @method(
-    family="integration", title="Retrieval-augmented generation", paper="Lewis et al. 2020; survey §7.2.2", data="prompt", needs=("a library",), changes="nothing", trains=False,
+    family="integration", title="Retrieval-augmented generation", data="prompt",
+    paper="Lewis et al. 2020; survey §7.2.2", needs=("a library",), changes="nothing",
+    trains=False, explain="score",
 )  # fmt: skip
 def rag(settings: RAG, run: Run) -> None:
     "Answer from passages that were found, and measure each part of the way."

@@ -181,7 +181,7 @@ def imitate(settings: Critic, run: Run, policy: Policy, tokenizer, rows: list[di
 @method(
     family="reasoning", title="Trained critics, correctors and editors", data="prompt", needs=("right answers or tests",),
     paper="Welleck et al. 2023; Saunders et al. 2022; Paul et al. 2024; Zhang et al. 2023; Le et al. 2022; survey §5.1",
-    small=dict(learn="corrector", data="sums", questions=16, rounds=1),
+    small=dict(learn="corrector", data="sums", questions=16, rounds=1), explain="score",
 )  # fmt: skip
 def critic(settings: Critic, run: Run) -> None:
     "Train on the corrections of a model's own answers, and put the trained part into the loop."

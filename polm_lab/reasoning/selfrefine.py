@@ -155,7 +155,7 @@ def prepare(settings: SelfRefine, run: Run):
 
 @method(
     family="reasoning", title="Self-refinement", paper="Madaan et al. 2023; Kim et al. 2023; Gou et al. 2023; Shinn et al. 2023; survey §5.1, table 4", data="prompt",
-    changes="nothing", trains=False,
+    changes="nothing", trains=False, explain="score",
 )  # fmt: skip
 def selfrefine(settings: SelfRefine, run: Run) -> None:
     "Draft, feedback, revision, stop: eleven methods as configurations of one loop."

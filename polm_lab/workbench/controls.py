@@ -142,11 +142,14 @@ class PartFields(widgets.Accordion):
         self._read()
 
     def _read(self):
-        "Show the parts of the string as it is."
-        self._silent = True
+        "Show the parts of the string as it is; those that its kind has not are out of sight."
+        self._silent, grammar = True, self.whole.knob.parts
+        applies = getattr(grammar, "applies", lambda text, part: True)
         try:
             for field in self.fields.values():
-                value = self.whole.knob.parts.read(self.whole.value, field.knob.part)
+                value = grammar.read(self.whole.value, field.knob.part)
+                seen = applies(self.whole.value, field.knob.part)
+                field.layout.display = "" if seen else "none"
                 with suppress(WrongInput):  # whoever reads the string says what is wrong with it
                     field.set(value)
         finally:
@@ -215,9 +218,19 @@ class Form(widgets.VBox):
         self.rest.titles = tuple(title + (f" ({counts[title]} changed)" if counts[title] else "") for title in counts)
 
     def _changed(self, _):
-        self.problem = next((f.problem for f in self._all() if f.problem), "")
-        self.values = {name: f.value for name, f in self.fields.items() if f.value != f.knob.default}
+        values = {name: f.value for name, f in self.fields.items() if f.value != f.knob.default}
+        problem = next((f.problem for f in self._all() if f.problem), "")
+        self.problem = problem or self._refused(values)  # first: whoever hears of values asks for it
+        self.values = values
         self._name_folds()
+
+    def _refused(self, values: dict) -> str:
+        "What the method has against `values`, each of which its knob accepts; empty for nothing."
+        try:
+            make_settings(self.method.settings, values)
+        except WrongInput as wrong:
+            return str(wrong)
+        return ""
 
     def load(self, values: dict):
         "Take `values`, and the default where they say nothing. Raises `WrongInput`, and then nothing is changed."
