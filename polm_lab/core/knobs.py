@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['UNSHOWN', 'OFF', 'ADAPTER', 'WrongInput', 'one_line', 'nearest', 'Knob', 'knob', 'Part', 'PartKnob', 'Grammar',
            'Listed', 'Weighted', 'Options', 'Word', 'redefault', 'knobs', 'RunSettings', 'SavedSettings', 'Settings',
-           'make_settings', 'from_cell', 'share_parts', 'part_knob', 'part_knobs', 'knob_names', 'part_named',
-           'compose', 'value_named']
+           'make_settings', 'from_cell', 'without_address', 'share_parts', 'part_knob', 'part_knobs', 'knob_names',
+           'part_named', 'compose', 'value_named']
 
 # %% ../../nbs/core/knobs.ipynb #454d671b
 import dataclasses
@@ -425,6 +425,11 @@ def from_cell(cls: type, namespace: dict) -> dict:
     "The knobs of `cls` that a notebook's parameters cell (and papermill after it) defined in `namespace`."
     return {k.name: namespace[k.name] for k in knobs(cls) if k.name in namespace}
 
+# %% ../../nbs/core/knobs.ipynb #38c3c7ff
+def without_address(text: str) -> str:
+    "`text` for a message, its addresses cut short: a key may be part of one."
+    return re.sub(r"://[^\s'\"]*", "://…", text)
+
 # %% ../../nbs/core/knobs.ipynb #040ac5ba
 _SHARED_PARTS: dict = {}  # name of a knob -> its parts, in every method that has the knob
 
@@ -486,7 +491,7 @@ def compose(settings, values: dict) -> dict:
         try:
             made[whole.name] = whole.parts.write(text, part.part, value)
         except WrongInput as wrong:
-            raise WrongInput(f"{whole.name} = {text!r}: {wrong}") from None
+            raise WrongInput(f"{whole.name} = {without_address(text)!r}: {wrong}") from None
     return made
 
 
