@@ -37,7 +37,7 @@ _HOME = {
     "Run": "core.run",
     "Stopped": "core.run",
     "WrongInput": "core.knobs",
-    "from_cell": "core.knobs",
+    "from_cell": "core.settings",
 }
 
 

@@ -22,8 +22,9 @@ from pathlib import Path
 
 import click
 
-from .core.knobs import WrongInput, knob_names, knobs, one_line
-from .core.machine import use_utf8
+from .core.knobs import WrongInput, one_line
+from .core.settings import knob_names, knobs
+from .core.machine import first_line, use_utf8
 from .core.metrics import without_counts
 from .core.run import Run, Stopped, open_run, runs_folder
 from .data.files import read_text
@@ -55,8 +56,7 @@ class Lab(click.Group):
             click.echo(f"polm: {stopped or 'stopped'}", err=True)
             return 130
         except Exception as error:
-            first = one_line(str(error).split("\n")[0])
-            click.echo(f"polm: {type(error).__name__}: {first}", err=True)
+            click.echo(f"polm: {first_line(error)}", err=True)
             return 1
 
 

@@ -14,7 +14,8 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import POLM
 
 import polm_lab as lab
-from polm_lab.core.knobs import Settings, WrongInput
+from polm_lab.core.knobs import WrongInput
+from polm_lab.core.settings import Settings
 from polm_lab.core.run import all_runs
 from polm_lab.core.machine import check_launch
 

@@ -9,7 +9,8 @@ from polm_lab.training.layerwise import Inputs, calibration
 from polm_lab.models.layers import blocks_of
 from polm_lab.models.load import load_model
 from polm_lab.models.tokenizers import load_tokenizer
-from polm_lab.core.knobs import OFF, WrongInput, make_settings, part_knobs, value_named
+from polm_lab.core.knobs import OFF, WrongInput
+from polm_lab.core.settings import make_settings, part_knobs, value_named
 from polm_lab.efficiency.prune import Prune, allocate, block_sensitivity
 from polm_lab.efficiency.prune import parse_allocation, sparsities
 from polm_lab.runner import launch, sweep

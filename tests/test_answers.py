@@ -17,7 +17,8 @@ import torch
 from conftest import ROOT, shaken
 
 from polm_lab.alignment.dpo import dpo_loss
-from polm_lab.core.knobs import Settings, WrongInput
+from polm_lab.core.knobs import WrongInput
+from polm_lab.core.settings import Settings
 from polm_lab.core.method import REGISTRY
 from polm_lab.core.run import Run
 from polm_lab.data.load import load_data
@@ -46,7 +47,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from polm_lab.core.knobs import Settings, knob, redefault
+from polm_lab.core.knobs import knob
+from polm_lab.core.settings import Settings, redefault
 from polm_lab.core.method import method
 from polm_lab.core.run import Run
 from polm_lab.training.answers import Answers

@@ -11,7 +11,8 @@ from conftest import ROOT
 
 import polm_lab as lab
 from polm_lab.data.catalog import CATALOG
-from polm_lab.core.knobs import WrongInput, knobs
+from polm_lab.core.knobs import WrongInput
+from polm_lab.core.settings import knobs
 from polm_lab.core.method import methods
 from polm_lab.models.attach import parse_adapter
 from polm_lab.site import atlas as page

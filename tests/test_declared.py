@@ -8,7 +8,8 @@ import pytest
 
 from polm_lab.core import method as registry
 from polm_lab.alignment.rlaif import explained
-from polm_lab.core.knobs import RunSettings, WrongInput
+from polm_lab.core.knobs import WrongInput
+from polm_lab.core.settings import RunSettings
 from polm_lab.core.method import EXPLANATIONS, NEEDS, REGISTRY, find, method, methods
 from polm_lab.core.metrics import METRICS, Metric, metric, register_metrics
 from polm_lab.core.run import Run

@@ -17,7 +17,8 @@ from polm_lab.data.encode import encode
 from polm_lab.data.load import load_data, load_held_out
 from polm_lab.training.engine import labelled_rows, last_checkpoint, our_metrics, paired_collator, paired_rows, train_with_trl, trl_arguments, trl_optimizers
 from polm_lab.training.evaluate import perplexity
-from polm_lab.core.knobs import Settings, WrongInput
+from polm_lab.core.knobs import WrongInput
+from polm_lab.core.settings import Settings
 from polm_lab.models.logprobs import Policy
 from polm_lab.core.metrics import metric
 from polm_lab.models.load import load_model

@@ -262,7 +262,7 @@ def test_a_loss_that_is_not_finite_keeps_its_batch(runs):
     import torch
     from safetensors.torch import load_file
 
-    from polm_lab.core.knobs import Settings
+    from polm_lab.core.settings import Settings
     from polm_lab.core.run import Run
     from polm_lab.training.loop import fit
 

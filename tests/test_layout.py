@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from polm_lab.core.knobs import knobs
+from polm_lab.core.settings import knobs
 from polm_lab.core.method import FAMILIES, methods
 
 ROOMS = [  # imports run one way: a module imports from its own room and from rooms above it in this list

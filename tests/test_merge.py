@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import polm_lab as lab
-from polm_lab.core.knobs import WrongInput, knobs
+from polm_lab.core.knobs import WrongInput
+from polm_lab.core.settings import knobs
 from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.models.sources import model_path
 from polm_lab.models.save import save_model

@@ -11,7 +11,8 @@ import torch
 from conftest import ROOT, shaken
 
 import polm_lab as lab
-from polm_lab.core.knobs import Settings, WrongInput
+from polm_lab.core.knobs import WrongInput
+from polm_lab.core.settings import Settings
 from polm_lab.core.method import REGISTRY
 from polm_lab.core.run import Run
 from polm_lab.data.load import load_data

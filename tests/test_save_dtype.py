@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from polm_lab.training import conformance as check
 from polm_lab.training.evaluate import other_worlds
-from polm_lab.core.knobs import knobs
+from polm_lab.core.settings import knobs
 from polm_lab.core.method import find, methods
 from polm_lab.models.load import load_model
 from polm_lab.models.tokenizers import load_tokenizer

@@ -12,7 +12,8 @@ from polm_lab.data import load as data_load
 from polm_lab.data import rows as data_rows
 from polm_lab.data.load import DataSpec, held_out, load_data, load_held_out, natural_kind, parse_spec
 from polm_lab.training.evaluate import Evaluation, other_worlds, scorer, with_rows, worlds_of
-from polm_lab.core.knobs import WrongInput, make_settings
+from polm_lab.core.knobs import WrongInput
+from polm_lab.core.settings import make_settings
 from polm_lab.models.logprobs import Policy
 from polm_lab.core.method import find, methods
 from polm_lab.core.metrics import is_count, metric

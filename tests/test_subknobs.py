@@ -7,12 +7,10 @@ import random
 import pytest
 
 from polm_lab.alignment.ppo import CRITIC, DETAILS, PPO
-from polm_lab.core.knobs import OFF, Listed, Part, Settings, WrongInput, compose, knobs
-from polm_lab.core.knobs import make_settings, part_knobs, part_named, value_named
+from polm_lab.core.knobs import OFF, Listed, Part, WrongInput
+from polm_lab.core.settings import Settings, compose, knobs
+from polm_lab.core.settings import make_settings, part_knobs, part_named, value_named
 from polm_lab.alignment.rlaif import RLAIF
-from polm_lab.alignment.ppo import DETAILS, PPO, parse_details
-from polm_lab.core.knobs import OFF, Settings, WrongInput, compose, knobs, make_settings, part_knobs
-from polm_lab.core.knobs import part_named, value_named
 from polm_lab.core.method import find, methods
 from polm_lab.core.run import Run
 from polm_lab.efficiency.prune import Prune
@@ -258,6 +256,11 @@ def test_all_values_of_a_list_are_checked(text, found):
     with pytest.raises(WrongInput) as wrong:
         LIST.values(text, "list")
     assert str(wrong.value).startswith(f"list = {text!r}: {found}") and "\n" not in str(wrong.value)
+
+
+@pytest.mark.parametrize(
+    "text, part, value, found",
+    [
         ("contrast:self", "kind", "contrast", "contrast:self"),
         (" contrast: self", "kind", "contrast", " contrast: self"),  # as it was
         ("contrast:runs/a", "kind", "model", "model:runs/a"),

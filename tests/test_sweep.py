@@ -61,7 +61,8 @@ class Written:
 MINI = """
 import time
 from dataclasses import dataclass
-from polm_lab.core.knobs import RunSettings, knob, redefault
+from polm_lab.core.knobs import knob
+from polm_lab.core.settings import RunSettings, redefault
 from polm_lab.core.method import method
 from polm_lab.core.run import Run, Stopped
 

@@ -169,7 +169,7 @@ def test_before_pruning_the_adapter_is_merged_in_the_same_way(bases, tmp_path):
 
 def short_run_of(method, out, **values):
     from polm_lab.training.conformance import go_on
-    from polm_lab.core.knobs import knobs, make_settings
+    from polm_lab.core.settings import knobs, make_settings
     from polm_lab.core.run import Run
 
     settings = make_settings(method.settings, dict(samples=2, max_length=32, device="cpu", dtype="float32", how="magnitude") | values)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import polm_lab as lab
-from polm_lab.core.knobs import Settings, WrongInput
+from polm_lab.core.knobs import WrongInput
+from polm_lab.core.settings import Settings
 from polm_lab.models.load import load_model
 from polm_lab.core.run import Run, Stopped
 from polm_lab.training import loop

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.knobs import Settings, knob, redefault
+from ..core.knobs import knob
+from ..core.settings import Settings, redefault
 from ..core.method import method
 from ..core.run import Run
 from ..training.answers import Answers

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.knobs import Listed, Part, Weighted, WrongInput, knob, redefault
+from ..core.knobs import Listed, Part, Weighted, WrongInput, knob
+from ..core.settings import redefault
 from ..core.machine import seed_of, world
 from ..core.method import method
 from ..core.run import Run

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.knobs import Settings, WrongInput, knob, redefault
+from ..core.knobs import WrongInput, knob
+from ..core.settings import Settings, redefault
 from ..core.machine import world
 from ..core.method import method
 from ..core.run import Run

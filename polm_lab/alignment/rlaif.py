@@ -15,7 +15,8 @@ from typing import Callable
 
 from .dpo import DPO, dpo
 from .ppo import PPO, ppo
-from ..core.knobs import Settings, WrongInput, knob, redefault
+from ..core.knobs import WrongInput, knob
+from ..core.settings import Settings, redefault
 from ..core.machine import seed_of, world
 from ..core.method import method
 from ..core.run import Run

@@ -8,7 +8,8 @@ __all__ = ['Joined', 'Kinds']
 # %% ../../nbs/core/kinds.ipynb #b235a38a
 from contextlib import suppress
 
-from .knobs import OFF, Part, WrongInput, without_address
+from .knobs import OFF, Part, WrongInput
+from .settings import without_address
 
 # %% ../../nbs/core/kinds.ipynb #d0d96b84
 class Joined:

@@ -4,18 +4,15 @@
 
 # %% auto #0
 __all__ = ['UNSHOWN', 'OFF', 'ADAPTER', 'WrongInput', 'one_line', 'nearest', 'Knob', 'knob', 'Part', 'PartKnob', 'Grammar',
-           'Listed', 'Weighted', 'Options', 'Word', 'redefault', 'knobs', 'RunSettings', 'SavedSettings', 'Settings',
-           'make_settings', 'from_cell', 'without_address', 'share_parts', 'part_knob', 'part_knobs', 'knob_names',
-           'part_named', 'compose', 'value_named']
+           'Listed', 'Weighted', 'Options', 'Word']
 
 # %% ../../nbs/core/knobs.ipynb #454d671b
-import dataclasses
 import difflib
 import math
 import re
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, get_type_hints
+from typing import Any
 
 # %% ../../nbs/core/knobs.ipynb #c9d3e90c
 UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -341,163 +338,3 @@ ADAPTER = Options(
     Part("lora_dropout", float, 0.0, "share of the inputs that are dropped", low=0, high=1),
     none="none",
 )
-
-# %% ../../nbs/core/knobs.ipynb #5c742b46
-def redefault(name: str, default, source: str = ""):
-    "The common knob `name` with another default."
-    common = Settings.__dataclass_fields__[name]
-    return field(default=default, metadata={**common.metadata, **({"source": source} if source else {})})
-
-
-def knobs(settings) -> list[Knob]:
-    "The knobs of a settings class (or instance), a method's own first."
-    cls = settings if isinstance(settings, type) else type(settings)
-    types = get_type_hints(cls)
-    found = []
-    for f in dataclasses.fields(cls):
-        parts = f.metadata.get("parts") or _SHARED_PARTS.get(f.name)
-        found.append(Knob(f.name, types[f.name], f.default, **{**f.metadata, "parts": parts}))
-    shared = set(Settings.__dataclass_fields__)
-    return [k for k in found if k.name not in shared] + [k for k in found if k.name in shared]
-
-
-@dataclass(kw_only=True)
-class RunSettings:
-    "What every run has. Every value is checked when the settings are made."
-
-    model: str = knob("tiny", "model to start from: `tiny`, a folder, a run, or a Hub id")
-    seed: int = knob(0, "seed of data order, sampling and initialization", low=0, high=2**31 - 1)
-    dtype: str = knob("auto", "type of the weights; auto is float32, and bfloat16 on a GPU that has it in hardware", choices=("auto", "float32", "bfloat16", "float16"))
-    device: str = knob("auto", "where to compute: auto, cpu, cuda, cuda:1, mps")
-
-    def __post_init__(self):
-        for k in knobs(self):
-            setattr(self, k.name, k.check(getattr(self, k.name)))
-
-
-@dataclass(kw_only=True)
-class SavedSettings(RunSettings):
-    "What all methods share that save weights."
-
-    save_dtype: str = knob("auto", "type of the saved weights; auto: as the files of `model` came", choices=("auto", "float32", "bfloat16", "float16"))
-
-
-@dataclass(kw_only=True)
-class Settings(SavedSettings):
-    "What all training shares."
-
-    data: str = knob("sums", "training data: a world, a local file, or a Hub id")
-    eval_data: str = knob("", "evaluation data; empty means the held-out part of `data`")
-    eval_rows: int = knob(64, "rows of the evaluation data that are used", "rows", low=1)
-    steps: int = knob(100, "optimizer steps", "steps", low=0, log=True)
-    batch_size: int = knob(16, "rows that go through the model at once, over all processes", "rows", low=1, log=True)
-    accumulate: int = knob(1, "batches whose gradients are added up for one step", "batches", low=1)
-    learning_rate: float = knob(1e-3, "peak learning rate of AdamW", low=0, high=10, log=True)
-    schedule: str = knob("linear", "shape of the learning rate after warm-up", choices=("constant", "linear", "cosine", "wsd"))
-    warmup: float = knob(0.1, "share of the steps in which the learning rate rises from 0", low=0, high=1)
-    weight_decay: float = knob(0.0, "decoupled weight decay of matrices", low=0, high=10)
-    clip: float = knob(1.0, "largest norm of the gradient; 0 means no clipping", low=0)
-    max_length: int = knob(256, "longest row", "tokens", low=2, log=True)
-    adapter: str = knob("none", "PEFT adapter by name with its settings, such as `lora:r=8,lora_alpha=16`; `none` trains all weights", parts=ADAPTER)
-    chat_template: str = knob("", "template of conversations, for a model that has none: a built-in name or a .jinja file; empty keeps the model's own")
-    gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, about a third more time")
-    eval_every: int = knob(0, "evaluate each so many steps; 0 means only before and after", "steps", low=0)
-    save_every: int = knob(50, "write a checkpoint each so many steps; 0 means only when stopped", "steps", low=0)
-    engine: str = knob("lab", "who trains: our loop, or TRL's public trainer", choices=("lab", "trl"))
-    tracker: str = knob("none", "also report to this tracker of accelerate", choices=("none", "tensorboard", "wandb", "trackio"))
-
-# %% ../../nbs/core/knobs.ipynb #b14a6626
-def make_settings(cls: type, values: dict):
-    """Settings of class `cls` from a mapping (command line, file, run record).
-
-    A part is given as `knob.part`, such as `details.clip_value`, and is written into the string.
-    Raises: `WrongInput` for unknown names, and for values that are refused.
-    """
-    values = compose(cls, values)
-    known = {k.name for k in knobs(cls)}
-    for name in values:
-        if name not in known:
-            raise WrongInput(f"unknown knob {name!r} of {cls.__name__}: {nearest(name, known)}")
-    return cls(**values)
-
-
-def from_cell(cls: type, namespace: dict) -> dict:
-    "The knobs of `cls` that a notebook's parameters cell (and papermill after it) defined in `namespace`."
-    return {k.name: namespace[k.name] for k in knobs(cls) if k.name in namespace}
-
-# %% ../../nbs/core/knobs.ipynb #38c3c7ff
-def without_address(text: str) -> str:
-    "`text` for a message, its addresses cut short: a key may be part of one."
-    return re.sub(r"://[^\s'\"]*", "://…", text)
-
-# %% ../../nbs/core/knobs.ipynb #040ac5ba
-_SHARED_PARTS: dict = {}  # name of a knob -> its parts, in every method that has the knob
-
-
-def share_parts(name: str, parts) -> None:
-    "Give every knob `name` these parts: a role has one name in all methods."
-    _SHARED_PARTS[name] = parts
-
-
-def part_knob(whole: Knob, part: Part) -> PartKnob:
-    "A part of the knob `whole` as a knob; its default is what the default of `whole` says."
-    facts = vars(part) | dict(part=part, default=whole.parts.read(whole.default, part))
-    return PartKnob(**facts | dict(name=f"{whole.name}.{part.name}"))
-
-
-def part_knobs(settings) -> dict[str, PartKnob]:
-    "All parts of the knobs of a settings class, by their full name, such as `details.clip_value`."
-    found = {}
-    for whole in knobs(settings):
-        for part in whole.parts.parts.values() if whole.parts else ():
-            found[f"{whole.name}.{part.name}"] = part_knob(whole, part)
-    return found
-
-
-def knob_names(settings) -> set[str]:
-    "The names of the knobs of a settings class and of their parts."
-    return {k.name for k in knobs(settings)} | set(part_knobs(settings))
-
-
-def part_named(settings, name: str) -> tuple[Knob, PartKnob]:
-    "The knob and its part that `name` means; raises `WrongInput` with the nearest names."
-    head, _, tail = name.partition(".")
-    known = {k.name: k for k in knobs(settings)}
-    cls = settings if isinstance(settings, type) else type(settings)
-    if head not in known:
-        raise WrongInput(f"unknown knob {head!r} of {cls.__name__}: {nearest(head, known)}")
-    whole = known[head]
-    if not whole.parts:
-        raise WrongInput(f"{name}: {head} has no parts; expected {head} itself, {whole.range}")
-    part = whole.parts.find(tail)
-    if part is None:
-        raise WrongInput(f"{name}: {head} has no part {tail!r}: {nearest(tail, whole.parts.parts)}")
-    return whole, part_knob(whole, part)
-
-
-def compose(settings, values: dict) -> dict:
-    """Write the parts among `values` (`details.clip_value`) into their strings (`details`).
-
-    Parts change the string that `values` hold, or else the default, in the order of declaration.
-    Raises: `WrongInput` for an unknown part and for a value that it refuses.
-    """
-    made = {name: value for name, value in values.items() if "." not in name}
-    asked = [(*part_named(settings, name), value) for name, value in values.items() if "." in name]
-    order = list(part_knobs(settings)) if asked else []
-    asked.sort(key=lambda item: order.index(item[1].name) if item[1].name in order else len(order))
-    for whole, part, value in asked:
-        text = whole.check(made.get(whole.name, whole.default))
-        value = part.check(value)
-        try:
-            made[whole.name] = whole.parts.write(text, part.part, value)
-        except WrongInput as wrong:
-            raise WrongInput(f"{whole.name} = {without_address(text)!r}: {wrong}") from None
-    return made
-
-
-def value_named(settings, values: dict, name: str):
-    "The value of a knob, or of a part such as `details.clip_value`, in the `values` of all knobs."
-    if "." not in name:
-        return values[name]
-    whole, part = part_named(settings, name)
-    return whole.parts.read(values[whole.name], part.part)

@@ -18,7 +18,8 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import polm_lab
-from .knobs import RunSettings, WrongInput, nearest
+from .knobs import WrongInput, nearest
+from .settings import RunSettings
 
 # %% ../../nbs/core/machine.ipynb #b23a209a
 def use_utf8():

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, get_type_hints
 
-from .knobs import Knob, RunSettings, Settings, WrongInput, knobs, nearest
+from .knobs import Knob, WrongInput, nearest
+from .settings import RunSettings, Settings, knobs
 from .metrics import Metric, metric, register_metrics
 
 # %% ../../nbs/core/method.ipynb #e1adbcd8

@@ -17,7 +17,8 @@ from ..training.chain import stage
 from ..data.encode import encode_rows
 from ..data.load import load_data
 from ..training.evaluate import with_rows
-from ..core.knobs import RunSettings, WrongInput, knob
+from ..core.knobs import WrongInput, knob
+from ..core.settings import RunSettings
 from ..models.logprobs import Policy
 from ..core.method import method
 from ..models.attach import adapter_names, count_parameters, parse_adapter

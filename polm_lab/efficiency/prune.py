@@ -17,10 +17,12 @@ from ..training.layerwise import BlockInputs, Calibrated, Inputs
 from ..training.layerwise import carry_out, read_inputs, visit_blocks, walk
 from ..models.layers import blocks_of, linear_layers
 from ..core.kinds import Joined
-from ..core.knobs import Part, Word, WrongInput, knob, share_parts
+from ..core.knobs import Part, Word, WrongInput, knob
+from ..core.settings import share_parts
 from ..core.method import method
 from ..core.run import Run
-from ..core.knobs import OFF, Options, part_knobs
+from ..core.knobs import OFF, Options
+from ..core.settings import part_knobs
 from .compression.sparse import parse_pattern, size_and_zeros, smallest
 from .compression.sparse import sparsegpt, swap, wanda_score
 

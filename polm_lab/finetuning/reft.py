@@ -12,7 +12,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.knobs import SavedSettings, WrongInput, knob
+from ..core.knobs import WrongInput, knob
+from ..core.settings import SavedSettings
 from ..core.method import method
 from ..core.run import Run, replace_file
 from ..data.encode import encode

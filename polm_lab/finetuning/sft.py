@@ -18,7 +18,8 @@ from ..data.encode import encode, encode_rows
 from ..data.load import load_data, load_held_out, natural_kind
 from ..training.engine import labelled_rows, train_with_trl
 from ..training.evaluate import Evaluation, other_worlds, scorer, sequence_logps
-from ..core.knobs import Settings, WrongInput, knob, redefault
+from ..core.knobs import WrongInput, knob
+from ..core.settings import Settings, redefault
 from ..models.logprobs import Policy
 from ..core.method import method
 from ..models.save import save_model

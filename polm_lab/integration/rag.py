@@ -23,7 +23,8 @@ from ..rewards.endpoint import Endpoint, answer_text, read_key
 from ..training.chain import stage
 from ..data.encode import encode
 from ..training.evaluate import sequence_logps, with_rows
-from ..core.knobs import RunSettings, WrongInput, knob, redefault
+from ..core.knobs import WrongInput, knob
+from ..core.settings import RunSettings, redefault
 from ..models.logprobs import Policy
 from ..core.method import method
 from ..core.metrics import without_counts

@@ -15,7 +15,8 @@ from torch import Tensor
 from ..data.batches import Order, collate
 from ..data.encode import encode
 from ..training.evaluate import other_worlds, perplexity, with_rows
-from ..core.knobs import Settings, WrongInput, knob, redefault
+from ..core.knobs import WrongInput, knob
+from ..core.settings import Settings, redefault
 from ..models.logprobs import Policy
 from ..core.method import method
 from ..models.load import load_model

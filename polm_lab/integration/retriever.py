@@ -19,7 +19,8 @@ from ..rewards.learned import load_reward
 from ..data.batches import Order, collate
 from ..training.evaluate import quiet, sequence_logps, with_rows
 from ..core.kinds import Joined, Kinds
-from ..core.knobs import Part, Settings, WrongInput, knob, redefault
+from ..core.knobs import Part, WrongInput, knob
+from ..core.settings import Settings, redefault
 from ..models.logprobs import Policy, states
 from ..core.method import method
 from ..models.attach import can_merge

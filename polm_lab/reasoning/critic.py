@@ -16,7 +16,8 @@ from ..data.rows import Row
 from ..data.encode import encode_rows
 from ..data.load import load_data, load_held_out
 from ..training.evaluate import quiet, with_rows
-from ..core.knobs import Settings, WrongInput, knob, redefault
+from ..core.knobs import WrongInput, knob
+from ..core.settings import Settings, redefault
 from ..core.metrics import without_counts
 from ..models.logprobs import Policy
 from ..core.method import method

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.knobs import WrongInput, knob, redefault
+from ..core.knobs import WrongInput, knob
+from ..core.settings import redefault
 from ..core.method import method
 from ..core.run import Run
 from ..rewards.functions import Reward

@@ -13,7 +13,8 @@ from typing import Callable
 
 from ..data.load import load_held_out, parse_spec
 from ..training.evaluate import with_rows
-from ..core.knobs import RunSettings, WrongInput, knob, nearest
+from ..core.knobs import WrongInput, knob, nearest
+from ..core.settings import RunSettings
 from ..core.metrics import without_counts
 from ..core.method import method
 from ..core.run import Run

@@ -12,7 +12,8 @@ from ..training.chain import stage
 from ..data.encode import encode
 from ..data.load import load_data
 from ..training.evaluate import examples_of, mean_kl, perplexity, sequence_logps, with_rows
-from ..core.knobs import RunSettings, knob
+from ..core.knobs import knob
+from ..core.settings import RunSettings
 from ..models.logprobs import Policy
 from ..core.method import method
 from ..models.load import load_model

@@ -24,7 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Callable
 
-from ..core.knobs import Listed, Part, WrongInput, nearest, share_parts
+from ..core.knobs import Listed, Part, WrongInput, nearest
+from ..core.settings import share_parts
 from ..data.messages import as_completions, text_of
 from .sandbox import Pool, isolator
 from .verifiers import assertions, code_in

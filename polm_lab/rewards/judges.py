@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Callable, Iterator
 
 from ..core.kinds import Joined, Kinds
-from ..core.knobs import Part, WrongInput, nearest, share_parts
+from ..core.knobs import Part, WrongInput, nearest
+from ..core.settings import share_parts
 from ..core.machine import seed_of
 from ..data.encode import encode
 from ..data.files import read_text

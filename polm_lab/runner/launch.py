@@ -20,7 +20,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..training.chain import check, create, execute
-from ..core.knobs import WrongInput, knobs
+from ..core.knobs import WrongInput
+from ..core.settings import knobs
 from ..core.method import find, methods
 from ..core.metrics import is_count
 from ..core.run import Run, Stopped, all_runs, open_run, runs_folder

@@ -13,7 +13,8 @@ import random
 import statistics
 from contextlib import suppress
 
-from ..core.knobs import OFF, Knob, WrongInput, knobs, nearest, part_named
+from ..core.knobs import OFF, Knob, WrongInput, nearest
+from ..core.settings import knobs, part_named
 from ..core.method import find
 
 # %% ../../nbs/runner/proposals.ipynb #d571095d

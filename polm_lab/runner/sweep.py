@@ -16,7 +16,8 @@ import time
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 
-from ..core.knobs import WrongInput, compose, knob, knobs, make_settings, nearest, value_named
+from ..core.knobs import WrongInput, knob, nearest
+from ..core.settings import compose, knobs, make_settings, value_named
 from ..core.method import find
 from ..core.metrics import METRICS, metric as meaning_of, without_counts
 from ..core.run import Run, Stopped, all_runs, open_run, runs_folder

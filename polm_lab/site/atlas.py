@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.catalog import CATALOG
-from ..core.knobs import WrongInput, knobs, nearest
+from ..core.knobs import WrongInput, nearest
+from ..core.settings import knobs
 from ..core.method import Method, methods
 from ..core.machine import data_folder
 from ..models.attach import parse_adapter

@@ -68,7 +68,7 @@ def build(root: Path) -> int:
     print("\n".join(wrong))
     return int(bool(wrong))
 
-
+# %% ../../nbs/site/build.ipynb #19624822
 def make_results(methods: list[str]) -> int:
     "Run each method with its defaults and three seeds, and keep the results. 0 if all finished."
     for method in methods:

@@ -137,7 +137,7 @@ def markdown(text: str) -> dict:
     "A markdown cell."
     return {"cell_type": "markdown", "metadata": {}, "source": text.splitlines(keepends=True)}
 
-
+# %% ../../nbs/site/filter.ipynb #b0dea2b8
 def reference(cells: list[dict]) -> str:
     "The documented public functions and classes that a notebook exports, as markdown: signature with its comments, and docstring."
     parts = []

@@ -14,7 +14,8 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from ..core.knobs import Settings, WrongInput
+from ..core.knobs import WrongInput
+from ..core.settings import Settings
 from ..core.machine import my_share, world
 from ..core.run import Run
 from ..data.batches import Order, collate, microbatches

@@ -10,7 +10,8 @@ import re
 from pathlib import Path
 
 from ..data.load import parse_spec
-from ..core.knobs import RunSettings, WrongInput, knobs, make_settings
+from ..core.knobs import WrongInput
+from ..core.settings import RunSettings, knobs, make_settings
 from ..core.method import Method, find
 from ..core.run import Run, Stopped, open_run, parent_of
 

@@ -20,7 +20,7 @@ import torch
 
 from ..data import batches
 from ..models import logprobs
-from ..core.knobs import make_settings, knobs
+from ..core.settings import make_settings, knobs
 from ..core.method import Method, find
 from ..core.metrics import metric
 from ..models.load import load_model

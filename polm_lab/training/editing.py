@@ -15,7 +15,8 @@ from typing import Callable
 
 import torch
 
-from ..core.knobs import SavedSettings, knob
+from ..core.knobs import knob
+from ..core.settings import SavedSettings
 from ..core.run import Run
 from ..data.batches import collate
 from ..data.encode import encode

@@ -17,7 +17,8 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from ..core.knobs import Settings, WrongInput
+from ..core.knobs import WrongInput
+from ..core.settings import Settings
 from ..core.metrics import without_counts
 from ..core.run import Run, Stopped
 

@@ -219,7 +219,7 @@ def with_rows(found: dict[str, float], rows: int, seen: dict[str, int] | None = 
     others = {f"rows/{name}": count for name, count in (seen or {}).items() if name in found and count != rows}
     return found | {"rows": rows} | others
 
-
+# %% ../../nbs/training/evaluate.ipynb #e925c631
 class Evaluation:
     """The evaluation that frames a run; calling it gives metrics of the policy as it is now.
 

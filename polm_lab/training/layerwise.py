@@ -14,7 +14,8 @@ from typing import Callable, Iterator, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core.knobs import SavedSettings, WrongInput, knob, redefault
+from ..core.knobs import WrongInput, knob
+from ..core.settings import SavedSettings, redefault
 from ..core.run import Run, Stopped
 from ..data.batches import Order
 from ..data.encode import encode

@@ -23,7 +23,8 @@ from typing import Callable, Iterable
 
 import torch
 
-from ..core.knobs import Settings, WrongInput
+from ..core.knobs import WrongInput
+from ..core.settings import Settings
 from ..core.machine import seed_all, world
 from ..core.metrics import without_counts
 from ..core.run import Progress, Run, Stopped

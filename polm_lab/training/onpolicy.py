@@ -22,7 +22,8 @@ from ..data.encode import encode
 from .advantages import group_spread, kl_estimate
 from .evaluate import Evaluation, as_example, other_worlds, quiet, scorer, with_rows
 from .engine import train_with_trl
-from ..core.knobs import Settings, WrongInput, knob
+from ..core.knobs import WrongInput, knob
+from ..core.settings import Settings
 from ..models.logprobs import Policy, TokenStats
 from ..models.load import load_model
 from ..models.rollout import end_tokens, rollout

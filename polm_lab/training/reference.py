@@ -14,7 +14,8 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from ..core.knobs import Settings, WrongInput, knob
+from ..core.knobs import WrongInput, knob
+from ..core.settings import Settings
 from ..core.machine import world
 from ..core.run import Run
 from ..models.logprobs import Policy

@@ -19,7 +19,8 @@ from pathlib import Path
 import ipywidgets as widgets
 import traitlets
 
-from ..core.knobs import OFF, Knob, WrongInput, knobs, make_settings, part_knob
+from ..core.knobs import OFF, Knob, WrongInput
+from ..core.settings import knobs, make_settings, part_knob
 from ..core.method import find
 from ..core.run import Run, all_runs, replace_file, runs_folder
 from .browser import visible

@@ -19,7 +19,8 @@ from typing import Callable
 
 import numpy as np
 
-from ..core.knobs import WrongInput, knobs
+from ..core.knobs import WrongInput
+from ..core.settings import knobs
 from ..core.method import find
 from ..core.metrics import metric
 from .evidence import Evidence, Finding, Series, is_number

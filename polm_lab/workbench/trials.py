@@ -15,7 +15,8 @@ from pathlib import Path
 import ipywidgets as widgets
 import traitlets
 
-from ..core.knobs import Knob, WrongInput, knobs, part_knobs
+from ..core.knobs import Knob, WrongInput
+from ..core.settings import knobs, part_knobs
 from ..core.method import find, methods
 from ..core.metrics import METRICS
 from ..core.run import runs_folder

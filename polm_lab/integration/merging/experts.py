@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Collection, Iterator
 
-from ...core.knobs import SavedSettings, WrongInput, knob, redefault
+from ...core.knobs import WrongInput, knob
+from ...core.settings import SavedSettings, redefault
 from ...core.run import Run, parent_of
 from ...data.load import load_data, load_held_out, natural_kind, parse_spec
 from .vocabulary import align, embeddings

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterable
 
-from ...core.knobs import WrongInput, knob, redefault
+from ...core.knobs import WrongInput, knob
+from ...core.settings import redefault
 from ...data.messages import text_of
 from ...data.language import ENCYCLOPEDIA, RELATIONS, SYLLABLES, article, invent, values_of
 from ...data.load import load_data, load_held_out, parse_spec
