@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
+from .former import current_metrics, current_record
 from .knobs import WrongInput, nearest
 
 # %% ../../nbs/core/run.ipynb #5a390466
@@ -144,7 +145,7 @@ class RunFile:
             record = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
             if not isinstance(record, dict) or not {"method", "settings", "status"} <= set(record):
                 raise ValueError("method, settings or status are missing")
-            return record
+            return current_record(record)
         except FileNotFoundError:
             raise WrongInput(f"{self.path}: no run is there (run.json is missing)") from None
         except ValueError as error:
@@ -184,7 +185,8 @@ class RunLogs(RunFile):
 
     def lines(self, name: str = "metrics") -> list[dict]:
         "The objects of metrics.jsonl or samples.jsonl."
-        return read_lines(self.path / f"{name}.jsonl")
+        lines = read_lines(self.path / f"{name}.jsonl")
+        return [current_metrics(line) for line in lines] if name == "metrics" else lines
 
     def last_line(self, name: str = "metrics", characters: int = 1 << 16) -> dict | None:
         "The newest whole object of metrics.jsonl or samples.jsonl, read from its end."
@@ -195,7 +197,7 @@ class RunLogs(RunFile):
                 with suppress(ValueError):
                     row = json.loads(line)
                     if isinstance(row, dict):
-                        return row
+                        return current_metrics(row) if name == "metrics" else row
         return None
 
     def metrics(self):

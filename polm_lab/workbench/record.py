@@ -12,6 +12,7 @@ import math
 
 import numpy as np
 
+from ..core.former import current_metrics
 from ..core.method import load_page
 from ..core.metrics import METRICS
 from ..core.run import open_run
@@ -86,7 +87,7 @@ class Record:
         for block in _blocks(new):
             columns, damaged = _parse(block)
             self.damaged += damaged
-            for name, values in columns.items():
+            for name, values in current_metrics(columns).items():
                 there = np.isfinite(values) & np.isfinite(columns["step"])
                 if name != "step" and there.any():
                     parts.setdefault(name, [self[name]]).append((columns["step"][there], values[there]))
