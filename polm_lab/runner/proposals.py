@@ -13,8 +13,8 @@ import random
 import statistics
 from contextlib import suppress
 
-from ..core.knobs import OFF, Knob, WrongInput, nearest
-from ..core.settings import knobs, part_named
+from ..core.knobs import OFF, Knob, WrongInput
+from ..core.settings import knobs, part_named, unknown_knob
 from ..core.method import find
 
 # %% ../../nbs/runner/proposals.ipynb #d571095d
@@ -53,7 +53,7 @@ def make_space(method: str, grid: dict) -> dict[str, list | dict]:
         if "." in name:
             known[name] = part_named(settings, name)[1]
         elif name not in known:
-            raise WrongInput(f"unknown knob {name!r} of {method}: {nearest(name, known)}")
+            raise unknown_knob(name, known, method)
     return {name: choices_of(known[name], asked) for name, asked in grid.items()}
 
 # %% ../../nbs/runner/proposals.ipynb #50755b3e

@@ -19,6 +19,7 @@ from pathlib import Path
 import ipywidgets as widgets
 import traitlets
 
+from ..core.former import current_settings
 from ..core.knobs import OFF, Knob, WrongInput
 from ..core.settings import knobs, make_settings, part_knob
 from ..core.method import find
@@ -271,7 +272,7 @@ def presets(method: str, out=None) -> dict[str, dict]:
         except (OSError, UnicodeDecodeError, yaml.YAMLError):
             continue
         if isinstance(values, dict):
-            found[path.stem] = values
+            found[path.stem] = current_settings(method, values)
     known = {k.name for k in knobs(find(method).settings)}
     found["a short look"] = {k: v for k, v in found["a short look"].items() if k in known}
     return found
