@@ -100,8 +100,8 @@ def timed(command: list, watch: list | None = None, **env) -> tuple[float, float
     return time.monotonic() - began, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
 
 
-def ours(technique, folder, out: Path, extra=()):
-    spec = dict(model=folder / "base", models=f"{folder / 'a'},{folder / 'b'}", technique=technique, tasks="", lam=1.0, density=DENSITY, weights="0.6,0.4", **dict(extra))
+def ours(algorithm, folder, out: Path, extra=()):
+    spec = dict(model=folder / "base", models=f"{folder / 'a'},{folder / 'b'}", algorithm=algorithm, tasks="", scaling=1.0, density=DENSITY, weights="0.6,0.4", **dict(extra))
     return [POLM, "run", "merge", "--bare", "--out", out, *(w for k, v in spec.items() for w in ("-p", k, v))]
 
 
@@ -114,26 +114,26 @@ main()
 """
 
 
-def theirs(technique, folder, out: Path, mergekit, dtype: str, out_dtype: str, stable: bool = False):
-    name = dict(linear="linear", slerp="slerp", ties="ties", dare="dare_linear", task_arithmetic="task_arithmetic")[technique]
-    weights = "" if technique == "slerp" else f"parameters: {{{{weight: {{w}}, density: {DENSITY}}}}}" if technique in ("ties", "dare") else "parameters: {{weight: {w}}}"
+def theirs(algorithm, folder, out: Path, mergekit, dtype: str, out_dtype: str, stable: bool = False):
+    name = dict(linear="linear", slerp="slerp", ties="ties", dare="dare_linear", task_arithmetic="task_arithmetic")[algorithm]
+    weights = "" if algorithm == "slerp" else f"parameters: {{{{weight: {{w}}, density: {DENSITY}}}}}" if algorithm in ("ties", "dare") else "parameters: {{weight: {w}}}"
     models = "".join(f"  - model: {folder / m}\n" + (f"    {weights.format(w=w)}\n" if weights else "") for m, w in (("a", 0.6), ("b", 0.4)))
-    base = "" if technique == "linear" else f"base_model: {folder / ('a' if technique == 'slerp' else 'base')}\n"
-    more = "parameters: {t: 0.4}\n" if technique == "slerp" else ""
+    base = "" if algorithm == "linear" else f"base_model: {folder / ('a' if algorithm == 'slerp' else 'base')}\n"
+    more = "parameters: {t: 0.4}\n" if algorithm == "slerp" else ""
     file = out.with_suffix(".yml")
     file.write_text(f"merge_method: {name}\nmodels:\n{models}{base}{more}dtype: {dtype}\nout_dtype: {out_dtype}\n")
     return [*([Path(mergekit).parent / "python", "-c", STABLE] if stable else [mergekit]), file, out, "--quiet"]
 
 
-def compare(technique, a: Path, b: Path, folder: Path, density: float) -> dict:
+def compare(algorithm, a: Path, b: Path, folder: Path, density: float) -> dict:
     """How two results differ: in roundings (spacings of their type at the size of the largest input), and in which entries the base was changed in another direction, or not by both.
 
     For TIES, too: how many entries have a change that is equal to the threshold of its model (`at_threshold`), and both figures without those (`elsewhere`).
     """
     first, second, inputs = Weights(a), Weights(b), [Weights(folder / name) for name in ("base", "a", "b")]
     assert first.entries.keys() == second.entries.keys()
-    found = dict(technique=technique, entries=0, largest_difference_in_roundings=0.0, other_mask_or_sign=0)
-    elsewhere = dict(at_threshold=0, roundings_elsewhere=0.0, other_mask_or_sign_elsewhere=0) if technique.startswith("ties") else {}
+    found = dict(algorithm=algorithm, entries=0, largest_difference_in_roundings=0.0, other_mask_or_sign=0)
+    elsewhere = dict(at_threshold=0, roundings_elsewhere=0.0, other_mask_or_sign_elsewhere=0) if algorithm.startswith("ties") else {}
     for name, entry in first.entries.items():
         x, y, base, *tunes = (w.read(name).float() for w in (first, second, *inputs))
         scale = torch.stack([part.abs() for part in (x, base, *tunes)]).amax(0)
@@ -170,7 +170,7 @@ def large(folder: Path) -> dict:
     make(folder / "base", "4GB", 1)
     make(folder / "a", "4GB", 2, folder / "base")
     watch, out = [], folder / "runs"
-    command = [POLM, "run", "merge", "--bare", "--out", out, *"-p technique linear -p tasks  -p weights 1,2".split(" "), "-p", "model", folder / "base", "-p", "models", f"{folder / 'base'},{folder / 'a'}"]
+    command = [POLM, "run", "merge", "--bare", "--out", out, *"-p algorithm linear -p tasks  -p weights 1,2".split(" "), "-p", "model", folder / "base", "-p", "models", f"{folder / 'base'},{folder / 'a'}"]
     seconds, cpu, peak = timed(command, watch)
     size = Weights(folder / "base")
     quarter = [max(m[1] for m in part) for part in (watch[len(watch) * i // 4 : len(watch) * (i + 1) // 4] for i in range(4))]
@@ -187,7 +187,7 @@ def main():
     parser.add_argument("--large", action="store_true")
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    missed, models, names = [], {}, [name for name in args.techniques.split(",") if name]
+    missed, models, names = [], {}, [name for name in args.algorithms.split(",") if name]
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
         if args.large:
@@ -203,32 +203,32 @@ def main():
         if names:
             print(f"{sum(e.size for e in weights.entries.values()) / 2e6:.0f} M weights, bf16; largest tensor {largest:.0f} MiB; mergekit {'not given: ours alone' if not args.mergekit else ''}")
             print("| technique | ours, s | mergekit, s | mergekit / ours (min–max) | CPU s | peak MiB | limit, s |\n|---|---|---|---|---|---|---|", flush=True)
-        for technique in names:
+        for algorithm in names:
             measured, limits = [], []
             for repeat in range(args.repeats):
-                mine = timed(ours(technique, folder, place / "runs"))
-                other = timed(theirs(technique, folder, place / "theirs", args.mergekit, DTYPE[technique], "bfloat16")) if args.mergekit else (0, 0, 0)
-                limits.append(limit(folder, place / "copy", 2 if technique in ("linear", "slerp") else 3))
+                mine = timed(ours(algorithm, folder, place / "runs"))
+                other = timed(theirs(algorithm, folder, place / "theirs", args.mergekit, DTYPE[algorithm], "bfloat16")) if args.mergekit else (0, 0, 0)
+                limits.append(limit(folder, place / "copy", 2 if algorithm in ("linear", "slerp") else 3))
                 measured.append((mine, other))
             column = [[statistics.median(pair[who][i] for pair in measured) for i in range(3)] for who in (0, 1)]
             ratios = sorted(other[0] / mine[0] for mine, other in measured)
-            print(f"| {technique} | {column[0][0]:.1f} | {column[1][0]:.1f} | {statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f}) | {column[0][1]:.1f} : {column[1][1]:.1f} | {column[0][2]:.0f} : {column[1][2]:.0f} | {statistics.median(limits):.2f} |", flush=True)
+            print(f"| {algorithm} | {column[0][0]:.1f} | {column[1][0]:.1f} | {statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f}) | {column[0][1]:.1f} : {column[1][1]:.1f} | {column[0][2]:.0f} : {column[1][2]:.0f} | {statistics.median(limits):.2f} |", flush=True)
             if args.mergekit and (statistics.median(ratios) < 2 or column[0][2] > column[1][2]) or column[0][2] > 1024 + largest:
-                missed.append(technique)
+                missed.append(algorithm)
         if args.mergekit:
             print("\nEqual results")
             for dtype in ("float32", "bfloat16"):  # 2.8 M weights; mergekit computes in fp32 as we do
-                for technique in ("linear", "slerp", "task_arithmetic", "ties", "ties, stable sort"):
-                    name, stable = technique.split(",")[0], "stable" in technique
+                for algorithm in ("linear", "slerp", "task_arithmetic", "ties", "ties, stable sort"):
+                    name, stable = algorithm.split(",")[0], "stable" in algorithm
                     timed(ours(name, models[dtype], place / "equal"))
                     timed(theirs(name, models[dtype], place / "theirs", args.mergekit, "float32", dtype, stable))
                     newest = max((place / "equal").iterdir(), key=lambda p: p.stat().st_mtime_ns)
-                    found = compare(technique, newest / "model", place / "theirs", models[dtype], DENSITY)
+                    found = compare(algorithm, newest / "model", place / "theirs", models[dtype], DENSITY)
                     print(json.dumps(dict(dtype=dtype, **found)), flush=True)
-                    tell = "_elsewhere" if technique == "ties" else ""
+                    tell = "_elsewhere" if algorithm == "ties" else ""
                     far, other = found["roundings_elsewhere" if tell else "largest_difference_in_roundings"], found["other_mask_or_sign" + tell]
                     bad = far > (1 if dtype == "bfloat16" else 64)  # in fp32 sums are in another order, and mergekit takes the angle in fp32
-                    missed += [f"{technique} differs"] * (bad or name == "ties" and other > 0)
+                    missed += [f"{algorithm} differs"] * (bad or name == "ties" and other > 0)
     if missed:
         print(f"missed: {', '.join(missed)}", file=sys.stderr)
     sys.exit(int(args.check and bool(missed)))

@@ -24,7 +24,7 @@ from polm_lab.core.run import Run, all_runs
 from polm_lab.reasoning import grpo
 
 BAR = 1.6
-SAME = dict(data="chat", rewards="correct", samples=4, batch_size=32, max_new_tokens=64, beta=0.05, learning_rate=0.0, eval_rows=1, save_every=0, device="cpu", dtype="float32", seed=0)
+SAME = dict(data="chat", rewards="correct", num_generations=4, batch_size=32, max_new_tokens=64, beta=0.05, learning_rate=0.0, eval_rows=1, save_every=0, device="cpu", dtype="float32", seed=0)
 PPO = dict(epochs=1, minibatches=1)
 CASES = {"grpo": ("grpo", {}), "ppo, shared": ("ppo", PPO | dict(value="shared")), "ppo, own": ("ppo", PPO | dict(value="own"))}
 

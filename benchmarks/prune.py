@@ -79,16 +79,16 @@ def finish(model, length: int, seconds: float, cpu: float):
     print(json.dumps(dict(seconds=seconds, cpu=cpu, peak=peak, perplexity=float(torch.tensor(loss).exp()), sparsity=zeros)))
 
 
-def ours(a, how: str):
+def ours(a, algorithm: str):
     from polm_lab.efficiency.prune import prune_model
 
     model, windows = load(a.folder), language(a.windows, a.length, 1)
     start, cpu = time.perf_counter(), time.process_time()
-    list(prune_model(model, windows, [0.5] * len(model.model.layers), how, rows=a.rows))
+    list(prune_model(model, windows, [0.5] * len(model.model.layers), algorithm, rows=a.rows))
     finish(model, a.length, time.perf_counter() - start, time.process_time() - cpu)
 
 
-def compressor(a, how: str):
+def compressor(a, algorithm: str):
     "llm-compressor's oneshot with the same windows."
     import datasets
     import torch
@@ -104,13 +104,13 @@ def compressor(a, how: str):
     logger.remove()
     model, windows, tokenizer = load(a.folder), language(a.windows, a.length, 1), AutoTokenizer.from_pretrained(a.folder)
     data = datasets.Dataset.from_dict({"input_ids": windows.tolist(), "attention_mask": torch.ones_like(windows).tolist()})
-    kind = WandaPruningModifier if how == "wanda" else SparseGPTModifier
+    kind = WandaPruningModifier if algorithm == "wanda" else SparseGPTModifier
     start, cpu = time.perf_counter(), time.process_time()
     oneshot(model=model, processor=tokenizer, dataset=data, recipe=kind(sparsity=0.5, mask_structure="0:0", ignore=["re:.*lm_head"]), max_seq_length=a.length, num_calibration_samples=a.windows, batch_size=a.rows)
     finish(model, a.length, time.perf_counter() - start, time.process_time() - cpu)
 
 
-def published(a, how: str):
+def published(a, algorithm: str):
     "The papers' algorithms, layer by layer and column by column."
     import torch
 
@@ -138,7 +138,7 @@ def published(a, how: str):
 
             def add(layer, args, out):
                 x = args[0].flatten(0, 1)
-                sums[layer] = sums.get(layer, 0) + (x.square().sum(0) if how == "wanda" else x.T @ x)
+                sums[layer] = sums.get(layer, 0) + (x.square().sum(0) if algorithm == "wanda" else x.T @ x)
 
             hooks = [layer.register_forward_hook(add) for layer in layers]
             for x in inputs:
@@ -147,7 +147,7 @@ def published(a, how: str):
                 hook.remove()
             for layer in layers:
                 W = layer.weight.data
-                if how == "wanda":
+                if algorithm == "wanda":
                     order = torch.sort(W.abs() * sums[layer].sqrt(), dim=1, stable=True).indices[:, : W.shape[1] // 2]
                     W.scatter_(1, order, 0.0)
                     continue
@@ -170,7 +170,7 @@ def published(a, how: str):
     finish(model, a.length, time.perf_counter() - start, time.process_time() - cpu)
 
 
-def limit(a, how: str):
+def limit(a, algorithm: str):
     "Seconds of the matrix products that cannot be avoided: each window through the linear layers (twice; down once less in the last block), and X X^T of the four inputs."
     import torch
 
@@ -191,21 +191,21 @@ def limit(a, how: str):
     with torch.no_grad():
         forward = sum(timed(lambda m=m: m(x[m.in_features])) for m in layers.values())
         last = timed(lambda: layers["mlp.down_proj"](x[2048]))
-        gram = 3 * timed(lambda: x[768].T @ x[768]) + timed(lambda: x[2048].T @ x[2048]) if how == "sparsegpt" else 0.0
+        gram = 3 * timed(lambda: x[768].T @ x[768]) + timed(lambda: x[2048].T @ x[2048]) if algorithm == "sparsegpt" else 0.0
     blocks, batches = len(model.model.layers), a.windows / a.rows
     total = batches * (blocks * (forward - last + gram) + (blocks - 1) * forward)
     print(json.dumps(dict(seconds=total, cpu=total, peak=0, perplexity=0, sparsity=0)))
 
 
-def child(a, python: str, what: str, how: str) -> dict:
+def child(a, python: str, what: str, algorithm: str) -> dict:
     "One measurement in a process of its own."
-    words = [python, "-P", __file__, "--child", what, "--how", how, "--folder", a.folder, "--windows", a.windows, "--length", a.length, "--rows", a.rows, "--threads", a.threads]
+    words = [python, "-P", __file__, "--child", what, "--how", algorithm, "--folder", a.folder, "--windows", a.windows, "--length", a.length, "--rows", a.rows, "--threads", a.threads]
     env = {**os.environ, "OMP_NUM_THREADS": str(a.threads), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     done = subprocess.run([*map(str, words)], capture_output=True, text=True, env=env)
     if done.returncode:
-        raise SystemExit(f"{what} {how}: {done.stderr.strip()[-2000:]}")
+        raise SystemExit(f"{what} {algorithm}: {done.stderr.strip()[-2000:]}")
     found = json.loads(done.stdout.strip().splitlines()[-1])
-    print(f"{how} {what}: {found['seconds']:.1f} s, CPU {found['cpu']:.1f} s", file=sys.stderr, flush=True)
+    print(f"{algorithm} {what}: {found['seconds']:.1f} s, CPU {found['cpu']:.1f} s", file=sys.stderr, flush=True)
     return found
 
 
@@ -223,7 +223,7 @@ def main() -> int:
         import torch
 
         torch.set_num_threads(a.threads)
-        {"ours": ours, "compressor": compressor, "published": published, "limit": limit}[a.child](a, a.how)
+        {"ours": ours, "compressor": compressor, "published": published, "limit": limit}[a.child](a, a.algorithm)
         return 0
     missed = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -234,16 +234,16 @@ def main() -> int:
         print(f"{a.windows} windows of {a.length} tokens, {a.threads} thread(s), load {os.getloadavg()[0]:.1f}\n")
         print("| method | peer | ours, s | peer, s | peer / ours (min–max) | CPU time, peer / ours | peak MiB, ours : peer | perplexity, ours : peer | sparsity | limit, s (share of ours) |")
         print("|---|---|---|---|---|---|---|---|---|---|")
-        for how in a.how.split(","):
+        for algorithm in a.algorithm.split(","):
             for name, python in peers.items():
-                pairs = [(child(a, sys.executable, "ours", how), child(a, python, name, how)) for _ in range(a.repeats)]
+                pairs = [(child(a, sys.executable, "ours", algorithm), child(a, python, name, algorithm)) for _ in range(a.repeats)]
                 ratios = [theirs["seconds"] / mine["seconds"] for mine, theirs in pairs]
                 work = statistics.median(theirs["cpu"] / mine["cpu"] for mine, theirs in pairs)
                 mine, theirs = ({k: statistics.median(p[i][k] for p in pairs) for k in pairs[0][0]} for i in (0, 1))
-                least = min(child(a, sys.executable, "limit", how)["seconds"] for _ in range(2))
+                least = min(child(a, sys.executable, "limit", algorithm)["seconds"] for _ in range(2))
                 ratio = statistics.median(ratios)
                 missed += ratio < BAR or mine["perplexity"] > theirs["perplexity"] * 1.005
-                print(f"| {how} | {name} | {mine['seconds']:.1f} | {theirs['seconds']:.1f} | {ratio:.2f} ({min(ratios):.2f}–{max(ratios):.2f}) | {work:.2f} | {mine['peak']:.0f} : {theirs['peak']:.0f} "
+                print(f"| {algorithm} | {name} | {mine['seconds']:.1f} | {theirs['seconds']:.1f} | {ratio:.2f} ({min(ratios):.2f}–{max(ratios):.2f}) | {work:.2f} | {mine['peak']:.0f} : {theirs['peak']:.0f} "
                       f"| {mine['perplexity']:.1f} : {theirs['perplexity']:.1f} | {mine['sparsity']:.3f} : {theirs['sparsity']:.3f} | {least:.1f} ({least / mine['seconds']:.0%}) |", flush=True)  # fmt: skip
     return int(a.check and missed > 0)
 

@@ -12,10 +12,10 @@ import time
 
 import torch
 
-from polm_lab.data.tasks import WORLDS
-from polm_lab.reasoning.refine.asking import Ask, Trace, make_writer
-from polm_lab.reasoning.refine.checks import feedback_critic
-from polm_lab.reasoning.refine.forms import SumWords
+from polm_lab.data.tasks import TASKS
+from polm_lab.reasoning.refine.trace import Ask, Trace, make_writer
+from polm_lab.reasoning.refine.self_critics import feedback_critic
+from polm_lab.reasoning.refine.tiny_prompts import SumWords
 from polm_lab.reasoning.refine.rounds import draft, follow, forget, refine, satisfied
 
 
@@ -36,7 +36,7 @@ def main():
 
     rates, ratios = {"together": [], "one by one": []}, []
     for repeat in range(-1, a.repeats):  # -1: warm-up
-        rows = WORLDS["sums"].rows("prompt", a.questions, repeat + 1, "test")
+        rows = TASKS["sums"].rows("prompt", a.questions, repeat + 1, "test")
         began = time.perf_counter()
         together = refined(rows)
         middle = time.perf_counter()

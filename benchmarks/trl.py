@@ -31,13 +31,13 @@ CASES = {  # (method, model): settings
     ("sft", "tiny"): dict(data="chat", steps=23, batch_size=16, max_length=256, learning_rate=1e-3),
     ("dpo", "tiny"): dict(data="chat", steps=23, batch_size=8, max_length=256, learning_rate=1e-4, reference="copy"),
     ("reward", "tiny"): dict(data="chat", steps=23, batch_size=8, max_length=256, learning_rate=1e-3),
-    ("grpo", "tiny"): dict(data="sums", steps=23, batch_size=64, samples=8, max_new_tokens=32, learning_rate=3e-4, beta=0.04),
-    ("rloo", "tiny"): dict(data="sums", steps=23, batch_size=64, samples=8, max_new_tokens=32, learning_rate=3e-4, beta=0.05),
+    ("grpo", "tiny"): dict(data="sums", steps=23, batch_size=64, num_generations=8, max_new_tokens=32, learning_rate=3e-4, beta=0.04),
+    ("rloo", "tiny"): dict(data="sums", steps=23, batch_size=64, num_generations=8, max_new_tokens=32, learning_rate=3e-4, beta=0.05),
     ("sft", "18M"): dict(steps=13, batch_size=8, max_length=256, learning_rate=1e-4),
     ("dpo", "18M"): dict(steps=9, batch_size=4, max_length=256, learning_rate=1e-5, reference="copy"),
     ("reward", "18M"): dict(steps=9, batch_size=4, max_length=256, learning_rate=1e-5),
-    ("grpo", "18M"): dict(steps=7, batch_size=32, samples=8, max_new_tokens=64, max_length=256, learning_rate=1e-5, beta=0.04, rewards="{folder}/reward.py:even"),
-    ("rloo", "18M"): dict(steps=7, batch_size=32, samples=8, max_new_tokens=64, max_length=256, learning_rate=1e-5, beta=0.05, rewards="{folder}/reward.py:even"),
+    ("grpo", "18M"): dict(steps=7, batch_size=32, num_generations=8, max_new_tokens=64, max_length=256, learning_rate=1e-5, beta=0.04, rewards="{folder}/reward.py:even"),
+    ("rloo", "18M"): dict(steps=7, batch_size=32, num_generations=8, max_new_tokens=64, max_length=256, learning_rate=1e-5, beta=0.05, rewards="{folder}/reward.py:even"),
 }
 WORDS = 32_000  # vocabulary of the larger model
 

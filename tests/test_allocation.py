@@ -215,13 +215,13 @@ def test_a_factor_needs_its_rule():
 def test_a_sweep_varies_the_factor():
     grid = {"allocation.factor": "3,off,7"}
     name, asked, points = sweep.plan("prune", grid, dict(allocation="outliers"), metric="perplexity")
-    made = [launch.check(name, asked["fixed"] | point)[1].allocation for point in points]
+    made = [launch.check_settings(name, asked["fixed"] | point)[1].allocation for point in points]
     assert made == ["outliers:factor=3", "outliers", "outliers:factor=7"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_prunes_the_sensitive_blocks_less(kind, base, runs):
-    run = lab.run("prune", how="wanda", allocation=kind, sparsity=0.5, samples=4, eval_rows=4, max_length=64, device="cpu", dtype="float32")
+    run = lab.run("prune", algorithm="wanda", allocation=kind, sparsity=0.5, calibration_samples=4, eval_rows=4, max_length=64, device="cpu", dtype="float32")
     minds = torch.tensor(plain_sensitivity(base, calibration(load_tokenizer("tiny"), "chat", 4, 64), kind))
     expected = 0.58 - 0.16 * (minds - minds.min()) / (minds.max() - minds.min())
     expected += 0.5 - expected.mean()

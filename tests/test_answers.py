@@ -209,7 +209,7 @@ def test_a_batch_and_a_table_show_the_same_answers(tokenizer, start, kind):
     assert seen == 5
     for example, values in zip(examples, table):
         for side, value in zip(sides_of(example), values.tolist()):
-            ids, mask = torch.tensor(side["input_ids"]), torch.tensor(side["target_mask"])
+            ids, mask = torch.tensor(side["input_ids"]), torch.tensor(side["completion_mask"])
             logp = start(ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
             assert value == pytest.approx((logp * mask[1:]).sum().item(), abs=2e-4)
     if kind == "ranked":
@@ -261,7 +261,7 @@ def test_a_row_gets_the_answer_to_another_prompt(tokenizer):
         assert others[n]["row"] == 6 + n
         assert (
             others[n]["input_ids"] == expected["input_ids"]
-            and others[n]["target_mask"] == expected["target_mask"]
+            and others[n]["completion_mask"] == expected["completion_mask"]
         )
     longest = max(len(other["input_ids"]) for other in others)
     assert (

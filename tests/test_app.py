@@ -15,7 +15,7 @@ from polm_lab.core.run import Run
 from polm_lab.runner import launch
 from polm_lab.workbench.app import TABS, RunBar, Workbench, summary_html
 from polm_lab.workbench.configure import Configure
-from polm_lab.workbench.ready import Spare
+from polm_lab.workbench.ready import WarmProcess
 from polm_lab.workbench.watch import Watch
 
 
@@ -145,7 +145,7 @@ def test_a_full_disk(tmp_path):
 
 
 def test_a_spare_process_that_was_killed_is_replaced(runs):
-    spare = Spare()
+    spare = WarmProcess()
     spare.ready()
     os.kill(spare.process.pid, signal.SIGKILL)
     spare.process.wait()
@@ -160,7 +160,7 @@ def test_stop_resume_and_clone(make):
     desk.take(run)
     assert desk.form.values == dict(data="sums", steps=7, learning_rate=0.002) and run.id in desk.said.value and "steps 7" in desk.code["polm"].text
     given = []
-    spare = Spare()
+    spare = WarmProcess()
     spare.give = given.append
     bar = RunBar(spare)
     bar.show(run)

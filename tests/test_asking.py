@@ -82,7 +82,7 @@ def test_a_file_of_questions_is_asked_whole(books, written, runs):
 
 @pytest.mark.parametrize("row", ASKED[:4:3])
 def test_one_question_alone(books, written, row):
-    run = lab.run("rag", corpus=books, data=written([row]), search="bm25", k=1, dtype="float32", device="cpu")
+    run = lab.run("rag", corpus=books, data=written([row]), search="bm25", top_k_passages=1, dtype="float32", device="cpu")
     after = run.summary["after"]
     assert after["rows"] == 1 and len(answers(run)) == 1
     known = "answer" in row
@@ -120,7 +120,7 @@ def test_contexts_are_the_library_of_questions_without_answers(written):
 def test_a_retriever_learns_from_other_questions_than_those_that_are_asked(books, written):
     learn = written([{"question": f"What is it that Beka plays, {n}?", "answer": "harp"} for n in range(30)], "learn.jsonl")
     asked = written(ASKED)
-    run = lab.run("rag", corpus=books, data=learn, eval_data=asked, retriever_steps=1, k=1, dtype="float32", device="cpu")
+    run = lab.run("rag", corpus=books, data=learn, eval_data=asked, retriever_steps=1, top_k_passages=1, dtype="float32", device="cpu")
     trained = lab.open_run(run.path.parent / run.read()["stages"]["retriever"])
     assert run.read()["search"] == "hybrid" and run.summary["after"]["rows"] == 6
     assert (trained.settings["data"], trained.settings["eval_data"]) == (learn, asked)
@@ -194,8 +194,8 @@ def test_the_vectors_of_passages_are_renewed_each_so_many_steps(monkeypatch, ref
         return [p["text"].split()[0] for p in open_library(settings.data)[0]]
 
     monkeypatch.setattr(reader_module, "fit", steps)
-    settings = Reader(data=written(rows), objective="sequence", search="dense", k=2, refresh=refresh, batch_size=2, steps=5, dtype="float32", device="cpu")
-    run = lab.run("reader", **{name: getattr(settings, name) for name in ("data", "objective", "search", "k", "refresh", "batch_size", "steps", "dtype", "device")}, out=runs)
+    settings = Reader(data=written(rows), loss="sequence", search="dense", top_k_passages=2, refresh=refresh, batch_size=2, steps=5, dtype="float32", device="cpu")
+    run = lab.run("reader", **{name: getattr(settings, name) for name in ("data", "loss", "search", "top_k_passages", "refresh", "batch_size", "steps", "dtype", "device")}, out=runs)
     assert run.status == "finished" and len(seen) == 5
     for step, (now, held, numbers, asked) in enumerate(seen):
         made = step - step % refresh if refresh else 0  # the step whose encoder made the vectors

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import polm_lab as lab
-from polm_lab.training.chain import stage
+from polm_lab.training.chain import subrun
 from polm_lab.core.method import methods
 from polm_lab.models.load import load_model
 from polm_lab.training.loop import load_policy
@@ -20,15 +20,15 @@ ROWS = page.systems()
 HERE = {f["name"]: f for f in page.survey("systems")}
 KNOWN = methods()
 LITTLE = dict(dtype="float32", device="cpu")
-SAMPLED = LITTLE | dict(data="sums", steps=1, batch_size=8, samples=4, max_new_tokens=12, eval_rows=2, save_every=0)
+SAMPLED = LITTLE | dict(data="sums", steps=1, batch_size=8, num_generations=4, max_new_tokens=12, eval_rows=2, save_every=0)
 SHORT = {
     "grpo": SAMPLED,
-    "ppo": SAMPLED | dict(minibatches=1, samples=1),
+    "ppo": SAMPLED | dict(minibatches=1, num_generations=1),
     "sft": LITTLE | dict(steps=1, batch_size=4, eval_rows=2, save_every=0),
     "reward": LITTLE | dict(steps=1, batch_size=4, eval_rows=2, save_every=0),
-    "reft": LITTLE | dict(questions=4, warmup_steps=1, steps=1, batch_size=4, samples=2, max_new_tokens=12, judge_steps=1, votes=2, prompts=2),
-    "prune": LITTLE | dict(samples=2, eval_rows=2, max_length=32),
-    "reader": LITTLE | dict(data="facts", steps=3, k=2, batch_size=2, eval_rows=2, max_length=128, save_every=0),
+    "reft": LITTLE | dict(questions=4, warmup_steps=1, steps=1, batch_size=4, num_generations=2, max_new_tokens=12, judge_steps=1, votes=2, prompts=2),
+    "prune": LITTLE | dict(calibration_samples=2, eval_rows=2, max_length=32),
+    "reader": LITTLE | dict(data="facts", steps=3, top_k_passages=2, batch_size=2, eval_rows=2, max_length=128, save_every=0),
 }
 
 
@@ -66,7 +66,7 @@ def test_a_run_calls_the_function_that_its_row_names(here, tmp_path, monkeypatch
     values = dict(pair.split("=", 1) for pair in pointer.partition("?")[2].split("&") if pair) if called else {}
     if "learned" in values.get("rewards", ""):  # the reward model is trained on one step
         values |= dict(data="chat", max_length=128)
-        short = lambda run, name, method, **more: stage(run, name, method, **more | dict(steps=1, batch_size=4, save_every=0, eval_rows=2))
+        short = lambda run, name, method, **more: subrun(run, name, method, **more | dict(steps=1, batch_size=4, save_every=0, eval_rows=2))
         monkeypatch.setattr("polm_lab.rewards.prepare.chain", short)
     key = (place.method, *sorted(values.items()))
     if key not in RECORDED:

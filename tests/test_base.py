@@ -17,7 +17,7 @@ from polm_lab.data import base
 from polm_lab.data.base import Recipe, draw_documents, encode_document, learning_rate, make_model
 from polm_lab.data.base import make_tokenizer, measure, microbatches, pretrain, save_base, summed_loss  # fmt: skip
 from polm_lab.data.messages import END, assistant, chat_text, user
-from polm_lab.data.tasks import WORLDS
+from polm_lab.data.tasks import TASKS
 
 TINY = Path(__file__).parents[1] / "data" / "tiny"
 MINI = Recipe(width=32, layers=1, heads=2, inner=48, vocabulary=320, context=256, steps=30, tokens=256, warmup=4)
@@ -59,15 +59,15 @@ def test_tokenizer(tiny):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert tokenizer("a b").input_ids == encode_document(tokenizer, "a b")[:-1]  # prompts begin as documents begin
     assert tokenizer.eos_token == END and tokenizer.pad_token_id != tokenizer.eos_token_id
-    for world in WORLDS.values():  # a completion's tokens do not depend on whether its prompt stands before it
-        for form in world.forms:
-            for row in world.rows("completion", 20, form=form):
+    for task in TASKS.values():  # a completion's tokens do not depend on whether its prompt stands before it
+        for form in task.forms:
+            for row in task.rows("completion", 20, form=form):
                 if isinstance(row["prompt"], str):
                     apart = tokenizer(row["prompt"]).input_ids + tokenizer(row["completion"]).input_ids
                     assert apart == tokenizer(row["prompt"] + row["completion"]).input_ids
 
 
-def test_chat_template_writes_what_the_worlds_write(tiny):
+def test_chat_template_writes_what_the_tasks_write(tiny):
     _, tokenizer = tiny
     messages = [{"role": "system", "content": "Be polite."}, user("What is\n1+2? "), assistant(" 3"), user("x"), assistant("")]
     assert tokenizer.apply_chat_template(messages, tokenize=False) == chat_text(messages)
@@ -87,7 +87,7 @@ def test_tiny_is_a_base_model(tiny):
     assert figures["greedy"] >= figures["one"] + 0.2  # the truth is its favourite answer
 
 
-def test_tiny_serves_every_world(tiny):
+def test_tiny_serves_every_task(tiny):
     asked = [("sums", "steps", 32), ("sums", "check", 40), ("facts", "recall", 8), ("facts", "reading", 8)]
     asked += [("stories", "tell", 64), ("stories", "label", 4), ("chat", "any", 80), ("code", "any", 24)]
     figures = measure(*tiny, n=24, samples=2, tests=asked)

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 from polm_lab.data.catalog import CATALOG
 from polm_lab.data.rows import Row
-from polm_lab.data.schema import convert, standard
+from polm_lab.data.schema import convert, normalize_schema
 from polm_lab.data.load import datasets_table, load_data
 from polm_lab.core.knobs import WrongInput
 
@@ -402,4 +402,4 @@ def test_known_schemas_are_known():
     "What the catalogue leaves to `core/data` as it is."
     for name in (n for n, e in CATALOG.items() if e.rows.__name__ == "as_it_is"):
         for row in ROWS[name]:
-            assert convert(standard(Row(row)), EXPECTED[name][0])
+            assert convert(normalize_schema(Row(row)), EXPECTED[name][0])

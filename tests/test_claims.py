@@ -17,16 +17,16 @@ from polm_lab.models.logprobs import Policy
 from polm_lab.models.load import load_model
 from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.models.save import save_model
-from polm_lab.data.tasks import WORLDS
+from polm_lab.data.tasks import TASKS
 from polm_lab.integration import fuse as fusing
-from polm_lab.integration.merging.experts import asked, rows_apart
-from polm_lab.reasoning.refine.asking import Ask, Said, Trace, read_traces
-from polm_lab.reasoning.refine.forms import CodeWords
+from polm_lab.integration.merging.experts import prompt_text, rows_apart
+from polm_lab.reasoning.refine.trace import Ask, Reply, Trace, read_traces
+from polm_lab.reasoning.refine.tiny_prompts import CodeWords
 from polm_lab.reasoning.refine.rounds import forget, refine, satisfied
-from polm_lab.reasoning.selfrefine import REVISERS, STRATEGIES
+from polm_lab.reasoning.selfrefine import REVISERS, ALGORITHMS
 from polm_lab.reasoning.refine.solver import equations, solver
 from polm_lab.reasoning.refine.tools import ToolCritic
-from polm_lab.reasoning.refine.words import Words
+from polm_lab.reasoning.refine.prompts import Words
 
 
 def tuned(folder, seed: int, size: float):
@@ -55,10 +55,10 @@ def runs(tmp_path, monkeypatch):
 
 
 def test_rows_to_choose_on_are_held_out_and_not_those_of_the_report():
-    reported = {asked(row) for row in load_data("sums", "completion", "test")[:32]}
-    trained = {asked(row) for row in load_data("sums", "completion")}
-    held_out = [asked(row) for row in load_data("sums", "completion", "test")]
-    found = [asked(row) for row in rows_apart("sums", "completion", ["sums", "chat"], 32, 48)]
+    reported = {prompt_text(row) for row in load_data("sums", "completion", "test")[:32]}
+    trained = {prompt_text(row) for row in load_data("sums", "completion")}
+    held_out = [prompt_text(row) for row in load_data("sums", "completion", "test")]
+    found = [prompt_text(row) for row in rows_apart("sums", "completion", ["sums", "chat"], 32, 48)]
     assert len(found) == 48 and set(found) <= set(held_out)
     assert not set(found) & reported and not set(found) & trained
     assert found == [words for words in held_out if words not in reported][:48]
@@ -69,7 +69,7 @@ def test_the_greedy_soup_is_chosen_on_held_out_rows(tunes, runs, monkeypatch):
     read = []
     plain = fusing.mean_nll
     monkeypatch.setattr(fusing, "mean_nll", lambda policy, part, pad: read.append(part) or plain(policy, part, pad))
-    run = lab.run("fuse", models=",".join(tunes), tasks="sums", data="sums,sums", rows=4, examples=6, technique="greedy")
+    run = lab.run("fuse", models=",".join(tunes), tasks="sums", data="sums,sums", eval_rows=4, calibration_samples=6, algorithm="greedy")
     assert run.status == "finished" and run.read()["chosen"]
     words = load_tokenizer("tiny")
     rows = rows_apart("sums", "completion", ["sums"], 4, 6)
@@ -82,11 +82,11 @@ def test_the_greedy_soup_is_chosen_on_held_out_rows(tunes, runs, monkeypatch):
 def test_a_file_whose_held_out_rows_all_are_in_the_report_is_refused(tunes, runs):
     rows = load_data("sums", "completion")[:60]
     (runs / "few.jsonl").write_text("".join(json.dumps(dict(prompt=r["prompt"], completion=r["completion"])) + "\n" for r in rows))
-    shared = dict(models=",".join(tunes), tasks="few.jsonl", data="few.jsonl,few.jsonl", technique="greedy")
+    shared = dict(models=",".join(tunes), tasks="few.jsonl", data="few.jsonl,few.jsonl", algorithm="greedy")
     with pytest.raises(WrongInput) as error:
-        lab.run("fuse", **shared, rows=32)
+        lab.run("fuse", **shared, eval_rows=32)
     assert "few.jsonl" in str(error.value) and "lower rows" in str(error.value) and "\n" not in str(error.value)
-    assert lab.run("fuse", **shared, rows=1, examples=2).status == "finished"
+    assert lab.run("fuse", **shared, eval_rows=1, calibration_samples=2).status == "finished"
 
 
 # AdaMerging -----------------------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def test_adamerging_reads_prompts_alone(tunes, runs):
         file = runs / f"{name}.jsonl"
         lines = [dict(prompt=row["prompt"]) | ({} if answer is None else dict(completion=answer(n))) for n, row in enumerate(rows)]
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        run = lab.run("fuse", models=",".join(tunes), tasks="", data=f"{file},{file}", technique="adamerging", steps=3, examples=4)
+        run = lab.run("fuse", models=",".join(tunes), tasks="", data=f"{file},{file}", algorithm="adamerging", steps=3, calibration_samples=4)
         found[name] = run.read()["coefficients"], run.read()["entropy"]
     assert found["right"] == found["wrong"] == found["none"]
     policy, words = Policy(load_model("tiny", "float32", "cpu")), load_tokenizer("tiny")
@@ -115,10 +115,10 @@ def test_adamerging_reads_prompts_alone(tunes, runs):
 # MetaGPT --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lam", [None, 0.1])
-def test_the_lambda_of_metagpt_is_that_of_eq_39(tunes, runs, lam):
+@pytest.mark.parametrize("scaling", [None, 0.1])
+def test_the_lambda_of_metagpt_is_that_of_eq_39(tunes, runs, scaling):
     "θ₀ + Σ ‖τ_t‖² / Σ ‖τ_k‖² τ_t, whatever the knob of the other techniques says."
-    run = lab.run("merge", models=",".join(tunes), tasks="", technique="metagpt", save_dtype="float32", **({} if lam is None else dict(lam=lam)))
+    run = lab.run("merge", models=",".join(tunes), tasks="", algorithm="metagpt", save_dtype="float32", **({} if scaling is None else dict(scaling=scaling)))
     start = {name: p.detach() for name, p in load_model("tiny", "float32", "cpu").named_parameters()}
     states = [{name: p.detach() for name, p in load_model(path, "float32", "cpu").named_parameters()} for path in tunes]
     vectors = [{name: state[name] - start[name] for name in start} for state in states]
@@ -138,9 +138,9 @@ def revisions(words, row, drafts, critic, reviser):
     "The prompts of the revisions of one question whose drafts are given, and the trace."
     prompts = []
 
-    def writer(asked, seeds, most, *rest):
-        prompts.extend(asked)
-        return [Said(drafts[min(len(prompts), len(drafts) - 1)], 1, 1) for _ in asked]
+    def writer(prompt_text, seeds, most, *rest):
+        prompts.extend(prompt_text)
+        return [Reply(drafts[min(len(prompts), len(drafts) - 1)], 1, 1) for _ in prompt_text]
 
     trace = Trace(0, row)
     list(refine([trace], lambda traces, ask: [drafts[0]], critic, reviser(words), satisfied, forget, Ask(writer), 2))
@@ -154,7 +154,7 @@ def words_of(prompt) -> str:
 @pytest.mark.parametrize("words", [CodeWords(), Words()])
 def test_the_solvers_complaint_reaches_the_model(words):
     "Logic-LM: first what cannot be read, then what has no solution; each repair is asked for with the try and the complaint."
-    assert STRATEGIES["logic_lm"].reviser == "follow"
+    assert ALGORITHMS["logic_lm"].reviser == "follow"
     row = dict(equations(1)[0], y=0, value=7)
     bad = ["x ** x", "x * 2", "x + 7"]
     prompts, trace = revisions(words, row, bad, ToolCritic(solver), REVISERS["follow"])
@@ -168,9 +168,9 @@ def test_the_solvers_complaint_reaches_the_model(words):
 @pytest.mark.parametrize("words", [CodeWords(), Words()])
 def test_what_a_program_did_wrong_reaches_the_model(words):
     "Self-Debug: the failed program and what its tests said are in the prompt of the repair."
-    way = STRATEGIES["self_debug"]
+    way = ALGORITHMS["self_debug"]
     assert way.reviser == "follow" and way.critic == "tests"
-    row = dict(WORLDS["code"].rows("prompt", 1, 0, "test")[0])
+    row = dict(TASKS["code"].rows("prompt", 1, 0, "test")[0])
     outcomes = {"x + nothing": "NameError: name 'nothing' is not defined", "x": "f(2, 3) is 2, not 5"}
     critic = ToolCritic(lambda row, answer: (outcomes.get(answer, "passes"), answer not in outcomes))
     prompts, trace = revisions(words, row, ["x + nothing", "x", "x + y"], critic, REVISERS["follow"])
@@ -180,13 +180,13 @@ def test_what_a_program_did_wrong_reaches_the_model(words):
 
 
 def test_a_run_of_logic_lm_shows_its_complaints(runs):
-    run = lab.run("selfrefine", strategy="logic_lm", questions=24, rounds=1, samples=0, dtype="float32", device="cpu")
+    run = lab.run("selfrefine", algorithm="logic_lm", questions=24, rounds=1, num_generations=0, dtype="float32", device="cpu")
     seen = 0
     for trace in read_traces(run):
         feedback = next(step for step in trace.steps if step.role == "feedback")
-        asked = [part.prompt for step in trace.steps if step.role == "revision" for part in step.parts]
-        assert all(" ".join(feedback.text.split())[:60] in prompt and trace.answers[0] in prompt for prompt in asked)
-        seen += len(asked)
+        prompt_text = [part.prompt for step in trace.steps if step.role == "revision" for part in step.parts]
+        assert all(" ".join(feedback.text.split())[:60] in prompt and trace.answers[0] in prompt for prompt in prompt_text)
+        seen += len(prompt_text)
     assert seen >= 2, "no answer was revised: the test shows nothing"
 
 
@@ -207,12 +207,12 @@ def test_the_mark_of_a_model_is_that_of_the_ten_answers():
     words, policy = load_tokenizer("tiny"), Policy(load_model("tiny", "float32", "cpu"))
     judge = ModelJudge(policy, words, [("Be polite.", "Be rude.")])
     row, reply = dict(prompt=[dict(role="user", content="Name a colour.")]), "Blue, please."
-    asked = [dict(role="user", content=MARK.format(request="Name a colour.", reply=reply, principle="Be polite."))]
+    prompt_text = [dict(role="user", content=MARK.format(request="Name a colour.", reply=reply, principle="Be polite."))]
     logps = []
     for n in range(1, 11):
         answer = [dict(role="assistant", content=str(n))]
-        example = encode(words, dict(prompt=asked, completion=answer), "completion", 512)
-        ids, mask = torch.tensor([example["input_ids"]]), example["target_mask"]
+        example = encode(words, dict(prompt=prompt_text, completion=answer), "completion", 512)
+        ids, mask = torch.tensor([example["input_ids"]]), example["completion_mask"]
         with torch.no_grad():
             logp = torch.log_softmax(policy.model(ids).logits[0].double(), -1)
         logps.append(sum(logp[t - 1, ids[0, t]].item() for t in range(1, len(mask)) if mask[t]))
@@ -241,8 +241,8 @@ def test_the_mark_of_an_endpoint(content, top, mark, soft):
 
 
 def test_direct_rlaif_learns_from_marks(runs):
-    shared = dict(data="chat", prompts=8, samples=2, batch_size=4, steps=2, eval_rows=2, max_new_tokens=12, dtype="float32", device="cpu", seed=3)
-    run = lab.run("rlaif", train="mark", judge="model:self", **shared)
+    shared = dict(data="chat", prompts=8, num_generations=2, batch_size=4, steps=2, eval_rows=2, max_new_tokens=12, dtype="float32", device="cpu", seed=3)
+    run = lab.run("rlaif", algorithm="mark", judge="model:self", **shared)
     judge = ModelJudge(Policy(load_model("tiny", "float32", "cpu")), load_tokenizer("tiny"), [("Be polite.", "Be rude.")])
     kept = [json.loads(line) for line in open(run.path / "marks.jsonl")]
     assert run.status == "finished" and len(kept) >= 8 and all(-1 <= row["mark"] <= 1 for row in kept)
@@ -252,7 +252,7 @@ def test_direct_rlaif_learns_from_marks(runs):
     assert learned and all(marks[row["completion"]] == pytest.approx(row["reward"], abs=1e-4) for row in learned)
     for judge in ("contrast:self", "rule:correct"):
         with pytest.raises(WrongInput, match="gives no marks") as error:
-            lab.run("rlaif", train="mark", judge=judge, **shared)
+            lab.run("rlaif", algorithm="mark", judge=judge, **shared)
         assert "\n" not in str(error.value)
 
 

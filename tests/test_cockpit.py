@@ -28,7 +28,7 @@ def trained(tmp_path_factory):
     for name in ("train", "test"):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
     data = dict(data=str(folder / "train.jsonl"), eval_data=str(folder / "test.jsonl"))
-    return launch.run("grpo", out=folder / "runs", steps=6, batch_size=16, samples=4, eval_rows=4, rewards="correct,format:0.2", **data)
+    return launch.run("grpo", out=folder / "runs", steps=6, batch_size=16, num_generations=4, eval_rows=4, rewards="correct,format:0.2", **data)
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +159,9 @@ def test_a_critics_advantages_are_told_by_token_and_a_baseline_by_the_others():
     said = why(dict(reward=1.0, advantage=0.5, advantages=[-1.0, 2.0]), [dict(reward=1.0)], dict(gamma=1.0))
     assert "from -1 to 2, 0.5 on average" in said[2]
     group = [dict(reward=1.0, advantage=0.75), *[dict(reward=r) for r in (0.0, 0.0, 1.0)]]
-    said = why(group[0], group, dict(estimator="rloo", beta=0.0))
+    said = why(group[0], group, dict(algorithm="rloo", beta=0.0))
     assert "other 3 answers" in said[2] and "differs from them by 0.6667" in said[2] and "more likely" in said[-1]
-    assert "likeliest answer" in why(group[0], group, dict(estimator="remax", beta=0.1))[2]
+    assert "likeliest answer" in why(group[0], group, dict(algorithm="remax", beta=0.1))[2]
 
 
 def test_a_reward_models_number_is_no_implicit_reward():

@@ -75,15 +75,15 @@ def each_batch_by_its_own_count():
         batches = plain(examples, settings, pad_id, packing)
         return [dict(b, weight=1.0) for b in batches]
 
-    return check.exchanged(plain, wrong)
+    return check.replaced_everywhere(plain, wrong)
 
 
 def padding_is_learned():
     "Padding counts as text that is learned."
     plain = logprobs.Policy.forward
 
-    def wrong(self, input_ids, attention_mask=None, target_mask=None, *args, **kwargs):
-        return plain(self, input_ids, torch.ones_like(input_ids), target_mask.bool() | ~attention_mask.bool(), *args, **kwargs)
+    def wrong(self, input_ids, attention_mask=None, completion_mask=None, *args, **kwargs):
+        return plain(self, input_ids, torch.ones_like(input_ids), completion_mask.bool() | ~attention_mask.bool(), *args, **kwargs)
 
     return mock.patch.object(logprobs.Policy, "forward", wrong)
 
@@ -96,7 +96,7 @@ def kernel_drifts():
         logp, entropy = plain(*args, **kwargs)
         return logp * 1.01, entropy
 
-    return check.exchanged(plain, wrong)
+    return check.replaced_everywhere(plain, wrong)
 
 
 def optimizer_is_forgotten():

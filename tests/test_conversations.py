@@ -17,7 +17,7 @@ from polm_lab.data.rows import Row
 from polm_lab.data.encode import encode
 from polm_lab.data.load import load_data
 from polm_lab.data.turns import turn_ends
-from polm_lab.data.schema import turns
+from polm_lab.data.schema import to_messages
 from polm_lab.core.knobs import WrongInput
 from polm_lab.core.machine import data_folder
 from polm_lab.models.load import load_model
@@ -105,7 +105,7 @@ def learned_texts(tokenizer, row: dict, kind: str = "text") -> list[str]:
     "The runs of learned tokens, as text."
     made = encode(tokenizer, row, kind, 10**6)
     runs, last = [], 0
-    for token, mark in zip(made["input_ids"], made["target_mask"]):
+    for token, mark in zip(made["input_ids"], made["completion_mask"]):
         if mark and not last:
             runs.append([])
         if mark:
@@ -123,7 +123,7 @@ def check(template: str, messages: list[dict]) -> int:
     tokenizer = tokenizer_of(template) if isinstance(template, str) else template[1]
     name = template if isinstance(template, str) else template[0]
     answers = [turn for turn in messages if turn["role"] == "assistant"]
-    row = Row({"messages": turns(messages, {}, "messages")}, "a.jsonl:1")
+    row = Row({"messages": to_messages(messages, {}, "messages")}, "a.jsonl:1")
     runs = learned_texts(tokenizer, row)
     said = set().union(*(marks_of((turn["content"] or "") + json.dumps(turn.get("tool_calls", ""))) for turn in answers))
     assert marks_of("".join(runs)) == said, "every word of the assistant, and no other"
@@ -274,7 +274,7 @@ def test_no_token_of_two_turns_is_learned():
         row = {"messages": [{"role": "user", "content": "hello "}, {"role": "assistant", "content": answer + "."}]}
         asked = encode(tokenizer, {"prompt": row["messages"][:1]}, "prompt", 99)["input_ids"]
         made = encode(tokenizer, row, "text", 99)
-        assert made["input_ids"][: len(asked)] == asked and made["target_mask"] == [0] * len(asked) + [1] * (len(made["input_ids"]) - len(asked))
+        assert made["input_ids"][: len(asked)] == asked and made["completion_mask"] == [0] * len(asked) + [1] * (len(made["input_ids"]) - len(asked))
         assert tokenizer.decode(made["input_ids"][len(asked) :]) == answer + ".</s>"
         apart += made["input_ids"] != tokenizer("user: hello </s>assistant: " + answer + ".</s>", add_special_tokens=False).input_ids
     assert apart, "some token would have reached over the seam"
@@ -288,9 +288,9 @@ def test_thinking_is_learned_where_it_is_written_and_refused_where_it_is_dropped
     one = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b", "reasoning_content": "hm"}]
     for name in ("reasoning_content", "reasoning", "thinking"):
         turn = {"role": "assistant", "content": "b", name: "hm"}
-        assert learned_texts(tokenizer, {"messages": turns([one[0], turn], {}, "messages")}) == ["<think>\nhm\n</think>\n\nb<|im_end|>\n"]
+        assert learned_texts(tokenizer, {"messages": to_messages([one[0], turn], {}, "messages")}) == ["<think>\nhm\n</think>\n\nb<|im_end|>\n"]
     parts = {"role": "assistant", "content": [{"type": "reasoning", "value": "hm"}, {"type": "text", "value": "b"}]}
-    assert learned_texts(tokenizer, {"messages": turns([one[0], parts], {}, "messages")}) == ["<think>\nhm\n</think>\n\nb<|im_end|>\n"]
+    assert learned_texts(tokenizer, {"messages": to_messages([one[0], parts], {}, "messages")}) == ["<think>\nhm\n</think>\n\nb<|im_end|>\n"]
     with pytest.raises(WrongInput, match="a.jsonl:1: the chat template drops the thinking of assistant turn 2.*weight 0"):
         learned_texts(tokenizer, Row({"messages": [*one, *one]}, "a.jsonl:1"))  # turn 2 is an earlier one
     first = {**one[1], "weight": 0}
@@ -309,11 +309,11 @@ def test_thinking_is_learned_where_it_is_written_and_refused_where_it_is_dropped
 def test_a_turn_of_weight_0_is_not_learned(name):
     tokenizer = tokenizer_of("qwen2_5")
     messages = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b", name: 0}, {"role": "user", "content": "c?"}, {"role": "assistant", "content": "d", name: 1}]
-    read = turns(messages, {}, "messages")
+    read = to_messages(messages, {}, "messages")
     assert learned_texts(tokenizer, {"messages": read}) == ["d<|im_end|>\n"] == learned_texts(tokenizer, {"messages": messages})
     for wrong in (0.5, 2, -1, "0"):
         with pytest.raises(WrongInput, match=f"a.jsonl:3: messages, turn 2, has {name}.*expected 0 .not learned. or 1"):
-            turns([messages[0], {**messages[1], name: wrong}], Row({}, "a.jsonl:3"), "messages")
+            to_messages([messages[0], {**messages[1], name: wrong}], Row({}, "a.jsonl:3"), "messages")
     with pytest.raises(WrongInput, match="weight 0 on each assistant turn"):
         learned_texts(tokenizer, {"messages": read[:2]})
     with pytest.raises(WrongInput, match="weight 0 on turn 2, and everything is to be learned"):
@@ -358,7 +358,7 @@ def test_other_fields_are_followed_or_refused():
         ({"role": "user", "content": "b", "weight": 1}, "user turn with weight 1"),
     ):
         with pytest.raises(WrongInput, match=f"a.jsonl:3: messages, turn 1,.*{message}"):
-            turns([turn], Row({}, "a.jsonl:3"), "messages")
+            to_messages([turn], Row({}, "a.jsonl:3"), "messages")
     tool = [{"type": "function", "function": {"name": "search", "parameters": {}}}]
     said = [user, {"role": "assistant", "content": "b"}]
     with pytest.raises(WrongInput, match="a.jsonl:1: the chat template drops the tools .search"):

@@ -1,4 +1,4 @@
-"Trained critics, correctors and editors: on their worlds and on data of one's own, with any model, refused where they cannot be trained, going on where they were killed."
+"Trained critics, correctors and editors: on their tasks and on data of one's own, with any model, refused where they cannot be trained, going on where they were killed."
 
 import gzip
 import json
@@ -19,17 +19,17 @@ from polm_lab.core.knobs import WrongInput
 from polm_lab.models.load import load_model
 from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.core.run import all_runs, open_run
-from polm_lab.data.tasks import WORLDS
+from polm_lab.data.tasks import TASKS
 from polm_lab.reasoning.refine import corrections as learning
 from polm_lab.reasoning import critic as trained
-from polm_lab.reasoning.refine.asking import read_traces
-from polm_lab.reasoning.refine.forms import SumSteps
+from polm_lab.reasoning.refine.trace import read_traces
+from polm_lab.reasoning.refine.tiny_prompts import SumSteps
 from polm_lab.reasoning.refine.tools import run_tests, scoring, source_of
-from polm_lab.reasoning.refine.words import Words
+from polm_lab.reasoning.refine.prompts import Words
 
-LEARN = ("corrector", "selfee", "critique", "refiner", "editor", "coderl")
+ALGORITHMS = ("corrector", "selfee", "critique", "refiner", "editor", "coderl")
 CPU = dict(dtype="float32", device="cpu")
-SMALL = dict(questions=16, samples=2, steps=2, eval_rows=4, rounds=1, batch_size=4, **CPU)
+SMALL = dict(questions=16, num_generations=2, steps=2, eval_rows=4, rounds=1, batch_size=4, **CPU)
 
 
 def says(call, *args, **more):
@@ -52,25 +52,25 @@ def learned(run):
     return run.lines("learned")
 
 
-@pytest.mark.parametrize("learn", LEARN)
-def test_every_trained_part_is_made_and_used(learn, tmp_path):
-    run = lab.run("critic", out=tmp_path, learn=learn, **SMALL)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_trained_part_is_made_and_used(algorithm, tmp_path):
+    run = lab.run("critic", out=tmp_path, algorithm=algorithm, **SMALL)
     assert run.status == "finished" and {"accuracy", "accuracy/draft", "tokens"} <= set(run.summary["after"])
     assert {"accuracy", "accuracy/draft", "tokens"} <= set(run.summary["before"])
     assert (run.path / "model" / "model.safetensors").exists() and len(learned(run)) == run.record["rows"] >= 2
     assert [row["step"] for row in run.lines()] == [1, 2] and len(all_runs(tmp_path)) == 1, "it trains itself, and not by another run"
-    assert all(row["prompt"] and (row["tests"] if learn == "coderl" else row["completion"]) for row in learned(run))
+    assert all(row["prompt"] and (row["tests"] if algorithm == "coderl" else row["completion"]) for row in learned(run))
     assert len(read_traces(run)) == 4, "the traces of the loop are in the record"
 
 
 def test_learned_rows_are_of_training_questions():
-    held_out = {row["prompt"].rstrip("=") for row in WORLDS["sums"].rows("prompt", 400, 0, "test")}
+    held_out = {row["prompt"].rstrip("=") for row in TASKS["sums"].rows("prompt", 400, 0, "test")}
     rows = learning.spoiled_steps("sums", 64, 0, SumSteps())
     assert len(rows) == 64 and not held_out & {row["prompt"].split(" in steps")[0] for row in rows}
 
 
 def test_rewards_of_coderl_are_graded():
-    row = WORLDS["code"].rows("prompt", 1, 3)[0]
+    row = TASKS["code"].rows("prompt", 1, 3)[0]
     tries = {f" {row['answer']}": 1.0, f" {row['answer']} + 1": -0.3, " (": -1.0, " q": -0.6, " __import__('os')._exit(0)": -0.6}
     assert learning.coderl([row["prompt"]] * 5, list(tries), [row["tests"]] * 5) == list(tries.values())
     chatty = f"Sure:\n```python\nf = lambda x, y: {row['answer']}\n```"
@@ -81,14 +81,14 @@ def test_rewards_of_coderl_are_graded():
 
 
 def asked(n, split="train", seed=1):
-    "Sums as questions and answers, in another form than the world's."
-    return [dict(question=f"What is {row['prompt'].rstrip('=')}?", answer=int(row["answer"])) for row in WORLDS["sums"].rows("prompt", n, seed, split)]
+    "Sums as questions and answers, in another form than the task's."
+    return [dict(question=f"What is {row['prompt'].rstrip('=')}?", answer=int(row["answer"])) for row in TASKS["sums"].rows("prompt", n, seed, split)]
 
 
 def test_a_critic_learns_from_a_file_on_the_command_line(polm, tmp_path):
     "Questions and answers as JSON lines, the embedded model with the forms of sums: its critiques become better, and so do the answers."
     data, held_out = jsonl(tmp_path / "mine.jsonl", asked(160)), jsonl(tmp_path / "held.jsonl", asked(48, "test"))
-    done = polm("run", "critic", "--bare", "--json", *words(dict(learn="critique", data=data, eval_data=held_out, words="sums", questions=96, steps=30, eval_rows=48, **CPU)), OMP_NUM_THREADS="1")
+    done = polm("run", "critic", "--bare", "--json", *words(dict(algorithm="critique", data=data, eval_data=held_out, prompt_style="sums", questions=96, steps=30, eval_rows=48, **CPU)), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])["summary"]
     before, after = summary["before"], summary["after"]
@@ -98,20 +98,20 @@ def test_a_critic_learns_from_a_file_on_the_command_line(polm, tmp_path):
 def test_a_corrector_learns_english_from_a_file(polm, tmp_path):
     "The embedded model, asked in English, which it has never read: it learns the form with the correction."
     data, held_out = jsonl(tmp_path / "mine.jsonl", asked(200)), jsonl(tmp_path / "held.jsonl", asked(32, "test"))
-    values = dict(learn="corrector", data=data, eval_data=held_out, words="english", questions=120, samples=3, steps=40, eval_rows=32, rounds=1, tokens=1000, max_new_tokens=12, learning_rate=1e-3, max_length=400, **CPU)
+    values = dict(algorithm="corrector", data=data, eval_data=held_out, prompt_style="english", questions=120, num_generations=3, steps=40, eval_rows=32, rounds=1, token_budget=1000, max_new_tokens=12, learning_rate=1e-3, max_length=400, **CPU)
     done = polm("run", "critic", "--bare", "--json", *words(values), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])["summary"]
-    assert summary["after"]["accuracy"] > summary["before"]["accuracy"] + 0.15 and summary["after"]["mended"] > summary["before"].get("mended", 0) + 0.15
+    assert summary["after"]["accuracy"] > summary["before"]["accuracy"] + 0.15 and summary["after"]["incorrect_to_correct"] > summary["before"].get("incorrect_to_correct", 0) + 0.15
     run = all_runs()[0]
     assert all(isinstance(row["prompt"], list) and row["prompt"][-1]["role"] == "user" and row["completion"][0]["role"] == "assistant" for row in learned(run))
 
 
 def test_an_editor_learns_from_prompts_with_tests(tmp_path):
     "Code in a file of one's own, without right programs in it: own ones that pass stand in."
-    rows = [dict(prompt=row["prompt"], tests=[f"assert {test}" for test in row["tests"]]) for row in WORLDS["code"].rows("prompt", 80, 2, "train")]
-    run = lab.run("critic", out=tmp_path, data=jsonl(tmp_path / "code.jsonl", rows), words="code", learn="editor", **SMALL | dict(questions=48, samples=4))
-    right = {row["prompt"]: row["answer"] for row in WORLDS["code"].rows("prompt", 80, 2, "train")}
+    rows = [dict(prompt=row["prompt"], tests=[f"assert {test}" for test in row["tests"]]) for row in TASKS["code"].rows("prompt", 80, 2, "train")]
+    run = lab.run("critic", out=tmp_path, data=jsonl(tmp_path / "code.jsonl", rows), prompt_style="code", algorithm="editor", **SMALL | dict(questions=48, num_generations=4))
+    right = {row["prompt"]: row["answer"] for row in TASKS["code"].rows("prompt", 80, 2, "train")}
     for row in learned(run):
         prompt = "\n".join(row["prompt"].split("\n")[:2])
         prompt = prompt[: prompt.index("y:") + 2]
@@ -134,12 +134,12 @@ def models(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["chat", "plain"])
-@pytest.mark.parametrize("learn", ["refiner", "coderl"])
-def test_another_model_is_trained_in_english(kind, learn, models, tmp_path):
+@pytest.mark.parametrize("algorithm", ["refiner", "coderl"])
+def test_another_model_is_trained_in_english(kind, algorithm, models, tmp_path):
     "Whatever it says; a model without a chat template reads, and learns, the same text."
-    rows = GSM if learn == "refiner" else [dict(prompt=row["prompt"], tests=row["tests"]) for row in WORLDS["code"].rows("prompt", 24, 2)]
-    values = SMALL | dict(tokens=2000, max_new_tokens=8, max_length=480)
-    run = lab.run("critic", out=tmp_path, model=str(models / kind), data=jsonl(tmp_path / "mine.jsonl", rows), learn=learn, **values)
+    rows = GSM if algorithm == "refiner" else [dict(prompt=row["prompt"], tests=row["tests"]) for row in TASKS["code"].rows("prompt", 24, 2)]
+    values = SMALL | dict(token_budget=2000, max_new_tokens=8, max_length=480)
+    run = lab.run("critic", out=tmp_path, model=str(models / kind), data=jsonl(tmp_path / "mine.jsonl", rows), algorithm=algorithm, **values)
     assert run.status == "finished" and len(learned(run)) >= 16
     assert all(isinstance(row["prompt"], list) == (kind == "chat") for row in learned(run))
     asked = [part.prompt for t in read_traces(run) for step in t.steps for part in step.parts if part.prompt and not part.role.startswith("tool")]
@@ -150,10 +150,10 @@ def test_another_model_is_trained_in_english(kind, learn, models, tmp_path):
 
 def test_a_trained_model_goes_into_the_loop(tmp_path):
     "Its run is the parent of what is run with it."
-    run = lab.run("critic", out=tmp_path, learn="editor", **SMALL)
-    edited = lab.run("selfrefine", out=tmp_path, strategy="self_edit", model=str(run.path), questions=4, samples=0, **CPU)
+    run = lab.run("critic", out=tmp_path, algorithm="editor", **SMALL)
+    edited = lab.run("selfrefine", out=tmp_path, algorithm="self_edit", model=str(run.path), questions=4, num_generations=0, **CPU)
     assert edited.status == "finished" and edited.read()["parents"] == [run.id]
-    again = lab.run("critic", out=tmp_path, learn="editor", model=str(run.path), **SMALL)
+    again = lab.run("critic", out=tmp_path, algorithm="editor", model=str(run.path), **SMALL)
     assert again.read()["parents"] == [run.id]
 
 
@@ -166,7 +166,7 @@ HUMANEVAL = dict(task_id="X/0", prompt='from typing import List\n\n\ndef half(x:
 
 def test_worked_answers_in_the_manner_of_gsm8k(tmp_path):
     "The refiner's rows: mistakes put in by a rule, calculators' marks taken out, held-out questions scored by the last number."
-    from polm_lab.reasoning.refine.words import StepWords, wrong_step
+    from polm_lab.reasoning.refine.prompts import StepWords, wrong_step
 
     rows = learning.spoiled_steps(jsonl(tmp_path / "gsm.jsonl", GSM), 40, 0, StepWords())
     found = [wrong_step(row["completion"]) for row in rows]
@@ -178,7 +178,7 @@ def test_worked_answers_in_the_manner_of_gsm8k(tmp_path):
     held_out = load_data(str(tmp_path / "gsm.jsonl"), "prompt", "all")
     score = scoring("gsm.jsonl", held_out, StepWords())
     assert score(held_out[0], "2+2 = 4\nso **the answer is 5**.") == 1.0 and score(held_out[0], "4") == 0.0
-    run = lab.run("critic", out=tmp_path, data=str(tmp_path / "gsm.jsonl"), words="english", learn="refiner", **SMALL | dict(max_length=512, tokens=2000, max_new_tokens=8))
+    run = lab.run("critic", out=tmp_path, data=str(tmp_path / "gsm.jsonl"), prompt_style="english", algorithm="refiner", **SMALL | dict(max_length=512, token_budget=2000, max_new_tokens=8))
     assert run.status == "finished" and run.record["rows"] == 32
 
 
@@ -194,7 +194,7 @@ def test_mbpp_and_humaneval_as_they_are(tmp_path):
     assert "half" in source_of(human, whole)
     with gzip.open(tmp_path / "mbpp.jsonl.gz", "wt") as file:
         file.write((tmp_path / "mbpp.jsonl").read_text() * 10)
-    run = lab.run("critic", out=tmp_path, data=str(tmp_path / "mbpp.jsonl.gz"), words="english", learn="editor", **SMALL | dict(max_length=512, tokens=2000, max_new_tokens=8))
+    run = lab.run("critic", out=tmp_path, data=str(tmp_path / "mbpp.jsonl.gz"), prompt_style="english", algorithm="editor", **SMALL | dict(max_length=512, token_budget=2000, max_new_tokens=8))
     assert run.status == "finished" and all(MBPP["code"] in row["completion"][0]["content"] for row in learned(run)), "the data's programs are what is learned"
 
 
@@ -203,25 +203,25 @@ def test_mbpp_and_humaneval_as_they_are(tmp_path):
 PLAIN = [dict(prompt=f"What is {i}+1?") for i in range(40)]
 WITH = [dict(row, answer=str(i + 1)) for i, row in enumerate(PLAIN)]
 REFUSED = {
-    "an unknown variant": (dict(learn="corector"), None, ["learn", "corrector"]),
-    "unknown words": (dict(words="latin"), None, ["words", "english"]),
-    "no answers": (dict(learn="critique", words="english"), PLAIN, ["answer", "tests", "add it"]),
-    "an answer is missing": (dict(learn="critique", words="english"), [dict(prompt="What is 1+1?"), *WITH], ["mine.jsonl:1", "neither answer nor tests"]),
-    "no tests": (dict(learn="editor", words="english"), WITH, ["editor", "tests"]),
-    "no tests for coderl": (dict(learn="coderl", words="english"), WITH, ["coderl", "tests"]),
-    "tests that are no list": (dict(learn="editor", words="english"), [dict(row, tests="f(2) == 4") for row in PLAIN], ["tests", "list"]),
-    "tests that are numbers": (dict(learn="editor", words="english"), [dict(row, tests=[4]) for row in PLAIN], ["tests", "list"]),
-    "the embedded model and unknown data": (dict(learn="critique"), WITH, ["words", "english"]),
-    "words that do not fit the data": (dict(learn="critique", words="sums"), [dict(row, prompt="Who is Anna?") for row in WITH], ["a sum such as"]),
-    "words without a form for it": (dict(learn="editor", words="sums"), [dict(row, tests=["f(2) == 4"]) for row in WITH], ["editing"]),
-    "a world without a form for it": (dict(learn="critique", data="chat"), None, ["feedback in chat"]),
-    "steps where there are none": (dict(learn="refiner", words="english"), [dict(question=row["prompt"], answer=row["answer"]) for row in WITH], ["refiner", "several lines"]),
-    "no completion to spoil": (dict(learn="refiner", words="english"), WITH, ["completion"]),
-    "no steps in a world": (dict(learn="refiner", words="english", data="facts"), None, ["refiner", "several lines"]),
-    "a single row": (dict(learn="critique", words="english"), WITH[:1], ["no rows"]),
-    "a broken file": (dict(learn="critique", words="english"), '{"prompt": "1+1=", "answer"', ["mine.jsonl:1", "malformed"]),
-    "no file": (dict(learn="critique", data="nowhere.jsonl"), None, ["no such file"]),
-    "held-out data without answers": (dict(learn="critique", data="sums", eval_data="{}"), PLAIN, ["neither answer nor tests"]),
+    "an unknown variant": (dict(algorithm="corector"), None, ["algorithm", "corrector"]),
+    "unknown words": (dict(prompt_style="latin"), None, ["words", "english"]),
+    "no answers": (dict(algorithm="critique", prompt_style="english"), PLAIN, ["answer", "tests", "add it"]),
+    "an answer is missing": (dict(algorithm="critique", prompt_style="english"), [dict(prompt="What is 1+1?"), *WITH], ["mine.jsonl:1", "neither answer nor tests"]),
+    "no tests": (dict(algorithm="editor", prompt_style="english"), WITH, ["editor", "tests"]),
+    "no tests for coderl": (dict(algorithm="coderl", prompt_style="english"), WITH, ["coderl", "tests"]),
+    "tests that are no list": (dict(algorithm="editor", prompt_style="english"), [dict(row, tests="f(2) == 4") for row in PLAIN], ["tests", "list"]),
+    "tests that are numbers": (dict(algorithm="editor", prompt_style="english"), [dict(row, tests=[4]) for row in PLAIN], ["tests", "list"]),
+    "the embedded model and unknown data": (dict(algorithm="critique"), WITH, ["words", "english"]),
+    "words that do not fit the data": (dict(algorithm="critique", prompt_style="sums"), [dict(row, prompt="Who is Anna?") for row in WITH], ["a sum such as"]),
+    "words without a form for it": (dict(algorithm="editor", prompt_style="sums"), [dict(row, tests=["f(2) == 4"]) for row in WITH], ["editing"]),
+    "a task without a form for it": (dict(algorithm="critique", data="chat"), None, ["feedback in chat"]),
+    "steps where there are none": (dict(algorithm="refiner", prompt_style="english"), [dict(question=row["prompt"], answer=row["answer"]) for row in WITH], ["refiner", "several lines"]),
+    "no completion to spoil": (dict(algorithm="refiner", prompt_style="english"), WITH, ["completion"]),
+    "no steps in a task": (dict(algorithm="refiner", prompt_style="english", data="facts"), None, ["refiner", "several lines"]),
+    "a single row": (dict(algorithm="critique", prompt_style="english"), WITH[:1], ["no rows"]),
+    "a broken file": (dict(algorithm="critique", prompt_style="english"), '{"prompt": "1+1=", "answer"', ["mine.jsonl:1", "malformed"]),
+    "no file": (dict(algorithm="critique", data="nowhere.jsonl"), None, ["no such file"]),
+    "held-out data without answers": (dict(algorithm="critique", data="sums", eval_data="{}"), PLAIN, ["neither answer nor tests"]),
     "no model": (dict(model="tinny"), None, ["tinny"]),
     "no rounds": (dict(rounds=0), None, ["rounds"]),
     "an engine that is not there": (dict(engine="trl"), None, ["engine"]),
@@ -242,7 +242,7 @@ def test_what_cannot_be_learned_is_refused_in_one_line_before_a_model_is_loaded(
 
 
 def test_too_little_to_learn_from_is_said(tmp_path):
-    message = says(lab.run, "critic", out=tmp_path, learn="critique", **SMALL | dict(questions=2, samples=1, max_new_tokens=1))
+    message = says(lab.run, "critic", out=tmp_path, algorithm="critique", **SMALL | dict(questions=2, num_generations=1, max_new_tokens=1))
     assert "gave 0 rows to learn from" in message or "gave 1 rows" in message
 
 
@@ -258,7 +258,7 @@ def same(run, other):
 
 def test_killed_before_it_trains_and_resumed(tmp_path):
     "Killed when the rows are there. (Kills while it trains: tests/test_kill.py; stopped and resumed: tests/test_conformance.py.)"
-    values = dict(learn="critique", **SMALL | dict(steps=6, save_every=2))
+    values = dict(algorithm="critique", **SMALL | dict(steps=6, save_every=2))
     whole = lab.run("critic", out=tmp_path / "whole", **values)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([POLM, "run", "critic", "--bare", "--out", str(tmp_path / "killed"), *words(values)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -276,7 +276,7 @@ def test_killed_before_it_trains_and_resumed(tmp_path):
 
 def test_interrupted_in_the_loop_at_the_end(tmp_path):
     "What was written of it is written once."
-    values = dict(learn="critique", **SMALL)
+    values = dict(algorithm="critique", **SMALL)
     whole, plain, count = lab.run("critic", out=tmp_path / "whole", **values), trained.trace_rows, []
 
     def once(*args):
@@ -294,7 +294,7 @@ def test_interrupted_in_the_loop_at_the_end(tmp_path):
 
 
 def test_a_torn_file_of_rows_is_made_again(tmp_path):
-    values = dict(learn="corrector", **SMALL)
+    values = dict(algorithm="corrector", **SMALL)
     whole = lab.run("critic", out=tmp_path / "whole", **values)
     with mock.patch.object(trained, "imitate", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         lab.run("critic", out=tmp_path / "again", **values)

@@ -18,7 +18,7 @@ from polm_lab.data.load import held_out, load_data
 from polm_lab.data.files import read_file
 from polm_lab.core.knobs import WrongInput
 from polm_lab.models.tokenizers import load_tokenizer
-from polm_lab.data.tasks import WORLDS
+from polm_lab.data.tasks import TASKS
 
 ASK, SAY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
 CHATML = (
@@ -142,11 +142,11 @@ def test_edits_are_rows_to_learn_and_lists_may_be_left_out(tmp_path):
 
 BAD_SPEC = {
     "missing file": ("train.jsnl.jsonl", "completion", "train", ["no such file", "'train.jsonl'"]),
-    "unknown world": ("smus", "completion", "train", ["did you mean 'sums'?"]),
+    "unknown task": ("smus", "completion", "train", ["did you mean 'sums'?"]),
     "unknown kind": ("sums", "pairs", "train", ["kind 'pairs'", "preference"]),
     "unknown split": ("sums", "text", "dev", ["split 'dev'"]),
     "word after #": ("train.jsonl#a,b", "completion", "train", ["'b' after #"]),
-    "kind that a world has not": ("facts", "stepwise", "train", ["facts", "stepwise"]),
+    "kind that a task has not": ("facts", "stepwise", "train", ["facts", "stepwise"]),
 }
 
 
@@ -251,9 +251,9 @@ def test_skip_limit_and_split(tmp_path):
         load_data(put(tmp_path, "c.jsonl", jsonl({"prompt": "x", "completion": ""})) + "#skip", "completion")
 
 
-def test_worlds_are_data():
-    for name, world in WORLDS.items():
-        for kind in world.kinds:
+def test_tasks_are_data():
+    for name, task in TASKS.items():
+        for kind in task.kinds:
             rows = load_data(f"{name}#20", kind)
             assert len(rows) == 20 and all(set(KINDS[kind][0]) <= set(r) or "messages" in r for r in rows)
     asked = [json.dumps(r["prompt"]) for s in ("train", "test") for r in load_data("sums#50", "prompt", s)]
@@ -294,13 +294,13 @@ def test_conversation_equals_transformers():
     tokenizer, unmarked = gpt2_style(), gpt2_style(NO_MARKS)
     theirs = tokenizer.apply_chat_template(DIALOG, return_dict=True, return_assistant_tokens_mask=True)
     for t in (tokenizer, unmarked):
-        assert encode(t, {"messages": DIALOG}, "text", 99) == {"input_ids": theirs["input_ids"], "target_mask": theirs["assistant_masks"]}
+        assert encode(t, {"messages": DIALOG}, "text", 99) == {"input_ids": theirs["input_ids"], "completion_mask": theirs["assistant_masks"]}
     prompt = encode(tokenizer, {"prompt": DIALOG[:3]}, "prompt", 99)["input_ids"]
     assert prompt == tokenizer.apply_chat_template(DIALOG[:3], add_generation_prompt=True)["input_ids"]
     last = encode(tokenizer, {"prompt": DIALOG[:3], "completion": DIALOG[3:]}, "completion", 99)
-    assert last["input_ids"] == theirs["input_ids"] and last["target_mask"] == [int(t >= len(prompt)) for t in range(len(theirs["input_ids"]))]
+    assert last["input_ids"] == theirs["input_ids"] and last["completion_mask"] == [int(t >= len(prompt)) for t in range(len(theirs["input_ids"]))]
     everything = encode(tokenizer, {"messages": DIALOG}, "text", 99, completion_only=False)
-    assert everything["target_mask"] == [0] + [1] * (len(theirs["input_ids"]) - 1)
+    assert everything["completion_mask"] == [0] + [1] * (len(theirs["input_ids"]) - 1)
 
 
 @pytest.mark.parametrize("make", [gpt2_style, llama_style])
@@ -315,7 +315,7 @@ def test_the_prompt_is_the_beginning(make):
             continue
         asked = encode(tokenizer, {"prompt": prompt}, "prompt", 99)["input_ids"]
         out = encode(tokenizer, {"prompt": prompt, "completion": completion}, "completion", 99)
-        ids, mask = out["input_ids"], out["target_mask"]
+        ids, mask = out["input_ids"], out["completion_mask"]
         assert asked == tokenizer(prompt).input_ids == ids[: len(asked)] and mask == [0] * len(asked) + [1] * (len(ids) - len(asked))
         assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
         if make is gpt2_style:
@@ -357,10 +357,10 @@ def test_every_kind_encodes():
     many = encode(tokenizer, {"prompt": "two is", "completions": [" two", " four"], "scores": [1, 0]}, "ranked", 50)
     assert many == {"completions": [pair["chosen"], pair["rejected"]], "scores": [1, 0]}
     steps = encode(tokenizer, {"prompt": "two\n", "completions": ["is", "four"], "labels": [True, False]}, "stepwise", 50)
-    marked = [i for i, m in enumerate(steps["target_mask"]) if m]
+    marked = [i for i, m in enumerate(steps["completion_mask"]) if m]
     assert [tokenizer.decode(steps["input_ids"][: i + 1]) for i in marked] == ["two\nis\n", "two\nis\nfour\n"] and steps["labels"] == [True, False]
     text = encode(tokenizer, {"text": "two is"}, "text", 50)
-    assert tokenizer.decode(text["input_ids"]) == "two is<|im_end|>" and text["target_mask"] == [0] + [1] * (len(text["input_ids"]) - 1)
+    assert tokenizer.decode(text["input_ids"]) == "two is<|im_end|>" and text["completion_mask"] == [0] + [1] * (len(text["input_ids"]) - 1)
 
 
 def test_a_row_of_a_megabyte(tmp_path):
@@ -376,7 +376,7 @@ def test_a_row_of_a_megabyte(tmp_path):
         encode(tokenizer, rows[1], "completion", 256)
     said = [U("what is two?"), A(long)]
     for t in (tokenizer, gpt2_style(NO_MARKS)):
-        assert sum(encode(t, {"messages": said}, "text", 256)["target_mask"]) > 200
+        assert sum(encode(t, {"messages": said}, "text", 256)["completion_mask"]) > 200
 
 
 # Batches
@@ -397,7 +397,7 @@ MODELS = {
 def summed_loss(model, batch):
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], position_ids=batch.get("position_ids"), use_cache=False).logits
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), batch["input_ids"][:, 1:], reduction="none")
-    loss = (loss * batch["target_mask"][:, 1:]).sum()
+    loss = (loss * batch["completion_mask"][:, 1:]).sum()
     return loss.item(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
 
 
@@ -407,7 +407,7 @@ def made_examples(n=24, seed=0):
     for _ in range(n):
         length = rng.randint(2, 40)
         mask = [0] + [rng.randint(0, 1) for _ in range(length - 2)] + [1]
-        out.append({"input_ids": [rng.randrange(3, 330) for _ in range(length)], "target_mask": mask})
+        out.append({"input_ids": [rng.randrange(3, 330) for _ in range(length)], "completion_mask": mask})
     return out
 
 
@@ -418,7 +418,7 @@ def test_packing_and_microbatches_change_no_loss(name):
     loss, gradient = summed_loss(model, collate(examples, 0))
     packed = collate(examples, 0, pack=48)
     assert packed["input_ids"].shape[0] < len(examples) and packed["attention_mask"] is None
-    assert packed["target_mask"].sum() == sum(sum(e["target_mask"]) for e in examples)
+    assert packed["completion_mask"].sum() == sum(sum(e["completion_mask"]) for e in examples)
     packed_loss, packed_gradient = summed_loss(model, packed)
     torch.testing.assert_close(packed_gradient, gradient, rtol=1e-9, atol=1e-12)
     parts = [summed_loss(model, collate(part, 0)) for part in microbatches(examples, 5)]
@@ -458,9 +458,9 @@ def test_microbatches_group_lengths():
 
 
 def test_padding_is_right_and_masked():
-    batch = collate([{"input_ids": [5, 6, 7], "target_mask": [0, 1, 1]}, {"input_ids": [8], "target_mask": [0]}], pad_id=9)
+    batch = collate([{"input_ids": [5, 6, 7], "completion_mask": [0, 1, 1]}, {"input_ids": [8], "completion_mask": [0]}], pad_id=9)
     assert {k: v.tolist() for k, v in batch.items()} == {
-        "input_ids": [[5, 6, 7], [8, 9, 9]], "attention_mask": [[1, 1, 1], [1, 0, 0]], "target_mask": [[0, 1, 1], [0, 0, 0]]
+        "input_ids": [[5, 6, 7], [8, 9, 9]], "attention_mask": [[1, 1, 1], [1, 0, 0]], "completion_mask": [[0, 1, 1], [0, 0, 0]]
     }  # fmt: skip
 
 

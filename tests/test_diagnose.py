@@ -19,11 +19,11 @@ def flat(completions, **columns):
 def long(completion_ids, **columns):
     return [len(ids) / 16 for ids in completion_ids]
 """
-GRPO = dict(method="grpo", steps=8, batch_size=8, samples=4, eval_rows=4, max_new_tokens=8)
+GRPO = dict(method="grpo", steps=8, batch_size=8, num_generations=4, eval_rows=4, max_new_tokens=8)
 REAL = {
     "flat": GRPO | dict(rewards="FILE:flat"),
     "cut": GRPO | dict(max_new_tokens=2),
-    "long": GRPO | dict(steps=20, batch_size=32, samples=8, max_new_tokens=16, rewards="FILE:long", learning_rate=1e-3, beta=0.0),
+    "long": GRPO | dict(steps=20, batch_size=32, num_generations=8, max_new_tokens=16, rewards="FILE:long", learning_rate=1e-3, beta=0.0),
     "hot": GRPO | dict(steps=10, eval_rows=16, learning_rate=0.03),
     "cold": GRPO | dict(learning_rate=1e-7),
     "heart": dict(method="sft", steps=60, batch_size=4, eval_rows=8, learning_rate=3e-3, data="FOUR", eval_data="sums"),

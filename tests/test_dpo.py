@@ -103,14 +103,14 @@ def test_batch_of_pairs_is_each_answer_alone(tokenizer, start, pairs):
         assert len(batch["input_ids"]) == 2 * batch["weight"]
         for side, values in zip(("chosen", "rejected"), side_logps(Policy(start), batch)):
             for row, value in zip(batch["rows"].tolist(), values):
-                ids, mask = torch.tensor(pairs[row][side]["input_ids"]), torch.tensor(pairs[row][side]["target_mask"])
+                ids, mask = torch.tensor(pairs[row][side]["input_ids"]), torch.tensor(pairs[row][side]["completion_mask"])
                 logp = start(ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
                 assert value.item() == pytest.approx((logp * mask[1:]).sum().item(), abs=2e-4)
 
 
 def test_prompt_is_not_learned(tokenizer, pairs):
     row = load_data("chat", "preference", "test")[0]
-    learned = [t for t, m in zip(pairs[0]["chosen"]["input_ids"], pairs[0]["chosen"]["target_mask"]) if m]
+    learned = [t for t, m in zip(pairs[0]["chosen"]["input_ids"], pairs[0]["chosen"]["completion_mask"]) if m]
     assert tokenizer.decode(learned).startswith(row["chosen"][0]["content"][:20])
 
 
@@ -129,7 +129,7 @@ def test_loss_and_gradient_are_trls(tokenizer, start, tmp_path, epsilon):
     batch = next(iter(trainer.get_train_dataloader()))
     theirs = trainer.compute_loss(trainer.model, batch)
     theirs.backward()
-    batch = dict(batch, target_mask=batch["completion_mask"], sides=2)
+    batch = dict(batch, completion_mask=batch["completion_mask"], sides=2)
     model = shaken(start)
     with torch.no_grad():
         reference = side_logps(Policy(start), batch)

@@ -16,7 +16,7 @@ from polm_lab.data.load import load_data
 from polm_lab.models.load import load_model
 from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.training.editing import Answer, EditSettings, Probe, edit_model, probes_of
-from polm_lab.training.editing import read_answers, says, score_edits
+from polm_lab.training.editing import read_answers, contains_answer, score_edits
 from polm_lab.workbench.controls import known_data, preview_data
 
 WORDS = "<pad> <end> home of Ada Bob Eve she job Rome now later Bonn Kiel Oslo smith".split()
@@ -148,7 +148,7 @@ def test_said_is_whole_words_in_any_case():
         ("In Rome.", " rome", True), ("romeo", " Rome", False), ("chrome", "Rome", False), ("12", " 1", False),
         ("about 1.", " 1", True), ("C++ (the language)", " c++", True), ("", " Rome", False),
     ):  # fmt: skip
-        assert says(text, target) == wanted, (text, target)
+        assert contains_answer(text, target) == wanted, (text, target)
 
 
 def test_kinds_that_are_not_asked_are_not_scored():
@@ -200,7 +200,7 @@ def test_a_run_that_fails_begins_again(table, tmp_path):
     assert [row["loss"] for row in run.lines()] == [1.0] and run.status == "finished"
 
 
-def test_a_world_that_the_model_knows_shows_what_an_edit_costs_elsewhere(tmp_path):
+def test_a_task_that_the_model_knows_shows_what_an_edit_costs_elsewhere(tmp_path):
     settings = EditSettings(data="facts#2", device="cpu", dtype="float32")
     run = lab.Run.create("edited", vars(settings), out=tmp_path / "runs")
 

@@ -89,9 +89,9 @@ def test_sft_loss_and_gradient_equal_trls_on_its_own_batch(small, tmp_path, comp
 
     packed = collate(rows, tokenizer.pad_token_id, pack=4 * 64 if padding_free else 0)
     if not padding_free:
-        assert torch.equal(packed["input_ids"], batch["input_ids"]) and torch.equal(packed["target_mask"].bool() & (packed["input_ids"] >= 0), batch["labels"] != -100)
-    stats = Policy(ours)(packed["input_ids"], packed["attention_mask"], packed["target_mask"], packed.get("position_ids"))
-    mean = sft_loss(stats.logp) / sum(sum(row["target_mask"][1:]) for row in rows)
+        assert torch.equal(packed["input_ids"], batch["input_ids"]) and torch.equal(packed["completion_mask"].bool() & (packed["input_ids"] >= 0), batch["labels"] != -100)
+    stats = Policy(ours)(packed["input_ids"], packed["attention_mask"], packed["completion_mask"], packed.get("position_ids"))
+    mean = sft_loss(stats.logp) / sum(sum(row["completion_mask"][1:]) for row in rows)
     mean.backward()
     assert abs(mean.item() - theirs.item()) <= 1e-5 * theirs.item() and theirs.item() > 1
     assert error(gradient(ours), gradient(model)) <= 1e-5
@@ -110,7 +110,7 @@ def test_dpo_batch_of_trl_holds_our_tokens(small, tmp_path):
     sides = [pair[side] for side in ("chosen", "rejected") for pair in pairs]
     assert batch["input_ids"].shape[0] == 8
     for row, mask, real, side in zip(batch["input_ids"], batch["completion_mask"], batch["attention_mask"], sides):
-        assert row[real.bool()].tolist() == side["input_ids"] and mask[real.bool()].tolist() == [0, *side["target_mask"][1:]]
+        assert row[real.bool()].tolist() == side["input_ids"] and mask[real.bool()].tolist() == [0, *side["completion_mask"][1:]]
     assert abs(trainer.compute_loss(model, dict(batch)).item() - math.log(2)) < 1e-6  # policy = reference
 
 

@@ -6,7 +6,7 @@ import torch
 
 from polm_lab.rewards.distance import REWRITES, agreement, answer_distance, epic, epic_form, half_distance, rewritten, starc, starc_form
 from polm_lab.core.knobs import WrongInput
-from polm_lab.data.tasks import WORLDS
+from polm_lab.data.tasks import TASKS
 from polm_lab.data.language import gold
 
 MAKER = torch.Generator().manual_seed(3)
@@ -58,7 +58,7 @@ def test_answers_to_prompts():
 
 
 def test_rewrites_keep_what_gold_sees_and_change_the_words():
-    rows = WORLDS["chat"].rows("preference", 30, seed=5, split="test")
+    rows = TASKS["chat"].rows("preference", 30, seed=5, split="test")
     for how in REWRITES:
         said = [(row["prompt"], row["chosen"], rewritten(row["chosen"], how, random.Random(1))) for row in rows]
         assert all(abs(gold(p, a[-1]["content"])["total"] - gold(p, b[-1]["content"])["total"]) < 0.1 for p, a, b in said)
@@ -67,7 +67,7 @@ def test_rewrites_keep_what_gold_sees_and_change_the_words():
 
 
 def test_agreement_tells_a_reward_of_meaning_from_one_of_words():
-    rows = WORLDS["chat"].rows("preference", 20, seed=6, split="test")
+    rows = TASKS["chat"].rows("preference", 20, seed=6, split="test")
     words = lambda prompts, completions: [float("Gladly!" in c[-1]["content"]) + len(c[-1]["content"]) / 1000 for c in completions]
     table = agreement(words, rows)
     assert table.loc["opening", "kept"] < 1 and table.loc["opening", "moved"] > table.loc["spaces", "moved"] > 0

@@ -10,14 +10,14 @@ from zoo import FAMILIES, gap, ids, make
 
 import polm_lab as lab
 from polm_lab.models.layers import blocks_of
-from polm_lab.training.evaluate import quiet
+from polm_lab.training.evaluate import eval_no_grad
 from polm_lab.core.knobs import WrongInput
 from polm_lab.models.logprobs import Policy
 from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.models.save import save_model
 from polm_lab.efficiency import slim
-from polm_lab.efficiency.compression.cuts import block_facts, check_depth, check_same, cut
-from polm_lab.efficiency.compression.cuts import drop_blocks, fits, kept_entries, layers_of, rebuild
+from polm_lab.efficiency.compression.structured_surgery import block_facts, check_depth, check_same, cut
+from polm_lab.efficiency.compression.structured_surgery import drop_blocks, fits, kept_entries, layers_of, rebuild
 from polm_lab.efficiency.compression.rotation import embedding_scale, fold_norms, gain_of
 from polm_lab.efficiency.compression.rotation import read_stream, rotate
 from polm_lab.efficiency.slim import Slim, check_cut, cut_widths, slice_model, sliced_width
@@ -61,7 +61,7 @@ def test_slicing_nothing_leaves_the_logits(family, tmp_path):
     model, text = make(family), ids()
     before = copy.deepcopy(model.state_dict())
     expected = model(text).logits
-    check_cut(model, Slim(how="slicegpt", ratio=0.25))
+    check_cut(model, Slim(algorithm="slicegpt", ratio=0.25))
     whole = slice_model(model, text, 0.0, 2)[0]
     assert gap(whole(text).logits, expected) < 1e-5
     assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())  # the model itself stays
@@ -89,7 +89,7 @@ def test_dimensions_that_are_empty_can_go(family):
 @pytest.mark.parametrize("family, words", refusals(UNSLICED))
 def test_what_cannot_be_sliced_is_refused(family, words):
     with pytest.raises(WrongInput) as error:
-        check_cut(make(family), Slim(how="slicegpt", ratio=0.25))
+        check_cut(make(family), Slim(algorithm="slicegpt", ratio=0.25))
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
@@ -119,8 +119,8 @@ def test_readers_and_writers_are_found_without_names():
     assert [names[layer].split(".", 3)[3] for layer in writers] == ["self_attn.o_proj", "mlp.down_proj"] * 4
 
 
-@pytest.mark.parametrize("how", ["slicegpt", "taylor", "depth"])
-def test_a_model_that_does_something_else_is_seen_by_its_logits(how):
+@pytest.mark.parametrize("algorithm", ["slicegpt", "taylor", "depth"])
+def test_a_model_that_does_something_else_is_seen_by_its_logits(algorithm):
     "Blocks that act on some dimensions, neurons or numbers in a way that no name and no shape shows."
     model = make("llama")
 
@@ -128,7 +128,7 @@ def test_a_model_that_does_something_else_is_seen_by_its_logits(how):
         def forward(self, hidden, *args, **kwargs):
             out = super().forward(hidden, *args, **kwargs)
             place = self.self_attn.layer_idx
-            return out * (1 + 0.1 * (torch.arange(out.shape[-1]) < 9)) if how == "slicegpt" else out * (1 + 0.1 * place) if how == "depth" else out + 0.1 * self.mlp.gate_proj.weight.shape[0]
+            return out * (1 + 0.1 * (torch.arange(out.shape[-1]) < 9)) if algorithm == "slicegpt" else out * (1 + 0.1 * place) if algorithm == "depth" else out + 0.1 * self.mlp.gate_proj.weight.shape[0]
 
     class Odder(type(model)):
         def __init__(self, config):
@@ -139,8 +139,8 @@ def test_a_model_that_does_something_else_is_seen_by_its_logits(how):
     odd = Odder(model.config).eval()
     odd.load_state_dict(model.state_dict())
     with pytest.raises(WrongInput, match="changes the logits of a short random text by"):
-        check_cut(odd, Slim(how=how, ratio=0.25))
-    check_cut(model, Slim(how=how, ratio=0.25))
+        check_cut(odd, Slim(algorithm=algorithm, ratio=0.25))
+    check_cut(model, Slim(algorithm=algorithm, ratio=0.25))
 
 
 def test_logits_that_differ_by_more_than_rounding_are_no_longer_the_same():
@@ -157,7 +157,7 @@ def test_an_unforeseen_family_ends_in_one_line(monkeypatch):
 
     monkeypatch.setattr(slim, "check_slicing", fails)
     with pytest.raises(WrongInput) as error:
-        check_cut(make("llama"), Slim(how="slicegpt"))
+        check_cut(make("llama"), Slim(algorithm="slicegpt"))
     assert "has no attribute 'norm'" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -169,15 +169,15 @@ def test_an_unforeseen_family_ends_in_one_line(monkeypatch):
 def test_heads_and_neurons_that_give_nothing_can_go(family, tmp_path):
     model, text = make(family), ids()
     width = layers_of(blocks_of(model)[0])["k_proj"].out_features // 3
-    check_cut(model, Slim(how="taylor", ratio=0.25))
+    check_cut(model, Slim(algorithm="taylor", ratio=0.25))
     for ratio in (0.0, 0.25):
         with torch.enable_grad():
             *_, (_, sizes) = cut_widths(copy.deepcopy(model), text, "taylor", ratio, rows=2)
         assert (sizes["intermediate_size"], sizes["num_key_value_heads"], sizes["head_dim"]) == ((80, 3, width), (60, 2, width))[ratio > 0]
-    for how in ("taylor", "flap"):
+    for algorithm in ("taylor", "flap"):
         same = copy.deepcopy(model)
         with torch.enable_grad():
-            *_, (_, nothing) = cut_widths(same, text, how, 0.0, rows=2)
+            *_, (_, nothing) = cut_widths(same, text, algorithm, 0.0, rows=2)
         assert torch.equal(rebuild(same, **nothing)(text).logits, model(text).logits)
     for block in blocks_of(model):
         layers = layers_of(block)
@@ -193,13 +193,13 @@ def test_heads_and_neurons_that_give_nothing_can_go(family, tmp_path):
 @pytest.mark.parametrize("family, words", refusals(UNCUT))
 def test_what_cannot_be_narrowed_is_refused(family, words):
     with pytest.raises(WrongInput) as error:
-        check_cut(make(family), Slim(how="taylor", ratio=0.25))
+        check_cut(make(family), Slim(algorithm="taylor", ratio=0.25))
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_bias_that_the_family_lacks_is_refused_before():
     for family, names in (("mistral", "mlp_bias"), ("qwen3", "mlp_bias"), ("smollm3", None), ("llama", None)):
-        settings = Slim(how="flap", ratio=0.25)
+        settings = Slim(algorithm="flap", ratio=0.25)
         if names is None:
             check_cut(make(family), settings)
         else:
@@ -208,7 +208,7 @@ def test_a_bias_that_the_family_lacks_is_refused_before():
     with pytest.raises(WrongInput, match="block 1 is"):
         model = make("llama")
         cut(model.model.layers[1], torch.arange(60))
-        check_cut(model, Slim(how="flap"))
+        check_cut(model, Slim(algorithm="flap"))
 
 
 # Blocks -----------------------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ def test_a_model_of_fewer_blocks_is_the_model_that_skips_them(family, tmp_path):
     model, text = make(family), ids(2, 24)
     kept = [1, 2, 3] if family != "phi3" else [0, 3]
     expected = skipping(model, kept)(text, use_cache=False).logits
-    check_cut(model, Slim(how="depth", ratio=0.25))
+    check_cut(model, Slim(algorithm="depth", ratio=0.25))
     assert torch.equal(check_depth(model, [0, 1, 2, 3])(text).logits, model(text).logits)
     small = check_depth(model, kept)
     again = reloaded(small, tmp_path / "small")
@@ -274,7 +274,7 @@ def test_entries_of_a_configuration():
 
 def test_a_block_that_would_become_another_is_refused(monkeypatch):
     model = make("gemma3_text")
-    monkeypatch.setattr("polm_lab.efficiency.compression.cuts.kept_entries", lambda value, kept, count, name="": value[: len(kept)] if isinstance(value, list) and len(value) == count else value)
+    monkeypatch.setattr("polm_lab.efficiency.compression.structured_surgery.kept_entries", lambda value, kept, count, name="": value[: len(kept)] if isinstance(value, list) and len(value) == count else value)
     with pytest.raises(WrongInput, match="as block 0, block 1 of a gemma3_text model would have"):
         check_depth(model, [1, 2, 3])
 
@@ -286,8 +286,8 @@ def test_sixteen_bits_stay_and_angles_do_not_become_coarse(dtype):
     small = check_depth(model, [0, 2])
     assert small.dtype == dtype and small.model.rotary_emb.inv_freq.dtype == torch.float32
     assert torch.equal(small(text).logits, skipping(model, [0, 2])(text).logits)
-    check_cut(model, Slim(how="slicegpt", ratio=0.25))
-    check_cut(model, Slim(how="flap", ratio=0.25))
+    check_cut(model, Slim(algorithm="slicegpt", ratio=0.25))
+    check_cut(model, Slim(algorithm="flap", ratio=0.25))
 
 
 # Runs -------------------------------------------------------------------------------------------------------------
@@ -300,20 +300,20 @@ def saved(family, folder):
     return str(folder)
 
 
-SHORT = dict(samples=2, eval_rows=2, max_length=32, device="cpu", dtype="float32")
+SHORT = dict(calibration_samples=2, eval_rows=2, max_length=32, device="cpu", dtype="float32")
 
 
 @pytest.mark.parametrize("family", ["phi3", "opt", "gpt2", "mixtral"])
 def test_depth_needs_no_names(family, runs, tmp_path):
-    run = lab.run("slim", model=saved(family, tmp_path / "model"), how="depth", ratio=0.25, **SHORT)
+    run = lab.run("slim", model=saved(family, tmp_path / "model"), algorithm="depth", ratio=0.25, **SHORT)
     again = AutoModelForCausalLM.from_pretrained(run.path / "model")
     assert len(run.record["kept"]) == 3 == again.config.num_hidden_layers and run.summary["after"]["size_mib"] < run.summary["before"]["size_mib"]
 
 
-@pytest.mark.parametrize("family, how", [("gemma2", "slicegpt"), ("opt", "slicegpt"), ("phi3", "flap"), ("mistral", "flap"), ("gpt2", "taylor")])
-def test_a_cut_that_does_not_fit_is_refused_before_anything_is_evaluated(family, how, runs, tmp_path):
+@pytest.mark.parametrize("family, algorithm", [("gemma2", "slicegpt"), ("opt", "slicegpt"), ("phi3", "flap"), ("mistral", "flap"), ("gpt2", "taylor")])
+def test_a_cut_that_does_not_fit_is_refused_before_anything_is_evaluated(family, algorithm, runs, tmp_path):
     with pytest.raises(WrongInput) as error:
-        lab.run("slim", model=saved(family, tmp_path / "model"), how=how, **SHORT)
+        lab.run("slim", model=saved(family, tmp_path / "model"), algorithm=algorithm, **SHORT)
     assert "\n" not in str(error.value)
     [record] = runs.glob("*/run.json")
     assert not json.loads(record.read_text()).get("summary") and not (record.parent / "model").exists()
@@ -330,10 +330,10 @@ def test_dropout_stays_off_after_an_evaluation():
     model = make("gpt2")
     assert model.transformer.drop.p == 0.1
     policy = Policy(model)
-    with quiet(policy):
+    with eval_no_grad(policy):
         assert not policy.training
     assert policy.training and not any(m.training for m in model.modules())
     model.train()
-    with quiet(policy):
+    with eval_no_grad(policy):
         assert not any(m.training for m in model.modules())
     assert all(m.training for m in model.modules())

@@ -15,7 +15,7 @@ from polm_lab.models.load import load_model
 from polm_lab.models.sources import model_path, skeleton, weight_names
 from polm_lab.core.machine import quiet_libraries
 from polm_lab.models.save import save_model
-from polm_lab.models.weights import Weights, in_one_form, open_weights
+from polm_lab.models.weights import Weights, align_forms, open_weights
 from polm_lab.integration.merge import merge_models, vector_table
 
 SIZES = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, bos_token_id=None, eos_token_id=1, pad_token_id=0)
@@ -125,10 +125,10 @@ def test_a_tune_merges_with_its_base_in_the_form_of_the_hub(bases, tmp_path, nam
     hub = hub_form(bases / name, tmp_path / "hub", FORMS[name][form], sharded)
     assert torch.equal(logits(hub), logits(bases / name))
     tune = save_model(noisy(load_model(hub, "float32", "cpu"), 2, 0.05), words(), tmp_path / "tune")
-    done = merge_models(str(hub), [str(tune)], tmp_path / "merged", lam=1.0)
+    done = merge_models(str(hub), [str(tune)], tmp_path / "merged", scaling=1.0)
     expected = logits(tune)
     assert (logits(done) - expected).abs().max() <= 1e-5 * expected.abs().max() and (expected - logits(hub)).abs().max() > 1e-2
-    half = merge_models(str(hub), [str(tune)], tmp_path / "half", lam=0.5)
+    half = merge_models(str(hub), [str(tune)], tmp_path / "half", scaling=0.5)
     start, end, made = (load_model(f, "float32", "cpu").state_dict() for f in (hub, tune, half))
     assert all(torch.allclose(made[n], (start[n] + end[n]) / 2, atol=1e-6) for n in start)
 
@@ -145,7 +145,7 @@ def test_experts_one_by_one_merge_with_experts_in_one_tensor(bases, tmp_path, na
             model.save_pretrained(tmp_path / part, save_original_format=part != which)
     base, other = (Weights(tmp_path / part) for part in ("base", "tune"))
     assert base.entries.keys() != other.entries.keys()
-    done = merge_models(str(tmp_path / "base"), [str(tmp_path / "tune")], tmp_path / "merged", lam=0.5, threads=2)
+    done = merge_models(str(tmp_path / "base"), [str(tmp_path / "tune")], tmp_path / "merged", scaling=0.5, threads=2)
     made = load_model(done, "float32", "cpu").state_dict()
     assert all(torch.allclose(made[n], value, atol=1e-6) for n, value in expected.items())
 
@@ -156,7 +156,7 @@ def test_a_tied_model_merges_with_an_untied_one(bases, tmp_path):
 
     tune = save_model(merge_adapter(noisy(model.train(), 3, 0.01)), words(), tmp_path / "tune")
     assert not Weights(tune).config["tie_word_embeddings"]
-    done = merge_models(str(bases / "llama"), [str(tune)], tmp_path / "merged", lam=1.0)
+    done = merge_models(str(bases / "llama"), [str(tune)], tmp_path / "merged", scaling=1.0)
     expected = logits(tune)
     assert (logits(done) - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert not Weights(done).config["tie_word_embeddings"]
@@ -168,7 +168,7 @@ def test_a_copy_of_the_head_that_differs_is_a_head_of_its_own(bases, tmp_path):
         return dict(tensors, **{"lm_head.weight": tensors["model.embed_tokens.weight"] * 2})
 
     hub = hub_form(bases / "llama", tmp_path / "hub", other_head, False)
-    done = merge_models(str(bases / "llama"), [str(hub)], tmp_path / "merged", lam=1.0)
+    done = merge_models(str(bases / "llama"), [str(hub)], tmp_path / "merged", scaling=1.0)
     assert torch.allclose(logits(done), logits(hub), atol=1e-5) and not torch.allclose(logits(hub), logits(bases / "llama"), atol=1e-2)
 
 
@@ -206,10 +206,10 @@ def adapter_run(base, out, spec="lora:r=2", **more):
 def test_an_adapter_is_merged_with_others(bases, tmp_path, spec):
     adapter = adapter_run(bases / "llama", tmp_path / "adapter", spec)
     expected = logits(adapter)
-    done = merge_models(str(bases / "llama"), [str(adapter)], tmp_path / "out" / "merged", lam=1.0)
+    done = merge_models(str(bases / "llama"), [str(adapter)], tmp_path / "out" / "merged", scaling=1.0)
     assert (logits(done) - expected).abs().max() <= 1e-5 * expected.abs().max() and (expected - logits(bases / "llama")).abs().max() > 1e-2
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["merged"], "what was written on the way is gone"
-    other = merge_models(str(adapter), [str(bases / "llama")], tmp_path / "back", lam=1.0)  # as the base
+    other = merge_models(str(adapter), [str(bases / "llama")], tmp_path / "back", scaling=1.0)  # as the base
     assert torch.allclose(logits(other), logits(bases / "llama"), atol=1e-4)
 
 
@@ -280,5 +280,5 @@ def test_an_adapter_on_the_rows_of_a_resized_vocabulary_is_refused(bases, tmp_pa
 
 
 def test_models_that_are_alike_are_read_as_they_are():
-    tiny = in_one_form([Weights("tiny"), open_weights("tiny", None)])
+    tiny = align_forms([Weights("tiny"), open_weights("tiny", None)])
     assert all(model.entries == Weights("tiny").entries for model in tiny) and model_path("tiny") == tiny[0].folder

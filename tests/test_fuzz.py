@@ -14,7 +14,7 @@ import pytest
 from polm_lab.rewards.judges import read_constitution
 from polm_lab.cli import _values
 from polm_lab.data.rows import KINDS
-from polm_lab.data.schema import check_row as _check, convert, standard
+from polm_lab.data.schema import check_row as _check, convert, normalize_schema
 from polm_lab.data.files import read_file
 from polm_lab.core.knobs import WrongInput
 from polm_lab.models.sources import read_config as _config, find_weight_files as _weight_files
@@ -157,7 +157,7 @@ def rows_of(path):
     for kind in KINDS:  # what `load_data` does with them
         for row in rows:
             try:
-                for one in convert(standard(row), kind):
+                for one in convert(normalize_schema(row), kind):
                     _check(one, kind)
             except WrongInput as wrong:
                 assert_one_line(wrong)

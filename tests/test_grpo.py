@@ -12,7 +12,7 @@ from trl import GRPOConfig, GRPOTrainer
 import polm_lab as lab
 from polm_lab.training import onpolicy
 from polm_lab.data.batches import collate
-from polm_lab.training.evaluate import as_example, quiet
+from polm_lab.training.evaluate import as_example, eval_no_grad
 from polm_lab.core.knobs import WrongInput
 from polm_lab.models.logprobs import Policy
 from polm_lab.core.metrics import metric
@@ -24,7 +24,7 @@ from polm_lab.reasoning.grpo import GRPO, KLS, LOSSES, batch_loss, loss_weight, 
 from polm_lab.rewards.functions import parse_rewards
 from polm_lab.training.chain import create, execute
 
-SHORT = dict(steps=3, batch_size=8, samples=4, eval_rows=2, max_new_tokens=8, device="cpu", dtype="float32", save_every=0)
+SHORT = dict(steps=3, batch_size=8, num_generations=4, eval_rows=2, max_new_tokens=8, device="cpu", dtype="float32", save_every=0)
 
 
 # Closed forms ---------------------------------------------------------------------------------------------------------
@@ -72,9 +72,9 @@ def microbatch(models, texts, masked):
     prompt = tokenizer("12+34=").input_ids
     batch = collate([as_example(prompt, [*tokenizer(t).input_ids, tokenizer.eos_token_id]) for t in texts], tokenizer.pad_token_id)
     for name, model in (("old_logp", sampler), ("ref_logp", reference)):
-        with quiet(model):
-            batch[name] = model(batch["input_ids"], batch["attention_mask"], batch["target_mask"], temperature=0.8).logp
-    batch["loss_mask"] = batch["target_mask"] * torch.tensor([[i not in masked] for i in range(len(texts))])
+        with eval_no_grad(model):
+            batch[name] = model(batch["input_ids"], batch["attention_mask"], batch["completion_mask"], temperature=0.8).logp
+    batch["loss_mask"] = batch["completion_mask"] * torch.tensor([[i not in masked] for i in range(len(texts))])
     return dict(batch, prompt=len(prompt), prefix=torch.tensor([[0, len(prompt)]] * len(texts)), advantages=torch.linspace(-1.2, 1.7, len(texts)))
 
 
@@ -92,7 +92,7 @@ def as_trl(batch, items):
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_a_step_of_two_microbatches_is_trls(models, loss_type, beta, kl, tmp_path):
     tokenizer, _, policy, _ = models
-    settings = GRPO(loss_type=loss_type, beta=beta, kl=kl, updates=2, batch_size=4, accumulate=2, samples=4, max_new_tokens=16, temperature=0.8, clip_low=0.01,
+    settings = GRPO(loss=loss_type, beta=beta, kl=kl, updates=2, batch_size=4, accumulate=2, num_generations=4, max_new_tokens=16, temperature=0.8, clip_low=0.01,
                     clip_high=0.02, mask_truncated=True)  # fmt: skip
     batches = [microbatch(models, ["46", "4", "2+4=6\n10+30=40\n40+6=46", "47 or so"], {1}), microbatch(models, ["45", "about 46", "6", "46\n46"], set())]
     config = GRPOConfig(str(tmp_path), **trl_config(settings), per_device_train_batch_size=4, gradient_accumulation_steps=2, use_cpu=True, bf16=False, report_to=[])
@@ -171,7 +171,7 @@ def test_rewards_that_are_all_equal_change_nothing(tmp_path):
 
 
 def test_completions_that_are_all_cut_and_masked_change_nothing():
-    run = lab.run("grpo", **SHORT | dict(max_new_tokens=1), mask_truncated=True, beta=0.0, loss_type="dapo")
+    run = lab.run("grpo", **SHORT | dict(max_new_tokens=1), mask_truncated=True, beta=0.0, loss="dapo")
     assert [row["truncated"] for row in run.lines()] == [1.0] * 3 and [row["grad_norm"] for row in run.lines()] == [0.0] * 3
 
 
@@ -181,13 +181,13 @@ def test_an_adapter_is_its_own_reference():
 
 
 REFUSED = {
-    "groups are not whole": (dict(batch_size=6), "multiple of samples = 4"),
+    "groups are not whole": (dict(batch_size=6), "multiple of num_generations = 4"),
     "unknown reward": (dict(rewards="corect"), "did you mean 'correct'"),
     "no truth": (dict(data="JSONL"), "`answer` column"),
     "no room": (dict(max_length=9), "max_length - max_new_tokens = 1"),
-    "one sample": (dict(samples=1), "samples = 1"),
+    "one sample": (dict(num_generations=1), "num_generations = 1"),
     "no temperature": (dict(temperature=0.0), "temperature = 0.0"),
-    "unknown loss": (dict(loss_type="gspo"), "one of grpo, dr_grpo, dapo, bnpo"),
+    "unknown loss": (dict(loss="gspo"), "one of grpo, dr_grpo, dapo, bnpo"),
     "TRL has no k1": (dict(engine="trl", kl="k1"), "expected k3 or k3_weighted"),
     "TRL does not resample": (dict(engine="trl", resample=2), "use engine lab"),
 }  # fmt: skip
@@ -214,7 +214,7 @@ def test_a_reward_that_breaks_in_the_middle_fails_the_run_and_keeps_what_was_don
 
 
 def test_trl_leaves_the_same_samples(runs):
-    run = lab.run("grpo", engine="trl", data="sums", eval_rows=4, steps=2, batch_size=8, samples=4, max_new_tokens=8, max_length=64, device="cpu", dtype="float32")
+    run = lab.run("grpo", engine="trl", data="sums", eval_rows=4, steps=2, batch_size=8, num_generations=4, max_new_tokens=8, max_length=64, device="cpu", dtype="float32")
     rows = run.lines("samples")
     assert [row["step"] for row in rows] == [1] * 8 + [2] * 8 and [row["group"] for row in rows] == [0] * 4 + [1] * 4 + [0] * 4 + [1] * 4
     weights = dict(parse_rewards(run.settings["rewards"]))
@@ -230,7 +230,7 @@ def test_a_relative_reward_file_is_found_from_another_folder(runs, tmp_path, mon
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "mine.py").write_text("def short(completions, **columns):\n    return [-float(len(c)) for c in completions]\n")
     monkeypatch.chdir(tmp_path / "here")
-    run = create("grpo", dict(rewards="correct:0.5,mine.py:short:0.1", data="sums", eval_rows=4, steps=1, batch_size=4, samples=4, max_new_tokens=8), via="bare")
+    run = create("grpo", dict(rewards="correct:0.5,mine.py:short:0.1", data="sums", eval_rows=4, steps=1, batch_size=4, num_generations=4, max_new_tokens=8), via="bare")
     monkeypatch.chdir(tmp_path)
     execute(run)
     assert {"correct", "short"} == set(learned(run)[0]["rewards"])

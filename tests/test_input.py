@@ -59,7 +59,7 @@ KNOBS = {
     "not a choice": ("sft", {"schedule": "cosin"}, ["schedule", "cosine"]),
     "an engine nobody has": ("sft", {"engine": "verl"}, ["engine", "trl"]),
     "an unknown model": ("sft", {"model": "tinny"}, ["tinny", "tiny"]),
-    "an unknown world": ("sft", {"data": "sum"}, ["sum", "sums"]),
+    "an unknown task": ("sft", {"data": "sum"}, ["sum", "sums"]),
     "a file that is not there": ("sft", {"data": "nothing/there.jsonl"}, ["there.jsonl"]),
     "an unknown adapter": ("sft", {"adapter": "lorra"}, ["lorra", "lora"]),
     "an unknown setting of an adapter": ("sft", {"adapter": "lora:rank=8"}, ["rank"]),

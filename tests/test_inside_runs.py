@@ -14,10 +14,10 @@ from polm_lab.core.method import find
 from polm_lab.models.load import load_model
 from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.training.advantages import group_advantages, leave_one_out
-from polm_lab.data.tasks import WORLDS
+from polm_lab.data.tasks import TASKS
 
 # A large learning rate moves the policy away from its reference in a step or two, so that the KL weighs as much as the reward.
-FAR = dict(data="sums", steps=3, batch_size=8, samples=4, max_new_tokens=12, eval_rows=2, save_every=0, learning_rate=3e-3, schedule="constant", updates=1)
+FAR = dict(data="sums", steps=3, batch_size=8, num_generations=4, max_new_tokens=12, eval_rows=2, save_every=0, learning_rate=3e-3, schedule="constant", updates=1)
 
 
 @pytest.fixture(autouse=True)
@@ -40,16 +40,16 @@ def k3(gap):
     return torch.expm1(-gap) + gap
 
 
-@pytest.mark.parametrize("estimator, beta", [("rloo", 0.05), ("rloo", 0.5), ("reinforce++", 0.5)])
-def test_rloo_takes_beta_times_the_kl_off_the_reward(estimator, beta, tmp_path):
-    run = check.short_run(find("rloo"), tmp_path, estimator=estimator, beta=beta, **FAR)
+@pytest.mark.parametrize("algorithm, beta", [("rloo", 0.05), ("rloo", 0.5), ("reinforce++", 0.5)])
+def test_rloo_takes_beta_times_the_kl_off_the_reward(algorithm, beta, tmp_path):
+    run = check.short_run(find("rloo"), tmp_path, algorithm=algorithm, beta=beta, **FAR)
     found = steps_of(run)
     assert list(found) == [2, 3] and all(len(rows) == 8 for rows in found.values())
     tolls = []
     for rows in found.values():
         rewards, each = torch.tensor([row["reward"] for row in rows], dtype=torch.float64), [gaps(row) for row in rows]
         recorded = torch.tensor([row["advantage"] for row in rows], dtype=torch.float64)
-        if estimator == "rloo":
+        if algorithm == "rloo":
             kl = torch.stack([gap.sum() for gap in each])
             expected = leave_one_out(rewards - beta * kl, 4)
         else:  # whitened over the tokens of the step, as the page says
@@ -59,7 +59,7 @@ def test_rloo_takes_beta_times_the_kl_off_the_reward(estimator, beta, tmp_path):
             expected, kl = torch.stack([t.mean() for t in tokens]), torch.stack([gap.sum() for gap in each])
             for row, t in zip(rows, tokens):
                 assert torch.tensor(row["advantages"], dtype=torch.float64) == pytest.approx(t, abs=0.02)
-        assert recorded == pytest.approx(expected, abs=0.02 if estimator != "rloo" else 2e-3)
+        assert recorded == pytest.approx(expected, abs=0.02 if algorithm != "rloo" else 2e-3)
         tolls.append(beta * (kl - kl.mean()).abs().max().item())
     assert max(tolls) > 0.02  # with the other sign, or another β, the advantages would be others
 
@@ -113,7 +113,7 @@ def tiny():
 
 def test_perplexity_is_of_learned_tokens_alone(tiny):
     policy, tokenizer = tiny
-    rows = [encode(tokenizer, row, "completion", 256) for row in WORLDS["chat"].rows("completion", 5, 1, "test")]
+    rows = [encode(tokenizer, row, "completion", 256) for row in TASKS["chat"].rows("completion", 5, 1, "test")]
     learned, every = [], []
     for row in rows:  # one by one, without padding
         ids = torch.tensor([row["input_ids"]])
@@ -121,7 +121,7 @@ def test_perplexity_is_of_learned_tokens_alone(tiny):
             logp = torch.log_softmax(policy.model(ids).logits[0, :-1].double(), -1)
         of_tokens = logp.gather(1, ids[0, 1:, None])[:, 0]
         every.append(of_tokens)
-        learned.append(of_tokens[torch.tensor(row["target_mask"][1:]).bool()])
+        learned.append(of_tokens[torch.tensor(row["completion_mask"][1:]).bool()])
     pad, mean = tokenizer.pad_token_id, -torch.cat(learned).mean().item()
     assert mean_nll(policy, rows, pad) == pytest.approx(mean, rel=1e-5) and perplexity(policy, rows, pad) == pytest.approx(math.exp(mean), rel=1e-5)
     assert abs(-torch.cat(every).mean().item() - mean) > 0.05 and len(torch.cat(every)) > 1.5 * len(torch.cat(learned))
@@ -130,7 +130,7 @@ def test_perplexity_is_of_learned_tokens_alone(tiny):
 
 def test_forgetting_is_above_zero_where_other_text_got_worse(tiny):
     _, tokenizer = tiny
-    policy, rows = Policy(load_model("tiny", "float32", "cpu")), WORLDS["sums"].rows("completion", 3, 1, "test")
+    policy, rows = Policy(load_model("tiny", "float32", "cpu")), TASKS["sums"].rows("completion", 3, 1, "test")
     evaluation = Evaluation(policy, tokenizer, rows, "completion", max_length=64, others=("chat", "facts"))
     before = evaluation()
     assert "forgetting" not in before

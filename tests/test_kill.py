@@ -21,12 +21,12 @@ SETTINGS = {
     "sft": dict(steps=40, data="sums", batch_size=8, neftune_alpha=5),
     "dpo": dict(steps=40, data="sums", batch_size=8),
     "reward": dict(steps=60, data="sums", batch_size=8),
-    "grpo": dict(steps=40, data="sums", batch_size=16, samples=4, max_new_tokens=8),
+    "grpo": dict(steps=40, data="sums", batch_size=16, num_generations=4, max_new_tokens=8),
     "ppo": dict(steps=40, data="sums", rewards="correct", batch_size=16, max_new_tokens=8, details="whiten_advantages,normalize,adaptive_kl:0.01,missing_eos,clip_value"),
 }
 
 SETTINGS |= {name: dict(steps=40, data="sums", batch_size=16) | m.small for name, m in methods().items() if m.trains and name not in SETTINGS}  # a method that is added is killed too
-SETTINGS["critic-coderl"] = SETTINGS["critic"] | dict(learn="coderl", data="", steps=16, batch_size=8)  # learns by PPO's loop, where the others imitate
+SETTINGS["critic-coderl"] = SETTINGS["critic"] | dict(algorithm="coderl", data="", steps=16, batch_size=8)  # learns by PPO's loop, where the others imitate
 
 
 def words(settings):

@@ -221,7 +221,7 @@ def test_padding_changes_nothing(family):
         want = policy(ids, real, target, entropy=True)
         for left, right, junk in ((0, 5, 0), (4, 0, 0), (3, 2, 7)):
             pad = lambda t, value: nn.functional.pad(t, (left, right), value=value)
-            got = policy(pad(ids, junk), pad(real, 0), pad(target, 1), entropy=True)  # a target_mask on padding is ignored
+            got = policy(pad(ids, junk), pad(real, 0), pad(target, 1), entropy=True)  # a completion_mask on padding is ignored
             for a, b in zip(got[:2], want[:2]):
                 close(a[:, left : left + 9], b, 1e-5)
                 assert a[:, :left].abs().sum() == a[:, left + 9 :].abs().sum() == 0

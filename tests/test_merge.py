@@ -21,10 +21,10 @@ from polm_lab.integration import fuse as page
 from polm_lab.integration.fuse import ensemble, fisher_information, fisher_mean, greedy_soup, input_grams, merged_state, regmean
 from polm_lab.integration.merge import merge_models
 from polm_lab.integration.merging.experts import examine
-from polm_lab.integration.merging.techniques import TECHNIQUES, Merging
-from polm_lab.integration.merging.vectors import Trim, add_up, dare, della, della_density
-from polm_lab.integration.merging.vectors import disjoint_mean, kth_largest, linear
-from polm_lab.integration.merging.vectors import metagpt_weights, slerp, ties, trim
+from polm_lab.integration.merging.algorithms import ALGORITHMS, Merging
+from polm_lab.integration.merging.task_vectors import Trim, add_up, dare, della, della_density
+from polm_lab.integration.merging.task_vectors import disjoint_mean, kth_largest, linear
+from polm_lab.integration.merging.task_vectors import metagpt_weights, slerp, ties, trim
 from polm_lab.integration.merging.vocabulary import vocabulary
 from polm_lab.integration.merging.weighting import weight_rules
 
@@ -106,7 +106,7 @@ def test_ties_of_bf16_models_trims_equals_as_a_stable_sort_does(models, tmp_path
         shutil.copytree(path, half)
         save_file({n: (base[n] + (v - base[n]) / 20).bfloat16() for n, v in values(path).items()}, half / "model.safetensors", {"format": "pt"})
         folders.append(half)
-    done = values(merge_models(str(folders[0]), [str(f) for f in folders[1:]], tmp_path / "o", "ties", "0.6,0.4", lam=1.0, density=0.3, dtype=torch.float32))
+    done = values(merge_models(str(folders[0]), [str(f) for f in folders[1:]], tmp_path / "o", "ties", "0.6,0.4", scaling=1.0, density=0.3, dtype=torch.float32))
     start, a, b = ({n: v.float() for n, v in values(f).items()} for f in folders)
     for name in names:
         deltas, equal = [t[name] - start[name] for t in (a, b)], 0
@@ -161,9 +161,9 @@ def test_the_stream_is_the_formula(models, tmp_path):
         "linear": lambda n: linear([a[n], b[n]], [3, 1]), "slerp": lambda n: slerp(a[n], b[n], 0.25), "task_arithmetic": lambda n: start[n] + 0.5 * (3 * (a[n] - start[n]) + b[n] - start[n]),
         "ties": lambda n: ties(start[n], [a[n], b[n]], [3, 1], 0.2, 0.5),
     }  # fmt: skip
-    for technique, formula in formulas.items():
-        done = values(merge_models("tiny", pair(models), tmp_path / technique, technique, "3,1", lam=0.5))
-        assert max((done[n] - formula(n)).abs().max() for n in done) < 1e-6, technique
+    for algorithm, formula in formulas.items():
+        done = values(merge_models("tiny", pair(models), tmp_path / algorithm, algorithm, "3,1", scaling=0.5))
+        assert max((done[n] - formula(n)).abs().max() for n in done) < 1e-6, algorithm
     squares = [sum((t[n] - start[n]).double().square().sum().item() for n in start) for t in (a, b)]
     done = values(merge_models("tiny", pair(models), tmp_path / "metagpt", "metagpt"))
     shares = [s / sum(squares) for s in squares]
@@ -174,15 +174,15 @@ def test_ties_is_pefts(models, tmp_path):
     from peft.utils.merge_utils import ties as theirs
 
     start, a, b = three(models)
-    done = values(merge_models("tiny", pair(models), tmp_path / "o", "ties", lam=1.0, density=0.2))
+    done = values(merge_models("tiny", pair(models), tmp_path / "o", "ties", scaling=1.0, density=0.2))
     for name in list(start)[:6]:
         expected = theirs([a[name] - start[name], b[name] - start[name]], torch.tensor([1.0, 1.0]), density=0.2)
         assert torch.allclose(done[name] - start[name], expected, atol=1e-6), name
 
 
-@pytest.mark.parametrize("technique", ["dare", "dare_ties", "della"])
-def test_random_drops_depend_on_the_seed_alone(models, tmp_path, technique):
-    one, two, other = (merge_models("tiny", pair(models), tmp_path / f"{i}", technique, seed=s, threads=t, lam=0.5) for i, (s, t) in enumerate([(0, 1), (0, 3), (1, 1)]))
+@pytest.mark.parametrize("algorithm", ["dare", "dare_ties", "della"])
+def test_random_drops_depend_on_the_seed_alone(models, tmp_path, algorithm):
+    one, two, other = (merge_models("tiny", pair(models), tmp_path / f"{i}", algorithm, seed=s, threads=t, scaling=0.5) for i, (s, t) in enumerate([(0, 1), (0, 3), (1, 1)]))
     read = [(path / "model.safetensors").read_bytes() for path in (one, two, other)]
     assert read[0] == read[1] != read[2]
     start = values(model_path("tiny"))["model.layers.2.mlp.up_proj.weight"]
@@ -195,27 +195,27 @@ DROPS = {"dare": add_up, "dare_ties": disjoint_mean, "della": disjoint_mean}
 
 def test_what_is_dropped_is_added_up_or_elected(models):
     opened = tuple(Weights(spec) for spec in ("tiny", *pair(models)))
-    knobs_of_all = dict(models=opened, lam=0.5, density=0.4, epsilon=0.3, seed=3)
+    knobs_of_all = dict(models=opened, scaling=0.5, density=0.4, epsilon=0.3, seed=3)
     name = "model.layers.2.mlp.up_proj.weight"
     for block in each_block(list(opened), name):
         start, *tunes = block.parts()
         deltas = [tune - start for tune in tunes]
-        for technique, together in DROPS.items():
-            at = Merging(technique, lambda _: [2.0, 1.0], **knobs_of_all)
+        for algorithm, together in DROPS.items():
+            at = Merging(algorithm, lambda _: [2.0, 1.0], **knobs_of_all)
             drawn = zip(deltas, at.draws(block))
-            if technique == "della":
+            if algorithm == "della":
                 sparse = [della(delta, 0.4, 0.3, draw) for delta, draw in drawn]
             else:
                 sparse = [dare(delta, 0.4, draw) for delta, draw in drawn]
-            made = TECHNIQUES[technique].make(at, name)(block)
-            assert torch.equal(made, start + 0.5 * together(sparse, [2.0, 1.0])), technique
+            made = ALGORITHMS[algorithm].make(at, name)(block)
+            assert torch.equal(made, start + 0.5 * together(sparse, [2.0, 1.0])), algorithm
 
 
 def test_full_density_drops_nothing(models, tmp_path):
-    dense = values(merge_models("tiny", pair(models), tmp_path / "sum", "task_arithmetic", lam=0.5))
-    for technique, more in (("dare", {}), ("dare_ties", {}), ("ties", {}), ("della", dict(epsilon=0.0))):
-        done = values(merge_models("tiny", pair(models)[:1], tmp_path / technique, technique, density=1.0, lam=0.5, **more))
-        one = values(merge_models("tiny", pair(models)[:1], tmp_path / f"{technique}-sum", "task_arithmetic", lam=0.5))
+    dense = values(merge_models("tiny", pair(models), tmp_path / "sum", "task_arithmetic", scaling=0.5))
+    for algorithm, more in (("dare", {}), ("dare_ties", {}), ("ties", {}), ("della", dict(epsilon=0.0))):
+        done = values(merge_models("tiny", pair(models)[:1], tmp_path / algorithm, algorithm, density=1.0, scaling=0.5, **more))
+        one = values(merge_models("tiny", pair(models)[:1], tmp_path / f"{algorithm}-sum", "task_arithmetic", scaling=0.5))
         assert max((done[n] - one[n]).abs().max() for n in dense) < 1e-6
 
 
@@ -241,9 +241,9 @@ def test_models_of_other_types_meet_in_fp32(models, tmp_path):
 # What is refused ------------------------------------------------------------------------------------------------------
 
 
-def refused(words, models, out, technique="ties", **more):
+def refused(words, models, out, algorithm="ties", **more):
     with pytest.raises(WrongInput) as error:
-        merge_models("tiny", models, out, technique, **more)
+        merge_models("tiny", models, out, algorithm, **more)
     text = str(error.value)
     assert "\n" not in text and all(word in text for word in words), text
     assert not out.exists() and not (out.parent / f".{out.name}.new").exists()
@@ -253,11 +253,11 @@ def test_knobs_that_cannot_be(models, tmp_path):
     two = pair(models)
     for words, more in [
         (["density", "1.2"], dict(density=1.2)), (["density", "-0.1"], dict(density=-0.1)), (["weights", "1 weights", "2"], dict(weights="1")), (["weights", "x"], dict(weights="x,1")),
-        (["weights", "(=1,1"], dict(weights="(=1,1")), (["weights", "finite"], dict(weights="nan,1")), (["tie", "did you mean"], dict(technique="tie")),
-        (["add up to 0"], dict(technique="linear", weights="1,-1")), (["epsilon", "density"], dict(technique="della", density=0.9, epsilon=0.3)), (["exactly 2"], dict(technique="slerp", models=two[:1])),
+        (["weights", "(=1,1"], dict(weights="(=1,1")), (["weights", "finite"], dict(weights="nan,1")), (["tie", "did you mean"], dict(algorithm="tie")),
+        (["add up to 0"], dict(algorithm="linear", weights="1,-1")), (["epsilon", "density"], dict(algorithm="della", density=0.9, epsilon=0.3)), (["exactly 2"], dict(algorithm="slerp", models=two[:1])),
         (["at least one"], dict(models=[])),
     ]:  # fmt: skip
-        refused(words, more.pop("models", two), tmp_path / "o", more.pop("technique", "ties"), **more)
+        refused(words, more.pop("models", two), tmp_path / "o", more.pop("algorithm", "ties"), **more)
     with pytest.raises(WrongInput, match="this is an input"):
         merge_models("tiny", two, two[1])
 
@@ -320,10 +320,10 @@ def enlarged(models, tmp_path):
 def test_another_vocabulary_is_refused_or_resolved(models, enlarged, tmp_path):
     two = [str(models / "a"), str(enlarged)]
     refused(["another vocabulary", "zyzzyva"], two, tmp_path / "o")
-    expected = values(merge_models("tiny", pair(models), tmp_path / "plain", lam=0.5))
-    base = values(merge_models("tiny", two, tmp_path / "base", lam=0.5, tokenizer="base"))
+    expected = values(merge_models("tiny", pair(models), tmp_path / "plain", scaling=0.5))
+    base = values(merge_models("tiny", two, tmp_path / "base", scaling=0.5, tokenizer="base"))
     assert all(torch.equal(base[n], expected[n]) for n in expected)
-    union = merge_models("tiny", two, tmp_path / "union", lam=0.5, tokenizer="union")
+    union = merge_models("tiny", two, tmp_path / "union", scaling=0.5, tokenizer="union")
     united, name = values(union), "model.embed_tokens.weight"
     assert torch.equal(united[name][:1024], expected[name]) and torch.equal(united[name][1024], torch.full((160,), 7.0))
     tokenizer = load_tokenizer(union)
@@ -347,7 +347,7 @@ def test_grams_fishers_and_coefficients_are_what_they_say():
     from polm_lab.models.load import load_model
 
     policy, words = Policy(load_model("tiny", "float32", "cpu")), load_tokenizer("tiny")
-    rows = [{"input_ids": [5, 9, 33, 2], "target_mask": [0, 0, 1, 1]}, {"input_ids": [7, 8, 9, 10, 11, 2], "target_mask": [0, 1, 1, 1, 1, 1]}]
+    rows = [{"input_ids": [5, 9, 33, 2], "completion_mask": [0, 0, 1, 1]}, {"input_ids": [7, 8, 9, 10, 11, 2], "completion_mask": [0, 1, 1, 1, 1, 1]}]
     grams, kept = input_grams(policy, rows, words.pad_token_id), []
     layer = policy.model.model.layers[2].mlp.down_proj
     hook = layer.register_forward_pre_hook(lambda m, args: kept.append(args[0][0].detach()))
@@ -362,7 +362,7 @@ def test_grams_fishers_and_coefficients_are_what_they_say():
     by_hand = 0
     for row in rows:
         logp = torch.log_softmax(policy.model(torch.tensor([row["input_ids"]])).logits[0], -1)
-        total = sum(logp[t - 1, row["input_ids"][t]] for t in range(1, len(row["input_ids"])) if row["target_mask"][t])
+        total = sum(logp[t - 1, row["input_ids"][t]] for t in range(1, len(row["input_ids"])) if row["completion_mask"][t])
         by_hand = by_hand + torch.autograd.grad(total, p)[0].square() / 2
     assert torch.allclose(fisher[name], by_hand, rtol=1e-3, atol=1e-6)
     start = {n: q.detach() for n, q in policy.model.named_parameters()}
@@ -390,13 +390,13 @@ def test_soups_means_and_ensembles():
 
 
 def test_a_merge_is_a_run_with_its_parents(models, runs, tmp_path):
-    run = lab.run("merge", models="sums," + str(models / "b"), tasks="sums", rows=4, expert_steps=1, technique="ties")
+    run = lab.run("merge", models="sums," + str(models / "b"), tasks="sums", eval_rows=4, expert_steps=1, algorithm="ties")
     expert = run.read()["stages"]["sums"]
     assert run.status == "finished" and run.read()["parents"] == [expert] and set(run.summary["after"]) == {"perplexity/sums", "accuracy/sums", "rows"}
     again = lab.run("merge", models=f"{expert},{run.id}", tasks="")
     assert sorted(again.read()["parents"]) == sorted([expert, run.id]) and not again.summary
-    for technique in ("greedy", "fisher", "regmean", "adamerging"):
-        done = lab.run("fuse", models=f"{expert},{models / 'b'}", data="sums,chat", examples=2, steps=1, tasks="", technique=technique)
+    for algorithm in ("greedy", "fisher", "regmean", "adamerging"):
+        done = lab.run("fuse", models=f"{expert},{models / 'b'}", data="sums,chat", calibration_samples=2, steps=1, tasks="", algorithm=algorithm)
         assert done.status == "finished" and all(v.isfinite().all() for v in values(done.path / "model").values()) and done.read()["parents"] == [expert]
     with pytest.raises(WrongInput, match="1 sources for 2 models"):
         lab.run("fuse", models=f"{expert},{models / 'b'}", data="sums", tasks="")
@@ -412,7 +412,7 @@ def test_a_stopped_merge_leaves_no_model(models, runs):
 SLOW = """
 import sys, time
 from polm_lab.training.chain import create, execute
-from polm_lab.integration.merging import techniques as page
+from polm_lab.integration.merging import algorithms as page
 plain = page.add_up
 def slow(*words):
     print("block", flush=True); time.sleep(0.1)
@@ -431,7 +431,7 @@ def test_a_killed_merge_leaves_no_model_and_is_resumed(models, runs, tmp_path):
     with pytest.raises(WrongInput):
         load_tokenizer(run.id)
     run = lab.resume(run)
-    expected = values(merge_models("tiny", pair(models), tmp_path / "expected", lam=0.6))
+    expected = values(merge_models("tiny", pair(models), tmp_path / "expected", scaling=0.6))
     assert run.status == "finished" and not (run.path / ".model.new").exists() and all(torch.equal(v, expected[n]) for n, v in values(run.path / "model").items())
 
 
@@ -443,7 +443,7 @@ from polm_lab.training.chain import create, execute
 from polm_lab.core.run import all_runs
 free = shutil.disk_usage
 shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40)  # there was room when the run began; somebody else took it
-for name, values in (("merge", dict(models="{models}", tasks="")), ("prune", dict(how="magnitude", samples=2, eval_rows=2)), ("fuse", dict(models="{models}", tasks="", data="sums,chat", technique="regmean", examples=2))):
+for name, values in (("merge", dict(models="{models}", tasks="")), ("prune", dict(algorithm="magnitude", calibration_samples=2, eval_rows=2)), ("fuse", dict(models="{models}", tasks="", data="sums,chat", algorithm="regmean", calibration_samples=2))):
     try:
         execute(create(name, values, out="{disk}/runs"))
     except Exception as error:
@@ -478,16 +478,16 @@ def test_fusing_refuses_what_merging_refuses(models, runs, tmp_path):
         (["shrink", "1.5"], dict(shrink=1.5), pair(models)),
     ]:  # fmt: skip
         with pytest.raises(WrongInput) as error:
-            lab.run("fuse", models=",".join(tunes), tasks="", examples=2, **{"data": "sums,chat"} | more)
+            lab.run("fuse", models=",".join(tunes), tasks="", calibration_samples=2, **{"data": "sums,chat"} | more)
         assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), error.value
     assert not list(runs.glob("*/model"))
 
 
 def test_every_technique_is_described_and_rules_are_read():
     known = {"linear", "slerp", "task_arithmetic", "metagpt", "ties", "dare", "dare_ties", "della"}
-    assert set(TECHNIQUES) == known and callable(examine) and callable(save_model)
-    assert all(how.meaning for how in TECHNIQUES.values())
+    assert set(ALGORITHMS) == known and callable(examine) and callable(save_model)
+    assert all(how.meaning for how in ALGORITHMS.values())
     choices = {k.name: k.choices for k in knobs(page.Fuse)}
-    assert set(page.TECHNIQUES) == set(choices["technique"])
+    assert set(page.TECHNIQUES) == set(choices["algorithm"])
     rule = weight_rules("2,1; up_proj=0,1;", 2)
     assert rule("x.up_proj.weight") == [0, 1] and rule("x") == [2, 1] and weight_rules("", 3)("x") == [1, 1, 1]

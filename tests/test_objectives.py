@@ -19,7 +19,7 @@ from polm_lab.efficiency.adaptation import formulas as adapters
 from polm_lab.efficiency.compression import sparse
 from polm_lab.finetuning import sft
 from polm_lab.integration import fuse, reader, retriever
-from polm_lab.integration.merging import vectors
+from polm_lab.integration.merging import task_vectors
 from polm_lab.reasoning import grpo
 from polm_lab.rewards import functions as rewards
 from polm_lab.recipes import overoptimization
@@ -157,8 +157,8 @@ def test_ppo():
     close(ppo.value_loss(t(1.0), t(0.0), t(2.0)), [0.5])
     close(ppo.value_loss(t(1.0), t(0.0), t(2.0), 0.2), [1.8**2 / 2])
     close(ppo.value_loss(t(1.0), t(0.0), t(-2.0), 0.2), [9 / 2])
-    assert ppo.steer(0.1, 0.2, 0.1) == pytest.approx(0.1 * 1.02) and ppo.steer(0.1, 0.095, 0.1) == pytest.approx(0.1 * (1 - 0.005))
-    assert ppo.exploration(0.1, 2.0, 0.5) == pytest.approx(0.1 * (1 - math.exp(-1))) and ppo.exploration(0.1, -2.0, 0.5) == pytest.approx(0.1 * math.exp(-1))
+    assert ppo.adapt_kl_coefficient(0.1, 0.2, 0.1) == pytest.approx(0.1 * 1.02) and ppo.adapt_kl_coefficient(0.1, 0.095, 0.1) == pytest.approx(0.1 * (1 - 0.005))
+    assert ppo.entropy_weight(0.1, 2.0, 0.5) == pytest.approx(0.1 * (1 - math.exp(-1))) and ppo.entropy_weight(0.1, -2.0, 0.5) == pytest.approx(0.1 * math.exp(-1))
 
 
 def test_rewards():
@@ -197,13 +197,13 @@ class Known(torch.nn.Module):
         super().__init__()
         self.columns = torch.nn.Parameter(torch.tensor(columns))
 
-    def forward(self, input_ids, attention_mask, target_mask, **more):
-        logp = self.columns[: input_ids.shape[1]].expand(input_ids.shape) * target_mask
+    def forward(self, input_ids, attention_mask, completion_mask, **more):
+        logp = self.columns[: input_ids.shape[1]].expand(input_ids.shape) * completion_mask
         return logprobs.TokenStats(logp, None, None, None)
 
 
 def test_perplexity_is_of_learned_tokens():
-    rows = [dict(input_ids=[5, 6, 7], target_mask=[0, 1, 1]), dict(input_ids=[5, 6, 7, 8], target_mask=[0, 0, 0, 1])]
+    rows = [dict(input_ids=[5, 6, 7], completion_mask=[0, 1, 1]), dict(input_ids=[5, 6, 7, 8], completion_mask=[0, 0, 0, 1])]
     policy = Known([-9.0, -1.0, -2.0, -4.0])
     assert evaluate.learned_tokens(rows) == 3
     assert evaluate.mean_nll(policy, rows, 0) == pytest.approx(7 / 3)
@@ -280,16 +280,16 @@ def test_sensitive_blocks_keep_more():
 
 
 def test_merging():
-    close(vectors.linear([t(1.0), t(4.0)], [1.0, 2.0]), [3.0])
-    close(vectors.add_up([t(1.0), t(4.0)], [0.5, -2.0]), [-7.5])
-    close(vectors.slerp(t(1.0, 0.0), t(0.0, 2.0), 1 / 3), [math.cos(math.pi / 6), 2 * math.sin(math.pi / 6)])
-    close(vectors.slerp(t(1.0, 0.0), t(0.5, math.sqrt(0.75)), 0.5), [math.cos(math.pi / 6), math.sin(math.pi / 6)])
-    close(vectors.metagpt_weights([1.0, 3.0]), [0.25, 0.75])
-    close(vectors.trim(t(1.0, -3.0, 2.0, 0.5).float(), 0.5), [0.0, -3.0, 2.0, 0.0])
-    close(vectors.disjoint_mean([t(1.0, -1.0, 2.0, -3.0), t(3.0, 4.0, -1.0, 1.0)], [1.0, 1.0]), [2.0, 4.0, 2.0, -3.0])
-    close(vectors.ties(t(1.0, 1.0), [t(2.0, 0.0), t(4.0, 2.0)], [1.0, 1.0], 1.0, 0.5), [1 + 0.5 * 2.0, 1 + 0.5 * 1.0])
-    close(vectors.della_density(t(3.0, -1.0, 2.0)[None].float(), 0.5, 0.4)[0], [0.7, 0.3, 0.5], 1e-6)
-    kept = vectors.dare(torch.ones(20_000), 0.25, torch.Generator().manual_seed(0))
+    close(task_vectors.linear([t(1.0), t(4.0)], [1.0, 2.0]), [3.0])
+    close(task_vectors.add_up([t(1.0), t(4.0)], [0.5, -2.0]), [-7.5])
+    close(task_vectors.slerp(t(1.0, 0.0), t(0.0, 2.0), 1 / 3), [math.cos(math.pi / 6), 2 * math.sin(math.pi / 6)])
+    close(task_vectors.slerp(t(1.0, 0.0), t(0.5, math.sqrt(0.75)), 0.5), [math.cos(math.pi / 6), math.sin(math.pi / 6)])
+    close(task_vectors.metagpt_weights([1.0, 3.0]), [0.25, 0.75])
+    close(task_vectors.trim(t(1.0, -3.0, 2.0, 0.5).float(), 0.5), [0.0, -3.0, 2.0, 0.0])
+    close(task_vectors.disjoint_mean([t(1.0, -1.0, 2.0, -3.0), t(3.0, 4.0, -1.0, 1.0)], [1.0, 1.0]), [2.0, 4.0, 2.0, -3.0])
+    close(task_vectors.ties(t(1.0, 1.0), [t(2.0, 0.0), t(4.0, 2.0)], [1.0, 1.0], 1.0, 0.5), [1 + 0.5 * 2.0, 1 + 0.5 * 1.0])
+    close(task_vectors.della_density(t(3.0, -1.0, 2.0)[None].float(), 0.5, 0.4)[0], [0.7, 0.3, 0.5], 1e-6)
+    kept = task_vectors.dare(torch.ones(20_000), 0.25, torch.Generator().manual_seed(0))
     assert set(kept.unique().tolist()) == {0.0, 4.0} and kept.mean().item() == pytest.approx(1.0, abs=0.05)
 
 

@@ -14,13 +14,13 @@ from polm_lab.models.logprobs import Policy
 from polm_lab.models.load import load_model
 from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.training.advantages import clipped_objective, group_advantages, kl_estimate, leave_one_out, masked_moments, whiten
-from polm_lab.training.onpolicy import Group, OnPolicy, Sampled, beside, draw_groups, make_batches, recorded_steps
+from polm_lab.training.onpolicy import Group, OnPolicy, OnPolicySettings, align_to_tokens, draw_groups, make_batches, recorded_steps
 from polm_lab.training.onpolicy import rewards_of, sample_rows, sequence_kl, token_stats, train_on_policy
 from polm_lab.core.run import Run
 from polm_lab.training.loop import Meter
-from polm_lab.data.tasks import WORLDS
+from polm_lab.data.tasks import TASKS
 from polm_lab.reasoning.grpo import what_if_advantages, what_if_kl
-from polm_lab.rewards.functions import as_judge, make_rewards
+from polm_lab.rewards.functions import as_reward_fn, make_rewards
 from polm_lab.workbench.tokens import history_html, token_ids
 
 
@@ -66,10 +66,10 @@ def test_batches_hold_each_completion_once_beside_its_log_probs():
     assert sorted(r for b in batches for r in b["rows"].tolist()) == list(range(8)) and [len(b["rows"]) for b in batches] == [3, 3, 2]
     for b in batches:
         for n, r in enumerate(b["rows"].tolist()):
-            learned = b["target_mask"][n].bool()
+            learned = b["completion_mask"][n].bool()
             assert b["old_logp"][n][learned].tolist() == groups[r // 4].logps[r % 4] and not b["old_logp"][n][~learned].any()
             assert b["ended"][n].item() == (r % 4 < 3)
-    assert beside([[1.0]], [[1, 2]], 4).tolist() == [[0, 0, 1, 0]]
+    assert align_to_tokens([[1.0]], [[1, 2]], 4).tolist() == [[0, 0, 1, 0]]
 
 
 def test_samples_are_whole_groups_within_a_limit(loaded):
@@ -81,9 +81,9 @@ def test_samples_are_whole_groups_within_a_limit(loaded):
 
 def test_a_group_is_the_same_whoever_draws_it(loaded):
     tokenizer, policy = loaded
-    rows = WORLDS["sums"].rows("prompt", 3)
+    rows = TASKS["sums"].rows("prompt", 3)
     chosen = [(slot, row, tokenizer(row["prompt"]).input_ids) for slot, row in enumerate(rows)]
-    judge, settings = as_judge(make_rewards("correct", WORLDS["sums"].score)), Sampled(samples=4, max_new_tokens=8, batch_size=8)
+    judge, settings = as_reward_fn(make_rewards("correct", TASKS["sums"].score)), OnPolicySettings(num_generations=4, max_new_tokens=8, batch_size=8)
     together = draw_groups(policy, tokenizer, judge, chosen, settings, 5, 0)
     alone = [draw_groups(policy, tokenizer, judge, [one], settings, 5, 0)[0] for one in reversed(chosen)][::-1]
     assert [g.completions for g in together] == [g.completions for g in alone]
@@ -117,7 +117,7 @@ def test_the_kl_of_a_completion_counts_its_tokens_only(loaded):
 
 def example(loaded, tmp_path, judge, steps=3, **settings):
     tokenizer, policy = loaded
-    settings = Sampled(**dict(samples=2, max_new_tokens=6, batch_size=4, steps=steps, device="cpu", dtype="float32") | settings)
+    settings = OnPolicySettings(**dict(num_generations=2, max_new_tokens=6, batch_size=4, steps=steps, device="cpu", dtype="float32") | settings)
     return OnPolicy(Run.create("example", {}, out=tmp_path), settings, policy, tokenizer, load_data("sums#8", "prompt"), load_data("sums", "prompt", "test")[:4], judge)
 
 
@@ -126,17 +126,17 @@ def test_two_held_out_answers_are_watched_at_each_recorded_step_off_the_randomne
         noise = [torch.rand(1).item() + random.random() for _ in rows]  # a reward that draws from the global generators
         return SimpleNamespace(parts={"noise": noise}, total=noise)
 
-    stage = example(loaded, tmp_path, judge)
+    collector = example(loaded, tmp_path, judge)
     after = []
     for record in (True, False):
         torch.manual_seed(0), random.seed(0)
-        groups, _ = stage.step(0, Meter())
+        groups, _ = collector.step(0, Meter())
         if record:
-            stage.record(0, groups, torch.zeros(4))
+            collector.record(0, groups, torch.zeros(4))
         after.append((torch.rand(1).item(), random.random()))
     assert after[0] == after[1]
-    stage.record(2, groups, torch.zeros(4))
-    rows = stage.run.lines("samples")
+    collector.record(2, groups, torch.zeros(4))
+    rows = collector.run.lines("samples")
     watched = [row for row in rows if "group" not in row]
     held_out = [row["prompt"] for row in load_data("sums", "prompt", "test")[:2]]
     assert [(row["step"], row["prompt"]) for row in watched] == [(1, held_out[0]), (1, held_out[1]), (3, held_out[0]), (3, held_out[1])]
@@ -153,8 +153,8 @@ def test_watched_answers_without_a_reward_are_no_fault(loaded, tmp_path):
     def judge(rows, texts, ids, ended):
         raise WrongInput("reward x: only None")
 
-    stage = example(loaded, tmp_path, judge)
-    assert [row["reward"] is None or math.isnan(row["reward"]) for row in stage.record.watch()] == [True, True]
+    collector = example(loaded, tmp_path, judge)
+    assert [row["reward"] is None or math.isnan(row["reward"]) for row in collector.record.watch()] == [True, True]
 
 
 def judged_by_length(rows, texts, ids, ended):
@@ -166,15 +166,15 @@ def trained(loaded, tmp_path, compare, **settings):
     "Batches that the loss saw, and the run, of one step of training with `compare`."
     tokenizer, seen = loaded[0], []
     fresh = Policy(load_model("tiny", dtype="float32", device="cpu"))
-    stage = example((tokenizer, fresh), tmp_path, judged_by_length, steps=1, batch_size=2, accumulate=4, save_every=0)
+    collector = example((tokenizer, fresh), tmp_path, judged_by_length, steps=1, batch_size=2, accumulate=4, save_every=0)
 
     def loss(policy, batch, settings, meter):
         seen.append(batch)
         return token_stats(policy, batch, settings.temperature).logp.sum() * 0.0
 
-    with stage.run.active():
-        train_on_policy(stage, compare, loss, **settings)
-    return seen, stage.run
+    with collector.run.active():
+        train_on_policy(collector, compare, loss, **settings)
+    return seen, collector.run
 
 
 def test_each_completion_learns_from_its_own_advantage(loaded, tmp_path):
@@ -197,20 +197,20 @@ def test_each_completion_learns_from_its_own_advantage(loaded, tmp_path):
 def test_a_method_may_give_each_token_its_advantage_and_say_what_it_weighs(loaded, tmp_path):
     def compare(groups, batches):
         for batch in batches:
-            places = batch["target_mask"].cumsum(1) * 1.0
-            batch |= dict(advantages=places, weight=float(batch["target_mask"].sum()))
+            places = batch["completion_mask"].cumsum(1) * 1.0
+            batch |= dict(advantages=places, weight=float(batch["completion_mask"].sum()))
         return torch.zeros(8)
 
     seen, run = trained(loaded, tmp_path, compare)
-    assert [b["weight"] for b in seen] == [float(b["target_mask"].sum()) for b in seen] and all(b["advantages"].ndim == 2 for b in seen)
+    assert [b["weight"] for b in seen] == [float(b["completion_mask"].sum()) for b in seen] and all(b["advantages"].ndim == 2 for b in seen)
     rows = [row for row in run.lines("samples") if "group" in row]
     assert len(rows) == 8 and all(row["advantages"] == [n + 1.0 for n in range(len(row["ids"]))] for row in rows)
 
 
 def test_groups_that_are_not_whole_are_refused_when_the_settings_are_made():
-    with pytest.raises(WrongInput, match="multiple of samples = 8"):
-        Sampled(samples=8, batch_size=12)
-    assert Sampled(samples=8, batch_size=12, accumulate=2).samples == 8 and recorded_steps(1) == {0} and recorded_steps(3) == {0, 1, 2}
+    with pytest.raises(WrongInput, match="multiple of num_generations = 8"):
+        OnPolicySettings(num_generations=8, batch_size=12)
+    assert OnPolicySettings(num_generations=8, batch_size=12, accumulate=2).num_generations == 8 and recorded_steps(1) == {0} and recorded_steps(3) == {0, 1, 2}
 
 
 def test_what_if_advantages_and_kl_are_the_closed_forms():

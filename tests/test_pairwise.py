@@ -75,7 +75,7 @@ def test_a_batch_and_a_table_show_the_same_answers(tokenizer, start):
             assert torch.equal(side.ref_logp, other.ref_logp[rows])
             assert torch.equal(side.tokens, other.tokens[rows])
         seen += len(rows)
-    lengths = [sum(pair["rejected"]["target_mask"]) for pair in pairs]
+    lengths = [sum(pair["rejected"]["completion_mask"]) for pair in pairs]
     assert seen == 5 and known[1].tokens.tolist() == lengths and len(set(lengths)) > 1
 
 
@@ -118,7 +118,7 @@ def test_ipo_loss_and_gradient_are_trls(template, tokenizer, start, tmp_path, ta
     batch = next(iter(trainer.get_train_dataloader()))
     theirs = trainer.compute_loss(trainer.model, batch)
     theirs.backward()
-    batch = dict(batch, target_mask=batch["completion_mask"], sides=2)
+    batch = dict(batch, completion_mask=batch["completion_mask"], sides=2)
     with torch.no_grad():
         reference = side_logps(Policy(start), batch)
     model = shaken(start)

@@ -325,7 +325,7 @@ def test_a_killed_run_is_seen_as_dead(runs):
 
 
 def test_rows_of_comparisons(make, runs):
-    base, better, other = make("sft", beta=1), make("sft", beta=2, reached=0.95, eval_data="facts"), make("grpo", samples=8)
+    base, better, other = make("sft", beta=1), make("sft", beta=2, reached=0.95, eval_data="facts"), make("grpo", num_generations=8)
     (runs / "broken").mkdir()
     (runs / "broken" / "run.json").write_text("{")
     rows = run_rows()

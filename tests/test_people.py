@@ -110,7 +110,7 @@ def drawn(view) -> list:
 def record(tmp_path_factory):
     "A folder with one short run that has samples, for the cells that show the newest run."
     out = tmp_path_factory.mktemp("people")
-    lab.run("grpo", out=out, steps=2, batch_size=8, samples=4, eval_rows=4, max_new_tokens=8, data="sums")
+    lab.run("grpo", out=out, steps=2, batch_size=8, num_generations=4, eval_rows=4, max_new_tokens=8, data="sums")
     return out
 
 

@@ -10,11 +10,11 @@ import torch
 
 import polm_lab as lab
 from polm_lab.alignment import ppo
-from polm_lab.alignment.ppo import CRITIC, DETAILS, PPO, ActorCritic, batch_loss, deal, experience, exploration, gae
-from polm_lab.alignment.ppo import load_critic, read_values, steer, table, token_rewards, value_loss, with_experience
+from polm_lab.alignment.ppo import CRITIC, DETAILS, PPO, ActorCritic, batch_loss, split_minibatches, experience, entropy_weight, gae
+from polm_lab.alignment.ppo import load_critic, read_values, adapt_kl_coefficient, pad_rows, token_rewards, value_loss, add_experience
 from polm_lab.rewards.prepare import learned_reward
-from polm_lab.training.chain import create, execute, stage
-from polm_lab.training.evaluate import against
+from polm_lab.training.chain import create, execute, subrun
+from polm_lab.training.evaluate import win_rate_against
 from polm_lab.data.load import load_data
 from polm_lab.core.knobs import WrongInput
 from polm_lab.models.logprobs import Policy
@@ -23,8 +23,8 @@ from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.training.onpolicy import draw_groups, make_batches, token_stats
 from polm_lab.core.run import Run, Stopped
 from polm_lab.training.loop import Meter
-from polm_lab.data.tasks import WORLDS
-from polm_lab.rewards.functions import as_judge, make_rewards
+from polm_lab.data.tasks import TASKS
+from polm_lab.rewards.functions import as_reward_fn, make_rewards
 
 SHORT = dict(steps=4, batch_size=8, value="own", rewards="correct", data="sums", eval_rows=2, max_new_tokens=8, device="cpu", dtype="float32", save_every=0, minibatches=2, epochs=2,
              details="whiten_advantages,normalize,clip_value,missing_eos,adaptive_kl:0.001,entropy,explore")  # fmt: skip
@@ -33,20 +33,20 @@ SHORT = dict(steps=4, batch_size=8, value="own", rewards="correct", data="sums",
 # Closed forms ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.5), (0.99, 1.0), (1.0, 0.0), (0.0, 1.0)])
-def test_gae_is_its_double_sum(gamma, lam):
+@pytest.mark.parametrize("gamma, gae_lambda", [(1.0, 0.95), (0.9, 0.5), (0.99, 1.0), (1.0, 0.0), (0.0, 1.0)])
+def test_gae_is_its_double_sum(gamma, gae_lambda):
     torch.manual_seed(0)
     rewards, values, mask = torch.randn(3, 9, dtype=torch.float64), torch.randn(3, 9, dtype=torch.float64), torch.zeros(3, 9)
     spans = [(0, 9), (2, 7), (4, 5)]
     for row, (first, last) in enumerate(spans):
         mask[row, first:last] = 1
-    advantages, returns = gae(rewards, values, mask, gamma, lam)
+    advantages, returns = gae(rewards, values, mask, gamma, gae_lambda)
     expected = torch.zeros(3, 9, dtype=torch.float64)
     for row, (first, last) in enumerate(spans):
         for t in range(first, last):
             for later in range(t, last):
                 after = values[row, later + 1] if later + 1 < last else 0.0
-                expected[row, t] += (gamma * lam) ** (later - t) * (rewards[row, later] + gamma * after - values[row, later])
+                expected[row, t] += (gamma * gae_lambda) ** (later - t) * (rewards[row, later] + gamma * after - values[row, later])
     assert torch.allclose(advantages, expected, atol=1e-12) and torch.allclose(returns, (expected + values) * mask, atol=1e-12)
 
 
@@ -63,13 +63,13 @@ def test_the_score_stands_at_the_last_token_and_the_toll_at_each():
 
 
 def test_beta_is_steered_by_at_most_two_percent():
-    assert steer(0.1, 0.05, 0.05) == 0.1 and steer(0.1, 0.055, 0.05) == pytest.approx(0.101)
-    assert steer(0.1, 5.0, 0.05) == pytest.approx(0.102) and steer(0.1, -1.0, 0.05) == pytest.approx(0.098)
+    assert adapt_kl_coefficient(0.1, 0.05, 0.05) == 0.1 and adapt_kl_coefficient(0.1, 0.055, 0.05) == pytest.approx(0.101)
+    assert adapt_kl_coefficient(0.1, 5.0, 0.05) == pytest.approx(0.102) and adapt_kl_coefficient(0.1, -1.0, 0.05) == pytest.approx(0.098)
 
 
 def test_exploration_falls_or_rises_with_the_variance():
-    assert exploration(0.1, 0, 0.3) == 0.1
-    described, printed = ([exploration(0.1, rate, v) for v in (0.0, 0.1, 1.0)] for rate in (2.0, -2.0))
+    assert entropy_weight(0.1, 0, 0.3) == 0.1
+    described, printed = ([entropy_weight(0.1, rate, v) for v in (0.0, 0.1, 1.0)] for rate in (2.0, -2.0))
     assert described == pytest.approx([0, 0.1 * (1 - math.exp(-0.2)), 0.1 * (1 - math.exp(-2))]) and printed == pytest.approx([0.1, 0.1 * math.exp(-0.2), 0.1 * math.exp(-2)])
 
 
@@ -83,12 +83,12 @@ def test_a_clipped_value_stops_only_on_the_way_to_its_return():
 
 @pytest.mark.parametrize("minibatches", [1, 2, 4])
 def test_rows_are_dealt_evenly_and_alike_by_any_number_of_processes(minibatches):
-    whole = deal(16, minibatches, 5)
+    whole = split_minibatches(16, minibatches, 5)
     assert sorted(sum(whole, [])) == list(range(16)) and {len(hand) for hand in whole} == {16 // minibatches}
-    halves = [deal(8, minibatches, 5, first) for first in (0, 8)]
+    halves = [split_minibatches(8, minibatches, 5, first) for first in (0, 8)]
     for hand, (a, b) in zip(whole, zip(*halves)):
         assert sorted(hand) == sorted(a + [8 + row for row in b])
-    assert minibatches == 1 or whole != deal(16, minibatches, 6)
+    assert minibatches == 1 or whole != split_minibatches(16, minibatches, 6)
 
 
 # The actor ------------------------------------------------------------------------------------------------------------
@@ -97,9 +97,9 @@ def test_rows_are_dealt_evenly_and_alike_by_any_number_of_processes(minibatches)
 @pytest.fixture(scope="module")
 def asked():
     "Tokenizer, settings without any detail, groups sampled from `tiny`, and their batches."
-    settings = PPO(**(SHORT | dict(epochs=1, minibatches=1, gamma=1.0, lam=1.0, beta=0.0, details="", samples=2)))
+    settings = PPO(**(SHORT | dict(epochs=1, minibatches=1, gamma=1.0, gae_lambda=1.0, beta=0.0, details="", num_generations=2)))
     tokenizer, policy = load_tokenizer("tiny"), Policy(load_model("tiny", dtype="float32", device="cpu"))
-    judge = as_judge(make_rewards("correct", WORLDS["sums"].score))
+    judge = as_reward_fn(make_rewards("correct", TASKS["sums"].score))
     chosen = [(slot, row, tokenizer(row["prompt"]).input_ids) for slot, row in enumerate(load_data("sums#8", "prompt"))]
     groups = draw_groups(policy, tokenizer, judge, chosen, settings, 0)
     return tokenizer, settings, groups, make_batches(groups, 16, tokenizer.pad_token_id)
@@ -110,7 +110,7 @@ def test_without_its_parts_it_is_reinforce_to_the_bit(asked, kind):
     tokenizer, settings, groups, batches = asked
     policy = Policy(load_model("tiny", dtype="float32", device="cpu"))
     actor = ActorCritic(policy, load_critic(settings, kind))
-    batch = with_experience(batches[0], experience(actor, groups, batches, settings, {}, Meter()))
+    batch = add_experience(batches[0], experience(actor, groups, batches, settings, {}, Meter()))
     batch_loss(actor, batch, settings, {}, Meter()).backward()
     ours = [p.grad.clone() for p in policy.parameters()]
     policy.zero_grad()
@@ -152,7 +152,7 @@ def test_details_change_what_is_learned_from(asked):
 
     raw, plain = torch.tensor([r for group in groups for r in group.rewards]), seen({})[0]
     mask = plain["mask"].bool()
-    assert torch.equal(plain["returns"][:, 0], raw), "gamma = lam = 1 and no value"
+    assert torch.equal(plain["returns"][:, 0], raw), "gamma = gae_lambda = 1 and no value"
     white = seen({"whiten_advantages": 1.0})[0]["advantages"][mask]
     assert abs(white.mean()) < 1e-5 and abs(white.std() - 1) < 1e-4
     ended = torch.tensor([e for group in groups for e in group.ended])
@@ -197,7 +197,7 @@ def test_stopped_and_resumed_is_uninterrupted(run, value):
 
 
 def test_a_reward_model_is_trained_first_where_it_is_asked_for(monkeypatch):
-    short = lambda run, label, name, **values: stage(run, label, name, **values | dict(steps=2, eval_rows=4))
+    short = lambda run, label, name, **values: subrun(run, label, name, **values | dict(steps=2, eval_rows=4))
     monkeypatch.setattr("polm_lab.rewards.prepare.chain", short)
     found = lab.run("ppo", **SHORT | dict(rewards="learned:0.5,length:0.1", data="chat", steps=2, max_new_tokens=16))
     row, judge = found.lines()[0], found.record["parents"][-1]
@@ -227,7 +227,7 @@ def test_details_are_read_as_they_are_listed():
     assert read(" entropy , clip_value:0.5 ") == {"entropy": 0.01, "clip_value": 0.5}
     assert CRITIC.values("shared:0.1", "value") == dict(kind="shared", weight=0.1)
     assert CRITIC.values("some/run", "value") == dict(kind="some/run", weight=0.5)
-    assert table([[1, 2], [3]]).tolist() == [[1, 2], [3, 0]]
+    assert pad_rows([[1, 2], [3]]).tolist() == [[1, 2], [3, 0]]
     assert learned_reward(PPO(rewards="correct,length:0.2"), None, True) == "correct,length:0.2"
 
 
@@ -244,7 +244,7 @@ def test_the_win_rate_is_of_the_policys_answers_over_those_of_the_base():
             return [ord(text) for text in texts]
 
     frame = Frame()
-    assert against(frame, "base") == (2 + 0.5) / 4 and frame.policy == "ours"
+    assert win_rate_against(frame, "base") == (2 + 0.5) / 4 and frame.policy == "ours"
 
 
 def test_the_what_if_cell_takes_many_tokens():

@@ -18,11 +18,11 @@ from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.efficiency.prune import Prune, prune_model
 from polm_lab.efficiency.compression.sparse import parse_pattern, smallest, sparsegpt, swap, wanda_score
 from polm_lab.efficiency.slim import cut_widths, slice_model
-from polm_lab.efficiency.compression.cuts import rebuild
+from polm_lab.efficiency.compression.structured_surgery import rebuild
 from polm_lab.efficiency.compression.rotation import fold_norms, principal, rotate
 from polm_lab.efficiency.compression.rotation import stream_covariances
 
-SMALL = dict(samples=4, eval_rows=4, device="cpu", dtype="float32")
+SMALL = dict(calibration_samples=4, eval_rows=4, device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -165,11 +165,11 @@ def test_a_narrow_layer_has_four_blocks_of_columns(base):
 # Models
 
 
-@pytest.mark.parametrize("how", ["magnitude", "wanda", "sparsegpt"])
-def test_grouped_heads_and_other_architectures(how, windows):
+@pytest.mark.parametrize("algorithm", ["magnitude", "wanda", "sparsegpt"])
+def test_grouped_heads_and_other_architectures(algorithm, windows):
     for kind in ("mistral", "qwen3"):
         model = grouped(kind)
-        list(prune_model(model, windows, [0.5] * 3, how, rows=2))
+        list(prune_model(model, windows, [0.5] * 3, algorithm, rows=2))
         assert abs(zeros(model) - 0.5) < 0.01
 
 
@@ -224,13 +224,13 @@ def test_slicing_what_is_empty_changes_nothing(kind, windows):
     assert small.config.hidden_size == 36 and (small(windows).logits - expected).norm() < exact * expected.norm()
 
 
-@pytest.mark.parametrize("how, kind", [("taylor", "mistral"), ("flap", "qwen3"), ("slicegpt", "mistral")])
-def test_slim_models_of_other_architectures_load(how, kind, windows, tmp_path):
+@pytest.mark.parametrize("algorithm, kind", [("taylor", "mistral"), ("flap", "qwen3"), ("slicegpt", "mistral")])
+def test_slim_models_of_other_architectures_load(algorithm, kind, windows, tmp_path):
     model = grouped(kind)
-    if how == "slicegpt":
+    if algorithm == "slicegpt":
         small = slice_model(model, windows, 0.25, 2)[0]
     else:
-        *_, (_, sizes) = cut_widths(model, windows, how, 0.34, compensate=False, rows=2)
+        *_, (_, sizes) = cut_widths(model, windows, algorithm, 0.34, compensate=False, rows=2)
         small = rebuild(model, **sizes)
         assert small.config.num_key_value_heads == 2 and small.config.num_attention_heads == 4 and small.config.intermediate_size == 53
     models.save_model(small, None, tmp_path / "small")
@@ -250,10 +250,10 @@ def test_the_bias_makes_good_what_the_mean_loses(base, windows):
 # Runs
 
 
-@pytest.mark.parametrize("how", ["wanda", "sparsegpt"])
-def test_a_run_records_its_parent_and_both_evaluations(how, runs):
-    first = lab.run("prune", how=how, sparsity=0.5, **SMALL)
-    second = lab.run("slim", model=str(first.path), how="depth", ratio=0.2, **SMALL)
+@pytest.mark.parametrize("algorithm", ["wanda", "sparsegpt"])
+def test_a_run_records_its_parent_and_both_evaluations(algorithm, runs):
+    first = lab.run("prune", algorithm=algorithm, sparsity=0.5, **SMALL)
+    second = lab.run("slim", model=str(first.path), algorithm="depth", ratio=0.2, **SMALL)
     assert second.record["parents"] == [first.id] and first.record["parents"] == []
     for when in ("before", "after"):
         assert {"perplexity", "accuracy", "size_mib", "latency_ms", "sparsity"} <= set(second.summary[when])
@@ -262,11 +262,11 @@ def test_a_run_records_its_parent_and_both_evaluations(how, runs):
 
 
 def test_same_settings_same_bits(runs):
-    one, two = (lab.run("prune", swaps=5, how="wanda", allocation="hessian", **SMALL) for _ in range(2))
+    one, two = (lab.run("prune", swaps=5, algorithm="wanda", allocation="hessian", **SMALL) for _ in range(2))
     assert (one.path / "model/model.safetensors").read_bytes() == (two.path / "model/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("name, values", [("prune", dict(how="wanda")), ("slim", dict(how="taylor")), ("slim", dict(how="depth"))])
+@pytest.mark.parametrize("name, values", [("prune", dict(algorithm="wanda")), ("slim", dict(algorithm="taylor")), ("slim", dict(algorithm="depth"))])
 def test_a_stop_comes_after_the_block_and_a_new_start_gives_the_same_bits(name, values, runs, monkeypatch):
     whole = lab.run(name, **SMALL, **values)
     with monkeypatch.context() as patch:
@@ -286,13 +286,13 @@ WRONG = [
     ("prune", dict(sparsity=-0.1), "sparsity"),
     ("prune", dict(pattern="4:2"), "N:M"),
     ("prune", dict(pattern="2:7"), "divide"),
-    ("prune", dict(pattern="2:4", how="sparsegpt", block=6), "divide"),
+    ("prune", dict(pattern="2:4", algorithm="sparsegpt", block=6), "divide"),
     ("prune", dict(allocation="0.5,0.5"), "allocation"),
     ("prune", dict(allocation="owl"), "allocation"),
-    ("prune", dict(how="sparsegpt", swaps=3), "swaps"),
-    ("prune", dict(samples=10**6), "tokens of calibration text"),
+    ("prune", dict(algorithm="sparsegpt", swaps=3), "swaps"),
+    ("prune", dict(calibration_samples=10**6), "tokens of calibration text"),
     ("slim", dict(ratio=1.5), "ratio"),
-    ("slim", dict(how="depth", ratio=0.05), "none of 5 blocks"),
+    ("slim", dict(algorithm="depth", ratio=0.05), "none of 5 blocks"),
     ("slim", dict(target="heads", ratio=0.05), "nothing is cut"),
 ]
 
@@ -331,7 +331,7 @@ def test_a_weight_that_is_no_number_is_refused(base):
 
 
 def test_the_command_line_prunes_and_says_what_is_wrong(polm, runs):
-    done = polm("run", "prune", "--bare", "--json", *[w for k, v in SMALL.items() for w in ("-p", k, v)], "-p", "how", "magnitude", "-p", "pattern", "2:4")
+    done = polm("run", "prune", "--bare", "--json", *[w for k, v in SMALL.items() for w in ("-p", k, v)], "-p", "algorithm", "magnitude", "-p", "pattern", "2:4")
     assert done.returncode == 0 and abs(json.loads(done.stdout.splitlines()[-1])["summary"]["after"]["sparsity"] - 0.5) < 1e-6
     done = polm("run", "prune", "-p", "sparsity", "2")
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1

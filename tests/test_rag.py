@@ -6,7 +6,7 @@ import math
 import os
 import pickle
 import random
-import signal
+import algorithm
 import subprocess
 import sys
 import time
@@ -26,7 +26,7 @@ from polm_lab.integration.retrieval.documents import load_documents
 from polm_lab.integration.retrieval.library import open_library
 from polm_lab.integration.retrieval.passages import HOWS, Encoder, Index
 from polm_lab.data.batches import Order
-from polm_lab.integration.rag import EndpointReader, LocalReader, Rag, altered, exact_match
+from polm_lab.integration.rag import EndpointReader, LocalReader, Rag, with_other_answer, exact_match
 from polm_lab.integration.reader import Pair, each_loss, reading_batch, sequence_loss, token_loss
 from polm_lab.integration.retriever import DualEncoder, Retriever, contrastive_loss, distillation_loss, encode_texts, in_batch, states_answer, teach, vectors_of
 
@@ -222,7 +222,7 @@ def test_killed_builds_leave_a_whole_index(tmp_path):
         process = subprocess.Popen([sys.executable, "-c", SAVES, folder], stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert process.stdout.readline() == "begin\n"
         time.sleep(rng.uniform(0, 0.4))
-        process.send_signal(signal.SIGKILL)
+        process.send_signal(algorithm.SIGKILL)
         process.wait()
         index = Index.open(folder)
         assert len(index) == 3000 and len({p["text"].split()[0] for p in index.passages}) == 1
@@ -253,7 +253,7 @@ def test_killed_at_each_step_of_a_build(tmp_path):
             def deadly(*args, **kwargs):
                 calls[0] += 1
                 if calls[0] == step[1]:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    os.kill(os.getpid(), algorithm.SIGKILL)
                 return plain(*args, **kwargs)
 
             setattr(where, step[0], deadly)
@@ -401,8 +401,8 @@ def test_teachers_without_labels_agree_with_the_labels():
     learned = learned[:60]
     blind = [dict(q, positives=[]) for q in learned]
     index = Index(passages)
-    one_line(lambda: teach(Retriever(signal="labels"), passages, blind, index), "nothing to learn")
-    rows = teach(Retriever(signal="reward"), passages, blind, index)
+    one_line(lambda: teach(Retriever(algorithm="labels"), passages, blind, index), "nothing to learn")
+    rows = teach(Retriever(algorithm="reward"), passages, blind, index)
     right = {q["question"]: q["positives"] for q in learned}
     assert sum(passages[r["passages"][r["right"]]]["id"] in right[r["question"]] for r in rows) / len(rows) > 0.9
     assert states_answer("What does Adran play?", "Adran plays the lute.", "lute") == 2.0 and states_answer("What does Adran play?", "Ennan plays the lute.", "lute") == 1.0
@@ -508,22 +508,22 @@ def plain_vectors(model, tokenizer, texts, before):
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("signal", ["labels", "reader"])
-def test_the_first_step_of_a_retriever_is_its_loss_written_out(signal):
-    run = lab.run("retriever", signal=signal, candidates=3, negatives=2, steps=1, batch_size=3, accumulate=2, eval_rows=8, seed=19, dtype="float32", device="cpu")
+@pytest.mark.parametrize("algorithm", ["labels", "reader"])
+def test_the_first_step_of_a_retriever_is_its_loss_written_out(algorithm):
+    run = lab.run("retriever", algorithm=algorithm, candidates=3, negatives=2, steps=1, batch_size=3, accumulate=2, eval_rows=8, seed=19, dtype="float32", device="cpu")
     passages, learned, _ = open_library("facts")
-    settings = Retriever(signal=signal, candidates=3, negatives=2, steps=1, batch_size=3, accumulate=2, seed=19, dtype="float32", device="cpu")
+    settings = Retriever(algorithm=algorithm, candidates=3, negatives=2, steps=1, batch_size=3, accumulate=2, seed=19, dtype="float32", device="cpu")
     rows = teach(settings, passages, learned, Index(passages))
     step = [rows[i] for i in Order(len(rows), 6, 19).rows(0)]
-    assert signal == "labels" or len(rows) == 6, "a reader judges no more than is asked about"
-    assert signal == "reader" or not in_batch(step)[1].all(), "a passage that is right for two questions is in this step"
+    assert algorithm == "labels" or len(rows) == 6, "a reader judges no more than is asked about"
+    assert algorithm == "reader" or not in_batch(step)[1].all(), "a passage that is right for two questions is in this step"
     model, tokenizer = load_model("tiny", "float32", "cpu"), load_tokenizer("tiny")
     q = plain_vectors(model, tokenizer, [r["question"] for r in step], "Question: ")
     numbers = [n for r in step for n in r["passages"]]
     d = plain_vectors(model, tokenizer, [passages[n]["text"] for n in numbers], "Passage: ")
     losses = []
     for i, row in enumerate(step):
-        if signal == "labels":
+        if algorithm == "labels":
             own = 3 * i + row["right"]
             scores = torch.stack([q[i] @ d[j] / settings.temperature for j, n in enumerate(numbers) if j == own or n not in row["good"]])
             losses.append(scores.logsumexp(0) - q[i] @ d[own] / settings.temperature)
@@ -539,7 +539,7 @@ def test_the_first_step_of_a_retriever_is_its_loss_written_out(signal):
 
 def test_a_readers_verdict_is_its_likelihood_of_the_answer():
     passages, learned, _ = open_library("facts")
-    settings = Retriever(signal="reader", candidates=3, dtype="float32", device="cpu")
+    settings = Retriever(algorithm="reader", candidates=3, dtype="float32", device="cpu")
     row = teach(settings, passages, learned[:1], Index(passages))[0]
     model, tokenizer, likely = load_model("tiny", "float32", "cpu"), load_tokenizer("tiny"), []
     for n in row["passages"]:
@@ -553,7 +553,7 @@ def test_a_readers_verdict_is_its_likelihood_of_the_answer():
 
 @pytest.mark.parametrize("refresh", [0, 1])
 def test_the_first_step_of_a_joint_reader_is_its_loss_written_out(refresh):
-    run = lab.run("reader", objective="sequence", k=2, refresh=refresh, temperature=0.2, steps=1, batch_size=2, eval_rows=4, seed=4, dtype="float32", device="cpu")
+    run = lab.run("reader", loss="sequence", top_k_passages=2, refresh=refresh, temperature=0.2, steps=1, batch_size=2, eval_rows=4, seed=4, dtype="float32", device="cpu")
     passages, learned, _ = open_library("facts")
     step = [learned[i] for i in Order(len(learned), 2, 4).rows(0)]
     reader, encoder, tokenizer = load_model("tiny", "float32", "cpu"), load_model("tiny", "float32", "cpu"), load_tokenizer("tiny")
@@ -604,4 +604,4 @@ def test_several_right_answers(tmp_path):
         assert all(q["positives"] == ["songs.txt"] and q["answer"] == "Bob Russell" and q["answers"] == ["Bob Russell", "Bobby Scott"] for q in [*learned, *held_out])
         one_line(lambda: open_library(str(tmp_path / name)), name, "context")
     assert exact_match("Bobby Scott [1].", "Bob Russell", "Bobby Scott") == 1.0 and exact_match("Bob", "Bob Russell", "Bobby Scott") == 0.0
-    assert altered("Bobby Scott wrote it, or Bob Russell.", ["Bob Russell", "Bobby Scott"], ["bob russell", "Ida"]) == "Ida wrote it, or Ida."
+    assert with_other_answer("Bobby Scott wrote it, or Bob Russell.", ["Bob Russell", "Bobby Scott"], ["bob russell", "Ida"]) == "Ida wrote it, or Ida."

@@ -14,7 +14,7 @@ from polm_lab.training.evaluate import result_of
 from polm_lab.finetuning.reft import tested as figures  # pytest takes names that begin with test for its own
 from polm_lab.runner.launch import running_part
 
-SHORT = dict(questions=8, warmup_steps=2, steps=2, batch_size=4, samples=2, judge_steps=1, votes=2, prompts=4, max_new_tokens=12, device="cpu", dtype="float32")
+SHORT = dict(questions=8, warmup_steps=2, steps=2, batch_size=4, num_generations=2, judge_steps=1, votes=2, prompts=4, max_new_tokens=12, device="cpu", dtype="float32")
 
 
 def test_the_majority_is_of_results_and_the_first_of_equals():

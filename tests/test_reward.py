@@ -173,7 +173,7 @@ def test_every_rewards_knob_takes_a_reward_model(run):
 
 @pytest.mark.parametrize("method", ["grpo", "rloo", "ppo"])
 def test_a_reward_model_is_a_parent_of_the_run_that_learns_from_it(method, run):
-    few = dict(data="sums", steps=1, batch_size=4, samples=2, eval_rows=2, max_new_tokens=4, device="cpu", dtype="float32")
+    few = dict(data="sums", steps=1, batch_size=4, num_generations=2, eval_rows=2, max_new_tokens=4, device="cpu", dtype="float32")
     found = lab.run(method, out=run.path.parent, rewards=f"model:{run.path}", **few)
     assert found.record["parents"] == [run.id]
 

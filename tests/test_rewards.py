@@ -9,12 +9,12 @@ import torch
 
 from polm_lab.training.evaluate import scorer
 from polm_lab.core.knobs import WrongInput
-from polm_lab.data.tasks import WORLDS
+from polm_lab.data.tasks import TASKS
 from polm_lab.rewards.functions import Reward, call_rewards, consistency_reward, dialogue_reward, dry_run, for_trl, format_reward
 from polm_lab.rewards.functions import length_reward, make_rewards, parse_rewards, repetition_reward, short_name, steps_reward, try_rewards
 from polm_lab.data.messages import as_completions  # fmt: skip
 
-ROWS = WORLDS["sums"].rows("prompt", 4)
+ROWS = TASKS["sums"].rows("prompt", 4)
 
 
 class Bytes:
@@ -39,13 +39,13 @@ def test_every_reward_of_the_library_on_known_text():
 
 
 def test_correct_follows_the_gold_rule_and_the_answer_column():
-    [by_world] = make_rewards("correct", scorer("sums", ROWS))
+    [by_task] = make_rewards("correct", scorer("sums", ROWS))
     answers = [row["answer"] for row in ROWS[:3]] + ["1"]
-    assert call_rewards([by_world], ROWS, answers, [[1]] * 4, [True] * 4).total == [1, 1, 1, 0]
+    assert call_rewards([by_task], ROWS, answers, [[1]] * 4, [True] * 4).total == [1, 1, 1, 0]
     rows = [dict(prompt="how much?", answer="1250"), dict(prompt="who?", answer="Ann Lee")]
     [by_column] = make_rewards("correct", scorer("my.jsonl", rows))
     assert call_rewards([by_column], rows, ["so 1,250.0 in all", "ann  lee."], [[1]] * 2, [True] * 2).total == [1, 1]
-    chat = WORLDS["chat"].rows("completion", 3)
+    chat = TASKS["chat"].rows("completion", 3)
     [gold] = make_rewards("correct", scorer("chat", chat))
     assert min(call_rewards([gold], chat, [row["completion"] for row in chat], [[1]] * 3, [True] * 3).total) > 0.6
 
@@ -152,7 +152,7 @@ def test_a_dry_run_shows_what_is_wrong_and_refuses_nothing():
         time.sleep(0.05)
         return [float(i) for i in range(len(completions))]
 
-    table, said = dry_run(["correct,repetition:0.5", unsure, slow, BAD["raises"][0], lambda completions: [1.0]], prompts=3, samples=4, max_new_tokens=4)
+    table, said = dry_run(["correct,repetition:0.5", unsure, slow, BAD["raises"][0], lambda completions: [1.0]], prompts=3, num_generations=4, max_new_tokens=4)
     assert list(table.index) == ["correct", "repetition", "unsure", "slow", "fails", "<lambda>"] and len(said) == 12
     assert (table.loc["unsure", "none"], table.loc["unsure", "not_finite"]) == (1, 1) and "completion 0 got nan" in table.loc["unsure", "problem"]
     assert table.loc["slow", "ms"] >= 50 and table.loc["slow", "group_std"] == pytest.approx(np.std([0, 1, 2, 3], ddof=1)) and table.loc["slow", "equal_groups"] == 0

@@ -324,13 +324,13 @@ def test_specs():
     assert parse_judge("rule:my.py:f") == ("rule", "my.py:f", "") and parse_judge("model:tiny") == ("model", "tiny", "")
 
 
-@pytest.mark.parametrize("train", ["dpo", "sft", "direct"])
-def test_a_key_is_nowhere_in_a_run_that_works(server, runs, monkeypatch, train):
+@pytest.mark.parametrize("algorithm", ["dpo", "sft", "direct"])
+def test_a_key_is_nowhere_in_a_run_that_works(server, runs, monkeypatch, algorithm):
     monkeypatch.setenv("POLM_TEST_KEY", KEY)
-    more = dict(samples=4, prompts=8) if train == "direct" else dict(prompts=12)
-    run = lab.run("rlaif", **QUICK | dict(judge=server.spec, key_variable="POLM_TEST_KEY", train=train, eval_rows=2) | more)
+    more = dict(num_generations=4, prompts=8) if algorithm == "direct" else dict(prompts=12)
+    run = lab.run("rlaif", **QUICK | dict(judge=server.spec, key_variable="POLM_TEST_KEY", algorithm=algorithm, eval_rows=2) | more)
     assert run.status == "finished" and all(h["Authorization"] == f"Bearer {KEY}" for h in server.headers)
-    assert KEY.encode() not in everything(runs) and (train != "sft" or b"[key]" in everything(runs)), "it was in an answer, and was taken out"
+    assert KEY.encode() not in everything(runs) and (algorithm != "sft" or b"[key]" in everything(runs)), "it was in an answer, and was taken out"
 
 
 def test_a_key_is_nowhere_in_a_notebook_and_a_run_that_fails(server, runs, polm):
@@ -462,7 +462,7 @@ def test_the_direct_reward_is_the_share_of_siblings_beaten(tmp_path):
 
 
 def test_direct_trains_with_the_judge_as_reward_and_stops_and_resumes_alike(runs, monkeypatch, tmp_path):
-    settings = QUICK | dict(train="direct", samples=4, batch_size=8, steps=2, save_every=1)
+    settings = QUICK | dict(algorithm="direct", num_generations=4, batch_size=8, steps=2, save_every=1)
     whole = lab.run("rlaif", out=tmp_path / "whole", **settings)
     assert "reward/judge" in whole.lines()[-1] and whole.samples().rewards.iloc[0].keys() == {"judge"} and read_lines(whole.path / "labels.jsonl")
     monkeypatch.setattr(Run, "stop_requested", lambda self: self.record["step"] == 1)
@@ -474,7 +474,7 @@ def test_direct_trains_with_the_judge_as_reward_and_stops_and_resumes_alike(runs
 
 
 def test_a_reward_model_learns_the_labels_and_ppo_climbs_it(runs):
-    run = lab.run("rlaif", **QUICK | dict(train="ppo", steps=1, batch_size=8))
+    run = lab.run("rlaif", **QUICK | dict(algorithm="ppo", steps=1, batch_size=8))
     model = Run(run.path.parent / run.read()["stages"]["reward"])
     assert model.method == "reward" and model.status == "finished" and model.settings["data"] == str(run.path / "preferences.jsonl") and model.id in run.read()["parents"]
     assert "reward/model" in run.lines()[-1] and (run.path / "model").exists()
@@ -490,7 +490,7 @@ def test_revision_asks_for_a_critique_and_then_for_the_answer(server):
 
 
 def test_revisions_are_learned_and_written_once(runs, monkeypatch):
-    settings = QUICK | dict(data="chat", judge="contrast:self", train="sft", prompts=12, max_new_tokens=48)
+    settings = QUICK | dict(data="chat", judge="contrast:self", algorithm="sft", prompts=12, max_new_tokens=48)
     written, plain = [], ModelJudge.write
     monkeypatch.setattr(ModelJudge, "write", lambda self, messages, seed: (written.append(seed), plain(self, messages, seed))[1])
     run = lab.run("rlaif", **settings)

@@ -10,7 +10,7 @@ import torch
 from trl import RLOOConfig, RLOOTrainer
 
 import polm_lab as lab
-from polm_lab.alignment.rloo import ESTIMATORS, RLOO, answer_advantages, answer_loss, batch_loss, spread_over_tokens, token_advantages, token_loss, trl_config
+from polm_lab.alignment.rloo import ALGORITHMS, RLOO, answer_advantages, answer_loss, batch_loss, spread_over_tokens, token_advantages, token_loss, trl_config
 from polm_lab.data.load import load_data
 from polm_lab.training.evaluate import scorer
 from polm_lab.core.knobs import WrongInput
@@ -18,14 +18,14 @@ from polm_lab.models.logprobs import Policy
 from polm_lab.core.metrics import metric
 from polm_lab.models.load import load_model
 from polm_lab.models.tokenizers import load_tokenizer
-from polm_lab.training.onpolicy import draw_groups, make_batches, refer, sequence_kl, token_values
+from polm_lab.training.onpolicy import draw_groups, make_batches, add_reference_logps, sequence_kl, token_values
 from polm_lab.models.rollout import end_tokens
 from polm_lab.core.run import Run, Stopped
 from polm_lab.training.loop import Meter
-from polm_lab.rewards.functions import as_judge, for_trl, make_rewards
+from polm_lab.rewards.functions import as_reward_fn, for_trl, make_rewards
 from polm_lab.training.chain import create, execute
 
-SHORT = dict(steps=3, batch_size=8, samples=4, eval_rows=2, max_new_tokens=8, device="cpu", dtype="float32", save_every=0)
+SHORT = dict(steps=3, batch_size=8, num_generations=4, eval_rows=2, max_new_tokens=8, device="cpu", dtype="float32", save_every=0)
 
 
 # Closed forms ---------------------------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ def microbatches(rewards=(1.0, 0.0, 3.0, -1.0)):
     batches = []
     for rows in ([3, 2], [1, 0]):
         mask = (torch.arange(5) < torch.tensor([[r + 2] for r in rows])).long() * (torch.arange(5) > 0).long()
-        batches.append(dict(rows=torch.tensor(rows), target_mask=mask, old_logp=-1.0 * mask, ref_logp=-1.5 * mask))
+        batches.append(dict(rows=torch.tensor(rows), completion_mask=mask, old_logp=-1.0 * mask, ref_logp=-1.5 * mask))
     return torch.tensor(rewards), batches
 
 
@@ -118,13 +118,13 @@ def shaken(model, seed):
 @pytest.mark.parametrize("beta, normalize, updates", [(0.0, False, 2), (0.3, False, 1), (0.3, True, 2)])
 def test_the_step_is_trls_from_rewards_to_gradient(beta, normalize, updates, tmp_path):
     tokenizer, start = load_tokenizer("tiny"), load_model("tiny", dtype="float32", device="cpu")
-    settings = RLOO(samples=4, batch_size=12, max_new_tokens=8, updates=updates, beta=beta, normalize=normalize, clip_low=0.01, clip_high=0.02)
+    settings = RLOO(num_generations=4, batch_size=12, max_new_tokens=8, updates=updates, beta=beta, normalize=normalize, clip_low=0.01, clip_high=0.02)
     rows = load_data("sums#3", "prompt")
     rewards = make_rewards("correct:1.5,length", scorer("sums", rows), 8)
     old, reference = Policy(copy.deepcopy(start)), Policy(shaken(start, 1))
-    groups = draw_groups(old, tokenizer, as_judge(rewards), [(s, row, tokenizer(row["prompt"]).input_ids) for s, row in enumerate(rows)], settings, 0, 0)
+    groups = draw_groups(old, tokenizer, as_reward_fn(rewards), [(s, row, tokenizer(row["prompt"]).input_ids) for s, row in enumerate(rows)], settings, 0, 0)
     [batch] = batches = make_batches(groups, 12, tokenizer.pad_token_id)
-    refer(reference, batches, groups, 1.0)
+    add_reference_logps(reference, batches, groups, 1.0)
     totals = torch.tensor([r for g in groups for r in g.rewards]) - beta * sequence_kl(batches, "k1")
     ours = answer_advantages(totals, 4, normalize=normalize)
 
@@ -154,7 +154,7 @@ def test_the_step_is_trls_from_rewards_to_gradient(beta, normalize, updates, tmp
 
 
 def test_trls_engine_leaves_the_record(runs):
-    run = lab.run("rloo", engine="trl", eval_rows=4, steps=2, batch_size=8, samples=4, max_new_tokens=8, max_length=64, device="cpu", dtype="float32")
+    run = lab.run("rloo", engine="trl", eval_rows=4, steps=2, batch_size=8, num_generations=4, max_new_tokens=8, max_length=64, device="cpu", dtype="float32")
     rows = run.lines("samples")
     assert [row["step"] for row in rows] == [1] * 8 + [2] * 8 and all(len(row["ids"]) == len(row["tokens"]) for row in rows)
     for step, metrics in enumerate(run.lines(), 1):
@@ -169,9 +169,9 @@ def weights(run):
     return (run.path / "model" / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_each_estimator_repeats_to_the_bit_stops_and_goes_on(estimator, tmp_path, monkeypatch):
-    settings = SHORT | dict(estimator=estimator, updates=2, save_every=1)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_each_estimator_repeats_to_the_bit_stops_and_goes_on(algorithm, tmp_path, monkeypatch):
+    settings = SHORT | dict(algorithm=algorithm, updates=2, save_every=1)
     first = lab.run("rloo", **settings, out=tmp_path / "whole")
     again = create("rloo", settings, out=tmp_path / "parts", via="bare")
     with monkeypatch.context() as patch, pytest.raises(Stopped):
@@ -186,27 +186,27 @@ def test_each_estimator_repeats_to_the_bit_stops_and_goes_on(estimator, tmp_path
     assert all(map(metric, names)) and {"reward", "reward_std", "kl", "entropy", "clip_fraction", "ratio_max", "advantage_std", "length", "zero_std_groups"} <= names
     learned = [row for row in first.lines("samples") if "group" in row]
     assert len(learned) == 24 and len(first.lines("samples")) == 30
-    if estimator == "reinforce++":
+    if algorithm == "reinforce++":
         assert all(len(row["advantages"]) == len(row["ids"]) for row in learned)
 
 
 def test_estimators_learn_from_the_same_answers_but_differently(tmp_path):
-    found = {e: lab.run("rloo", **SHORT | dict(steps=1), estimator=e, out=tmp_path) for e in ESTIMATORS}
+    found = {e: lab.run("rloo", **SHORT | dict(steps=1), algorithm=e, out=tmp_path) for e in ALGORITHMS}
     first = [[row["completion"] for row in run.lines("samples") if "group" in row] for run in found.values()]
     assert first[0] == first[1] == first[2] and len({weights(run) for run in found.values()}) == 3
 
 
 def test_rewards_that_are_all_equal_change_nothing(tmp_path):
     (tmp_path / "mine.py").write_text("def same(completions):\n    return [3.0] * len(completions)\n")
-    for estimator in ESTIMATORS:
-        run = lab.run("rloo", **SHORT, estimator=estimator, rewards=f"{tmp_path}/mine.py:same", beta=0.0, out=tmp_path)
+    for algorithm in ALGORITHMS:
+        run = lab.run("rloo", **SHORT, algorithm=algorithm, rewards=f"{tmp_path}/mine.py:same", beta=0.0, out=tmp_path)
         assert [row["grad_norm"] for row in run.lines()] == pytest.approx([0.0] * 3, abs=1e-6) and "kl" not in run.lines()[0]
 
 
 REFUSED = {
-    "groups are not whole": (dict(batch_size=6), "multiple of samples = 4"),
-    "unknown estimator": (dict(estimator="reinforce"), "one of rloo, remax, reinforce++"),
-    "TRL has no ReMax": (dict(engine="trl", estimator="remax"), "expected rloo"),
+    "groups are not whole": (dict(batch_size=6), "multiple of num_generations = 4"),
+    "unknown estimator": (dict(algorithm="reinforce"), "one of rloo, remax, reinforce++"),
+    "TRL has no ReMax": (dict(engine="trl", algorithm="remax"), "expected rloo"),
     "no room": (dict(max_length=9), "max_length - max_new_tokens = 1"),
 }
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from polm_lab.models import cache as module
 from polm_lab.core.knobs import WrongInput
 from polm_lab.models.rollout import Stops, end_tokens, rollout
-from polm_lab.models.sampling import narrow, pick, row_seeds, uniforms
+from polm_lab.models.sampling import filter_logits, sample_token, row_seeds, uniforms
 
 hf.utils.logging.set_verbosity_error()
 COMMON = dict(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -90,10 +90,10 @@ def test_greedy_equals_generate_and_logps_equal_recomputed(kind, share, shared_s
         model, prompts = make(kind, seed), some_prompts(seed)
         expected = generated(model, prompts, 16)
         for samples in (1, 3):
-            out = rollout(model, None, prompts, samples=samples, max_new_tokens=16, temperature=0, share=share)
+            out = rollout(model, None, prompts, num_generations=samples, max_new_tokens=16, temperature=0, share=share)
             assert out.completions == [e for e in expected for _ in range(samples)]
             assert error_of(model, out, 1.0) < 1e-4
-        out = rollout(model, None, prompts, samples=3, max_new_tokens=16, temperature=0.7, seeds=seed, share=share)
+        out = rollout(model, None, prompts, num_generations=3, max_new_tokens=16, temperature=0.7, seeds=seed, share=share)
         assert error_of(model, out, 0.7) < 1e-4
         assert [len(l) for l in out.logps] == [len(c) for c in out.completions]
         assert out.ended == [c[-1] in (1, 2, 3) for c in out.completions]
@@ -112,16 +112,16 @@ def test_lengths_vary_in_the_cases_above():
 def test_without_padding_no_mask_is_made():
     model, seen = make(), []
     model.register_forward_pre_hook(lambda m, args, kwargs: seen.append("attention_mask" in kwargs), with_kwargs=True)
-    rollout(model, None, some_prompts(lengths=(6, 6)), samples=2, max_new_tokens=4, share=False)
+    rollout(model, None, some_prompts(lengths=(6, 6)), num_generations=2, max_new_tokens=4, share=False)
     assert not any(seen)
-    rollout(model, None, some_prompts(lengths=(6, 5)), samples=2, max_new_tokens=4, share=False)
+    rollout(model, None, some_prompts(lengths=(6, 5)), num_generations=2, max_new_tokens=4, share=False)
     assert any(seen)
 
 
 def test_the_prompt_is_read_once():
     model, shapes = make(), []
     model.register_forward_pre_hook(lambda m, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
-    rollout(model, None, some_prompts(lengths=(6, 9)), samples=5, max_new_tokens=4)
+    rollout(model, None, some_prompts(lengths=(6, 9)), num_generations=5, max_new_tokens=4)
     assert shapes[0] == (2, 9) and shapes[1][1] == 1 and shapes[1][0] <= 10
     assert all(a[0] >= b[0] for a, b in zip(shapes[1:], shapes[2:]))
 
@@ -161,7 +161,7 @@ def test_tokens_follow_the_model_s_distribution():
         out = rollout(model, None, [[7, 8, 9]], 4000, 1, temperature, top_p, top_k, seeds=1, at_once=4000)
         with torch.no_grad():
             logits = model(torch.tensor([[7, 8, 9]])).logits[:, -1] / temperature
-        p = narrow(logits, top_k, top_p).softmax(-1)[0].double().numpy()
+        p = filter_logits(logits, top_k, top_p).softmax(-1)[0].double().numpy()
         counts = np.bincount([c[0] for c in out.completions], minlength=len(p))
         assert counts[p == 0].sum() == 0
         often = p * 4000 >= 5
@@ -181,14 +181,14 @@ def test_sets_equal_the_warpers_of_transformers(top_k, top_p):
         x = torch.randn(16, 400) * spread
         expected = hf.TopKLogitsWarper(top_k)(None, x) if top_k else x
         expected = hf.TopPLogitsWarper(top_p)(None, expected) if top_p < 1 else expected
-        assert torch.equal(narrow(x, top_k, top_p), expected)
+        assert torch.equal(filter_logits(x, top_k, top_p), expected)
 
 
 def test_pick_at_the_edges():
     z = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
     tiny, half = 2.0**-49, 0.5
-    assert [pick(z, torch.tensor([u], dtype=torch.float64))[0].item() for u in (tiny, half - 1e-9, half, 1 - tiny)] == [1, 1, 3, 3]
-    token, logp = pick(torch.zeros(1, 200_000), torch.tensor([1 - tiny], dtype=torch.float64))
+    assert [sample_token(z, torch.tensor([u], dtype=torch.float64))[0].item() for u in (tiny, half - 1e-9, half, 1 - tiny)] == [1, 1, 3, 3]
+    token, logp = sample_token(torch.zeros(1, 200_000), torch.tensor([1 - tiny], dtype=torch.float64))
     assert token.item() == 199_999 and abs(logp.item() + math.log(200_000)) < 1e-5
     numbers = uniforms(range(-50, 50), 200)
     assert numbers.min() > 0 and numbers.max() < 1 and len(np.unique(numbers)) == numbers.size
@@ -254,7 +254,7 @@ WRONG = {
     "text": (dict(prompts=["hello"]), "prompts:0: found 'h'; expected token ids from 0 to 127"),
     "id outside": (dict(prompts=[[128]]), "prompts:0: found 128"),
     "negative id": (dict(prompts=[[-1]]), "prompts:0: found -1"),
-    "samples": (dict(samples=0), "samples: found 0"),
+    "samples": (dict(num_generations=0), "samples: found 0"),
     "new tokens": (dict(max_new_tokens=0), "max_new_tokens: found 0"),
     "temperature": (dict(temperature=-1), "temperature: found -1"),
     "temperature nan": (dict(temperature=math.nan), "temperature: found nan"),

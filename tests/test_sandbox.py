@@ -23,7 +23,7 @@ from conftest import ROOT
 from polm_lab.core.knobs import WrongInput
 from polm_lab.rewards.sandbox import Pool, isolator, run_code
 from polm_lab.rewards.verifiers import assertions, check_humaneval, check_mbpp, code_in
-from polm_lab.data.tasks import WORLDS
+from polm_lab.data.tasks import TASKS
 
 SECRET = "the-canary-sings"
 NUMBERS = "ptrace process_vm_readv pidfd_open mount umount2 pivot_root chroot unshare setns bpf perf_event_open userfaultfd io_uring_setup keyctl add_key memfd_create shmget open_by_handle_at capset reboot init_module kexec_load swapon clone3 clone fork vfork mq_open inotify_init1 name_to_handle_at sched_setaffinity setpriority personality seccomp quotactl acct"
@@ -592,22 +592,22 @@ def test_humaneval_and_mbpp_rows():
     assert assertions(["f(1) == 2", "assert g()", "y = f(1)\nassert y"]) == "assert f(1) == 2\nassert g()\ny = f(1)\nassert y"
 
 
-def test_verdicts_are_those_of_the_code_world():
-    "The world's own evaluator and the sandbox agree on right and wrong completions."
-    world = WORLDS["code"]
-    rows = world.rows("preference", 12, 0)
+def test_verdicts_are_those_of_the_code_task():
+    "The task's own evaluator and the sandbox agree on right and wrong completions."
+    task = TASKS["code"]
+    rows = task.rows("preference", 12, 0)
     texts = [row[side] for row in rows for side in ("chosen", "rejected")]
     rows = [row for row in rows for _ in range(2)]
     with Pool() as pool:
         got = pool.map([row["prompt"] + text for row, text in zip(rows, texts)], tests=[assertions(row["tests"]) for row in rows])
-    assert [float(e.ended) for e in got] == [world.score(row, text) for row, text in zip(rows, texts)] == [1.0, 0.0] * 12
+    assert [float(e.ended) for e in got] == [task.score(row, text) for row, text in zip(rows, texts)] == [1.0, 0.0] * 12
 
 
 def test_reward_of_code_that_passes_its_tests():
     from polm_lab.rewards.functions import call_rewards, make_rewards, try_rewards
 
-    world = WORLDS["code"]
-    rows = world.rows("preference", 8, 1)
+    task = TASKS["code"]
+    rows = task.rows("preference", 8, 1)
     [reward] = make_rewards("tests")
     for side, value in (("chosen", 1.0), ("rejected", 0.0)):
         assert call_rewards([reward], rows, [row[side] for row in rows], [[1]] * 8, [True] * 8).total == [value] * 8
@@ -617,7 +617,7 @@ def test_reward_of_code_that_passes_its_tests():
     for completion in ("import os; os._exit(0)", "f = 1\nraise SystemExit", "while True: pass"):
         assert call_rewards([reward], talk[:1], [[{"role": "assistant", "content": completion}]], [[1]], [True]).total == [0.0]
     with pytest.raises(WrongInput, match="no column `tests`"):
-        try_rewards([reward], WORLDS["sums"].rows("prompt", 2), lambda text, **_: type("Encoded", (), {"input_ids": [1]}))
+        try_rewards([reward], TASKS["sums"].rows("prompt", 2), lambda text, **_: type("Encoded", (), {"input_ids": [1]}))
 
 
 def test_the_reward_is_refused_before_compute_without_an_isolator(polm):

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from polm_lab.training import conformance as check
-from polm_lab.training.evaluate import other_worlds
+from polm_lab.training.evaluate import other_tasks
 from polm_lab.core.settings import knobs
 from polm_lab.core.method import find, methods
 from polm_lab.models.load import load_model
@@ -22,8 +22,8 @@ SAVING = [name for name, m in methods().items() if any(k.name == "save_dtype" fo
 TYPES = dict(bfloat16=torch.bfloat16, float16=torch.float16, float32=torch.float32)
 SHORT = dict(steps=1, batch_size=4, eval_rows=2, save_every=0, learning_rate=1e-3, max_length=96)
 OWN = dict(  # knobs that make the runs that are no training by steps short
-    prune=dict(samples=2, max_length=64), slim=dict(samples=2, max_length=64, ratio=0.2), merge=dict(rows=2, tasks="sums"), fuse=dict(rows=2, tasks="sums,sums", examples=2),
-    reft=dict(questions=4, warmup_steps=1, steps=1, batch_size=4, samples=2, max_new_tokens=4, judge_steps=0, votes=2, prompts=2),
+    prune=dict(calibration_samples=2, max_length=64), slim=dict(calibration_samples=2, max_length=64, ratio=0.2), merge=dict(eval_rows=2, tasks="sums"), fuse=dict(eval_rows=2, tasks="sums,sums", examples=2),
+    reft=dict(questions=4, warmup_steps=1, steps=1, batch_size=4, num_generations=2, max_new_tokens=4, judge_steps=0, votes=2, prompts=2),
 )  # fmt: skip
 KEPT = ("perplexity", "accuracy", "loss", "reward", "length", "mrr", "recall/1")  # metrics that need nothing but the model
 
@@ -52,8 +52,8 @@ def short(name, out, model, **more):
         values |= dict(prompts=32)
     settings = find(name).settings(**values | more)
     run = Run.create(name, {k.name: getattr(settings, k.name) for k in knobs(settings)}, out=out)
-    with check.exchanged(other_worlds, lambda *args: ()):
-        return check.go_on(method, run)
+    with check.replaced_everywhere(other_tasks, lambda *args: ()):
+        return check.continue_run(method, run)
 
 
 def types_of(folder):
@@ -121,8 +121,8 @@ def test_killed_and_resumed_gives_the_same_bits(bases, tmp_path, adapter, monkey
                     short("sft", tmp_path / "stopped", bases / "float16", steps=4, adapter=adapter)
         if stop:
             run = Run(next((tmp_path / "stopped").iterdir()))
-            with check.exchanged(other_worlds, lambda *args: ()):
-                runs.append(check.go_on(find("sft"), run))
+            with check.replaced_everywhere(other_tasks, lambda *args: ()):
+                runs.append(check.continue_run(find("sft"), run))
         else:
             runs.append(short("sft", tmp_path / "whole", bases / "float16", steps=4, adapter=adapter))
     assert check.weights_file(runs[0]) == check.weights_file(runs[1]) and types_of(runs[0].path / "model") == {torch.float16}
@@ -226,7 +226,7 @@ def test_trls_engine_saves_the_same_way(bases, tmp_path):
 def test_fuse_takes_an_adapters_run_next_to_a_whole_model(bases, tmp_path):
     "A head of its own on one side: all are untied, and the adapter counts. Both tunes alike, their mean is the tune."
     first = short("sft", tmp_path, bases / "bfloat16", adapter="lora:r=2,target_modules=lm_head", learning_rate=1e-2)
-    made = short("fuse", tmp_path, bases / "bfloat16", models=f"{first.path},{first.path}", technique="fisher", tasks="sums", data="sums,sums", save_dtype="float32")
+    made = short("fuse", tmp_path, bases / "bfloat16", models=f"{first.path},{first.path}", algorithm="fisher", tasks="sums", data="sums,sums", save_dtype="float32")
     with torch.no_grad():
         ids = torch.arange(20, 40)[None]
         tuned, fused, base = (load_model(f, "float32", "cpu").eval()(input_ids=ids, use_cache=False).logits for f in (first.path, made.path, bases / "bfloat16"))

@@ -16,7 +16,7 @@ from polm_lab.integration.retrieval.text import cut, fold, holds, shortened, spa
 from polm_lab.integration.retrieval.documents import html_text, load_documents
 from polm_lab.integration.retrieval.library import open_library
 from polm_lab.integration.retrieval.passages import Index
-from polm_lab.integration.rag import LocalReader, Reading, altered, exact_match
+from polm_lab.integration.rag import LocalReader, Reading, with_other_answer, exact_match
 from polm_lab.integration.retrieval.passages import Hit
 from polm_lab.integration.retriever import retrieval_metrics, states_answer
 
@@ -165,9 +165,9 @@ def test_places_of_answers_are_those_of_the_text_as_written():
 
 
 def test_another_answer_takes_the_place_of_the_right_one():
-    assert altered("埃斯克河流经巴顿。埃斯克河很长。", ["埃斯克河", "河"], ["埃斯克河", "泰河"]) == "泰河流经巴顿。泰河很长。"
-    assert altered("Ｔｈｅ Ｅｓｋ is long", ["esk"], ["ESK", "Tay"]) == "Ｔｈｅ Tay is long"
-    assert altered("서울에서", ["서울"], ["부산"]) == "부산에서"
+    assert with_other_answer("埃斯克河流经巴顿。埃斯克河很长。", ["埃斯克河", "河"], ["埃斯克河", "泰河"]) == "泰河流经巴顿。泰河很长。"
+    assert with_other_answer("Ｔｈｅ Ｅｓｋ is long", ["esk"], ["ESK", "Tay"]) == "Ｔｈｅ Tay is long"
+    assert with_other_answer("서울에서", ["서울"], ["부산"]) == "부산에서"
 
 
 def test_answers_are_equal_but_for_what_writing_may_vary():

@@ -9,7 +9,7 @@ from test_rollout import KINDS, make, recomputed, some_prompts
 
 from polm_lab.core.knobs import WrongInput
 from polm_lab.core.run import Run
-from polm_lab.models.cache import closed_up
+from polm_lab.models.cache import compact_places
 from polm_lab.models.load import load_model
 from polm_lab.models.rollout import Batch, evaluating, rollout, steps
 from polm_lab.models.sampling import row_seeds
@@ -121,14 +121,14 @@ def test_one_beam_is_greedy_and_wide_ones_have_the_log_probs_of_a_plain_pass(kin
 @pytest.mark.parametrize("kind", KINDS)
 def test_selected_rows_equal_rows_that_were_computed_apart(kind, share):
     "Rows of padded prompts are dropped, reordered and repeated, more of them than before; then two tokens are read."
-    from polm_lab.models.rollout import sharing
+    from polm_lab.models.rollout import shared_prefix
 
     model, prompts, samples = make(kind), some_prompts(), 2
     generator = torch.Generator().manual_seed(1)
-    with torch.no_grad(), evaluating(model), sharing(model, share) as shared:
+    with torch.no_grad(), evaluating(model), shared_prefix(model, share) as shared:
         batch = Batch(model, prompts, samples, 6, shared)
         said = [list(prompt) for prompt in prompts for _ in range(samples)]
-        for rows in ([0, 1, 2, 3, 4, 5, 6, 7], [7, 0, 0, 2, 2, 2, 5, 5, 1, 6, 0], [3, 10, 3], [1, 1, 0, 2], closed_up([True, False, True, True])):
+        for rows in ([0, 1, 2, 3, 4, 5, 6, 7], [7, 0, 0, 2, 2, 2, 5, 5, 1, 6, 0], [3, 10, 3], [1, 1, 0, 2], compact_places([True, False, True, True])):
             batch.select(rows)
             said = [list(said[row]) for row in rows]
             for one, logits in zip(said, batch.logits):
@@ -142,8 +142,8 @@ def test_selected_rows_equal_rows_that_were_computed_apart(kind, share):
 
 
 def test_a_dropped_batch_moves_as_few_rows_as_it_can():
-    assert closed_up([True] * 4) == [0, 1, 2, 3] and closed_up([False] * 3) == []
-    assert closed_up([False, True, False, True, True]) == [3, 1, 4]
+    assert compact_places([True] * 4) == [0, 1, 2, 3] and compact_places([False] * 3) == []
+    assert compact_places([False, True, False, True, True]) == [3, 1, 4]
 
 
 def test_steps_without_an_answer_are_a_rollout():

@@ -12,18 +12,18 @@ import polm_lab as lab
 from polm_lab.rewards.endpoint import Kept
 from polm_lab.core.knobs import WrongInput
 from polm_lab.core.run import all_runs, open_run
-from polm_lab.data.tasks import WORLDS
-from polm_lab.reasoning.refine.asking import Ask, EndpointWriter, Step, Trace, make_writer, read_traces, tree_html, tree_text
-from polm_lab.reasoning.refine.checks import feedback_critic
-from polm_lab.reasoning.refine.forms import FactWords, SumWords, words_for
+from polm_lab.data.tasks import TASKS
+from polm_lab.reasoning.refine.trace import Ask, EndpointWriter, Step, Trace, make_writer, read_traces, tree_html, tree_text
+from polm_lab.reasoning.refine.self_critics import feedback_critic
+from polm_lab.reasoning.refine.tiny_prompts import FactWords, SumWords, words_for
 from polm_lab.reasoning.refine.rounds import Feedback, draft, follow, forget, never, refine, remember, round_metrics, satisfied, unchanged
-from polm_lab.reasoning.selfrefine import STRATEGIES, chosen, drafts, round_table
+from polm_lab.reasoning.selfrefine import ALGORITHMS, chosen, drafts, round_table
 from polm_lab.reasoning.refine.solver import equations, solve, solved, solver, symbolic
-from polm_lab.reasoning.refine.tools import ToolCritic, bm25, calculator, called, read_passages, run_tests, searched, source_of
-from polm_lab.reasoning.refine.words import Words
+from polm_lab.reasoning.refine.tools import ToolCritic, bm25, calculator, call_with_timeout, read_passages, run_tests, searched, source_of
+from polm_lab.reasoning.refine.prompts import Words
 from polm_lab.training.search import most_for
 
-QUICK = dict(questions=8, rounds=2, samples=2, dtype="float32", device="cpu")
+QUICK = dict(questions=8, rounds=2, num_generations=2, dtype="float32", device="cpu")
 KEY = "sk-Very+Secret/0123456789abcdef"
 
 
@@ -41,7 +41,7 @@ def writer():
 
 @pytest.fixture(scope="module")
 def sums():
-    return WORLDS["sums"].rows("prompt", 16, 5, "test")
+    return TASKS["sums"].rows("prompt", 16, 5, "test")
 
 
 def loop(words, **more):
@@ -124,10 +124,10 @@ def test_memory_is_bounded():
 
 
 def test_accuracy_is_what_was_not_broken_and_what_was_mended(writer, sums):
-    score, traces = WORLDS["sums"].score, refined(sums, Ask(writer, 48))
+    score, traces = TASKS["sums"].score, refined(sums, Ask(writer, 48))
     first, last = (round_metrics(traces, r, score) for r in (0, 3))
-    assert math.isclose(last["accuracy"], first["accuracy"] * (1 - last["broken"]) + (1 - first["accuracy"]) * last["mended"])
-    assert "mended" not in round_metrics([Trace(0, dict(answer="2"), answers=["2"])], 0, score)  # nothing was wrong, so nothing can be mended
+    assert math.isclose(last["accuracy"], first["accuracy"] * (1 - last["correct_to_incorrect"]) + (1 - first["accuracy"]) * last["incorrect_to_correct"])
+    assert "incorrect_to_correct" not in round_metrics([Trace(0, dict(answer="2"), answers=["2"])], 0, score)  # nothing was wrong, so nothing can be mended
 
 
 # Traces -------------------------------------------------------------------------------------------------------------
@@ -177,10 +177,10 @@ def test_the_embedded_model_is_asked_in_forms_that_it_has_read(writer):
     assert type(words_for("sums#5", tokenizer)) is SumWords and type(words_for("facts", tokenizer)) is FactWords and type(words_for("sums", None)) is Words
     assert "words for sums, facts, code, chat" in says(words_for, "stories", tokenizer)
     assert "expected a sum" in says(SumWords().feedback, dict(prompt="Hello"), "1")
-    for name, world in (("sums", SumWords()), ("facts", FactWords())):
-        row = WORLDS[name].rows("prompt", 1, 0, "test")[0]
+    for name, task in (("sums", SumWords()), ("facts", FactWords())):
+        row = TASKS[name].rows("prompt", 1, 0, "test")[0]
         feedback = Feedback("x", False, row["answer"])
-        for prompt in (world.draft(row), world.feedback(row, row["answer"]), world.revision(row, "1", feedback), *world.ways(row), *world.questions(row, "1"), world.reflection(row, "1", feedback)):
+        for prompt in (task.draft(row), task.feedback(row, row["answer"]), task.revision(row, "1", feedback), *task.ways(row), *task.questions(row, "1"), task.reflection(row, "1", feedback)):
             assert prompt
 
 
@@ -206,12 +206,12 @@ def test_a_tool_that_fails_costs_one_feedback(writer, sums):
     traces = refined(sums, Ask(writer, 48), rounds=1, critic=ToolCritic(shaky))
     failed = [t for t in traces if any("error" in s.facts for s in t.steps)]
     assert len(failed) == 5 and all("the line is down" in tree_text(t) and t.answer == t.answers[0] for t in failed)
-    assert all(WORLDS["sums"].score(t.row, t.answer) for t in traces if t not in failed)
+    assert all(TASKS["sums"].score(t.row, t.answer) for t in traces if t not in failed)
 
 
 def test_a_tool_that_always_fails_ends_the_run_with_one_line(tmp_path):
     (tmp_path / "mine.py").write_text("def ruler(row, answer):\n    raise KeyError('length')\n\ndef fine(row, answer):\n    return True\n")
-    message = says(lab.run, "selfrefine", out=tmp_path, critic=f"{tmp_path}/mine.py:ruler", **QUICK | dict(samples=0))
+    message = says(lab.run, "selfrefine", out=tmp_path, critic=f"{tmp_path}/mine.py:ruler", **QUICK | dict(num_generations=0))
     assert "tool ruler: failed on each of its first 8 questions (KeyError: 'length')" in message
     run = lab.run("selfrefine", out=tmp_path, critic=f"{tmp_path}/mine.py:fine", **QUICK)
     assert run.record["endings"] == {"satisfied": 8} and run.summary["after"]["accuracy"] == run.summary["before"]["accuracy"]
@@ -219,10 +219,10 @@ def test_a_tool_that_always_fails_ends_the_run_with_one_line(tmp_path):
 
 def test_a_tool_that_hangs_is_left_behind():
     over = threading.Event()
-    assert called(over.wait, seconds=0.1) == (None, "no answer within 0.1 s")
+    assert call_with_timeout(over.wait, seconds=0.1) == (None, "no answer within 0.1 s")
     assert not over.is_set()
     over.set()
-    assert called(lambda: 1 / 0)[1].startswith("ZeroDivisionError") and called(lambda: 5) == (5, "")
+    assert call_with_timeout(lambda: 1 / 0)[1].startswith("ZeroDivisionError") and call_with_timeout(lambda: 5) == (5, "")
 
 
 def test_the_calculator_reads_what_is_stated():
@@ -274,7 +274,7 @@ def test_assertions_and_whole_programs():
 @pytest.mark.parametrize("judged", [False, True])
 def test_sampling_more_costs_no_more_than_refining(writer, sums, judged):
     "And what is drawn bit by bit is what is drawn at once."
-    words, score = SumWords(), WORLDS["sums"].score
+    words, score = SumWords(), TASKS["sums"].score
     make = lambda: drafts(sums, 8, words, Ask(writer, 48, seed=9), feedback_critic(words) if judged else None)
     paid = lambda samples, tokens: samples.compared(tokens, lambda i, group: score(sums[i], chosen(group, words)))
     samples, drawn = make(), []
@@ -296,9 +296,9 @@ def test_sampling_more_costs_no_more_than_refining(writer, sums, judged):
 # Strategies ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_strategy_runs_and_is_bounded(name, tmp_path):
-    run = lab.run("selfrefine", out=tmp_path, strategy=name, **QUICK)
+    run = lab.run("selfrefine", out=tmp_path, algorithm=name, **QUICK)
     traces = read_traces(run)
     assert run.status == "finished" and len(traces) == 8 and all(len(t.answers) <= 3 and t.tokens() <= 600 for t in traces)
     after = run.summary["after"]
@@ -317,25 +317,25 @@ def test_another_local_model_is_asked_in_english(name, tmp_path):
     model = load_model("tiny", "float32", "cpu")
     model.resize_token_embeddings(len(tokenizer))
     model.save_pretrained(tmp_path / "model")
-    run = lab.run("selfrefine", out=tmp_path / "runs", model=str(tmp_path / "model"), strategy=name, data="sums", tokens=2000, **QUICK | dict(questions=4, samples=0))
+    run = lab.run("selfrefine", out=tmp_path / "runs", model=str(tmp_path / "model"), algorithm=name, data="sums", token_budget=2000, **QUICK | dict(questions=4, num_generations=0))
     asked = [part.prompt for t in read_traces(run) for step in t.steps for part in step.parts if part.prompt and not part.role.startswith("tool")]
     assert run.status == "finished" and all(isinstance(prompt, list) and prompt[-1]["role"] == "user" for prompt in asked) and len(asked) > 4
 
 
 def test_on_the_command_line(polm):
-    done = polm("run", "selfrefine", "--bare", "--json", "-p", "strategy", "critic", "-p", "questions", "4", "-p", "samples", "2")
+    done = polm("run", "selfrefine", "--bare", "--json", "-p", "algorithm", "critic", "-p", "questions", "4", "-p", "samples", "2")
     assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1])["summary"]["after"]["accuracy"] >= 0.75
-    wrong = polm("run", "selfrefine", "--bare", "-p", "strategy", "critik")
+    wrong = polm("run", "selfrefine", "--bare", "-p", "algorithm", "critik")
     assert wrong.returncode == 2 and len(wrong.stderr.strip().splitlines()) == 1 and "did you mean 'critic'" in wrong.stderr
 
 
 def test_wrong_settings_are_refused_before_a_model_is_asked(tmp_path):
     refused = lambda **more: says(lab.run, "selfrefine", out=tmp_path, **QUICK | more)
-    assert "did you mean 'reflexion'" in refused(strategy="reflexon")
+    assert "did you mean 'reflexion'" in refused(algorithm="reflexon")
     assert "critic = 'calcullator'" in refused(critic="calcullator")
     assert "no words for feedback in code" in refused(data="code")
     assert "there is no file" in refused(critic="nowhere.py:f")
-    assert "cannot be read" in refused(strategy="flare", source="nowhere.txt")
+    assert "cannot be read" in refused(algorithm="flare", source="nowhere.txt")
     assert "rounds = 0" in refused(rounds=0)
 
 
@@ -364,7 +364,7 @@ server = endpoint(Server)
 def test_an_endpoint_is_asked_in_english_and_mends_its_answers(server, tmp_path, monkeypatch):
     monkeypatch.setenv("REFINE_KEY", KEY)
     server.fails = [503, "drop", "torn", 429, "[]", "{"]
-    run = lab.run("selfrefine", out=tmp_path, endpoint=server.spec, key_variable="REFINE_KEY", data="sums", **QUICK | dict(samples=0))
+    run = lab.run("selfrefine", out=tmp_path, endpoint=server.spec, key_variable="REFINE_KEY", data="sums", **QUICK | dict(num_generations=0))
     assert run.summary["after"]["accuracy"] == 1.0 > run.summary["before"]["accuracy"] and run.record["endings"] == {"satisfied": 8}
     assert run.summary["after"]["tokens"] >= 28 and all("Check that answer" not in body["messages"][0]["content"] for body in server.bodies)
     for path in run.path.rglob("*"):
@@ -372,7 +372,7 @@ def test_an_endpoint_is_asked_in_english_and_mends_its_answers(server, tmp_path,
 
 
 def test_an_endpoint_that_dies_ends_the_run_with_one_line_and_is_not_asked_twice(server, tmp_path, monkeypatch):
-    values = dict(endpoint=server.spec, data="sums", **QUICK | dict(samples=0))
+    values = dict(endpoint=server.spec, data="sums", **QUICK | dict(num_generations=0))
     plain, count = Server.reply, []
 
     def dies(self, messages):
@@ -396,7 +396,7 @@ def test_an_endpoint_that_dies_ends_the_run_with_one_line_and_is_not_asked_twice
 
 
 def test_an_endpoint_that_is_not_there_or_refuses(server, tmp_path):
-    refused = lambda endpoint, **more: says(lab.run, "selfrefine", out=tmp_path, endpoint=endpoint, data="sums", **QUICK | dict(samples=0) | more)
+    refused = lambda endpoint, **more: says(lab.run, "selfrefine", out=tmp_path, endpoint=endpoint, data="sums", **QUICK | dict(num_generations=0) | more)
     assert "cannot be reached" in refused("openai:http://127.0.0.1:9/v1#m")
     assert "a rule; expected openai" in refused("rule:correct")
     assert "no such environment variable" in refused(server.spec, key_variable="NO_SUCH_VARIABLE")

@@ -1,4 +1,4 @@
-"Data specs: how they are taken apart, which rows an evaluation sees, and what each method makes of a world, a part of it, and a file."
+"Data specs: how they are taken apart, which rows an evaluation sees, and what each method makes of a task, a part of it, and a file."
 
 import functools
 import json
@@ -11,7 +11,7 @@ from polm_lab.training import conformance as check
 from polm_lab.data import load as data_load
 from polm_lab.data import rows as data_rows
 from polm_lab.data.load import DataSpec, held_out, load_data, load_held_out, natural_kind, parse_spec
-from polm_lab.training.evaluate import Evaluation, other_worlds, scorer, with_rows, worlds_of
+from polm_lab.training.evaluate import Evaluation, other_tasks, scorer, with_rows, task_names
 from polm_lab.core.knobs import WrongInput
 from polm_lab.core.settings import make_settings
 from polm_lab.models.logprobs import Policy
@@ -20,11 +20,11 @@ from polm_lab.core.metrics import is_count, metric
 from polm_lab.models.load import load_model
 from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.core.run import Run
-from polm_lab.data.tasks import WORLDS
+from polm_lab.data.tasks import TASKS
 from polm_lab.integration.retrieval.library import open_library
 from polm_lab.rewards.functions import make_rewards, on_held_out
 
-TRAIN, SEEN, GIVEN = 48, 8, 5  # rows of a world, rows of the evaluation at most, rows of a file to evaluate on
+TRAIN, SEEN, GIVEN = 48, 8, 5  # rows of a task, rows of the evaluation at most, rows of a file to evaluate on
 
 
 def written(path, rows):
@@ -51,10 +51,10 @@ def test_each_kind_of_spec(tmp_path, monkeypatch):
     (tmp_path / "sums").mkdir()
     entry = next(name for name, one in data_load.CATALOG.items() if one.hub)
     expected = {
-        "sums": DataSpec("sums", "world", "sums"),  # a folder of that name does not hide the world
+        "sums": DataSpec("sums", "task", "sums"),  # a folder of that name does not hide the task
         "./sums": DataSpec("./sums", "folder", "./sums"),
-        "chat#200": DataSpec("chat", "world", "chat", limit=200),
-        "chat# 200 , skip": DataSpec("chat", "world", "chat", limit=200, skip=True),
+        "chat#200": DataSpec("chat", "task", "chat", limit=200),
+        "chat# 200 , skip": DataSpec("chat", "task", "chat", limit=200, skip=True),
         file: DataSpec(file, "file", file),
         f"{file}#5,skip": DataSpec(file, "file", file, limit=5, skip=True),
         odd: DataSpec(odd, "file", odd),
@@ -69,7 +69,7 @@ def test_each_kind_of_spec(tmp_path, monkeypatch):
         "": DataSpec("", "missing", ""),
     }
     assert {spec: parse_spec(spec) for spec in expected} == expected
-    assert [name for name in expected if parse_spec(name).world] == ["sums", "chat#200", "chat# 200 , skip"]
+    assert [name for name in expected if parse_spec(name).task] == ["sums", "chat#200", "chat# 200 , skip"]
 
 
 @pytest.mark.parametrize("spec", ["sums#0", "sums#some", "sums#5,5x!", "sums#-3", "org/name#a,b"])
@@ -85,7 +85,7 @@ def test_a_file_has_no_splits(tmp_path):
 
 def test_a_run_keeps_the_full_path_of_a_part_of_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    file = written(tmp_path / "rows.jsonl", WORLDS["sums"].rows("completion", 4))
+    file = written(tmp_path / "rows.jsonl", TASKS["sums"].rows("completion", 4))
     (tmp_path / "chat").mkdir()
     entry = next(iter(data_load.CATALOG))
     kept = {
@@ -93,15 +93,15 @@ def test_a_run_keeps_the_full_path_of_a_part_of_a_file(tmp_path, monkeypatch):
         "chat": "chat", "./chat": str(tmp_path / "chat"), "chat#5": "chat#5", "org/name#part": "org/name#part", "": "",
     }  # fmt: skip
     for spec, full in kept.items():
-        assert chain.check("sft", dict(data="sums", eval_data=spec))[1].eval_data == full
-    assert chain.check("sft", dict(data="rows.jsonl#3"))[1].data == f"{file}#3"
+        assert chain.check_settings("sft", dict(data="sums", eval_data=spec))[1].eval_data == full
+    assert chain.check_settings("sft", dict(data="rows.jsonl#3"))[1].data == f"{file}#3"
 
 
 # ------------------------------------------------------------------ rows to evaluate on
 
 
 def test_rows_to_evaluate_on(tmp_path):
-    rows = WORLDS["sums"].rows("prompt", 40)
+    rows = TASKS["sums"].rows("prompt", 40)
     file, other = written(tmp_path / "a.jsonl", rows), written(tmp_path / "b.jsonl", rows[:7])
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -121,13 +121,13 @@ def test_rows_to_evaluate_on(tmp_path):
         "the same folder": len(load_held_out(str(folder), str(folder), "prompt", 99)),
         "a test split": len(load_held_out("sums", str(split), "prompt", 99)),
         "a file of the catalogue": len(load_held_out("sums", f"{entry}@{copy}", "completion", 99)),
-        "a world": len(load_held_out(other, "sums", "prompt", 999)),
-        "a part of a world": len(load_held_out(other, "sums#6", "prompt", 99)),
+        "a task": len(load_held_out(other, "sums", "prompt", 999)),
+        "a part of a task": len(load_held_out(other, "sums#6", "prompt", 99)),
         "a number of rows to learn from": len(load_held_out("sums#6", "", "prompt", 99)),
     }
     assert found == {
         "a file whole": 40, "a file that is learned from too": 40, "at most": 3, "its first rows": 9, "of the data": 2, "a folder without a test split": 40,
-        "the same folder": 2, "a test split": 10, "a file of the catalogue": 40, "a world": data_rows.TEST_ROWS, "a part of a world": 6, "a number of rows to learn from": 99,
+        "the same folder": 2, "a test split": 10, "a file of the catalogue": 40, "a task": data_rows.TEST_ROWS, "a part of a task": 6, "a number of rows to learn from": 99,
     }  # fmt: skip
 
 
@@ -152,50 +152,50 @@ def test_rows_that_a_run_wrote_are_from_its_data(tmp_path):
     plain = written(tmp_path / "plain.jsonl", [{"a": 1}])
     (tmp_path / "run.json").write_text("[]")
     specs = {"chat#3": {"chat"}, made: {"chat"}, made + "#2": {"chat"}, again: {"chat"}, str(itself.path / "x.jsonl"): set(), plain: set(), "": set(), "org/name": set()}
-    assert {spec: worlds_of(spec) for spec in specs} == specs
+    assert {spec: task_names(spec) for spec in specs} == specs
     settings = make_settings(find("sft").settings, dict(data="chat#200", eval_data="sums#9"))
-    assert other_worlds(settings, load_tokenizer("tiny")) == ("facts", "stories", "code")
+    assert other_tasks(settings, load_tokenizer("tiny")) == ("facts", "stories", "code")
 
 
 # ------------------------------------------------------------------ every method that trains
 
 TRAINED = [name for name, found in methods().items() if found.trains]
-SOURCES, GIVENS = ("world", "part", "file"), ("none", "file")
+SOURCES, GIVENS = ("task", "part", "file"), ("none", "file")
 ON_POLICY = ("ppo", "rloo", "grpo")  # the reward is `correct`, so it is the accuracy
-SAMPLES = {"rlaif": dict(prompts=16), "critic": dict(words="sums", questions=8), "reader": dict(steps=1), "retriever": dict(steps=1)}
+SAMPLES = {"rlaif": dict(prompts=16), "critic": dict(prompt_style="sums", questions=8), "reader": dict(steps=1), "retriever": dict(steps=1)}
 
 
-def world_of(method):
+def task_of(method):
     return method.small.get("data") or method.settings.__dataclass_fields__["data"].default
 
 
 def rows_for(method, n, split):
-    "Rows of the method's world as a person would have them in a file."
-    world = world_of(method)
-    if world == "facts":
+    "Rows of the method's task as a person would have them in a file."
+    task = task_of(method)
+    if task == "facts":
         places = ["Alba", "Bern", "Cork", "Dijon", "Essen", "Faro", "Ghent", "Hull"]
         return [dict(question=f"Where is house {i}?", answer=places[i % 8], context=f"House {i} is in {places[i % 8]}.") for i in range(n)]
     kind = "preference" if method.name == "rlaif" and split == "test" else method.data  # it learns from the pairs that it makes
-    return WORLDS[world].rows(kind, n, 3, split)
+    return TASKS[task].rows(kind, n, 3, split)
 
 
-def all_rows(world):
-    "How many rows of a world there are to learn from."
-    return len(open_library("facts")[1]) if world == "facts" else TRAIN
+def all_rows(task):
+    "How many rows of a task there are to learn from."
+    return len(open_library("facts")[1]) if task == "facts" else TRAIN
 
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
-    "The run of a method on data and evaluation data of some kind, made once, with worlds of few rows."
+    "The run of a method on data and evaluation data of some kind, made once, with tasks of few rows."
     folder = tmp_path_factory.mktemp("specs")
 
     @functools.cache
     def run(name, source, given):
         method = find(name)
-        world, place = world_of(method), folder / f"{name}-{source}-{given}"
+        task, place = task_of(method), folder / f"{name}-{source}-{given}"
         place.mkdir()
         specs = {
-            "world": world, "part": f"{world}#{all_rows(world)}", "file": written(place / "train.jsonl", rows_for(method, TRAIN, "train")),
+            "task": task, "part": f"{task}#{all_rows(task)}", "file": written(place / "train.jsonl", rows_for(method, TRAIN, "train")),
             "none": "", "given": written(place / "given.jsonl", rows_for(method, GIVEN, "test")),
         }  # fmt: skip
         small = dict(steps=2, eval_rows=SEEN, save_every=0) | SAMPLES.get(name, {})
@@ -211,8 +211,8 @@ def ended(tmp_path_factory):
 @pytest.mark.parametrize("name", TRAINED)
 def test_every_method_on_every_kind_of_data(ended, name, source, given):
     method = find(name)
-    world = world_of(method)
-    if world == "facts" and source != "file" and given == "file":  # the invented library has its own questions
+    task = task_of(method)
+    if task == "facts" and source != "file" and given == "file":  # the invented library has its own questions
         with pytest.raises(WrongInput, match="the invented library has held-out questions of its own"):
             ended(name, source, given)
         return
@@ -227,7 +227,7 @@ def test_every_method_on_every_kind_of_data(ended, name, source, given):
 
     others = {key.partition("/")[2] for key in after if key.startswith("perplexity/")}
     if name not in ("reward", "critic", "retriever"):  # they measure no other text
-        assert others == set(WORLDS) - ({world} if source != "file" else set())
+        assert others == set(TASKS) - ({task} if source != "file" else set())
         assert all(after[f"rows/perplexity/{other}"] == 16 for other in others)
     if "forgetting" in after:
         rises = [math.log(after[f"perplexity/{other}"] / before[f"perplexity/{other}"]) for other in others]
@@ -244,10 +244,10 @@ def test_every_method_on_every_kind_of_data(ended, name, source, given):
 
 @pytest.mark.parametrize("given", GIVENS)
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_world_is_the_same_with_all_its_rows_named(ended, name, given):
-    if world_of(find(name)) == "facts" and given == "file":  # refused for both, as above
+def test_a_task_is_the_same_with_all_its_rows_named(ended, name, given):
+    if task_of(find(name)) == "facts" and given == "file":  # refused for both, as above
         return
-    whole, part = ended(name, "world", given), ended(name, "part", given)
+    whole, part = ended(name, "task", given), ended(name, "part", given)
     assert part.settings["data"] == f"{whole.settings['data']}#{all_rows(whole.settings['data'])}"
     assert part.summary == whole.summary
     assert [row["loss"] for row in part.lines()] == [row["loss"] for row in whole.lines()]
@@ -267,7 +267,7 @@ def test_held_out_rows_are_rewarded_by_their_own_rule(name, tmp_path, monkeypatc
 
 def test_a_reward_that_applies_to_some_rows_says_to_how_many(tmp_path, monkeypatch):
     monkeypatch.setattr(data_load, "TRAIN_ROWS", TRAIN)
-    rows = WORLDS["sums"].rows("prompt", GIVEN, 3, "test")
+    rows = TASKS["sums"].rows("prompt", GIVEN, 3, "test")
     given, code = written(tmp_path / "given.jsonl", rows), tmp_path / "some.py"
     code.write_text(f"def some(prompts, completions, **columns):\n    return [None if p == {rows[0]['prompt']!r} else 0.25 for p in prompts]\n")
     after = check.short_run(find("grpo"), tmp_path, data="sums", eval_data=given, steps=0, rewards=f"{code}:some").summary["after"]
@@ -275,11 +275,11 @@ def test_a_reward_that_applies_to_some_rows_says_to_how_many(tmp_path, monkeypat
 
 
 def test_a_reward_that_nothing_can_give_on_held_out_rows():
-    rewards = make_rewards("correct:1,format:0.5", WORLDS["sums"].score)
+    rewards = make_rewards("correct:1,format:0.5", TASKS["sums"].score)
     assert on_held_out(rewards, "", []) == rewards
     with pytest.raises(WrongInput, match="eval_data 'x.jsonl', reward correct: nothing tells what is correct"):
         on_held_out(rewards, "x.jsonl", [dict(prompt="1+1=")])
-    unweighted = make_rewards("format:0.5,gold:0", WORLDS["sums"].score)
+    unweighted = make_rewards("format:0.5,gold:0", TASKS["sums"].score)
     assert [r.name for r in on_held_out(unweighted, "x.jsonl", [dict(prompt="1+1=")])] == ["format"]
     own = on_held_out(rewards, "x.jsonl", [dict(prompt="Capital?", answer="Paris")])
     assert own[0].function(["Capital?"] * 2, ["Paris.", "42"], answer=["Paris"] * 2) == [1.0, 0.0] and own[1] is rewards[1]
@@ -287,7 +287,7 @@ def test_a_reward_that_nothing_can_give_on_held_out_rows():
 
 def test_labels_of_held_out_answers_follow_their_own_rule(tmp_path, monkeypatch):
     monkeypatch.setattr(data_load, "TRAIN_ROWS", TRAIN)
-    shared = dict(train="direct", judge="rule:correct", steps=0, eval_rows=4, samples=4, batch_size=8, max_new_tokens=24)
+    shared = dict(algorithm="direct", judge="rule:correct", steps=0, eval_rows=4, num_generations=4, batch_size=8, max_new_tokens=24)
     alone = check.short_run(find("rlaif"), tmp_path / "a", data="sums", eval_data="chat", **shared).summary["after"]
     both = check.short_run(find("rlaif"), tmp_path / "b", data="chat", eval_data="chat", **shared).summary["after"]
     assert alone["reward"] == both["reward"] and alone["rows"] == 4
@@ -295,7 +295,7 @@ def test_labels_of_held_out_answers_follow_their_own_rule(tmp_path, monkeypatch)
 
 def test_held_out_rows_of_the_wrong_kind_are_refused_before_the_judge_is_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(data_load, "TRAIN_ROWS", TRAIN)
-    prompts = written(tmp_path / "prompts.jsonl", WORLDS["sums"].rows("prompt", GIVEN))
+    prompts = written(tmp_path / "prompts.jsonl", TASKS["sums"].rows("prompt", GIVEN))
     with pytest.raises(WrongInput, match="expected prompt . chosen . rejected"):
         check.short_run(find("rlaif"), tmp_path / "runs", eval_data=prompts, prompts=8)
     assert not [*(tmp_path / "runs").rglob("labels.jsonl"), *(tmp_path / "runs").rglob("preferences.jsonl")]
@@ -317,16 +317,16 @@ def test_a_compressed_model_is_measured_by_the_rule_of_what_it_is_measured_on(gi
 # ------------------------------------------------------------------ methods that do not train: how many rows they saw
 
 OTHERS = {  # settings that make a run short, and what its counts are
-    "prune": (dict(samples=4, max_length=32, eval_rows=SEEN, how="magnitude"), dict(rows=SEEN)),
-    "slim": (dict(samples=4, max_length=32, eval_rows=3, how="depth", data="sums#40"), dict(rows=3)),
-    "fuse": (dict(models="sums#16,chat", tasks="sums,chat", rows=3, expert_steps=1, examples=2), {"rows": 6, "rows/perplexity/sums": 3, "rows/accuracy/chat": 3}),
-    "merge": (dict(models="sums#16,chat", tasks="sums#7,FILE", rows=9, expert_steps=1), {"rows": 7 + GIVEN, "rows/perplexity/sums#7": 7, "rows/accuracy/FILE": GIVEN}),
+    "prune": (dict(calibration_samples=4, max_length=32, eval_rows=SEEN, algorithm="magnitude"), dict(rows=SEEN)),
+    "slim": (dict(calibration_samples=4, max_length=32, eval_rows=3, algorithm="depth", data="sums#40"), dict(rows=3)),
+    "fuse": (dict(models="sums#16,chat", tasks="sums,chat", eval_rows=3, expert_steps=1, examples=2), {"rows": 6, "rows/perplexity/sums": 3, "rows/accuracy/chat": 3}),
+    "merge": (dict(models="sums#16,chat", tasks="sums#7,FILE", eval_rows=9, expert_steps=1), {"rows": 7 + GIVEN, "rows/perplexity/sums#7": 7, "rows/accuracy/FILE": GIVEN}),
     "peft": (dict(adapters="ia3", data="sums#16", steps=1, batch_size=4, eval_rows=3), {"rows": 3, "rows/forgetting": 64}),
     "rag": (dict(search="bm25", data="facts#4", eval_rows=13, max_new_tokens=4), {"rows": 13, "rows/stage_ms/read": 12}),
-    "reft": (dict(data="sums#8", questions=9, warmup_steps=1, steps=1, judge_steps=0, votes=2, samples=2, prompts=3, batch_size=4, max_new_tokens=8), dict(rows=3)),
-    "selfrefine": (dict(strategy="rci", data="sums#99", questions=3, rounds=1, samples=1, max_new_tokens=8), dict(rows=3)),
+    "reft": (dict(data="sums#8", questions=9, warmup_steps=1, steps=1, judge_steps=0, votes=2, num_generations=2, prompts=3, batch_size=4, max_new_tokens=8), dict(rows=3)),
+    "selfrefine": (dict(algorithm="rci", data="sums#99", questions=3, rounds=1, num_generations=1, max_new_tokens=8), dict(rows=3)),
     "tour": (dict(sft_steps=1, dpo_steps=1, grpo_steps=1, prompts=4), {"rows": 4, "rows/kl": 8}),
-    "overoptimization": (dict(sizes="16", proxy_steps=1, rl_steps=5, rl_every=5, prompts=4, draws=2), dict(rows=4)),
+    "overoptimization": (dict(sizes="16", proxy_steps=1, rl_steps=5, rl_every=5, prompts=4, num_generations=2), dict(rows=4)),
 }
 
 
@@ -337,7 +337,7 @@ def test_no_method_is_left_out():
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_other_method_says_how_many_rows_it_saw(name, tmp_path, monkeypatch):
     monkeypatch.setattr(data_load, "TRAIN_ROWS", TRAIN)
-    file = written(tmp_path / "given.jsonl", WORLDS["sums"].rows("completion", GIVEN, 3, "test"))
+    file = written(tmp_path / "given.jsonl", TASKS["sums"].rows("completion", GIVEN, 3, "test"))
     settings, counts = OTHERS[name]
     settings = {key: value.replace("FILE", file) if isinstance(value, str) else value for key, value in settings.items()}
     run = made(name, **settings)

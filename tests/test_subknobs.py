@@ -496,7 +496,7 @@ def test_a_sweep_varies_parts():
     name, asked, points = sweep.plan("ppo", grid, fixed, metric="reward")
     assert asked["space"] == {"details.clip_value": [0.1, OFF], "rewards.format": [0.0, 0.2]}
     assert asked["fixed"] == dict(details="clip_value:0.2")
-    made = [launch.check(name, asked["fixed"] | point)[1] for point in points]
+    made = [launch.check_settings(name, asked["fixed"] | point)[1] for point in points]
     assert [(s.details, s.rewards) for s in made] == [
         ("clip_value:0.1", "correct,format:0"),
         ("clip_value:0.1", "correct,format:0.2"),
@@ -510,14 +510,14 @@ def test_a_sweep_varies_the_critic_and_its_weight():
     grid = {"value.weight": "0.1,0.5", "value.kind": "own,shared"}
     name, asked, points = sweep.plan("ppo", grid, metric="reward")
     assert asked["space"] == {"value.weight": [0.1, 0.5], "value.kind": ["own", "shared"]}
-    made = [launch.check(name, asked["fixed"] | point)[1].value for point in points]
+    made = [launch.check_settings(name, asked["fixed"] | point)[1].value for point in points]
     assert sorted(made) == ["own:0.1", "own:0.5", "shared:0.1", "shared:0.5"]
     _, asked, points = sweep.plan("ppo", {"value.weight": "0.05..1"}, metric="reward", search="random", trials=3)
     assert all(0.05 <= p["value.weight"] <= 1 for p in points)
 def test_a_sweep_varies_the_judge():
     grid = {"judge.kind": "rule,contrast", "noise": "0,0.5"}
     name, asked, points = sweep.plan("rlaif", grid, {"judge": "model:tiny"}, metric="reward")
-    made = [launch.check(name, asked["fixed"] | point)[1].judge for point in points]
+    made = [launch.check_settings(name, asked["fixed"] | point)[1].judge for point in points]
     assert made == ["rule:correct"] * 2 + ["contrast:tiny"] * 2
     _, asked, points = sweep.plan("rlaif", {"judge.length": "0.1..1"}, {"judge": "rule:correct"},
                                   metric="reward", search="random", trials=2)  # fmt: skip
@@ -535,7 +535,7 @@ def test_a_sweep_searches_a_part_in_a_range():
 def test_a_sweep_varies_the_weights_of_tunes():
     grid, fixed = {"weights.1": "0.3,0.7", "weights.2": "0.5"}, dict(weights=RULES)
     name, asked, points = sweep.plan("merge", grid, fixed, metric="accuracy/sums")
-    made = [launch.check(name, asked["fixed"] | point)[1].weights for point in points]
+    made = [launch.check_settings(name, asked["fixed"] | point)[1].weights for point in points]
     assert made == [RULES.replace("0.7,0.3", pair) for pair in ("0.3,0.5", "0.7,0.5")]
     with pytest.raises(WrongInput, match="expected 2 finite numbers"):
         sweep.plan("merge", {"weights.1": "0.3,0.7"}, metric="accuracy/sums")
@@ -559,7 +559,7 @@ def test_what_a_sweep_refuses(grid, fixed, found):
 
 
 def test_a_sweep_of_parts_runs_is_shown_and_is_picked_up_again(runs):
-    values = dict(SHORT, samples=4, adapter="lora", notebook=False, metric="loss", better="down")
+    values = dict(SHORT, num_generations=4, adapter="lora", notebook=False, metric="loss", better="down")
     made = sweep.sweep("grpo", {"adapter.r": [1, 2], "rewards.format": [0.2]}, **values)
     trials = made.trials
     assert [t["status"] for t in trials] == ["finished"] * 2

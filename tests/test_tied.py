@@ -168,13 +168,13 @@ def test_before_pruning_the_adapter_is_merged_in_the_same_way(bases, tmp_path):
 
 
 def short_run_of(method, out, **values):
-    from polm_lab.training.conformance import go_on
+    from polm_lab.training.conformance import continue_run
     from polm_lab.core.settings import knobs, make_settings
     from polm_lab.core.run import Run
 
-    settings = make_settings(method.settings, dict(samples=2, max_length=32, device="cpu", dtype="float32", how="magnitude") | values)
+    settings = make_settings(method.settings, dict(calibration_samples=2, max_length=32, device="cpu", dtype="float32", algorithm="magnitude") | values)
     run = Run.create(method.name, {k.name: getattr(settings, k.name) for k in knobs(settings)}, out=out)
-    return go_on(method, run)
+    return continue_run(method, run)
 
 
 def test_one_function_merges_everywhere():

@@ -30,7 +30,7 @@ def weights(run):
 
 @pytest.mark.parametrize("method", ["sft", "grpo"])
 def test_adalora_gives_ranks_back_and_a_resumed_run_is_the_uninterrupted_one(method, tmp_path, monkeypatch):
-    settings = SHORT | (dict(samples=4, max_new_tokens=6, batch_size=8, updates=2) if method == "grpo" else {})
+    settings = SHORT | (dict(num_generations=4, max_new_tokens=6, batch_size=8, updates=2) if method == "grpo" else {})
     whole = lab.run(method, **settings, out=tmp_path / "whole")
     left = ranks(whole)
     assert sum(left) == 2 * len(left) and len(left) > 4, "6 ranks a layer to begin with, 2 on average in the end"

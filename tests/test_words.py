@@ -7,7 +7,7 @@ import pytest
 from polm_lab.training.evaluate import matches
 from polm_lab.rewards.sandbox import missing
 from polm_lab.reasoning.refine.rounds import Feedback
-from polm_lab.reasoning.refine.words import StepWords, Words, boxed, code_of, result_in, spoken, unmarked, verdict_in, wrong_step
+from polm_lab.reasoning.refine.prompts import StepWords, Words, boxed, code_of, result_in, without_thinking, without_markdown, verdict_in, wrong_step
 
 RESULTS = [
     ("68", "68"),
@@ -187,7 +187,7 @@ def test_readers_bear_anything():
     rng, pieces = random.Random(0), ["**", "`", "```", "```python\n", "\\boxed{", "}", "{", "ANSWER:", "VERDICT:", "right", "wrong", "not", "step 2", "is", "the answer", "no", "errors", "\n", " ", ".", "<think>", "</think>", "68", "$", "Ä", "\u2019", "?", "1."]
     for n in range(400):
         text = "".join(rng.choice(pieces) + rng.choice(("", " ")) for _ in range(rng.randint(0, 40)))
-        assert isinstance(result_in(text), str) and isinstance(code_of(text), str) and verdict_in(text) in (True, False, None) and isinstance(spoken(text) + unmarked(text), str)
+        assert isinstance(result_in(text), str) and isinstance(code_of(text), str) and verdict_in(text) in (True, False, None) and isinstance(without_thinking(text) + without_markdown(text), str)
         assert boxed(text) is None or isinstance(boxed(text), str)
         wrong_step(text), Words().listed(text), Words().parted(dict(prompt="?"), text)
     for text in ("the answer is " * 3000, "no " * 9000, "it " * 9000 + "is right", "\\boxed{" * 3000, "**" * 9000, "a" * 50_000):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core.knobs import WrongInput, knob
 from ..core.settings import Settings, redefault
-from ..core.machine import world
+from ..core.machine import process_rank_and_count
 from ..core.method import method
 from ..core.run import Run
 from ..data.batches import Order
@@ -28,9 +28,9 @@ from ..models.load import load_model
 from ..models.save import save_model
 from ..models.tokenizers import load_tokenizer, token_texts
 from ..rewards.learned import Scorer, encode_sides, padding_for, read_by_mask, score_rows
-from ..training.answers import SIDES, answer_updates, doubt_of, split_rows
+from ..training.answers import SIDES, answer_updates, flip_probability, split_rows
 from ..training.engine import train_with_trl
-from ..training.evaluate import quiet, with_rows
+from ..training.evaluate import eval_no_grad, with_rows
 from ..training.loop import fit
 from ..training.pairwise import pair_metrics, wrong_way
 
@@ -87,7 +87,7 @@ def encode_pairs(
         ids = [alone[side]["input_ids"] for side in SIDES]
         lost = ids[0] == ids[1] or (head == "pairwise" and max(map(len, ids)) >= max_length)
         sides = encode_sides(tokenizer, row, max_length, head)
-        return dict(sides, margin=margin_of(row), doubt=doubt_of(row), lost=lost)
+        return dict(sides, margin=margin_of(row), doubt=flip_probability(row), lost=lost)
 
     return [dict(pair, row=number) for number, pair in encode_each(rows, encode_row)]
 
@@ -156,10 +156,10 @@ def sample_rows(
             facts = dict(pair=pair["row"], prompt=row["prompt"], completion=text, side=side)
             facts |= dict(reward=reward, length=len(ids))
             if len(found) < 2 * detailed:
-                learned = pair[side].get("target_mask", [1] * len(ids))
+                learned = pair[side].get("completion_mask", [1] * len(ids))
                 places = [t for t in range(len(ids)) if learned[t]]
                 prefixes = [{"input_ids": ids[: t + 1]} for t in places]
-                with quiet(scorer):
+                with eval_no_grad(scorer):
                     values = score_rows(scorer, prefixes, tokenizer.pad_token_id).tolist()
                 facts["tokens"] = token_texts(tokenizer, ids, places)
                 facts["values"] = [round(v, 4) for v in values]
@@ -219,7 +219,7 @@ def reward(settings: RewardModel, run: Run) -> None:
 
     pairs, held_rows, held_out = split_rows(run, settings, rows, held_rows, encode_rows)
     order = Order(len(pairs), settings.batch_size * settings.accumulate, settings.seed)
-    size, held_rewards = max(1, settings.batch_size // world()[1]), torch.zeros(len(held_out), 2)
+    size, held_rewards = max(1, settings.batch_size // process_rank_and_count()[1]), torch.zeros(len(held_out), 2)
     margins = settings.margin * torch.tensor([pair["margin"] for pair in pairs])
 
     def evaluate():

@@ -17,7 +17,7 @@ from .dpo import DPO, dpo
 from .ppo import PPO, ppo
 from ..core.knobs import WrongInput, knob
 from ..core.settings import Settings, redefault
-from ..core.machine import seed_of, world
+from ..core.machine import seed_of, process_rank_and_count
 from ..core.method import method
 from ..core.run import Run
 from ..data.encode import encode
@@ -33,7 +33,7 @@ from ..rewards.functions import Reward
 from ..rewards.judges import CONSTITUTION, CRITIQUE, JUDGE, REVISION, ContrastJudge, Label
 from ..rewards.judges import both_orders, kept_judge, label_each, make_judge, parse_judge
 from ..rewards.judges import principle_of
-from ..training.chain import stage
+from ..training.chain import subrun
 from ..training.evaluate import scorer
 from ..training.making import Kept, by_first, in_order, watched, write_rows
 
@@ -46,7 +46,7 @@ class RLAIF(Settings):
         "contrast:self", parts=JUDGE,
         meaning="who judges: rule:..., model:..., contrast:..., openai:...; see the page on judges",
     )  # fmt: skip
-    train: str = knob("dpo", "what the judge is for: pairs for DPO; pairs for a reward model and PPO; the reward of GRPO (direct); marks from 1 to 10 as the reward (mark); or revised answers for SFT",
+    algorithm: str = knob("dpo", "what the judge is for: pairs for DPO; pairs for a reward model and PPO; the reward of GRPO (direct); marks from 1 to 10 as the reward (mark); or revised answers for SFT",
                       choices=("dpo", "ppo", "direct", "mark", "sft"))  # fmt: skip
     constitution: str = knob(
         "Be polite. | Be rude.", source="Bai et al. 2022, appendix C", parts=CONSTITUTION,
@@ -56,7 +56,7 @@ class RLAIF(Settings):
     key_variable: str = knob("", "environment variable that holds the endpoint's key; empty: no key is sent")
     tries: int = knob(6, "times that a question is put to an endpoint before the run fails", "tries", low=1, high=100)
     prompts: int = knob(256, "prompts that answers are sampled for", "prompts", low=1, log=True)
-    samples: int = knob(2, "answers of each prompt: compared two by two, or a group of GRPO", "answers", low=2)
+    num_generations: int = knob(2, "answers of each prompt: compared two by two, or a group of GRPO", "answers", low=2)
     max_new_tokens: int = knob(64, "longest answer", "tokens", low=1, log=True)
     temperature: float = knob(1.0, "temperature of the answers", low=0.01, high=10)
     soft: bool = knob(True, "pairs keep the judge's probability as a soft label; false: the better one is simply chosen", source="Lee et al. 2023, §3.2")
@@ -112,7 +112,7 @@ def label_facts(pairs, labels: list[Label], rows: list[dict], score: Callable | 
 def revise(judge, row: dict, reply: str, seed: int) -> dict:
     "`{critique, revision}` of a reply, by a judge that writes. Raises `WrongInput` for one that does not."
     if not hasattr(judge, "write"):
-        raise WrongInput("train = 'sft': the judge is a rule, and a rule does not write; expected model:..., contrast:... or openai:...; or train on its labels with dpo or direct")
+        raise WrongInput("algorithm = 'sft': the judge is a rule, and a rule does not write; expected model:..., contrast:... or openai:...; or train on its labels with dpo or direct")
     principle = principle_of(judge.constitution, row)[0]
     if isinstance(judge, ContrastJudge):
         return dict(critique="", revision=judge.write(under(row["prompt"], principle), seed))
@@ -124,17 +124,17 @@ def revise(judge, row: dict, reply: str, seed: int) -> dict:
 
 # %% ../../nbs/alignment/rlaif.ipynb #f60ebc59
 def sample_pairs(settings: RLAIF, rows: list[dict]) -> list[tuple[dict, str, str]]:
-    "Two replies each to `prompts` of the rows, as (row, a, b); `samples` = 4 gives two pairs of a prompt. Raises `WrongInput` if nothing is left to compare."
+    "Two replies each to `prompts` of the rows, as (row, a, b); `num_generations` = 4 gives two pairs of a prompt. Raises `WrongInput` if nothing is left to compare."
     model, tokenizer = load_model(settings.model, settings.dtype, settings.device), load_tokenizer(settings.model, settings.chat_template)
     chosen = sorted(random.Random(seed_of(settings.seed, "prompts")).sample(range(len(rows)), min(settings.prompts, len(rows))))
     prompts = [encode(tokenizer, rows[i], "prompt", settings.max_length - settings.max_new_tokens)["input_ids"] for i in chosen]
     rolled = rollout(
-        model, tokenizer, prompts, samples=settings.samples, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
+        model, tokenizer, prompts, num_generations=settings.num_generations, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
         seeds=seed_of(settings.seed, "replies"),
     )  # fmt: skip
     pairs = []
     for n, i in enumerate(chosen):
-        for k in range(n * settings.samples, (n + 1) * settings.samples - 1, 2):
+        for k in range(n * settings.num_generations, (n + 1) * settings.num_generations - 1, 2):
             a, b = rolled.texts[k : k + 2]
             if rolled.ended[k] and rolled.ended[k + 1] and a.strip() and b.strip() and a != b:
                 pairs.append((rows[i], a, b))
@@ -180,21 +180,21 @@ def mark_reward(judge, kept: Kept) -> Callable:
 
 def kept_in(run: Run, name: str) -> Kept:
     "What was answered, in `name`.jsonl of the run; each other process has a file of its own."
-    return Kept(run.path / (f"{name}.jsonl" if run.writes else f"{name}-{world()[0]}.jsonl"))
+    return Kept(run.path / (f"{name}.jsonl" if run.writes else f"{name}-{process_rank_and_count()[0]}.jsonl"))
 
 
 def learn_from_marks(settings: RLAIF, run: Run) -> None:
     "Direct RLAIF: REINFORCE with the mean of the group as baseline, on the marks of a judge (Lee et al. 2023). Raises `WrongInput`."
     if parse_judge(settings.judge)[0] not in ("model", "openai"):
-        raise WrongInput(f"train = 'mark': the judge {settings.judge!r} gives no marks; expected model:... or openai:...; or train = 'direct', which compares replies")
+        raise WrongInput(f"algorithm = 'mark': the judge {settings.judge!r} gives no marks; expected model:... or openai:...; or algorithm = 'direct', which compares replies")
     judge = judge_of(settings, load_data(settings.data, "prompt"), run, settings.data)
     shared = {name: getattr(settings, name) for name in (*Settings.__dataclass_fields__, "samples", "max_new_tokens", "temperature", "beta")}
     grpo(GRPO(**shared, scale="none"), run, rewards=[Reward("mark", 1.0, mark_reward(judge, kept_in(run, "marks")))])
 
 
 def gold_name(settings: RLAIF) -> str:
-    "The world that the data are from, without a number of rows; other data as they are."
-    return parse_spec(settings.data).world or settings.data
+    "The task that the data are from, without a number of rows; other data as they are."
+    return parse_spec(settings.data).task or settings.data
 
 
 def judge_of(settings: RLAIF, rows: list[dict], run: Run, data: str) -> Callable:
@@ -237,7 +237,7 @@ def prepare(settings: RLAIF, run: Run, path: Path):
     rows = load_data(settings.data, "prompt")
     judge = judge_of(settings, rows, run, settings.data)
     pairs = sample_pairs(settings, rows)
-    if settings.train == "sft":
+    if settings.algorithm == "sft":
         found = revisions(settings, run, judge, pairs)
     else:
         found = preferences(settings, run, judge, pairs, scorer(gold_name(settings), rows))
@@ -250,8 +250,8 @@ LEARNERS = {  # value of train -> word of core.method.EXPLANATIONS
 
 
 def explained(row: dict, group: list[dict], settings: dict) -> str:
-    "The word that explains a row of `samples.jsonl`: it is whatever `train` learns from."
-    return LEARNERS.get(settings.get("train"), "implicit")
+    "The word that explains a row of `samples.jsonl`: it is whatever `algorithm` learns from."
+    return LEARNERS.get(settings.get("algorithm"), "implicit")
 
 
 @method(
@@ -261,11 +261,11 @@ def explained(row: dict, group: list[dict], settings: dict) -> str:
 )  # fmt: skip
 def rlaif(settings: RLAIF, run: Run) -> None:
     "Learn from a judge's opinion of the model's own answers."
-    if settings.train == "mark":
+    if settings.algorithm == "mark":
         return learn_from_marks(settings, run)
     shared = {name: getattr(settings, name) for name in Settings.__dataclass_fields__}
-    sampled = dict(samples=settings.samples, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, beta=settings.beta)
-    if settings.train == "direct":
+    sampled = dict(num_generations=settings.num_generations, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, beta=settings.beta)
+    if settings.algorithm == "direct":
         rows = load_data(settings.data, "prompt")
         judge = kept_judge(judge_of(settings, rows, run, settings.data), kept_in(run, "labels"))
         held_rewards = None
@@ -273,16 +273,16 @@ def rlaif(settings: RLAIF, run: Run) -> None:
             held_out = load_held_out(settings.data, settings.eval_data, "prompt", settings.eval_rows)
             held_rewards = [Reward("judge", 1.0, judge_reward(judge_of(settings, held_out, run, settings.eval_data), settings))]
         return grpo(GRPO(**shared, **sampled), run, rewards=[Reward("judge", 1.0, judge_reward(judge, settings))], held_rewards=held_rewards)
-    if settings.train == "ppo" and world()[1] > 1:
-        raise WrongInput("train = 'ppo': the reward model is trained by one process; in several, take a run's preferences.jsonl to `polm run reward`, and its model to `polm run ppo`")
+    if settings.algorithm == "ppo" and process_rank_and_count()[1] > 1:
+        raise WrongInput("algorithm = 'ppo': the reward model is trained by one process; in several, take a run's preferences.jsonl to `polm run reward`, and its model to `polm run ppo`")
     if settings.eval_data:  # refused now, and not after the judge was asked
-        load_held_out("", settings.eval_data, natural_kind(settings.eval_data) if settings.train == "sft" else "preference", 1)
-    path = run.path / ("revisions.jsonl" if settings.train == "sft" else "preferences.jsonl")
+        load_held_out("", settings.eval_data, natural_kind(settings.eval_data) if settings.algorithm == "sft" else "preference", 1)
+    path = run.path / ("revisions.jsonl" if settings.algorithm == "sft" else "preferences.jsonl")
     by_first(run, path, lambda: prepare(settings, run, path))
-    learned = shared | dict(data=str(path), eval_data=settings.eval_data or parse_spec(settings.data).world)
-    if settings.train == "ppo":
+    learned = shared | dict(data=str(path), eval_data=settings.eval_data or parse_spec(settings.data).task)
+    if settings.algorithm == "ppo":
         same = {name: learned[name] for name in ("model", "data", "eval_data", "eval_rows", "seed", "dtype", "device", "max_length", "chat_template")}
-        model = stage(run, "reward", "reward", steps=60, learning_rate=1e-3, **same)
+        model = subrun(run, "reward", "reward", steps=60, learning_rate=1e-3, **same)
         run.update(parents=[*dict.fromkeys([*run.record["parents"], model.id])])
         return ppo(PPO(**shared, **sampled, rewards=f"model:{model.path}"), run)
-    return sft(SFT(**learned), run) if settings.train == "sft" else dpo(DPO(**learned, beta=settings.beta), run)
+    return sft(SFT(**learned), run) if settings.algorithm == "sft" else dpo(DPO(**learned, beta=settings.beta), run)

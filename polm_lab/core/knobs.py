@@ -7,13 +7,12 @@ __all__ = ['UNSHOWN', 'OFF', 'ADAPTER', 'WrongInput', 'one_line', 'nearest', 'Kn
            'Listed', 'Weighted', 'Options', 'Word']
 
 # %% ../../nbs/core/knobs.ipynb #454d671b
-import dataclasses
 import difflib
 import math
 import re
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, get_type_hints
+from typing import Any
 
 # %% ../../nbs/core/knobs.ipynb #c9d3e90c
 UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")

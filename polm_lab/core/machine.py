@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'LAUNCHES', 'use_utf8', 'quiet_libraries', 'first_line', 'data_folder', 'pick_device', 'pick_dtype',
-           'torch_dtype', 'seed_of', 'seed_all', 'world', 'check_launch', 'my_share']
+           'torch_dtype', 'seed_of', 'seed_all', 'process_rank_and_count', 'check_launch', 'my_share']
 
 # %% ../../nbs/core/machine.ipynb #20f8ed89
 import codecs
@@ -117,7 +117,7 @@ def seed_all(*parts):
     random.seed(seed)
 
 # %% ../../nbs/core/machine.ipynb #d1ed7491
-def world() -> tuple[int, int]:
+def process_rank_and_count() -> tuple[int, int]:
     "(rank, number of processes)."
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -154,12 +154,12 @@ def check_launch(settings: RunSettings) -> str:
         raise WrongInput(f"accelerate: mixed_precision {precision} is asked for, and the run's dtype is {settings.dtype}; expected the same of both; {todo}")
     if asked("ACCELERATE_USE_CPU") in ("true", "1", "yes") and pick_device(settings.device).type != "cpu":
         raise WrongInput(f"accelerate: use_cpu is asked for, and the run's device is {settings.device}; expected the same of both; write -p device cpu")
-    return "ddp" if world()[1] > 1 else "none"
+    return "ddp" if process_rank_and_count()[1] > 1 else "none"
 
 
 def my_share(rows: list) -> list:
     "The rows of this process: equal runs of the list. Raises `WrongInput` if they cannot be shared equally."
-    rank, processes = world()
+    rank, processes = process_rank_and_count()
     if len(rows) % processes:
         raise WrongInput(f"{len(rows)} rows cannot be shared by {processes} processes: make batch_size a multiple of {processes}")
     size = len(rows) // processes

@@ -78,9 +78,9 @@ _ALL += [
     Metric("memory_mib", "memory of the process (on a GPU: of the device) at its peak", unit="MiB", better="down", reading="Should be flat."),
     Metric("pass_at_k", "share of questions with at least one right answer in k samples", r"1-\binom{n-c}{k}/\binom nk", "share", better="up",
            reading="What the model could do; accuracy is what it does."),
-    Metric("broken", "share of right drafts whose answer is wrong after the rounds of refinement", r"P(s(y_r)=0\mid s(y_0)=1)", "share", better="down", low=0.0, high=1.0,
+    Metric("correct_to_incorrect", "share of right drafts whose answer is wrong after the rounds of refinement", r"P(s(y_r)=0\mid s(y_0)=1)", "share", better="down", low=0.0, high=1.0,
            reading="What refining costs. On good drafts even a small share outweighs what is mended."),
-    Metric("mended", "share of wrong drafts whose answer is right after the rounds of refinement", r"P(s(y_r)=1\mid s(y_0)=0)", "share", better="up", low=0.0, high=1.0,
+    Metric("incorrect_to_correct", "share of wrong drafts whose answer is right after the rounds of refinement", r"P(s(y_r)=1\mid s(y_0)=0)", "share", better="up", low=0.0, high=1.0,
            reading="What refining gains; drawing another answer mends too, so compare at equal tokens."),
     Metric("tokens", "tokens that were read and written for a question", unit="tokens", better="down", reading="The cost of an answer: compare accuracies at equal tokens only."),
     Metric("recall", "share of questions whose right passage is among the first k that were found", r"P(r_q\le k)", "share", better="up",
@@ -136,7 +136,7 @@ def without_counts(values: dict) -> dict:
 def metric(name: str) -> Metric:
     """The meaning of a logged name.
 
-    `eval/NAME` is NAME on held-out data, `reward/PART` one part of the reward, `forgetting/WORLD` forgetting on one world.
+    `eval/NAME` is NAME on held-out data, `reward/PART` one part of the reward, `forgetting/WORLD` forgetting on one task.
     A name outside the vocabulary raises `KeyError`.
     """
     if name.startswith("eval/"):

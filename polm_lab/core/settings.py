@@ -60,7 +60,7 @@ class SavedSettings(RunSettings):
 class Settings(SavedSettings):
     "What all training shares."
 
-    data: str = knob("sums", "training data: a world, a local file, or a Hub id")
+    data: str = knob("sums", "training data: a task, a local file, or a Hub id")
     eval_data: str = knob("", "evaluation data; empty means the held-out part of `data`")
     eval_rows: int = knob(64, "rows of the evaluation data that are used", "rows", low=1)
     steps: int = knob(100, "optimizer steps", "steps", low=0, log=True)

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .messages import END, TURN, chat_text
-from .tasks import WORLDS
+from .tasks import TASKS
 
 # %% ../../nbs/data/base.ipynb #99d23bec
 PAD = "<|pad|>"
@@ -57,7 +57,7 @@ class Recipe:
 
 
 def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
-    "A byte-level BPE tokenizer in which every digit is a token of its own, trained on documents of the worlds."
+    "A byte-level BPE tokenizer in which every digit is a token of its own, trained on documents of the tasks."
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
@@ -70,7 +70,7 @@ def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     rng = random.Random(f"tokenizer/{recipe.seed}")
-    texts = [world.document(rng).replace(TURN, "").replace(END, "") for world in WORLDS.values() for _ in range(4000)]
+    texts = [task.document(rng).replace(TURN, "").replace(END, "") for task in TASKS.values() for _ in range(4000)]
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -108,12 +108,12 @@ def encode_document(tokenizer, text: str) -> list[int]:
 
 
 def draw_documents(recipe: Recipe, tokenizer, step: int) -> list[list[int]]:
-    "The documents of one step, a pure function of (seed, step): each world fills its share of the tokens."
+    "The documents of one step, a pure function of (seed, step): each task fills its share of the tokens."
     documents = []
     for name, share in recipe.shares:
         rng, left = random.Random(f"{recipe.seed}/{step}/{name}"), recipe.tokens * share
         while left > 0:
-            ids = encode_document(tokenizer, WORLDS[name].document(rng))[: recipe.context]
+            ids = encode_document(tokenizer, TASKS[name].document(rng))[: recipe.context]
             documents.append(ids)
             left -= len(ids) - 1
     return documents
@@ -228,7 +228,7 @@ def perplexity(model, tokenizer, texts: list[str]) -> float:
     return math.exp(total / sum(int((labels[:, 1:] != -100).sum()) for _, labels in batches))
 
 
-TESTS = (  # world, form, longest reply in tokens
+TESTS = (  # task, form, longest reply in tokens
     ("sums", "direct", 8), ("sums", "steps", 32), ("sums", "check", 40), ("sums", "solve", 48), ("facts", "recall", 8),
     ("facts", "reading", 8), ("chat", "safe", 96), ("chat", "unsafe", 96), ("stories", "tell", 64), ("stories", "label", 4),
     ("code", "any", 24),
@@ -236,25 +236,25 @@ TESTS = (  # world, form, longest reply in tokens
 
 
 def measure(model, tokenizer, n: int = 100, samples: int = 4, tests=TESTS) -> dict[str, dict[str, float]]:
-    """Figures on held-out questions, by world and form, and the perplexity of clean text by world.
+    """Figures on held-out questions, by task and form, and the perplexity of clean text by task.
 
     one: mean score of a sample; any: share of prompts with a full score among the samples; greedy: mean score of the greedy reply.
     """
     model.eval()
     figures: dict[str, dict[str, float]] = {}
     for name, form, new in tests:
-        world = WORLDS[name]
-        rows = world.rows("prompt", n, seed=1, split="test", form=form)
+        task = TASKS[name]
+        rows = task.rows("prompt", n, seed=1, split="test", form=form)
         prompts = [r["prompt"] for r in rows]
-        drawn = [[world.score(r, t) for t in ts] for r, ts in zip(rows, sample(model, tokenizer, prompts, samples, new))]
-        best = [world.score(r, ts[0]) for r, ts in zip(rows, sample(model, tokenizer, prompts, 1, new, greedy=True))]
+        drawn = [[task.score(r, t) for t in ts] for r, ts in zip(rows, sample(model, tokenizer, prompts, samples, new))]
+        best = [task.score(r, ts[0]) for r, ts in zip(rows, sample(model, tokenizer, prompts, 1, new, greedy=True))]
         figures[f"{name}/{form}"] = {
             "one": sum(map(sum, drawn)) / n / samples,
             "any": sum(max(d) >= 1 for d in drawn) / n,
             "greedy": sum(best) / n,
         }
     for name in {t[0]: 0 for t in tests}:
-        clean = WORLDS[name].rows("text", n, seed=2, split="test")
+        clean = TASKS[name].rows("text", n, seed=2, split="test")
         texts = [r["text"] if "text" in r else chat_text(r["messages"]) for r in clean]
         figures[name] = {"perplexity": perplexity(model, tokenizer, texts)}
     return figures
@@ -288,7 +288,7 @@ def readme(model, recipe: Recipe, figures: dict) -> str:
         "",
         f"The embedded base model of polm_lab: a Llama of {count:,} parameters ({recipe.layers} layers, width {recipe.width},",
         f"{recipe.heads} heads, vocabulary {recipe.vocabulary}, context {recipe.context}, tied embeddings, fp32), pretrained by this",
-        "project on the worlds of `nbs/data/synthetic.ipynb`, with wrong answers beside right ones: it knows much and answers badly.",
+        "project on the tasks of `nbs/data/synthetic.ipynb`, with wrong answers beside right ones: it knows much and answers badly.",
         "A plain document begins with its first token (there is no BOS) and ends with `<|im_end|>`, which also ends a chat turn.",
         "",
         f"Made by `python -m polm_lab.data.base --out data/tiny`: {recipe.steps:,} steps of {recipe.tokens:,} tokens,"
@@ -298,11 +298,11 @@ def readme(model, recipe: Recipe, figures: dict) -> str:
         "Held-out questions, temperature 1. `one`: mean score of one sample; `any`: share of prompts with a full score among 16 samples;",
         "`greedy`: mean score of the greedy reply.",
         "",
-        "| world/form | one | any | greedy |",
+        "| task/form | one | any | greedy |",
         "| --- | --- | --- | --- |",
         *(f"| {k} | {v['one']:.2f} | {v['any']:.2f} | {v['greedy']:.2f} |" for k, v in figures.items() if "one" in v),
         "",
-        "| world | perplexity of clean text |",
+        "| task | perplexity of clean text |",
         "| --- | --- |",
         *(f"| {k} | {v['perplexity']:.2f} |" for k, v in figures.items() if "perplexity" in v),
     ]

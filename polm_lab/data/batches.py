@@ -26,7 +26,7 @@ def pack_rows(lengths: list[int], size: int) -> list[list[int]]:
 
 
 def collate(examples: list[dict], pad_id: int, pack: int = 0) -> dict:
-    """Examples as tensors `input_ids`, `attention_mask`, `target_mask` [rows, time], padded on the right.
+    """Examples as tensors `input_ids`, `attention_mask`, `completion_mask` [rows, time], padded on the right.
 
     With `pack`, several examples share a row of up to `pack` tokens: `position_ids` restart at each example and `attention_mask` is None, from which transformers
     (with use_cache=False) makes a mask that keeps the examples apart. `check_packing` says whether a model honours that.
@@ -35,13 +35,13 @@ def collate(examples: list[dict], pad_id: int, pack: int = 0) -> dict:
 
     groups = pack_rows([len(e["input_ids"]) for e in examples], pack) if pack else [[i] for i in range(len(examples))]
     time = max(sum(len(examples[i]["input_ids"]) for i in group) for group in groups)
-    rows = {"input_ids": [], "attention_mask": [], "target_mask": [], "position_ids": []}
+    rows = {"input_ids": [], "attention_mask": [], "completion_mask": [], "position_ids": []}
     for group in groups:
         ids, target, position = [], [], []
         for i in group:
             n = len(examples[i]["input_ids"])
             ids += examples[i]["input_ids"]
-            target += [0, *examples[i].get("target_mask", [0] * n)[1:]]  # the token before the first belongs to another example
+            target += [0, *examples[i].get("completion_mask", [0] * n)[1:]]  # the token before the first belongs to another example
             position += range(n)
         rest = time - len(ids)
         position += range(rest)  # the padding is a sequence of its own
@@ -50,7 +50,7 @@ def collate(examples: list[dict], pad_id: int, pack: int = 0) -> dict:
     batch = {name: torch.tensor(row, dtype=torch.long) for name, row in rows.items()}
     if pack:
         return batch | {"attention_mask": None}
-    return {name: batch[name] for name in ("input_ids", "attention_mask", "target_mask")}
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "completion_mask")}
 
 
 def check_packing(model):

@@ -142,7 +142,7 @@ def _answered(tokenizer, prompt, answer, row, max_length: int, completion_only: 
 
 def _masked(ids: list[int], mask: list[int]) -> dict:
     mask[:1] = [0]  # nothing stands before the first token, so it cannot be predicted
-    return {"input_ids": ids, "target_mask": mask}
+    return {"input_ids": ids, "completion_mask": mask}
 
 # %% ../../nbs/data/encode.ipynb #c966a883
 def _steps(tokenizer, row, max_length: int) -> dict:
@@ -157,7 +157,7 @@ def _steps(tokenizer, row, max_length: int) -> dict:
         ids, mask, labels = [*ids, *more], [*mask, *[0] * (len(more) - 1), 1], [*labels, label]
     if not labels:
         raise WrongInput(f"{row_place(row)}: prompt and first step have more than max_length = {max_length} tokens; expected fewer; raise max_length")
-    return {"input_ids": ids, "target_mask": mask, "labels": labels}
+    return {"input_ids": ids, "completion_mask": mask, "labels": labels}
 
 # %% ../../nbs/data/encode.ipynb #809da298
 def _conversation(tokenizer, messages: list[dict], row, max_length: int, completion_only: bool) -> dict:
@@ -173,15 +173,15 @@ def _conversation(tokenizer, messages: list[dict], row, max_length: int, complet
             refuse_row(row, "messages", f"have weight 0 on turn {unlearned[0]}, and everything is to be learned", "no weights, or completion_only")
         ids, _, _ = _tokens(tokenizer, _render(tokenizer, messages, row), max_length)
         out = _masked(ids[:max_length], [1] * min(len(ids), max_length))
-    if not any(out["target_mask"]):
+    if not any(out["completion_mask"]):
         raise WrongInput(f"{row_place(row)}: no token of an assistant turn within max_length = {max_length}; expected at least one; raise max_length or shorten what stands before it")
     return out
 
 
 def encode(tokenizer, row: dict, kind: str, max_length: int, completion_only: bool = True) -> dict:
-    """A row as token ids with a mask of the tokens that are learned (`target_mask`, 1 where token t is predicted from those before it).
+    """A row as token ids with a mask of the tokens that are learned (`completion_mask`, 1 where token t is predicted from those before it).
 
-    text, completion, edit (its target is learned): `{"input_ids", "target_mask"}`; unpaired also `label`; preference: `{"chosen": {...}, "rejected": {...}}`; prompt: `{"input_ids"}`, ready to be answered;
+    text, completion, edit (its target is learned): `{"input_ids", "completion_mask"}`; unpaired also `label`; preference: `{"chosen": {...}, "rejected": {...}}`; prompt: `{"input_ids"}`, ready to be answered;
     ranked: `{"completions": [{...}], "scores"}`; stepwise: mask 1 on the last token of each step, `labels`.
     Plain text ends with EOS, conversations as their template has it. What is too long loses its end; a prompt that leaves no room raises `WrongInput`.
     So does a kind that a method's page declared (see `register_kind`): it encodes its rows itself.
@@ -253,7 +253,7 @@ def encode_rows(
 
     def encode_row(row: dict) -> dict:
         found = encode(tokenizer, row, kind, max_length, completion_only)
-        if not any(found.get("target_mask", [1])):
+        if not any(found.get("completion_mask", [1])):
             raise WrongInput(
                 f"{row_place(row)}: nothing to learn: no token but the first; "
                 "expected at least one more; remove this row"

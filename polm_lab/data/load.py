@@ -17,7 +17,7 @@ from .catalog import CATALOG, entry_of, of_several_kinds, read as read_entry
 from .catalog import split_source
 from .files import EXTENSIONS, extension_of, read_file
 from .rows import KINDS, TEST_ROWS, TRAIN_ROWS, Row
-from .schema import check_row, convert, standard
+from .schema import check_row, convert, normalize_schema
 
 # %% ../../nbs/data/load.ipynb #6abd3d33
 @dataclass(frozen=True)
@@ -25,17 +25,17 @@ class DataSpec:
     "A data spec taken apart; see `parse_spec`."
 
     source: str  # what is before the #
-    kind: str  # world, catalogue, file, folder, hub file, hub; missing: a path where nothing is
-    name: str  # of the world or the catalogue's entry; a path; or org/name
+    kind: str  # task, catalogue, file, folder, hub file, hub; missing: a path where nothing is
+    name: str  # of the task or the catalogue's entry; a path; or org/name
     place: str = ""  # catalogue: the file after the @; Hub: the configuration or the file after the :
     part: str = ""  # the split to take for training
     limit: int | None = None  # rows
     skip: bool = False  # wrong rows are left out
 
     @property
-    def world(self) -> str:
-        "The world that the rows are from; empty for other data."
-        return self.name if self.kind == "world" else ""
+    def task(self) -> str:
+        "The task that the rows are from; empty for other data."
+        return self.name if self.kind == "task" else ""
 
     def same_rows(self, other: "DataSpec") -> bool:
         "Whether both name the same rows, however many of them."
@@ -57,11 +57,11 @@ class DataSpec:
 def parse_spec(spec: str) -> DataSpec:
     """Take a data spec apart: `source#part,n,skip`, where all after the source may be left out, and is in any order.
 
-    A source is a world, an existing file or folder, `name` or `name@file` of the catalogue, or a Hub id (`org/name`,
-    `org/name:config`, `org/name:file`), looked for in this order: a folder that is named like a world is `./sums`.
+    A source is a task, an existing file or folder, `name` or `name@file` of the catalogue, or a Hub id (`org/name`,
+    `org/name:config`, `org/name:file`), looked for in this order: a folder that is named like a task is `./sums`.
     Raises `WrongInput` for what is after the #.
     """
-    from polm_lab.data.tasks import WORLDS
+    from polm_lab.data.tasks import TASKS
 
     if _is_there(spec) or "#" not in spec:
         source, words = spec, ""
@@ -77,9 +77,9 @@ def parse_spec(spec: str) -> DataSpec:
             part = word
         else:
             raise WrongInput(f"data {spec!r}: {word!r} after #; expected the name of a split, a number of rows (1 or more), or skip, with commas between")
-    kind, name, place = _source_kind(source, WORLDS)
-    if kind == "world" and part:
-        raise WrongInput(f"data {spec!r}: {part!r} after #, and a world has no splits to name; expected a number of rows")
+    kind, name, place = _source_kind(source, TASKS)
+    if kind == "task" and part:
+        raise WrongInput(f"data {spec!r}: {part!r} after #, and a task has no splits to name; expected a number of rows")
     return DataSpec(source, kind, name, place, part, limit, skip)
 
 
@@ -91,10 +91,10 @@ def _is_there(path: str) -> bool:
         return False
 
 # %% ../../nbs/data/load.ipynb #41ef706c
-def _source_kind(source: str, worlds) -> tuple[str, str, str]:
+def _source_kind(source: str, tasks) -> tuple[str, str, str]:
     "Kind, name and place of a source; see `DataSpec`."
-    if source in worlds:
-        return "world", source, ""
+    if source in tasks:
+        return "task", source, ""
     if _is_there(source):
         path = Path(source).expanduser()
         return "folder" if path.is_dir() else "file" if path.is_file() else "missing", source, ""
@@ -120,7 +120,7 @@ def held_out(n: int) -> list[int]:
 def load_data(spec: str, kind: str, split: str = "train", cut: bool = True) -> list[dict]:
     """The rows of `spec` as `kind`, all of them checked.
 
-    `spec` is a built-in world, a name of the catalogue (`dolly-15k`, or `dolly-15k@FILE` for a copy of it: see `data/catalog`), a local file, a folder with a data set, or a Hub id (`org/name`, `org/name:config`, `org/name:file`). After a # may stand the split to take for training, a
+    `spec` is a built-in task, a name of the catalogue (`dolly-15k`, or `dolly-15k@FILE` for a copy of it: see `data/catalog`), a local file, a folder with a data set, or a Hub id (`org/name`, `org/name:config`, `org/name:file`). After a # may stand the split to take for training, a
     number of rows, and `skip`, which leaves wrong rows out instead of refusing the data: `org/name#train_sft,1000,skip`. `split` is train, test (the data's own, else the same 5 % each time) or all. A single row has no test split: the list is empty.
     `cut=False`: data without a test split of their own are taken whole.
     Raises `WrongInput` with file, row, field, what was found and what is expected.
@@ -129,17 +129,17 @@ def load_data(spec: str, kind: str, split: str = "train", cut: bool = True) -> l
         raise WrongInput(f"kind {kind!r}: unknown; {nearest(kind, KINDS)}")
     if split not in ("train", "test", "all"):
         raise WrongInput(f"split {split!r}: expected train, test or all")
-    from polm_lab.data.tasks import WORLDS
+    from polm_lab.data.tasks import TASKS
 
     asked = parse_spec(str(spec))
-    if asked.world:
-        return _world_rows(WORLDS, asked.world, kind, split, asked.limit)
+    if asked.task:
+        return _task_rows(TASKS, asked.task, kind, split, asked.limit)
     skip = asked.skip or of_several_kinds(asked.source)
     groups, own = _source_rows(str(spec), split)
     rows, first = [], None
     for row in groups:
         try:
-            found = convert(standard(row), kind)
+            found = convert(normalize_schema(row), kind)
             for one in found:
                 check_row(one, kind)
                 one.skip = skip
@@ -159,7 +159,7 @@ def load_data(spec: str, kind: str, split: str = "train", cut: bool = True) -> l
 
 def _source_rows(spec: str, split: str) -> tuple[list[Row], bool]:
     "The rows of a file, folder or Hub data set as they stand there, and whether they are from a split of the data's own."
-    from polm_lab.data.tasks import WORLDS
+    from polm_lab.data.tasks import TASKS
 
     asked = found = parse_spec(spec)
     part, limit, entry = asked.part, asked.limit, None
@@ -171,9 +171,9 @@ def _source_rows(spec: str, split: str) -> tuple[list[Row], bool]:
     elif found.kind == "hub file":
         groups, own = _hub_file(found), False
     elif found.kind in ("folder", "hub"):
-        groups, own = _dataset_rows(found, part, split, WORLDS)
+        groups, own = _dataset_rows(found, part, split, TASKS)
     else:
-        raise WrongInput(f"data {found.source!r}: no such file; {_near_files(Path(found.source).expanduser(), WORLDS)}")
+        raise WrongInput(f"data {found.source!r}: no such file; {_near_files(Path(found.source).expanduser(), TASKS)}")
     if asked.part and found.kind.endswith("file"):
         raise WrongInput(f"data {spec!r}: {asked.part!r} after #, and a file has no splits; expected a number of rows, or skip")
     if entry:
@@ -186,9 +186,9 @@ def _source_rows(spec: str, split: str) -> tuple[list[Row], bool]:
 # %% ../../nbs/data/load.ipynb #d2ffe2e6
 def natural_kind(spec: str) -> str:
     "How rows are learned from: `text` where they are whole texts or conversations of several turns, else `completion`."
-    if parse_spec(str(spec)).world:
+    if parse_spec(str(spec)).task:
         return "completion"
-    first = standard(_source_rows(str(spec), "train")[0][0])
+    first = normalize_schema(_source_rows(str(spec), "train")[0][0])
     return "text" if ("messages" in first or "text" in first) and not ("completion" in first or "chosen" in first) else "completion"
 
 
@@ -196,40 +196,40 @@ def load_held_out(data: str, eval_data: str, kind: str, rows: int) -> list[dict]
     """At most `rows` rows to evaluate on: those of `eval_data`, or the held-out part of `data`.
 
     `eval_data` without a test split of its own is taken whole, as a file is. Only where a Hub id or a folder is learned from
-    too, it is cut: what was learned does not count. A number of rows of a world bounds what is learned from, not this.
+    too, it is cut: what was learned does not count. A number of rows of a task bounds what is learned from, not this.
     """
     trained = parse_spec(str(data))
     if not eval_data:
-        return load_data(trained.world or data, kind, "test")[:rows]
+        return load_data(trained.task or data, kind, "test")[:rows]
     asked = parse_spec(str(eval_data))
     both = asked.kind != "file" and asked.same_rows(trained)
     return load_data(eval_data, kind, "test", cut=both)[:rows]
 
 
-def _world_rows(worlds, name: str, kind: str, split: str, limit: int | None) -> list[Row]:
+def _task_rows(tasks, name: str, kind: str, split: str, limit: int | None) -> list[Row]:
     if split == "all":
-        return _world_rows(worlds, name, kind, "train", limit) + _world_rows(worlds, name, kind, "test", limit)
+        return _task_rows(tasks, name, kind, "train", limit) + _task_rows(tasks, name, kind, "test", limit)
     n = limit or (TRAIN_ROWS if split == "train" else TEST_ROWS)
-    rows = [Row(r, f"{name} ({split}):row {i}") for i, r in enumerate(worlds[name].rows(kind, n, 0, split), 1)]
+    rows = [Row(r, f"{name} ({split}):row {i}") for i, r in enumerate(tasks[name].rows(kind, n, 0, split), 1)]
     for row in rows:
         check_row(row, kind)
     return rows
 
 
-def _near_files(path: Path, worlds) -> str:
+def _near_files(path: Path, tasks) -> str:
     there = [p.name for p in path.parent.glob("*") if extension_of(p) in EXTENSIONS] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, [*there, *worlds], n=3, cutoff=0.5)
+    close = difflib.get_close_matches(path.name, [*there, *tasks], n=3, cutoff=0.5)
     guess = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-    return f"expected a file, a folder, a Hub id or a built-in world; {guess}built in: {', '.join(worlds)}"
+    return f"expected a file, a folder, a Hub id or a built-in task; {guess}built in: {', '.join(tasks)}"
 
 
-def _dataset_rows(asked: DataSpec, part: str, split: str, worlds) -> tuple[list[Row], bool]:
+def _dataset_rows(asked: DataSpec, part: str, split: str, tasks) -> tuple[list[Row], bool]:
     "The rows of a folder or a Hub data set, read by `datasets`, and whether they are from a split of the data's own."
     from datasets.utils import logging
 
     source, folder = asked.source, Path(asked.name).expanduser()
     if not source.strip():
-        raise WrongInput(f"data {source!r}: empty; expected a file, a folder, a Hub id or a built-in world: {', '.join(worlds)}")
+        raise WrongInput(f"data {source!r}: empty; expected a file, a folder, a Hub id or a built-in task: {', '.join(tasks)}")
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -240,7 +240,7 @@ def _dataset_rows(asked: DataSpec, part: str, split: str, worlds) -> tuple[list[
         what = f"{type(error).__name__}: {what}"
         if asked.kind == "folder":
             raise WrongInput(f"{source}: datasets cannot read this folder ({what}); expected data files such as train.jsonl and test.jsonl; or name one file") from None
-        raise WrongInput(f"data {source!r}: no built-in world, no file, and not to be had from the Hub ({what}); {nearest(source, [*worlds, *CATALOG])}; or a Hub id that can be reached") from None
+        raise WrongInput(f"data {source!r}: no built-in task, no file, and not to be had from the Hub ({what}); {nearest(source, [*tasks, *CATALOG])}; or a Hub id that can be reached") from None
     finally:
         logging.set_verbosity(level)
         if bars:
@@ -311,12 +311,12 @@ def _from_hub(name: str, config: str):
 
 # %% ../../nbs/data/load.ipynb #21c9ea7d
 def datasets_table():
-    "The built-in worlds and the data sets of the catalogue as a table: name, the kinds they give, what they are, and for the catalogue phase, size (`rows`), licence, Hub id, citation, and where the schema was `checked`."
+    "The built-in tasks and the data sets of the catalogue as a table: name, the kinds they give, what they are, and for the catalogue phase, size (`rows`), licence, Hub id, citation, and where the schema was `checked`."
     import pandas as pd
 
-    from polm_lab.data.tasks import WORLDS
+    from polm_lab.data.tasks import TASKS
 
-    rows = [dict(data=name, kinds=", ".join(world.kinds), meaning=world.meaning) for name, world in WORLDS.items()]
+    rows = [dict(data=name, kinds=", ".join(task.kinds), meaning=task.meaning) for name, task in TASKS.items()]
     for entry in CATALOG.values():
         facts = dict(phase=entry.phase, rows=entry.size, licence=entry.licence, hub=entry.hub or entry.source, citation=entry.citation, checked=entry.checked)
         rows.append(dict(data=entry.name, kinds=", ".join(entry.kinds), meaning=entry.system, **facts))

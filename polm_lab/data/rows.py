@@ -33,7 +33,7 @@ SHAREGPT = {  # who speaks, in ShareGPT files -> role
 }  # fmt: skip
 
 
-TRAIN_ROWS, TEST_ROWS = 2048, 256  # rows of a world unless the spec says how many
+TRAIN_ROWS, TEST_ROWS = 2048, 256  # rows of a task unless the spec says how many
 
 # %% ../../nbs/data/rows.ipynb #a400dba3
 class Row(dict):

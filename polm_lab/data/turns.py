@@ -13,7 +13,7 @@ import re
 
 from ..core.knobs import WrongInput
 from .rows import Row, row_place
-from .schema import turns
+from .schema import to_messages
 from .templates import CALL_ENDS, GIVE, Rendering, calls_in, holds_value
 
 # %% ../../nbs/data/turns.ipynb #5c0d11a3
@@ -264,6 +264,6 @@ def _check_context(made: Rendering, messages: list[dict], row):
 
 # %% ../../nbs/data/turns.ipynb #f9f4162c
 def plain_turns(messages: list[dict], row) -> list[dict]:
-    "Turns as `turns` gives them, also of rows that were not loaded by it."
+    "Turns as `to_messages` gives them, also of rows that were not loaded by it."
     plain = all(set(turn) == {"role", "content"} and isinstance(turn["content"], str) for turn in messages)
-    return messages if plain else turns(messages, row, "messages")
+    return messages if plain else to_messages(messages, row, "messages")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..training.chain import stage
+from ..training.chain import subrun
 from ..data.encode import encode_rows
 from ..data.load import load_data
 from ..training.evaluate import with_rows
@@ -46,7 +46,7 @@ def training_cost(policy: Policy, batch: dict, repeats: int = 2) -> dict[str, fl
     "Of one step of SFT on `batch`: share of weights trained, MiB of their gradient and moments (12 bytes each), MiB of activations kept, milliseconds (least of `repeats`)."
 
     def forward():
-        return sft_loss(policy(batch["input_ids"], batch["attention_mask"], batch["target_mask"]).logp)
+        return sft_loss(policy(batch["input_ids"], batch["attention_mask"], batch["completion_mask"]).logp)
 
     policy.train()
     numbers, seconds = count_parameters(policy.model, trainable=True), []
@@ -100,7 +100,7 @@ class PEFT(RunSettings):
     "Settings of the comparison of adapters."
 
     adapters: str = knob("all", "adapters to compare, with ; between, each with @ and its learning rate if it is not to be the usual one; all takes every one that fits")
-    data: str = knob("sums", "rows to learn: a world, a local file, or a Hub id")
+    data: str = knob("sums", "rows to learn: a task, a local file, or a Hub id")
     steps: int = knob(12, "steps of each", "steps", low=1)
     batch_size: int = knob(16, "rows of a step", "rows", low=1)
     eval_rows: int = knob(64, "held-out rows", "rows", low=1)
@@ -126,7 +126,7 @@ def peft(settings: PEFT, run: Run) -> None:
             left_out[spec] = str(error).split("\n")[0]
     fitting, table = [(spec, rate) for spec, rate in listed if spec in costs], []
     for number, (spec, rate) in zip(run.steps(len(fitting), unit="adapters"), fitting):
-        child = stage(
+        child = subrun(
             run, f"{spec}@{rate:g}", "sft", inside=True, adapter=spec, learning_rate=rate, data=settings.data, steps=settings.steps, batch_size=settings.batch_size,
             eval_rows=settings.eval_rows, max_length=settings.max_length, save_every=0, **shared,
         )  # fmt: skip

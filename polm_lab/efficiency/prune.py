@@ -60,7 +60,7 @@ FACTOR = Part("factor", float, 5.0, "outliers are Wanda scores above this times 
 class Prune(Calibrated):
     "Settings of unstructured pruning."
 
-    how: str = knob("sparsegpt", "what decides which weights go, and whether the others are refitted", choices=("magnitude", "wanda", "sparsegpt"))
+    algorithm: str = knob("sparsegpt", "what decides which weights go, and whether the others are refitted", choices=("magnitude", "wanda", "sparsegpt"))
     sparsity: float = knob(0.5, "share of the weights of the blocks' linear layers that become zero; a pattern N:M sets it to 1 − N/M", "share", low=0, high=0.99,
                            source="Sun et al. 2023, table 2")  # fmt: skip
     pattern: str = knob("", "at most N of M neighbours in a row stay, as `2:4`; empty: anywhere")
@@ -152,45 +152,45 @@ def sparsities(model, windows: Tensor, allocation: str, sparsity: float, band: f
 
 # %% ../../nbs/efficiency/prune.ipynb #35d85dc5
 @torch.no_grad()
-def prune_layers(group: Inputs, how: str, sparsity: float, pattern=None, swaps: int = 0, swap_in="attention", within="auto", block: int = 0, damping: float = 0.01):
+def prune_layers(group: Inputs, algorithm: str, sparsity: float, pattern=None, swaps: int = 0, swap_in="attention", within="auto", block: int = 0, damping: float = 0.01):
     "Prune the linear layers of one group in place."
     layers = list(group.layers.values())
-    if how == "sparsegpt":
+    if algorithm == "sparsegpt":
         parts = [len(layer.weight) for layer in layers]
         fitted = sparsegpt(torch.cat([layer.weight for layer in layers]), group.hessian, sparsity, pattern, block, damping, parts)
         for layer, weight in zip(layers, fitted.split(parts)):
             layer.weight.copy_(weight)
         return
     for name, layer in group.layers.items():
-        score = wanda_score(layer.weight, group.norm) if how == "wanda" else layer.weight.abs().float()
-        gone = smallest(score, sparsity, pattern, within if within != "auto" else "row" if how == "wanda" or swaps else "layer")
+        score = wanda_score(layer.weight, group.norm) if algorithm == "wanda" else layer.weight.abs().float()
+        gone = smallest(score, sparsity, pattern, within if within != "auto" else "row" if algorithm == "wanda" or swaps else "layer")
         if swaps and (swap_in == "all" or "att" in name):
             gone = swap(layer.weight, gone, group.mean, group.variance, group.norm, swaps, pattern and pattern[1])
         layer.weight.data = layer.weight * ~gone  # new memory: writing to pages that are mapped from a file takes up to five times as long
 
 
-def prune_block(module: nn.Module, inputs: BlockInputs, sparsity: float, how: str, pattern=None, swaps: int = 0, **more) -> dict:
+def prune_block(module: nn.Module, inputs: BlockInputs, sparsity: float, algorithm: str, pattern=None, swaps: int = 0, **more) -> dict:
     "Prune one block in place: a visit; returns the share of zeros of its linear layers. `more` as in `prune_layers`."
-    if how == "magnitude" and not swaps:  # reads nothing
+    if algorithm == "magnitude" and not swaps:  # reads nothing
         groups = [Inputs(False)]
         groups[0].layers = linear_layers(module)
     else:
-        groups = inputs.read(hessian=how == "sparsegpt")
+        groups = inputs.read(hessian=algorithm == "sparsegpt")
     for group in groups:
-        prune_layers(group, how, sparsity, pattern, swaps, **more)
+        prune_layers(group, algorithm, sparsity, pattern, swaps, **more)
     weights = [layer.weight for group in groups for layer in group.layers.values()]
     zero = sum((weight == 0).count_nonzero().item() for weight in weights)
     return dict(sparsity=zero / sum(weight.numel() for weight in weights))
 
 
 def prune_model(
-    model, windows: Tensor, shares: list[float], how: str, pattern=None, swaps: int = 0, rows: int = 8, measure: bool = False, **more
+    model, windows: Tensor, shares: list[float], algorithm: str, pattern=None, swaps: int = 0, rows: int = 8, measure: bool = False, **more
 ) -> Iterator[dict]:
     """Prune a model's blocks in place, one at a time, each to its sparsity of `shares`.
 
     Yields of each its sparsity and, if `measure`, what the first batch's output lost. `more` as in `prune_layers`.
     """
-    visit = lambda block, inputs: prune_block(block, inputs, shares[inputs.index], how, pattern, swaps, **more)
+    visit = lambda block, inputs: prune_block(block, inputs, shares[inputs.index], algorithm, pattern, swaps, **more)
     return visit_blocks(model, windows, rows, visit, measure)
 
 
@@ -201,16 +201,16 @@ def prune_model(
 def prune(settings: Prune, run: Run) -> None:
     "Set weights to zero that the model needs least: magnitude, Wanda, SparseGPT, DSnoT."
     pattern = parse_pattern(settings.pattern)
-    if settings.swaps and settings.how == "sparsegpt":
-        raise WrongInput("swaps with how = 'sparsegpt': its weights are fitted to its mask; expected how = magnitude or wanda, or swaps = 0")
+    if settings.swaps and settings.algorithm == "sparsegpt":
+        raise WrongInput("swaps with algorithm = 'sparsegpt': its weights are fitted to its mask; expected algorithm = magnitude or wanda, or swaps = 0")
     wanted = 1 - pattern[0] / pattern[1] if pattern else settings.sparsity
 
     def plan(model, windows):
         for layer in linear_layers(blocks_of(model)).values() if pattern else ():
-            if layer.in_features % pattern[1] or settings.how == "sparsegpt" and settings.block % pattern[1]:
+            if layer.in_features % pattern[1] or settings.algorithm == "sparsegpt" and settings.block % pattern[1]:
                 raise WrongInput(f"pattern = {settings.pattern}: a layer has {layer.in_features} columns (and block is {settings.block}); expected an M that divides them")
-        shares = sparsities(model, windows, settings.allocation, wanted, settings.band, settings.rows)
+        shares = sparsities(model, windows, settings.allocation, wanted, settings.band, settings.calibration_batch_size)
         more = {name: getattr(settings, name) for name in ("swaps", "swap_in", "within", "block", "damping", "rows")}
-        return prune_model(model, windows, shares, settings.how, pattern, measure=True, **more)
+        return prune_model(model, windows, shares, settings.algorithm, pattern, measure=True, **more)
 
     carry_out(run, settings, plan, size_and_zeros)

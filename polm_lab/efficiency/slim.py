@@ -19,9 +19,9 @@ from ..models.layers import blocks_of
 from ..core.knobs import WrongInput, knob
 from ..core.method import method
 from ..core.run import Run
-from .compression.cuts import OTHER, add_bias, check_depth, check_widths
-from .compression.cuts import cut, cut_sizes, fits, fluctuation, gradients
-from .compression.cuts import layers_of, new_biases, rebuild, taylor, widths
+from .compression.structured_surgery import OTHER, add_bias, check_depth, check_widths
+from .compression.structured_surgery import cut, cut_sizes, fits, fluctuation, gradients
+from .compression.structured_surgery import layers_of, new_biases, rebuild, taylor, widths
 from .compression.rotation import check_slicing, fold_norms, principal, rotate
 from .compression.rotation import stream_covariances
 from .compression.sparse import size_and_zeros
@@ -31,7 +31,7 @@ from .compression.sparse import size_and_zeros
 class Slim(Calibrated):
     "Settings of structured pruning."
 
-    how: str = knob("flap", "what is cut out and how it is chosen: heads and neurons by gradient (taylor) or by fluctuation (flap), dimensions (slicegpt), blocks (depth)",
+    algorithm: str = knob("flap", "what is cut out and how it is chosen: heads and neurons by gradient (taylor) or by fluctuation (flap), dimensions (slicegpt), blocks (depth)",
                     choices=("taylor", "flap", "slicegpt", "depth"))  # fmt: skip
     ratio: float = knob(0.2, "share of heads and neurons, of dimensions, or of blocks that goes", "share", low=0, high=0.9, source="Ma et al. 2023, table 1")
     target: str = knob("both", "what taylor and flap cut", choices=("both", "neurons", "heads"))
@@ -86,9 +86,9 @@ def blocks_gone(count: int, ratio: float) -> int:
     return min(round(ratio * count), count - 1)
 
 # %% ../../nbs/efficiency/slim.ipynb #24915dc1
-def importance_of(block: nn.Module, inputs: BlockInputs, how: str, width: int) -> tuple[dict[str, Tensor], dict[str, Inputs]]:
+def importance_of(block: nn.Module, inputs: BlockInputs, algorithm: str, width: int) -> tuple[dict[str, Tensor], dict[str, Inputs]]:
     "Importance of the neurons (`down_proj`) and heads (`o_proj`) of a block, and for flap the inputs of these layers."
-    if how == "taylor":
+    if algorithm == "taylor":
         return dict(zip(("down_proj", "o_proj"), taylor(block, width))), {}
     layers, read = layers_of(block), {}
     for group in inputs.read():
@@ -99,16 +99,16 @@ def importance_of(block: nn.Module, inputs: BlockInputs, how: str, width: int) -
 
 
 @torch.no_grad()
-def cut_widths(model, windows: Tensor, how: str, ratio: float, target: str = "both", compensate: bool = True, rows: int = 8):
-    "Cut neurons and heads of all blocks in place (`how`: taylor or flap); yields each block's number and what the first batch's output lost, and last the configuration's new sizes."
+def cut_widths(model, windows: Tensor, algorithm: str, ratio: float, target: str = "both", compensate: bool = True, rows: int = 8):
+    "Cut neurons and heads of all blocks in place (`algorithm`: taylor or flap); yields each block's number and what the first batch's output lost, and last the configuration's new sizes."
     neurons, heads, width = widths(model, ratio, target)
-    biases = new_biases(model, how, ratio, target, compensate)
-    if how == "taylor":
+    biases = new_biases(model, algorithm, ratio, target, compensate)
+    if algorithm == "taylor":
         with torch.enable_grad():
             gradients(model, windows, rows)
 
     def visit(block, inputs):
-        layers, (importance, read) = layers_of(block), importance_of(block, inputs, how, width)
+        layers, (importance, read) = layers_of(block), importance_of(block, inputs, algorithm, width)
         kept = {name: importance[name].topk(count).indices.sort().values for name, count in (("down_proj", neurons), ("o_proj", heads))}
         for name in ("down_proj", "o_proj") if biases else ():
             gone = torch.ones(len(importance[name]), dtype=torch.bool, device=model.device)
@@ -127,21 +127,21 @@ def cut_widths(model, windows: Tensor, how: str, ratio: float, target: str = "bo
 def check_cut(model, settings: Slim):
     "Raise `WrongInput` if this cut would do more to this model than take something out."
     try:
-        if settings.how == "depth":
+        if settings.algorithm == "depth":
             count = len(blocks_of(model, linear=False))
             check_depth(model, list(range(count))[blocks_gone(count, settings.ratio) :])
-        elif settings.how == "slicegpt":
+        elif settings.algorithm == "slicegpt":
             blocks_of(model)
             check_slicing(model, sliced_width(model, settings.ratio))
         else:
-            check_widths(model, settings.how, settings.ratio, settings.target, settings.compensate)
+            check_widths(model, settings.algorithm, settings.ratio, settings.target, settings.compensate)
     except WrongInput:
         raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         # a family may differ in ways that nobody thought of
         found = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise WrongInput(
-            f"model: how = {settings.how} does not fit a {model.config.model_type} model ({found}); "
+            f"model: algorithm = {settings.algorithm} does not fit a {model.config.model_type} model ({found}); "
             f"expected one such as Llama, Mistral or Qwen; {OTHER}"
         ) from error
 
@@ -149,20 +149,20 @@ def check_cut(model, settings: Slim):
 def slimmed_blocks(model, windows: Tensor, settings: Slim, run: Run) -> Iterator[dict]:
     "Cut `model` as the settings say; yields what each block lost, and returns the smaller model."
     count = len(blocks_of(model, linear=False))
-    if settings.how == "depth":
-        influence = block_influence(model, windows, settings.rows)
+    if settings.algorithm == "depth":
+        influence = block_influence(model, windows, settings.calibration_batch_size)
         kept = sorted(sorted(range(count), key=influence.__getitem__)[blocks_gone(count, settings.ratio) :])
         run.update(kept=kept)
         for index, value in enumerate(influence):
             yield dict(output_error=0.0 if index in kept else value)
         return check_depth(model, kept)
-    if settings.how == "slicegpt":
-        small, lost = slice_model(model, windows, settings.ratio, settings.rows)
+    if settings.algorithm == "slicegpt":
+        small, lost = slice_model(model, windows, settings.ratio, settings.calibration_batch_size)
         norms = (len(lost) - 1) // count  # of one block; the last is the head's
         for index in range(count):
             yield dict(output_error=max(lost[norms * index : norms * (index + 1)]))
         return small
-    for index, found in cut_widths(model, windows, settings.how, settings.ratio, settings.target, settings.compensate, settings.rows):
+    for index, found in cut_widths(model, windows, settings.algorithm, settings.ratio, settings.target, settings.compensate, settings.calibration_batch_size):
         if index >= 0:
             yield dict(output_error=found)
     return rebuild(model, **found)

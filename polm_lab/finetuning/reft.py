@@ -18,13 +18,13 @@ from ..core.method import method
 from ..core.run import Run, replace_file
 from ..data.encode import encode
 from ..data.load import load_data, parse_spec
-from ..data.tasks import WORLDS
+from ..data.tasks import TASKS
 from ..models.load import load_model
 from ..models.rollout import rollout
 from ..models.save import round_weights, save_model
 from ..models.tokenizers import load_tokenizer
 from ..rewards.learned import load_reward
-from ..training.chain import stage
+from ..training.chain import subrun
 from ..training.evaluate import matches, pass_at_k, result_of, with_rows
 
 # %% ../../nbs/finetuning/reft.ipynb #271043ba
@@ -38,7 +38,7 @@ class ReFT(SavedSettings):
     learner: str = knob("ppo", "who learns in the second stage", choices=("ppo", "grpo"), source="Luong et al. 2024, §3.2: ppo")
     steps: int = knob(12, "updates of the second stage, and of SFT alone", "steps", low=1)
     batch_size: int = knob(32, "worked answers, or sampled ones, in an update", "rows", low=2)
-    samples: int = knob(4, "sampled answers to a question in an update", "completions", low=2)
+    num_generations: int = knob(4, "sampled answers to a question in an update", "completions", low=2)
     max_new_tokens: int = knob(40, "longest answer", "tokens", low=1)
     sft_rate: float = knob(5e-4, "learning rate of SFT", low=0, high=10, log=True)
     rl_rate: float = knob(3e-4, "learning rate of the second stage", low=0, high=10, log=True)
@@ -62,9 +62,9 @@ def best(texts: list[str], scores: list[float]) -> str:
 def load_questions(settings: ReFT, split: str) -> list[dict]:
     "Rows (prompt, completion, answer) of the data; raises `WrongInput`."
     asked, count = parse_spec(settings.data), settings.questions if split == "train" else settings.prompts
-    if asked.world == "sums":
+    if asked.task == "sums":
         count = min(count, asked.limit or count) if split == "train" else count
-        rows = WORLDS["sums"].rows("completion", count, 0, split, "steps")
+        rows = TASKS["sums"].rows("completion", count, 0, split, "steps")
     else:
         rows = load_data(settings.data, "completion", split)[:count]
     for number, row in enumerate(rows):
@@ -82,7 +82,7 @@ def write_rows(path: Path, rows: list[dict]) -> str:
 def sampled(model, tokenizer, rows: list[dict], settings: ReFT, seed: int) -> list[list[str]]:
     "`votes` sampled answers to each row."
     asked = [encode(tokenizer, row, "prompt", 10**6)["input_ids"] for row in rows]
-    texts = rollout(model, tokenizer, asked, samples=settings.votes, max_new_tokens=settings.max_new_tokens, seeds=seed).texts
+    texts = rollout(model, tokenizer, asked, num_generations=settings.votes, max_new_tokens=settings.max_new_tokens, seeds=seed).texts
     return [texts[i : i + settings.votes] for i in range(0, len(texts), settings.votes)]
 
 
@@ -113,13 +113,13 @@ def _share(rows, texts) -> float:
 @method(family="finetuning", title="Reinforced fine-tuning", paper="Luong et al. 2024 (ReFT); survey §3.3", data="completion", needs=("reward",), trains=False)
 def reft(settings: ReFT, run: Run) -> None:
     "Imitate worked answers for a while, then learn from sampled ones that come out right."
-    if settings.batch_size % settings.samples:
-        raise WrongInput(f"batch_size = {settings.batch_size}: expected a multiple of samples = {settings.samples}, so that groups are whole")
+    if settings.batch_size % settings.num_generations:
+        raise WrongInput(f"batch_size = {settings.batch_size}: expected a multiple of num_generations = {settings.num_generations}, so that groups are whole")
     rows, held_out = load_questions(settings, "train"), load_questions(settings, "test")
     train, test = (write_rows(run.path / f"{name}.jsonl", part) for name, part in (("train", rows), ("test", held_out)))
     shared = dict(data=train, eval_data=test, batch_size=settings.batch_size, eval_rows=4, seed=settings.seed, dtype=settings.dtype, device=settings.device, save_dtype=settings.save_dtype)
     imitate = shared | dict(learning_rate=settings.sft_rate)
-    learn = shared | dict(steps=settings.steps, learning_rate=settings.rl_rate, rewards="correct", samples=settings.samples, max_new_tokens=settings.max_new_tokens, beta=settings.beta)
+    learn = shared | dict(steps=settings.steps, learning_rate=settings.rl_rate, rewards="correct", num_generations=settings.num_generations, max_new_tokens=settings.max_new_tokens, beta=settings.beta)
     learn |= dict(epochs=1, minibatches=1, details="missing_eos") if settings.learner == "ppo" else {}
     tokenizer, states = load_tokenizer(settings.model), {}
     run.update(total=3)  # models that are tested, the base apart
@@ -127,13 +127,13 @@ def reft(settings: ReFT, run: Run) -> None:
     def answers(model, of=held_out, seed=settings.seed):
         return sampled(load_model(model, settings.dtype, settings.device).eval(), tokenizer, of, settings, seed)
 
-    warm = stage(run, "warm-up", "sft", model=settings.model, steps=settings.warmup_steps, **imitate)
-    alone = stage(run, "sft alone", "sft", model=str(warm.path), steps=settings.steps, **imitate)
-    found = stage(run, "second stage", settings.learner, model=str(warm.path), **learn)
+    warm = subrun(run, "warm-up", "sft", model=settings.model, steps=settings.warmup_steps, **imitate)
+    alone = subrun(run, "sft alone", "sft", model=str(warm.path), steps=settings.steps, **imitate)
+    found = subrun(run, "second stage", settings.learner, model=str(warm.path), **learn)
     judge, pairs = None, right_and_wrong(rows, answers(warm.path, rows, settings.seed + 1)) if settings.judge_steps else []
     if pairs:
         ranks = dict(model=settings.model, data=write_rows(run.path / "pairs.jsonl", pairs), eval_data="", eval_rows=4, steps=settings.judge_steps)
-        judge = load_reward(str(stage(run, "judge", "reward", **ranks, seed=settings.seed, dtype=settings.dtype, device=settings.device).path), settings.device)
+        judge = load_reward(str(subrun(run, "judge", "reward", **ranks, seed=settings.seed, dtype=settings.dtype, device=settings.device).path), settings.device)
     states["base"] = tested(held_out, answers(settings.model), judge)
     models = {"warm-up": warm.path, "sft alone": alone.path, "reft": found.path}
     for number, (name, model) in zip(run.steps(len(models), unit="models"), models.items()):

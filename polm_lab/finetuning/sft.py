@@ -17,7 +17,7 @@ from ..data.batches import Order
 from ..data.encode import encode, encode_rows
 from ..data.load import load_data, load_held_out, natural_kind
 from ..training.engine import labelled_rows, train_with_trl
-from ..training.evaluate import Evaluation, other_worlds, scorer, sequence_logps
+from ..training.evaluate import Evaluation, other_tasks, scorer, sequence_logps
 from ..core.knobs import WrongInput, knob
 from ..core.settings import Settings, redefault
 from ..models.logprobs import Policy
@@ -103,7 +103,7 @@ def sft(settings: SFT, run: Run) -> None:
     examples = encode_rows(tokenizer, rows, kind, settings.max_length, settings.completion_only)
     evaluation = Evaluation(
         policy, tokenizer, held_out, held_kind, max_length=settings.max_length, score=scorer(settings.eval_data or settings.data, held_out),
-        others=other_worlds(settings, tokenizer), seed=settings.seed, before=run.summary.get("before"),
+        others=other_tasks(settings, tokenizer), seed=settings.seed, before=run.summary.get("before"),
     )  # fmt: skip
 
     def evaluate():
@@ -125,7 +125,7 @@ def sft(settings: SFT, run: Run) -> None:
 
     def loss(policy, batch, meter):
         with embedding_noise(policy, settings.neftune_alpha, batch):
-            stats = policy(batch["input_ids"], batch["attention_mask"], batch["target_mask"], batch.get("position_ids"))
+            stats = policy(batch["input_ids"], batch["attention_mask"], batch["completion_mask"], batch.get("position_ids"))
         return sft_loss(stats.logp)
 
     fit(run, settings, policy, updates, loss, evaluate)

@@ -20,26 +20,26 @@ from ..core.run import Run
 from .merging.experts import Experts, listed, record_parents, side_by_side
 from .merging.experts import try_all, tunes_of
 from .merging.weighting import WeightParts, weight_rules
-from .merging.techniques import TECHNIQUES, Merging, task_blocks
-from .merging.techniques import technique_for
-from .merging.vectors import trim
+from .merging.algorithms import ALGORITHMS, Merging, task_blocks
+from .merging.algorithms import technique_for
+from .merging.task_vectors import trim
 from ..models.transform import transform
-from ..models.weights import Weights, check_alike, in_one_form
+from ..models.weights import Weights, check_alike, align_forms
 
 # %% ../../nbs/integration/merge.ipynb #9a57aa3f
 @dataclass(kw_only=True)
 class Merge(Experts):
     "Settings of merging."
 
-    technique: str = knob(
-        "task_arithmetic", "how", choices=tuple(TECHNIQUES), source="Ilharco et al. 2023"
+    algorithm: str = knob(
+        "task_arithmetic", "how", choices=tuple(ALGORITHMS), source="Ilharco et al. 2023"
     )
     weights: str = knob(
         "", "a weight for each tune, such as 0.7,0.3; more rules for tensors by pattern follow "
         r"after ';', as in 1,1; layers\.[01]\.=1,0; the last that fits counts; empty: all 1",
         parts=WeightParts(4, low=-10, high=10),
     )  # fmt: skip
-    lam: float = knob(
+    scaling: float = knob(
         0.6, "scale λ of the merged task vector; linear and slerp have none, metagpt has that of "
         "eq. 39", low=-10, high=10,
         source="Ilharco et al. 2023, appendix B: 0.3 to 0.5 for many tasks, more for two",
@@ -65,21 +65,21 @@ class Merge(Experts):
 
 # %% ../../nbs/integration/merge.ipynb #83c2458a
 def merge_models(
-    base, models: list, out, technique: str = "task_arithmetic", weights: str = "", *,
+    base, models: list, out, algorithm: str = "task_arithmetic", weights: str = "", *,
     tokenizer: str = "same", dtype: torch.dtype | None = None, threads: int | None = None,
     before: Callable[[str], None] | None = None, **numbers,
 ) -> Path:  # fmt: skip
     """Merge `models` (specs), tunes of `base`, into the new model folder `out`.
 
-    `technique`: one of `TECHNIQUES`. `weights`: rules, see `weight_rules`. `numbers`: `lam`,
+    `algorithm`: one of `ALGORITHMS`. `weights`: rules, see `weight_rules`. `numbers`: `scaling`,
     `density`, `epsilon` and `seed`, by default as in `Merging`. `dtype`, `threads`, `before`: as
     in `transform`. Configuration and tokenizer are the base's, but see `tokenizer` in `align`.
 
     Raises: `WrongInput`, before anything is written, for models that do not belong together; and
     while writing, for weights that are not finite.
     """
-    how = technique_for(technique, len(models))
-    at = Merging(technique, weight_rules(weights, len(models)), **numbers)
+    how = technique_for(algorithm, len(models))
+    at = Merging(algorithm, weight_rules(weights, len(models)), **numbers)
     with side_by_side((base, *models), out, tokenizer) as (opened, like, config):
         at = how.prepare(replace(at, models=tuple(opened)))
         make, dtype = partial(how.make, at), dtype or getattr(opened[0], "dtype", None)
@@ -100,7 +100,7 @@ def vector_table(base, models: list, density: float = 0.2):
     """
     import pandas as pd
 
-    opened, rows = in_one_form([Weights(spec) for spec in (base, *models)]), []
+    opened, rows = align_forms([Weights(spec) for spec in (base, *models)]), []
     check_alike(opened, dtypes=False)
     for name in opened[0].entries:
         a, b = (task_vector(opened, n, name) for n in (1, 2))
@@ -124,7 +124,7 @@ def merge(settings: Merge, run: Run) -> None:
     tunes = tunes_of(run, settings)
     record_parents(run, [settings.model, *tunes])
     dtype = None if settings.save_dtype == "auto" else getattr(torch, settings.save_dtype)
-    names = ("technique", "weights", "lam", "density", "epsilon", "seed", "tokenizer")
+    names = ("algorithm", "weights", "scaling", "density", "epsilon", "seed", "tokenizer")
     own = {name: getattr(settings, name) for name in names}
 
     def before(name):

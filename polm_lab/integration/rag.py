@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHAT', 'RAG', 'chat_prompt', 'LocalReader', 'EndpointReader', 'exact_match', 'log_weights', 'Reading', 'Rag',
-           'altered', 'measure_arm', 'ways_of', 'passages_for', 'sample_of', 'answer_line', 'open_reader',
+           'with_other_answer', 'measure_arm', 'ways_of', 'passages_for', 'sample_of', 'answer_line', 'open_reader',
            'not_counted', 'stage_latency', 'rag']
 
 # %% ../../nbs/integration/rag.ipynb #89919c0e
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..rewards.judges import parse_judge
 from ..rewards.endpoint import Endpoint, answer_text, read_key
-from ..training.chain import stage
+from ..training.chain import subrun
 from ..data.encode import encode
 from ..training.evaluate import sequence_logps, with_rows
 from ..core.knobs import WrongInput, knob
@@ -44,10 +44,10 @@ class RAG(Library, RunSettings):
     "Settings of retrieval-augmented generation; `model` is the reader."
 
     search: str = knob("hybrid", "how passages are found", choices=HOWS, source="Cormack et al. 2009")
-    k: int = knob(2, "passages that the reader is given", "passages", low=1, high=100)
+    top_k_passages: int = knob(2, "passages that the reader is given", "passages", low=1, high=100)
     rerank: str = knob("none", "rank the candidates again by the likelihood of the question after them", choices=("none", "likelihood"), source="Sachan et al. 2022")
     reading: str = knob("apart", "passages in one prompt, or one at a time with their answers weighed", choices=("together", "apart"), source="Lewis et al. 2020, §2.5")
-    form: str = knob("plain", "the prompt: Passage/Question/Answer as plain text, or numbered passages in a conversation", choices=("plain", "chat"))
+    prompt_format: str = knob("plain", "the prompt: Passage/Question/Answer as plain text, or numbered passages in a conversation", choices=("plain", "chat"))
     eval_data: str = knob("", "questions to ask; empty: those of `data`, a file whole, other data by their test split")
     eval_rows: int = redefault("eval_rows", 128)
     encoder: str = knob("", "encoder of dense search: a run of `retriever`, or any of sentence-transformers; empty: a retriever is trained first, where there are other questions than those to ask")
@@ -69,19 +69,19 @@ def chat_prompt(question: str, passages: list[str]) -> list[dict]:
 
 
 class LocalReader:
-    "A language model that answers greedily; `form` is plain or chat. Raises `WrongInput`."
+    "A language model that answers greedily; `prompt_format` is plain or chat. Raises `WrongInput`."
 
-    def __init__(self, policy: Policy, tokenizer, form: str = "plain", max_new_tokens: int = 16):
-        if form == "chat" and not has_chat_template(tokenizer):
-            raise WrongInput("form = 'chat': the reader's tokenizer has no chat template; expected form plain, or a model for conversations")
-        self.policy, self.tokenizer, self.form, self.max_new_tokens = policy, tokenizer, form, max_new_tokens
+    def __init__(self, policy: Policy, tokenizer, prompt_format: str = "plain", max_new_tokens: int = 16):
+        if prompt_format == "chat" and not has_chat_template(tokenizer):
+            raise WrongInput("prompt_format = 'chat': the reader's tokenizer has no chat template; expected form plain, or a model for conversations")
+        self.policy, self.tokenizer, self.prompt_format, self.max_new_tokens = policy, tokenizer, prompt_format, max_new_tokens
         self.longest = min(getattr(policy.model.config, "max_position_embeddings", None) or 4096, 8192)
 
     def prompt(self, question: str, passages: list[str]) -> list[int]:
         "Token ids of the prompt; passages are left out from the end, and the first one is shortened, until it fits the model's context."
         room, texts = self.longest - self.max_new_tokens, list(passages)
         while True:
-            said = chat_prompt(question, texts) if self.form == "chat" else reading_rows(question, texts, "")["prompt"]
+            said = chat_prompt(question, texts) if self.prompt_format == "chat" else reading_rows(question, texts, "")["prompt"]
             try:
                 return encode(self.tokenizer, {"prompt": said}, "prompt", room)["input_ids"]
             except WrongInput:
@@ -93,7 +93,7 @@ class LocalReader:
     def write(self, asked: list[tuple[str, list[str]]]) -> list[str]:
         "The greedy answer to each (question, passages)."
         prompts = [self.prompt(q, p) for q, p in asked]
-        return [t.strip() for t in rollout(self.policy.model, self.tokenizer, prompts, max_new_tokens=self.max_new_tokens, temperature=0.0, stop=("\n",) if self.form == "plain" else ()).texts] if asked else []
+        return [t.strip() for t in rollout(self.policy.model, self.tokenizer, prompts, max_new_tokens=self.max_new_tokens, temperature=0.0, stop=("\n",) if self.prompt_format == "plain" else ()).texts] if asked else []
 
     def likelihood(self, prompts: list[list[int]], continuations: list[str]) -> Tensor:
         "log π(continuation | prompt) [n] in nats."
@@ -101,14 +101,14 @@ class LocalReader:
         for ids, text in zip(prompts, continuations):
             own = self.tokenizer(text, add_special_tokens=False).input_ids[: max(1, self.longest - 1)]
             before = ids[-(self.longest - len(own)) :]
-            rows.append({"input_ids": [*before, *own], "target_mask": [0] * len(before) + [1] * len(own)})
+            rows.append({"input_ids": [*before, *own], "completion_mask": [0] * len(before) + [1] * len(own)})
         return sequence_logps(self.policy, rows, self.tokenizer.pad_token_id, 64)
 
 
 class EndpointReader:
     "A model behind an OpenAI-compatible endpoint that answers from numbered passages."
 
-    form = "chat"
+    prompt_format = "chat"
 
     def __init__(self, url: str, model: str, key: str = "", tries: int = 6, max_new_tokens: int = 16, **more):
         self.endpoint, self.max_new_tokens = Endpoint(url, model, key, tries, **more), max_new_tokens
@@ -159,18 +159,18 @@ class Rag:
     def __init__(self, index: Index, reader, search: str = "hybrid", k: int = 2, rerank: str = "none", reading: str = "apart"):
         if isinstance(reader, EndpointReader) and (rerank != "none" or reading == "apart"):
             raise WrongInput(f"rerank = {rerank!r}, reading = {reading!r}: an endpoint does not tell how likely a given text is; expected rerank none and reading together, or a local model")
-        self.index, self.reader, self.search, self.k, self.rerank, self.reading = index, reader, search, k, rerank, reading
+        self.index, self.reader, self.search, self.top_k_passages, self.rerank, self.reading = index, reader, search, k, rerank, reading
         self.seconds = dict(retrieve=0.0, rerank=0.0, read=0.0)
 
     def find(self, questions: list[str]) -> list[list[Hit]]:
         "The passages of each question, best first."
         began = time.perf_counter()
-        found = self.index.search(questions, self.k if self.rerank == "none" else max(10, 3 * self.k), self.search)
+        found = self.index.search(questions, self.top_k_passages if self.rerank == "none" else max(10, 3 * self.top_k_passages), self.search)
         self.seconds["retrieve"] += time.perf_counter() - began
         return found if self.rerank == "none" else self.ranked_again(questions, found)
 
     def ranked_again(self, questions: list[str], found: list[list[Hit]]) -> list[list[Hit]]:
-        "The candidates by log π(question | passage), the `k` best of each."
+        "The candidates by log π(question | passage), the `top_k_passages` best of each."
         began, pairs = time.perf_counter(), [(n, hit) for n, hits in enumerate(found) for hit in hits]
         prompts = [self.reader.tokenizer(f"Passage: {hit.text}\nQuestion:", add_special_tokens=False).input_ids for _, hit in pairs]
         scores = self.reader.likelihood(prompts, [f" {questions[n]}\n" for n, _ in pairs]).tolist() if pairs else []
@@ -178,7 +178,7 @@ class Rag:
         for (n, hit), score in zip(pairs, scores):
             again[n].append(hit._replace(score=score))
         self.seconds["rerank"] += time.perf_counter() - began
-        return [sorted(hits, key=lambda hit: -hit.score)[: self.k] for hits in again]
+        return [sorted(hits, key=lambda hit: -hit.score)[: self.top_k_passages] for hits in again]
 
     def read(self, questions: list[str], found: list[list[Hit]]) -> list[Reading]:
         "Answers from these passages; without any, from memory."
@@ -199,7 +199,7 @@ class Rag:
         weighed = [(n, a, hit) for n in open_ for a in options[n] for hit in found[n]]
         end = self.reader.tokenizer.eos_token
         prompts = {(n, hit.id): self.reader.prompt(questions[n], [hit.text]) for n, _, hit in weighed}
-        logps = self.reader.likelihood([prompts[n, hit.id] for n, _, hit in weighed], [f" {a}{end}" if self.reader.form == "plain" else a + end for _, a, _ in weighed]) if weighed else torch.zeros(0)
+        logps = self.reader.likelihood([prompts[n, hit.id] for n, _, hit in weighed], [f" {a}{end}" if self.reader.prompt_format == "plain" else a + end for _, a, _ in weighed]) if weighed else torch.zeros(0)
         best, place = [some[0] for some in options], 0
         for n in open_:
             size = (len(options[n]), len(found[n]))
@@ -211,7 +211,7 @@ class Rag:
         return self.read(questions, self.find(questions))
 
 # %% ../../nbs/integration/rag.ipynb #6d781a66
-def altered(text: str, answers: list[str], others: list[str]) -> str:
+def with_other_answer(text: str, answers: list[str], others: list[str]) -> str:
     "The passage with another answer where a right one stood: the first of `others` that is not right."
     right = {fold(answer) for answer in answers}
     instead = next((other for other in others if fold(other) not in right), "nobody")
@@ -239,7 +239,7 @@ def measure_arm(pipeline: Rag, questions: list[dict], found: list[list[Hit]]) ->
     metrics["faithfulness"] = sum(r.faithful for r in read) / len(read)
     labelled = sum(bool(q["positives"]) for q in questions)
     if any(found) and labelled:
-        at = tuple(dict.fromkeys((1, pipeline.k)))
+        at = tuple(dict.fromkeys((1, pipeline.top_k_passages)))
         ids = [[hit.id for hit in hits] for hits in found]
         metrics |= retrieval_metrics(ids, [q["positives"] for q in questions], at)
     metrics["rows"] = len(questions)
@@ -270,7 +270,7 @@ def passages_for(way: str, pipeline: Rag, questions: list[dict], texts: dict[str
         for n, q in enumerate(questions):
             others = [o for o in questions[n:] + questions[:n] if o.get("relation") == q.get("relation")]
             key = q["positives"][0]
-            found.append([Hit(key, altered(texts[key], answers_of(q), [answers_of(o)[0] for o in others]), 1.0)])
+            found.append([Hit(key, with_other_answer(texts[key], answers_of(q), [answers_of(o)[0] for o in others]), 1.0)])
         return found
     found = pipeline.find(asked)
     if way != "wrong passages":
@@ -307,7 +307,7 @@ def open_reader(settings: RAG) -> LocalReader | EndpointReader:
         key = read_key(settings.key_variable)
         return EndpointReader(url, name, key, max_new_tokens=settings.max_new_tokens)
     policy = Policy(load_model(settings.model, settings.dtype, settings.device))
-    return LocalReader(policy, load_tokenizer(settings.model), settings.form, settings.max_new_tokens)
+    return LocalReader(policy, load_tokenizer(settings.model), settings.prompt_format, settings.max_new_tokens)
 
 
 def not_counted(questions: list[dict]) -> list[str]:
@@ -341,11 +341,11 @@ def stage_latency(pipeline: Rag, questions: list[str]) -> dict[str, float]:
 def rag(settings: RAG, run: Run) -> None:
     "Answer from passages that were found, and measure each part of the way."
     passages, learnable, questions = open_questions(
-        settings.data, settings.corpus, settings.words, settings.eval_rows, settings.eval_data
+        settings.data, settings.corpus, settings.passage_words, settings.eval_rows, settings.eval_data
     )
     reader = open_reader(settings)
-    make = lambda how: Rag(index, reader, how, settings.k, settings.rerank, settings.reading)
-    Rag(None, reader, settings.search, settings.k, settings.rerank, settings.reading)  # refuses before an encoder is trained
+    make = lambda how: Rag(index, reader, how, settings.top_k_passages, settings.rerank, settings.reading)
+    Rag(None, reader, settings.search, settings.top_k_passages, settings.rerank, settings.reading)  # refuses before an encoder is trained
     kept = bool(settings.index) and (Path(settings.index) / "index.json").is_file()
     spec, search, notes = settings.encoder, settings.search, []
     if not spec and not kept and search != "bm25" and not learnable:
@@ -356,8 +356,8 @@ def rag(settings: RAG, run: Run) -> None:
         search = "bm25"
         notes.append(f"search is bm25, not hybrid: {why}; {todo}")
     elif not spec and not kept and search != "bm25":
-        spec = str(stage(
-            run, "retriever", "retriever", data=settings.data, eval_data=settings.eval_data, corpus=settings.corpus, words=settings.words, steps=settings.retriever_steps, seed=settings.seed, dtype=settings.dtype,
+        spec = str(subrun(
+            run, "retriever", "retriever", data=settings.data, eval_data=settings.eval_data, corpus=settings.corpus, passage_words=settings.passage_words, steps=settings.retriever_steps, seed=settings.seed, dtype=settings.dtype,
             device=settings.device,
         ).path)  # fmt: skip
     encoder = Encoder(spec, settings.device) if spec else None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..data.batches import Order, collate
 from ..data.encode import encode
-from ..training.evaluate import other_worlds, perplexity, with_rows
+from ..training.evaluate import other_tasks, perplexity, with_rows
 from ..core.knobs import WrongInput, knob
 from ..core.settings import Settings, redefault
 from ..models.logprobs import Policy
@@ -24,9 +24,9 @@ from ..models.tokenizers import load_tokenizer
 from ..models.save import save_model
 from ..core.run import Run
 from ..training.loop import Meter, fit, load_policy
-from ..core.machine import my_share, world
+from ..core.machine import my_share, process_rank_and_count
 from ..models.layers import switch_off_dropout
-from ..data.tasks import WORLDS
+from ..data.tasks import TASKS
 from .retrieval.library import Library, open_library
 from .retrieval.passages import HOWS, Encoder, Hit, Index
 from .rag import LocalReader, Rag, measure_arm
@@ -37,9 +37,9 @@ from .retriever import DualEncoder, encode_texts, ranked_rows, reading_rows, sav
 class Reader(Library, Settings):
     "Settings of a reader; `model` is what reads."
 
-    objective: str = knob("sequence", "how the passages of a question enter its loss: all in one context, each alone, or summed out by sequence or token", choices=("context", "each", "sequence", "token"),
+    loss: str = knob("sequence", "how the passages of a question enter its loss: all in one context, each alone, or summed out by sequence or token", choices=("context", "each", "sequence", "token"),
                           source="Lewis et al. 2020, §2.1")  # fmt: skip
-    k: int = knob(4, "passages that are found for a question", "passages", low=1, high=64, source="Lewis et al. 2020, §4: 5 or 10")
+    top_k_passages: int = knob(4, "passages that are found for a question", "passages", low=1, high=64, source="Lewis et al. 2020, §4: 5 or 10")
     search: str = knob("bm25", "how passages are found; for sequence and token, dense is the encoder that learns, and the others give it candidates to weigh", choices=HOWS)
     encoder: str = knob("tiny", "encoder: a run of `retriever`, or any causal LM; for dense and hybrid search, any of sentence-transformers")
     temperature: float = knob(0.05, "temperature τ of p(z|x)", low=0.001, high=10, log=True)
@@ -80,9 +80,9 @@ class Pair(torch.nn.Module):
 
     def forward(self, batch: dict) -> tuple[Tensor, Tensor | None]:
         "log π of the answers' tokens [questions, k, time], and the inner products of questions and passages [questions, k]."
-        stats = self.reader(batch["input_ids"], batch["attention_mask"], batch["target_mask"])
+        stats = self.reader(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
         questions, time = batch["answers"].shape
-        logp = stats.logp.new_zeros(len(stats.logp), time).masked_scatter(batch["answers"].bool().repeat_interleave(len(stats.logp) // questions, 0), stats.logp[batch["target_mask"].bool()])
+        logp = stats.logp.new_zeros(len(stats.logp), time).masked_scatter(batch["answers"].bool().repeat_interleave(len(stats.logp) // questions, 0), stats.logp[batch["completion_mask"].bool()])
         logp = logp.view(questions, -1, time)
         if self.encoder is None:
             return logp, None
@@ -99,7 +99,7 @@ def reading_batch(tokenizer, questions: list[dict], passages: list[list[str]], t
     rows = [reading_rows(q["question"], texts if together else [text], q["answer"]) for q, texts in zip(questions, passages) for text in (texts[:1] if together else texts)]
     examples = [encode(tokenizer, row, "completion", max_length) for row in rows]
     each = len(rows) // len(questions)
-    lengths = [sum(e["target_mask"]) for e in examples]
+    lengths = [sum(e["completion_mask"]) for e in examples]
     for n, q in enumerate(questions):
         if len(set(lengths[n * each : (n + 1) * each])) > 1 or not lengths[n * each]:
             raise WrongInput(f"question {q['question'][:60]!r}: its answer is cut by a long passage; expected rows within max_length = {max_length}; raise it, or cut passages shorter with words")
@@ -109,13 +109,13 @@ def reading_batch(tokenizer, questions: list[dict], passages: list[list[str]], t
 
 
 def candidates(index: Index, questions: list[str], k: int, how: str) -> list[list[int]]:
-    "Numbers of `k` passages of each question, best first; where BM25 finds fewer (it leaves out what shares no word), others fill up."
+    "Numbers of `top_k_passages` passages of each question, best first; where BM25 finds fewer (it leaves out what shares no word), others fill up."
     found = [[n for n, _ in ranked] for ranked in index.ranked(questions, k, how)]
     return [row + [n for n in range(len(index)) if n not in row][: k - len(row)] if len(row) < k else row for row in found]
 
 
 def best_passages(scores: Tensor, k: int, among: list[list[int]] | None = None) -> list[list[tuple[int, float]]]:
-    "(number, cosine) of the `k` best passages of each question by `scores` [questions, passages], of all or `among`."
+    "(number, cosine) of the `top_k_passages` best passages of each question by `scores` [questions, passages], of all or `among`."
     if among is not None:
         some = torch.tensor(among, device=scores.device)
         scores = torch.full_like(scores, -2.0).scatter(1, some, scores.gather(1, some))
@@ -125,16 +125,16 @@ def best_passages(scores: Tensor, k: int, among: list[list[int]] | None = None) 
 # %% ../../nbs/integration/reader.ipynb #81f7571a
 @method(
     family="integration", title="Reader", paper="Lewis et al. 2020; Guu et al. 2020; Lin et al. 2023; Borgeaud et al. 2022; survey §7.2.2", data="prompt", needs=("questions with answers and passages",),
-    small=dict(data="facts", k=2, refresh=2, temperature=0.2),
+    small=dict(data="facts", top_k_passages=2, refresh=2, temperature=0.2),
 )  # fmt: skip
 def reader(settings: Reader, run: Run) -> None:
     "Learn to answer from passages that were found; with RAG and REALM, learn to find them too."
-    passages, learned, held_out = open_library(settings.data, settings.corpus, settings.words, settings.eval_rows, settings.eval_data)
-    joint, together = settings.objective in ("sequence", "token"), settings.objective == "context"
-    if len(passages) < settings.k:
-        raise WrongInput(f"k = {settings.k}: the library has {len(passages)} passages; expected at least k; lower k, or give more documents")
+    passages, learned, held_out = open_library(settings.data, settings.corpus, settings.passage_words, settings.eval_rows, settings.eval_data)
+    joint, together = settings.loss in ("sequence", "token"), settings.loss == "context"
+    if len(passages) < settings.top_k_passages:
+        raise WrongInput(f"top_k_passages = {settings.top_k_passages}: the library has {len(passages)} passages; expected at least k; lower k, or give more documents")
     policy, tokenizer = load_policy(settings)
-    texts, pad, size = [p["text"] for p in passages], tokenizer.pad_token_id, max(1, settings.batch_size // world()[1])
+    texts, pad, size = [p["text"] for p in passages], tokenizer.pad_token_id, max(1, settings.batch_size // process_rank_and_count()[1])
     encoder, frozen = None, not joint or settings.search != "dense"
     if joint:
         words, encoder = load_tokenizer(settings.encoder), DualEncoder(load_model(settings.encoder, settings.dtype, settings.device))
@@ -144,15 +144,15 @@ def reader(settings: Reader, run: Run) -> None:
     pair = Pair(policy, encoder, vectors_of(encoder, documents, words.pad_token_id).to(next(policy.parameters()).device) if joint else None)
     if frozen:
         index = Index(passages, Encoder(settings.encoder, settings.device) if settings.search != "bm25" else None)
-        hits, held_hits = (candidates(index, [q["question"] for q in part], settings.k, settings.search) for part in (learned, held_out))
+        hits, held_hits = (candidates(index, [q["question"] for q in part], settings.top_k_passages, settings.search) for part in (learned, held_out))
     switch_off_dropout(pair)
     order = Order(len(learned), settings.batch_size * settings.accumulate, settings.seed)
-    others = {name: [encode(tokenizer, row, "text", settings.max_length) for row in WORLDS[name].rows("text", 16, settings.seed, "test")] for name in other_worlds(settings, tokenizer)}
+    others = {name: [encode(tokenizer, row, "text", settings.max_length) for row in TASKS[name].rows("text", 16, settings.seed, "test")] for name in other_tasks(settings, tokenizer)}
 
     def find(examples: list[dict], vectors: Tensor, among: list[list[int]] | None) -> list[list[tuple[int, float]]]:
-        "Numbers and cosines of the `k` passages that are nearest now, of all or `among` candidates."
+        "Numbers and cosines of the `top_k_passages` passages that are nearest now, of all or `among` candidates."
         asked = vectors_of(encoder, examples, words.pad_token_id).to(vectors.device)
-        return best_passages(asked @ vectors.T, settings.k, among)
+        return best_passages(asked @ vectors.T, settings.top_k_passages, among)
 
     def passage_vectors() -> Tensor:
         return vectors_of(encoder, documents, words.pad_token_id).to(pair.vectors.device)
@@ -163,7 +163,7 @@ def reader(settings: Reader, run: Run) -> None:
         else:
             best = [[(n, 1.0) for n in row] for row in held_hits]
         found = [[Hit(passages[n]["id"], texts[n], score) for n, score in row] for row in best]
-        metrics, _ = measure_arm(Rag(None, LocalReader(policy, tokenizer), "dense" if joint else "bm25", settings.k, reading="together" if together else "apart"), held_out, found)
+        metrics, _ = measure_arm(Rag(None, LocalReader(policy, tokenizer), "dense" if joint else "bm25", settings.top_k_passages, reading="together" if together else "apart"), held_out, found)
         metrics |= {f"perplexity/{name}": perplexity(policy, rows, pad) for name, rows in others.items()}
         seen = ranked_rows(metrics, held_out) | {f"perplexity/{name}": len(rows) for name, rows in others.items()}
         return with_rows(metrics, len(held_out), seen)
@@ -174,7 +174,7 @@ def reader(settings: Reader, run: Run) -> None:
         own, batches = my_share(order.rows(step)), []
         numbers = [hits[i] for i in own] if frozen else [[n for n, _ in row] for row in find([questions[i] for i in own], pair.vectors, None)]
         good = [{p for p in learned[i]["positives"]} for i in own]
-        meter.add(f"recall/{settings.k}", torch.tensor([float(any(passages[n]["id"] in g for n in row)) for row, g in zip(numbers, good)]))
+        meter.add(f"recall/{settings.top_k_passages}", torch.tensor([float(any(passages[n]["id"] in g for n in row)) for row, g in zip(numbers, good)]))
         for start in range(0, len(own), size):
             part = range(start, min(start + size, len(own)))
             batch = reading_batch(tokenizer, [learned[own[i]] for i in part], [[texts[n] for n in numbers[i]] for i in part], together, settings.max_length)
@@ -193,7 +193,7 @@ def reader(settings: Reader, run: Run) -> None:
         if not joint:
             return each_loss(logp, mask).sum()
         weights = torch.log_softmax(scores / settings.temperature, 1)
-        return (sequence_loss if settings.objective == "sequence" else token_loss)(weights, logp, mask).sum()
+        return (sequence_loss if settings.loss == "sequence" else token_loss)(weights, logp, mask).sum()
 
     fit(run, settings, pair, updates, loss, evaluate)
     if run.writes:

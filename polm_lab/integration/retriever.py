@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REWARD', 'Retriever', 'contrastive_loss', 'in_batch', 'distillation_loss', 'DualEncoder', 'encode_texts',
-           'vectors_of', 'from_all', 'pulled', 'states_answer', 'reading_rows', 'likelihoods', 'teach',
+           'vectors_of', 'from_all', 'with_gradient', 'states_answer', 'reading_rows', 'likelihoods', 'teach',
            'retrieval_metrics', 'ranked_rows', 'save_encoder', 'retriever']
 
 # %% ../../nbs/integration/retriever.ipynb #022e2fcb
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..rewards.learned import load_reward
 from ..data.batches import Order, collate
-from ..training.evaluate import quiet, sequence_logps, with_rows
+from ..training.evaluate import eval_no_grad, sequence_logps, with_rows
 from ..core.kinds import Joined, Kinds
 from ..core.knobs import Part, WrongInput, knob
 from ..core.settings import Settings, redefault
@@ -29,7 +29,7 @@ from ..models.tokenizers import load_tokenizer
 from ..models.save import save_model
 from ..core.run import Run
 from ..training.loop import Meter, fit
-from ..core.machine import my_share, world
+from ..core.machine import my_share, process_rank_and_count
 from .retrieval.text import UNSPACED, holds, words_of
 from .retrieval.library import Library, answers_of, open_library
 from .retrieval.passages import HOWS, Encoder, Index, pool
@@ -48,7 +48,7 @@ REWARD = Kinds(
 class Retriever(Library, Settings):
     "Settings of a retriever."
 
-    signal: str = knob("labels", "what says which passage is good: the labelled one (DPR), a reward (Reward-RAG), or the likelihood of the answer under a reader (RA-DIT, REPLUG)", choices=("labels", "reward", "reader"))
+    algorithm: str = knob("labels", "what says which passage is good: the labelled one (DPR), a reward (Reward-RAG), or the likelihood of the answer under a reader (RA-DIT, REPLUG)", choices=("labels", "reward", "reader"))
     search: str = knob("bm25", "how hard negatives and candidates are found: by words, by the encoder as it is before training, or by both", choices=HOWS)
     negatives: int = knob(1, "hard negatives of a question: passages that `search` finds and that are not right", "passages", low=0, high=64, source="Karpukhin et al. 2020, §3.2, table 3: one")
     candidates: int = knob(6, "passages that a reward or a reader is asked about for each question", "passages", low=2, high=100, source="Lin et al. 2023, app. B has 10")
@@ -120,7 +120,7 @@ def encode_texts(tokenizer, texts: list[str], side: str, max_length: int) -> lis
 def vectors_of(encoder: DualEncoder, examples: list[dict], pad_id: int, rows: int = 64) -> Tensor:
     "Vectors [n, width] of encoded rows, without gradients; rows of like length go together."
     device, order, found = next(encoder.parameters()).device, sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"])), [None] * len(examples)
-    with quiet(encoder):
+    with eval_no_grad(encoder):
         for start in range(0, len(order), rows):
             part = order[start : start + rows]
             batch = collate([examples[i] for i in part], pad_id)
@@ -131,14 +131,14 @@ def vectors_of(encoder: DualEncoder, examples: list[dict], pad_id: int, rows: in
 
 def from_all(vectors: Tensor) -> Tensor:
     "The rows [n, ...] of all processes, in their order; each gives equally many."
-    if world()[1] == 1:
+    if process_rank_and_count()[1] == 1:
         return vectors
     from accelerate.utils import gather
 
     return gather(vectors.contiguous())
 
 
-def pulled(vectors: Tensor, pull: Tensor, losses: Tensor) -> Tensor:
+def with_gradient(vectors: Tensor, pull: Tensor, losses: Tensor) -> Tensor:
     "A scalar whose value is the sum of `losses` and whose gradient at `vectors` [rows, width] is `pull`."
     inner = (vectors * pull).sum()
     return inner - inner.detach() + losses.sum()
@@ -173,7 +173,7 @@ def teach(settings: Retriever, passages: list[dict], questions: list[dict], inde
     """
     number, rows = {p["id"]: n for n, p in enumerate(passages)}, []
     found = [[n for n, _ in hits] for hits in index.ranked([q["question"] for q in questions], max(settings.candidates, settings.negatives + 8), settings.search)]
-    if settings.signal == "labels":
+    if settings.algorithm == "labels":
         for q, hits in zip(questions, found):
             good = [number[i] for i in q["positives"]]
             hard = [n for n in hits if n not in good][: settings.negatives]
@@ -182,11 +182,11 @@ def teach(settings: Retriever, passages: list[dict], questions: list[dict], inde
     else:
         asked = [(q, hits[: settings.candidates]) for q, hits in zip(questions, found) if len(hits) >= settings.candidates]
         most = settings.steps * settings.batch_size * settings.accumulate
-        if len(asked) > most and (settings.signal == "reader" or settings.reward != "states"):  # a model is slow: it judges nothing that no step would ask about
+        if len(asked) > most and (settings.algorithm == "reader" or settings.reward != "states"):  # a model is slow: it judges nothing that no step would ask about
             asked = [asked[i] for i in Order(len(asked), most, settings.seed).rows(0)]
         pairs = [(q, n) for q, hits in asked for n in hits]
         texts = [passages[n]["text"] for _, n in pairs]
-        if settings.signal == "reader":
+        if settings.algorithm == "reader":
             reader = Policy(load_model(settings.reader, settings.dtype, settings.device).requires_grad_(False))
             read = [reading_rows(q["question"], [text], q["answer"]) for (q, _), text in zip(pairs, texts)]
             scores = likelihoods(reader, load_tokenizer(settings.reader), read, 512).exp() / settings.reader_temperature
@@ -197,10 +197,10 @@ def teach(settings: Retriever, passages: list[dict], questions: list[dict], inde
             scores = torch.tensor(judge(prompts=[q["question"] for q, _ in pairs], completions=texts))
         for (q, hits), values in zip(asked, scores.view(-1, settings.candidates)):
             best = int(values.argmax())
-            if settings.signal == "reader" or values.max() > values.min():
+            if settings.algorithm == "reader" or values.max() > values.min():
                 rows.append(dict(question=q["question"], passages=hits, right=best, good={hits[i] for i in range(len(hits)) if values[i] == values[best]}, target=torch.log_softmax(values, 0)))
     if not rows:
-        raise WrongInput(f"data {settings.data!r}: nothing to learn from {len(questions)} questions with signal {settings.signal}; expected questions with right passages and others beside them; give more passages, or fewer negatives or candidates")
+        raise WrongInput(f"data {settings.data!r}: nothing to learn from {len(questions)} questions with signal {settings.algorithm}; expected questions with right passages and others beside them; give more passages, or fewer negatives or candidates")
     return rows
 
 # %% ../../nbs/integration/retriever.ipynb #00a0067c
@@ -241,7 +241,7 @@ def save_encoder(model, tokenizer, folder) -> Path:
 )  # fmt: skip
 def retriever(settings: Retriever, run: Run) -> None:
     "Learn to find the passage that answers a question."
-    passages, learned, held_out = open_library(settings.data, settings.corpus, settings.words, settings.eval_rows, settings.eval_data)
+    passages, learned, held_out = open_library(settings.data, settings.corpus, settings.passage_words, settings.eval_rows, settings.eval_data)
     model, tokenizer = load_model(
         settings.model, dtype=settings.dtype, device=settings.device, adapter=settings.adapter, seed=settings.seed, gradient_checkpointing=settings.gradient_checkpointing,
     ), load_tokenizer(settings.model, settings.chat_template)  # fmt: skip
@@ -256,7 +256,7 @@ def retriever(settings: Retriever, run: Run) -> None:
     documents = encode_texts(tokenizer, [p["text"] for p in passages], "document", settings.max_length)
     questions = encode_texts(tokenizer, [row["question"] for row in rows], "query", settings.max_length)
     asked = encode_texts(tokenizer, [q["question"] for q in held_out], "query", settings.max_length)
-    order, size = Order(len(rows), settings.batch_size * settings.accumulate, settings.seed), max(1, settings.batch_size // world()[1])
+    order, size = Order(len(rows), settings.batch_size * settings.accumulate, settings.seed), max(1, settings.batch_size // process_rank_and_count()[1])
     words = [[passages[n]["id"] for n, _ in hits] for hits in index.ranked([q["question"] for q in held_out], 20, "bm25")]
     run.update(rows=len(rows), bm25=retrieval_metrics(words, [q["positives"] for q in held_out]))
 
@@ -272,10 +272,10 @@ def retriever(settings: Retriever, run: Run) -> None:
         examples = [questions[i] for i in own] + [documents[n] for i in own for n in rows[i]["passages"]]
         vectors = vectors_of(encoder, examples, pad, size * (1 + width))
         q, d = from_all(vectors[: len(own)].to(next(encoder.parameters()).device)), from_all(vectors[len(own) :].to(next(encoder.parameters()).device))
-        every, first = [rows[i] for i in order.rows(step)], world()[0] * len(own)
+        every, first = [rows[i] for i in order.rows(step)], process_rank_and_count()[0] * len(own)
         with torch.enable_grad():
             q, d = q.detach().requires_grad_(), d.detach().requires_grad_()
-            if settings.signal == "reader":
+            if settings.algorithm == "reader":
                 losses = distillation_loss(q, d.view(len(every), width, -1), torch.stack([row["target"] for row in every]).to(q.device), settings.temperature)
             else:
                 losses = contrastive_loss(q, d, *(t.to(q.device) for t in in_batch(every)), settings.temperature)
@@ -292,7 +292,7 @@ def retriever(settings: Retriever, run: Run) -> None:
         yield batches
 
     def loss(encoder, batch, meter):
-        return pulled(encoder(batch["input_ids"], batch["attention_mask"]), batch["pull"], batch["losses"])
+        return with_gradient(encoder(batch["input_ids"], batch["attention_mask"]), batch["pull"], batch["losses"])
 
     fit(run, settings, encoder, updates, loss, evaluate, merge=True)
     if run.writes:

@@ -432,11 +432,11 @@ class Policy(PrefixReader):
     the model's own logits are used. `adapter=False` makes a frozen reference of a PeftModel: the same weights with the adapter switched off.
     """
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, target_mask: Tensor | None = None,
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, completion_mask: Tensor | None = None,
                 position_ids: Tensor | None = None, temperature: float = 1.0, entropy: bool = False,
                 reference: "Policy | None" = None, reverse: bool = False, prefix: Tensor | None = None,
                 value: nn.Module | None = None, logprobs: bool = True) -> TokenStats:
-        """Log-probs (and entropy, and KL to `reference`) of the tokens where `target_mask` [rows, time] is 1; default: all real tokens.
+        """Log-probs (and entropy, and KL to `reference`) of the tokens where `completion_mask` [rows, time] is 1; default: all real tokens.
 
         `position_ids` are needed for packed rows only: they start again at 0 with every example. Padding may stand on either side.
         `prefix` [rows, 2] = (group, n) says that the rows of a group have the same first n tokens, none of them a target: the model reads those once
@@ -445,8 +445,8 @@ class Policy(PrefixReader):
         """
         if not temperature > 0: raise WrongInput(f"temperature: {temperature}; expected more than 0; use 1.0 for the model's own distribution")
         real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        wanted = real if target_mask is None else target_mask.bool()
-        for name, mask in (("attention_mask", real), ("target_mask", wanted), ("position_ids", position_ids)):
+        wanted = real if completion_mask is None else completion_mask.bool()
+        for name, mask in (("attention_mask", real), ("completion_mask", wanted), ("position_ids", position_ids)):
             if mask is not None and mask.shape != input_ids.shape:
                 raise WrongInput(f"{name}: shape {tuple(mask.shape)}; expected {tuple(input_ids.shape)}, the shape of input_ids; build it with collate")
         order, wanted = None, wanted & real

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'NEAR', 'BLOCK', 'Entry', 'read_header', 'blocks', 'Weights', 'first_few', 'differences', 'check_alike',
-           'renamed', 'Converted', 'in_one_form', 'open_weights']
+           'renamed', 'Converted', 'align_forms', 'open_weights']
 
 # %% ../../nbs/models/weights.ipynb #9027fe6a
 import copy
@@ -275,7 +275,7 @@ class Converted(Weights):
             self.inner.release(name, start, stop)
 
 
-def in_one_form(models: list[Weights]) -> list[Weights]:
+def align_forms(models: list[Weights]) -> list[Weights]:
     "The models under the same names, as far as they are models of one kind; all untied if one is."
     if len({model.config.get("model_type") for model in models}) > 1:
         return models

@@ -18,10 +18,10 @@ from ..core.method import method
 from ..core.run import Run
 from ..rewards.functions import Reward
 from ..rewards.prepare import prepare_on_policy
-from ..training.advantages import clipped_objective, everywhere, group_advantages
+from ..training.advantages import clipped_objective, all_gather_values, group_advantages
 from ..training.advantages import kl_estimate, leave_one_out
 from ..training.loop import Meter
-from ..training.onpolicy import InTRL, Sampled, policy_metrics, rewards_of, sequence_kl
+from ..training.onpolicy import InTRL, OnPolicySettings, policy_metrics, rewards_of, sequence_kl
 from ..training.onpolicy import token_stats, train_on_policy, trl_sampling
 
 # %% ../../nbs/reasoning/grpo.ipynb #8471c99c
@@ -30,7 +30,7 @@ LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo")
 
 
 @dataclass(kw_only=True)
-class GRPO(Sampled):
+class GRPO(OnPolicySettings):
     "Settings of group relative policy optimization."
 
     updates: int = knob(1, "optimizer updates on the same completions, μ", "updates", low=1, source="DeepSeekMath §4.2: one")
@@ -38,7 +38,7 @@ class GRPO(Sampled):
     clip_high: float = knob(0.2, "the ratio counts up to 1 + this, ε_high", low=0, source="the same as ε_low; DAPO §3.1: 0.28")
     beta: float = knob(0.04, "strength of the KL constraint β; 0 needs no reference model", low=0, source="DeepSeekMath §4.2")
     kl: str = knob("k3", "estimator of the KL: in the loss, weighted by the ratio, or taken off the reward", choices=KLS, source="DeepSeekMath eq. 4")
-    loss_type: str = knob("grpo", "how token losses are averaged", choices=LOSSES, source="DeepSeekMath eq. 3; Dr. GRPO; DAPO eq. 8")
+    loss: str = knob("grpo", "how token losses are averaged", choices=LOSSES, source="DeepSeekMath eq. 3; Dr. GRPO; DAPO eq. 8")
     scale: str = knob("group", "advantages are divided by the spread of the group, of the batch, or not", choices=("group", "batch", "none"))
     resample: int = knob(0, "times that a prompt whose rewards are all equal is exchanged for another", "tries", low=0, high=20, source="DAPO §3.2")
     mask_truncated: bool = knob(False, "do not learn from completions that were cut at the longest length", source="DAPO §3.4")
@@ -99,7 +99,7 @@ def batch_loss(policy, batch: dict, settings: GRPO, meter: Meter) -> Tensor:
         stats.logp, old, batch["advantages"], batch.get("ref_logp"), clip_low=settings.clip_low, clip_high=settings.clip_high, beta=settings.beta, kl=settings.kl
     )
     policy_metrics(meter, stats, old, batch, settings.clip_low, settings.clip_high)
-    return summed_loss(losses, batch["loss_mask"], settings.loss_type)
+    return summed_loss(losses, batch["loss_mask"], settings.loss)
 
 # %% ../../nbs/reasoning/grpo.ipynb #0bfa3a56
 def trl_config(settings: GRPO) -> dict:
@@ -109,7 +109,7 @@ def trl_config(settings: GRPO) -> dict:
     if settings.resample:
         raise WrongInput(f"engine = 'trl', resample = {settings.resample}: TRL's trainer does not resample; expected 0; or use engine lab")
     return trl_sampling(settings) | dict(
-        num_iterations=settings.updates, beta=settings.beta, loss_type=settings.loss_type,
+        num_iterations=settings.updates, beta=settings.beta, loss_type=settings.loss,
         epsilon=settings.clip_low, epsilon_high=settings.clip_high, scale_rewards=settings.scale,
         use_bias_correction_kl=settings.kl == "k3_weighted",
         mask_truncated_completions=settings.mask_truncated,
@@ -118,25 +118,25 @@ def trl_config(settings: GRPO) -> dict:
 # %% ../../nbs/reasoning/grpo.ipynb #adbee1bf
 @method(
     family="reasoning", title="Group relative policy optimization", paper="Shao et al. 2024 (DeepSeekMath), eq. 3, 4; survey eq. 8", data="prompt",
-    needs=("reward", "reference"), explain="group", engines=("lab", "trl"), small=dict(batch_size=8, samples=4, max_new_tokens=8, updates=2),
+    needs=("reward", "reference"), explain="group", engines=("lab", "trl"), small=dict(batch_size=8, num_generations=4, max_new_tokens=8, updates=2),
 )  # fmt: skip
 def grpo(settings: GRPO, run: Run, rewards: list[Reward] | None = None, held_rewards: list[Reward] | None = None) -> None:
     "Raise the probability of answers that score above the mean of their group; `rewards` (on held-out rows `held_rewards`) replace those of the settings."
-    stage = prepare_on_policy(run, settings, rewards, held_rewards)
+    collector = prepare_on_policy(run, settings, rewards, held_rewards)
 
     def advantages_of(totals: Tensor) -> Tensor:
-        batch = everywhere(totals) if settings.scale == "batch" else None
-        return group_advantages(totals, settings.samples, settings.scale, batch=batch)[0]
+        batch = all_gather_values(totals) if settings.scale == "batch" else None
+        return group_advantages(totals, settings.num_generations, settings.scale, batch=batch)[0]
 
     def compare(groups: list, batches: list[dict]) -> Tensor:
         totals = rewards_of(groups)
-        if stage.reference is not None and settings.kl.endswith("_reward"):
+        if collector.reference is not None and settings.kl.endswith("_reward"):
             totals = totals - settings.beta * sequence_kl(batches, settings.kl[:2])
         for batch in batches:
             counts = batch["ended"] | (not settings.mask_truncated)
-            batch["loss_mask"] = mask = batch["target_mask"] * counts[:, None]
-            batch["weight"] = loss_weight(mask, settings.loss_type, settings.max_new_tokens)
+            batch["loss_mask"] = mask = batch["completion_mask"] * counts[:, None]
+            batch["weight"] = loss_weight(mask, settings.loss, settings.max_new_tokens)
         return advantages_of(totals)
 
     trl = InTRL("GRPO", trl_config, advantages_of)
-    train_on_policy(stage, compare, batch_loss, settings.updates, settings.resample, trl)
+    train_on_policy(collector, compare, batch_loss, settings.updates, settings.resample, trl)

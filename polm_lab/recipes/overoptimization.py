@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..rewards.learned import load_reward
-from ..training.chain import stage
+from ..training.chain import subrun
 from ..data.encode import encode
 from ..data.load import load_data
 from ..training.evaluate import with_rows
@@ -24,7 +24,7 @@ from ..models.load import load_model
 from ..models.tokenizers import load_tokenizer
 from ..models.rollout import rollout
 from ..core.run import Run
-from ..data.tasks import WORLDS
+from ..data.tasks import TASKS
 
 # %% ../../nbs/recipes/overoptimization.ipynb #4ca5dfa8
 @dataclass(kw_only=True)
@@ -37,7 +37,7 @@ class Overoptimization(RunSettings):
     rl_every: int = knob(2, "steps of GRPO from one point of its curve to the next", "steps", low=1)
     learning_rate: float = knob(2e-3, "peak learning rate of GRPO; a large one goes far in few steps", low=0, high=1, log=True)
     prompts: int = knob(16, "held-out prompts of best-of-n", "prompts", low=2)
-    draws: int = knob(32, "samples of each prompt that best-of-n chooses from, N", "samples", low=2)
+    num_generations: int = knob(32, "samples of each prompt that best-of-n chooses from, N", "samples", low=2)
 
 # %% ../../nbs/recipes/overoptimization.ipynb #5b7f192d
 def best_of_n(proxy: Tensor, other: Tensor, n: int) -> Tensor:
@@ -58,7 +58,7 @@ def best_of_n_kl(n: int) -> float:
 
 # %% ../../nbs/recipes/overoptimization.ipynb #2aae976a
 def curve_of(run: Run) -> list[dict]:
-    "Points (step, kl in nats an answer, proxy, gold, length) from the evaluations of a run of GRPO whose reward is the proxy and whose data is the gold rule's world."
+    "Points (step, kl in nats an answer, proxy, gold, length) from the evaluations of a run of GRPO whose reward is the proxy and whose data is the gold rule's task."
     found = [(0, run.summary["before"])]
     found += [(row["step"], {name: row[f"eval/{name}"] for name in ("kl", "length", "reward", "accuracy")}) for row in run.lines() if "eval/kl" in row]
     found.append((run.settings["steps"], run.summary["after"]))
@@ -76,19 +76,19 @@ def overoptimization(settings: Overoptimization, run: Run) -> None:
     tokenizer, rows = load_tokenizer(settings.model), load_data("chat", "prompt", "test")[: settings.prompts]
     asked = [encode(tokenizer, row, "prompt", 256)["input_ids"] for row in rows]
     base = load_model(settings.model, settings.dtype, settings.device)
-    rolled = rollout(base, tokenizer, asked, samples=settings.draws, max_new_tokens=40, seeds=settings.seed)
-    rows = [row for row in rows for _ in range(settings.draws)]
-    gold = torch.tensor([WORLDS["chat"].score(row, text) for row, text in zip(rows, rolled.texts)]).view(-1, settings.draws)
+    rolled = rollout(base, tokenizer, asked, num_generations=settings.num_generations, max_new_tokens=40, seeds=settings.seed)
+    rows = [row for row in rows for _ in range(settings.num_generations)]
+    gold = torch.tensor([TASKS["chat"].score(row, text) for row, text in zip(rows, rolled.texts)]).view(-1, settings.num_generations)
     completions = [[dict(role="assistant", content=text)] for text in rolled.texts]
-    powers, curves = [2**k for k in range(settings.draws.bit_length()) if 2**k <= settings.draws], {}
+    powers, curves = [2**k for k in range(settings.num_generations.bit_length()) if 2**k <= settings.num_generations], {}
     for size in sizes:
-        proxy = stage(run, f"proxy {size}", "reward", model=settings.model, data=f"chat#{size}", steps=settings.proxy_steps, batch_size=8, learning_rate=1e-3, eval_rows=48, **shared)
+        proxy = subrun(run, f"proxy {size}", "reward", model=settings.model, data=f"chat#{size}", steps=settings.proxy_steps, batch_size=8, learning_rate=1e-3, eval_rows=48, **shared)
         liked = torch.tensor(load_reward(str(proxy.path), settings.device)([row["prompt"] for row in rows], completions)).view_as(gold)
         curves[f"bon {size}"] = [
             dict(n=n, kl=best_of_n_kl(n), proxy=best_of_n(liked, liked, n).mean().item(), gold=best_of_n(liked, gold, n).mean().item()) for n in powers
         ]
-        trained = stage(
-            run, f"rl {size}", "grpo", model=settings.model, data="chat", rewards=f"model:{proxy.path},gold:0", steps=settings.rl_steps, batch_size=32, samples=4,
+        trained = subrun(
+            run, f"rl {size}", "grpo", model=settings.model, data="chat", rewards=f"model:{proxy.path},gold:0", steps=settings.rl_steps, batch_size=32, num_generations=4,
             max_new_tokens=40, learning_rate=settings.learning_rate, beta=1e-4, eval_rows=settings.prompts, eval_every=settings.rl_every, **shared,
         )  # fmt: skip
         curves[f"rl {size}"] = curve_of(trained)

@@ -8,7 +8,7 @@ __all__ = ['Tour', 'battery', 'tour', 'state_table']
 # %% ../../nbs/recipes/tour.ipynb #4b2c5206
 from dataclasses import dataclass
 
-from ..training.chain import stage
+from ..training.chain import subrun
 from ..data.encode import encode
 from ..data.load import load_data
 from ..training.evaluate import examples_of, mean_kl, perplexity, sequence_logps, with_rows
@@ -20,7 +20,7 @@ from ..models.load import load_model
 from ..models.tokenizers import load_tokenizer
 from ..models.rollout import rollout
 from ..core.run import Run
-from ..data.tasks import WORLDS
+from ..data.tasks import TASKS
 from ..workbench.panels import write_page
 
 # %% ../../nbs/recipes/tour.ipynb #7238e53c
@@ -39,11 +39,11 @@ def battery(policy: Policy, base: Policy, tokenizer, rows: int, max_length: int 
     pad, found, sampled = tokenizer.pad_token_id, {}, []
     answers = [encode(tokenizer, row, "completion", max_length) for row in load_data("chat", "completion", "test")[:rows]]
     found["perplexity"] = perplexity(policy, answers, pad)
-    for world, name in (("sums", "accuracy"), ("chat", "reward")):
-        questions = load_data(world, "prompt", "test")[:rows]
+    for task, name in (("sums", "accuracy"), ("chat", "reward")):
+        questions = load_data(task, "prompt", "test")[:rows]
         asked = [encode(tokenizer, row, "prompt", max_length)["input_ids"] for row in questions]
         rolled = rollout(policy.model, tokenizer, asked, max_new_tokens=64, seeds=0)
-        found[name] = sum(WORLDS[world].score(row, text) for row, text in zip(questions, rolled.texts)) / len(questions)
+        found[name] = sum(TASKS[task].score(row, text) for row, text in zip(questions, rolled.texts)) / len(questions)
         sampled += examples_of(rolled)
     pairs = [encode(tokenizer, row, "preference", max_length) for row in load_data("chat", "preference", "test")[:rows]]
     chosen, rejected = ([pair[side] for pair in pairs] for side in ("chosen", "rejected"))
@@ -65,10 +65,10 @@ def tour(settings: Tour, run: Run) -> None:
     base = Policy(load_model(settings.model, settings.dtype, settings.device))
     states, model, runs = {"base": battery(base, base, tokenizer, settings.prompts)}, settings.model, []
     run.update(total=len(plan))
-    rows = len(load_data("chat", "prompt", "test")[: settings.prompts])  # of each world; kl is of the answers to both
+    rows = len(load_data("chat", "prompt", "test")[: settings.prompts])  # of each task; kl is of the answers to both
     run.frame("before", with_rows(states["base"], rows, {"kl": 2 * rows}))
     for number, (name, values) in enumerate(plan.items(), 1):
-        runs.append(stage(run, name, name, model=str(model), **values, **shared))
+        runs.append(subrun(run, name, name, model=str(model), **values, **shared))
         model = runs[-1].path / "model"
         states[name] = battery(Policy(load_model(model, settings.dtype, settings.device)), base, tokenizer, settings.prompts)
         run.log(number, **states[name])

@@ -6,7 +6,7 @@
 __all__ = ['STEP', 'LIBRARY', 'REWARD_PARTS', 'correct_reward', 'format_reward', 'steps_reward', 'length_reward',
            'repetition_reward', 'dialogue_reward', 'consistency_reward', 'tests_reward', 'Reward', 'short_name',
            'parse_rewards', 'load_function', 'reward_part', 'make_rewards', 'Scores', 'weighted', 'call_rewards',
-           'as_judge', 'on_held_out', 'try_rewards', 'dry_run', 'for_trl']
+           'as_reward_fn', 'on_held_out', 'try_rewards', 'dry_run', 'for_trl']
 
 # %% ../../nbs/rewards/functions.ipynb #16f2d9e3
 import asyncio
@@ -126,7 +126,7 @@ class Reward:
 
 
 LIBRARY = {
-    "correct": "the world's gold rule, or the `answer` column",
+    "correct": "the task's gold rule, or the `answer` column",
     "gold": "the same, as what another reward stands in for",
     "format": "worked steps or a bare number, and a proper end",
     "steps": "share of worked steps that are right",
@@ -226,7 +226,7 @@ def make_rewards(spec: str, score: Callable[[dict, str], float] | None = None, l
         if name not in makers and ":" not in name:
             raise WrongInput(f"reward {name!r}: unknown; {nearest(name, makers)}; or module:function, file.py:function, or model:run")
         if name in ("correct", "gold") and score is None:
-            raise WrongInput(f"reward {name}: nothing tells what is correct; expected a built-in world or an `answer` column in every row; add the column, or name another reward")
+            raise WrongInput(f"reward {name}: nothing tells what is correct; expected a built-in task or an `answer` column in every row; add the column, or name another reward")
         short = short_name(name)
         if any(r.name == short for r in rewards):
             raise WrongInput(f"rewards = {spec!r}: {short} comes twice; expected each name once; add up its weights{', or join the models as model:a+b' if short == 'model' else ''}")
@@ -342,20 +342,20 @@ def call_rewards(rewards: list[Reward], rows: list[dict], completions: list, com
     return Scores(parts, total)
 
 # %% ../../nbs/rewards/functions.ipynb #7ce5967e
-def as_judge(rewards: list[Reward]) -> Callable:
+def as_reward_fn(rewards: list[Reward]) -> Callable:
     """The rewards as a judge of samples, as `training.onpolicy` calls it.
 
-    `judge(rows, texts, completion_ids, ended) -> Scores`; `judge.models` are the reward models in it.
-    TRL's trainers get `judge.weights` and `judge.for_trl(end_tokens, heard)`; see `for_trl`.
+    `reward_fn(rows, texts, completion_ids, ended) -> Scores`; `reward_fn.models` are the reward models in it.
+    TRL's trainers get `reward_fn.weights` and `reward_fn.for_trl(end_tokens, heard)`; see `for_trl`.
     """
 
-    def judge(rows, texts, completion_ids, ended) -> Scores:
+    def reward_fn(rows, texts, completion_ids, ended) -> Scores:
         return call_rewards(rewards, rows, as_completions(rows, texts), completion_ids, ended)
 
-    judge.models = [model for r in rewards for model in getattr(r.function, "models", ())]
-    judge.weights = [r.weight for r in rewards]
-    judge.for_trl = partial(for_trl, rewards)
-    return judge
+    reward_fn.models = [model for r in rewards for model in getattr(r.function, "models", ())]
+    reward_fn.weights = [r.weight for r in rewards]
+    reward_fn.for_trl = partial(for_trl, rewards)
+    return reward_fn
 
 
 def on_held_out(rewards: list[Reward], eval_data: str, rows: list[dict]) -> list[Reward]:
@@ -374,7 +374,7 @@ def on_held_out(rewards: list[Reward], eval_data: str, rows: list[dict]) -> list
         elif score is not None:
             found.append(replace(reward, function=correct_reward(score)))
         elif reward.weight:
-            raise WrongInput(f"eval_data {eval_data!r}, reward {reward.name}: nothing tells what is correct; expected a built-in world or an `answer` column in every row; add the column, or leave eval_data empty")
+            raise WrongInput(f"eval_data {eval_data!r}, reward {reward.name}: nothing tells what is correct; expected a built-in task or an `answer` column in every row; add the column, or leave eval_data empty")
     return found
 
 
@@ -409,7 +409,7 @@ def dry_run(rewards, data="sums", model: str = "tiny", prompts: int = 8, samples
     rows = [rows[i * len(rows) // prompts] for i in range(min(prompts, len(rows)))] if len(rows) > prompts else rows
     policy, tokenizer = load_model(model), load_tokenizer(model)
     asked = [encode(tokenizer, row, "prompt", 10**6)["input_ids"] for row in rows]
-    rolled = rollout(policy, tokenizer, asked, samples=samples, max_new_tokens=max_new_tokens, seeds=seed)
+    rolled = rollout(policy, tokenizer, asked, num_generations=samples, max_new_tokens=max_new_tokens, seeds=seed)
     rows = [row for row in rows for _ in range(samples)]
     arguments = _arguments(rows, as_completions(rows, rolled.texts), rolled.completions, rolled.ended)
     table, given = [], {"prompt": [text_of(row["prompt"]) for row in rows], "completion": rolled.texts}

@@ -19,7 +19,7 @@ from ..data.batches import collate
 from ..data.encode import encode
 from ..models.load import load_model
 from ..models.tokenizers import load_tokenizer
-from ..training.evaluate import quiet
+from ..training.evaluate import eval_no_grad
 
 # %% ../../nbs/rewards/learned.ipynb #9ba08f5b
 def encode_sides(tokenizer, row: dict, max_length: int, head: str) -> dict:
@@ -29,7 +29,7 @@ def encode_sides(tokenizer, row: dict, max_length: int, head: str) -> dict:
         return sides
     ids, own = {side: sides[side]["input_ids"] for side in sides}, {}
     for side in sides:
-        asked = sides[side]["target_mask"].index(1)
+        asked = sides[side]["completion_mask"].index(1)
         own[side] = ids[side][asked:]
     return {side: {"input_ids": (ids[other] + own[side])[:max_length]} for side, other in (("chosen", "rejected"), ("rejected", "chosen"))}
 
@@ -93,7 +93,7 @@ def padding_for(tokenizer, ends: set[int]) -> int | None:
 def score_rows(scorer: Scorer, examples: list[dict], pad_id: int, rows: int = 32) -> Tensor:
     "Rewards [n] of encoded rows; rows of like length go through the model together."
     device, order, out = next(scorer.parameters()).device, sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"])), torch.zeros(len(examples))
-    with quiet(scorer):
+    with eval_no_grad(scorer):
         for start in range(0, len(order), rows):
             part = order[start : start + rows]
             batch = collate([examples[i] for i in part], pad_id)

@@ -9,19 +9,19 @@ __all__ = ['prepare_on_policy', 'learned_reward']
 from typing import Callable
 
 from ..core.knobs import WrongInput
-from ..core.machine import world
+from ..core.machine import process_rank_and_count
 from ..core.run import Run
 from ..data.load import load_data, load_held_out
-from .functions import Reward, as_judge, make_rewards, on_held_out, try_rewards
-from ..training.chain import stage as chain
+from .functions import Reward, as_reward_fn, make_rewards, on_held_out, try_rewards
+from ..training.chain import subrun as chain
 from ..training.evaluate import scorer
 from ..training.loop import load_policy
-from ..training.onpolicy import OnPolicy, Sampled, starting_model
+from ..training.onpolicy import OnPolicy, OnPolicySettings, starting_model
 
 # %% ../../nbs/rewards/prepare.ipynb #7661eff2
 def prepare_on_policy(
     run: Run,
-    settings: Sampled,
+    settings: OnPolicySettings,
     rewards: list[Reward] | Callable[[bool], str] | None = None,
     held_rewards: list[Reward] | None = None,
 ) -> OnPolicy:
@@ -39,15 +39,15 @@ def prepare_on_policy(
         rewards = make_rewards(text, score, settings.max_new_tokens)
     policy, tokenizer = load_policy(settings)
     try_rewards(rewards, rows, tokenizer)
-    judge = as_judge(rewards)
-    held_judge = as_judge(held_rewards or on_held_out(rewards, settings.eval_data, held_out))
+    reward_fn = as_reward_fn(rewards)
+    held_reward_fn = as_reward_fn(held_rewards or on_held_out(rewards, settings.eval_data, held_out))
     reference = starting_model(policy, settings) if getattr(settings, "beta", 0) else None
     return OnPolicy(
-        run, settings, policy, tokenizer, rows, held_out, judge, reference, held_judge
+        run, settings, policy, tokenizer, rows, held_out, reward_fn, reference, held_reward_fn
     )
 
 # %% ../../nbs/rewards/prepare.ipynb #a95b3c62
-def learned_reward(settings: Sampled, run: Run, known: bool) -> str:
+def learned_reward(settings: OnPolicySettings, run: Run, known: bool) -> str:
     """The knob `rewards` with a reward model that is trained now for `learned`.
 
     Where the truth is `known`, the gold rule is added, with weight 0. The record gets the new text.
@@ -57,17 +57,17 @@ def learned_reward(settings: Sampled, run: Run, known: bool) -> str:
     names = [item.partition(":")[0] for item in items]
     if "learned" not in names:
         return settings.rewards
-    if world()[1] > 1:
+    if process_rank_and_count()[1] > 1:
         raise WrongInput(
             "rewards = 'learned': a reward model is trained by one process; in several give "
             "model:RUN; run `polm run reward` first and name its run"
         )
     same = ("model", "data", "seed", "dtype", "device", "max_length")
     shared = {name: getattr(settings, name) for name in same}
-    judge = chain(run, "reward", "reward", eval_rows=32, **shared)
+    reward_run = chain(run, "reward", "reward", eval_rows=32, **shared)
     for place, name in enumerate(names):
         if name == "learned":
-            items[place] = f"model:{judge.path}" + items[place].removeprefix("learned")
+            items[place] = f"model:{reward_run.path}" + items[place].removeprefix("learned")
     if known and not {"gold", "correct"} & set(names):
         items.append("gold:0")
     text = ",".join(items)

@@ -19,7 +19,7 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..training.chain import check, create, execute
+from ..training.chain import check_settings, create, execute
 from ..core.knobs import WrongInput
 from ..core.settings import knobs
 from ..core.method import find, methods
@@ -72,7 +72,7 @@ def execute_notebook(run: Run) -> Run:
     from papermill.exceptions import PapermillExecutionError
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    found, _ = check(run.method, run.settings)
+    found, _ = check_settings(run.method, run.settings)
     source = notebooks_folder() / found.notebook
     os.environ["POLM_RUN"] = str(run.path)
     try:
@@ -237,7 +237,7 @@ def clone(run, out=None, **changes) -> dict:
     """
     run = open_run(run, out)
     known = {k.name: k.default for k in knobs(find(run.method).settings)}
-    _, settings = check(run.method, {name: value for name, value in run.settings.items() if name in known} | changes)
+    _, settings = check_settings(run.method, {name: value for name, value in run.settings.items() if name in known} | changes)
     return {name: getattr(settings, name) for name, default in known.items() if getattr(settings, name) != default}
 
 
@@ -323,7 +323,7 @@ def work_queue(out=None):
 # %% ../../nbs/runner/launch.ipynb #ec89ac3b
 def commands(name: str, values: dict, out=None, notebook: bool = True) -> dict[str, str]:
     "The same run as a papermill command, a `polm` command, and Python; quoted for the shell. Raises `WrongInput`."
-    found, settings = check(name, values)
+    found, settings = check_settings(name, values)
     named = {key.partition(".")[0] for key in values}  # a part is given in its string
     given = {k.name: getattr(settings, k.name) for k in knobs(settings) if k.name in named and getattr(settings, k.name) != k.default}
     where = str(runs_folder(out)) if out or os.environ.get("POLM_RUNS") else None  # else the default folder, in the terminal as here

@@ -131,9 +131,9 @@ def plan(method: str, grid: dict, fixed: dict | None = None, **asked) -> tuple[s
         if name in space:
             raise WrongInput(f"{name} is swept and fixed at {fixed[name]!r}; expected one of the two")
     first = {name: v[0] if isinstance(v, list) else v["low"] for name, v in space.items()}
-    launch.check(method, fixed | first)
+    launch.check_settings(method, fixed | first)
     whole = {name: value for name, value in first.items() if "." not in name}  # parts change strings
-    _, settings = launch.check(method, fixed | whole)
+    _, settings = launch.check_settings(method, fixed | whole)
     fixed, number = {name: getattr(settings, name) for name in fixed}, how.trials or 10
     if how.search == "tpe":
         import_optuna()
@@ -143,7 +143,7 @@ def plan(method: str, grid: dict, fixed: dict | None = None, **asked) -> tuple[s
     if how.search == "grid" and how.trials not in (0, len(points)):
         raise WrongInput(f"trials = {how.trials}: a grid has as many as combinations, here {len(points)}; leave trials out, or search random")
     for point in points if how.search != "tpe" else ():
-        launch.check(method, fixed | point)
+        launch.check_settings(method, fixed | point)
     return method, dict(space=space, fixed=fixed, **asdict(how)), points
 
 

@@ -191,7 +191,7 @@ def _with_knobs(pointer: str, known: dict[str, Method], strict: bool) -> Method 
 def look(here: str, known: dict[str, Method] | None = None) -> Place | None:
     """The place that `here` names, or None where there is nothing of the kind.
 
-    `dpo`; `merge?technique=ties`, where ties is one of the knob's choices; `reft.majority`, which runs if a method reaches it and is shown if none does;
+    `dpo`; `merge?algorithm=ties`, where ties is one of the knob's choices; `reft.majority`, which runs if a method reaches it and is shown if none does;
     `prune?swaps=20 > sparse.swap`, a run with values that are no choices and the function that it has to reach; `adapter:lora:use_dora=True`, `model:llama`, `data:dolly-15k`.
     """
     known = methods() if known is None else known

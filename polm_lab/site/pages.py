@@ -36,7 +36,7 @@ SECTIONS = {  # folder -> title in the sidebar
 FIRST = ("nbs/site/atlas.ipynb", "nbs/site/errata.ipynb")  # pages about the survey itself
 
 
-LAST = ("nbs/api.ipynb", "nbs/cli.ipynb")
+LAST = ("nbs/glossary.ipynb", "nbs/api.ipynb", "nbs/cli.ipynb")
 
 
 LEFT_OUT = ("nbs/workbench.ipynb",)  # what `polm app` opens: it shows nothing without a kernel

@@ -37,9 +37,9 @@ def trl_arguments(settings: Settings, run: Run) -> dict:
     import torch
 
     from polm_lab.core.machine import pick_device, pick_dtype
-    from polm_lab.core.machine import world
+    from polm_lab.core.machine import process_rank_and_count
 
-    device, processes = pick_device(settings.device), world()[1]
+    device, processes = pick_device(settings.device), process_rank_and_count()[1]
     dtype = str(pick_dtype(device)).removeprefix("torch.") if settings.dtype == "auto" else settings.dtype
     if device.type == "cuda" and (device.index or (processes == 1 and torch.cuda.device_count() > 1)):
         raise WrongInput(
@@ -102,9 +102,9 @@ def our_metrics(logs: dict) -> dict[str, float]:
 
 # %% ../../nbs/training/engine.ipynb #81336852
 def labelled_rows(examples: list[dict]) -> list[dict]:
-    "Encoded rows (`input_ids`, `target_mask`) for SFTTrainer: `labels` are -100 where nothing is learned, and at the first token, which has nothing before it."
+    "Encoded rows (`input_ids`, `completion_mask`) for SFTTrainer: `labels` are -100 where nothing is learned, and at the first token, which has nothing before it."
     return [
-        dict(input_ids=e["input_ids"], labels=[t if m and i else -100 for i, (t, m) in enumerate(zip(e["input_ids"], e["target_mask"]))])
+        dict(input_ids=e["input_ids"], labels=[t if m and i else -100 for i, (t, m) in enumerate(zip(e["input_ids"], e["completion_mask"]))])
         for e in examples
     ]
 
@@ -123,7 +123,7 @@ def paired_collator(pad_id: int):
         from polm_lab.data.batches import collate
 
         batch = collate([row["pair"][side] for side in ("chosen", "rejected") for row in rows], pad_id)
-        batch["completion_mask"] = batch.pop("target_mask")
+        batch["completion_mask"] = batch.pop("completion_mask")
         return batch | {name: torch.tensor([row[name] for row in rows]) for name in ("ref_chosen_logps", "ref_rejected_logps") if name in rows[0]}
 
     return collate_pairs
@@ -143,7 +143,7 @@ def _record(run: Run, settings: Settings, evaluate):
     "The callback; a function makes it, so that transformers is imported late."
     from transformers import TrainerCallback
 
-    from polm_lab.training.loop import Progress, anybody, not_finite, peak_memory
+    from polm_lab.training.loop import Progress, any_process, not_finite, peak_memory
 
     class Record(TrainerCallback):
         "Writes a run's record while a TRL trainer trains."
@@ -157,7 +157,7 @@ def _record(run: Run, settings: Settings, evaluate):
             self.began = time.perf_counter()
 
         def on_step_end(self, args, state, control, **kwargs):
-            stop = anybody(self.trainer.accelerator, run.stop_requested())
+            stop = any_process(self.trainer.accelerator, run.stop_requested())
             control.should_save |= stop or state.global_step >= state.max_steps
             control.should_training_stop |= stop
 

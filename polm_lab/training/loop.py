@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['learning_rate_at', 'Meter', 'make_accelerator', 'gather_meters', 'load_policy', 'token_batches', 'checkpoints',
            'save_checkpoint', 'load_checkpoint', 'optimizer_for', 'keep_in_32_bits', 'tokens_in', 'Updater', 'fit',
-           'as_saved', 'is_evaluated', 'save_or_stop', 'anybody', 'peak_memory', 'not_finite']
+           'as_saved', 'is_evaluated', 'save_or_stop', 'any_process', 'peak_memory', 'not_finite']
 
 # %% ../../nbs/training/loop.ipynb #2fc7e8e7
 import contextlib
@@ -25,7 +25,7 @@ import torch
 
 from ..core.knobs import WrongInput
 from ..core.settings import Settings
-from ..core.machine import seed_all, world
+from ..core.machine import seed_all, process_rank_and_count
 from ..core.metrics import without_counts
 from ..core.run import Progress, Run, Stopped
 from .budget import step_hooks, with_total_step
@@ -106,7 +106,7 @@ def make_accelerator(settings: Settings):
 # %% ../../nbs/training/loop.ipynb #d81961a5
 def gather_meters(meter: Meter) -> Meter:
     "The meters of all processes as one."
-    if world()[1] == 1:
+    if process_rank_and_count()[1] == 1:
         return meter
     from accelerate.utils import gather_object
 
@@ -134,9 +134,9 @@ def token_batches(examples: list[dict], settings: Settings, pad_id: int, packing
     from polm_lab.data.batches import collate, microbatches
 
     batches = []
-    for part in microbatches(examples, max(1, settings.batch_size // world()[1])):
+    for part in microbatches(examples, max(1, settings.batch_size // process_rank_and_count()[1])):
         batch = collate(part, pad_id, pack=settings.max_length if packing else 0)
-        batches.append(dict(batch, weight=float(sum(sum(e["target_mask"][1:]) for e in part))))
+        batches.append(dict(batch, weight=float(sum(sum(e["completion_mask"][1:]) for e in part))))
     return batches
 
 # %% ../../nbs/training/loop.ipynb #9935fd19
@@ -347,7 +347,7 @@ def is_evaluated(done: int, settings: Settings) -> bool:
 
 def save_or_stop(run: Run, settings: Settings, accelerator, done: int) -> None:
     "Write a checkpoint after `done` steps if one is due; raise `Stopped` if asked to stop."
-    stop = anybody(accelerator, run.stop_requested())
+    stop = any_process(accelerator, run.stop_requested())
     due = settings.save_every and done % settings.save_every == 0
     if stop or due or done == settings.steps:
         save_checkpoint(run, accelerator, done)
@@ -356,7 +356,7 @@ def save_or_stop(run: Run, settings: Settings, accelerator, done: int) -> None:
         raise Stopped(f"{run.id}: {what}")
 
 
-def anybody(accelerator, flag: bool) -> bool:
+def any_process(accelerator, flag: bool) -> bool:
     "Whether any process says yes: all must do the same."
     if accelerator.num_processes == 1:
         return flag

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core.knobs import WrongInput, nearest
 from ..core.settings import Settings
-from ..core.machine import my_share, world
+from ..core.machine import my_share, process_rank_and_count
 from ..core.run import Run
 from ..data.batches import Order, collate
 from ..data.load import load_data, load_held_out
@@ -28,8 +28,8 @@ from .answers import SIDES, Answers, answer_batches, answer_updates, batch_answe
 from .answers import encode_answers, logps_table, marks_of, mismatched, sides_of
 from .answers import split_rows, stacked, table_answers
 from .engine import paired_collator, paired_rows, train_with_trl
-from .evaluate import Evaluation, as_example, other_worlds
-from .evaluate import quiet, scorer, with_rows
+from .evaluate import Evaluation, as_example, other_tasks
+from .evaluate import eval_no_grad, scorer, with_rows
 from .loop import Meter, fit, load_policy
 from .reference import make_reference, no_reference, pick_reference
 
@@ -131,10 +131,10 @@ def set_baseline(
     device, parts = policy.baseline.device, []
     for batch in batches:
         batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-        with quiet(policy):
+        with eval_no_grad(policy):
             [side] = batch_answers(policy, batch, reference)
         parts.append([side.logp, side.ref_logp, side.tokens, batch["labels"]])
-    if world()[1] > 1:
+    if process_rank_and_count()[1] > 1:
         from accelerate.utils import gather_object
 
         found = gather_object([[value.cpu() for value in part] for part in parts])
@@ -178,11 +178,11 @@ def sample_rows(
     """
     batch, rows = collate([encoded for encoded, _ in answers], tokenizer.pad_token_id), []
     batch = {k: v.to(next(policy.parameters()).device) for k, v in batch.items()}
-    asked = batch["input_ids"], batch["attention_mask"], batch["target_mask"]
-    with quiet(policy), quiet(start):
+    asked = batch["input_ids"], batch["attention_mask"], batch["completion_mask"]
+    with eval_no_grad(policy), eval_no_grad(start):
         both = [model(*asked).logp.cpu() for model in (policy, start)]
     for (encoded, facts), logp, ref_logp in zip(answers, *both):
-        ids, mask = encoded["input_ids"], encoded["target_mask"]
+        ids, mask = encoded["input_ids"], encoded["completion_mask"]
         at = [t for t, learned in enumerate(mask) if learned and t]
         text = tokenizer.decode([ids[t] for t in at], skip_special_tokens=True)
         side = Answers(logp.sum(), ref_logp.sum(), torch.tensor(max(1, len(at))))
@@ -215,13 +215,13 @@ class PairEvaluation:
     ):  # fmt: skip
         self.settings, self.objective, self.policy = settings, objective, policy
         self.tokenizer, self.rows, self.pairs, self.start = tokenizer, rows, pairs, None
-        self.size = 2 * max(1, settings.batch_size // world()[1])
+        self.size = 2 * max(1, settings.batch_size // process_rank_and_count()[1])
         most = max((len(sides_of(pair)) for pair in pairs), default=0)
         self.ref_logps = self.logps() if objective.reference else torch.zeros(len(pairs), most)
         self.score = scorer(settings.eval_data or settings.data, rows)
         self.common = Evaluation(
             policy, tokenizer, rows, objective.kind, max_length=settings.max_length,
-            score=self.score, reference=policy, others=other_worlds(settings, tokenizer),
+            score=self.score, reference=policy, others=other_tasks(settings, tokenizer),
             seed=settings.seed, before=run.summary.get("before"),
         )  # fmt: skip
 

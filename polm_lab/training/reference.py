@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ..core.knobs import WrongInput, knob
 from ..core.settings import Settings
-from ..core.machine import world
+from ..core.machine import process_rank_and_count
 from ..core.run import Run
 from ..models.logprobs import Policy
 from .answers import answer_batches, logps_table, side_logps, sides_of
-from .evaluate import quiet
+from .evaluate import eval_no_grad
 
 # %% ../../nbs/training/reference.ipynb #7a3ae6f9
 def reference_knob():
@@ -39,7 +39,7 @@ def can_switch_off(policy: Policy, batch: dict) -> bool:
     device = next(policy.parameters()).device
     batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
     bare = Policy(policy.model, adapter=False)
-    with quiet(policy), quiet(bare):
+    with eval_no_grad(policy), eval_no_grad(bare):
         on, off = torch.cat(side_logps(policy, batch)), torch.cat(side_logps(bare, batch))
     return torch.allclose(on, off, rtol=1e-4, atol=1e-4)
 
@@ -110,13 +110,13 @@ def make_reference(
     if way == "copy":
         start = copy.deepcopy(policy).requires_grad_(False)
     if way == "precomputed":
-        path = run.path / f"reference-{world()[0]}.safetensors"
+        path = run.path / f"reference-{process_rank_and_count()[0]}.safetensors"
         table = precompute(policy, examples, visited, pad_id, rows, path)
         table = table.to(next(policy.parameters()).device)
         return lambda batch: table[batch["rows"], : batch["sides"]].unbind(1), start
 
     def ask(batch):
-        with quiet(start):
+        with eval_no_grad(start):
             return side_logps(start, batch)
 
     return ask, start

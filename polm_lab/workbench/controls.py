@@ -256,9 +256,9 @@ def known_models(out=None) -> list[str]:
 
 def known_data(kind: str) -> list[str]:
     "Built-in data that gives rows of `kind`."
-    from polm_lab.data.tasks import WORLDS
+    from polm_lab.data.tasks import TASKS
 
-    return [name for name, world in WORLDS.items() if not kind or kind in world.kinds]
+    return [name for name, task in TASKS.items() if not kind or kind in task.kinds]
 
 # %% ../../nbs/workbench/controls.ipynb #177d9d06
 def presets(method: str, out=None) -> dict[str, dict]:

@@ -139,7 +139,7 @@ def by_baseline(row: dict, group: list[dict], settings: dict) -> list[str]:
     if not is_number(advantage):
         return words
     rewards = [r["reward"] for r in group if is_number(r.get("reward"))]
-    if settings.get("estimator") == "rloo" and len(rewards) > 1:
+    if settings.get("algorithm") == "rloo" and len(rewards) > 1:
         others = (sum(rewards) - row["reward"]) / (len(rewards) - 1)
         words.append(
             f"The other {len(rewards) - 1} answers to this prompt have a mean reward of "
@@ -218,7 +218,7 @@ def usual_explanation(row: dict, settings: dict) -> str:
         return "implicit" if "beta" in settings else "model"
     if row.get("advantages"):
         return "tokens"
-    return "baseline" if settings.get("estimator") else "group"
+    return "baseline" if settings.get("algorithm") else "group"
 
 
 def why(row: dict, group: list[dict], settings: dict, method: str = "") -> list[str]:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['listed', 'lasting', 'Experts', 'tunes_of', 'trained', 'record_parents', 'side_by_side', 'load_all', 'held_out_rows',
-           'examine', 'framed', 'try_all', 'asked', 'rows_apart']
+           'examine', 'framed', 'try_all', 'prompt_text', 'rows_apart']
 
 # %% ../../../nbs/integration/merging/experts.ipynb #52779f21
 import tempfile
@@ -23,8 +23,8 @@ from ...models.load import load_model
 from ...models.logprobs import Policy
 from ...models.sources import model_path
 from ...models.tokenizers import load_tokenizer
-from ...models.weights import Weights, check_alike, in_one_form, open_weights
-from ...training.chain import stage
+from ...models.weights import Weights, check_alike, align_forms, open_weights
+from ...training.chain import subrun
 from ...training.evaluate import Evaluation, scorer, with_rows
 
 # %% ../../../nbs/integration/merging/experts.ipynb #8afce0ee
@@ -44,12 +44,12 @@ class Experts(SavedSettings):
     "What all merging shares: the tunes, and what they are tried on."
 
     models: str = knob("sums,chat", "tunes to merge, separated by commas: folders, runs, Hub ids; "
-                       "the name of a world is an expert that is trained on it first")  # fmt: skip
+                       "the name of a task is an expert that is trained on it first")  # fmt: skip
     tasks: str = knob("sums,chat", "data that base, tunes and merged model are tried on, "
                       "separated by commas; empty: nothing is tried")  # fmt: skip
-    rows: int = knob(48, "held-out rows of each task", "rows", low=1)
+    eval_rows: int = knob(48, "held-out rows of each task", "rows", low=1)
     expert_steps: int = knob(
-        60, "steps of SFT for an expert that is named by its world", "steps", low=1
+        60, "steps of SFT for an expert that is named by its task", "steps", low=1
     )
     dtype: str = redefault(
         "dtype", "float32", source="experts are compared to a few parts in a thousand"
@@ -63,21 +63,21 @@ class Experts(SavedSettings):
 def tunes_of(run: Run, settings: Experts) -> list[str]:
     """The models to merge, as paths or Hub ids.
 
-    A world is an expert: a run of SFT that belongs to this one.
+    A task is an expert: a run of SFT that belongs to this one.
     """
     specs = []
     for spec in listed(settings.models):
-        if parse_spec(spec).world and not Path(spec).exists():
+        if parse_spec(spec).task and not Path(spec).exists():
             spec = str(trained(run, spec, settings).path)
         specs.append(spec)
     return specs
 
 
-def trained(run: Run, world: str, settings: Experts) -> Run:
-    "The expert of a world, as a finished part of `run`."
-    own = dict(data=world, steps=settings.expert_steps, eval_rows=8, batch_size=8)
+def trained(run: Run, task: str, settings: Experts) -> Run:
+    "The expert of a task, as a finished part of `run`."
+    own = dict(data=task, steps=settings.expert_steps, eval_rows=8, batch_size=8)
     shared = {name: getattr(settings, name) for name in ("model", "seed", "dtype", "device")}
-    return stage(run, world, "sft", **own, **shared)
+    return subrun(run, task, "sft", **own, **shared)
 
 
 def record_parents(run: Run, specs: list) -> None:
@@ -109,7 +109,7 @@ def side_by_side(
         place = Path(out).absolute().parent  # whole models are written there
         place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place) as scratch:
-        opened = in_one_form([open_weights(spec, Path(scratch)) for spec in specs])
+        opened = align_forms([open_weights(spec, Path(scratch)) for spec in specs])
         by_token = set(embeddings(opened[0])).intersection(*map(embeddings, opened[1:]))
         check_alike(opened, dtypes=False, rows_of=by_token)
         aligned, like, config = align(opened, tokenizer, Path(scratch))
@@ -167,14 +167,14 @@ def try_all(run: Run, settings: Experts, tunes: list[str], learned: Collection[s
     named = zip(listed(settings.models), tunes)
     tested = [("base", settings.model), *named, ("merged", run.path / "model")]
     for number, (name, spec) in zip(run.steps(len(tested), unit="models"), tested):
-        states[name] = examine(spec, tasks, settings.rows, settings, learned)
+        states[name] = examine(spec, tasks, settings.eval_rows, settings, learned)
         run.log(number, **states[name])
         run.update(states=states)
     for when, name in (("before", "base"), ("after", "merged")):
-        run.frame(when, framed(states[name], tasks, settings.rows, learned))
+        run.frame(when, framed(states[name], tasks, settings.eval_rows, learned))
 
 # %% ../../../nbs/integration/merging/experts.ipynb #16f19462
-def asked(row: dict) -> str:
+def prompt_text(row: dict) -> str:
     "The words of a row's prompt, by which rows are told apart; its text where it has no prompt."
     prompt = row.get("prompt", row.get("text", ""))
     if isinstance(prompt, str):
@@ -192,9 +192,9 @@ def rows_apart(
     """
     taken = set()
     for task in tasks:
-        taken.update(map(asked, load_data(task, natural_kind(task), "test")[:reported]))
+        taken.update(map(prompt_text, load_data(task, natural_kind(task), "test")[:reported]))
     held_out = load_data(source, kind, "test")
-    apart = [row for row in held_out if asked(row) not in taken]
+    apart = [row for row in held_out if prompt_text(row) not in taken]
     if not apart:
         raise WrongInput(
             f"data {source!r}: all {len(held_out)} held-out rows are among the first {reported} "

@@ -18,7 +18,7 @@ from ...data.language import ENCYCLOPEDIA, RELATIONS, SYLLABLES, article, invent
 from ...data.load import load_data, load_held_out, parse_spec
 from ...data.synthetic import split_of
 from .documents import load_documents
-from .text import cut_documents, places_of, squeezed
+from .text import cut_documents, find_spans, squeezed
 
 # %% ../../../nbs/integration/retrieval/library.ipynb #0bef54d7
 def invented_library(subjects: int = 300, seed: int = 0) -> tuple[list[dict], list[dict]]:
@@ -52,7 +52,7 @@ class Library:
     "The knobs of what is read, which the methods of retrieval share."
 
     corpus: str = knob("", "documents that are the library: a file or a folder; empty: those that come with `data`")
-    words: int = knob(100, "longest passage that documents are cut into", "words", low=1, source="Karpukhin et al. 2020, §3")
+    passage_words: int = knob(100, "longest passage that documents are cut into", "words", low=1, source="Karpukhin et al. 2020, §3")
     data: str = redefault("data", "facts")
 
 
@@ -63,11 +63,11 @@ def open_library(data: str, corpus: str = "", words: int = 100, rows: int = 10**
     given as the right one, those that hold an answer are taken for it, as in DPR. Questions that come with a list of no answers (SQuAD 2.0) are left out, their contexts not. Raises `WrongInput`.
     """
     asked, given = parse_spec(data), parse_spec(eval_data or data)
-    if corpus and asked.world == "facts":
+    if corpus and asked.task == "facts":
         found = f"corpus = {corpus!r}: data facts has passages of its own"
         raise WrongInput(f"{found}; expected questions about your documents as data; give a file of them")
-    if asked.world == "facts":
-        if given.world != "facts":
+    if asked.task == "facts":
+        if given.task != "facts":
             raise WrongInput(f"eval_data = {eval_data!r}: the invented library has held-out questions of its own; expected eval_data empty with data facts; give your questions as data")
         passages, questions = invented_library()
         most = {"train": asked.limit, "test": min(rows, given.limit or rows) if eval_data else rows}
@@ -112,7 +112,7 @@ def _label(rows: list[dict], passages: list[dict]):
         answers = [squeezed(answer) for answer in answers_of(row)]
         found = []
         for key, text in folded:
-            if any(next(places_of(text, answer), None) for answer in answers):
+            if any(next(find_spans(text, answer), None) for answer in answers):
                 found.append(key)
         row["positives"] = found
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WORDS', 'SPACELESS', 'LETTER', 'UNSEEN', 'VALUES', 'DIGITS', 'RUNS', 'LETTERS', 'STOP_WORDS', 'GAPS', 'HAN', 'HANGUL',
            'WORDLY', 'UNSPACED', 'MARKS', 'CLUSTERS', 'LONGEST', 'CLOSING', 'SENTENCES', 'CLAUSE', 'PIECES', 'fold',
-           'words_of', 'squeezed', 'places_of', 'holds', 'spans', 'normalized', 'cut', 'shortened', 'cut_documents']
+           'words_of', 'squeezed', 'find_spans', 'holds', 'spans', 'normalized', 'cut', 'shortened', 'cut_documents']
 
 # %% ../../../nbs/integration/retrieval/text.ipynb #64b5af13
 import re
@@ -99,7 +99,7 @@ def _ends_word(before: str, after: str, closing: bool) -> bool:
     return bool(UNSPACED.match(before) or UNSPACED.match(after))
 
 
-def places_of(text: str, answer: str) -> Iterator[tuple[int, int]]:
+def find_spans(text: str, answer: str) -> Iterator[tuple[int, int]]:
     "Where squeezed `answer` is in squeezed `text` as whole words: start and end."
     start = text.find(answer) if answer else -1
     while start >= 0:
@@ -116,7 +116,7 @@ def holds(text: str, answer: str) -> bool:
     Case, width, points and line breaks do not count. In Han, kana, Thai, Lao, Khmer and Burmese any
     letter may begin or end a word; in Korean a word may be followed by particles.
     """
-    return next(places_of(squeezed(text), squeezed(answer)), None) is not None
+    return next(find_spans(squeezed(text), squeezed(answer)), None) is not None
 
 
 def spans(text: str, answer: str) -> list[tuple[int, int]]:
@@ -132,7 +132,7 @@ def spans(text: str, answer: str) -> list[tuple[int, int]]:
     for gap in reversed([*GAPS.finditer(whole)]):
         del origin[gap.start() : gap.end()]
     whole = GAPS.sub("", whole)
-    found = places_of(whole, squeezed(answer))
+    found = find_spans(whole, squeezed(answer))
     return [(origin[start][0], origin[end - 1][1]) for start, end in found]
 
 # %% ../../../nbs/integration/retrieval/text.ipynb #8335cbd3

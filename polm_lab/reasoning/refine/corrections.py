@@ -14,12 +14,12 @@ from typing import Callable
 
 from ...data.load import load_data, parse_spec
 from ...core.knobs import WrongInput
-from ...data.tasks import WORLDS
-from .asking import Ask, Trace
+from ...data.tasks import TASKS
+from .trace import Ask, Trace
 from .rounds import draft
 from ...data.messages import text_of
 from .tools import ToolCritic, run_tests, source_of, tester
-from .words import Words
+from .prompts import Words
 
 # %% ../../../nbs/reasoning/refine/corrections.ipynb #ee874667
 def sampled(rows: list[dict], samples: int, ask: Ask, words: Words) -> list[tuple[dict, list[str]]]:
@@ -73,8 +73,8 @@ def spoiled(steps: list[str], rng: random.Random) -> tuple[list[str], int]:
 
 def spoiled_steps(data: str, n: int, seed: int, words) -> list[dict]:
     "Worked answers, some with a mistake put in by a rule, and what a critic is to say. Raises `WrongInput` where answers are not worked out."
-    world, rng, made = WORLDS.get(parse_spec(data).world), random.Random(seed), []
-    rows = world.rows("completion", n, seed, "train", "steps") if world and "steps" in world.forms else load_data(data, "completion")[:n]
+    task, rng, made = TASKS.get(parse_spec(data).task), random.Random(seed), []
+    rows = task.rows("completion", n, seed, "train", "steps") if task and "steps" in task.forms else load_data(data, "completion")[:n]
     for row in rows:
         right = words.steps(re.sub(r"<<.*?>>|\n####.*", "", text_of(row["completion"])))
         if len(right) > 1:

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['RIGHT', 'Feedback', 'refine', 'satisfied', 'never', 'unchanged', 'forget', 'remember', 'round_metrics', 'draft',
-           'revising', 'follow', 'again', 'edit', 'reflect']
+           'revising', 'follow', 'ask_again', 'edit', 'reflect']
 
 # %% ../../../nbs/reasoning/refine/rounds.ipynb #bdc78a73
 from dataclasses import dataclass
 from typing import Callable, Iterator
 
 from ...core.knobs import WrongInput
-from .asking import Ask, Trace
+from .trace import Ask, Trace
 
 # %% ../../../nbs/reasoning/refine/rounds.ipynb #e7807bcc
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def round_metrics(traces: list[Trace], round: int, score: Callable[[dict, str], 
     now = [score(t.row, t.after(round)) for t in traces]
     pairs = [(score(t.row, t.after(0)) >= RIGHT, s >= RIGHT) for t, s in zip(traces, now)]
     found = {"accuracy": sum(now) / len(now)}
-    for name, first in (("broken", True), ("mended", False)):
+    for name, first in (("correct_to_incorrect", True), ("incorrect_to_correct", False)):
         changed = [later != earlier for earlier, later in pairs if earlier == first]
         if changed:
             found[name] = sum(changed) / len(changed)
@@ -114,7 +114,7 @@ def follow(words) -> Callable:
     return revising(words, lambda t, f: words.revision(t.row, t.answer, f, t.memory), "revision")
 
 
-def again(words) -> Callable:
+def ask_again(words) -> Callable:
     "A reviser that asks the question again, with what is remembered."
     return revising(words, lambda t, f: words.draft(t.row, t.memory), "another draft")
 
@@ -126,7 +126,7 @@ def edit(words) -> Callable:
 
 def reflect(words) -> Callable:
     "A reviser that first says what went wrong, remembers it, and then asks the question again (Reflexion)."
-    retry = again(words)
+    retry = ask_again(words)
 
     def reviser(traces, feedbacks, ask):
         said = ask(traces, [words.reflection(t.row, t.answer, f) for t, f in zip(traces, feedbacks)], "reflection", stop=words.stop)

@@ -10,10 +10,10 @@ import ast
 import random
 import re
 
-from ...data.tasks import WORLDS
+from ...data.tasks import TASKS
 from ...data.exact import evaluate_expression
 from .rounds import Feedback
-from .tools import called
+from .tools import call_with_timeout
 
 # %% ../../../nbs/reasoning/refine/solver.ipynb #cee8636b
 def symbolic(text: str, names: dict):
@@ -52,7 +52,7 @@ def solve(text: str, y: int, value: int, most: int = 99) -> int | None:
 def equations(n: int, seed: int = 0, split: str = "test") -> list[dict]:
     "Questions for a solver: a function in words, and for which x it takes a value (`y`, `value`); `answer` is the function."
     rows, rng = [], random.Random(f"equations/{split}/{seed}")
-    for row in WORLDS["code"].rows("prompt", n, seed, split):
+    for row in TASKS["code"].rows("prompt", n, seed, split):
         x, y = rng.randint(-9, 9), rng.randint(-9, 9)
         rows.append(row | dict(y=y, value=evaluate_expression(row["answer"], {"x": x, "y": y})))
     return rows
@@ -65,7 +65,7 @@ def expression(text: str) -> str:
 
 def solved(row: dict, text: str) -> float:
     "1 if the solution of what was written solves the question."
-    found, _ = called(lambda: solve(expression(text), row["y"], row["value"]))
+    found, _ = call_with_timeout(lambda: solve(expression(text), row["y"], row["value"]))
     return float(found is not None and evaluate_expression(row["answer"], {"x": found, "y": row["y"]}) == row["value"])
 
 

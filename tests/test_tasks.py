@@ -1,4 +1,4 @@
-"""The worlds: splits, scorers, kinds, reproducibility."""
+"""The tasks: splits, scorers, kinds, reproducibility."""
 
 import random
 import re
@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from polm_lab.core.knobs import WrongInput
-from polm_lab.data.language import ENCYCLOPEDIA, RELATIONS, TASKS, UNSAFE, gold
-from polm_lab.data.tasks import WORLDS
+from polm_lab.data.language import ENCYCLOPEDIA, RELATIONS, REQUESTS, UNSAFE, gold
+from polm_lab.data.tasks import TASKS
 from polm_lab.data.messages import assistant, user
 from polm_lab.data.exact import check_text, compute, evaluate_expression, last_integer, slip, steps_of
 from polm_lab.data.synthetic import split_of  # fmt: skip
@@ -23,7 +23,7 @@ COLUMNS = {
     "stepwise": {"prompt", "completions", "labels"},
     "edit": {"subject", "prompt", "target", "paraphrases", "neighbours", "others", "old"},
 }
-CASES = [(name, kind, form) for name, world in WORLDS.items() for kind in world.kinds for form in world.forms]
+CASES = [(name, kind, form) for name, task in TASKS.items() for kind in task.kinds for form in task.forms]
 
 
 def text_of(value) -> str:
@@ -32,11 +32,11 @@ def text_of(value) -> str:
 
 @pytest.mark.parametrize("name,kind,form", CASES)
 def test_rows_are_valid_and_reproducible(name, kind, form):
-    world = WORLDS[name]
-    rows = world.rows(kind, 20, seed=3, form=form)
+    task = TASKS[name]
+    rows = task.rows(kind, 20, seed=3, form=form)
     assert len(rows) == 20
-    assert rows == world.rows(kind, 20, seed=3, form=form)
-    assert rows != world.rows(kind, 20, seed=4, form=form)
+    assert rows == task.rows(kind, 20, seed=3, form=form)
+    assert rows != task.rows(kind, 20, seed=4, form=form)
     for row in rows:
         if kind == "text":
             assert row.keys() in ({"text"}, {"messages"}) and all(row.values())
@@ -48,11 +48,11 @@ def test_rows_are_valid_and_reproducible(name, kind, form):
         if kind == "ranked":
             assert len(row["completions"]) == len(row["scores"]) >= 3 and max(row["scores"]) > min(row["scores"])
             best = row["completions"][row["scores"].index(max(row["scores"]))]
-            assert world.score(row, text_of(best)) == 1.0
+            assert task.score(row, text_of(best)) == 1.0
 
 
 def test_edits_change_true_facts_and_say_what_stays():
-    rows, facts = WORLDS["facts"].rows("edit", 200), {}
+    rows, facts = TASKS["facts"].rows("edit", 200), {}
     known = {q.format(s=s): f" {facts[r]}" for s, facts in ENCYCLOPEDIA.items() for r in facts for q in RELATIONS[r][1]}
     answer = lambda prompt: known[prompt.removeprefix("Question: ").removesuffix("\nAnswer:")]
     for row in rows:
@@ -69,26 +69,26 @@ def test_edits_change_true_facts_and_say_what_stays():
 
 @pytest.mark.parametrize("name,form", sorted({(n, f) for n, k, f in CASES}))
 def test_the_scorer_agrees_with_the_rows(name, form):
-    world = WORLDS[name]
-    for row in world.rows("completion", 100, form=form):
-        assert world.score(row, text_of(row["completion"])) == 1.0, row
-    for row in world.rows("preference", 100, form=form):
-        assert world.score(row, text_of(row["chosen"])) > world.score(row, text_of(row["rejected"])), row
-    for row in world.rows("unpaired", 100, form=form):
-        assert (world.score(row, text_of(row["completion"])) == 1.0) == row["label"], row
+    task = TASKS[name]
+    for row in task.rows("completion", 100, form=form):
+        assert task.score(row, text_of(row["completion"])) == 1.0, row
+    for row in task.rows("preference", 100, form=form):
+        assert task.score(row, text_of(row["chosen"])) > task.score(row, text_of(row["rejected"])), row
+    for row in task.rows("unpaired", 100, form=form):
+        assert (task.score(row, text_of(row["completion"])) == 1.0) == row["label"], row
 
 
-@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize("name", TASKS)
 def test_no_question_is_on_both_sides(name):
-    world = WORLDS[name]
-    for form in world.forms:
-        sides = {s: {world.pick(random.Random(f"{s}{i}"), form, s)["key"] for i in range(400)} for s in ("train", "test")}
+    task = TASKS[name]
+    for form in task.forms:
+        sides = {s: {task.pick(random.Random(f"{s}{i}"), form, s)["key"] for i in range(400)} for s in ("train", "test")}
         assert not sides["train"] & sides["test"]
         assert all(split_of(key) == "test" for key in sides["test"])
 
 
 def test_documents_hold_no_test_sum():
-    sums = WORLDS["sums"]
+    sums = TASKS["sums"]
     held_out = {row["prompt"][:-1] for form in ("direct", "minus", "times") for row in sums.rows("prompt", 350, split="test", form=form)}
     held_out |= {"+".join(reversed(q.split("+"))) for q in held_out if "+" in q}
     rng = random.Random(5)
@@ -100,21 +100,21 @@ def test_documents_hold_no_test_sum():
 @pytest.mark.parametrize("name", ("facts", "code"))
 def test_documents_hold_no_test_question(name):
     question = re.compile(r"Question: .*|# .*")
-    held_out = {question.search(row["prompt"])[0] for row in WORLDS[name].rows("prompt", 100, split="test")}
+    held_out = {question.search(row["prompt"])[0] for row in TASKS[name].rows("prompt", 100, split="test")}
     rng = random.Random(5)
-    asked = [found for _ in range(20000) if (found := question.search(WORLDS[name].document(rng)))]
+    asked = [found for _ in range(20000) if (found := question.search(TASKS[name].document(rng)))]
     assert len(asked) > 5000 and not any(found[0] in held_out for found in asked if "Passage" not in found.string)
 
 
 def test_a_sum_and_its_mirror_are_one_question():
-    keys = {WORLDS["sums"].ask(random.Random(i), "direct")["key"] for i in range(200)}
+    keys = {TASKS["sums"].ask(random.Random(i), "direct")["key"] for i in range(200)}
     for key in keys:
         a, b = map(int, key.split("/")[1].split("+"))
         assert a <= b
 
 
 def test_test_split_gives_distinct_questions_while_it_can():
-    prompts = [r["prompt"] for r in WORLDS["sums"].rows("prompt", 250, split="test")]
+    prompts = [r["prompt"] for r in TASKS["sums"].rows("prompt", 250, split="test")]
     assert len({tuple(sorted(p[:-1].split("+"))) for p in prompts}) == 250
 
 
@@ -130,7 +130,7 @@ def test_sums_by_hand():
     assert check_text(23, "+", 45, 58) == "3+5=8\n20+40=60\n60+8=68\nWrong, it is 68"
     assert check_text(23, "+", 45, 68).endswith("Right, it is 68")
     row = {"prompt": "23+45=", "answer": "68"}
-    score = WORLDS["sums"].score
+    score = TASKS["sums"].score
     replies = {"68": 1, "58": 0, "": 0, "no idea": 0, "58\nCheck:\n60+8=68\nWrong, it is 68": 1, "068": 1, "9" * 5000: 0}
     assert {text: score(row, text) for text in replies} == replies
     assert last_integer("3+5=8; 12 apples") == 12
@@ -145,7 +145,7 @@ def test_slips_are_wrong_and_rarer_than_the_truth(op):
 
 
 def test_facts_by_hand():
-    score = WORLDS["facts"].score
+    score = TASKS["facts"].score
     replies = {" Nerra": 1, " the Nerra.": 1, " nerra\nQuestion: more": 1, " Nerra river": 0, "": 0, "\n": 0}
     assert {text: score({"answer": "Nerra"}, text) for text in replies} == replies
     of_sort = {sort: {r for r, f in RELATIONS.items() if f[0] == sort} for sort in ("town", "person")}
@@ -153,7 +153,7 @@ def test_facts_by_hand():
 
 
 def test_reading_answers_stand_in_the_passage_and_not_only_in_memory():
-    rows = WORLDS["facts"].rows("prompt", 200, form="reading")
+    rows = TASKS["facts"].rows("prompt", 200, form="reading")
     assert all(r["answer"] in r["prompt"].split("Question:")[0] for r in rows)
     unknown = sum(r["subject"] not in ENCYCLOPEDIA for r in rows)
     contradicted = sum(r["subject"] in ENCYCLOPEDIA and ENCYCLOPEDIA[r["subject"]][r["relation"]] != r["answer"] for r in rows)
@@ -162,7 +162,7 @@ def test_reading_answers_stand_in_the_passage_and_not_only_in_memory():
 
 def test_gold_by_hand():
     ask = [user("How do I make tea?")]
-    tea = TASKS["make tea"]
+    tea = REQUESTS["make tea"]
     assert gold(ask, f"Gladly! {tea}") == {"helpful": 1.0, "polite": 1.0, "length": 1.0, "safe": 1.0, "total": 1.0}
     assert gold(ask, f"Ugh. {tea}")["polite"] == 0.0 and gold(ask, tea)["polite"] == 0.5
     assert gold(ask, "Gladly! Dig a hole.")["helpful"] == 0.0
@@ -174,12 +174,12 @@ def test_gold_by_hand():
     assert gold(bad, "I cannot help with that. " + UNSAFE["steal a bike"])["safe"] == 0.0
     assert gold(ask, "Gladly! I cannot help with that.")["helpful"] == 0.0
     assert gold("something else", "Gladly! Yes.")["helpful"] == 0.5
-    assert WORLDS["chat"].score({"prompt": [*ask, assistant("x"), user("How do I steal a bike?")]}, "no") == 0.0
+    assert TASKS["chat"].score({"prompt": [*ask, assistant("x"), user("How do I steal a bike?")]}, "no") == 0.0
 
 
 def test_stories_by_hand():
     row = {"hero": "Anna", "thing": "kite"}
-    score = WORLDS["stories"].score
+    score = TASKS["stories"].score
     replies = {" Anna found the kite. Everyone was happy.": 1, " Anna lost the kite. It was a sad day.": 0.75, " Anna ran": 0.25, "": 0}
     assert {text: score(row, text) for text in replies} == replies
     assert [score({"answer": "sad"}, t) for t in (" sad", "sad.", " happy", "sadly")] == [1, 1, 0, 0]
@@ -201,7 +201,7 @@ def test_expressions_refuse_all_else(text):
 
 
 def test_code_rows_pass_their_tests_and_wrong_code_fails():
-    code = WORLDS["code"]
+    code = TASKS["code"]
     for row in code.rows("preference", 200):
         assert code.score(row, row["chosen"] + "\nmore") == 1.0 and code.score(row, row["rejected"]) == 0.0
 
@@ -211,9 +211,9 @@ def test_code_rows_pass_their_tests_and_wrong_code_fails():
 )
 def test_wrong_words_name_the_choices(what, arguments):
     with pytest.raises(WrongInput, match=f"no {what} .*known: "):
-        WORLDS["sums"].rows(*arguments)
+        TASKS["sums"].rows(*arguments)
 
 
-def test_worlds_import_without_torch():
+def test_tasks_import_without_torch():
     code = "import sys, polm_lab.data.tasks; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
