@@ -6,6 +6,7 @@ A real JupyterLab and headless Chromium (see tests/browsing.py). Times are taken
 the form is there; `warm` is a workbench that has been open for a while. Machine load (mean number of processes that want a processor) stands beside each, as times double when it passes the number of
 processors. `--check` exits 1 unless every bar holds.
 """
+
 import argparse
 import json
 import os
@@ -43,8 +44,10 @@ def press(words: str) -> str:
 
 def drawn(condition: str) -> str:
     "That some visible figure has points of a run whose id `name` fulfils `condition`."
-    return ("[...document.querySelectorAll('.js-plotly-plot')].some(p => p.offsetParent && (p.data || []).some(t => { const name = t.name || ''; "
-            f"return {condition} && t.y && (t.y.length ?? t.y.shape?.[0]) > 0; }}))")  # fmt: skip
+    return (
+        "[...document.querySelectorAll('.js-plotly-plot')].some(p => p.offsetParent && (p.data || []).some(t => { const name = t.name || ''; "
+        f"return {condition} && t.y && (t.y.length ?? t.y.shape?.[0]) > 0; }}))"
+    )
 
 
 def load() -> float:
@@ -63,7 +66,13 @@ def prepare(at, **knobs):
     at.choose("Method", "grpo")
     for name, value in knobs.items():
         at.type(name, str(value))
-    at.wait_for(lambda: all(f"{n} {v}" in "".join(at.seen(".polm-code pre").all_inner_texts()) for n, v in knobs.items()), 30)
+    at.wait_for(
+        lambda: all(
+            f"{n} {v}" in "".join(at.seen(".polm-code pre").all_inner_texts())
+            for n, v in knobs.items()
+        ),
+        30,
+    )
 
 
 def stop(at, run):
@@ -74,7 +83,12 @@ def stop(at, run):
 def what_if() -> str:
     "The what-if cell of the page on DPO."
     cells = json.loads((ROOT / "nbs" / "alignment" / "dpo.ipynb").read_text())["cells"]
-    return next("".join(c["source"]) for c in cells if "interactive" in "".join(c["source"]) and "skip-execution" in c["metadata"].get("tags", []))
+    return next(
+        "".join(c["source"])
+        for c in cells
+        if "interactive" in "".join(c["source"])
+        and "skip-execution" in c["metadata"].get("tags", [])
+    )
 
 
 class Rows(list):
@@ -83,7 +97,10 @@ class Rows(list):
     def append(self, row):
         super().append(row)
         what, seconds, bar, busy, remark = row
-        print(f"{what:44} {seconds * 1000:6.0f} ms {bar * 1000:5.0f} ms  {busy:4.1f} {'ok  ' if seconds <= bar else 'OVER'} {remark}", flush=True)
+        print(
+            f"{what:44} {seconds * 1000:6.0f} ms {bar * 1000:5.0f} ms  {busy:4.1f} {'ok  ' if seconds <= bar else 'OVER'} {remark}",
+            flush=True,
+        )
 
 
 def measure(repeats: int) -> list[tuple]:
@@ -100,7 +117,15 @@ def measure(repeats: int) -> list[tuple]:
             at.run_cell()
             prepare(at)
             seconds, run = first_metric(at, folder)
-            rows.append(("first metric on screen, cold", seconds, 12, load(), f"{run.lines()[0]['seconds']:.1f} s of them in the run itself"))
+            rows.append(
+                (
+                    "first metric on screen, cold",
+                    seconds,
+                    12,
+                    load(),
+                    f"{run.lines()[0]['seconds']:.1f} s of them in the run itself",
+                )
+            )
             stop(at, run)
             found, inside = [], []
             for _ in range(repeats):
@@ -109,7 +134,15 @@ def measure(repeats: int) -> list[tuple]:
                 seconds, run = first_metric(at, folder)
                 found.append(seconds), inside.append(run.lines()[0]["seconds"])
                 stop(at, run)
-            rows.append(("first metric on screen, warm", statistics.median(found), 3, load(), f"{statistics.median(inside):.1f} s of them in the run itself"))
+            rows.append(
+                (
+                    "first metric on screen, warm",
+                    statistics.median(found),
+                    3,
+                    load(),
+                    f"{statistics.median(inside):.1f} s of them in the run itself",
+                )
+            )
 
             prepare(at, steps=2000)
             seconds, run = first_metric(at, folder)
@@ -119,9 +152,23 @@ def measure(repeats: int) -> list[tuple]:
                 at.page.wait_for_timeout(230)
                 field = "[...document.querySelectorAll('input')].find(i => i.offsetParent && i.closest('.widget-inline-hbox')?.querySelector('label')?.textContent === 'steps')"
                 act = f"const i = {field}; i.value = '{3000 + number}'; i.dispatchEvent(new Event('input', {{bubbles: true}})); i.dispatchEvent(new Event('change', {{bubbles: true}}))"
-                found.append(clocked(at.page, act, f"[...document.querySelectorAll('.polm-code pre')].some(c => c.textContent.includes('steps {3000 + number}'))"))
+                found.append(
+                    clocked(
+                        at.page,
+                        act,
+                        f"[...document.querySelectorAll('.polm-code pre')].some(c => c.textContent.includes('steps {3000 + number}'))",
+                    )
+                )
             assert run.status == "running"
-            rows.append(("an answer while training", statistics.median(found), 0.1, load(), f"slowest of 20: {max(found) * 1000:.0f} ms"))
+            rows.append(
+                (
+                    "an answer while training",
+                    statistics.median(found),
+                    0.1,
+                    load(),
+                    f"slowest of 20: {max(found) * 1000:.0f} ms",
+                )
+            )
             stop(at, run)
 
             for steps, metrics in ((1_000_000, NAMES[:1]), (62_500, NAMES)):
@@ -130,10 +177,20 @@ def measure(repeats: int) -> list[tuple]:
                 choice = f"[...document.querySelectorAll('select')].find(s => s.offsetParent && [...s.options].some(o => o.textContent.replaceAll('\\u00a0', ' ') === '{run.id}'))"
                 at.wait_for(lambda: at.page.evaluate(f"Boolean({choice})"), 30)
                 act = f"const s = {choice}; s.selectedIndex = [...s.options].findIndex(o => o.textContent === '{run.id}'); s.dispatchEvent(new Event('change', {{bubbles: true}}))"
-                rows.append((f"a run of {steps:,} x {len(metrics)} points opens", clocked(at.page, act, drawn(f"name === '{run.id}'")), 2, load(), ""))
+                rows.append(
+                    (
+                        f"a run of {steps:,} x {len(metrics)} points opens",
+                        clocked(at.page, act, drawn(f"name === '{run.id}'")),
+                        2,
+                        load(),
+                        "",
+                    )
+                )
             at.context.close()
 
-        other = folder / "slider"  # a server of its own: JupyterLab opens again what was open in the last one
+        other = (
+            folder / "slider"
+        )  # a server of its own: JupyterLab opens again what was open in the last one
         (other / "runs").mkdir(parents=True)
         with jupyter(other, slider=slider) as (address, _):
             at = Page(browser)
@@ -144,11 +201,28 @@ def measure(repeats: int) -> list[tuple]:
             at.page.wait_for_timeout(3000)
             found = []
             for _ in range(10):
-                at.page.evaluate("globalThis.before = JSON.stringify([...document.querySelector('.js-plotly-plot').data[0].y].slice(0, 40))")
+                at.page.evaluate(
+                    "globalThis.before = JSON.stringify([...document.querySelector('.js-plotly-plot').data[0].y].slice(0, 40))"
+                )
                 act = "const h = document.querySelector('.noUi-handle'); h.focus(); h.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowLeft', bubbles: true}))"
-                found.append(clocked(at.page, act, "JSON.stringify([...document.querySelector('.js-plotly-plot').data[0].y].slice(0, 40)) !== globalThis.before", 20))
+                found.append(
+                    clocked(
+                        at.page,
+                        act,
+                        "JSON.stringify([...document.querySelector('.js-plotly-plot').data[0].y].slice(0, 40)) !== globalThis.before",
+                        20,
+                    )
+                )
                 at.page.wait_for_timeout(300)
-            rows.append(("a what-if slider", statistics.median(found), 0.1, load(), f"slowest of 10: {max(found) * 1000:.0f} ms"))
+            rows.append(
+                (
+                    "a what-if slider",
+                    statistics.median(found),
+                    0.1,
+                    load(),
+                    f"slowest of 10: {max(found) * 1000:.0f} ms",
+                )
+            )
             at.context.close()
         browser.close()
     return rows

@@ -1,6 +1,6 @@
 """Peak memory and time of SFT with each of the memory options, on one model and the same rows; each in a process of its own.
 
-    python benchmarks/memory.py [--steps 6]
+python benchmarks/memory.py [--steps 6]
 """
 
 import argparse
@@ -18,7 +18,9 @@ OPTIONS = {
     "gradient_checkpointing": dict(batch_size=32, gradient_checkpointing=True),
     "adapter lora": dict(batch_size=32, adapter="lora:r=8"),
     "packing": dict(batch_size=32, packing=True),
-    "batch_size 8, accumulate 4, checkpointing, lora": dict(batch_size=8, accumulate=4, gradient_checkpointing=True, adapter="lora:r=8"),
+    "batch_size 8, accumulate 4, checkpointing, lora": dict(
+        batch_size=8, accumulate=4, gradient_checkpointing=True, adapter="lora:r=8"
+    ),
 }
 
 
@@ -32,7 +34,13 @@ def make_model(folder: Path):
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=32_000, hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=6, max_position_embeddings=512, tie_word_embeddings=True
+        vocab_size=32_000,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
     )
     save_model(LlamaForCausalLM(config), load_tokenizer("tiny"), folder)
 
@@ -47,13 +55,34 @@ def measure(model: str, out: str, steps: int, options: dict):
 
     torch.set_num_threads(2)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    run = lab.run("sft", out=out, model=model, data="chat", steps=steps, eval_rows=1, save_every=0, dtype="float32", device="cpu", max_length=512, **options)
+    run = lab.run(
+        "sft",
+        out=out,
+        model=model,
+        data="chat",
+        steps=steps,
+        eval_rows=1,
+        save_every=0,
+        dtype="float32",
+        device="cpu",
+        max_length=512,
+        **options,
+    )
     times = run.metrics()["seconds"].diff().dropna()
-    print(json.dumps(dict(mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before, seconds=times.median())))
+    print(
+        json.dumps(
+            dict(
+                mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before,
+                seconds=times.median(),
+            )
+        )
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -62,16 +91,30 @@ def main():
     began = time.time()
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder) / "model")
-        print("| option | peak memory beyond imports, MiB | seconds a step | memory, share of the first | time, share of the first |\n|---|---|---|---|---|")
+        print(
+            "| option | peak memory beyond imports, MiB | seconds a step | memory, share of the first | time, share of the first |\n|---|---|---|---|---|"
+        )
         first = None
         for name, options in OPTIONS.items():
-            words = [sys.executable, __file__, "--steps", str(args.steps), "--one", f"{folder}/model", f"{folder}/runs", json.dumps(options)]
+            words = [
+                sys.executable,
+                __file__,
+                "--steps",
+                str(args.steps),
+                "--one",
+                f"{folder}/model",
+                f"{folder}/runs",
+                json.dumps(options),
+            ]
             done = subprocess.run(words, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(done.stderr[-2000:])
             found = json.loads(done.stdout.strip().split("\n")[-1])
             first = first or found
-            print(f"| {name} | {found['mib']:.0f} | {found['seconds']:.2f} | {found['mib'] / first['mib']:.2f} | {found['seconds'] / first['seconds']:.2f} |", flush=True)
+            print(
+                f"| {name} | {found['mib']:.0f} | {found['seconds']:.2f} | {found['mib'] / first['mib']:.2f} | {found['seconds'] / first['seconds']:.2f} |",
+                flush=True,
+            )
     print(f"\n{time.time() - began:.0f} s in all")
 
 

@@ -6,6 +6,7 @@ The methods take turns in one process. With a learning rate of 0 the policy stay
 have a reference model; PPO has a critic on top, as a head on the policy (`shared`) or as a model of its own (`own`). fp32, no evaluation, no checkpoint; steps
 are timed from one written metrics line to the next, the first one left out. `--check` exits 1 if PPO's step costs more than 1.6 x GRPO's CPU time.
 """
+
 import argparse
 import contextlib
 import platform
@@ -24,9 +25,26 @@ from polm_lab.core.run import Run, all_runs
 from polm_lab.reasoning import grpo
 
 BAR = 1.6
-SAME = dict(data="chat", rewards="correct", num_generations=4, batch_size=32, max_new_tokens=64, beta=0.05, learning_rate=0.0, eval_rows=1, save_every=0, device="cpu", dtype="float32", seed=0)
+SAME = dict(
+    data="chat",
+    rewards="correct",
+    num_generations=4,
+    batch_size=32,
+    max_new_tokens=64,
+    beta=0.05,
+    learning_rate=0.0,
+    eval_rows=1,
+    save_every=0,
+    device="cpu",
+    dtype="float32",
+    seed=0,
+)
 PPO = dict(epochs=1, minibatches=1)
-CASES = {"grpo": ("grpo", {}), "ppo, shared": ("ppo", PPO | dict(value="shared")), "ppo, own": ("ppo", PPO | dict(value="own"))}
+CASES = {
+    "grpo": ("grpo", {}),
+    "ppo, shared": ("ppo", PPO | dict(value="shared")),
+    "ppo, own": ("ppo", PPO | dict(value="own")),
+}
 
 
 class Over(Exception):
@@ -73,21 +91,34 @@ def main():
         for name in CASES:
             times, lengths[name] = steps_of(name, args.steps)
             found[name].append(times)
-            print(f"  {repeat + 1}/{args.repeats} {name}: {statistics.median(cpu for cpu, _ in times):.2f} s of CPU a step", file=sys.stderr)
-    assert len({tuple(each) for each in lengths.values()}) == 1, f"the methods sampled other tokens: {lengths}"
-    print("| method | CPU s a step | wall s a step | CPU, × GRPO (min–max) | wall, × GRPO | bar |\n|---|---|---|---|---|---|")
+            print(
+                f"  {repeat + 1}/{args.repeats} {name}: {statistics.median(cpu for cpu, _ in times):.2f} s of CPU a step",
+                file=sys.stderr,
+            )
+    assert len({tuple(each) for each in lengths.values()}) == 1, (
+        f"the methods sampled other tokens: {lengths}"
+    )
+    print(
+        "| method | CPU s a step | wall s a step | CPU, × GRPO (min–max) | wall, × GRPO | bar |\n|---|---|---|---|---|---|"
+    )
     held = True
     for name in CASES:
         cpu, wall = ([[step[i] for step in times] for times in found[name]] for i in (0, 1))
         base = [[[step[i] for step in times] for times in found["grpo"]] for i in (0, 1)]
         ratios = [statistics.median(a) / statistics.median(b) for a, b in zip(cpu, base[0])]
-        slow = statistics.median(statistics.median(a) / statistics.median(b) for a, b in zip(wall, base[1]))
+        slow = statistics.median(
+            statistics.median(a) / statistics.median(b) for a, b in zip(wall, base[1])
+        )
         middle = statistics.median(ratios)
         held &= middle <= BAR
         verdict = "" if name == "grpo" else f"{BAR} {'holds' if middle <= BAR else 'MISSED'}"
-        print(f"| {name} | {statistics.median(sum(cpu, [])):.3f} | {statistics.median(sum(wall, [])):.3f} | {middle:.2f} ({min(ratios):.2f}–{max(ratios):.2f}) | {slow:.2f} | {verdict} |")
-    print(f"\n{SAME['batch_size']} completions a step of {statistics.mean(lengths['grpo']):.1f} tokens, {args.threads} threads, {args.repeats} repeats of {args.steps} steps, "
-          f"Python {platform.python_version()}, torch {version('torch')}, transformers {version('transformers')}")  # fmt: skip
+        print(
+            f"| {name} | {statistics.median(sum(cpu, [])):.3f} | {statistics.median(sum(wall, [])):.3f} | {middle:.2f} ({min(ratios):.2f}–{max(ratios):.2f}) | {slow:.2f} | {verdict} |"
+        )
+    print(
+        f"\n{SAME['batch_size']} completions a step of {statistics.mean(lengths['grpo']):.1f} tokens, {args.threads} threads, {args.repeats} repeats of {args.steps} steps, "
+        f"Python {platform.python_version()}, torch {version('torch')}, transformers {version('transformers')}"
+    )
     if args.check and not held:
         sys.exit(1)
 

@@ -9,6 +9,7 @@ to passages, median over `queries`; for dense search from a vector. An Index rea
 search, where the vectors are given and all else is a copy of memory. Bars: p50 <= 20 ms a query for BM25 and for dense search with encoding; build time, memory and query time at most 1.1 times the library's; the checks at most 0.5 µs a passage.
 Update = 100 passages are added to the BM25 index and one question is asked: its matrix is made again. Linux only (/proc). `--check` exits 1 unless the bars hold.
 """
+
 import argparse
 import json
 import statistics
@@ -17,7 +18,9 @@ import sys
 import time
 
 
-NOT_HELD = {("encoded", "memory_mib")}  # 2,000 passages are a few MiB beside what torch keeps while it encodes
+NOT_HELD = {
+    ("encoded", "memory_mib")
+}  # 2,000 passages are a few MiB beside what torch keeps while it encodes
 
 
 def resident(field):
@@ -32,9 +35,14 @@ def corpus(args):
     rng = np.random.default_rng(0)
     vocabulary = np.array([f"w{n:x}k" for n in range(50_000)])
     chance = 1 / np.arange(1, len(vocabulary) + 1)
-    drawn = vocabulary[rng.choice(len(vocabulary), (args.passages, args.words), p=chance / chance.sum())]
+    drawn = vocabulary[
+        rng.choice(len(vocabulary), (args.passages, args.words), p=chance / chance.sum())
+    ]
     texts = [" ".join(row) for row in drawn]
-    questions = [" ".join(drawn[n, rng.choice(args.words, 8)]) for n in rng.integers(args.passages, size=args.queries)]
+    questions = [
+        " ".join(drawn[n, rng.choice(args.words, 8)])
+        for n in rng.integers(args.passages, size=args.queries)
+    ]
     return texts, questions
 
 
@@ -78,8 +86,18 @@ def one(args):
 
     ours._checked = timed_check
     if args.case == "encode":
-        encoder, asked = Encoder("tiny", device="cpu"), [f"Which instrument does Adran {n} play?" for n in range(args.queries)]
-        return print(json.dumps({"query_ms": 1000 * statistics.median(timed(lambda: encoder([q], "query")) for q in asked)}))
+        encoder, asked = (
+            Encoder("tiny", device="cpu"),
+            [f"Which instrument does Adran {n} play?" for n in range(args.queries)],
+        )
+        return print(
+            json.dumps(
+                {
+                    "query_ms": 1000
+                    * statistics.median(timed(lambda: encoder([q], "query")) for q in asked)
+                }
+            )
+        )
     import bm25s
 
     if args.case == "encoded":
@@ -89,20 +107,43 @@ def one(args):
         encoder(texts[:64])
     elif args.case == "bm25":
         texts, asked = corpus(args)
-        passages = [{"id": str(n), "text": t} for n, t in enumerate(texts)] if args.variant == "ours" else None
+        passages = (
+            [{"id": str(n), "text": t} for n, t in enumerate(texts)]
+            if args.variant == "ours"
+            else None
+        )
     else:
         documents, vectors = unit(args.passages, args.width, 0), unit(args.queries, args.width, 1)
-        passages, asked = [{"id": str(n), "text": str(n)} for n in range(args.passages)], [str(n) for n in range(args.queries)]
+        passages, asked = (
+            [{"id": str(n), "text": str(n)} for n in range(args.passages)],
+            [str(n) for n in range(args.queries)],
+        )
     with open("/proc/self/clear_refs", "w") as f:
         f.write("5")  # the high-water mark begins here
     before, began, processor = resident("VmRSS"), time.perf_counter(), time.process_time()
     if args.variant == "ours":
-        index = Index(passages, Given(documents, vectors) if args.case == "dense" else encoder if args.case == "encoded" else None)
-        ask = lambda q: [h.id for h in index.search([q], 10, "bm25" if args.case == "bm25" else "dense")[0]]
+        index = Index(
+            passages,
+            Given(documents, vectors)
+            if args.case == "dense"
+            else encoder
+            if args.case == "encoded"
+            else None,
+        )
+        ask = lambda q: [
+            h.id for h in index.search([q], 10, "bm25" if args.case == "bm25" else "dense")[0]
+        ]
     elif args.case == "bm25":
         index = bm25s.BM25()
         index.index(bm25s.tokenize(texts, show_progress=False), show_progress=False)
-        ask = lambda q: [str(n) for n in index.retrieve(bm25s.tokenize([q], show_progress=False, return_ids=False), k=10, show_progress=False)[0][0]]
+        ask = lambda q: [
+            str(n)
+            for n in index.retrieve(
+                bm25s.tokenize([q], show_progress=False, return_ids=False),
+                k=10,
+                show_progress=False,
+            )[0][0]
+        ]
     elif args.case == "encoded":
         index = faiss.IndexFlatIP(encoder.width)
         index.add(encoder(texts))
@@ -120,7 +161,20 @@ def one(args):
         index.add([{"id": f"new {n}", "text": f"w{n:x}k new"} for n in range(100)])
         ask(asked[0])
         update = time.perf_counter() - began
-    print(json.dumps(dict(build_s=built, check_s=checked, update_s=update, cpu_s=work, query_ms=1000 * statistics.median(times), p99_ms=1000 * sorted(times)[int(0.99 * len(times))], memory_mib=highest - before, found=found)))
+    print(
+        json.dumps(
+            dict(
+                build_s=built,
+                check_s=checked,
+                update_s=update,
+                cpu_s=work,
+                query_ms=1000 * statistics.median(times),
+                p99_ms=1000 * sorted(times)[int(0.99 * len(times))],
+                memory_mib=highest - before,
+                found=found,
+            )
+        )
+    )
 
 
 def timed(call):
@@ -130,8 +184,15 @@ def timed(call):
 
 
 def child(args, case, variant):
-    words = [f"--{name}={getattr(args, name)}" for name in ("passages", "words", "width", "queries", "threads")]
-    done = subprocess.run([sys.executable, "-P", __file__, *words, f"--case={case}", f"--variant={variant}"], capture_output=True, text=True)
+    words = [
+        f"--{name}={getattr(args, name)}"
+        for name in ("passages", "words", "width", "queries", "threads")
+    ]
+    done = subprocess.run(
+        [sys.executable, "-P", __file__, *words, f"--case={case}", f"--variant={variant}"],
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         raise SystemExit(f"{case}, {variant}: exit {done.returncode}\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -139,7 +200,14 @@ def child(args, case, variant):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name, value in (("passages", 100_000), ("words", 80), ("width", 384), ("queries", 200), ("threads", 2), ("repeats", 3)):
+    for name, value in (
+        ("passages", 100_000),
+        ("words", 80),
+        ("width", 384),
+        ("queries", 200),
+        ("threads", 2),
+        ("repeats", 3),
+    ):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--variant", help=argparse.SUPPRESS)
@@ -148,27 +216,65 @@ def main():
     if args.case:
         return one(args)
     encode = child(args, "encode", "ours")["query_ms"]
-    print(f"{args.passages:,} passages of {args.words} words, vectors of width {args.width}; encoding a question with tiny: {encode:.1f} ms\n")
-    print("| search | who | build, s | passages/s | CPU, s | memory, MiB | query p50, ms | p99, ms |\n|---|---|---|---|---|---|---|---|")
+    print(
+        f"{args.passages:,} passages of {args.words} words, vectors of width {args.width}; encoding a question with tiny: {encode:.1f} ms\n"
+    )
+    print(
+        "| search | who | build, s | passages/s | CPU, s | memory, MiB | query p50, ms | p99, ms |\n|---|---|---|---|---|---|---|---|"
+    )
     missed, notes = [], []
     for case, peer in (("bm25", "bm25s"), ("dense", "FAISS"), ("encoded", "tiny, FAISS")):
-        rounds = [{variant: child(args, case, variant) for variant in ("ours", "theirs")} for _ in range(args.repeats)]
+        rounds = [
+            {variant: child(args, case, variant) for variant in ("ours", "theirs")}
+            for _ in range(args.repeats)
+        ]
         if any(r["ours"]["found"] != r["theirs"]["found"] for r in rounds):
             missed.append(f"{case}: other passages are found")
-        middle = {v: {key: statistics.median(r[v][key] for r in rounds) for key in rounds[0][v] if key != "found"} for v in ("ours", "theirs")}
+        middle = {
+            v: {
+                key: statistics.median(r[v][key] for r in rounds)
+                for key in rounds[0][v]
+                if key != "found"
+            }
+            for v in ("ours", "theirs")
+        }
         for variant, name in (("ours", "Index"), ("theirs", peer)):
             m = middle[variant]
-            print(f"| {case} | {name} | {m['build_s']:.2f} | {(2000 if case == 'encoded' else args.passages) / m['build_s']:,.0f} | {m['cpu_s']:.2f} | {m['memory_mib']:.0f} | {m['query_ms']:.2f} | {m['p99_ms']:.2f} |")
+            print(
+                f"| {case} | {name} | {m['build_s']:.2f} | {(2000 if case == 'encoded' else args.passages) / m['build_s']:,.0f} | {m['cpu_s']:.2f} | {m['memory_mib']:.0f} | {m['query_ms']:.2f} | {m['p99_ms']:.2f} |"
+            )
         off = lambda r, key: r["check_s"] if (case, key) == ("dense", "build_s") else 0.0
-        every = {key: [(r["ours"][key] - off(r["ours"], key)) / r["theirs"][key] for r in rounds] for key in ("build_s", "cpu_s", "memory_mib", "query_ms")}
+        every = {
+            key: [(r["ours"][key] - off(r["ours"], key)) / r["theirs"][key] for r in rounds]
+            for key in ("build_s", "cpu_s", "memory_mib", "query_ms")
+        }
         ratios = {key: statistics.median(found) for key, found in every.items()}
-        print(f"| {case} | ours / theirs | {ratios['build_s']:.2f} | | {ratios['cpu_s']:.2f} | {ratios['memory_mib']:.2f} | {ratios['query_ms']:.2f} | |")
-        mine, whole = middle["ours"], [r["ours"]["build_s"] / r["theirs"]["build_s"] for r in rounds]
-        notes.append(f"{case}: build, lowest to highest of {args.repeats}: {min(every['build_s']):.2f} to {max(every['build_s']):.2f}; checks of ids and texts {1000 * mine['check_s']:.0f} ms, with them {statistics.median(whole):.2f} ({min(whole):.2f} to {max(whole):.2f})"
-              + (f"; 100 passages added, then a question: {mine['update_s']:.1f} s" if case == "bm25" else ""))  # fmt: skip
-        missed += [f"{case}: {key} {ratios[key]:.2f} times the library's" for key in ("build_s", "memory_mib", "query_ms") if ratios[key] > 1.1 and (case, key) not in NOT_HELD]
+        print(
+            f"| {case} | ours / theirs | {ratios['build_s']:.2f} | | {ratios['cpu_s']:.2f} | {ratios['memory_mib']:.2f} | {ratios['query_ms']:.2f} | |"
+        )
+        mine, whole = (
+            middle["ours"],
+            [r["ours"]["build_s"] / r["theirs"]["build_s"] for r in rounds],
+        )
+        notes.append(
+            f"{case}: build, lowest to highest of {args.repeats}: {min(every['build_s']):.2f} to {max(every['build_s']):.2f}; checks of ids and texts {1000 * mine['check_s']:.0f} ms, with them {statistics.median(whole):.2f} ({min(whole):.2f} to {max(whole):.2f})"
+            + (
+                f"; 100 passages added, then a question: {mine['update_s']:.1f} s"
+                if case == "bm25"
+                else ""
+            )
+        )
+        missed += [
+            f"{case}: {key} {ratios[key]:.2f} times the library's"
+            for key in ("build_s", "memory_mib", "query_ms")
+            if ratios[key] > 1.1 and (case, key) not in NOT_HELD
+        ]
         passages = 2000 if case == "encoded" else args.passages
-        missed += [f"{case}: checks {1e6 * mine['check_s'] / passages:.2f} µs a passage"] if mine["check_s"] > 5e-7 * passages else []
+        missed += (
+            [f"{case}: checks {1e6 * mine['check_s'] / passages:.2f} µs a passage"]
+            if mine["check_s"] > 5e-7 * passages
+            else []
+        )
         total = middle["ours"]["query_ms"] + (encode if case == "dense" else 0)
         missed += [f"{case}: p50 {total:.1f} ms"] if total > 20 else []
     print("\n" + "\n".join(notes))

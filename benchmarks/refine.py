@@ -5,6 +5,7 @@
 Sums, the embedded model in fp32, RCI (draft, check, mend; see the page on self-refinement): the same loop, called once with all questions, and once for each of `--alone` of them. Traces are
 the same token for token, which is asserted. The figure is questions per second, median of `--repeats`, the two taking turns; the ratio is taken pair by pair. `--check` exits 1 unless it is 5 or more.
 """
+
 import argparse
 import statistics
 import sys
@@ -20,14 +21,22 @@ from polm_lab.reasoning.refine.rounds import draft, follow, forget, refine, sati
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, default in dict(questions=64, alone=12, rounds=3, threads=2, repeats=3).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--check", action="store_true")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     ask, words = Ask(make_writer("tiny", dtype="float32", device="cpu"), 48), SumWords()
-    places = dict(draft=draft(words), critic=feedback_critic(words, contradiction=True), reviser=follow(words), stop=satisfied, memory=forget)
+    places = dict(
+        draft=draft(words),
+        critic=feedback_critic(words, contradiction=True),
+        reviser=follow(words),
+        stop=satisfied,
+        memory=forget,
+    )
 
     def refined(rows, start=0):
         traces = [Trace(start + i, row, left=600) for i, row in enumerate(rows)]
@@ -42,7 +51,9 @@ def main():
         middle = time.perf_counter()
         alone = [refined([row], i)[0] for i, row in enumerate(rows[: a.alone])]
         ended = time.perf_counter()
-        assert [t.answers for t in alone] == [t.answers for t in together[: a.alone]], "the batch changed an answer"
+        assert [t.answers for t in alone] == [t.answers for t in together[: a.alone]], (
+            "the batch changed an answer"
+        )
         if repeat >= 0:
             rates["together"].append(a.questions / (middle - began))
             rates["one by one"].append(a.alone / (ended - middle))
@@ -50,9 +61,13 @@ def main():
     tokens = sum(t.tokens() for t in together) / len(together)
     print("| way | questions/s | tokens/s |\n| --- | --- | --- |")
     for way, found in rates.items():
-        print(f"| {way} | {statistics.median(found):.1f} | {statistics.median(found) * tokens:.0f} |")
+        print(
+            f"| {way} | {statistics.median(found):.1f} | {statistics.median(found) * tokens:.0f} |"
+        )
     ratio = statistics.median(ratios)
-    print(f"\ntogether / one by one: {ratio:.1f} (min {min(ratios):.1f}, max {max(ratios):.1f}), {a.questions} questions, at most {a.rounds} rounds, {tokens:.0f} tokens a question; bar 5")
+    print(
+        f"\ntogether / one by one: {ratio:.1f} (min {min(ratios):.1f}, max {max(ratios):.1f}), {a.questions} questions, at most {a.rounds} rounds, {tokens:.0f} tokens a question; bar 5"
+    )
     sys.exit(a.check and ratio < 5)
 
 

@@ -10,6 +10,7 @@ prompt's keys and values for each row. Limit = the matrix products that cannot b
 read once) at the speed measured for products of the same shapes; attention, norms, sampling and Python come on top. `--check` exits 1 unless
 the ratio is 2 or more.
 """
+
 import argparse
 import statistics
 import sys
@@ -32,7 +33,11 @@ def timed(call):
 
 def gemm_seconds(model, rows, times):
     "Seconds of the linear layers of one forward pass over `rows` tokens, as bare matrix products: median of `times`."
-    layers = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
+    layers = [
+        m
+        for name, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and name != "lm_head"
+    ]
     pairs = [(m.weight, torch.randn(rows, m.in_features)) for m in layers]
 
     def products():
@@ -44,29 +49,58 @@ def gemm_seconds(model, rows, times):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in dict(prompts=8, num_generations=8, read=192, new=64, threads=2, repeats=5).items():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in dict(
+        prompts=8, num_generations=8, read=192, new=64, threads=2, repeats=5
+    ).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--check", action="store_true")
     a = parser.parse_args()
     logging.set_verbosity_error()
     torch.set_num_threads(a.threads)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=4096, hidden_size=320, intermediate_size=864, num_hidden_layers=6, num_attention_heads=5, num_key_value_heads=5,
-        max_position_embeddings=max(512, a.read + a.new), bos_token_id=0, eos_token_id=ENDS, pad_token_id=0)).eval()
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=4096,
+            hidden_size=320,
+            intermediate_size=864,
+            num_hidden_layers=6,
+            num_attention_heads=5,
+            num_key_value_heads=5,
+            max_position_embeddings=max(512, a.read + a.new),
+            bos_token_id=0,
+            eos_token_id=ENDS,
+            pad_token_id=0,
+        )
+    ).eval()
     prompts = torch.randint(100, 4096, (a.prompts, a.read))
     repeated, ends = prompts.repeat_interleave(a.samples, 0), torch.tensor(ENDS)
 
     def by_generate(seed):
         torch.manual_seed(seed)
         mask = torch.ones_like(repeated)
-        out = model.generate(repeated, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=a.new, pad_token_id=0)
+        out = model.generate(
+            repeated,
+            attention_mask=mask,
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=a.new,
+            pad_token_id=0,
+        )
         hit = torch.isin(out[:, a.read :], ends)
         return torch.where(hit.any(1), hit.int().argmax(1) + 1, hit.shape[1]).tolist()
 
     def by_rollout(seed, share=True):
-        return list(map(len, rollout(model, None, prompts.tolist(), a.samples, a.new, seeds=seed, share=share).completions))
+        return list(
+            map(
+                len,
+                rollout(
+                    model, None, prompts.tolist(), a.samples, a.new, seeds=seed, share=share
+                ).completions,
+            )
+        )
 
     ways = {"generate": by_generate, "plain": lambda s: by_rollout(s, False), "rollout": by_rollout}
     rates, seconds, lengths = {w: [] for w in ways}, {w: [] for w in ways}, {}
@@ -79,25 +113,43 @@ def main():
                     seconds[way].append(spent)
         # the limit, for the last rollout: all prompt tokens, then each step's rows, and the head for every sampled token
         sizes = [sum(n > t for n in lengths["rollout"]) for t in range(1, max(lengths["rollout"]))]
-        cost = {rows: gemm_seconds(model, rows, 5) for rows in sorted({8 * -(-n // 8) for n in sizes})}
-        body = gemm_seconds(model, a.prompts * a.read, 3) + sum(cost[8 * -(-n // 8)] * n / (8 * -(-n // 8)) for n in sizes)
+        cost = {
+            rows: gemm_seconds(model, rows, 5) for rows in sorted({8 * -(-n // 8) for n in sizes})
+        }
+        body = gemm_seconds(model, a.prompts * a.read, 3) + sum(
+            cost[8 * -(-n // 8)] * n / (8 * -(-n // 8)) for n in sizes
+        )
         x = torch.randn(a.prompts * a.samples, 320)
-        head = statistics.median(timed(lambda: model.lm_head(x))[1] for _ in range(9)) / len(x) * sum(lengths["rollout"])
+        head = (
+            statistics.median(timed(lambda: model.lm_head(x))[1] for _ in range(9))
+            / len(x)
+            * sum(lengths["rollout"])
+        )
         limit = body + head
-        read = statistics.median(timed(lambda: model(prompts, logits_to_keep=1))[1] for _ in range(3))
+        read = statistics.median(
+            timed(lambda: model(prompts, logits_to_keep=1))[1] for _ in range(3)
+        )
 
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters / 1e6:.1f} M parameters, {a.prompts} prompts x {a.samples} samples, {a.read} prompt tokens, up to {a.new} new, "
-          f"{a.threads} threads")
+    print(
+        f"{parameters / 1e6:.1f} M parameters, {a.prompts} prompts x {a.samples} samples, {a.read} prompt tokens, up to {a.new} new, "
+        f"{a.threads} threads"
+    )
     lasting = lengths["rollout"]
-    print(f"new tokens a row: {min(lasting)} to {max(lasting)}, mean {statistics.mean(lasting):.0f}\n")
+    print(
+        f"new tokens a row: {min(lasting)} to {max(lasting)}, mean {statistics.mean(lasting):.0f}\n"
+    )
     print(f"{'':10}{'seconds':>9}{'tokens/s':>10}{'x generate':>12}")
     for way in ways:
         ratio = statistics.median(r / g for r, g in zip(rates[way], rates["generate"]))
-        print(f"{way:10}{statistics.median(seconds[way]):9.2f}{statistics.median(rates[way]):10.0f}{ratio:12.2f}")
+        print(
+            f"{way:10}{statistics.median(seconds[way]):9.2f}{statistics.median(rates[way]):10.0f}{ratio:12.2f}"
+        )
     last = seconds["rollout"][-1]
-    print(f"\nlimit: {limit:.2f} s of matrix products ({limit / last:.0%} of the last rollout's {last:.2f} s); "
-          f"reading the prompts once takes {read:.2f} s")
+    print(
+        f"\nlimit: {limit:.2f} s of matrix products ({limit / last:.0%} of the last rollout's {last:.2f} s); "
+        f"reading the prompts once takes {read:.2f} s"
+    )
     if a.check and ratio < 2:
         sys.exit(f"rollout is {ratio:.2f} x generate; the bar is 2")
 

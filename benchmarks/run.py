@@ -28,7 +28,11 @@ def main() -> int:
     for name in args.names or known:
         path = HERE / f"{name}.py"
         takes = path.read_text()
-        words = [flag for flag, wanted in (("--check", args.check), ("--repeats=1", args.quick)) if wanted and flag.split("=")[0] in takes]
+        words = [
+            flag
+            for flag, wanted in (("--check", args.check), ("--repeats=1", args.quick))
+            if wanted and flag.split("=")[0] in takes
+        ]
         print(f"\n## {name}\n", flush=True)
         began = time.monotonic()
         code = subprocess.run([sys.executable, "-P", str(path), *words]).returncode

@@ -28,7 +28,11 @@ def rate(number: int, call) -> float:
 def side_by_side(workers: int, words: list[str]):
     def call(number):
         with ThreadPoolExecutor(workers) as threads:
-            list(threads.map(lambda _: subprocess.run(words, capture_output=True, env={}), range(number)))
+            list(
+                threads.map(
+                    lambda _: subprocess.run(words, capture_output=True, env={}), range(number)
+                )
+            )
 
     return call
 
@@ -40,15 +44,26 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="exit 1 if the bar is missed")
     args = parser.parse_args()
     print(f"{isolator()}, {args.workers} workers, {args.number} executions each\n")
-    python, jail = [sys._base_executable, "-I", "-S", "-c"], ["bwrap", "--unshare-all", "--ro-bind", "/", "/"]
+    python, jail = (
+        [sys._base_executable, "-I", "-S", "-c"],
+        ["bwrap", "--unshare-all", "--ro-bind", "/", "/"],
+    )
     with Pool(args.workers, seconds=10) as pool:
         rows = {
-            "a program that only exists, without a sandbox": side_by_side(args.workers, [*python, "pass"]),
+            "a program that only exists, without a sandbox": side_by_side(
+                args.workers, [*python, "pass"]
+            ),
             "the isolator around `true`": side_by_side(args.workers, [*jail, "true"]),
-            "the isolator around that program": side_by_side(args.workers, [*jail, *python, "pass"]),
+            "the isolator around that program": side_by_side(
+                args.workers, [*jail, *python, "pass"]
+            ),
             "pool, the same program": lambda n: pool.map(["pass"] * n),
-            "pool, a right function and its tests": lambda n: pool.map([RIGHT] * n, tests=[TESTS] * n),
-            "pool, a wrong function, with its traceback": lambda n: pool.map([WRONG] * n, tests=[TESTS] * n),
+            "pool, a right function and its tests": lambda n: pool.map(
+                [RIGHT] * n, tests=[TESTS] * n
+            ),
+            "pool, a wrong function, with its traceback": lambda n: pool.map(
+                [WRONG] * n, tests=[TESTS] * n
+            ),
             "one after another, the same program": lambda n: [run_code("pass") for _ in range(n)],
         }
         print("| what | executions/s |\n|---|---|")
@@ -57,7 +72,9 @@ def main() -> int:
             found[name] = rate(args.number, call)
             print(f"| {name} | {found[name]:.0f} |", flush=True)
     slowest = min(value for name, value in found.items() if name.startswith("pool"))
-    print(f"\nbar: {BAR} executions/s in the pool: {'holds' if slowest >= BAR else 'missed'} ({slowest:.0f})")
+    print(
+        f"\nbar: {BAR} executions/s in the pool: {'holds' if slowest >= BAR else 'missed'} ({slowest:.0f})"
+    )
     return int(args.check and slowest < BAR)
 
 

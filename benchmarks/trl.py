@@ -8,6 +8,7 @@ metrics at each step. Threads wait as torch has them wait, as they do for users;
 written metrics line to the next, the first ones left out. Linux only. `--check` exits 1 unless the bars hold: SFT, DPO and reward
 models at least 1.0 x TRL's steps per second, GRPO and RLOO 1.5 x, peak memory at most TRL's.
 """
+
 import argparse
 import contextlib
 import json
@@ -23,21 +24,71 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]  # this file must not hide the package trl
+sys.path[:] = [
+    p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent
+]  # this file must not hide the package trl
 BARS = {"sft": 1.0, "dpo": 1.0, "reward": 1.0, "grpo": 1.5, "rloo": 1.5}
 WARM = 3  # first steps, which are not timed
-COMMON = dict(device="cpu", dtype="float32", seed=0, schedule="constant", warmup=0.0, eval_rows=1, save_every=0)
+COMMON = dict(
+    device="cpu",
+    dtype="float32",
+    seed=0,
+    schedule="constant",
+    warmup=0.0,
+    eval_rows=1,
+    save_every=0,
+)
 CASES = {  # (method, model): settings
     ("sft", "tiny"): dict(data="chat", steps=23, batch_size=16, max_length=256, learning_rate=1e-3),
-    ("dpo", "tiny"): dict(data="chat", steps=23, batch_size=8, max_length=256, learning_rate=1e-4, reference="copy"),
-    ("reward", "tiny"): dict(data="chat", steps=23, batch_size=8, max_length=256, learning_rate=1e-3),
-    ("grpo", "tiny"): dict(data="sums", steps=23, batch_size=64, num_generations=8, max_new_tokens=32, learning_rate=3e-4, beta=0.04),
-    ("rloo", "tiny"): dict(data="sums", steps=23, batch_size=64, num_generations=8, max_new_tokens=32, learning_rate=3e-4, beta=0.05),
+    ("dpo", "tiny"): dict(
+        data="chat", steps=23, batch_size=8, max_length=256, learning_rate=1e-4, reference="copy"
+    ),
+    ("reward", "tiny"): dict(
+        data="chat", steps=23, batch_size=8, max_length=256, learning_rate=1e-3
+    ),
+    ("grpo", "tiny"): dict(
+        data="sums",
+        steps=23,
+        batch_size=64,
+        num_generations=8,
+        max_new_tokens=32,
+        learning_rate=3e-4,
+        beta=0.04,
+    ),
+    ("rloo", "tiny"): dict(
+        data="sums",
+        steps=23,
+        batch_size=64,
+        num_generations=8,
+        max_new_tokens=32,
+        learning_rate=3e-4,
+        beta=0.05,
+    ),
     ("sft", "18M"): dict(steps=13, batch_size=8, max_length=256, learning_rate=1e-4),
-    ("dpo", "18M"): dict(steps=9, batch_size=4, max_length=256, learning_rate=1e-5, reference="copy"),
+    ("dpo", "18M"): dict(
+        steps=9, batch_size=4, max_length=256, learning_rate=1e-5, reference="copy"
+    ),
     ("reward", "18M"): dict(steps=9, batch_size=4, max_length=256, learning_rate=1e-5),
-    ("grpo", "18M"): dict(steps=7, batch_size=32, num_generations=8, max_new_tokens=64, max_length=256, learning_rate=1e-5, beta=0.04, rewards="{folder}/reward.py:even"),
-    ("rloo", "18M"): dict(steps=7, batch_size=32, num_generations=8, max_new_tokens=64, max_length=256, learning_rate=1e-5, beta=0.05, rewards="{folder}/reward.py:even"),
+    ("grpo", "18M"): dict(
+        steps=7,
+        batch_size=32,
+        num_generations=8,
+        max_new_tokens=64,
+        max_length=256,
+        learning_rate=1e-5,
+        beta=0.04,
+        rewards="{folder}/reward.py:even",
+    ),
+    ("rloo", "18M"): dict(
+        steps=7,
+        batch_size=32,
+        num_generations=8,
+        max_new_tokens=64,
+        max_length=256,
+        learning_rate=1e-5,
+        beta=0.05,
+        rewards="{folder}/reward.py:even",
+    ),
 }
 WORDS = 32_000  # vocabulary of the larger model
 
@@ -48,21 +99,37 @@ def make_model(folder: Path):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "<pad>", "<unk>", *(f"w{i}" for i in range(WORDS - 4))])}
+    vocabulary = {
+        token: i
+        for i, token in enumerate(
+            ["<s>", "</s>", "<pad>", "<unk>", *(f"w{i}" for i in range(WORDS - 4))]
+        )
+    }
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
     PreTrainedTokenizerFast(tokenizer_object=raw, **special).save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=WORDS, hidden_size=320, intermediate_size=864, num_hidden_layers=6, num_attention_heads=5, num_key_value_heads=5,
-        max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=2,
-    )  # fmt: skip
+        vocab_size=WORDS,
+        hidden_size=320,
+        intermediate_size=864,
+        num_hidden_layers=6,
+        num_attention_heads=5,
+        num_key_value_heads=5,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     rng = random.Random(0)
 
     def words(low, high):
-        return " ".join(f"w{int(rng.paretovariate(0.5)) % (WORDS - 4)}" for _ in range(rng.randint(low, high)))
+        return " ".join(
+            f"w{int(rng.paretovariate(0.5)) % (WORDS - 4)}" for _ in range(rng.randint(low, high))
+        )
 
     rows = [dict(prompt=words(20, 80), a=words(20, 150), b=words(20, 150)) for _ in range(256)]
     kinds = {
@@ -81,8 +148,15 @@ def make_model(folder: Path):
 
 
 def settings_of(method: str, model: str, folder: str) -> dict:
-    case = {k: v.format(folder=folder) if isinstance(v, str) else v for k, v in CASES[method, model].items()}
-    return {**COMMON, **case, **({} if model == "tiny" else dict(model=folder, data=f"{folder}/{method}.jsonl"))}
+    case = {
+        k: v.format(folder=folder) if isinstance(v, str) else v
+        for k, v in CASES[method, model].items()
+    }
+    return {
+        **COMMON,
+        **case,
+        **({} if model == "tiny" else dict(model=folder, data=f"{folder}/{method}.jsonl")),
+    }
 
 
 def gemm_speed(rows: int, width: int, inner: int) -> float:
@@ -130,7 +204,13 @@ def one(args):
 
     def timed(self, step, **metrics):
         log(self, step, **metrics)
-        marks.append((time.perf_counter(), time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+        marks.append(
+            (
+                time.perf_counter(),
+                time.process_time(),
+                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            )
+        )
 
     Run.log = timed
     with tempfile.TemporaryDirectory() as out:
@@ -140,21 +220,49 @@ def one(args):
         rows = all_runs(out)[0].lines()
         steps = len(marks) - WARM
         measured = dict(
-            wall=[(b[0] - a[0]) for a, b in zip(marks[WARM - 1 :], marks[WARM:])], cpu=(marks[-1][1] - marks[WARM - 1][1]) / steps,
-            peak=marks[-1][2], loss=[rows[0]["loss"], rows[-1]["loss"]], length=statistics.mean(r.get("length", 0) for r in rows[WARM:]),
-        )  # fmt: skip
+            wall=[(b[0] - a[0]) for a, b in zip(marks[WARM - 1 :], marks[WARM:])],
+            cpu=(marks[-1][1] - marks[WARM - 1][1]) / steps,
+            peak=marks[-1][2],
+            loss=[rows[0]["loss"], rows[-1]["loss"]],
+            length=statistics.mean(r.get("length", 0) for r in rows[WARM:]),
+        )
         if args.engine == "lab" and args.method == "sft":
             model = load_model(settings.get("model", "tiny"), device="cpu", dtype="float32")
-            tokens = statistics.mean(r["tokens_per_second"] * w for r, w in zip(rows[WARM:], measured["wall"]))
+            tokens = statistics.mean(
+                r["tokens_per_second"] * w for r, w in zip(rows[WARM:], measured["wall"])
+            )
             width = model.config.hidden_size
-            measured |= dict(tokens=tokens, weights=count_parameters(model), gemm=gemm_speed(int(tokens), width, 4 * width))
+            measured |= dict(
+                tokens=tokens,
+                weights=count_parameters(model),
+                gemm=gemm_speed(int(tokens), width, 4 * width),
+            )
     print("MEASURED " + json.dumps(measured))
 
 
 def measure(method: str, model: str, engine: str, args, folder: str) -> dict:
     "Start `one` in a process and add what the operating system says of it."
-    words = [sys.executable, __file__, "--one", "--methods", method, "--models", model, "--engine", engine, "--folder", folder, "--threads", str(args.threads)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
+    words = [
+        sys.executable,
+        __file__,
+        "--one",
+        "--methods",
+        method,
+        "--models",
+        model,
+        "--engine",
+        engine,
+        "--folder",
+        folder,
+        "--threads",
+        str(args.threads),
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(args.threads),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     began = time.perf_counter()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         child = subprocess.Popen(words, stdout=out, stderr=err, env=environment)
@@ -166,7 +274,13 @@ def measure(method: str, model: str, engine: str, args, folder: str) -> dict:
         if child.returncode or line is None:
             raise RuntimeError(f"{' '.join(words)} failed:\n{err.read()[-3000:]}")
     found = json.loads(line.removeprefix("MEASURED "))
-    return dict(found, step=statistics.mean(found["wall"]), whole=whole, whole_cpu=usage.ru_utime + usage.ru_stime, rss=usage.ru_maxrss / 1024)
+    return dict(
+        found,
+        step=statistics.mean(found["wall"]),
+        whole=whole,
+        whole_cpu=usage.ru_utime + usage.ru_stime,
+        rss=usage.ru_maxrss / 1024,
+    )
 
 
 def middle(values) -> float:
@@ -179,23 +293,35 @@ def compare(method: str, model: str, args, folder: str) -> dict:
     for repeat in range(args.repeats):
         for engine in ("lab", "trl") if repeat % 2 == 0 else ("trl", "lab"):
             found[engine].append(measure(method, model, engine, args, folder))
-            print(f"  {method} {model} {engine}: {1 / found[engine][-1]['step']:.2f} steps/s", file=sys.stderr)
+            print(
+                f"  {method} {model} {engine}: {1 / found[engine][-1]['step']:.2f} steps/s",
+                file=sys.stderr,
+            )
     ours, theirs = found["lab"], found["trl"]
     ratios = [t["step"] / o["step"] for o, t in zip(ours, theirs)]
     row = dict(
-        method=method, model=model, ours=1 / middle([m["step"] for m in ours]), trl=1 / middle([m["step"] for m in theirs]), ratio=middle(ratios),
-        low=min(ratios), high=max(ratios), cpu_ratio=middle([t["cpu"] / o["cpu"] for o, t in zip(ours, theirs)]),
+        method=method,
+        model=model,
+        ours=1 / middle([m["step"] for m in ours]),
+        trl=1 / middle([m["step"] for m in theirs]),
+        ratio=middle(ratios),
+        low=min(ratios),
+        high=max(ratios),
+        cpu_ratio=middle([t["cpu"] / o["cpu"] for o, t in zip(ours, theirs)]),
         whole=(middle([m["whole"] for m in ours]), middle([m["whole"] for m in theirs])),
-        rss=(max(m["peak"] for m in ours), max(m["peak"] for m in theirs)), length=(ours[0]["length"], theirs[0]["length"]),
+        rss=(max(m["peak"] for m in ours), max(m["peak"] for m in theirs)),
+        length=(ours[0]["length"], theirs[0]["length"]),
         loss=(ours[0]["loss"], theirs[0]["loss"]),
-    )  # fmt: skip
+    )
     row["holds"] = row["ratio"] >= BARS[method] and row["rss"][0] <= row["rss"][1]
     if "gemm" in ours[0]:
         best = min(m["step"] for m in ours)
         row["limit"] = dict(
-            weights=ours[0]["weights"], tokens=ours[0]["tokens"], gemm=max(m["gemm"] for m in ours),
+            weights=ours[0]["weights"],
+            tokens=ours[0]["tokens"],
+            gemm=max(m["gemm"] for m in ours),
             achieved=6e-9 * ours[0]["weights"] * ours[0]["tokens"] / best,
-        )  # fmt: skip
+        )
     return row
 
 
@@ -216,8 +342,14 @@ def main():
         return
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder))
-        rows = [compare(method, model, args, folder) for method in args.methods.split(",") for model in args.models.split(",")]
-    print("| method | model | ours, steps/s | TRL, steps/s | ours / TRL (min–max) | CPU time TRL / ours | whole process, s | peak memory, MiB | bar |")
+        rows = [
+            compare(method, model, args, folder)
+            for method in args.methods.split(",")
+            for model in args.models.split(",")
+        ]
+    print(
+        "| method | model | ours, steps/s | TRL, steps/s | ours / TRL (min–max) | CPU time TRL / ours | whole process, s | peak memory, MiB | bar |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for r in rows:
         print(
@@ -227,12 +359,25 @@ def main():
     print()
     for r in rows:
         if "limit" in r:
-            print("{method} {model}: {weights:,} weights, {tokens:.0f} tokens a step, product at {gemm:.0f} GFLOP/s, achieved 6NT/t = {achieved:.0f} GFLOP/s"
-                  .format(**r, **r["limit"]))  # fmt: skip
-        print(f"{r['method']} {r['model']}: loss first to last ours {r['loss'][0][0]:.4f} → {r['loss'][0][1]:.4f}, TRL {r['loss'][1][0]:.4f} → {r['loss'][1][1]:.4f}"
-              + (f"; tokens of a completion {r['length'][0]:.1f} : {r['length'][1]:.1f}" if r["length"][0] else ""))  # fmt: skip
-    print(f"{args.threads} threads, {args.repeats} repeats, Python {platform.python_version()}, "
-          + ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "accelerate")))  # fmt: skip
+            print(
+                "{method} {model}: {weights:,} weights, {tokens:.0f} tokens a step, product at {gemm:.0f} GFLOP/s, achieved 6NT/t = {achieved:.0f} GFLOP/s".format(
+                    **r, **r["limit"]
+                )
+            )
+        print(
+            f"{r['method']} {r['model']}: loss first to last ours {r['loss'][0][0]:.4f} → {r['loss'][0][1]:.4f}, TRL {r['loss'][1][0]:.4f} → {r['loss'][1][1]:.4f}"
+            + (
+                f"; tokens of a completion {r['length'][0]:.1f} : {r['length'][1]:.1f}"
+                if r["length"][0]
+                else ""
+            )
+        )
+    print(
+        f"{args.threads} threads, {args.repeats} repeats, Python {platform.python_version()}, "
+        + ", ".join(
+            f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "accelerate")
+        )
+    )
     if args.check and not all(r["holds"] for r in rows):
         sys.exit(1)
 

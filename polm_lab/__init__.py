@@ -44,7 +44,9 @@ _HOME = {
 def __getattr__(name):
     "Load a part of the interface when it is first used."
     if name not in _HOME:
-        raise AttributeError(f"module 'polm_lab' has no attribute {name!r}; it has {', '.join(_HOME)}")
+        raise AttributeError(
+            f"module 'polm_lab' has no attribute {name!r}; it has {', '.join(_HOME)}"
+        )
     home = _HOME[name]
     module, attribute = (home, name) if isinstance(home, str) else home
     return getattr(importlib.import_module(f"polm_lab.{module}"), attribute)
@@ -62,4 +64,8 @@ class _Workbench(ModuleType):
         return importlib.import_module("polm_lab.workbench.app").Workbench(out)
 
 
-importlib.import_module("polm_lab.workbench").__class__ = _Workbench  # the import system puts the folder under the name that the function should have
+importlib.import_module(
+    "polm_lab.workbench"
+).__class__ = (
+    _Workbench  # the import system puts the folder under the name that the function should have
+)

@@ -39,7 +39,10 @@ class Lab(click.Group):
         words = [str(word) for word in (sys.argv[1:] if args is None else args)]
         try:
             check_words(words)
-            return super().main(words, **{"prog_name": "polm", **kwargs, "standalone_mode": False}) or 0
+            return (
+                super().main(words, **{"prog_name": "polm", **kwargs, "standalone_mode": False})
+                or 0
+            )
         except click.exceptions.NoArgsIsHelpError as error:
             error.show()
             return 2
@@ -64,15 +67,19 @@ def check_words(words: list[str]):
     "Raise `WrongInput` for words of the command line that click would take for something else than was meant, or that no record can hold."
     for word in (*words, os.environ.get("POLM_RUNS", "")):
         if any("\ud800" <= letter <= "\udfff" for letter in word):
-            raise WrongInput(f"{word}: its bytes are not UTF-8; expected UTF-8, which records are written in; rename the file or folder")
+            raise WrongInput(
+                f"{word}: its bytes are not UTF-8; expected UTF-8, which records are written in; rename the file or folder"
+            )
     if words[:1] not in (["run"], ["sweep"]):
         return
     for flag, word in zip(words, words[1:]):
         name, equals, value = word.partition("=")
         if flag in ("-p", "-g") and equals and re.fullmatch(r"\w[\w-]*", name):
-            raise WrongInput(f"{flag} {word}: name and value as one word; expected two; write a space: {flag} {name} {shlex.quote(value)}")
+            raise WrongInput(
+                f"{flag} {word}: name and value as one word; expected two; write a space: {flag} {name} {shlex.quote(value)}"
+            )
 
-
+# %% ../nbs/cli.ipynb #b8dc5449
 def usage(error: click.UsageError, words: list[str]) -> str:
     "What click found wrong with the command line, on one line, and how to say what was probably meant."
     command = error.ctx.command_path if error.ctx else "polm"
@@ -111,33 +118,56 @@ def main():
 
 # %% ../nbs/cli.ipynb #409c4a84
 out_option = click.option("--out", help="Folder that holds runs (default: $POLM_RUNS, or runs/).")
-json_option = click.option("--json", "as_json", is_flag=True, help="End standard output with one JSON line.")
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="End standard output with one JSON line."
+)
 
 
 def _report(run: Run, as_json: bool):
     "Say how a run ended; its line is the last of standard output."
     record = run.read()
     if as_json:
-        click.echo(json.dumps(dict(run=run.id, path=str(run.path), status=run.status, reason=record["reason"], summary=record["summary"])))
+        click.echo(
+            json.dumps(
+                dict(
+                    run=run.id,
+                    path=str(run.path),
+                    status=run.status,
+                    reason=record["reason"],
+                    summary=record["summary"],
+                )
+            )
+        )
         return
     click.echo(f"{run.id}: {run.status}" + (f" ({record['reason']})" if record["reason"] else ""))
     for part, found in record.get("left_out", {}).items():
-        click.echo(f"left out:  {found['equal']} of {found['pairs']} pairs ({part}), whose answers are equal within max_length")
-    states = record.get("states") or record["summary"]  # a recipe has one state of the model after each of its stages
+        click.echo(
+            f"left out:  {found['equal']} of {found['pairs']} pairs ({part}), whose answers are equal within max_length"
+        )
+    states = (
+        record.get("states") or record["summary"]
+    )  # a recipe has one state of the model after each of its stages
     if states:
         import pandas as pd
 
-        _print_frame(pd.DataFrame({name: without_counts(found) for name, found in states.items()}).rename_axis("metric"), index=True)
+        _print_frame(
+            pd.DataFrame(
+                {name: without_counts(found) for name, found in states.items()}
+            ).rename_axis("metric"),
+            index=True,
+        )
         rows = record["summary"].get("after", record["summary"].get("before", {})).get("rows")
         click.echo(f"{'rows:':10} {rows} seen by the evaluation") if rows is not None else None
     if record.get("notebook_error"):
-        click.echo(f"note: the run is not affected, but a lesson of its page does not hold here ({record['notebook_error']})")
+        click.echo(
+            f"note: the run is not affected, but a lesson of its page does not hold here ({record['notebook_error']})"
+        )
     for what, name in (("record", ""), ("notebook", "notebook.ipynb"), ("panels", "panels.html")):
         if (run.path / name).exists():
             click.echo(f"{what + ':':10} {run.path / name}")
     _report_answers(run, record)
 
-
+# %% ../nbs/cli.ipynb #33ecc988
 def _report_answers(run: Run, record: dict):
     "Print what a run noted, and the first answers of one that was asked questions."
     from polm_lab.core.run import read_lines
@@ -157,8 +187,16 @@ def _show_progress(run: Run, row: dict):
     if sys.stderr.isatty():
         total = run.read().get("total") or row["step"]
         left = row.get("seconds", 0) / max(1, row["step"]) * (total - row["step"])
-        values = "  ".join(f"{k} {row[k]:.4g}" for k in ("loss", "reward", "accuracy", "margin", "kl") if isinstance(row.get(k), float))
-        click.echo(f"\r\x1b[2K{run.method} {row['step']}/{total}  {left:.0f} s left  {values}", nl=False, err=True)
+        values = "  ".join(
+            f"{k} {row[k]:.4g}"
+            for k in ("loss", "reward", "accuracy", "margin", "kl")
+            if isinstance(row.get(k), float)
+        )
+        click.echo(
+            f"\r\x1b[2K{run.method} {row['step']}/{total}  {left:.0f} s left  {values}",
+            nl=False,
+            err=True,
+        )
 
 
 @contextmanager
@@ -197,8 +235,16 @@ def _work(run: Run, as_json: bool):
 def _opened(name: str, out=None) -> Run:
     "The run, or the sweep, of that name: runs are looked through first."
     folder = runs_folder(out)
-    is_path, is_run = (Path(name) / "run.json").exists(), any(folder.glob(f"*{glob.escape(name)}*/run.json"))
-    found = open_run(name, folder if is_path or is_run or not any(folder.glob(f"sweeps/*{glob.escape(name)}*/run.json")) else folder / "sweeps")
+    is_path, is_run = (
+        (Path(name) / "run.json").exists(),
+        any(folder.glob(f"*{glob.escape(name)}*/run.json")),
+    )
+    found = open_run(
+        name,
+        folder
+        if is_path or is_run or not any(folder.glob(f"sweeps/*{glob.escape(name)}*/run.json"))
+        else folder / "sweeps",
+    )
     return Sweep(found.path) if "space" in found.settings else found
 
 
@@ -213,18 +259,26 @@ def _values(pairs, file) -> dict:
         except WrongInput:
             raise
         except Exception as error:  # besides YAMLError: a date with month 13 is a ValueError, a deep nesting a RecursionError
-            raise WrongInput(f"{file}: cannot be read as YAML ({' '.join(str(error).split())}); expected lines such as steps: 20; correct the file") from None
+            raise WrongInput(
+                f"{file}: cannot be read as YAML ({' '.join(str(error).split())}); expected lines such as steps: 20; correct the file"
+            ) from None
         if not isinstance(values, dict):
             raise WrongInput(f"{file}: expected `knob: value` lines, found {type(values).__name__}")
     return values | dict(pairs)
 
-
+# %% ../nbs/cli.ipynb #6d8690df
 @polm.command("run")
 @click.argument("method")
-@click.option("-p", "pairs", nargs=2, multiple=True, metavar="KEY VALUE", help="Set a knob; may be repeated.")
+@click.option(
+    "-p", "pairs", nargs=2, multiple=True, metavar="KEY VALUE", help="Set a knob; may be repeated."
+)
 @click.option("-f", "file", metavar="FILE", help="Read knobs from a YAML file.")
 @click.option("--bare", is_flag=True, help="Run the function alone, without its notebook.")
-@click.option("--queue", is_flag=True, help="Start it when the runs queued before it are over, and return at once.")
+@click.option(
+    "--queue",
+    is_flag=True,
+    help="Start it when the runs queued before it are over, and return at once.",
+)
 @out_option
 @json_option
 def run_command(method, pairs, file, bare, queue, out, as_json):
@@ -280,12 +334,18 @@ def stop_command(run, out):
     from polm_lab.runner.launch import stop
 
     stopped = stop(_opened(run, out), timeout=120)
-    click.echo(f"{stopped.id}: {stopped.status} at {'trial' if 'sweeps' == stopped.path.parent.name else 'step'} {stopped.read()['step']}")
+    click.echo(
+        f"{stopped.id}: {stopped.status} at {'trial' if 'sweeps' == stopped.path.parent.name else 'step'} {stopped.read()['step']}"
+    )
 
 # %% ../nbs/cli.ipynb #c5bfd4d5
 def _show_sweep(sweep: Sweep):
     "One line on the terminal, rewritten; in a log, one line a change."
-    click.echo(f"\r\x1b[2K{sweep.tell()}" if sys.stderr.isatty() else sweep.tell(), nl=not sys.stderr.isatty(), err=True)
+    click.echo(
+        f"\r\x1b[2K{sweep.tell()}" if sys.stderr.isatty() else sweep.tell(),
+        nl=not sys.stderr.isatty(),
+        err=True,
+    )
 
 
 def _report_sweep(sweep: Sweep, as_json: bool):
@@ -293,10 +353,25 @@ def _report_sweep(sweep: Sweep, as_json: bool):
     sweep, best = Sweep(sweep.path), Sweep(sweep.path).best
     if as_json:
         said = dict(best, path=str(sweep.out / best["run"])) if best else None
-        click.echo(json.dumps(dict(sweep=sweep.id, path=str(sweep.path), status=sweep.status, reason=sweep.record["reason"], metric=sweep.settings["metric"], best=said, trials=sweep.trials)))
+        click.echo(
+            json.dumps(
+                dict(
+                    sweep=sweep.id,
+                    path=str(sweep.path),
+                    status=sweep.status,
+                    reason=sweep.record["reason"],
+                    metric=sweep.settings["metric"],
+                    best=said,
+                    trials=sweep.trials,
+                )
+            )
+        )
         return
     _print_frame(results(sweep), index=True)
-    click.echo(f"{sweep.id}: {sweep.status}" + (f" ({sweep.record['reason']})" if sweep.record["reason"] else ""))
+    click.echo(
+        f"{sweep.id}: {sweep.status}"
+        + (f" ({sweep.record['reason']})" if sweep.record["reason"] else "")
+    )
     click.echo(sweep.tell() + (f": {sweep.out / best['run']}" if best else ""))
     click.echo(f"record:    {sweep.path}")
 
@@ -306,22 +381,48 @@ def _plan_options(command):
     for k in reversed(knobs(Plan)):
         name, words = f"--{k.name.replace('_', '-')}", f"{k.meaning[0].upper()}{k.meaning[1:]}."
         if k.name == "notebook":
-            option = click.option("--bare", is_flag=True, help="Run the function alone in each trial, without its notebook.")
+            option = click.option(
+                "--bare",
+                is_flag=True,
+                help="Run the function alone in each trial, without its notebook.",
+            )
         elif k.type is bool:
             option = click.option(name, is_flag=True, help=words)
         else:
-            option = click.option(name, default=str(k.default), show_default=True, help=words, metavar="|".join(k.choices) or "NUMBER" * (k.type is int) or "NAME")
+            option = click.option(
+                name,
+                default=str(k.default),
+                show_default=True,
+                help=words,
+                metavar="|".join(k.choices) or "NUMBER" * (k.type is int) or "NAME",
+            )
         command = option(command)
     return command
 
-
+# %% ../nbs/cli.ipynb #2a1a46fd
 @polm.command("sweep")
 @click.argument("method")
-@click.option("-g", "grid", nargs=2, multiple=True, metavar="KEY V1,V2", help="Vary a knob: values, a JSON list of them, or a range low..high; may be repeated.")
-@click.option("-p", "pairs", nargs=2, multiple=True, metavar="KEY VALUE", help="Set a knob of all trials; may be repeated.")
+@click.option(
+    "-g",
+    "grid",
+    nargs=2,
+    multiple=True,
+    metavar="KEY V1,V2",
+    help="Vary a knob: values, a JSON list of them, or a range low..high; may be repeated.",
+)
+@click.option(
+    "-p",
+    "pairs",
+    nargs=2,
+    multiple=True,
+    metavar="KEY VALUE",
+    help="Set a knob of all trials; may be repeated.",
+)
 @click.option("-f", "file", metavar="FILE", help="Read knobs of all trials from a YAML file.")
 @_plan_options
-@click.option("--detach", is_flag=True, help="Have a process of its own do the work, and return at once.")
+@click.option(
+    "--detach", is_flag=True, help="Have a process of its own do the work, and return at once."
+)
 @out_option
 @json_option
 def sweep_command(method, grid, pairs, file, out, bare, detach, as_json, **asked):
@@ -329,14 +430,20 @@ def sweep_command(method, grid, pairs, file, out, bare, detach, as_json, **asked
     space = {}
     for name, values in grid:
         if name in space:
-            raise WrongInput(f"-g {name}: given twice; expected all its values at once, such as {space[name]},{values}")
+            raise WrongInput(
+                f"-g {name}: given twice; expected all its values at once, such as {space[name]},{values}"
+            )
         space[name] = values
     made = create_sweep(plan(method, space, _values(pairs, file), notebook=not bare, **asked), out)
     if detach:
         from polm_lab.runner.launch import spawn
 
         spawn(made)
-        click.echo(json.dumps(dict(sweep=made.id, path=str(made.path), status=made.status)) if as_json else f"{made.id}: started; `polm show {made.id}` tells how it does")
+        click.echo(
+            json.dumps(dict(sweep=made.id, path=str(made.path), status=made.status))
+            if as_json
+            else f"{made.id}: started; `polm show {made.id}` tells how it does"
+        )
         return
     _work(made, as_json)
 
@@ -358,7 +465,10 @@ def _print_frame(frame, index: bool = False):
         return
     if index:
         frame = frame.reset_index(names=frame.index.name or "")
-    rows = [["" if v is None or v != v else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in frame.itertuples(index=False)]
+    rows = [
+        ["" if v is None or v != v else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row]
+        for row in frame.itertuples(index=False)
+    ]
     if not sys.stdout.isatty():
         lines = [list(map(str, frame.columns)), *rows]
         widths = [max(map(len, column)) for column in zip(*lines)]
@@ -389,7 +499,12 @@ def show_command(run, out, as_json):
     click.echo(f"{'settings':10} " + ", ".join(f"{k}={v}" for k, v in record["settings"].items()))
     rows = found.lines()
     if rows:
-        click.echo(f"{'last':10} " + ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in rows[-1].items()))
+        click.echo(
+            f"{'last':10} "
+            + ", ".join(
+                f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in rows[-1].items()
+            )
+        )
     _report(found, False)
 
 
@@ -434,19 +549,37 @@ def doctor_command():
 
     checks = {name: (True, version) for name, version in versions().items()}
     pip = {
-        "trl": "needed for engine trl: pip install trl", "jupyterlab": "needed for polm lab: pip install jupyterlab", "voila": "needed for polm app: pip install voila",
-        "optuna": "needed for polm sweep --search tpe: pip install optuna", "ray": "needed for polm sweep --on ray: pip install ray",
-    }  # fmt: skip
+        "trl": "needed for engine trl: pip install trl",
+        "jupyterlab": "needed for polm lab: pip install jupyterlab",
+        "voila": "needed for polm app: pip install voila",
+        "optuna": "needed for polm sweep --search tpe: pip install optuna",
+        "ray": "needed for polm sweep --on ray: pip install ray",
+    }
     for name, missing in {**pip, "quarto": "needed to render the pages only"}.items():
         found = shutil.which("quarto") if name == "quarto" else importlib.util.find_spec(name)
         checks[name] = (bool(found), "there" if found else missing)
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    checks["device"] = (True, f"{device}, {torch.get_num_threads()} threads, weights in {str(pick_dtype(torch.device(device))).removeprefix('torch.')}")
+    device = (
+        "cuda"
+        if torch.cuda.is_available()
+        else "mps"
+        if torch.backends.mps.is_available()
+        else "cpu"
+    )
+    checks["device"] = (
+        True,
+        f"{device}, {torch.get_num_threads()} threads, weights in {str(pick_dtype(torch.device(device))).removeprefix('torch.')}",
+    )
     folder = runs_folder()
     free = shutil.disk_usage(folder if folder.exists() else folder.parent).free / 2**30
-    checks["runs"] = (os.access(folder if folder.exists() else folder.parent, os.W_OK) and free > 1, f"{folder}, {free:.1f} GiB free")
+    checks["runs"] = (
+        os.access(folder if folder.exists() else folder.parent, os.W_OK) and free > 1,
+        f"{folder}, {free:.1f} GiB free",
+    )
     try:
-        checks["tiny"] = (True, f"{sum(p.numel() for p in load_model('tiny').parameters()):,} parameters")
+        checks["tiny"] = (
+            True,
+            f"{sum(p.numel() for p in load_model('tiny').parameters()):,} parameters",
+        )
     except WrongInput as wrong:
         checks["tiny"] = (False, str(wrong))
     why = sandbox.missing()
@@ -454,13 +587,22 @@ def doctor_command():
     for name, (good, text) in checks.items():
         click.echo(f"{'ok ' if good else '-- '} {name:12} {text}")
 
-
+# %% ../nbs/cli.ipynb #d3fed3b7
 def _serve(module: str, name: str, extra: str, words, args):
     "Replace this process by a server with our `words`, of which `args` say some otherwise; raises `WrongInput` if it is not installed."
     if not importlib.util.find_spec(module):
         raise WrongInput(f'{name} is not installed; `pip install "polm_lab[{extra}]"`')
     given = {word.split("=")[0] for word in args}
-    os.execv(sys.executable, [sys.executable, "-m", module, *(word for word in words if word.split("=")[0] not in given), *args])
+    os.execv(
+        sys.executable,
+        [
+            sys.executable,
+            "-m",
+            module,
+            *(word for word in words if word.split("=")[0] not in given),
+            *args,
+        ],
+    )
 
 
 def _add_folder(variable: str, folder: Path):
@@ -478,12 +620,21 @@ def lab_command(args):
     from polm_lab.runner.launch import notebooks_folder
 
     folder = notebooks_folder()
-    ours = [f"--ServerApp.root_dir={folder.parent}", f"--LabApp.default_url=/lab/tree/{folder.name}/index.ipynb"]
-    quiet = ["--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.extension_manager=readonly"]  # nothing is asked of other hosts
-    _add_folder("JUPYTER_CONFIG_PATH", folder / "_app")  # which leaves out the news of JupyterLab's makers
+    ours = [
+        f"--ServerApp.root_dir={folder.parent}",
+        f"--LabApp.default_url=/lab/tree/{folder.name}/index.ipynb",
+    ]
+    quiet = [
+        "--LabApp.news_url=None",
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+        "--LabApp.extension_manager=readonly",
+    ]  # nothing is asked of other hosts
+    _add_folder(
+        "JUPYTER_CONFIG_PATH", folder / "_app"
+    )  # which leaves out the news of JupyterLab's makers
     _serve("jupyterlab", "JupyterLab", "lab", ours + quiet, args)
 
-
+# %% ../nbs/cli.ipynb #08418709
 # What the page of the app may load: what this server gives. Widgets are code that comes over the socket.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
 
@@ -496,5 +647,10 @@ def app_command(args):
 
     folder = notebooks_folder()
     _add_folder("JUPYTER_PATH", folder / "_app")  # where Voilà finds our page
-    ours = [str(folder / "workbench.ipynb"), "--Voila.ip=127.0.0.1", "--VoilaConfiguration.template=polm", f"--Voila.tornado_settings={dict(headers={'Content-Security-Policy': POLICY})}"]
+    ours = [
+        str(folder / "workbench.ipynb"),
+        "--Voila.ip=127.0.0.1",
+        "--VoilaConfiguration.template=polm",
+        f"--Voila.tornado_settings={dict(headers={'Content-Security-Policy': POLICY})}",
+    ]
     _serve("voila", "Voilà", "lab", ours, args)

@@ -20,14 +20,32 @@ import psutil
 import pytest
 from conftest import POLM
 
-FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic",
-         "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]  # fmt: skip
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-quic",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+]
 HERE = ("127.0.0.1", "localhost")
 CELL = "import polm_lab as lab\nbench = lab.workbench()\nbench"
 
 
 def notebook(*cells) -> str:
-    made = [{"cell_type": "code", "id": f"c{i}", "metadata": {}, "source": cell, "outputs": [], "execution_count": None} for i, cell in enumerate(cells)]
+    made = [
+        {
+            "cell_type": "code",
+            "id": f"c{i}",
+            "metadata": {},
+            "source": cell,
+            "outputs": [],
+            "execution_count": None,
+        }
+        for i, cell in enumerate(cells)
+    ]
     kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     return json.dumps({"cells": made, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5})
 
@@ -66,11 +84,27 @@ def browser_or_skip(playwright):
 @contextlib.contextmanager
 def server(words, url, folder, **environment):
     "A server process, ready to answer at `url`, whose runs are in `folder`/runs; yields the process."
-    places = {f"JUPYTER_{name.upper()}_DIR": str(folder / name) for name in ("config", "data", "runtime")}
-    environment = {**os.environ, "POLM_RUNS": str(folder / "runs"), "OMP_NUM_THREADS": "1", "IPYTHONDIR": str(folder / "ipython"), **places, **environment}
+    places = {
+        f"JUPYTER_{name.upper()}_DIR": str(folder / name) for name in ("config", "data", "runtime")
+    }
+    environment = {
+        **os.environ,
+        "POLM_RUNS": str(folder / "runs"),
+        "OMP_NUM_THREADS": "1",
+        "IPYTHONDIR": str(folder / "ipython"),
+        **places,
+        **environment,
+    }
     log = folder / "server.log"
     with open(log, "w") as out:
-        process = subprocess.Popen(list(map(str, words)), cwd=folder, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            list(map(str, words)),
+            cwd=folder,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
     try:
         until = time.monotonic() + patience(90)
         while True:
@@ -82,7 +116,9 @@ def server(words, url, folder, **environment):
                 time.sleep(0.3)
         yield process
     finally:
-        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        family = (
+            psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        )
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(timeout=20)
@@ -99,7 +135,16 @@ def jupyter(folder, **notebooks):
     port = free_port()
     for name, cells in notebooks.items():
         (folder / f"{name}.ipynb").write_text(notebook(*cells))
-    words = [POLM, "lab", "--no-browser", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=secret", f"--ServerApp.root_dir={folder}", "--allow-root"]
+    words = [
+        POLM,
+        "lab",
+        "--no-browser",
+        f"--port={port}",
+        "--ServerApp.port_retries=0",
+        "--IdentityProvider.token=secret",
+        f"--ServerApp.root_dir={folder}",
+        "--allow-root",
+    ]
     with server(words, f"http://127.0.0.1:{port}/api", folder) as process:
         yield f"http://127.0.0.1:{port}", process
 
@@ -108,7 +153,12 @@ def jupyter(folder, **notebooks):
 def voila(folder, *words, **environment):
     "The app as `polm app` starts it; yields its address."
     port = free_port()
-    with server([POLM, "app", f"--port={port}", "--no-browser", *words], f"http://127.0.0.1:{port}/voila/static/voila.js", folder, **environment):
+    with server(
+        [POLM, "app", f"--port={port}", "--no-browser", *words],
+        f"http://127.0.0.1:{port}/voila/static/voila.js",
+        folder,
+        **environment,
+    ):
         yield f"http://127.0.0.1:{port}"
 
 
@@ -127,7 +177,11 @@ class Page:
 
     def elsewhere(self) -> list[str]:
         "What was asked of other hosts."
-        return [u for u in self.asked if not u.startswith(("data:", "blob:", "about:")) and urlparse(u).hostname not in HERE]
+        return [
+            u
+            for u in self.asked
+            if not u.startswith(("data:", "blob:", "about:")) and urlparse(u).hostname not in HERE
+        ]
 
     def picture(self, name):
         folder = os.environ.get("POLM_SCREENSHOTS")
@@ -160,7 +214,9 @@ class Page:
         self.page.get_by_role("button", name=name, exact=True).locator("visible=true").first.click()
 
     def text(self, words, timeout=30):
-        self.page.get_by_text(words).locator("visible=true").first.wait_for(timeout=patience(timeout) * 1000)
+        self.page.get_by_text(words).locator("visible=true").first.wait_for(
+            timeout=patience(timeout) * 1000
+        )
 
     def wait_for(self, holds, timeout=60, what="it"):
         "Poll `holds()` until it is true; returns the seconds that took."
@@ -190,8 +246,14 @@ class Page:
         if light and self.page.evaluate("document.body.dataset.jpThemeLight") != light:
             self.page.get_by_role("menuitem", name="Settings", exact=True).click()
             self.page.get_by_text("Theme", exact=True).locator("visible=true").first.hover()
-            self.page.get_by_text(f"JupyterLab {theme.capitalize()}", exact=True).locator("visible=true").first.click()
-            self.wait_for(lambda: self.page.evaluate("document.body.dataset.jpThemeLight") == light, 20, f"the {theme} theme")
+            self.page.get_by_text(f"JupyterLab {theme.capitalize()}", exact=True).locator(
+                "visible=true"
+            ).first.click()
+            self.wait_for(
+                lambda: self.page.evaluate("document.body.dataset.jpThemeLight") == light,
+                20,
+                f"the {theme} theme",
+            )
         if self.seen("#jp-left-stack").count():
             self.page.keyboard.press("Control+b")
 
@@ -203,8 +265,12 @@ class Page:
         "Run the first cell; the workbench is on the screen."
         self.seen(".jp-Notebook .jp-CodeCell .cm-content").first.click()
         self.page.keyboard.press("Shift+Enter")
-        self.page.get_by_role("tab", name="Configure", exact=True).wait_for(timeout=patience(60) * 1000)
+        self.page.get_by_role("tab", name="Configure", exact=True).wait_for(
+            timeout=patience(60) * 1000
+        )
 
     def save(self):
         self.page.keyboard.press("Control+s")
-        self.wait_for(lambda: not self.page.locator(".jp-mod-dirty").count(), 20, "the notebook saved")
+        self.wait_for(
+            lambda: not self.page.locator(".jp-mod-dirty").count(), 20, "the notebook saved"
+        )

@@ -86,6 +86,12 @@ def polm(runs):
     "The command line in a process of its own: `polm('run', 'sft', ...)`."
 
     def call(*words, timeout=300, **env):
-        return subprocess.run([POLM, *map(str, words)], capture_output=True, text=True, timeout=timeout, env={**os.environ, **env})
+        return subprocess.run(
+            [POLM, *map(str, words)],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, **env},
+        )
 
     return call

@@ -79,8 +79,16 @@ _batches.Order.__init__ = _drawn
 def pages(wanted: list[str]) -> list[Path]:
     "The notebooks that are tested and the templates, or those whose path has one of the words `wanted`."
     found = {p.relative_to(ROOT / "nbs"): p for p in sorted((ROOT / "nbs").rglob("*.ipynb"))}
-    tried = {name: p for name, p in found.items() if not re.search(r"(^|/)[_.](?!template/)", name.as_posix())}
-    return [p for name, p in tried.items() if not wanted or any(word in name.as_posix() for word in wanted)]
+    tried = {
+        name: p
+        for name, p in found.items()
+        if not re.search(r"(^|/)[_.](?!template/)", name.as_posix())
+    }
+    return [
+        p
+        for name, p in tried.items()
+        if not wanted or any(word in name.as_posix() for word in wanted)
+    ]
 
 
 def has_parameters(notebook) -> bool:
@@ -112,21 +120,48 @@ def attempt(path: Path, name: str) -> dict:
     page = str(path.relative_to(ROOT / "nbs").with_suffix(""))
     began, error = time.monotonic(), ""
     with tempfile.TemporaryDirectory() as folder:
-        env = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "POLM_CLAIMS": "required", "POLM_RUNS": f"{folder}/runs", "TMPDIR": folder}
-        client = NotebookClient(prepared(path, changes, moved), timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(threads),
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "POLM_CLAIMS": "required",
+            "POLM_RUNS": f"{folder}/runs",
+            "TMPDIR": folder,
+        }
+        client = NotebookClient(
+            prepared(path, changes, moved),
+            timeout=1800,
+            kernel_name="python3",
+            resources={"metadata": {"path": str(path.parent)}},
+        )
         try:
             client.execute(env=env)
         except CellExecutionError as failed:
             error = f"{failed.ename}: {failed.evalue}"[:600]
         except (DeadKernelError, TimeoutError) as failed:
             error = f"{type(failed).__name__}: {failed}"[:600]
-    return dict(page=page, attempt=name, holds=not error, seconds=round(time.monotonic() - began, 1), error=error)
+    return dict(
+        page=page,
+        attempt=name,
+        holds=not error,
+        seconds=round(time.monotonic() - began, 1),
+        error=error,
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pages", nargs="*", help="words that the paths of the pages have; none means all pages")
-    parser.add_argument("--tries", nargs="+", choices=TRIES, help="instead of the seeds, or of threads and moved weights for a page without knobs")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "pages", nargs="*", help="words that the paths of the pages have; none means all pages"
+    )
+    parser.add_argument(
+        "--tries",
+        nargs="+",
+        choices=TRIES,
+        help="instead of the seeds, or of threads and moved weights for a page without knobs",
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--to", type=Path, help="a .jsonl file that gets one line a page and try")
     asked = parser.parse_args()
@@ -138,7 +173,10 @@ def main() -> int:
     with ThreadPoolExecutor(asked.workers) as pool:
         for row in pool.map(lambda job: attempt(*job), jobs):
             failed += not row["holds"]
-            print(f"{row['page']:28} {row['attempt']:20} {row['seconds']:6.1f} s  {'holds' if row['holds'] else row['error']}", flush=True)
+            print(
+                f"{row['page']:28} {row['attempt']:20} {row['seconds']:6.1f} s  {'holds' if row['holds'] else row['error']}",
+                flush=True,
+            )
             if asked.to:
                 with open(asked.to, "a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")

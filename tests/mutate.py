@@ -25,7 +25,9 @@ def mutations(words: list[str]) -> list[dict]:
     "The rows of mutations.csv, or those that have one of `words`."
     with open(ROOT / "tests" / "mutations.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    return [row for row in rows if not words or any(word in " ".join(row.values()) for word in words)]
+    return [
+        row for row in rows if not words or any(word in " ".join(row.values()) for word in words)
+    ]
 
 
 def copy_of_package(folder: Path) -> Path:
@@ -39,9 +41,24 @@ def copy_of_package(folder: Path) -> Path:
 
 def status_of(tests: str, package: Path) -> int:
     "Exit status of pytest over `tests` with the package in the folder `package`."
-    env = {**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(package),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     # -P: the package of this folder would come before the one of PYTHONPATH
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *shlex.split(tests)]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        *shlex.split(tests),
+    ]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True).returncode
 
 
@@ -52,7 +69,9 @@ def verdict(row: dict) -> str:
         path = package / row["file"]
         text = path.read_text(encoding="utf-8")
         if text.count(row["before"]) != 1 or row["before"] == row["after"]:
-            return f"not a fault: its text occurs {text.count(row['before'])} times in {row['file']}"
+            return (
+                f"not a fault: its text occurs {text.count(row['before'])} times in {row['file']}"
+            )
         path.write_text(text.replace(row["before"], row["after"]), encoding="utf-8")
         status = status_of(row["tests"], package)
     return {SEEN: "seen", LIVES: "lives"}.get(status, f"pytest ended with {status}")
@@ -62,7 +81,11 @@ def main(words: list[str]) -> int:
     rows = mutations(words)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         package, tests = copy_of_package(Path(folder)), sorted({row["tests"] for row in rows})
-        failing = [test for test, status in zip(tests, pool.map(lambda test: status_of(test, package), tests)) if status != LIVES]
+        failing = [
+            test
+            for test, status in zip(tests, pool.map(lambda test: status_of(test, package), tests))
+            if status != LIVES
+        ]
     if failing:
         print("without any fault these fail: " + "; ".join(f"pytest {test}" for test in failing))
         return 1
@@ -70,7 +93,10 @@ def main(words: list[str]) -> int:
     with ThreadPoolExecutor(2) as pool:
         for row, found in zip(rows, pool.map(verdict, rows)):
             bad += found != "seen"
-            print(f"{found:6} {row['file'].removeprefix('polm_lab/')}: {row['before']!r:.60} -> {row['after']!r:.60}", flush=True)
+            print(
+                f"{found:6} {row['file'].removeprefix('polm_lab/')}: {row['before']!r:.60} -> {row['after']!r:.60}",
+                flush=True,
+            )
     print(f"{len(rows)} faults, {bad} not seen")
     return int(bad > 0)
 

@@ -61,9 +61,13 @@ def run_notebook(page: str) -> bool:
         given |= dict(POLM_CHROMIUM="none", OMP_NUM_THREADS="1")
         command = [BIN / "nbdev_test", "--path", f"nbs/{page}.ipynb", "--do_print"]
         done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | given, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            command,
+            cwd=ROOT,
+            env=os.environ | given,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
     if done.returncode:
         print(done.stdout)
     end = "failed" if done.returncode else "passed"
@@ -94,9 +98,13 @@ def run_touched(within: float, workers: int = 2, run=run_notebook, pages=None) -
 
     with ThreadPoolExecutor(workers) as pool:
         passed = list(pool.map(one, pages))
-    print(f"{len(pages) - len(late)} of {len(pages)} touched notebooks run, {passed.count(False)} failed")
+    print(
+        f"{len(pages) - len(late)} of {len(pages)} touched notebooks run, {passed.count(False)} failed"
+    )
     if late:
-        print(f"not run, as {within:.0f} s were over: {', '.join(late)}; `make page P=...` runs one")
+        print(
+            f"not run, as {within:.0f} s were over: {', '.join(late)}; `make page P=...` runs one"
+        )
     return int(not all(passed))
 
 
@@ -122,9 +130,13 @@ def render(page: str) -> bool:
     if shutil.which("quarto"):
         return subprocess.run(["quarto", "render", path], cwd=ROOT, env=env).returncode == 0
     done = subprocess.run(
-        [BIN / "polm_site", "filter"], cwd=path.parent, env=env,
-        input=path.read_text(encoding="utf-8"), capture_output=True, text=True,
-    )  # fmt: skip
+        [BIN / "polm_site", "filter"],
+        cwd=path.parent,
+        env=env,
+        input=path.read_text(encoding="utf-8"),
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         print(done.stderr)
         return False

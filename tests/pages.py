@@ -17,7 +17,11 @@ LOOKS = r"sandbox|chromium|browsing|quarto|run_code|learn=.(editor|coderl)"
 
 def looking() -> list[str]:
     "The files of tests that look at what may be missing."
-    return [str(path) for path in sorted(Path(__file__).parent.glob("test_*.py")) if re.search(LOOKS, path.read_text(encoding="utf-8"))]
+    return [
+        str(path)
+        for path in sorted(Path(__file__).parent.glob("test_*.py"))
+        if re.search(LOOKS, path.read_text(encoding="utf-8"))
+    ]
 
 
 def left_out() -> tuple[str, str]:

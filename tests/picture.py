@@ -28,7 +28,9 @@ def compressed(png: bytes) -> bytes:
         image.quantize(colors).save(out, "png", optimize=True)
         if out.tell() <= MOST:
             return out.getvalue()
-    raise SystemExit(f"the picture has {out.tell():,} bytes with 32 colors; expected at most {MOST:,}")
+    raise SystemExit(
+        f"the picture has {out.tell():,} bytes with 32 colors; expected at most {MOST:,}"
+    )
 
 
 def take(steps: int) -> bytes:

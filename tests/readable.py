@@ -22,9 +22,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BARS = {"long": 0.02, "too long": 0, "nested": 3.0, "words": 0, "sentences": 0.03}
 AVOIDED = (
-    "stands", "bears", "beside", "of which", "in place of", "all the same", "gone on with", "mend",
-    "mends", "mended", "mending", "dear", "likelier", "told", "said",
-)  # fmt: skip
+    "stands",
+    "bears",
+    "beside",
+    "of which",
+    "in place of",
+    "all the same",
+    "gone on with",
+    "mend",
+    "mends",
+    "mended",
+    "mending",
+    "dear",
+    "likelier",
+    "told",
+    "said",
+)
 WORDS = re.compile(r"\b(?:" + "|".join(AVOIDED) + r")\b", re.IGNORECASE)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
@@ -52,7 +65,9 @@ class Found:
 def plain(markdown: str) -> str:
     "Markdown as running text: code, formulas, tables, links' targets and HTML are taken out."
     for pattern in (r"```.*?```", r"\$\$.*?\$\$", r"<!--.*?-->", r"^\|.*$", r"^---\n.*?^---$"):
-        markdown = re.sub(pattern, "\n\n", markdown, flags=re.DOTALL * (pattern[0] != "^") | re.MULTILINE)
+        markdown = re.sub(
+            pattern, "\n\n", markdown, flags=re.DOTALL * (pattern[0] != "^") | re.MULTILINE
+        )
     markdown = re.sub(r"`[^`\n]*`|\$[^$\n]*\$", " x ", markdown)
     markdown = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", markdown)
     return re.sub(r"<[^>\n]+>|[*_]{1,3}", " ", markdown)

@@ -18,7 +18,14 @@ class Endpoint:
     after, says = "0", ""
 
     def __init__(self):
-        self.fails, self.asked, self.headers, self.bodies, self.dead, self.lock = [], 0, [], [], False, threading.Lock()
+        self.fails, self.asked, self.headers, self.bodies, self.dead, self.lock = (
+            [],
+            0,
+            [],
+            [],
+            False,
+            threading.Lock(),
+        )
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -38,9 +45,20 @@ class Endpoint:
                     return self.connection.shutdown(socket.SHUT_RDWR)
                 echo = f"what you sent me: {self.headers['Authorization']}"
                 if isinstance(fail, int):
-                    return self.send(fail, json.dumps({"error": {"message": echo}}), {"Retry-After": outer.after} if outer.after and fail in (429, 503) else {})
+                    return self.send(
+                        fail,
+                        json.dumps({"error": {"message": echo}}),
+                        {"Retry-After": outer.after} if outer.after and fail in (429, 503) else {},
+                    )
                 text = json.dumps(outer.answer(body, echo))
-                self.send(200, text[: len(text) // 2] if fail == "torn" else fail if isinstance(fail, str) and fail != "slow" else text)
+                self.send(
+                    200,
+                    text[: len(text) // 2]
+                    if fail == "torn"
+                    else fail
+                    if isinstance(fail, str) and fail != "slow"
+                    else text,
+                )
 
             def send(self, status, text, more=()):
                 raw = text.encode()
@@ -55,7 +73,9 @@ class Endpoint:
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, kwargs=dict(poll_interval=0.05), daemon=True).start()
+        threading.Thread(
+            target=self.http.serve_forever, kwargs=dict(poll_interval=0.05), daemon=True
+        ).start()
 
     def answer(self, body: dict, echo: str) -> dict:
         "The chat completion for a request: `says`, unless a kind of endpoint knows better."

@@ -21,26 +21,50 @@ SHORT = dict(steps=2, batch_size=4, eval_rows=2, save_every=0, learning_rate=1e-
 @pytest.mark.parametrize("name", TRAINED)
 def test_an_adapter_is_what_moves(name, adapter, tmp_path):
     method = find(name)
-    run = check.short_run(method, tmp_path, **SHORT | {k: v for k, v in method.small.items() if k in ("batch_size", "samples")}, adapter=adapter)
+    run = check.short_run(
+        method,
+        tmp_path,
+        **SHORT | {k: v for k, v in method.small.items() if k in ("batch_size", "samples")},
+        adapter=adapter,
+    )
     assert run.status == "finished" and len(run.lines()) == 2
     folder, base = run.path / "model", load_file(model_path("tiny") / "model.safetensors")
     if (folder / "adapter_model.safetensors").exists():
         moved = load_file(folder / "adapter_model.safetensors")
-        assert moved and all(adapter[:3] in key for key in moved if "score" not in key), list(moved)[:3]
+        assert moved and all(adapter[:3] in key for key in moved if "score" not in key), list(
+            moved
+        )[:3]
         start = load_model("tiny", "float32", "cpu", adapter=adapter, seed=run.settings["seed"])
-        assert sum(v.numel() for v in moved.values()) < 0.05 * sum(v.numel() for v in base.values()) and start.fresh_adapter
+        assert (
+            sum(v.numel() for v in moved.values()) < 0.05 * sum(v.numel() for v in base.values())
+            and start.fresh_adapter
+        )
     else:  # merged into what is saved: the layers that the adapter sits on have changed, and no other
         after = load_file(folder / "model.safetensors")
-        changed = {key.split(".")[-2] for key, value in base.items() if key in after and not torch.equal(after[key], value)}
-        assert changed == ({"q_proj", "v_proj"} if "lora" in adapter else {"k_proj", "v_proj", "down_proj"}), changed
-    tuned, plain = load_model(folder, "float32", "cpu", head="any"), load_model("tiny", "float32", "cpu")
+        changed = {
+            key.split(".")[-2]
+            for key, value in base.items()
+            if key in after and not torch.equal(after[key], value)
+        }
+        assert changed == (
+            {"q_proj", "v_proj"} if "lora" in adapter else {"k_proj", "v_proj", "down_proj"}
+        ), changed
+    tuned, plain = (
+        load_model(folder, "float32", "cpu", head="any"),
+        load_model("tiny", "float32", "cpu"),
+    )
     with torch.no_grad():
-        hidden = [model(input_ids=torch.arange(20, 60)[None], output_hidden_states=True).hidden_states[-1] for model in (tuned, plain)]
+        hidden = [
+            model(input_ids=torch.arange(20, 60)[None], output_hidden_states=True).hidden_states[-1]
+            for model in (tuned, plain)
+        ]
     assert (hidden[0] - hidden[1]).abs().max() > 1e-5, "the tuned model is the base"
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_an_adapter_for_layers_that_do_not_exist_is_refused_before_anything_is_computed(name, tmp_path):
+def test_an_adapter_for_layers_that_do_not_exist_is_refused_before_anything_is_computed(
+    name, tmp_path
+):
     with pytest.raises(WrongInput, match="llama has no layer 'c_attn'") as error:
         check.short_run(find(name), tmp_path, **SHORT, adapter="lora:target_modules=c_attn")
     assert "\n" not in str(error.value) and not list(tmp_path.glob("*/model"))
@@ -48,9 +72,14 @@ def test_an_adapter_for_layers_that_do_not_exist_is_refused_before_anything_is_c
 
 @pytest.mark.parametrize("adapter", ["ln_tuning", "lora:r=2", "prefix_tuning:num_virtual_tokens=2"])
 def test_a_16_bit_model_samples_while_its_adapter_is_kept_in_32_bits(adapter):
-    model, tokenizer = load_model("tiny", "bfloat16", "cpu", adapter=adapter), load_tokenizer("tiny")
+    model, tokenizer = (
+        load_model("tiny", "bfloat16", "cpu", adapter=adapter),
+        load_tokenizer("tiny"),
+    )
     for weight in model.parameters():  # as the loop does
         if weight.requires_grad:
             weight.data = weight.data.float()
     said = rollout(model, tokenizer, [[5, 6, 7], [8, 9]], max_new_tokens=3, seeds=0)
-    assert all(len(ids) > 0 for ids in said.completions) and all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    assert all(len(ids) > 0 for ids in said.completions) and all(
+        p.dtype == torch.float32 for p in model.parameters() if p.requires_grad
+    )

@@ -44,22 +44,32 @@ def test_the_most_sensitive_block_keeps_most():
     "S_i = s + mean(λ-scaled D) − 2λ (D_i − min D) / (max D − min D): the sign is what makes it OWL (Yin et al. 2023, §3.2)."
     found = allocate(torch.tensor([0.0, 0.5, 1.0]), 0.5, 0.1, torch.ones(3))
     assert found == pytest.approx([0.6, 0.5, 0.4])
-    assert allocate(torch.tensor([7.0, 3.0, 5.0]), 0.7, 0.08, torch.ones(3)) == pytest.approx([0.62, 0.78, 0.7])
+    assert allocate(torch.tensor([7.0, 3.0, 5.0]), 0.7, 0.08, torch.ones(3)) == pytest.approx(
+        [0.62, 0.78, 0.7]
+    )
 
 
 def test_the_mean_counts_weights_and_not_blocks():
     sizes = torch.tensor([1.0, 1.0, 2.0])
     found = allocate(torch.tensor([0.0, 0.5, 1.0]), 0.5, 0.1, sizes)
-    assert found == pytest.approx([0.625, 0.525, 0.425]) and (torch.tensor(found) * sizes).sum().item() / 4 == pytest.approx(0.5)
+    assert found == pytest.approx([0.625, 0.525, 0.425]) and (
+        torch.tensor(found) * sizes
+    ).sum().item() / 4 == pytest.approx(0.5)
 
 
 def test_equal_blocks_and_limits():
     assert allocate(torch.tensor([2.0, 2.0]), 0.5, 0.1, torch.ones(2)) == pytest.approx([0.5, 0.5])
-    assert allocate(torch.tensor([0.0, 1.0]), 0.95, 0.1, torch.ones(2)) == pytest.approx([0.99, 0.85])
-    assert allocate(torch.tensor([0.0, 1.0]), 0.05, 0.1, torch.ones(2)) == pytest.approx([0.15, 0.0])
+    assert allocate(torch.tensor([0.0, 1.0]), 0.95, 0.1, torch.ones(2)) == pytest.approx(
+        [0.99, 0.85]
+    )
+    assert allocate(torch.tensor([0.0, 1.0]), 0.05, 0.1, torch.ones(2)) == pytest.approx(
+        [0.15, 0.0]
+    )
 
 
-@pytest.mark.parametrize("large, share", [(6.0, 0.0), (7.0, 1 / 16), (-7.0, 1 / 16), (100.0, 1 / 16)])
+@pytest.mark.parametrize(
+    "large, share", [(6.0, 0.0), (7.0, 1 / 16), (-7.0, 1 / 16), (100.0, 1 / 16)]
+)
 def test_an_outlier_is_over_five_times_the_mean_of_its_block(large, share):
     "Sixteen scores, fifteen of them 1: 7 is over 5 · 22/16 = 6.9, and 6 is not over 5 · 21/16 = 6.6."
     weight = torch.ones(4, 4)
@@ -110,10 +120,21 @@ def plain_sensitivity(model, windows, kind) -> list[float]:
     for block in blocks_of(model):
         own = [m for m in block.modules() if isinstance(m, nn.Linear)]
         if kind == "outliers":
-            scores = torch.cat([(m.weight.detach().double().abs() * squares[m].sqrt()).flatten() for m in own])
+            scores = torch.cat(
+                [(m.weight.detach().double().abs() * squares[m].sqrt()).flatten() for m in own]
+            )
             found.append((scores > 5 * scores.mean()).double().mean().item())
         else:
-            found.append(torch.cat([(0.5 * m.weight.detach().double().square() * squares[m] / tokens).flatten() for m in own]).mean().item())
+            found.append(
+                torch.cat(
+                    [
+                        (0.5 * m.weight.detach().double().square() * squares[m] / tokens).flatten()
+                        for m in own
+                    ]
+                )
+                .mean()
+                .item()
+            )
     return found
 
 
@@ -123,8 +144,14 @@ def test_a_model_is_measured_block_by_block(kind, base, windows):
     shares = torch.tensor(sparsities(base, windows, kind, 0.5, 0.08, 2))
     expected = 0.5 - 0.16 * (minds - minds.min()) / (minds.max() - minds.min())
     expected += 0.5 - expected.mean()
-    assert torch.allclose(shares, expected, atol=1e-3) and shares.argmin() == minds.argmax() and shares.argmax() == minds.argmin()
-    assert shares.mean().item() == pytest.approx(0.5, abs=1e-6) and (shares.max() - shares.min()).item() == pytest.approx(0.16, abs=1e-6)
+    assert (
+        torch.allclose(shares, expected, atol=1e-3)
+        and shares.argmin() == minds.argmax()
+        and shares.argmax() == minds.argmin()
+    )
+    assert shares.mean().item() == pytest.approx(0.5, abs=1e-6) and (
+        shares.max() - shares.min()
+    ).item() == pytest.approx(0.16, abs=1e-6)
 
 
 def test_a_factor_changes_the_shares_and_five_is_the_rule_without_one(base, windows):
@@ -182,7 +209,10 @@ def test_strings_with_and_without_a_factor_are_read():
 @pytest.mark.parametrize(
     "text, found",
     [
-        ("outliers:factr=7", "allocation = 'outliers:factr=7': expected outliers, or outliers:factor=7"),
+        (
+            "outliers:factr=7",
+            "allocation = 'outliers:factr=7': expected outliers, or outliers:factor=7",
+        ),
         ("outliers:factor=0", "allocation.factor = '0': expected a number ≥ 1 and ≤ 100, or off"),
         ("outliers:factor=much", "allocation.factor = 'much': expected a number"),
         ("outliers:", "allocation = 'outliers:': expected uniform"),
@@ -214,17 +244,35 @@ def test_a_factor_needs_its_rule():
 
 def test_a_sweep_varies_the_factor():
     grid = {"allocation.factor": "3,off,7"}
-    name, asked, points = sweep.plan("prune", grid, dict(allocation="outliers"), metric="perplexity")
+    name, asked, points = sweep.plan(
+        "prune", grid, dict(allocation="outliers"), metric="perplexity"
+    )
     made = [launch.check_settings(name, asked["fixed"] | point)[1].allocation for point in points]
     assert made == ["outliers:factor=3", "outliers", "outliers:factor=7"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_prunes_the_sensitive_blocks_less(kind, base, runs):
-    run = lab.run("prune", algorithm="wanda", allocation=kind, sparsity=0.5, calibration_samples=4, eval_rows=4, max_length=64, device="cpu", dtype="float32")
-    minds = torch.tensor(plain_sensitivity(base, calibration(load_tokenizer("tiny"), "chat", 4, 64), kind))
+    run = lab.run(
+        "prune",
+        algorithm="wanda",
+        allocation=kind,
+        sparsity=0.5,
+        calibration_samples=4,
+        eval_rows=4,
+        max_length=64,
+        device="cpu",
+        dtype="float32",
+    )
+    minds = torch.tensor(
+        plain_sensitivity(base, calibration(load_tokenizer("tiny"), "chat", 4, 64), kind)
+    )
     expected = 0.58 - 0.16 * (minds - minds.min()) / (minds.max() - minds.min())
     expected += 0.5 - expected.mean()
     found = torch.tensor([row["sparsity"] for row in run.lines()])
-    assert torch.allclose(found, expected, atol=0.01) and found.argmin() == minds.argmax() and found.argmax() == minds.argmin()
+    assert (
+        torch.allclose(found, expected, atol=0.01)
+        and found.argmin() == minds.argmax()
+        and found.argmax() == minds.argmin()
+    )
     assert run.summary["after"]["sparsity"] == pytest.approx(0.5, abs=0.01)

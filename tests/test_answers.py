@@ -128,9 +128,16 @@ def listwise(settings: Mine, run: Run) -> None:
 '''
 PAGES = {"ktolike": KTO, "bcolike": BCO, "listwise": LISTWISE}
 SHORT = dict(
-    data="sums", steps=3, batch_size=4, eval_rows=8, max_length=64, device="cpu", dtype="float32",
-    learning_rate=1e-3, warmup=0.0,
-)  # fmt: skip
+    data="sums",
+    steps=3,
+    batch_size=4,
+    eval_rows=8,
+    max_length=64,
+    device="cpu",
+    dtype="float32",
+    learning_rate=1e-3,
+    warmup=0.0,
+)
 
 
 @pytest.fixture(scope="module")

@@ -51,19 +51,35 @@ def test_every_tab_on_no_runs_and_on_a_finished_one(make, runs):
     empty.refresh()
     assert [value for _, value in empty.picker.options] == [run.id]
     bench = Workbench()
-    assert "finished" in all_tabs(bench) and bench.run == run.id and "0.5 → 0.75" in bench.bar.summary.value
+    assert (
+        "finished" in all_tabs(bench)
+        and bench.run == run.id
+        and "0.5 → 0.75" in bench.bar.summary.value
+    )
     assert bench.views["Compare"].chosen == [run.id]
 
 
 BROKEN = {
     "deleted": (lambda run: shutil.rmtree(run.path), "no run is there"),
     "empty run.json": (lambda run: (run.path / "run.json").write_text(""), "damaged"),
-    "half a run.json": (lambda run: (run.path / "run.json").write_text('{"id": "x", "method": "sft"'), "damaged"),
+    "half a run.json": (
+        lambda run: (run.path / "run.json").write_text('{"id": "x", "method": "sft"'),
+        "damaged",
+    ),
     "another run.json": (lambda run: (run.path / "run.json").write_text("{}"), "are missing"),
     "a list for run.json": (lambda run: (run.path / "run.json").write_text("[]"), "are missing"),
-    "metrics.jsonl is a folder": (lambda run: ((run.path / "metrics.jsonl").unlink(), (run.path / "metrics.jsonl").mkdir()), "metrics.jsonl"),
-    "samples.jsonl is garbage": (lambda run: (run.path / "samples.jsonl").write_bytes(os.urandom(9000)), "finished"),
-    "metrics.jsonl is garbage": (lambda run: (run.path / "metrics.jsonl").write_bytes(os.urandom(9000)), "finished"),
+    "metrics.jsonl is a folder": (
+        lambda run: ((run.path / "metrics.jsonl").unlink(), (run.path / "metrics.jsonl").mkdir()),
+        "metrics.jsonl",
+    ),
+    "samples.jsonl is garbage": (
+        lambda run: (run.path / "samples.jsonl").write_bytes(os.urandom(9000)),
+        "finished",
+    ),
+    "metrics.jsonl is garbage": (
+        lambda run: (run.path / "metrics.jsonl").write_bytes(os.urandom(9000)),
+        "finished",
+    ),
 }
 
 
@@ -92,7 +108,12 @@ def test_a_killed_run_is_dead_and_can_be_resumed(make):
     subprocess.run([sys.executable, "-c", code, str(run.path)])
     bar = RunBar()
     bar.show(run)
-    assert "its process is gone" in bar.text.value and "&lt;b&gt;last words" in bar.text.value and not bar.resume_button.disabled and bar.stop_button.disabled
+    assert (
+        "its process is gone" in bar.text.value
+        and "&lt;b&gt;last words" in bar.text.value
+        and not bar.resume_button.disabled
+        and bar.stop_button.disabled
+    )
 
 
 FULL = """
@@ -134,14 +155,25 @@ def test_a_full_disk(tmp_path):
     "A real one of 12 MiB, mounted in a namespace of its own: the run that fills it says why it failed, and a run that cannot be created is refused in one line."
     disk = tmp_path / "disk"
     disk.mkdir()
-    done = subprocess.run(["unshare", "-rm", "bash", "-c", FULL.format(disk=disk, python=sys.executable)], capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        ["unshare", "-rm", "bash", "-c", FULL.format(disk=disk, python=sys.executable)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
     said = dict(line.partition(" ")[::2] for line in done.stdout.splitlines())
     if "AFTER" not in said:
         assert "mount" in done.stderr or "unshare" in done.stderr, done.stderr[-2000:]
         pytest.skip(f"no file system can be mounted here: {done.stderr.strip()[-200:]}")
     assert "failed" in said["AFTER"] and "No space left" in said["AFTER"]
-    assert "cannot be written" in said["START"] and "No space left" in said["START"] and "role=\"alert\"" in said["START"]
-    assert "cannot be written" in said["PRESET"] and said["RUNS"] == "1" and "saved" in said["AGAIN"], (said, done.stderr[-1000:])
+    assert (
+        "cannot be written" in said["START"]
+        and "No space left" in said["START"]
+        and 'role="alert"' in said["START"]
+    )
+    assert (
+        "cannot be written" in said["PRESET"] and said["RUNS"] == "1" and "saved" in said["AGAIN"]
+    ), (said, done.stderr[-1000:])
 
 
 def test_a_spare_process_that_was_killed_is_replaced(runs):
@@ -158,7 +190,11 @@ def test_stop_resume_and_clone(make):
     run = make(status="stopped", steps=7, learning_rate=0.002)
     desk = Configure()
     desk.take(run)
-    assert desk.form.values == dict(data="sums", steps=7, learning_rate=0.002) and run.id in desk.said.value and "steps 7" in desk.code["polm"].text
+    assert (
+        desk.form.values == dict(data="sums", steps=7, learning_rate=0.002)
+        and run.id in desk.said.value
+        and "steps 7" in desk.code["polm"].text
+    )
     given = []
     spare = WarmProcess()
     spare.give = given.append
@@ -198,14 +234,18 @@ def test_a_view_is_made_once_by_two_threads(make, monkeypatch):
         return plain(self, name)
 
     monkeypatch.setattr(Workbench, "_make", slowly)
-    bench.tabs.selected_index = TABS.index("Understand")  # a click, which JupyterLab hands to a thread of its own
+    bench.tabs.selected_index = TABS.index(
+        "Understand"
+    )  # a click, which JupyterLab hands to a thread of its own
     bench.views.clear()
     clicks = [threading.Thread(target=bench.refresh) for _ in range(3)]
     for click in clicks:
         click.start()
     for click in clicks:
         click.join()
-    assert made == ["Understand"] * 2 and bench.tabs.children[TABS.index("Understand")].children == (bench.views["Understand"],)
+    assert made == ["Understand"] * 2 and bench.tabs.children[
+        TABS.index("Understand")
+    ].children == (bench.views["Understand"],)
 
 
 def test_an_import_that_fails_does_not_end_the_looking(make, monkeypatch):
@@ -291,7 +331,12 @@ def test_the_first_method_that_is_offered_is_the_plainest():
 
 def test_a_summary_is_shown_whole_and_escaped():
     shown = summary_html({"before": {"a<b": 1.0}, "after": {"a<b": 2.0, "new": 0.25, "odd": "x"}})
-    assert "a&lt;b&ensp;<b>1 → 2" in shown and "new&ensp;<b>– → 0.25" in shown and "odd&ensp;<b>– → –" in shown and summary_html({}) == ""
+    assert (
+        "a&lt;b&ensp;<b>1 → 2" in shown
+        and "new&ensp;<b>– → 0.25" in shown
+        and "odd&ensp;<b>– → –" in shown
+        and summary_html({}) == ""
+    )
 
 
 def test_whoever_comes_back_in_mid_run_sees_it(make):

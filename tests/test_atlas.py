@@ -25,11 +25,18 @@ KNOWN = methods()
 def test_the_files_are_whole():
     assert len(ROWS) == len(BY_NAME) == 772
     families = page.survey("families")
-    assert len(families) == len({f["family"] for f in families}) == 125 and {r["family"] for r in ROWS} == {f["family"] for f in families}
+    assert len(families) == len({f["family"] for f in families}) == 125 and {
+        r["family"] for r in ROWS
+    } == {f["family"] for f in families}
     assert {r["chapter"] for r in ROWS} == set(page.CHAPTERS)
     for row in page.survey("systems"):
-        assert row["runnable"] in page.WHY and (not row["year"] or 1900 < int(row["year"]) < 2027), row
-        assert all(not value.startswith(" ") and not value.endswith(" ") and "\n" not in value for value in row.values()), row["name"]
+        assert row["runnable"] in page.WHY and (
+            not row["year"] or 1900 < int(row["year"]) < 2027
+        ), row
+        assert all(
+            not value.startswith(" ") and not value.endswith(" ") and "\n" not in value
+            for value in row.values()
+        ), row["name"]
     for path in (ROOT / "data/survey").glob("*.csv"):
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.reader(file))
@@ -43,18 +50,29 @@ def test_every_row_of_the_nine_tables_has_its_system():
         counts[path.stem[5]] = len(rows)
         for row in rows:
             assert row["system"] in BY_NAME, (path.stem, row["system"])
-            assert f"T{path.stem[5]}" in BY_NAME[row["system"]]["section"].split(";"), (path.stem, row["system"])
+            assert f"T{path.stem[5]}" in BY_NAME[row["system"]]["section"].split(";"), (
+                path.stem,
+                row["system"],
+            )
     assert counts == dict(zip("123456789", (34, 22, 11, 30, 30, 31, 38, 17, 37)))
 
 
 def test_the_equations():
     rows = page.survey("equations")
-    assert len(rows) == 48 and len({r["eq"] for r in rows}) == 48 and all(r["latex"] and r["check"] for r in rows)
+    assert (
+        len(rows) == 48
+        and len({r["eq"] for r in rows}) == 48
+        and all(r["latex"] and r["check"] for r in rows)
+    )
 
 
 def test_each_place_that_a_row_names_is_there():
     "A row whose place is gone would silently count as not there: here it is named."
-    lost = [(r["name"], r["here"]) for r in page.survey("systems") if r["here"] and not page.look(r["here"], KNOWN)]
+    lost = [
+        (r["name"], r["here"])
+        for r in page.survey("systems")
+        if r["here"] and not page.look(r["here"], KNOWN)
+    ]
     assert not lost
 
 
@@ -95,7 +113,9 @@ def test_states_come_from_the_tree():
             assert row["tests"], f"{row['name']}: {row['notebook']} has no test"
         for test in filter(None, row["tests"].split(", ")):
             assert (ROOT / test).is_file()
-        assert bool(row["why"]) == (row["state"] == "catalogued") and (row["by"] or row["state"] == "catalogued")
+        assert bool(row["why"]) == (row["state"] == "catalogued") and (
+            row["by"] or row["state"] == "catalogued"
+        )
 
 
 def test_a_method_that_goes_takes_its_rows_with_it(monkeypatch):
@@ -104,7 +124,11 @@ def test_a_method_that_goes_takes_its_rows_with_it(monkeypatch):
     fewer = {k: v for k, v in KNOWN.items() if k != "merge"}
     monkeypatch.setattr(page, "methods", lambda: fewer)
     without = {r["name"]: r for r in page.systems()}
-    assert len(mine) > 4 and {without[name]["state"] for name in mine} <= {"shown", "library", "catalogued"}
+    assert len(mine) > 4 and {without[name]["state"] for name in mine} <= {
+        "shown",
+        "library",
+        "catalogued",
+    }
     assert {without[n]["state"] for n in mine} & {"library", "catalogued"}
 
 
@@ -112,7 +136,9 @@ def test_a_notebook_that_is_gone_runs_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(page, "notebooks_folder", lambda: tmp_path)
     page._modules.cache_clear()
     try:
-        assert not [r for r in page.systems() if r["state"] in ("runs", "partial", "shown", "loads")]
+        assert not [
+            r for r in page.systems() if r["state"] in ("runs", "partial", "shown", "loads")
+        ]
     finally:
         page._modules.cache_clear()
 
@@ -130,7 +156,9 @@ def test_every_row_that_runs_points_to_a_method_with_a_choice_or_to_what_it_reac
             continue
         here, checked = HERE[row["name"]]["here"], checked + 1
         if here.startswith("adapter:"):
-            assert parse_adapter(here.removeprefix("adapter:"))[0] == here.split(":")[1], row["name"]
+            assert parse_adapter(here.removeprefix("adapter:"))[0] == here.split(":")[1], row[
+                "name"
+            ]
             continue
         pointer, _, called = here.partition(" > ")
         if "." in pointer.partition("?")[0]:
@@ -140,8 +168,12 @@ def test_every_row_that_runs_points_to_a_method_with_a_choice_or_to_what_it_reac
         own = {knob.name: knob for knob in knobs(KNOWN[name].settings)}
         for pair in filter(None, values.split("&")):
             word, _, value = pair.partition("=")
-            choices = ("true", "false") if own[word].type is bool else tuple(map(str, own[word].choices))
-            assert value in choices or called, f"{row['name']}: {pair} is no choice, and no function is named that the run has to reach"
+            choices = (
+                ("true", "false") if own[word].type is bool else tuple(map(str, own[word].choices))
+            )
+            assert value in choices or called, (
+                f"{row['name']}: {pair} is no choice, and no function is named that the run has to reach"
+            )
         assert not called or called in page.reached(name), row["name"]
     assert checked > 80
 
@@ -151,8 +183,14 @@ def test_a_gap_makes_a_row_partial_and_no_row_that_runs_has_one():
         if row["state"] == "partial":
             assert len(row["gap"].split()) >= 4, f"{row['name']}: say in words what is missing"
         assert not row["gap"] or row["state"] in ("partial", "shown"), row["name"]
-        assert (row["state"] == "partial") == bool(HERE[row["name"]]["gap"] and row["state"] != "shown")
-    loads = [row["name"] for row in page.survey("systems") if row["gap"] and row["here"].startswith(("model:", "data:"))]
+        assert (row["state"] == "partial") == bool(
+            HERE[row["name"]]["gap"] and row["state"] != "shown"
+        )
+    loads = [
+        row["name"]
+        for row in page.survey("systems")
+        if row["gap"] and row["here"].startswith(("model:", "data:"))
+    ]
     assert not loads
 
 
@@ -160,13 +198,22 @@ def test_a_function_that_no_method_reaches_is_shown(monkeypatch):
     "`fuse.ensemble` and `dpo.optimal_policy` exist on the pages of methods that run; no run calls them."
     for here in ("fuse.ensemble", "dpo.optimal_policy", "formulas.fish_masks", "distance.starc"):
         assert page.look(here, KNOWN).state == "shown", here
-    assert BY_NAME["output averaging"]["state"] == "shown" and BY_NAME["KL-regularised reward maximisation"]["state"] == "shown"
+    assert (
+        BY_NAME["output averaging"]["state"] == "shown"
+        and BY_NAME["KL-regularised reward maximisation"]["state"] == "shown"
+    )
     for here in ("ppo.gae", "reft.majority", "reward.reward_loss"):
         assert page.look(here, KNOWN).state == "runs"
-        assert page.look(here, {"merge": KNOWN["merge"]}).state == "shown", "without its methods it is shown"
+        assert page.look(here, {"merge": KNOWN["merge"]}).state == "shown", (
+            "without its methods it is shown"
+        )
     monkeypatch.setattr(page, "reached", lambda method: frozenset())
     states = {r["name"]: r["state"] for r in page.systems()}
-    assert states["majority voting"] == "shown" and states["RLHF"] == "catalogued" or states["RLHF"] == "library"
+    assert (
+        states["majority voting"] == "shown"
+        and states["RLHF"] == "catalogued"
+        or states["RLHF"] == "library"
+    )
     assert states["TIES-merging"] == "runs", "a choice of a knob needs no function"
 
 
@@ -190,7 +237,15 @@ def test_what_a_method_reaches_is_read_off_the_syntax(monkeypatch, tmp_path):
         found = page.reached("toy")
     finally:
         [cache.cache_clear() for cache in caches]
-    assert found == {"toy.toy", "base.used", "late.far", "late.TABLE", "late.inside", "deep.Box", "deep.helper"}
+    assert found == {
+        "toy.toy",
+        "base.used",
+        "late.far",
+        "late.TABLE",
+        "late.inside",
+        "deep.Box",
+        "deep.helper",
+    }
 
 
 def test_a_method_that_says_it_is_of_the_survey_has_a_row():
@@ -202,13 +257,31 @@ def test_a_method_that_says_it_is_of_the_survey_has_a_row():
 
 def test_the_frame():
     frame = lab.atlas()
-    assert len(frame) == 772 and {"section", "family", "year", "reference", "needs", "property", "state", "gap", "by", "notebook", "tests", "why"} <= set(
-        frame.columns
-    )
+    assert len(frame) == 772 and {
+        "section",
+        "family",
+        "year",
+        "reference",
+        "needs",
+        "property",
+        "state",
+        "gap",
+        "by",
+        "notebook",
+        "tests",
+        "why",
+    } <= set(frame.columns)
     assert (frame["reference"] != "").mean() > 0.8 and (frame["property"] != "").all()
-    assert frame.loc["DPO", "needs"] == "reference, preference pairs" and frame.loc["GRPO", "tests"] == "tests/test_grpo.py, tests/test_conformance.py"
-    assert set(lab.atlas(state="runs")["state"]) == {"runs"} and set(lab.atlas(chapter="alignment")["chapter"]) == {"alignment"}
-    assert set(lab.atlas(family="quantization")["family"]) == {r["family"] for r in ROWS if r["family"].startswith("quantization")}
+    assert (
+        frame.loc["DPO", "needs"] == "reference, preference pairs"
+        and frame.loc["GRPO", "tests"] == "tests/test_grpo.py, tests/test_conformance.py"
+    )
+    assert set(lab.atlas(state="runs")["state"]) == {"runs"} and set(
+        lab.atlas(chapter="alignment")["chapter"]
+    ) == {"alignment"}
+    assert set(lab.atlas(family="quantization")["family"]) == {
+        r["family"] for r in ROWS if r["family"].startswith("quantization")
+    }
     for wrong, says in (
         (dict(state="running"), "state 'running'"),
         (dict(chapter="alinement"), "did you mean 'alignment'"),
@@ -220,12 +293,16 @@ def test_the_frame():
 
 def test_data_sets_load():
     rows = [r for r in ROWS if r["by"].startswith("load_data, ")]
-    assert len(rows) == len(CATALOG) == 37 and {r["by"].removeprefix("load_data, ") for r in rows} == set(CATALOG)
+    assert len(rows) == len(CATALOG) == 37 and {
+        r["by"].removeprefix("load_data, ") for r in rows
+    } == set(CATALOG)
 
 
 def test_coverage_adds_up():
     by_chapter, by_family = page.coverage(ROWS), page.coverage(ROWS, "family")
-    assert by_chapter.loc["all"].equals(by_family.loc["all"]) and by_chapter.loc["all", "total"] == 772
+    assert (
+        by_chapter.loc["all"].equals(by_family.loc["all"]) and by_chapter.loc["all", "total"] == 772
+    )
     assert by_chapter.drop("all")["total"].sum() == 772
 
 
@@ -234,8 +311,12 @@ def test_the_figures_hold_every_system():
     data = sun.data[0]
     children = Counter(data.parents)
     leaves = [label for i, label in zip(data.ids, data.labels) if not children[i]]
-    assert len(leaves) == 772 and sorted(leaves) == sorted(page.html.escape(name) for name in BY_NAME)
-    assert sum(len(t.x) for t in years.data) == sum(1 for r in ROWS if r["year"] and 2018 <= r["year"] <= 2025)
+    assert len(leaves) == 772 and sorted(leaves) == sorted(
+        page.html.escape(name) for name in BY_NAME
+    )
+    assert sum(len(t.x) for t in years.data) == sum(
+        1 for r in ROWS if r["year"] and 2018 <= r["year"] <= 2025
+    )
     assert [t.name for t in years.data] == list(page.STATES)
     inner = dict(zip(tree.data[0].ids, tree.data[0].values))
     parents = dict(zip(tree.data[0].ids, tree.data[0].parents))
@@ -245,8 +326,12 @@ def test_the_figures_hold_every_system():
 def test_text_is_escaped():
     rows = [dict(r) for r in ROWS[:3]]
     rows[0]["name"] = "<img src=x onerror=alert(1)>"
-    assert "<img" not in page.html_table(rows, "<b>") and "<b>" not in page.html_table(rows, "<b>").replace("<tbody>", "")
-    assert "<img" not in page._text(rows[0]) and "<img" not in json.dumps(page.sunburst(rows).to_dict()["data"][0]["labels"])
+    assert "<img" not in page.html_table(rows, "<b>") and "<b>" not in page.html_table(
+        rows, "<b>"
+    ).replace("<tbody>", "")
+    assert "<img" not in page._text(rows[0]) and "<img" not in json.dumps(
+        page.sunburst(rows).to_dict()["data"][0]["labels"]
+    )
 
 
 def test_the_widget():
@@ -261,7 +346,11 @@ def test_the_widget():
     board.view.value = "Systems"
     assert board.detail.value == "" and board.grid.selected == []
     board.grid.selected = [next(i for i, r in enumerate(ROWS) if r["name"] == "TIES-merging")]
-    assert "beside it" in board.detail.value and "DARE (runs)" in board.detail.value and "https://arxiv.org" in board.detail.value
+    assert (
+        "beside it" in board.detail.value
+        and "DARE (runs)" in board.detail.value
+        and "https://arxiv.org" in board.detail.value
+    )
 
 
 def test_neighbours():
@@ -280,5 +369,14 @@ def test_unknown_tables_are_refused():
 
 def test_it_is_light_until_it_is_asked():
     code = "import sys, polm_lab as lab; lab.atlas; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", "import polm_lab, sys; print('torch' in sys.modules)"], capture_output=True, text=True).stdout == "False\n"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", "import polm_lab, sys; print('torch' in sys.modules)"],
+            capture_output=True,
+            text=True,
+        ).stdout
+        == "False\n"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).returncode == 0
+    )

@@ -20,15 +20,43 @@ ROWS = page.systems()
 HERE = {f["name"]: f for f in page.survey("systems")}
 KNOWN = methods()
 LITTLE = dict(dtype="float32", device="cpu")
-SAMPLED = LITTLE | dict(data="sums", steps=1, batch_size=8, num_generations=4, max_new_tokens=12, eval_rows=2, save_every=0)
+SAMPLED = LITTLE | dict(
+    data="sums",
+    steps=1,
+    batch_size=8,
+    num_generations=4,
+    max_new_tokens=12,
+    eval_rows=2,
+    save_every=0,
+)
 SHORT = {
     "grpo": SAMPLED,
     "ppo": SAMPLED | dict(minibatches=1, num_generations=1),
     "sft": LITTLE | dict(steps=1, batch_size=4, eval_rows=2, save_every=0),
     "reward": LITTLE | dict(steps=1, batch_size=4, eval_rows=2, save_every=0),
-    "reft": LITTLE | dict(questions=4, warmup_steps=1, steps=1, batch_size=4, num_generations=2, max_new_tokens=12, judge_steps=1, votes=2, prompts=2),
+    "reft": LITTLE
+    | dict(
+        questions=4,
+        warmup_steps=1,
+        steps=1,
+        batch_size=4,
+        num_generations=2,
+        max_new_tokens=12,
+        judge_steps=1,
+        votes=2,
+        prompts=2,
+    ),
     "prune": LITTLE | dict(calibration_samples=2, eval_rows=2, max_length=32),
-    "reader": LITTLE | dict(data="facts", steps=3, top_k_passages=2, batch_size=2, eval_rows=2, max_length=128, save_every=0),
+    "reader": LITTLE
+    | dict(
+        data="facts",
+        steps=3,
+        top_k_passages=2,
+        batch_size=2,
+        eval_rows=2,
+        max_length=128,
+        save_every=0,
+    ),
 }
 
 
@@ -63,10 +91,16 @@ def test_a_run_calls_the_function_that_its_row_names(here, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     pointer, _, called = here.partition(" > ")
     place = page.look(here, KNOWN)
-    values = dict(pair.split("=", 1) for pair in pointer.partition("?")[2].split("&") if pair) if called else {}
+    values = (
+        dict(pair.split("=", 1) for pair in pointer.partition("?")[2].split("&") if pair)
+        if called
+        else {}
+    )
     if "learned" in values.get("rewards", ""):  # the reward model is trained on one step
         values |= dict(data="chat", max_length=128)
-        short = lambda run, name, method, **more: subrun(run, name, method, **more | dict(steps=1, batch_size=4, save_every=0, eval_rows=2))
+        short = lambda run, name, method, **more: subrun(
+            run, name, method, **more | dict(steps=1, batch_size=4, save_every=0, eval_rows=2)
+        )
         monkeypatch.setattr("polm_lab.rewards.prepare.chain", short)
     key = (place.method, *sorted(values.items()))
     if key not in RECORDED:
@@ -74,7 +108,13 @@ def test_a_run_calls_the_function_that_its_row_names(here, tmp_path, monkeypatch
     assert (called or pointer) in RECORDED[key]
 
 
-ADAPTERS = sorted({HERE[r["name"]]["here"].removeprefix("adapter:") for r in ROWS if HERE[r["name"]]["here"].startswith("adapter:")})
+ADAPTERS = sorted(
+    {
+        HERE[r["name"]]["here"].removeprefix("adapter:")
+        for r in ROWS
+        if HERE[r["name"]]["here"].startswith("adapter:")
+    }
+)
 
 
 @pytest.mark.parametrize("spec", ADAPTERS)
@@ -92,7 +132,9 @@ def test_an_adapter_that_a_row_names_learns(spec):
     if "prefix_projection" in spec:
         assert any("transform.2.weight" in name for name in trained), "the MLP of Li & Liang 2021"
     if "LSTM" in spec:
-        assert any("lstm_head.weight_ih_l0_reverse" in name for name in trained), "the bi-LSTM of Liu et al. 2021"
+        assert any("lstm_head.weight_ih_l0_reverse" in name for name in trained), (
+            "the bi-LSTM of Liu et al. 2021"
+        )
 
 
 def test_the_mlp_of_prefix_tuning_is_dropped_after_training(tmp_path):
@@ -100,4 +142,10 @@ def test_the_mlp_of_prefix_tuning_is_dropped_after_training(tmp_path):
     model.save_pretrained(tmp_path)
     (kept,) = load_file(tmp_path / "adapter_model.safetensors").values()
     config = model.config
-    assert kept.shape == (20, 2 * config.num_hidden_layers * config.num_key_value_heads * (config.hidden_size // config.num_attention_heads))
+    assert kept.shape == (
+        20,
+        2
+        * config.num_hidden_layers
+        * config.num_key_value_heads
+        * (config.hidden_size // config.num_attention_heads),
+    )

@@ -12,7 +12,9 @@ import time
 import psutil
 import pytest
 
-playwright = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright: pip install playwright")
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="the browser tests need playwright: pip install playwright"
+)
 
 from browsing import CELL, Page, browser_or_skip, jupyter, patience, voila  # noqa: E402
 
@@ -44,7 +46,11 @@ class Desk(Page):
         "Set knobs in the form that is open, press Run, and wait for the first point."
         for name, value in knobs.items():
             self.type(name, str(value))
-        self.wait_for(lambda: all(f"{name} {value}" in self.commands() for name, value in knobs.items()), 20, "the command that follows the form")
+        self.wait_for(
+            lambda: all(f"{name} {value}" in self.commands() for name, value in knobs.items()),
+            20,
+            "the command that follows the form",
+        )
         before = len(all_runs(self.folder))
         self.press("Run")
         self.wait_for(lambda: len(all_runs(self.folder)) > before, 20, "the run's folder")
@@ -87,7 +93,10 @@ def test_choose_change_a_knob_run_reload_stop_and_resume(desk):
     desk.page.reload()  # in mid-run: the notebook was saved and the kernel lives, so the view is back without a cell run again
     desk.wait_for_kernel()
     desk.page.get_by_role("tab", name="Watch", exact=True).wait_for(timeout=patience(60) * 1000)
-    before = desk.wait_for(lambda: desk.points() > 0, 30, "the points after the reload") and desk.points()
+    before = (
+        desk.wait_for(lambda: desk.points() > 0, 30, "the points after the reload")
+        and desk.points()
+    )
     desk.wait_for(lambda: desk.points() > before, 30, "more points")
     assert run.status == "running"
 
@@ -96,7 +105,11 @@ def test_choose_change_a_knob_run_reload_stop_and_resume(desk):
     stopped = run.last_line()["step"]
     assert run.status == "stopped" and 0 < stopped < 300
     desk.press("Resume")
-    desk.wait_for(lambda: run.status == "running" and run.last_line()["step"] > stopped, 60, "a step after the resume")
+    desk.wait_for(
+        lambda: run.status == "running" and run.last_line()["step"] > stopped,
+        60,
+        "a step after the resume",
+    )
     steps = [row["step"] for row in run.lines()]
     assert steps == list(range(1, len(steps) + 1)), "each step once"
     desk.press("Stop")
@@ -111,7 +124,10 @@ def test_clone_with_changes_to_the_end(desk):
     run = desk.start(steps=15)
     desk.text("finished", 90)
     desk.wait_for(lambda: run.status == "finished", 60, "the end of the run")
-    assert run.settings == {**first.settings, "steps": 15} and set(run.summary) == {"before", "after"}
+    assert run.settings == {**first.settings, "steps": 15} and set(run.summary) == {
+        "before",
+        "after",
+    }
     desk.wait_for(lambda: desk.points() >= 15 * 10, 30, "fifteen points in each of ten metrics")
     desk.picture("watch")
 
@@ -124,12 +140,22 @@ def test_why_one_completion_got_its_reward(desk):
     desk.seen(".polm input[type=search]").first.fill("reward>9")
     desk.text("; the filter hides the chosen row")
     desk.seen(".polm input[type=search]").first.fill("")
-    desk.wait_for(lambda: not desk.seen(".polm-bar").get_by_text("the filter hides").count(), 10, "the words of the filter gone")
+    desk.wait_for(
+        lambda: not desk.seen(".polm-bar").get_by_text("the filter hides").count(),
+        10,
+        "the words of the filter gone",
+    )
     desk.text("so each of its tokens is made more likely")
     token = desk.seen(".polm-tokens span").first
     assert "log π when sampled" in token.get_attribute("aria-label")
     desk.press("Ask the models")
-    desk.wait_for(lambda: "likeliest" in (desk.seen(".polm-tokens span").first.get_attribute("aria-label") or ""), 60, "what the models say")
+    desk.wait_for(
+        lambda: (
+            "likeliest" in (desk.seen(".polm-tokens span").first.get_attribute("aria-label") or "")
+        ),
+        60,
+        "what the models say",
+    )
     desk.field("Color by").select_option(label="entropy")
     desk.text("uncertainty before the token")
     desk.picture("understand")
@@ -170,7 +196,11 @@ def test_start_a_sweep(desk):
     trials = desk.seen("table[aria-label=trials] tbody tr")
     chosen = trials.nth(1).locator("td").last.inner_text()
     trials.nth(1).click()
-    desk.wait_for(lambda: desk.field("Run").input_value() == chosen, 20, "the trial as the run that is looked at")
+    desk.wait_for(
+        lambda: desk.field("Run").input_value() == chosen,
+        20,
+        "the trial as the run that is looked at",
+    )
     desk.picture("sweep")
 
 
@@ -197,7 +227,11 @@ def test_a_killed_kernel_stops_no_run(desk):
     desk.tab("Configure")
     run = desk.start(steps=400)
     family = {p.pid for p in psutil.Process(desk.process.pid).children(recursive=True)}
-    kernels = [p for p in psutil.process_iter(["cmdline"]) if p.pid in family and "ipykernel_launcher" in (p.info["cmdline"] or [])]  # of one that just ended it is None
+    kernels = [
+        p
+        for p in psutil.process_iter(["cmdline"])
+        if p.pid in family and "ipykernel_launcher" in (p.info["cmdline"] or [])
+    ]  # of one that just ended it is None
     assert len(kernels) == 1
     kernels[0].kill()
     desk.text("Kernel Restarting", 60)
@@ -205,7 +239,11 @@ def test_a_killed_kernel_stops_no_run(desk):
     step = run.last_line()["step"]
     desk.wait_for_kernel()
     desk.run_cell()
-    desk.wait_for(lambda: desk.drawn() == [run.id] and desk.points() > 0, 60, "the run that went on, shown at once")
+    desk.wait_for(
+        lambda: desk.drawn() == [run.id] and desk.points() > 0,
+        60,
+        "the run that went on, shown at once",
+    )
     assert run.status == "running" and run.last_line()["step"] > step
     desk.press("Stop")
     desk.wait_for(lambda: run.status == "stopped", 60, "the stop")
@@ -243,11 +281,20 @@ def test_what_was_said_to_a_figure_before_plotly_came_is_repeated_to_it(browser)
     from polm_lab.workbench.figures import library, live_figure
 
     page = browser.new_page()
-    page.route("http://127.0.0.1/", lambda route: route.fulfill(body="<!doctype html>", content_type="text/html"))
+    page.route(
+        "http://127.0.0.1/",
+        lambda route: route.fulfill(body="<!doctype html>", content_type="text/html"),
+    )
     page.goto("http://127.0.0.1/")
-    heard, drawn, loaded = page.evaluate(REPLAY, [live_figure(go.Figure()).get_state()["_esm"], library().get_state()["_esm"]])
+    heard, drawn, loaded = page.evaluate(
+        REPLAY, [live_figure(go.Figure()).get_state()["_esm"], library().get_state()["_esm"]]
+    )
     restyle, add = "_py2js_restyle", "_py2js_addTraces"
-    assert heard == [[restyle, 1], [add, 2], [restyle, 3], [restyle, 4]] and drawn == "drawn" and loaded == 1
+    assert (
+        heard == [[restyle, 1], [add, 2], [restyle, 3], [restyle, 4]]
+        and drawn == "drawn"
+        and loaded == 1
+    )
     page.close()
 
 
@@ -255,7 +302,9 @@ def test_the_app_in_voila(browser, tmp_path):
     with voila(tmp_path) as address:
         at = Page(browser, 1920)
         at.page.goto(f"{address}/?theme=dark")
-        at.page.get_by_role("tab", name="Configure", exact=True).wait_for(timeout=patience(60) * 1000)
+        at.page.get_by_role("tab", name="Configure", exact=True).wait_for(
+            timeout=patience(60) * 1000
+        )
         at.press("Look at model and data")
         at.text("LlamaForCausalLM")
         at.picture("app")

@@ -68,24 +68,47 @@ def test_the_greedy_soup_is_chosen_on_held_out_rows(tunes, runs, monkeypatch):
     "What the loss of the selection reads, row by row, next to what the report reads."
     read = []
     plain = fusing.mean_nll
-    monkeypatch.setattr(fusing, "mean_nll", lambda policy, part, pad: read.append(part) or plain(policy, part, pad))
-    run = lab.run("fuse", models=",".join(tunes), tasks="sums", data="sums,sums", eval_rows=4, calibration_samples=6, algorithm="greedy")
+    monkeypatch.setattr(
+        fusing, "mean_nll", lambda policy, part, pad: read.append(part) or plain(policy, part, pad)
+    )
+    run = lab.run(
+        "fuse",
+        models=",".join(tunes),
+        tasks="sums",
+        data="sums,sums",
+        eval_rows=4,
+        calibration_samples=6,
+        algorithm="greedy",
+    )
     assert run.status == "finished" and run.read()["chosen"]
     words = load_tokenizer("tiny")
     rows = rows_apart("sums", "completion", ["sums"], 4, 6)
     wanted = [encode(words, row, "completion", 256)["input_ids"] for row in rows]
     assert [example["input_ids"] for example in read[0]] == wanted and read[0] == read[1]
-    reported = [encode(words, row, "completion", 256)["input_ids"] for row in load_data("sums", "completion", "test")[:4]]
+    reported = [
+        encode(words, row, "completion", 256)["input_ids"]
+        for row in load_data("sums", "completion", "test")[:4]
+    ]
     assert not any(ids in reported for ids in wanted)
 
 
 def test_a_file_whose_held_out_rows_all_are_in_the_report_is_refused(tunes, runs):
     rows = load_data("sums", "completion")[:60]
-    (runs / "few.jsonl").write_text("".join(json.dumps(dict(prompt=r["prompt"], completion=r["completion"])) + "\n" for r in rows))
-    shared = dict(models=",".join(tunes), tasks="few.jsonl", data="few.jsonl,few.jsonl", algorithm="greedy")
+    (runs / "few.jsonl").write_text(
+        "".join(
+            json.dumps(dict(prompt=r["prompt"], completion=r["completion"])) + "\n" for r in rows
+        )
+    )
+    shared = dict(
+        models=",".join(tunes), tasks="few.jsonl", data="few.jsonl,few.jsonl", algorithm="greedy"
+    )
     with pytest.raises(WrongInput) as error:
         lab.run("fuse", **shared, eval_rows=32)
-    assert "few.jsonl" in str(error.value) and "lower rows" in str(error.value) and "\n" not in str(error.value)
+    assert (
+        "few.jsonl" in str(error.value)
+        and "lower rows" in str(error.value)
+        and "\n" not in str(error.value)
+    )
     assert lab.run("fuse", **shared, eval_rows=1, calibration_samples=2).status == "finished"
 
 
@@ -99,9 +122,20 @@ def test_adamerging_reads_prompts_alone(tunes, runs):
     found = {}
     for name, answer in answers.items():
         file = runs / f"{name}.jsonl"
-        lines = [dict(prompt=row["prompt"]) | ({} if answer is None else dict(completion=answer(n))) for n, row in enumerate(rows)]
+        lines = [
+            dict(prompt=row["prompt"]) | ({} if answer is None else dict(completion=answer(n)))
+            for n, row in enumerate(rows)
+        ]
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        run = lab.run("fuse", models=",".join(tunes), tasks="", data=f"{file},{file}", algorithm="adamerging", steps=3, calibration_samples=4)
+        run = lab.run(
+            "fuse",
+            models=",".join(tunes),
+            tasks="",
+            data=f"{file},{file}",
+            algorithm="adamerging",
+            steps=3,
+            calibration_samples=4,
+        )
         found[name] = run.read()["coefficients"], run.read()["entropy"]
     assert found["right"] == found["wrong"] == found["none"]
     policy, words = Policy(load_model("tiny", "float32", "cpu")), load_tokenizer("tiny")
@@ -109,7 +143,9 @@ def test_adamerging_reads_prompts_alone(tunes, runs):
     prompt = encode(words, rows[0], "prompt", 256)["input_ids"]
     with torch.no_grad():
         p = torch.softmax(policy.model(torch.tensor([prompt])).logits[0, -1].double(), -1)
-        assert fusing.prediction_entropy(policy, state, prompt).item() == pytest.approx(-(p * p.log()).sum().item(), abs=1e-5)
+        assert fusing.prediction_entropy(policy, state, prompt).item() == pytest.approx(
+            -(p * p.log()).sum().item(), abs=1e-5
+        )
 
 
 # MetaGPT --------------------------------------------------------------------------------------------------------------
@@ -118,9 +154,21 @@ def test_adamerging_reads_prompts_alone(tunes, runs):
 @pytest.mark.parametrize("scaling", [None, 0.1])
 def test_the_lambda_of_metagpt_is_that_of_eq_39(tunes, runs, scaling):
     "θ₀ + Σ ‖τ_t‖² / Σ ‖τ_k‖² τ_t, whatever the knob of the other techniques says."
-    run = lab.run("merge", models=",".join(tunes), tasks="", algorithm="metagpt", save_dtype="float32", **({} if scaling is None else dict(scaling=scaling)))
-    start = {name: p.detach() for name, p in load_model("tiny", "float32", "cpu").named_parameters()}
-    states = [{name: p.detach() for name, p in load_model(path, "float32", "cpu").named_parameters()} for path in tunes]
+    run = lab.run(
+        "merge",
+        models=",".join(tunes),
+        tasks="",
+        algorithm="metagpt",
+        save_dtype="float32",
+        **({} if scaling is None else dict(scaling=scaling)),
+    )
+    start = {
+        name: p.detach() for name, p in load_model("tiny", "float32", "cpu").named_parameters()
+    }
+    states = [
+        {name: p.detach() for name, p in load_model(path, "float32", "cpu").named_parameters()}
+        for path in tunes
+    ]
     vectors = [{name: state[name] - start[name] for name in start} for state in states]
     squares = [sum(v.double().square().sum().item() for v in vector.values()) for vector in vectors]
     shares = [square / sum(squares) for square in squares]
@@ -143,7 +191,18 @@ def revisions(words, row, drafts, critic, reviser):
         return [Reply(drafts[min(len(prompts), len(drafts) - 1)], 1, 1) for _ in prompt_text]
 
     trace = Trace(0, row)
-    list(refine([trace], lambda traces, ask: [drafts[0]], critic, reviser(words), satisfied, forget, Ask(writer), 2))
+    list(
+        refine(
+            [trace],
+            lambda traces, ask: [drafts[0]],
+            critic,
+            reviser(words),
+            satisfied,
+            forget,
+            Ask(writer),
+            2,
+        )
+    )
     return prompts, trace
 
 
@@ -171,21 +230,41 @@ def test_what_a_program_did_wrong_reaches_the_model(words):
     way = ALGORITHMS["self_debug"]
     assert way.reviser == "follow" and way.critic == "tests"
     row = dict(TASKS["code"].rows("prompt", 1, 0, "test")[0])
-    outcomes = {"x + nothing": "NameError: name 'nothing' is not defined", "x": "f(2, 3) is 2, not 5"}
-    critic = ToolCritic(lambda row, answer: (outcomes.get(answer, "passes"), answer not in outcomes))
-    prompts, trace = revisions(words, row, ["x + nothing", "x", "x + y"], critic, REVISERS["follow"])
+    outcomes = {
+        "x + nothing": "NameError: name 'nothing' is not defined",
+        "x": "f(2, 3) is 2, not 5",
+    }
+    critic = ToolCritic(
+        lambda row, answer: (outcomes.get(answer, "passes"), answer not in outcomes)
+    )
+    prompts, trace = revisions(
+        words, row, ["x + nothing", "x", "x + y"], critic, REVISERS["follow"]
+    )
     said = [words_of(prompt) for prompt in prompts]
     assert "x + nothing" in said[0] and outcomes["x + nothing"] in said[0]
     assert outcomes["x"] in said[1] and trace.answer == "x + y"
 
 
 def test_a_run_of_logic_lm_shows_its_complaints(runs):
-    run = lab.run("selfrefine", algorithm="logic_lm", questions=24, rounds=1, num_generations=0, dtype="float32", device="cpu")
+    run = lab.run(
+        "selfrefine",
+        algorithm="logic_lm",
+        questions=24,
+        rounds=1,
+        num_generations=0,
+        dtype="float32",
+        device="cpu",
+    )
     seen = 0
     for trace in read_traces(run):
         feedback = next(step for step in trace.steps if step.role == "feedback")
-        prompt_text = [part.prompt for step in trace.steps if step.role == "revision" for part in step.parts]
-        assert all(" ".join(feedback.text.split())[:60] in prompt and trace.answers[0] in prompt for prompt in prompt_text)
+        prompt_text = [
+            part.prompt for step in trace.steps if step.role == "revision" for part in step.parts
+        ]
+        assert all(
+            " ".join(feedback.text.split())[:60] in prompt and trace.answers[0] in prompt
+            for prompt in prompt_text
+        )
         seen += len(prompt_text)
     assert seen >= 2, "no answer was revised: the test shows nothing"
 
@@ -197,7 +276,9 @@ def test_a_mark_is_the_mean_of_the_marks_by_their_probabilities():
     "Scaled from 1 to 10 to [-1, 1]; what the ten answers have in common counts nothing."
     never = -math.inf
     assert mark_of([never] * 9 + [-3.0]) == 1.0 and mark_of([-5.0] + [never] * 9) == -1.0
-    assert mark_of([-7.0] * 10) == pytest.approx(0.0) and mark_of([0.0] + [never] * 8 + [0.0]) == pytest.approx(0.0)
+    assert mark_of([-7.0] * 10) == pytest.approx(0.0) and mark_of(
+        [0.0] + [never] * 8 + [0.0]
+    ) == pytest.approx(0.0)
     found = mark_of([math.log(0.25), never, never, math.log(0.75), *[never] * 6])
     assert found == pytest.approx(2 * (0.25 * 1 + 0.75 * 4 - 1) / 9 - 1)
     assert mark_of([x - 100.0 for x in (1.0, 2.0, 3.0)]) == pytest.approx(mark_of([1.0, 2.0, 3.0]))
@@ -207,7 +288,12 @@ def test_the_mark_of_a_model_is_that_of_the_ten_answers():
     words, policy = load_tokenizer("tiny"), Policy(load_model("tiny", "float32", "cpu"))
     judge = ModelJudge(policy, words, [("Be polite.", "Be rude.")])
     row, reply = dict(prompt=[dict(role="user", content="Name a colour.")]), "Blue, please."
-    prompt_text = [dict(role="user", content=MARK.format(request="Name a colour.", reply=reply, principle="Be polite."))]
+    prompt_text = [
+        dict(
+            role="user",
+            content=MARK.format(request="Name a colour.", reply=reply, principle="Be polite."),
+        )
+    ]
     logps = []
     for n in range(1, 11):
         answer = [dict(role="assistant", content=str(n))]
@@ -221,16 +307,23 @@ def test_the_mark_of_a_model_is_that_of_the_ten_answers():
     assert judge.mark(row, reply) == pytest.approx(2 * (mean - 1) / 9 - 1, abs=1e-4)
 
 
-@pytest.mark.parametrize("content, top, mark, soft", [
-    ("8", [("8", 0.5), (" 6", 0.25), ("the", 0.25)], 2 * (22 / 3 - 1) / 9 - 1, True),
-    ("Mark: 10", [("10", 1.0)], 1.0, True),
-    ("I say 1.", [], -1.0, False),
-    ("10", [("1", 0.9)], 1.0, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, top, mark, soft",
+    [
+        ("8", [("8", 0.5), (" 6", 0.25), ("the", 0.25)], 2 * (22 / 3 - 1) / 9 - 1, True),
+        ("Mark: 10", [("10", 1.0)], 1.0, True),
+        ("I say 1.", [], -1.0, False),
+        ("10", [("1", 0.9)], 1.0, False),
+    ],
+)
 def test_the_mark_of_an_endpoint(content, top, mark, soft):
     "From the probabilities of its tokens; where 10 comes as two tokens, or without probabilities, the number alone counts."
     listed = [dict(token=token, logprob=math.log(p)) for token, p in top]
-    logprobs = dict(content=[dict(token=top[0][0], logprob=listed[0]["logprob"], top_logprobs=listed)]) if top else None
+    logprobs = (
+        dict(content=[dict(token=top[0][0], logprob=listed[0]["logprob"], top_logprobs=listed)])
+        if top
+        else None
+    )
     found, from_probabilities = mark_in(dict(message=dict(content=content), logprobs=logprobs))
     assert found == pytest.approx(mark) and from_probabilities == soft
     with pytest.raises(Unreadable):
@@ -241,15 +334,36 @@ def test_the_mark_of_an_endpoint(content, top, mark, soft):
 
 
 def test_direct_rlaif_learns_from_marks(runs):
-    shared = dict(data="chat", prompts=8, num_generations=2, batch_size=4, steps=2, eval_rows=2, max_new_tokens=12, dtype="float32", device="cpu", seed=3)
+    shared = dict(
+        data="chat",
+        prompts=8,
+        num_generations=2,
+        batch_size=4,
+        steps=2,
+        eval_rows=2,
+        max_new_tokens=12,
+        dtype="float32",
+        device="cpu",
+        seed=3,
+    )
     run = lab.run("rlaif", algorithm="mark", judge="model:self", **shared)
-    judge = ModelJudge(Policy(load_model("tiny", "float32", "cpu")), load_tokenizer("tiny"), [("Be polite.", "Be rude.")])
+    judge = ModelJudge(
+        Policy(load_model("tiny", "float32", "cpu")),
+        load_tokenizer("tiny"),
+        [("Be polite.", "Be rude.")],
+    )
     kept = [json.loads(line) for line in open(run.path / "marks.jsonl")]
-    assert run.status == "finished" and len(kept) >= 8 and all(-1 <= row["mark"] <= 1 for row in kept)
-    assert kept[0]["mark"] == pytest.approx(judge.mark(dict(prompt=kept[0]["prompt"]), kept[0]["reply"]), abs=1e-4)
+    assert (
+        run.status == "finished" and len(kept) >= 8 and all(-1 <= row["mark"] <= 1 for row in kept)
+    )
+    assert kept[0]["mark"] == pytest.approx(
+        judge.mark(dict(prompt=kept[0]["prompt"]), kept[0]["reply"]), abs=1e-4
+    )
     marks = {row["reply"]: row["mark"] for row in kept}
     learned = [row for row in run.lines("samples") if row["step"] == 1]
-    assert learned and all(marks[row["completion"]] == pytest.approx(row["reward"], abs=1e-4) for row in learned)
+    assert learned and all(
+        marks[row["completion"]] == pytest.approx(row["reward"], abs=1e-4) for row in learned
+    )
     for judge in ("contrast:self", "rule:correct"):
         with pytest.raises(WrongInput, match="gives no marks") as error:
             lab.run("rlaif", algorithm="mark", judge=judge, **shared)
@@ -262,7 +376,11 @@ def test_words_end_in_any_script():
     from polm_lab.training.evaluate import matches
     from polm_lab.reasoning.refine.tools import searched
 
-    assert matches(dict(answer="北京"), "北京。") == 1.0 and matches(dict(answer="दिल्ली"), "दिल्ली।") == 1.0 and matches(dict(answer="北京"), "南京。") == 0.0
+    assert (
+        matches(dict(answer="北京"), "北京。") == 1.0
+        and matches(dict(answer="दिल्ली"), "दिल्ली।") == 1.0
+        and matches(dict(answer="北京"), "南京。") == 0.0
+    )
     assert verdict(dict(message=dict(content="答案是A。")))[0] == 1.0
     found = searched(lambda question: ["It was founded in 2004."])
     assert not found(dict(prompt="When?"), "4").fine and found(dict(prompt="When?"), "2004").fine

@@ -12,7 +12,23 @@ from conftest import POLM
 import polm_lab as lab
 from polm_lab.core.run import all_runs
 
-SHORT = ["-p", "steps", 3, "-p", "eval_rows", 4, "-p", "data", "sums", "-p", "batch_size", 4, "-p", "save_every", 1]
+SHORT = [
+    "-p",
+    "steps",
+    3,
+    "-p",
+    "eval_rows",
+    4,
+    "-p",
+    "data",
+    "sums",
+    "-p",
+    "batch_size",
+    4,
+    "-p",
+    "save_every",
+    1,
+]
 
 
 def last_json(done):
@@ -26,27 +42,60 @@ def test_run_goes_through_papermill_and_leaves_the_notebook(polm, runs):
     assert said["status"] == "finished" and set(said["summary"]) == {"before", "after"}
     run = lab.open_run(said["run"])
     notebook = json.loads((run.path / "notebook.ipynb").read_text())
-    injected = [c for c in notebook["cells"] if "injected-parameters" in c["metadata"].get("tags", [])]
+    injected = [
+        c for c in notebook["cells"] if "injected-parameters" in c["metadata"].get("tags", [])
+    ]
     assert len(injected) == 1 and "steps = 3" in "".join(injected[0]["source"])
-    assert len(run.lines()) == 3 and run.settings["steps"] == 3 and (run.path / "model" / "model.safetensors").exists()
+    assert (
+        len(run.lines()) == 3
+        and run.settings["steps"] == 3
+        and (run.path / "model" / "model.safetensors").exists()
+    )
     assert len(all_runs(runs)) == 1, "the notebook uses the run that was prepared for it"
 
 
 def test_bare_equals_the_notebook(polm):
-    bare, through = (lab.open_run(last_json(polm("run", "sft", *SHORT, "--json", *more))["run"]) for more in (["--bare"], []))
-    assert (bare.path / "model/model.safetensors").read_bytes() == (through.path / "model/model.safetensors").read_bytes()
+    bare, through = (
+        lab.open_run(last_json(polm("run", "sft", *SHORT, "--json", *more))["run"])
+        for more in (["--bare"], [])
+    )
+    assert (bare.path / "model/model.safetensors").read_bytes() == (
+        through.path / "model/model.safetensors"
+    ).read_bytes()
     assert not (bare.path / "notebook.ipynb").exists() and bare.summary == through.summary
 
 
 def test_knobs_from_a_file_are_overridden_by_options(polm, tmp_path):
-    (tmp_path / "knobs.yaml").write_text("steps: 2\nlearning_rate: 1e-4\ndata: sums\neval_rows: 4\n")
-    said = last_json(polm("run", "sft", "--bare", "--json", "-f", tmp_path / "knobs.yaml", "-p", "steps", "1"))
+    (tmp_path / "knobs.yaml").write_text(
+        "steps: 2\nlearning_rate: 1e-4\ndata: sums\neval_rows: 4\n"
+    )
+    said = last_json(
+        polm("run", "sft", "--bare", "--json", "-f", tmp_path / "knobs.yaml", "-p", "steps", "1")
+    )
     settings = lab.open_run(said["run"]).settings
     assert (settings["steps"], settings["learning_rate"], settings["data"]) == (1, 1e-4, "sums")
 
 
 def test_stop_and_resume(polm, runs):
-    process = subprocess.Popen([POLM, "run", "sft", "--bare", "-p", "steps", "5000", "-p", "data", "sums", "-p", "eval_rows", "4"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [
+            POLM,
+            "run",
+            "sft",
+            "--bare",
+            "-p",
+            "steps",
+            "5000",
+            "-p",
+            "data",
+            "sums",
+            "-p",
+            "eval_rows",
+            "4",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     until = time.monotonic() + 120
     while not (all_runs(runs) and all_runs(runs)[0].lines()):
         assert time.monotonic() < until and process.poll() is None
@@ -59,14 +108,19 @@ def test_stop_and_resume(polm, runs):
     assert run.status == "stopped" and run.read()["step"] == at
     run.update(settings={**run.settings, "steps": at + 2})
     assert polm("resume", run.id).returncode == 0
-    assert run.status == "finished" and [row["step"] for row in run.lines()] == list(range(1, at + 3))
+    assert run.status == "finished" and [row["step"] for row in run.lines()] == list(
+        range(1, at + 3)
+    )
     again = polm("resume", run.id)
     assert again.returncode == 2 and "finished" in again.stderr
 
 
 def test_ctrl_c_stops_a_notebook_run_with_its_state_saved(runs):
     process = subprocess.Popen(
-        [POLM, "run", "sft", "-p", "steps", "5000", "-p", "data", "sums", "-p", "eval_rows", "4"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [POLM, "run", "sft", "-p", "steps", "5000", "-p", "data", "sums", "-p", "eval_rows", "4"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     until = time.monotonic() + 180
     while not (all_runs(runs) and all_runs(runs)[0].lines()):
@@ -85,7 +139,15 @@ def test_launch_outlives_its_caller_and_can_be_waited_for():
 
 def test_looking(polm):
     a = lab.run("sft", steps=2, data="sums", eval_rows=4, batch_size=4)
-    b = lab.run("sft", steps=2, data="sums", eval_rows=4, batch_size=4, learning_rate=1e-4, model=str(a.path / "model"))
+    b = lab.run(
+        "sft",
+        steps=2,
+        data="sums",
+        eval_rows=4,
+        batch_size=4,
+        learning_rate=1e-4,
+        model=str(a.path / "model"),
+    )
     assert b.record["parents"] == [a.id]
     assert list(lab.runs()["run"]) == [b.id, a.id] and "learning_rate" in lab.compare(a, b).index
     shown = polm("show", b.id)
@@ -110,14 +172,48 @@ def test_another_folder_for_runs(polm, tmp_path):
 
 def test_two_processes_by_accelerate(tmp_path):
     done = subprocess.run(
-        [POLM.parent / "accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-         "--no_python", POLM, "run", "sft", "--bare", "--json", "--out", tmp_path, *map(str, SHORT)],
-        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [
+            POLM.parent / "accelerate",
+            "launch",
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--main_process_port",
+            "0",
+            "--no_python",
+            POLM,
+            "run",
+            "sft",
+            "--bare",
+            "--json",
+            "--out",
+            tmp_path,
+            *map(str, SHORT),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(all_runs(tmp_path)) == 1 and all_runs(tmp_path)[0].status == "finished" and all_runs(tmp_path)[0].record["processes"] == 2
+    assert (
+        len(all_runs(tmp_path)) == 1
+        and all_runs(tmp_path)[0].status == "finished"
+        and all_runs(tmp_path)[0].record["processes"] == 2
+    )
     assert all_runs(tmp_path)[0].record["parallel"] == "ddp"
-    refused = subprocess.run([POLM, "run", "sft"], capture_output=True, text=True, env={**os.environ, "WORLD_SIZE": "2", "RANK": "0"})
+    refused = subprocess.run(
+        [POLM, "run", "sft"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "WORLD_SIZE": "2", "RANK": "0"},
+    )
     assert refused.returncode == 2 and "--bare" in refused.stderr
 
 

@@ -14,7 +14,14 @@ import pytest
 
 from polm_lab.core.run import Run, open_run
 from polm_lab.runner import launch
-from polm_lab.workbench.tokens import COLORINGS, MOST_TOKENS, Models, ink, inspect_tokens, token_facts
+from polm_lab.workbench.tokens import (
+    COLORINGS,
+    MOST_TOKENS,
+    Models,
+    ink,
+    inspect_tokens,
+    token_facts,
+)
 from polm_lab.workbench.cockpit import Cockpit
 from polm_lab.workbench.tryit import TryIt, stream
 from polm_lab.workbench.why import weights, why
@@ -28,24 +35,41 @@ def trained(tmp_path_factory):
     for name in ("train", "test"):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
     data = dict(data=str(folder / "train.jsonl"), eval_data=str(folder / "test.jsonl"))
-    return launch.run("grpo", out=folder / "runs", steps=6, batch_size=16, num_generations=4, eval_rows=4, rewards="correct,format:0.2", **data)
+    return launch.run(
+        "grpo",
+        out=folder / "runs",
+        steps=6,
+        batch_size=16,
+        num_generations=4,
+        eval_rows=4,
+        rewards="correct,format:0.2",
+        **data,
+    )
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    return launch.run("dpo", out=tmp_path_factory.mktemp("pairs"), steps=3, batch_size=8, eval_rows=8)
+    return launch.run(
+        "dpo", out=tmp_path_factory.mktemp("pairs"), steps=3, batch_size=8, eval_rows=8
+    )
 
 
 def record(rows, **settings) -> Run:
     run = Run.create("grpo", dict(steps=1, **settings))
-    (run.path / "samples.jsonl").write_text("".join(json.dumps(dict(step=1) | row) + "\n" for row in rows))
+    (run.path / "samples.jsonl").write_text(
+        "".join(json.dumps(dict(step=1) | row) + "\n" for row in rows)
+    )
     run.update(status="finished")
     return run
 
 
 def page(view) -> str:
     "All HTML that the view puts into the page; the table's cells are text, and not among it."
-    found = [view.value] if hasattr(view, "value") and isinstance(view.value, str) and type(view).__name__ == "HTML" else []
+    found = (
+        [view.value]
+        if hasattr(view, "value") and isinstance(view.value, str) and type(view).__name__ == "HTML"
+        else []
+    )
     return "\n".join(found + [page(child) for child in getattr(view, "children", ())])
 
 
@@ -65,26 +89,69 @@ class Elements(HTMLParser):
 # Model output ------------------------------------------------------------------------------------------------------
 
 NASTY = [
-    "<script>alert(1)</script>", "</script><script>alert(1)//", "<img src=x onerror=alert(1)>", "<svg/onload=alert(1)>", "<iframe src='javascript:alert(1)'>",
-    "<a href='javascript:alert(1)'>x</a>", "' onmouseover='alert(1)", '" onfocus="alert(1)', "'><b onclick=alert(1)>", "</pre></div></span><h1>out</h1>", "<!--", "-->",
-    "<style>*{display:none}</style>", "<base href=//evil>", "<form action=//evil><button>", "&lt;script&gt;alert(1)&lt;/script&gt;", "&#60;script&#62;", "<![CDATA[<b>]]>",
-    "\x1b[31mred\x1b[0m", "\x1b]0;title\x07", "\x00null", "\r\roverwrite", "\u202etxt.exe", "\u2066\u2067\u2069", "\u200bzero\u200dwidth\ufeff", "\u200f\u061c", "\ud800",
-    "${alert(1)} {{7*7}} `x` \\u003cscript\\u003e", "a" * 2**20, "<b>" * 2**18, "\u202e" * 10**5, "\n" * 10**5, "",
-]  # fmt: skip
+    "<script>alert(1)</script>",
+    "</script><script>alert(1)//",
+    "<img src=x onerror=alert(1)>",
+    "<svg/onload=alert(1)>",
+    "<iframe src='javascript:alert(1)'>",
+    "<a href='javascript:alert(1)'>x</a>",
+    "' onmouseover='alert(1)",
+    '" onfocus="alert(1)',
+    "'><b onclick=alert(1)>",
+    "</pre></div></span><h1>out</h1>",
+    "<!--",
+    "-->",
+    "<style>*{display:none}</style>",
+    "<base href=//evil>",
+    "<form action=//evil><button>",
+    "&lt;script&gt;alert(1)&lt;/script&gt;",
+    "&#60;script&#62;",
+    "<![CDATA[<b>]]>",
+    "\x1b[31mred\x1b[0m",
+    "\x1b]0;title\x07",
+    "\x00null",
+    "\r\roverwrite",
+    "\u202etxt.exe",
+    "\u2066\u2067\u2069",
+    "\u200bzero\u200dwidth\ufeff",
+    "\u200f\u061c",
+    "\ud800",
+    "${alert(1)} {{7*7}} `x` \\u003cscript\\u003e",
+    "a" * 2**20,
+    "<b>" * 2**18,
+    "\u202e" * 10**5,
+    "\n" * 10**5,
+    "",
+]
 
 
 @pytest.mark.parametrize("text", NASTY, ids=range(len(NASTY)))
 def test_model_output_is_text(text):
-    row = dict(group=0, prompt=text, completion=text, reward=1.0, rewards={text[:100] or "x": 1.0}, advantage=0.5, ended=False)
+    row = dict(
+        group=0,
+        prompt=text,
+        completion=text,
+        reward=1.0,
+        rewards={text[:100] or "x": 1.0},
+        advantage=0.5,
+        ended=False,
+    )
     row |= dict(tokens=[text, "x"], logp=[-1.0, -1.0], ref_logp=[-1.0, -2.0])
-    plain = {k: v if k != "rewards" else {"x": 1.0} for k, v in row.items()} | dict(prompt="p", completion="c", tokens=["t", "x"])
+    plain = {k: v if k != "rewards" else {"x": 1.0} for k, v in row.items()} | dict(
+        prompt="p", completion="c", tokens=["t", "x"]
+    )
     view, calm = (Cockpit(record([r, dict(r, advantage=-0.5)])) for r in (row, plain))
     view.selected = 0
     shown, expected = Elements(page(view)), Elements(page(calm))
     assert shown.tags <= expected.tags | {"br", "small"} and shown.names <= expected.names
-    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u200b-\u200f\u061c\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]", page(view))
+    assert not re.search(
+        "[\x00-\x08\x0b-\x1f\x7f\u200b-\u200f\u061c\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]",
+        page(view),
+    )
     assert len(page(view)) < len(page(calm)) + 80_000
-    json.dumps(view.table.rows, ensure_ascii=False).encode()  # half a surrogate pair would not get through
+    json.dumps(
+        view.table.rows, ensure_ascii=False
+    ).encode()  # half a surrogate pair would not get through
     view.try_it.prompt.encode()
     said = view.try_it
     said._show(text, text)
@@ -93,16 +160,37 @@ def test_model_output_is_text(text):
 
 def test_a_long_completion_shows_its_start():
     tokens = [f"t{i} " for i in range(10**5)]
-    view = Cockpit(record([dict(prompt="p", completion="".join(tokens), reward=1.0, tokens=tokens)]))
-    assert view.tokens.value.count("role='listitem'") == MOST_TOKENS and f"{10**5 - MOST_TOKENS:,} more tokens" in view.tokens.value
+    view = Cockpit(
+        record([dict(prompt="p", completion="".join(tokens), reward=1.0, tokens=tokens)])
+    )
+    assert (
+        view.tokens.value.count("role='listitem'") == MOST_TOKENS
+        and f"{10**5 - MOST_TOKENS:,} more tokens" in view.tokens.value
+    )
 
 
 ODD = [
-    dict(), dict(reward="high"), dict(rewards=[1]), dict(tokens="abc"), dict(tokens=[1, None]), dict(logp=3, tokens=["a"]), dict(prompt=[1, 2]),
-    dict(logp=["x"], ref_logp=[None], tokens=["a"]), dict(prompt={"a": 1}), dict(group=[1], reward=1.0), dict(step=[], reward=1.0), dict(ended="maybe"),
-    dict(side="chosen", reward=1.0), dict(advantage=1.0, reward=1.0, group="x"), dict(side="chosen", reward=1.0, logp=["x"], ref_logp=[1]),
-    dict(reward=math.inf), dict(advantages=[1.0], tokens=["a", "b"]), dict(ended=[1]), dict(rewards={"a": [1]}), dict(reward=10**400),
-]  # fmt: skip
+    dict(),
+    dict(reward="high"),
+    dict(rewards=[1]),
+    dict(tokens="abc"),
+    dict(tokens=[1, None]),
+    dict(logp=3, tokens=["a"]),
+    dict(prompt=[1, 2]),
+    dict(logp=["x"], ref_logp=[None], tokens=["a"]),
+    dict(prompt={"a": 1}),
+    dict(group=[1], reward=1.0),
+    dict(step=[], reward=1.0),
+    dict(ended="maybe"),
+    dict(side="chosen", reward=1.0),
+    dict(advantage=1.0, reward=1.0, group="x"),
+    dict(side="chosen", reward=1.0, logp=["x"], ref_logp=[1]),
+    dict(reward=math.inf),
+    dict(advantages=[1.0], tokens=["a", "b"]),
+    dict(ended=[1]),
+    dict(rewards={"a": [1]}),
+    dict(reward=10**400),
+]
 
 
 @pytest.mark.parametrize("row", ODD, ids=str)
@@ -121,30 +209,58 @@ def test_rows_that_no_method_writes(row):
 
 
 def test_the_sum_comes_out_as_recorded(trained):
-    rows = [row for row in trained.lines("samples") if "group" in row]  # the others are watched only, nothing is learned from them
+    rows = [
+        row for row in trained.lines("samples") if "group" in row
+    ]  # the others are watched only, nothing is learned from them
     for row in rows:
         group = [r for r in rows if (r["step"], r["group"]) == (row["step"], row["group"])]
         sentences = why(row, group, trained.settings)
         assert not any("The record says" in s for s in sentences)
         correct, form = row["rewards"]["correct"], row["rewards"]["format"]
-        assert sentences[2] == f"Its reward is 1 × correct ({correct:.4g}) + 0.2 × format ({form:.4g}) = {correct + 0.2 * form:.4g}."
+        assert (
+            sentences[2]
+            == f"Its reward is 1 × correct ({correct:.4g}) + 0.2 × format ({form:.4g}) = {correct + 0.2 * form:.4g}."
+        )
         assert ("more likely" in sentences[-1]) == (row["advantage"] > 0)
         assert row["completion"] in sentences[0] and f"Right is “{row['answer']}”" in sentences[1]
 
 
 def test_what_is_read_off_an_answer_is_said():
-    row = dict(prompt="61+22=", completion="83 and 5+25=51", answer="83", reward=0.0, rewards=dict(correct=0.0))
-    assert why(row, [row], dict(rewards="correct"))[:2] == ["To “61+22=” it answers “83 and 5+25=51”.", "Right is “83”; what counts is the last number of an answer, here 51."]
-    assert why(row | dict(answer="a cat", completion="x" * 300), [row], dict(rewards="correct"))[1] == "Right is “a cat”."
+    row = dict(
+        prompt="61+22=",
+        completion="83 and 5+25=51",
+        answer="83",
+        reward=0.0,
+        rewards=dict(correct=0.0),
+    )
+    assert why(row, [row], dict(rewards="correct"))[:2] == [
+        "To “61+22=” it answers “83 and 5+25=51”.",
+        "Right is “83”; what counts is the last number of an answer, here 51.",
+    ]
+    assert (
+        why(row | dict(answer="a cat", completion="x" * 300), [row], dict(rewards="correct"))[1]
+        == "Right is “a cat”."
+    )
 
 
 def test_a_sum_that_does_not_come_out_is_told():
     row = dict(reward=0.9, rewards=dict(correct=1.0, steps=None), advantage=0.1)
     said = why(row, [row, dict(reward=0.1)], dict(rewards="correct,steps:0.5"))
-    assert "steps (does not apply)" in said[1] and "The record says 0.9." in said and said[-1].startswith("The record says 0.1")
+    assert (
+        "steps (does not apply)" in said[1]
+        and "The record says 0.9." in said
+        and said[-1].startswith("The record says 0.1")
+    )
 
 
-@pytest.mark.parametrize("scale, words", [("none", "1 − 0.5 = 0.5"), ("batch", "the spread of the whole batch = 0.5"), ("group", "(1 − 0.5) / 0.7071 = 0.707")])
+@pytest.mark.parametrize(
+    "scale, words",
+    [
+        ("none", "1 − 0.5 = 0.5"),
+        ("batch", "the spread of the whole batch = 0.5"),
+        ("group", "(1 − 0.5) / 0.7071 = 0.707"),
+    ],
+)
 def test_ways_to_scale(scale, words):
     row = dict(reward=1.0, advantage={"group": 0.707}.get(scale, 0.5))
     assert words in why(row, [row, dict(reward=0.0)], dict(scale=scale))[-1]
@@ -156,22 +272,39 @@ def test_equal_rewards_teach_nothing():
 
 
 def test_a_critics_advantages_are_told_by_token_and_a_baseline_by_the_others():
-    said = why(dict(reward=1.0, advantage=0.5, advantages=[-1.0, 2.0]), [dict(reward=1.0)], dict(gamma=1.0))
+    said = why(
+        dict(reward=1.0, advantage=0.5, advantages=[-1.0, 2.0]), [dict(reward=1.0)], dict(gamma=1.0)
+    )
     assert "from -1 to 2, 0.5 on average" in said[2]
     group = [dict(reward=1.0, advantage=0.75), *[dict(reward=r) for r in (0.0, 0.0, 1.0)]]
     said = why(group[0], group, dict(algorithm="rloo", beta=0.0))
-    assert "other 3 answers" in said[2] and "differs from them by 0.6667" in said[2] and "more likely" in said[-1]
+    assert (
+        "other 3 answers" in said[2]
+        and "differs from them by 0.6667" in said[2]
+        and "more likely" in said[-1]
+    )
     assert "likeliest answer" in why(group[0], group, dict(algorithm="remax", beta=0.1))[2]
 
 
 def test_a_reward_models_number_is_no_implicit_reward():
-    pair = [dict(side="chosen", reward=2.0, completion="a"), dict(side="rejected", reward=0.5, completion="b")]
+    pair = [
+        dict(side="chosen", reward=2.0, completion="a"),
+        dict(side="rejected", reward=0.5, completion="b"),
+    ]
     said = why(pair[0], pair, dict(head="pointwise"))
-    assert said[0].startswith("The reward model gives this answer 2;") and "2 − 0.5 = 1.5" in said[1] and not any("implicit" in s for s in said)
+    assert (
+        said[0].startswith("The reward model gives this answer 2;")
+        and "2 − 0.5 = 1.5" in said[1]
+        and not any("implicit" in s for s in said)
+    )
 
 
 def test_names_of_rewards():
-    assert weights(dict(rewards="correct,my.module:good:0.5,/a/b.py:fine:2")) == {"correct": 1.0, "good": 0.5, "fine": 2.0} and weights(dict(rewards=3)) == {}
+    assert (
+        weights(dict(rewards="correct,my.module:good:0.5,/a/b.py:fine:2"))
+        == {"correct": 1.0, "good": 0.5, "fine": 2.0}
+        and weights(dict(rewards=3)) == {}
+    )
 
 
 def test_why_of_pairs(pairs):
@@ -194,11 +327,20 @@ def test_what_the_models_say_agrees_with_the_record(trained, pairs):
         assert [a["start"] for a in asked] == pytest.approx(row["logp"], abs=2e-4)
         for a in asked:
             text, now, start = a["alternatives"][0]
-            assert a["kl"] > -1e-6 and a["entropy"] >= 0 and now == max(p for _, p, _ in a["alternatives"]) and 0 <= start <= 1
+            assert (
+                a["kl"] > -1e-6
+                and a["entropy"] >= 0
+                and now == max(p for _, p, _ in a["alternatives"])
+                and 0 <= start <= 1
+            )
     models = Models(pairs)
-    for row in pairs.lines("samples"):  # written after the last step: the policy was the saved model
+    for row in pairs.lines(
+        "samples"
+    ):  # written after the last step: the policy was the saved model
         asked = inspect_tokens(pairs, row, models=models)
-        assert [a["now"] for a in asked] == pytest.approx(row["logp"], abs=2e-3) and [a["start"] for a in asked] == pytest.approx(row["ref_logp"], abs=2e-3)
+        assert [a["now"] for a in asked] == pytest.approx(row["logp"], abs=2e-3) and [
+            a["start"] for a in asked
+        ] == pytest.approx(row["ref_logp"], abs=2e-3)
 
 
 def test_entropy_and_kl_are_those_of_the_library(trained):
@@ -213,26 +355,45 @@ def test_entropy_and_kl_are_those_of_the_library(trained):
     full = torch.tensor([ids + tokenizer("".join(row["tokens"])).input_ids])
     mask = torch.tensor([[0] * len(ids) + [1] * (full.shape[1] - len(ids))])
     stats = Policy(saved)(full, torch.ones_like(full), mask, entropy=True, reference=Policy(start))
-    assert [a["entropy"] for a in asked] == pytest.approx(stats.entropy[0, len(ids) :].tolist(), abs=1e-4)
+    assert [a["entropy"] for a in asked] == pytest.approx(
+        stats.entropy[0, len(ids) :].tolist(), abs=1e-4
+    )
     assert [a["kl"] for a in asked] == pytest.approx(stats.kl[0, len(ids) :].tolist(), abs=1e-4)
 
 
 def test_facts_of_tokens():
-    row = dict(tokens=["a", "b"], logp=[-1.0, -2.0], ref_logp=[-1.5, -1.0], advantage=0.5, values=[0.1, 0.2])
+    row = dict(
+        tokens=["a", "b"],
+        logp=[-1.0, -2.0],
+        ref_logp=[-1.5, -1.0],
+        advantage=0.5,
+        values=[0.1, 0.2],
+    )
     asked = [dict(now=-0.5, start=-1.5, entropy=1.0, kl=0.2, alternatives=[])]
     first, second = token_facts(row, asked)
-    assert (first["reference"], first["old"], first["value"], first["surprise"]) == (0.5, 0.5, 0.1, 1.0) and "old" not in second
+    assert (first["reference"], first["old"], first["value"], first["surprise"]) == (
+        0.5,
+        0.5,
+        0.1,
+        1.0,
+    ) and "old" not in second
     assert token_facts(dict(tokens=["a"]), asked)[0]["reference"] == 1.0  # TRL records no log-probs
 
 
-@pytest.mark.parametrize("ground, text", [((255, 255, 255), (0x1C, 0x24, 0x30)), ((0x11, 0x11, 0x11), (0xE0, 0xE0, 0xE0))], ids=["light", "dark"])
+@pytest.mark.parametrize(
+    "ground, text",
+    [((255, 255, 255), (0x1C, 0x24, 0x30)), ((0x11, 0x11, 0x11), (0xE0, 0xE0, 0xE0))],
+    ids=["light", "dark"],
+)
 @pytest.mark.parametrize("value", [-9.0, 9.0])
 def test_text_stays_legible_on_the_strongest_color(ground, text, value):
     r, g, b, share = map(float, re.findall(r"[\d.]+", ink(value, COLORINGS["reference"])))
     mixed = [share * c + (1 - share) * under for c, under in zip((r, g, b), ground)]
 
     def light(color):
-        return sum(w * ((c / 255 + 0.055) / 1.055) ** 2.4 for w, c in zip((0.2126, 0.7152, 0.0722), color))
+        return sum(
+            w * ((c / 255 + 0.055) / 1.055) ** 2.4 for w, c in zip((0.2126, 0.7152, 0.0722), color)
+        )
 
     high, low = sorted((light(mixed), light(text)), reverse=True)
     assert (high + 0.05) / (low + 0.05) > 4.5  # WCAG AA
@@ -249,7 +410,12 @@ def test_a_stream_is_a_rollout(trained):
         ids = tokenizer(text).input_ids
         for seed, temperature in ((0, 1.0), (5, 0.7), (0, 0.0)):
             said = [*stream(saved, tokenizer, ids, 12, temperature, seed)] or [""]
-            assert said[-1] == rollout(saved, tokenizer, [ids], max_new_tokens=12, temperature=temperature, seeds=seed).texts[0]
+            assert (
+                said[-1]
+                == rollout(
+                    saved, tokenizer, [ids], max_new_tokens=12, temperature=temperature, seeds=seed
+                ).texts[0]
+            )
 
 
 def test_try_it_answers_stops_and_says_what_is_wrong(trained):
@@ -263,7 +429,10 @@ def test_try_it_answers_stops_and_says_what_is_wrong(trained):
         view._thread.join(60)
     view.ask()
     view._thread.join(60)
-    assert all(re.search("<pre>.+</pre>", pane.value) for pane in view.panes) and not view.ask_button.disabled
+    assert (
+        all(re.search("<pre>.+</pre>", pane.value) for pane in view.panes)
+        and not view.ask_button.disabled
+    )
     view.prompt = "12" * 400
     view.answer()
     assert "role='alert'" in view.status.value and "tokens; expected 1 to" in view.status.value
@@ -278,12 +447,25 @@ def test_try_it_answers_stops_and_says_what_is_wrong(trained):
 
 def test_choosing_coloring_and_asking(trained):
     view = Cockpit(trained, dark=True)
-    assert view.row["advantage"] is not None and not any("advantage" in row for row in view.rows[: view.selected]) and view.try_it.dark
+    assert (
+        view.row["advantage"] is not None
+        and not any("advantage" in row for row in view.rows[: view.selected])
+        and view.try_it.dark
+    )
     view.table.selected = [3]  # as the browser does
-    assert view.selected == 3 and html.escape(why(view.rows[3], view.rows[:4], trained.settings)[0]) in view.why.value
-    assert view.group.value.count("aria-current") == 1 and view.try_it.prompt == view.rows[3]["prompt"]
+    assert (
+        view.selected == 3
+        and html.escape(why(view.rows[3], view.rows[:4], trained.settings)[0]) in view.why.value
+    )
+    assert (
+        view.group.value.count("aria-current") == 1 and view.try_it.prompt == view.rows[3]["prompt"]
+    )
     view.color_by = "surprise"
-    assert COLORINGS["surprise"].meaning in html.unescape(view.tokens.value) and view.coloring.value == "surprise" and view._thread is None
+    assert (
+        COLORINGS["surprise"].meaning in html.unescape(view.tokens.value)
+        and view.coloring.value == "surprise"
+        and view._thread is None
+    )
     view.color_by = "entropy"  # has to be asked for: in a thread
     view._thread.join(60)
     assert "likeliest" in view.tokens.value and "Not recorded" not in view.tokens.value
@@ -338,6 +520,10 @@ def test_a_killed_run_and_no_run(trained):
 def test_every_control_has_a_name(trained):
     view = Cockpit(open_run(trained))
     names = ("text", "temperature", "tokens", "seed", "conversation", "ask_button", "stop_button")
-    for control in (view.coloring, view.ask_button, *(getattr(view.try_it, name) for name in names)):
+    for control in (
+        view.coloring,
+        view.ask_button,
+        *(getattr(view.try_it, name) for name in names),
+    ):
         assert control.description and control.tooltip
     assert view.table.label

@@ -14,7 +14,9 @@ import pytest
 from conftest import ROOT
 
 BIN = Path(sys.executable).parent
-PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")}
+PAGES = {
+    name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")
+}
 PROGRAMS = (
     "polm",
     "polm_site",
@@ -37,7 +39,12 @@ PROGRAMS = (
 def blocks(text: str) -> list[str]:
     "Lines of indented or fenced code, Python and trees left out."
     fenced = re.findall(r"```(\w*)\n(.*?)```", text, re.S)
-    lines = [line for language, body in fenced if language in ("bash", "sh", "console") for line in body.split("\n")]
+    lines = [
+        line
+        for language, body in fenced
+        if language in ("bash", "sh", "console")
+        for line in body.split("\n")
+    ]
     lines += re.findall(r"^    (\S.*)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
     return [line.removeprefix("$ ").split("  #")[0].strip() for line in lines if line.strip()]
 
@@ -45,7 +52,11 @@ def blocks(text: str) -> list[str]:
 def mentions(text: str) -> list[str]:
     "Commands in running text: inline code that begins with a program."
     inline = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
-    return [c for c in inline if shlex.split(c.replace("'", ""))[:1] and Path(c.split()[0]).name in PROGRAMS and " " in c]
+    return [
+        c
+        for c in inline
+        if shlex.split(c.replace("'", ""))[:1] and Path(c.split()[0]).name in PROGRAMS and " " in c
+    ]
 
 
 def program(line: str) -> list[str]:
@@ -61,7 +72,15 @@ MENTIONED = sorted({(page, line) for page, text in PAGES.items() for line in men
 
 def call(*words, **more):
     env = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(list(map(str, words)), capture_output=True, text=True, cwd=ROOT, env=env, timeout=300, **more)
+    return subprocess.run(
+        list(map(str, words)),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=env,
+        timeout=300,
+        **more,
+    )
 
 
 def check(words: list[str]):
@@ -70,23 +89,54 @@ def check(words: list[str]):
     if name == "make":
         done = call("make", "--dry-run", *rest)
     elif name == "polm" and rest[:1] == ["run"]:
-        short = [re.sub(r"^\d+$", "2", w) if before == "steps" else w for before, w in zip(["", *rest], rest)]
-        done = call(BIN / "polm", *short, *([] if "--bare" in rest else ["--bare"]), *([] if "eval_rows" in rest else ["-p", "eval_rows", 4]))
-    elif name == "polm" and rest[:1] in (["lab"], ["app"], ["resume"], ["stop"], ["show"], ["compare"], ["sweep"]):
-        done = call(BIN / "polm", rest[0], "--help")  # these wait, or need a run: its options have to be there
+        short = [
+            re.sub(r"^\d+$", "2", w) if before == "steps" else w
+            for before, w in zip(["", *rest], rest)
+        ]
+        done = call(
+            BIN / "polm",
+            *short,
+            *([] if "--bare" in rest else ["--bare"]),
+            *([] if "eval_rows" in rest else ["-p", "eval_rows", 4]),
+        )
+    elif name == "polm" and rest[:1] in (
+        ["lab"],
+        ["app"],
+        ["resume"],
+        ["stop"],
+        ["show"],
+        ["compare"],
+        ["sweep"],
+    ):
+        done = call(
+            BIN / "polm", rest[0], "--help"
+        )  # these wait, or need a run: its options have to be there
         for option in re.findall(r"(?<=\s)--?[a-z][\w-]*", " " + " ".join(rest)):
             assert option in done.stdout, f"{option} is no option of polm {rest[0]}"
     elif name == "polm":
         done = call(BIN / "polm", *rest)
-    elif name == "polm_site" and rest[0] == "execute":  # takes minutes: that it looks for its page is enough
+    elif (
+        name == "polm_site" and rest[0] == "execute"
+    ):  # takes minutes: that it looks for its page is enough
         done = call(BIN / "polm_site", "execute", "no/such/page")
         assert done.returncode == 2 and "no/such/page" in done.stderr
         return
     elif name == "polm_site":
-        done = call(BIN / "polm_site", "check" if rest == ["build"] else rest[0]) if rest != ["filter"] else call("true")
+        done = (
+            call(BIN / "polm_site", "check" if rest == ["build"] else rest[0])
+            if rest != ["filter"]
+            else call("true")
+        )
         assert rest[0] in ("write", "check", "build", "filter")
     elif name == "pytest":
-        done = call(BIN / "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *[w.replace("mine", "sft") for w in rest if w not in ("-q",)])
+        done = call(
+            BIN / "pytest",
+            "--collect-only",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            *[w.replace("mine", "sft") for w in rest if w not in ("-q",)],
+        )
     elif name == "nbdev_test":
         paths = [w for w in rest if w.endswith(".ipynb")]
         assert all((ROOT / p).is_file() for p in paths) and (BIN / name).is_file()
@@ -103,18 +153,30 @@ def check(words: list[str]):
     assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-800:]}{done.stderr[-800:]}"
 
 
-@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=lambda v: v if len(str(v)) < 60 else str(v)[:57] + "...")
+@pytest.mark.parametrize(
+    ("page", "line"), COMMANDS, ids=lambda v: v if len(str(v)) < 60 else str(v)[:57] + "..."
+)
 def test_a_command_runs(page, line):
     for part in line.split(" && "):
         check(["sft" if word == "mine" else word for word in program(part)])
 
 
-@pytest.mark.parametrize(("page", "line"), MENTIONED, ids=lambda v: v if len(str(v)) < 60 else str(v)[:57] + "...")
+@pytest.mark.parametrize(
+    ("page", "line"), MENTIONED, ids=lambda v: v if len(str(v)) < 60 else str(v)[:57] + "..."
+)
 def test_a_command_in_the_text_is_there(page, line):
     words = program(line)
     if words[0] == "polm":
         assert call(BIN / "polm", words[1], "--help").returncode == 0, f"polm has no {words[1]}"
-        check(["polm", *words[1:]]) if words[1] in ("sweep", "resume", "stop", "show", "compare", "app", "lab") else None
+        check(["polm", *words[1:]]) if words[1] in (
+            "sweep",
+            "resume",
+            "stop",
+            "show",
+            "compare",
+            "app",
+            "lab",
+        ) else None
     elif words[0] in ("make", "pytest", "pip", "nbdev_test", "polm_site"):
         check(words)
 
@@ -139,5 +201,9 @@ def test_the_python_of_the_readme_is_what_the_package_has():
 
     for body in re.findall(r"```python\n(.*?)```", PAGES["README.md"], re.S):
         for node in ast.walk(ast.parse(body)):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "lab":
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id == "lab"
+            ):
                 assert callable(getattr(lab, node.attr)), node.attr

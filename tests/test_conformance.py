@@ -35,7 +35,9 @@ def test_every_training_method_has_the_property(base, prop, tmp_path):
 
 # A method that trains six things. Its default is above; the others learn by the same loop from other rows, or, as CodeRL, by PPO's.
 BITS = (check.same_seed, check.resumed_is_uninterrupted, check.record_complete)
-VARIANTS = [(learn, prop) for learn in ("selfee", "critique", "refiner", "editor") for prop in BITS] + [("coderl", prop) for prop in check.PROPERTIES]
+VARIANTS = [
+    (learn, prop) for learn in ("selfee", "critique", "refiner", "editor") for prop in BITS
+] + [("coderl", prop) for prop in check.PROPERTIES]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,9 @@ def variants(tmp_path_factory):
     return short
 
 
-@pytest.mark.parametrize("learn, prop", VARIANTS, ids=[f"critic-{learn}-{prop.__name__}" for learn, prop in VARIANTS])
+@pytest.mark.parametrize(
+    "learn, prop", VARIANTS, ids=[f"critic-{learn}-{prop.__name__}" for learn, prop in VARIANTS]
+)
 def test_whatever_critic_trains_has_the_property(variants, learn, prop, tmp_path):
     method, run = variants(learn)
     figure, holds = prop(method, tmp_path, run)
@@ -83,7 +87,14 @@ def padding_is_learned():
     plain = logprobs.Policy.forward
 
     def wrong(self, input_ids, attention_mask=None, completion_mask=None, *args, **kwargs):
-        return plain(self, input_ids, torch.ones_like(input_ids), completion_mask.bool() | ~attention_mask.bool(), *args, **kwargs)
+        return plain(
+            self,
+            input_ids,
+            torch.ones_like(input_ids),
+            completion_mask.bool() | ~attention_mask.bool(),
+            *args,
+            **kwargs,
+        )
 
     return mock.patch.object(logprobs.Policy, "forward", wrong)
 
@@ -116,7 +127,9 @@ def optimizer_is_forgotten():
 def a_step_is_not_logged():
     "The second step is missing from the record."
     plain = check.Run.log
-    return mock.patch.object(check.Run, "log", lambda self, step, **m: None if step == 2 else plain(self, step, **m))
+    return mock.patch.object(
+        check.Run, "log", lambda self, step, **m: None if step == 2 else plain(self, step, **m)
+    )
 
 
 MUTATIONS = [
@@ -131,7 +144,9 @@ MUTATIONS = [
 
 def test_the_suite_sees_processes_that_do_not_share_their_counts(tmp_path, monkeypatch):
     "Each process divides by its own number of tokens: broken in the processes that the property starts."
-    (tmp_path / "sitecustomize.py").write_text("import accelerate\naccelerate.Accelerator.reduce = lambda self, tensor, *args, **kwargs: tensor\n")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import accelerate\naccelerate.Accelerator.reduce = lambda self, tensor, *args, **kwargs: tensor\n"
+    )
     method = find("sft")
     base = check.short_run(method, tmp_path / "base")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -139,7 +154,9 @@ def test_the_suite_sees_processes_that_do_not_share_their_counts(tmp_path, monke
     assert not holds, f"went unseen ({figure:.3g})"
 
 
-@pytest.mark.parametrize("prop, mutation, settings", MUTATIONS, ids=[m.__name__ for _, m, _ in MUTATIONS])
+@pytest.mark.parametrize(
+    "prop, mutation, settings", MUTATIONS, ids=[m.__name__ for _, m, _ in MUTATIONS]
+)
 def test_the_suite_sees_a_broken_property(prop, mutation, settings, tmp_path):
     method = find("sft")
     method = dataclasses.replace(method, small=method.small | settings)
@@ -154,7 +171,10 @@ FLAGS = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else
 HAS_BF16 = re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", FLAGS) is not None
 
 
-@pytest.mark.skipif(not HAS_BF16, reason="this CPU has no instructions for bf16, which make it up to a hundred times slower")
+@pytest.mark.skipif(
+    not HAS_BF16,
+    reason="this CPU has no instructions for bf16, which make it up to a hundred times slower",
+)
 @pytest.mark.parametrize("name", TRAINED)
 def test_in_bf16_the_bits_are_the_same_and_the_record_is_complete(name, tmp_path):
     "What depends on the order of rounding (batches that add up, padding, chunks) is not asked for in 16 bits."

@@ -27,12 +27,16 @@ def test_the_fast_tests_are_there():
         assert file in files and f"def {name}(" in (ROOT / file).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("word", ["alignment/dpo", "nbs/alignment/dpo.ipynb", "./nbs/alignment/dpo"])
+@pytest.mark.parametrize(
+    "word", ["alignment/dpo", "nbs/alignment/dpo.ipynb", "./nbs/alignment/dpo"]
+)
 def test_a_page_is_found(word):
     assert page.find_page(word) == "alignment/dpo"
 
 
-@pytest.mark.parametrize(("word", "hint"), [("dpo", "alignment/dpo"), ("alignment/dop", "alignment/dpo")])
+@pytest.mark.parametrize(
+    ("word", "hint"), [("dpo", "alignment/dpo"), ("alignment/dop", "alignment/dpo")]
+)
 def test_a_wrong_page_is_refused_with_the_nearest(word, hint):
     with pytest.raises(WrongInput, match=f"did you mean '{hint}'"):
         page.find_page(word)
@@ -84,7 +88,9 @@ def test_touched_notebooks_end_in_time_and_a_failure_is_the_exit_status(capsys):
         return name != "core/run"
 
     assert page.run_touched(60, run=run, pages=pages[:1]) == 0
-    assert page.run_touched(60, run=run, pages=list(pages)) == 1 and sorted(seen[1:]) == sorted(pages)
+    assert page.run_touched(60, run=run, pages=list(pages)) == 1 and sorted(seen[1:]) == sorted(
+        pages
+    )
     capsys.readouterr()
     assert page.run_touched(-1, run=run, pages=list(pages)) == 0 and len(seen) == 4
     printed = capsys.readouterr().out
@@ -93,11 +99,21 @@ def test_touched_notebooks_end_in_time_and_a_failure_is_the_exit_status(capsys):
 
 def test_durations_are_written_where_they_are_asked_for(tmp_path):
     place = tmp_path / "durations.txt"
-    command = ["pytest", "-q", "-p", "no:cacheprovider", "--durations=3", "tests/test_fused_ranks.py"]
+    command = [
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--durations=3",
+        "tests/test_fused_ranks.py",
+    ]
     done = page.subprocess.run(
-        [page.BIN / command[0], *command[1:]], cwd=ROOT, capture_output=True, text=True,
+        [page.BIN / command[0], *command[1:]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
         env=page.os.environ | {"POLM_DURATIONS": str(place)},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout
     slowest, files = place.read_text().split("\n\n")
     assert len(slowest.split("\n")) == 3 and slowest.count("tests/test_fused_ranks.py::") == 3

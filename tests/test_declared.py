@@ -69,11 +69,20 @@ def page(monkeypatch):
 
 def test_every_method_uses_known_words():
     for m in methods().values():
-        assert set(m.needs) <= set(NEEDS) and (callable(m.explain) or m.explain in ("", *EXPLANATIONS))
+        assert set(m.needs) <= set(NEEDS) and (
+            callable(m.explain) or m.explain in ("", *EXPLANATIONS)
+        )
     declared = dict(
-        grpo="group", ppo="tokens", rloo="baseline", dpo="implicit", reward="model", critic="score",
-        selfrefine="score", rag="score", rlaif=explained,
-    )  # fmt: skip
+        grpo="group",
+        ppo="tokens",
+        rloo="baseline",
+        dpo="implicit",
+        reward="model",
+        critic="score",
+        selfrefine="score",
+        rag="score",
+        rlaif=explained,
+    )
     # The others record no samples of their own: their stages do, or nothing has a reward.
     assert {name: m.explain for name, m in methods().items() if m.explain} == declared
     assert set(EXPLAINERS) == set(EXPLANATIONS)
@@ -82,7 +91,10 @@ def test_every_method_uses_known_words():
 @pytest.mark.parametrize(
     "facts, found",
     [
-        (dict(needs=("refrence",)), "needs: unknown word 'refrence': did you mean 'reference'? known: "),
+        (
+            dict(needs=("refrence",)),
+            "needs: unknown word 'refrence': did you mean 'reference'? known: ",
+        ),
         (dict(needs="reward"), "needs = 'reward': expected a tuple of words"),
         (dict(explain="grup"), "explain: unknown word 'grup': did you mean 'group'? known: "),
     ],
@@ -102,7 +114,9 @@ def test_a_method_names_its_explanation():
     group = [row, dict(reward=0.0)]
     declare(explain="baseline")
     assert "likeliest answer" in why(row, group, {}, "mine")[2]  # of the record alone it is a group
-    declare(explain=lambda row, group, settings: [f"{row['reward']} of {len(group)}, {settings['way']}"])
+    declare(
+        explain=lambda row, group, settings: [f"{row['reward']} of {len(group)}, {settings['way']}"]
+    )
     assert why(row, group, dict(way="so"), "mine") == ["1.0 of 2, so"]
     declare(explain=lambda row, group, settings: settings["way"])  # a word that depends on the row
     assert why(row, group, dict(way="baseline"), "mine") == by_baseline(row, group, {})
@@ -111,7 +125,9 @@ def test_a_method_names_its_explanation():
     assert "no reward" in why(dict(completion="4"), [], {}, "mine")[-1]
 
 
-PAIR = [dict(side=side, reward=r, completion=side) for side, r in (("chosen", 2.0), ("rejected", 0.5))]
+PAIR = [
+    dict(side=side, reward=r, completion=side) for side, r in (("chosen", 2.0), ("rejected", 0.5))
+]
 GROUP = [dict(reward=r, advantage=r - 0.25, advantages=[0.1, 0.4]) for r in (1.0, 0.0, 0.0, 0.0)]
 
 
@@ -155,9 +171,14 @@ def test_a_metric_has_one_owner():
     declare(metrics=(changed,))  # the notebook was edited and run again
     assert metric("eval/surprise_gap/old").meaning == "another wording: old, on held-out data"
     assert find("mine").metrics == (changed,)
-    for owner, name, holder in (("yours", "surprise_gap", "mine"), ("mine", "kl", "the vocabulary")):
+    for owner, name, holder in (
+        ("yours", "surprise_gap", "mine"),
+        ("mine", "kl", "the vocabulary"),
+    ):
         with pytest.raises(WrongInput, match=f"metric '{name}' of {owner}: {holder} has it"):
-            register_metrics(owner, [Metric("fine", "x", better="up"), Metric(name, "x", better="up")])
+            register_metrics(
+                owner, [Metric("fine", "x", better="up"), Metric(name, "x", better="up")]
+            )
     assert "fine" not in METRICS, "what is refused leaves nothing behind"
     assert METRICS["surprise_gap"] == changed and METRICS["kl"].unit == "nats/token"
 
@@ -226,7 +247,10 @@ def test_a_kind_of_rows_has_one_owner():
     register_kind("mine", "dated", ("fact",), "a fact")
     register_kind("mine", "dated", ("fact", "year"), "a fact and its year")
     assert KINDS["dated"][0] == ("fact", "year")
-    for owner, kind, holder in (("yours", "dated", "mine"), ("mine", "ranked", "the table of kinds")):
+    for owner, kind, holder in (
+        ("yours", "dated", "mine"),
+        ("mine", "ranked", "the table of kinds"),
+    ):
         with pytest.raises(WrongInput, match=f"kind '{kind}' of {owner}: {holder} has it"):
             register_kind(owner, kind, ("fact",), "a fact")
     for columns, meaning in (((), "a fact"), ("fact", "a fact"), (("fact",), "")):
@@ -237,9 +261,14 @@ def test_a_kind_of_rows_has_one_owner():
 def test_a_declared_kind_is_not_encoded_for_its_page(tokenizer):
     "Only the page knows what is learned of its rows; a kind of the table is encoded as before."
     register_kind("mine", "swap", ("before", "after"), "a text and what it becomes")
-    for row in ({"before": "one", "after": "two"}, {"prompt": "one", "before": "one", "after": "two"}):
+    for row in (
+        {"before": "one", "after": "two"},
+        {"prompt": "one", "before": "one", "after": "two"},
+    ):
         with pytest.raises(WrongInput) as wrong:
             encode(tokenizer, row, "swap", 64)
-        assert str(wrong.value).startswith("kind 'swap': declared by the page of a method; expected")
+        assert str(wrong.value).startswith(
+            "kind 'swap': declared by the page of a method; expected"
+        )
         assert "\n" not in str(wrong.value) and "swap," not in str(wrong.value)
     assert encode(tokenizer, {"prompt": "1+1="}, "prompt", 64)["input_ids"]

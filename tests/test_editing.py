@@ -22,14 +22,30 @@ from polm_lab.workbench.controls import known_data, preview_data
 WORDS = "<pad> <end> home of Ada Bob Eve she job Rome now later Bonn Kiel Oslo smith".split()
 SIZE = len(WORDS)
 NEXT = {  # the model's answer to each word: it sees no other
-    "Ada": "Bonn", "she": "Bonn", "Bob": "Kiel", "Eve": "Oslo", "job": "smith", "Rome": "later",
-    "Bonn": "<end>", "Kiel": "<end>", "Oslo": "<end>", "smith": "<end>", "later": "<end>", "now": "<end>",
-}  # fmt: skip
+    "Ada": "Bonn",
+    "she": "Bonn",
+    "Bob": "Kiel",
+    "Eve": "Oslo",
+    "job": "smith",
+    "Rome": "later",
+    "Bonn": "<end>",
+    "Kiel": "<end>",
+    "Oslo": "<end>",
+    "smith": "<end>",
+    "later": "<end>",
+    "now": "<end>",
+}
 EDIT = {
-    "subject": "Ada", "prompt": "home of Ada", "target": " Rome now", "paraphrases": ["Ada home of she"],
-    "neighbours": [{"prompt": "home of Bob", "target": " Kiel"}, {"prompt": "home of Eve", "target": " Oslo"}],
+    "subject": "Ada",
+    "prompt": "home of Ada",
+    "target": " Rome now",
+    "paraphrases": ["Ada home of she"],
+    "neighbours": [
+        {"prompt": "home of Bob", "target": " Kiel"},
+        {"prompt": "home of Eve", "target": " Oslo"},
+    ],
     "others": [{"prompt": "Ada job", "target": " smith"}],
-}  # fmt: skip
+}
 SURE = 5.0  # logit of the answer; all others have 0
 P = math.exp(SURE) / (math.exp(SURE) + SIZE - 1)
 Q = 1 / (math.exp(SURE) + SIZE - 1)  # of any other word
@@ -47,9 +63,17 @@ def table(tmp_path_factory):
     "A folder with a Llama that is a table of words: no layer adds anything, and the head maps a word to the next."
     folder = tmp_path_factory.mktemp("table")
     config = LlamaConfig(
-        vocab_size=SIZE, hidden_size=SIZE, num_hidden_layers=1, num_attention_heads=2, intermediate_size=4,
-        tie_word_embeddings=False, bos_token_id=None, eos_token_id=1, pad_token_id=0, rms_norm_eps=1e-12,
-    )  # fmt: skip
+        vocab_size=SIZE,
+        hidden_size=SIZE,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=4,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+        rms_norm_eps=1e-12,
+    )
     model = LlamaForCausalLM(config)
     model.model.embed_tokens.weight.data = torch.eye(SIZE)
     model.model.layers[0].self_attn.o_proj.weight.data.zero_()
@@ -58,9 +82,13 @@ def table(tmp_path_factory):
     for word, after in NEXT.items():
         answer(model, word, after)
     model.save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="<pad>"))
+    words = Tokenizer(
+        models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="<pad>")
+    )
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<pad>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<end>", pad_token="<pad>"
+    ).save_pretrained(folder)
     return folder
 
 
@@ -85,19 +113,40 @@ def test_the_score_of_a_model_whose_answers_are_known(table, tmp_path):
     edit_model(run, settings, apply)
     before, after = run.summary["before"], run.summary["after"]
     wanted = {
-        "efficacy": (0, 0), "efficacy/tokens": (0, 0.5), "efficacy/probability": (Q * Q, P * Q), "efficacy/said": (0, 0),
-        "paraphrase": (0, 0), "paraphrase/tokens": (0, 0), "paraphrase/probability": (Q * Q, Q * Q), "paraphrase/said": (0, 0),
-        "neighbourhood": (1, 0.5), "neighbourhood/tokens": (1, 0.5), "neighbourhood/probability": (P, (P + Q) / 2),
-        "neighbourhood/said": (1, 0.5), "other_relation": (1, 1), "other_relation/tokens": (1, 1),
-        "other_relation/probability": (P, P), "other_relation/said": (1, 1), "rows": (1, 1), "rows/neighbourhood": (2, 2),
-    }  # fmt: skip
+        "efficacy": (0, 0),
+        "efficacy/tokens": (0, 0.5),
+        "efficacy/probability": (Q * Q, P * Q),
+        "efficacy/said": (0, 0),
+        "paraphrase": (0, 0),
+        "paraphrase/tokens": (0, 0),
+        "paraphrase/probability": (Q * Q, Q * Q),
+        "paraphrase/said": (0, 0),
+        "neighbourhood": (1, 0.5),
+        "neighbourhood/tokens": (1, 0.5),
+        "neighbourhood/probability": (P, (P + Q) / 2),
+        "neighbourhood/said": (1, 0.5),
+        "other_relation": (1, 1),
+        "other_relation/tokens": (1, 1),
+        "other_relation/probability": (P, P),
+        "other_relation/said": (1, 1),
+        "rows": (1, 1),
+        "rows/neighbourhood": (2, 2),
+    }
     assert before == pytest.approx({name: first for name, (first, _) in wanted.items()}, rel=1e-4)
     assert after == pytest.approx({name: second for name, (_, second) in wanted.items()}, rel=1e-4)
     rows = {row["prompt"]: row for row in run.lines("edits")}
-    assert [row["what"] for row in rows.values()] == ["efficacy", "paraphrase", "neighbourhood", "neighbourhood", "other_relation"]
+    assert [row["what"] for row in rows.values()] == [
+        "efficacy",
+        "paraphrase",
+        "neighbourhood",
+        "neighbourhood",
+        "other_relation",
+    ]
     assert (rows["home of Ada"]["before"], rows["home of Ada"]["after"]) == ("Bonn", "Rome later")
     assert (rows["home of Eve"]["after"], rows["home of Eve"]["holds"]) == ("Rome later", False)
-    assert rows["Ada job"]["holds"] and rows["Ada job"]["probability_after"] == pytest.approx(P, rel=1e-4)
+    assert rows["Ada job"]["holds"] and rows["Ada job"]["probability_after"] == pytest.approx(
+        P, rel=1e-4
+    )
 
 
 def test_a_fact_that_is_learned_whole_is_said_and_the_saved_model_says_it(table, tmp_path):
@@ -113,17 +162,28 @@ def test_a_fact_that_is_learned_whole_is_said_and_the_saved_model_says_it(table,
     after = run.summary["after"]
     names = ("efficacy", "paraphrase", "neighbourhood", "other_relation")
     assert all(after[name + part] == 1 for name in names for part in ("", "/tokens", "/said"))
-    saved, tokenizer = load_model(run.path / "model", "float32", "cpu"), load_tokenizer(str(run.path / "model"))
+    saved, tokenizer = (
+        load_model(run.path / "model", "float32", "cpu"),
+        load_tokenizer(str(run.path / "model")),
+    )
     [found] = read_answers(saved, tokenizer, [Probe(0, "efficacy", EDIT["prompt"], EDIT["target"])])
-    assert found.text == "Rome now" and all(found.right) and found.logp == pytest.approx(2 * math.log(P), rel=1e-4)
+    assert (
+        found.text == "Rome now"
+        and all(found.right)
+        and found.logp == pytest.approx(2 * math.log(P), rel=1e-4)
+    )
 
 
 def test_the_end_of_the_text_is_no_part_of_the_answer(table, tmp_path):
     settings = settings_for(table, tmp_path, EDIT | {"target": " Rome"})
     run = new_run(settings, tmp_path)
-    edit_model(run, settings, lambda model, edits: answer(model, "Ada", "Rome"))  # which goes on with `later`
+    edit_model(
+        run, settings, lambda model, edits: answer(model, "Ada", "Rome")
+    )  # which goes on with `later`
     after = run.summary["after"]
-    assert after["efficacy"] == after["efficacy/said"] == 1 and after["efficacy/probability"] == pytest.approx(P, rel=1e-4)
+    assert after["efficacy"] == after["efficacy/said"] == 1 and after[
+        "efficacy/probability"
+    ] == pytest.approx(P, rel=1e-4)
 
 
 def test_padding_and_batches_change_no_answer():
@@ -135,27 +195,49 @@ def test_padding_and_batches_change_no_answer():
 
 
 def test_what_is_edited_itself_is_not_asked_to_stay():
-    other = {"subject": "Bob", "prompt": "home of Bob", "target": " Oslo", "paraphrases": ["Ada job"]}
+    other = {
+        "subject": "Bob",
+        "prompt": "home of Bob",
+        "target": " Oslo",
+        "paraphrases": ["Ada job"],
+    }
     asked = [(p.edit, p.what, p.prompt) for p in probes_of([EDIT, other])]
     assert asked == [
-        (0, "efficacy", "home of Ada"), (0, "paraphrase", "Ada home of she"), (0, "neighbourhood", "home of Eve"),
-        (1, "efficacy", "home of Bob"), (1, "paraphrase", "Ada job"),
-    ]  # fmt: skip
+        (0, "efficacy", "home of Ada"),
+        (0, "paraphrase", "Ada home of she"),
+        (0, "neighbourhood", "home of Eve"),
+        (1, "efficacy", "home of Bob"),
+        (1, "paraphrase", "Ada job"),
+    ]
 
 
 def test_said_is_whole_words_in_any_case():
     for text, target, wanted in (
-        ("In Rome.", " rome", True), ("romeo", " Rome", False), ("chrome", "Rome", False), ("12", " 1", False),
-        ("about 1.", " 1", True), ("C++ (the language)", " c++", True), ("", " Rome", False),
-    ):  # fmt: skip
+        ("In Rome.", " rome", True),
+        ("romeo", " Rome", False),
+        ("chrome", "Rome", False),
+        ("12", " 1", False),
+        ("about 1.", " 1", True),
+        ("C++ (the language)", " c++", True),
+        ("", " Rome", False),
+    ):
         assert contains_answer(text, target) == wanted, (text, target)
 
 
 def test_kinds_that_are_not_asked_are_not_scored():
     answers = [Answer([1], [True], 0.0, "x")]
     found = score_edits([Probe(0, "efficacy", "a", " x")], answers, answers)
-    assert found == {"efficacy": 1, "efficacy/tokens": 1, "efficacy/probability": 1, "efficacy/said": 1, "rows": 1}
-    assert all(metric(name).meaning for name in ("efficacy/said", "paraphrase", "neighbourhood/tokens", "other_relation"))
+    assert found == {
+        "efficacy": 1,
+        "efficacy/tokens": 1,
+        "efficacy/probability": 1,
+        "efficacy/said": 1,
+        "rows": 1,
+    }
+    assert all(
+        metric(name).meaning
+        for name in ("efficacy/said", "paraphrase", "neighbourhood/tokens", "other_relation")
+    )
 
 
 def test_facts_to_change_are_seen_before_a_run():
@@ -167,8 +249,14 @@ def test_facts_to_change_are_seen_before_a_run():
 WRONG = {
     "no target": ({"subject": "Ada", "prompt": "home of Ada"}, "columns subject, prompt;"),
     "another subject": (EDIT | {"subject": "Eva"}, "which the prompt does not name"),
-    "a conversation": (EDIT | {"prompt": [{"role": "user", "content": "home of Ada"}]}, "expected text"),
-    "a neighbour without answer": (EDIT | {"neighbours": [{"prompt": "home of Bob"}]}, "neighbours holds"),
+    "a conversation": (
+        EDIT | {"prompt": [{"role": "user", "content": "home of Ada"}]},
+        "expected text",
+    ),
+    "a neighbour without answer": (
+        EDIT | {"neighbours": [{"prompt": "home of Bob"}]},
+        "neighbours holds",
+    ),
     "an empty paraphrase": (EDIT | {"paraphrases": [" "]}, "paraphrases, entry 1, is empty"),
 }
 
@@ -180,7 +268,11 @@ def test_wrong_rows_are_one_line_before_anything_is_computed(table, tmp_path, na
     run = new_run(settings, tmp_path)
     with pytest.raises(WrongInput) as caught, run.active():
         edit_model(run, settings, lambda model, edits: pytest.fail("applied"))
-    assert "\n" not in str(caught.value) and "edits.jsonl:2:" in str(caught.value) and part in str(caught.value)
+    assert (
+        "\n" not in str(caught.value)
+        and "edits.jsonl:2:" in str(caught.value)
+        and part in str(caught.value)
+    )
     assert run.status == "failed" and run.summary == {}
 
 
@@ -194,7 +286,11 @@ def test_a_run_that_fails_begins_again(table, tmp_path):
 
     with pytest.raises(WrongInput), run.active():
         edit_model(run, settings, broken)
-    assert run.status == "failed" and not (run.path / "edits.jsonl").exists() and "after" not in run.summary
+    assert (
+        run.status == "failed"
+        and not (run.path / "edits.jsonl").exists()
+        and "after" not in run.summary
+    )
     with run.active():
         edit_model(run, settings, lambda model, edits: run.log(1, loss=1.0))
     assert [row["loss"] for row in run.lines()] == [1.0] and run.status == "finished"
@@ -217,6 +313,14 @@ def test_a_task_that_the_model_knows_shows_what_an_edit_costs_elsewhere(tmp_path
 def test_what_stays_is_what_the_model_said_and_not_what_is_true():
     same = Answer([7, 8], [False, True], math.log(0.1), "x")
     found = score_edits([Probe(0, "neighbourhood", "a", " b")], [same], [same])
-    assert found["neighbourhood"] == found["neighbourhood/tokens"] == found["neighbourhood/said"] == 1.0
+    assert (
+        found["neighbourhood"]
+        == found["neighbourhood/tokens"]
+        == found["neighbourhood/said"]
+        == 1.0
+    )
     other = Answer([5, 8], [True, True], math.log(0.9), "b")
-    assert score_edits([Probe(0, "neighbourhood", "a", " b")], [other], [same])["neighbourhood/tokens"] == 0.5
+    assert (
+        score_edits([Probe(0, "neighbourhood", "a", " b")], [other], [same])["neighbourhood/tokens"]
+        == 0.5
+    )

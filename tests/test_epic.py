@@ -1,10 +1,21 @@
 "Distances between rewards: invariances, opposite ends, the triangle inequality, what rewriting does to a reward, wrong shapes."
+
 import random
 
 import pytest
 import torch
 
-from polm_lab.rewards.distance import REWRITES, agreement, answer_distance, epic, epic_form, half_distance, rewritten, starc, starc_form
+from polm_lab.rewards.distance import (
+    REWRITES,
+    agreement,
+    answer_distance,
+    epic,
+    epic_form,
+    half_distance,
+    rewritten,
+    starc,
+    starc_form,
+)
 from polm_lab.core.knobs import WrongInput
 from polm_lab.data.tasks import TASKS
 from polm_lab.data.language import gold
@@ -25,15 +36,29 @@ def test_shaping_and_scale_are_nothing_and_the_opposite_is_everything(name):
     assert d(R, R + 0.7) < 1e-7, "a constant is shaping"
     wrong = PHI - GAMMA * PHI[:, None, None]  # the discount on the wrong side is no shaping
     assert d(R, R + 3 * wrong) > 0.01
-    assert d(R, Q) == pytest.approx(d(Q, R)) and d(R, T) <= d(R, Q) + d(Q, T) + 1e-9 and 0 < d(R, Q) < 1
+    assert (
+        d(R, Q) == pytest.approx(d(Q, R))
+        and d(R, T) <= d(R, Q) + d(Q, T) + 1e-9
+        and 0 < d(R, Q) < 1
+    )
 
 
 def test_epic_form_by_its_definition():
-    states, actions = torch.rand(N, generator=MAKER).double().softmax(0), torch.rand(M, generator=MAKER).double().softmax(0)
+    states, actions = (
+        torch.rand(N, generator=MAKER).double().softmax(0),
+        torch.rand(M, generator=MAKER).double().softmax(0),
+    )
     found = epic_form(R, GAMMA, states, actions)
-    mean = lambda f: sum(states[i] * actions[a] * states[j] * f(i, a, j) for i in range(N) for a in range(M) for j in range(N))
+    mean = lambda f: sum(
+        states[i] * actions[a] * states[j] * f(i, a, j)
+        for i in range(N)
+        for a in range(M)
+        for j in range(N)
+    )
     s, a, t = 1, 2, 4
-    by_hand = R[s, a, t] + mean(lambda i, b, j: GAMMA * R[t, b, j] - R[s, b, j] - GAMMA * R[i, b, j])
+    by_hand = R[s, a, t] + mean(
+        lambda i, b, j: GAMMA * R[t, b, j] - R[s, b, j] - GAMMA * R[i, b, j]
+    )
     assert found[s, a, t].item() == pytest.approx(by_hand.item())
 
 
@@ -51,8 +76,13 @@ def test_starc_form_is_the_advantage_of_the_policy():
 
 def test_answers_to_prompts():
     r = torch.randn(30, 4, generator=MAKER).double()
-    assert answer_distance(r, 5 * r + torch.randn(30, 1, generator=MAKER).double()) < 1e-7 and answer_distance(r, -r) == pytest.approx(1.0)
-    assert answer_distance(r, torch.zeros(30, 4)) == pytest.approx(0.5) and half_distance(torch.zeros(3), torch.zeros(3)) == 0.0
+    assert answer_distance(
+        r, 5 * r + torch.randn(30, 1, generator=MAKER).double()
+    ) < 1e-7 and answer_distance(r, -r) == pytest.approx(1.0)
+    assert (
+        answer_distance(r, torch.zeros(30, 4)) == pytest.approx(0.5)
+        and half_distance(torch.zeros(3), torch.zeros(3)) == 0.0
+    )
     advantage = r - r.mean(1, keepdim=True)
     assert answer_distance(r, advantage) < 1e-7, "a reward and its advantage within the group"
 
@@ -60,17 +90,30 @@ def test_answers_to_prompts():
 def test_rewrites_keep_what_gold_sees_and_change_the_words():
     rows = TASKS["chat"].rows("preference", 30, seed=5, split="test")
     for how in REWRITES:
-        said = [(row["prompt"], row["chosen"], rewritten(row["chosen"], how, random.Random(1))) for row in rows]
-        assert all(abs(gold(p, a[-1]["content"])["total"] - gold(p, b[-1]["content"])["total"]) < 0.1 for p, a, b in said)
-        assert sum(a != b for _, a, b in said) >= 5 and all(len(b) == 1 and b[0]["role"] == "assistant" for _, _, b in said)
+        said = [
+            (row["prompt"], row["chosen"], rewritten(row["chosen"], how, random.Random(1)))
+            for row in rows
+        ]
+        assert all(
+            abs(gold(p, a[-1]["content"])["total"] - gold(p, b[-1]["content"])["total"]) < 0.1
+            for p, a, b in said
+        )
+        assert sum(a != b for _, a, b in said) >= 5 and all(
+            len(b) == 1 and b[0]["role"] == "assistant" for _, _, b in said
+        )
     assert rewritten("Gladly! So.", "opening", random.Random(0)) != "Gladly! So."
 
 
 def test_agreement_tells_a_reward_of_meaning_from_one_of_words():
     rows = TASKS["chat"].rows("preference", 20, seed=6, split="test")
-    words = lambda prompts, completions: [float("Gladly!" in c[-1]["content"]) + len(c[-1]["content"]) / 1000 for c in completions]
+    words = lambda prompts, completions: [
+        float("Gladly!" in c[-1]["content"]) + len(c[-1]["content"]) / 1000 for c in completions
+    ]
     table = agreement(words, rows)
-    assert table.loc["opening", "kept"] < 1 and table.loc["opening", "moved"] > table.loc["spaces", "moved"] > 0
+    assert (
+        table.loc["opening", "kept"] < 1
+        and table.loc["opening", "moved"] > table.loc["spaces", "moved"] > 0
+    )
     constant = agreement(lambda prompts, completions: [0.0] * len(prompts), rows)
     assert (constant.kept == 1).all() and (constant.moved == 0).all()
 

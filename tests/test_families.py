@@ -16,27 +16,104 @@ from polm_lab.models.logprobs import Policy
 from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.models.save import save_model
 from polm_lab.efficiency import slim
-from polm_lab.efficiency.compression.structured_surgery import block_facts, check_depth, check_same, cut
-from polm_lab.efficiency.compression.structured_surgery import drop_blocks, fits, kept_entries, layers_of, rebuild
+from polm_lab.efficiency.compression.structured_surgery import (
+    block_facts,
+    check_depth,
+    check_same,
+    cut,
+)
+from polm_lab.efficiency.compression.structured_surgery import (
+    drop_blocks,
+    fits,
+    kept_entries,
+    layers_of,
+    rebuild,
+)
 from polm_lab.efficiency.compression.rotation import embedding_scale, fold_norms, gain_of
 from polm_lab.efficiency.compression.rotation import read_stream, rotate
 from polm_lab.efficiency.slim import Slim, check_cut, cut_widths, slice_model, sliced_width
 
 # What SliceGPT works on; the others, and what is said of them.
-SLICED = ("llama", "llama tied", "llama biases", "mistral", "qwen2", "qwen3", "gemma", "phi3", "granite", "smollm3", "glm", "ernie4_5", "seed_oss", "hunyuan_v1_dense", "arcee", "apertus", "ministral")
+SLICED = (
+    "llama",
+    "llama tied",
+    "llama biases",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "phi3",
+    "granite",
+    "smollm3",
+    "glm",
+    "ernie4_5",
+    "seed_oss",
+    "hunyuan_v1_dense",
+    "arcee",
+    "apertus",
+    "ministral",
+)
 UNSLICED = {
-    "no linear layer reads": ("gemma2", "gemma3_text", "olmo2", "olmo3", "glm4", "exaone4", "bloom"),
-    "does not give x / rms(x)": ("phi", "opt", "gpt_neox", "gptj", "codegen", "gpt_neo", "stablelm", "cohere", "cohere2", "falcon", "starcoder2", "mpt", "gpt_bigcode", "nemotron", "persimmon"),
+    "no linear layer reads": (
+        "gemma2",
+        "gemma3_text",
+        "olmo2",
+        "olmo3",
+        "glm4",
+        "exaone4",
+        "bloom",
+    ),
+    "does not give x / rms(x)": (
+        "phi",
+        "opt",
+        "gpt_neox",
+        "gptj",
+        "codegen",
+        "gpt_neo",
+        "stablelm",
+        "cohere",
+        "cohere2",
+        "falcon",
+        "starcoder2",
+        "mpt",
+        "gpt_bigcode",
+        "nemotron",
+        "persimmon",
+    ),
     "does not read a norm with a weight": ("olmo",),
     "are in linear layers": ("gpt2", "mixtral", "qwen3_moe", "gpt_oss"),
     "where the stream has 48": ("mamba", "deepseek_v3"),
     "not allowed by HeliumConfig": ("helium",),
-}  # fmt: skip
+}
 # What heads and neurons can be cut from.
-NARROWED = ("llama", "llama tied", "llama biases", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo", "cohere", "cohere2", "granite", "smollm3", "exaone4", "ernie4_5",
-            "seed_oss", "hunyuan_v1_dense", "ministral")  # fmt: skip
-UNCUT = {"not allowed by": ("stablelm", "olmo2", "olmo3", "helium"), "are in linear layers": ("gpt2", "mixtral", "qwen3_moe", "gpt_oss")}
-UNCUT["its blocks have the linear layers"] = tuple(set(FAMILIES) - {*NARROWED, *UNCUT["not allowed by"], *UNCUT["are in linear layers"]})
+NARROWED = (
+    "llama",
+    "llama tied",
+    "llama biases",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "olmo",
+    "cohere",
+    "cohere2",
+    "granite",
+    "smollm3",
+    "exaone4",
+    "ernie4_5",
+    "seed_oss",
+    "hunyuan_v1_dense",
+    "ministral",
+)
+UNCUT = {
+    "not allowed by": ("stablelm", "olmo2", "olmo3", "helium"),
+    "are in linear layers": ("gpt2", "mixtral", "qwen3_moe", "gpt_oss"),
+}
+UNCUT["its blocks have the linear layers"] = tuple(
+    set(FAMILIES) - {*NARROWED, *UNCUT["not allowed by"], *UNCUT["are in linear layers"]}
+)
 
 
 def refusals(table: dict) -> list:
@@ -49,7 +126,11 @@ def reloaded(model, folder):
 
 
 def test_every_family_is_in_one_list():
-    assert sorted(FAMILIES) == sorted([*SLICED, *(f for f, _ in refusals(UNSLICED))]) == sorted([*NARROWED, *(f for f, _ in refusals(UNCUT))])
+    assert (
+        sorted(FAMILIES)
+        == sorted([*SLICED, *(f for f, _ in refusals(UNSLICED))])
+        == sorted([*NARROWED, *(f for f, _ in refusals(UNCUT))])
+    )
 
 
 # Dimensions of the residual stream --------------------------------------------------------------------------------
@@ -64,9 +145,14 @@ def test_slicing_nothing_leaves_the_logits(family, tmp_path):
     check_cut(model, Slim(algorithm="slicegpt", ratio=0.25))
     whole = slice_model(model, text, 0.0, 2)[0]
     assert gap(whole(text).logits, expected) < 1e-5
-    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())  # the model itself stays
+    assert all(
+        torch.equal(before[name], p) for name, p in model.state_dict().items()
+    )  # the model itself stays
     small = slice_model(model, text, 0.25, 2)[0]
-    assert small.config.hidden_size == 36 and gap(reloaded(small, tmp_path / "small")(text).logits, small(text).logits) < 1e-6
+    assert (
+        small.config.hidden_size == 36
+        and gap(reloaded(small, tmp_path / "small")(text).logits, small(text).logits) < 1e-6
+    )
 
 
 @pytest.mark.parametrize("family", ["llama biases", "gemma", "granite", "phi3", "glm"])
@@ -95,7 +181,11 @@ def test_what_cannot_be_sliced_is_refused(family, words):
 
 def test_gains_are_measured():
     "Gemma keeps the gain less 1, and multiplies embeddings by √48; Granite by 3."
-    for family, offset, scale in (("llama", 0.0, 1.0), ("gemma", 1.0, 48**0.5), ("granite", 0.0, 3.0)):
+    for family, offset, scale in (
+        ("llama", 0.0, 1.0),
+        ("gemma", 1.0, 48**0.5),
+        ("granite", 0.0, 3.0),
+    ):
         model = make(family)
         norm = model.model.layers[1].input_layernorm
         gain, one = gain_of(norm)
@@ -110,13 +200,19 @@ def test_readers_and_writers_are_found_without_names():
     model = make("phi3")
     norms, writers = read_stream(model)
     names = {m: n for n, m in model.named_modules()}
-    first = [(names[norm], [names[layer] for layer in layers]) for norm, layers in (norms[0], norms[1], norms[-1])]
+    first = [
+        (names[norm], [names[layer] for layer in layers])
+        for norm, layers in (norms[0], norms[1], norms[-1])
+    ]
     assert first == [
         ("model.layers.0.input_layernorm", ["model.layers.0.self_attn.qkv_proj"]),
         ("model.layers.0.post_attention_layernorm", ["model.layers.0.mlp.gate_up_proj"]),
         ("model.norm", ["lm_head"]),
     ]
-    assert [names[layer].split(".", 3)[3] for layer in writers] == ["self_attn.o_proj", "mlp.down_proj"] * 4
+    assert [names[layer].split(".", 3)[3] for layer in writers] == [
+        "self_attn.o_proj",
+        "mlp.down_proj",
+    ] * 4
 
 
 @pytest.mark.parametrize("algorithm", ["slicegpt", "taylor", "depth"])
@@ -128,7 +224,13 @@ def test_a_model_that_does_something_else_is_seen_by_its_logits(algorithm):
         def forward(self, hidden, *args, **kwargs):
             out = super().forward(hidden, *args, **kwargs)
             place = self.self_attn.layer_idx
-            return out * (1 + 0.1 * (torch.arange(out.shape[-1]) < 9)) if algorithm == "slicegpt" else out * (1 + 0.1 * place) if algorithm == "depth" else out + 0.1 * self.mlp.gate_proj.weight.shape[0]
+            return (
+                out * (1 + 0.1 * (torch.arange(out.shape[-1]) < 9))
+                if algorithm == "slicegpt"
+                else out * (1 + 0.1 * place)
+                if algorithm == "depth"
+                else out + 0.1 * self.mlp.gate_proj.weight.shape[0]
+            )
 
     class Odder(type(model)):
         def __init__(self, config):
@@ -173,7 +275,10 @@ def test_heads_and_neurons_that_give_nothing_can_go(family, tmp_path):
     for ratio in (0.0, 0.25):
         with torch.enable_grad():
             *_, (_, sizes) = cut_widths(copy.deepcopy(model), text, "taylor", ratio, rows=2)
-        assert (sizes["intermediate_size"], sizes["num_key_value_heads"], sizes["head_dim"]) == ((80, 3, width), (60, 2, width))[ratio > 0]
+        assert (sizes["intermediate_size"], sizes["num_key_value_heads"], sizes["head_dim"]) == (
+            (80, 3, width),
+            (60, 2, width),
+        )[ratio > 0]
     for algorithm in ("taylor", "flap"):
         same = copy.deepcopy(model)
         with torch.enable_grad():
@@ -187,7 +292,10 @@ def test_heads_and_neurons_that_give_nothing_can_go(family, tmp_path):
     for block in blocks_of(model):
         cut(block, torch.arange(60), torch.tensor([0, 2]), width)
     small = rebuild(model, **sizes)
-    assert gap(small(text).logits, expected) < 1e-5 and gap(reloaded(small, tmp_path / "small")(text).logits, small(text).logits) < 1e-6
+    assert (
+        gap(small(text).logits, expected) < 1e-5
+        and gap(reloaded(small, tmp_path / "small")(text).logits, small(text).logits) < 1e-6
+    )
 
 
 @pytest.mark.parametrize("family, words", refusals(UNCUT))
@@ -198,7 +306,12 @@ def test_what_cannot_be_narrowed_is_refused(family, words):
 
 
 def test_a_bias_that_the_family_lacks_is_refused_before():
-    for family, names in (("mistral", "mlp_bias"), ("qwen3", "mlp_bias"), ("smollm3", None), ("llama", None)):
+    for family, names in (
+        ("mistral", "mlp_bias"),
+        ("qwen3", "mlp_bias"),
+        ("smollm3", None),
+        ("llama", None),
+    ):
         settings = Slim(algorithm="flap", ratio=0.25)
         if names is None:
             check_cut(make(family), settings)
@@ -238,9 +351,14 @@ def test_a_model_of_fewer_blocks_is_the_model_that_skips_them(family, tmp_path):
     assert torch.equal(check_depth(model, [0, 1, 2, 3])(text).logits, model(text).logits)
     small = check_depth(model, kept)
     again = reloaded(small, tmp_path / "small")
-    assert small.config.num_hidden_layers == len(kept) and gap(small(text, use_cache=False).logits, expected) < 1e-6
+    assert (
+        small.config.num_hidden_layers == len(kept)
+        and gap(small(text, use_cache=False).logits, expected) < 1e-6
+    )
     assert gap(again(text, use_cache=False).logits, expected) < 1e-6
-    assert gap(again(text).logits, expected) < 1e-6  # with a cache, which looks blocks up by their numbers
+    assert (
+        gap(again(text).logits, expected) < 1e-6
+    )  # with a cache, which looks blocks up by their numbers
 
 
 PER_BLOCK = [
@@ -259,22 +377,40 @@ def test_what_is_said_of_each_block_follows_it(family, name, expected, tmp_path)
     was = {i: block_facts(block) for i, block in enumerate(blocks_of(model, linear=False))}
     again = reloaded(drop_blocks(copy.deepcopy(model), [1, 2, 3]), tmp_path / "small")
     assert getattr(again.config, name) == expected and again.config.eos_token_id == [2, 3, 4, 5]
-    assert [block_facts(block) for block in blocks_of(again, linear=False)] == [was[1], was[2], was[3]]
+    assert [block_facts(block) for block in blocks_of(again, linear=False)] == [
+        was[1],
+        was[2],
+        was[3],
+    ]
 
 
 def test_entries_of_a_configuration():
     assert kept_entries(["F", "S", "S", "F"], [1, 2, 3], 4, "layer_types") == ["S", "S", "F"]
     assert kept_entries([80, 96, 112], [0, 2], 3, "intermediate_size") == [80, 112]
     assert kept_entries([[["a", "b"], 2]], [1, 2], 4, "attention_types") == [[["b"], 1], [["a"], 1]]
-    assert kept_entries([0, 3, 5], [1, 3, 5], 6, "mlp_only_layers") == [1, 2] and kept_entries([0, 1, 2], [0, 2], 3, "mlp_only_layers") == [0, 1]
+    assert kept_entries([0, 3, 5], [1, 3, 5], 6, "mlp_only_layers") == [1, 2] and kept_entries(
+        [0, 1, 2], [0, 2], 3, "mlp_only_layers"
+    ) == [0, 1]
     assert kept_entries([0, 1, 1], [0, 2], 3, "no_rope_layers") == [0, 1]
-    for value, name in (([1, 2, 3], "eos_token_id"), (["Llama"], "architectures"), ([1, 2], "sizes"), ("full", "kind"), ([], "mlp_only_layers"), (None, "x")):
+    for value, name in (
+        ([1, 2, 3], "eos_token_id"),
+        (["Llama"], "architectures"),
+        ([1, 2], "sizes"),
+        ("full", "kind"),
+        ([], "mlp_only_layers"),
+        (None, "x"),
+    ):
         assert kept_entries(value, [0, 2], 3, name) == value
 
 
 def test_a_block_that_would_become_another_is_refused(monkeypatch):
     model = make("gemma3_text")
-    monkeypatch.setattr("polm_lab.efficiency.compression.structured_surgery.kept_entries", lambda value, kept, count, name="": value[: len(kept)] if isinstance(value, list) and len(value) == count else value)
+    monkeypatch.setattr(
+        "polm_lab.efficiency.compression.structured_surgery.kept_entries",
+        lambda value, kept, count, name="": (
+            value[: len(kept)] if isinstance(value, list) and len(value) == count else value
+        ),
+    )
     with pytest.raises(WrongInput, match="as block 0, block 1 of a gemma3_text model would have"):
         check_depth(model, [1, 2, 3])
 
@@ -282,7 +418,9 @@ def test_a_block_that_would_become_another_is_refused(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits_stay_and_angles_do_not_become_coarse(dtype):
     model, text = make("llama").to(dtype), ids()
-    model.model.rotary_emb.inv_freq = make("llama").model.rotary_emb.inv_freq  # as when it is loaded in 16 bits
+    model.model.rotary_emb.inv_freq = make(
+        "llama"
+    ).model.rotary_emb.inv_freq  # as when it is loaded in 16 bits
     small = check_depth(model, [0, 2])
     assert small.dtype == dtype and small.model.rotary_emb.inv_freq.dtype == torch.float32
     assert torch.equal(small(text).logits, skipping(model, [0, 2])(text).logits)
@@ -296,7 +434,11 @@ def test_sixteen_bits_stay_and_angles_do_not_become_coarse(dtype):
 def saved(family, folder):
     "A tiny model of `family` with the tokenizer of the embedded one."
     tokenizer = load_tokenizer("tiny")
-    save_model(make(family, vocab_size=len(tokenizer), max_position_embeddings=512, max_seq_len=512), tokenizer, folder)
+    save_model(
+        make(family, vocab_size=len(tokenizer), max_position_embeddings=512, max_seq_len=512),
+        tokenizer,
+        folder,
+    )
     return str(folder)
 
 
@@ -305,23 +447,45 @@ SHORT = dict(calibration_samples=2, eval_rows=2, max_length=32, device="cpu", dt
 
 @pytest.mark.parametrize("family", ["phi3", "opt", "gpt2", "mixtral"])
 def test_depth_needs_no_names(family, runs, tmp_path):
-    run = lab.run("slim", model=saved(family, tmp_path / "model"), algorithm="depth", ratio=0.25, **SHORT)
+    run = lab.run(
+        "slim", model=saved(family, tmp_path / "model"), algorithm="depth", ratio=0.25, **SHORT
+    )
     again = AutoModelForCausalLM.from_pretrained(run.path / "model")
-    assert len(run.record["kept"]) == 3 == again.config.num_hidden_layers and run.summary["after"]["size_mib"] < run.summary["before"]["size_mib"]
+    assert (
+        len(run.record["kept"]) == 3 == again.config.num_hidden_layers
+        and run.summary["after"]["size_mib"] < run.summary["before"]["size_mib"]
+    )
 
 
-@pytest.mark.parametrize("family, algorithm", [("gemma2", "slicegpt"), ("opt", "slicegpt"), ("phi3", "flap"), ("mistral", "flap"), ("gpt2", "taylor")])
-def test_a_cut_that_does_not_fit_is_refused_before_anything_is_evaluated(family, algorithm, runs, tmp_path):
+@pytest.mark.parametrize(
+    "family, algorithm",
+    [
+        ("gemma2", "slicegpt"),
+        ("opt", "slicegpt"),
+        ("phi3", "flap"),
+        ("mistral", "flap"),
+        ("gpt2", "taylor"),
+    ],
+)
+def test_a_cut_that_does_not_fit_is_refused_before_anything_is_evaluated(
+    family, algorithm, runs, tmp_path
+):
     with pytest.raises(WrongInput) as error:
         lab.run("slim", model=saved(family, tmp_path / "model"), algorithm=algorithm, **SHORT)
     assert "\n" not in str(error.value)
     [record] = runs.glob("*/run.json")
-    assert not json.loads(record.read_text()).get("summary") and not (record.parent / "model").exists()
+    assert (
+        not json.loads(record.read_text()).get("summary") and not (record.parent / "model").exists()
+    )
 
 
 def test_widths_are_rounded_to_what_is_allowed():
     model = make("llama")
-    assert sliced_width(model, 0.25) == 36 and sliced_width(model, 0.0) == 48 and sliced_width(model, 0.9) == 6
+    assert (
+        sliced_width(model, 0.25) == 36
+        and sliced_width(model, 0.0) == 48
+        and sliced_width(model, 0.9) == 6
+    )
     assert fits(make("gpt2").config, "num_hidden_layers", 2, 4) == 2
 
 

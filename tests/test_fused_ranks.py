@@ -16,15 +16,21 @@ def exact(rankings, constant=60):
     return sorted(sums, key=lambda item: -sums[item]), sums
 
 
-@pytest.mark.parametrize("rankings, expected", [
-    ([[4, 9], [9, 4]], [4, 9]),  # 1/61 + 1/62 both: 4 was ranked first
-    ([[9, 4], [4, 9]], [9, 4]),
-    ([[1], [2], [3]], [1, 2, 3]),  # each once in the first place
-    ([[3], [2], [1]], [3, 2, 1]),
-    ([[7, 5], [5, 7], [8]], [7, 5, 8]),
-    ([[1, 2, 3], [3, 1, 2], [2, 3, 1]], [1, 2, 3]),  # three sums of the same numbers, added in three orders
-    ([[3, 2, 1], [1, 3, 2], [2, 1, 3]], [3, 2, 1]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rankings, expected",
+    [
+        ([[4, 9], [9, 4]], [4, 9]),  # 1/61 + 1/62 both: 4 was ranked first
+        ([[9, 4], [4, 9]], [9, 4]),
+        ([[1], [2], [3]], [1, 2, 3]),  # each once in the first place
+        ([[3], [2], [1]], [3, 2, 1]),
+        ([[7, 5], [5, 7], [8]], [7, 5, 8]),
+        (
+            [[1, 2, 3], [3, 1, 2], [2, 3, 1]],
+            [1, 2, 3],
+        ),  # three sums of the same numbers, added in three orders
+        ([[3, 2, 1], [1, 3, 2], [2, 1, 3]], [3, 2, 1]),
+    ],
+)
 def test_of_equals_the_first_that_was_ranked(rankings, expected):
     found = fuse_ranks(rankings)
     assert [item for item, _ in found] == expected == exact(rankings)[0]
@@ -38,4 +44,6 @@ def test_no_sum_is_decided_by_rounding():
         items = list(range(size))
         rankings = [items[start:] + items[:start] for start in range(size)]
         found = fuse_ranks(rankings)
-        assert [item for item, _ in found] == items and len({score for _, score in found}) == 1, found
+        assert [item for item, _ in found] == items and len({score for _, score in found}) == 1, (
+            found
+        )

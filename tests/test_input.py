@@ -20,32 +20,113 @@ ROW = {"prompt": "1+1=", "completion": "2"}
 
 
 def jsonl(*rows):
-    return "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows).encode()
+    return "".join(
+        (row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows
+    ).encode()
 
 
 # name: (content of the data file, its name, method, knobs, words of the message)
 DATA = {
-    "malformed JSON on line 3": (jsonl(ROW, ROW, '{"prompt": "1', ROW), "d.jsonl", "sft", {}, ["d.jsonl", "3"]),
+    "malformed JSON on line 3": (
+        jsonl(ROW, ROW, '{"prompt": "1', ROW),
+        "d.jsonl",
+        "sft",
+        {},
+        ["d.jsonl", "3"],
+    ),
     "a list instead of an object": (jsonl(ROW, "[1, 2]"), "d.jsonl", "sft", {}, ["d.jsonl", "2"]),
     "a missing column": (jsonl({"prompt": "1+1="}), "d.jsonl", "sft", {}, ["prompt", "completion"]),
     "columns of another kind": (jsonl(ROW), "d.jsonl", "dpo", {}, ["chosen", "rejected"]),
     "an empty file": (b"", "d.jsonl", "sft", {}, ["d.jsonl", "empty"]),
-    "an empty completion": (jsonl(ROW, {"prompt": "1+1=", "completion": "  "}), "d.jsonl", "sft", {}, ["2", "completion"]),
-    "an empty prompt": (jsonl({"prompt": "", "completion": "2"}), "d.jsonl", "sft", {}, ["1", "prompt"]),
-    "chosen equal to rejected": (jsonl(PAIR, {**PAIR, "rejected": "2"}), "d.jsonl", "dpo", {}, ["2", "chosen", "rejected"]),
-    "a number for a prompt": (jsonl({"prompt": 7, "completion": "2"}), "d.jsonl", "sft", {}, ["1", "prompt", "7"]),
-    "a null": (jsonl(ROW, {"prompt": "1+1=", "completion": None}), "d.jsonl", "sft", {}, ["2", "completion"]),
-    "bytes that are not UTF-8": (b'{"prompt": "caf\xe9", "completion": "2"}\n', "d.jsonl", "sft", {}, ["d.jsonl", "UTF-8"]),
-    "a prompt longer than max_length": (jsonl(ROW, {"prompt": "1+1=" * 200, "completion": "2"}), "d.jsonl", "sft", {"max_length": 64}, ["max_length", "64"]),
-    "a prompt too long to answer": (jsonl(*[{"prompt": "1+1=" * 200, "answer": "2"}] * 30), "d.jsonl", "grpo", {"max_length": 64}, ["max_length"]),
-    "a role nobody knows": (jsonl({"messages": [{"role": "oracle", "content": "x"}, {"role": "assistant", "content": "y"}]}), "d.jsonl", "sft", {}, ["oracle", "role"]),
-    "a conversation without an answer": (jsonl({"messages": [{"role": "user", "content": "x"}]}), "d.jsonl", "sft", {}, ["assistant"]),
+    "an empty completion": (
+        jsonl(ROW, {"prompt": "1+1=", "completion": "  "}),
+        "d.jsonl",
+        "sft",
+        {},
+        ["2", "completion"],
+    ),
+    "an empty prompt": (
+        jsonl({"prompt": "", "completion": "2"}),
+        "d.jsonl",
+        "sft",
+        {},
+        ["1", "prompt"],
+    ),
+    "chosen equal to rejected": (
+        jsonl(PAIR, {**PAIR, "rejected": "2"}),
+        "d.jsonl",
+        "dpo",
+        {},
+        ["2", "chosen", "rejected"],
+    ),
+    "a number for a prompt": (
+        jsonl({"prompt": 7, "completion": "2"}),
+        "d.jsonl",
+        "sft",
+        {},
+        ["1", "prompt", "7"],
+    ),
+    "a null": (
+        jsonl(ROW, {"prompt": "1+1=", "completion": None}),
+        "d.jsonl",
+        "sft",
+        {},
+        ["2", "completion"],
+    ),
+    "bytes that are not UTF-8": (
+        b'{"prompt": "caf\xe9", "completion": "2"}\n',
+        "d.jsonl",
+        "sft",
+        {},
+        ["d.jsonl", "UTF-8"],
+    ),
+    "a prompt longer than max_length": (
+        jsonl(ROW, {"prompt": "1+1=" * 200, "completion": "2"}),
+        "d.jsonl",
+        "sft",
+        {"max_length": 64},
+        ["max_length", "64"],
+    ),
+    "a prompt too long to answer": (
+        jsonl(*[{"prompt": "1+1=" * 200, "answer": "2"}] * 30),
+        "d.jsonl",
+        "grpo",
+        {"max_length": 64},
+        ["max_length"],
+    ),
+    "a role nobody knows": (
+        jsonl(
+            {
+                "messages": [
+                    {"role": "oracle", "content": "x"},
+                    {"role": "assistant", "content": "y"},
+                ]
+            }
+        ),
+        "d.jsonl",
+        "sft",
+        {},
+        ["oracle", "role"],
+    ),
+    "a conversation without an answer": (
+        jsonl({"messages": [{"role": "user", "content": "x"}]}),
+        "d.jsonl",
+        "sft",
+        {},
+        ["assistant"],
+    ),
     "an unknown kind of file": (b"x", "d.docx", "sft", {}, ["d.docx"]),
     "a broken parquet file": (b"PAR1 no", "d.parquet", "sft", {}, ["d.parquet"]),
     "a csv without the columns": (b"a,b\n1,2\n", "d.csv", "sft", {}, ["a, b"]),
     "JSON that is no list of rows": (b'"text"', "d.json", "sft", {}, ["d.json"]),
     "no answers to check": (jsonl(*[{"prompt": "1+1="}] * 30), "d.jsonl", "grpo", {}, ["answer"]),
-    "a label outside the classes": (jsonl(*[ROW] * 30), "d.jsonl", "sft", {"classes": "yes,no"}, ["classes", "'2'"]),
+    "a label outside the classes": (
+        jsonl(*[ROW] * 30),
+        "d.jsonl",
+        "sft",
+        {"classes": "yes,no"},
+        ["classes", "'2'"],
+    ),
 }
 
 # name: (method, knobs, words)
@@ -63,7 +144,11 @@ KNOBS = {
     "a file that is not there": ("sft", {"data": "nothing/there.jsonl"}, ["there.jsonl"]),
     "an unknown adapter": ("sft", {"adapter": "lorra"}, ["lorra", "lora"]),
     "an unknown setting of an adapter": ("sft", {"adapter": "lora:rank=8"}, ["rank"]),
-    "an adapter for layers that do not exist": ("sft", {"adapter": "lora:target_modules=c_attn"}, ["c_attn"]),
+    "an adapter for layers that do not exist": (
+        "sft",
+        {"adapter": "lora:target_modules=c_attn"},
+        ["c_attn"],
+    ),
     "a device that is not there": ("sft", {"device": "cuda:7"}, ["cuda:7"]),
     "a tracker that is not installed": ("sft", {"tracker": "wandb"}, ["wandb", "install"]),
     "batches of nothing": ("sft", {"batch_size": "0"}, ["batch_size"]),
@@ -112,7 +197,14 @@ def nothing_was_computed(runs):
 def test_data(case, tmp_path, runs, capsys):
     content, name, method, knobs, words = DATA[case]
     (tmp_path / name).write_bytes(content)
-    refused(capsys, words, "run", method, "--bare", *pairs({"data": tmp_path / name, "steps": 2} | knobs))
+    refused(
+        capsys,
+        words,
+        "run",
+        method,
+        "--bare",
+        *pairs({"data": tmp_path / name, "steps": 2} | knobs),
+    )
     nothing_was_computed(runs)
     assert (tmp_path / name).read_bytes() == content
 
@@ -120,7 +212,14 @@ def test_data(case, tmp_path, runs, capsys):
 @pytest.mark.parametrize("case", KNOBS)
 def test_knobs(case, runs, capsys):
     method, knobs, words = KNOBS[case]
-    refused(capsys, words, "run", method, "--bare", *pairs({"data": "sums", "steps": 2} | knobs if method in ("sft", "dpo", "grpo") else knobs))
+    refused(
+        capsys,
+        words,
+        "run",
+        method,
+        "--bare",
+        *pairs({"data": "sums", "steps": 2} | knobs if method in ("sft", "dpo", "grpo") else knobs),
+    )
     nothing_was_computed(runs)
 
 
@@ -128,7 +227,14 @@ def test_knobs(case, runs, capsys):
 def test_rewards(case, tmp_path, runs, capsys):
     body, words = REWARDS[case]
     (tmp_path / "mine.py").write_text(f"def mine(prompts, completions, **columns):\n    {body}\n")
-    refused(capsys, ["mine", *words], "run", "grpo", "--bare", *pairs({"rewards": f"{tmp_path / 'mine.py'}:mine", "data": "sums", "steps": 2}))
+    refused(
+        capsys,
+        ["mine", *words],
+        "run",
+        "grpo",
+        "--bare",
+        *pairs({"rewards": f"{tmp_path / 'mine.py'}:mine", "data": "sums", "steps": 2}),
+    )
     nothing_was_computed(runs)
 
 
@@ -161,7 +267,9 @@ def strange(model):
 
 def other_shapes(model):
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "intermediate_size": config["intermediate_size"] + 8}))
+    (model / "config.json").write_text(
+        json.dumps({**config, "intermediate_size": config["intermediate_size"] + 8})
+    )
 
 
 MODELS = {
@@ -180,7 +288,14 @@ MODELS = {
 def test_models(case, model, runs, capsys):
     damage, knobs, words = MODELS[case]
     damage(model)
-    refused(capsys, words, "run", "sft", "--bare", *pairs({"model": model, "data": "sums", "steps": 2} | knobs))
+    refused(
+        capsys,
+        words,
+        "run",
+        "sft",
+        "--bare",
+        *pairs({"model": model, "data": "sums", "steps": 2} | knobs),
+    )
     nothing_was_computed(runs)
 
 
@@ -218,7 +333,9 @@ def test_finished_and_damaged_runs(runs, capsys):
     assert "checkpoint cannot be read" in refused(capsys, [newest.name], "resume", run.id)
     shutil.rmtree(newest)
     assert attempt(capsys, "resume", run.id)[0] == 0, "the checkpoint before it is whole"
-    assert [row["step"] for row in run.lines()] == [1, 2, 3, 4] and (run.path / "model" / "model.safetensors").read_bytes() != weights
+    assert [row["step"] for row in run.lines()] == [1, 2, 3, 4] and (
+        run.path / "model" / "model.safetensors"
+    ).read_bytes() != weights
     (run.path / "run.json").write_text("{")
     refused(capsys, ["run.json", "damaged"], "show", run.path)
 
@@ -243,7 +360,9 @@ def test_a_full_disk(tmp_path, runs):
     record = json.loads((tmp_path / "run.json").read_text())
     assert "exit 1" in done.stdout and "same" in done.stdout, done.stdout + done.stderr
     assert record["status"] == "failed" and "No space left" in record["reason"], record["reason"]
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1]
+    assert [
+        json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ] == [1]
     assert (tmp_path / "checkpoints").read_text() == "", "no half checkpoint is left"
 
 
@@ -253,9 +372,20 @@ def test_weights_that_are_not_finite_end_the_run(runs, capsys, model):
     weights = load_file(model / "model.safetensors")
     weights["model.norm.weight"] = weights["model.norm.weight"] * float("nan")
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    code, lines = attempt(capsys, "run", "sft", "--bare", *pairs({"model": model, "data": "sums", "steps": 2, "eval_rows": 4}))
+    code, lines = attempt(
+        capsys,
+        "run",
+        "sft",
+        "--bare",
+        *pairs({"model": model, "data": "sums", "steps": 2, "eval_rows": 4}),
+    )
     run = all_runs(runs)[0]
-    assert code in (1, 2) and len(lines) == 1 and run.status == "failed" and "finite" in run.read()["reason"], (code, lines)
+    assert (
+        code in (1, 2)
+        and len(lines) == 1
+        and run.status == "failed"
+        and "finite" in run.read()["reason"]
+    ), (code, lines)
 
 
 def test_a_loss_that_is_not_finite_keeps_its_batch(runs):
@@ -268,8 +398,16 @@ def test_a_loss_that_is_not_finite_keeps_its_batch(runs):
 
     run, batch = Run.create("line", {"steps": 3}), dict(x=torch.tensor([[1.0], [2.0]]), weight=2)
     with pytest.raises(FloatingPointError, match="step 1"), run.active():
-        fit(run, Settings(steps=3, device="cpu", dtype="float32"), torch.nn.Linear(1, 1), lambda step, meter: [[batch]], lambda m, b, _: (m(b["x"]) * float("inf")).sum())
-    assert run.status == "failed" and torch.equal(load_file(run.path / "nonfinite-step-1.safetensors")["x"], batch["x"])
+        fit(
+            run,
+            Settings(steps=3, device="cpu", dtype="float32"),
+            torch.nn.Linear(1, 1),
+            lambda step, meter: [[batch]],
+            lambda m, b, _: (m(b["x"]) * float("inf")).sum(),
+        )
+    assert run.status == "failed" and torch.equal(
+        load_file(run.path / "nonfinite-step-1.safetensors")["x"], batch["x"]
+    )
 
 
 def test_the_table_is_long_enough():

@@ -22,19 +22,43 @@ SETTINGS = {
     "dpo": dict(steps=40, data="sums", batch_size=8),
     "reward": dict(steps=60, data="sums", batch_size=8),
     "grpo": dict(steps=40, data="sums", batch_size=16, num_generations=4, max_new_tokens=8),
-    "ppo": dict(steps=40, data="sums", rewards="correct", batch_size=16, max_new_tokens=8, details="whiten_advantages,normalize,adaptive_kl:0.01,missing_eos,clip_value"),
+    "ppo": dict(
+        steps=40,
+        data="sums",
+        rewards="correct",
+        batch_size=16,
+        max_new_tokens=8,
+        details="whiten_advantages,normalize,adaptive_kl:0.01,missing_eos,clip_value",
+    ),
 }
 
-SETTINGS |= {name: dict(steps=40, data="sums", batch_size=16) | m.small for name, m in methods().items() if m.trains and name not in SETTINGS}  # a method that is added is killed too
-SETTINGS["critic-coderl"] = SETTINGS["critic"] | dict(algorithm="coderl", data="", steps=16, batch_size=8)  # learns by PPO's loop, where the others imitate
+SETTINGS |= {
+    name: dict(steps=40, data="sums", batch_size=16) | m.small
+    for name, m in methods().items()
+    if m.trains and name not in SETTINGS
+}  # a method that is added is killed too
+SETTINGS["critic-coderl"] = SETTINGS["critic"] | dict(
+    algorithm="coderl", data="", steps=16, batch_size=8
+)  # learns by PPO's loop, where the others imitate
 
 
 def words(settings):
-    return [w for k, v in (dict(eval_rows=8, save_every=3, dtype="float32", device="cpu") | settings).items() for w in ("-p", k, str(v))]
+    return [
+        w
+        for k, v in (
+            dict(eval_rows=8, save_every=3, dtype="float32", device="cpu") | settings
+        ).items()
+        for w in ("-p", k, str(v))
+    ]
 
 
 def start(*args):
-    return subprocess.Popen([POLM, *map(str, args)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        [POLM, *map(str, args)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 def model_bytes(run):
@@ -43,7 +67,9 @@ def model_bytes(run):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_killed_and_resumed_equals_uninterrupted(name, runs, tmp_path):
-    whole = start("run", name.partition("-")[0], "--bare", "--out", tmp_path / "whole", *words(SETTINGS[name]))
+    whole = start(
+        "run", name.partition("-")[0], "--bare", "--out", tmp_path / "whole", *words(SETTINGS[name])
+    )
     code, said = whole.wait(timeout=600), whole.stderr.read().decode()
     if code == 2:  # without a sandbox the suite leaves it out
         raise WrongInput(said)
@@ -56,7 +82,9 @@ def test_killed_and_resumed_equals_uninterrupted(name, runs, tmp_path):
     process = start("run", name.partition("-")[0], "--bare", "--out", runs, *words(SETTINGS[name]))
     while True:
         until = time.monotonic() + 120
-        while not (found := all_runs(runs)) or (found[0].status in ("created", "dead", "stopped") and process.poll() is None):
+        while not (found := all_runs(runs)) or (
+            found[0].status in ("created", "dead", "stopped") and process.poll() is None
+        ):
             assert time.monotonic() < until
             time.sleep(0.05)
         run = found[0]
@@ -78,6 +106,8 @@ def test_killed_and_resumed_equals_uninterrupted(name, runs, tmp_path):
     assert [row["step"] for row in run.lines()] == list(range(1, SETTINGS[name]["steps"] + 1))
     timed = ("seconds", "tokens_per_second", "memory_mib")
     strip = lambda rows: [{k: v for k, v in row.items() if k not in timed} for row in rows]
-    assert strip(run.lines()) == strip(reference.lines()), "the metrics are those of the uninterrupted run"
+    assert strip(run.lines()) == strip(reference.lines()), (
+        "the metrics are those of the uninterrupted run"
+    )
     assert strip(run.lines("samples")) == strip(reference.lines("samples"))
     assert Run(run.path).summary == reference.summary

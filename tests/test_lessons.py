@@ -12,7 +12,11 @@ FAILED = SimpleNamespace(ename="AssertionError", evalue="it does not hold\nmore"
 
 
 def prepared(tmp_path, **facts):
-    run = create("sft", dict(data="sums", steps=1, batch_size=2, eval_rows=2, max_length=64, device="cpu"), out=tmp_path)
+    run = create(
+        "sft",
+        dict(data="sums", steps=1, batch_size=2, eval_rows=2, max_length=64, device="cpu"),
+        out=tmp_path,
+    )
     run.update(**facts)
     return run
 
@@ -21,14 +25,19 @@ def test_a_lesson_after_the_run_leaves_it_finished(tmp_path):
     run = prepared(tmp_path, status="finished")
     launch._after_failed_cell(run, FAILED)
     record = Run(run.path).record
-    assert (record["status"], record["notebook_error"]) == ("finished", "AssertionError: it does not hold")
+    assert (record["status"], record["notebook_error"]) == (
+        "finished",
+        "AssertionError: it does not hold",
+    )
 
 
 def test_a_lesson_before_the_run_does_not_stop_it(tmp_path):
     run = prepared(tmp_path)
     launch._after_failed_cell(run, FAILED)
     record = Run(run.path).record
-    assert record["status"] == "finished" and record["notebook_error"] and record["summary"]["after"]
+    assert (
+        record["status"] == "finished" and record["notebook_error"] and record["summary"]["after"]
+    )
 
 
 def test_another_error_before_the_run_fails_it(tmp_path):

@@ -155,7 +155,9 @@ def test_an_endpoint_that_dies_ends_in_one_line_and_what_it_said_is_kept(server,
     server.dead, server.asked = False, -100
     with run.active():
         kept = make_rows(run, ROWS, make, at_once=3)
-    assert server.asked + 100 == len(ROWS) - said and [r["completion"] for r in kept] == ["fine"] * 20
+    assert (
+        server.asked + 100 == len(ROWS) - said and [r["completion"] for r in kept] == ["fine"] * 20
+    )
     assert run.status == "finished"
 
 
@@ -177,16 +179,24 @@ def test_parents_lead_back_through_two_rounds(tmp_path):
     assert [row["parents"] for row in first] == [[{"data": "sums#4", "row": n}] for n in range(4)]
 
     def pairs(rows, seeds):
-        assert all(set(row) == {"prompt", "completion", "draw"} for row in rows), "facts are taken off"
+        assert all(set(row) == {"prompt", "completion", "draw"} for row in rows), (
+            "facts are taken off"
+        )
         twice = [[row | {"completion": text} for text in "ab"] for row in rows]
         return twice
 
     second = make_rows(run, first, pairs)
     assert [row["parents"] for row in second] == [[row["id"]] for row in first for _ in range(2)]
-    assert len({row["id"] for row in first + second}) == 12 and {r["verdict"] for r in second} == {"kept"}
-    joined = make_rows(run, first, lambda rows, seeds: [[{"prompt": "x", "parents": ["a", "b"]}]], part="joined-")
+    assert len({row["id"] for row in first + second}) == 12 and {r["verdict"] for r in second} == {
+        "kept"
+    }
+    joined = make_rows(
+        run, first, lambda rows, seeds: [[{"prompt": "x", "parents": ["a", "b"]}]], part="joined-"
+    )
     assert joined[0]["parents"] == ["a", "b"]
-    assert load_data(str(run.path / "data.jsonl"), "completion", "all")[0]["parents"] == [first[0]["id"]]
+    assert load_data(str(run.path / "data.jsonl"), "completion", "all")[0]["parents"] == [
+        first[0]["id"]
+    ]
 
 
 def test_verdicts_see_what_was_kept_and_are_counted(tmp_path):
@@ -195,14 +205,22 @@ def test_verdicts_see_what_was_kept_and_are_counted(tmp_path):
     def make(rows, seeds):
         number = int(rows[0]["prompt"][:-3])
         text = {"completion": str(number % 4)}
-        return [[] if number == 0 else [text] if number < 19 else [text | {"verdict": "unreadable"}]]
+        return [
+            [] if number == 0 else [text] if number < 19 else [text | {"verdict": "unreadable"}]
+        ]
 
     def new(row, kept):
         return "seen before" if row["completion"] in [k["completion"] for k in kept] else "kept"
 
     kept = make_rows(run, ROWS, make, new, at_once=4)
     assert [row["completion"] for row in kept] == ["1", "2", "3", "0"]
-    wanted = {"rows": 19, "kept": 4 / 19, "verdict/kept": 4, "verdict/seen before": 14, "verdict/unreadable": 1}
+    wanted = {
+        "rows": 19,
+        "kept": 4 / 19,
+        "verdict/kept": 4,
+        "verdict/seen before": 14,
+        "verdict/unreadable": 1,
+    }
     assert run.summary == {"before": {"rows": 20}, "after": wanted}
     assert [row["verdict"] for row in run.lines("rows")].count("seen before") == 14
 
@@ -210,8 +228,14 @@ def test_verdicts_see_what_was_kept_and_are_counted(tmp_path):
 def test_nothing_kept_is_one_line_with_the_counts(tmp_path):
     run = new_run(tmp_path)
     with pytest.raises(WrongInput) as caught:
-        make_rows(run, ROWS, Maker(), lambda row, kept: "dull" if row["completion"] < "5" else "old")
-    assert "none of 20 rows" in str(caught.value) and "dull" in str(caught.value) and "\n" not in str(caught.value)
+        make_rows(
+            run, ROWS, Maker(), lambda row, kept: "dull" if row["completion"] < "5" else "old"
+        )
+    assert (
+        "none of 20 rows" in str(caught.value)
+        and "dull" in str(caught.value)
+        and "\n" not in str(caught.value)
+    )
     assert len(run.lines("rows")) == 20 and not (run.path / "data.jsonl").exists()
 
 
@@ -233,14 +257,18 @@ def test_rows_know_their_place_and_seeds_depend_on_the_number_alone(tmp_path):
     other = Maker()
     made = make_rows(new_run(tmp_path), ROWS[:5], other)
     assert [where for where, _ in seen] == [f"file:{n}" for n in range(1, 21)]
-    assert [row["draw"] for row in made] == [seed for _, seed in seen[:5]] and len({s for _, s in seen}) == 20
+    assert [row["draw"] for row in made] == [seed for _, seed in seen[:5]] and len(
+        {s for _, s in seen}
+    ) == 20
 
 
 def test_other_processes_wait_and_read(whole, tmp_path):
     run = new_run(tmp_path)
     reader = Run(run.path, writes=False)
     found = []
-    thread = threading.Thread(target=lambda: found.extend(make_rows(reader, ROWS, Maker(1, lose), odd)))
+    thread = threading.Thread(
+        target=lambda: found.extend(make_rows(reader, ROWS, Maker(1, lose), odd))
+    )
     thread.start()
     make_rows(run, ROWS, Maker(), odd)
     thread.join(30)

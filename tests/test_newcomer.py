@@ -41,7 +41,10 @@ def test_words_of_the_command_line(words, capsys):
 
 
 def test_a_value_may_hold_an_equals_sign(capsys):
-    assert polm.main(args=["run", "sft", "-p", "adapter", "lora:r=x", "-p", "steps", "0", "--bare"]) == 2
+    assert (
+        polm.main(args=["run", "sft", "-p", "adapter", "lora:r=x", "-p", "steps", "0", "--bare"])
+        == 2
+    )
     assert "adapter 'lora:r=x': r = 'x'; expected int" in capsys.readouterr().err
 
 
@@ -52,7 +55,10 @@ def test_names_in_capitals():
 def test_a_name_that_is_not_utf8(capsys):
     name = os.fsdecode(b"d\xe9.jsonl")
     assert polm.main(args=["run", "sft", "--bare", "-p", "data", name]) == 2
-    assert capsys.readouterr().err == "polm: d\\udce9.jsonl: its bytes are not UTF-8; expected UTF-8, which records are written in; rename the file or folder\n"
+    assert (
+        capsys.readouterr().err
+        == "polm: d\\udce9.jsonl: its bytes are not UTF-8; expected UTF-8, which records are written in; rename the file or folder\n"
+    )
 
 
 @pytest.mark.parametrize("content", ["steps: 2026-13-45\n", "{" * 5000, "? [a]\n: 1\n"])
@@ -60,7 +66,9 @@ def test_knobs_that_yaml_cannot_read(content, tmp_path, capsys):
     (tmp_path / "k.yaml").write_text(content)
     assert polm.main(args=["run", "sft", "-f", str(tmp_path / "k.yaml")]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith(f"polm: {tmp_path / 'k.yaml'}: cannot be read as YAML"), lines
+    assert len(lines) == 1 and lines[0].startswith(
+        f"polm: {tmp_path / 'k.yaml'}: cannot be read as YAML"
+    ), lines
 
 
 C = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
@@ -70,20 +78,47 @@ def test_a_locale_of_c_and_names_with_accents(tmp_path):
     "The data, the folder of runs and what is printed all hold letters that ASCII lacks."
     data, out = tmp_path / "dätä.jsonl", tmp_path / "läufe"
     data.write_text('{"prompt": "é=", "completion": "加"}\n' * 20, encoding="utf-8")
-    command = [POLM, "run", "sft", "--bare", "--out", out, "-p", "data", data, "-p", "steps", "0", "-p", "eval_rows", "1"]
-    done = subprocess.run(command, capture_output=True, timeout=300, env={**os.environ, **C, "OMP_NUM_THREADS": "1"})
+    command = [
+        POLM,
+        "run",
+        "sft",
+        "--bare",
+        "--out",
+        out,
+        "-p",
+        "data",
+        data,
+        "-p",
+        "steps",
+        "0",
+        "-p",
+        "eval_rows",
+        "1",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, timeout=300, env={**os.environ, **C, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0 and not done.stderr, done.stderr
     record = json.loads(next(out.glob("*/run.json")).read_text(encoding="utf-8"))
     assert record["status"] == "finished" and record["settings"]["data"] == str(data)
     assert f"record:    {out}/" in done.stdout.decode()
 
 
-@pytest.mark.parametrize("more", [{}, {"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "latin1"}])
+@pytest.mark.parametrize(
+    "more", [{}, {"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "latin1"}]
+)
 def test_a_message_that_the_terminal_cannot_show(more):
     "It is escaped where it has to be."
-    missing = subprocess.run([POLM, "show", "dö加"], capture_output=True, timeout=300, env={**os.environ, **C, **more})
+    missing = subprocess.run(
+        [POLM, "show", "dö加"], capture_output=True, timeout=300, env={**os.environ, **C, **more}
+    )
     line = missing.stderr.decode("latin1" if "latin1" in more.values() else "utf-8").strip()
-    assert missing.returncode == 2 and line.startswith("polm: ") and len(line.splitlines()) == 1 and "no such run" in line
+    assert (
+        missing.returncode == 2
+        and line.startswith("polm: ")
+        and len(line.splitlines()) == 1
+        and "no such run" in line
+    )
     assert ("dö\\u52a0" if "latin1" in more.values() else "dö加") in line, line
 
 
@@ -92,8 +127,27 @@ def test_a_message_that_the_terminal_cannot_show(more):
 ROWS = '{"prompt": "1+1=", "completion": "zwei é"}\n' * 3
 
 
-@pytest.mark.parametrize("codec, named", [("utf-16", "UTF-16"), ("utf-16-le", "UTF-16LE"), ("utf-16-be", "UTF-16BE"), ("utf-32", "UTF-32"), ("utf-32-le", "UTF-32LE"), ("utf-32-be", "UTF-32BE")])
-@pytest.mark.parametrize("name, text", [("a.jsonl", ROWS), ("a.csv", "prompt,completion\n1,2\n"), ("a.txt", "Ein Wort.\n"), ("a.md", "加 b\n" * 9), ("a.jsonl.gz", ROWS)])
+@pytest.mark.parametrize(
+    "codec, named",
+    [
+        ("utf-16", "UTF-16"),
+        ("utf-16-le", "UTF-16LE"),
+        ("utf-16-be", "UTF-16BE"),
+        ("utf-32", "UTF-32"),
+        ("utf-32-le", "UTF-32LE"),
+        ("utf-32-be", "UTF-32BE"),
+    ],
+)
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("a.jsonl", ROWS),
+        ("a.csv", "prompt,completion\n1,2\n"),
+        ("a.txt", "Ein Wort.\n"),
+        ("a.md", "加 b\n" * 9),
+        ("a.jsonl.gz", ROWS),
+    ],
+)
 def test_text_in_16_or_32_bits_is_named(codec, named, name, text, tmp_path):
     raw = text.encode(codec)
     (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
@@ -103,7 +157,9 @@ def test_text_in_16_or_32_bits_is_named(codec, named, name, text, tmp_path):
     expected = f"{tmp_path / name}: text in {named}; expected UTF-8; convert it with iconv -f {named} -t UTF-8, or save it as UTF-8 where it was written"
     assert str(wrong.value) == expected
     if not name.endswith(".gz"):  # the command does what it says
-        done = subprocess.run(["iconv", "-f", named, "-t", "UTF-8", tmp_path / name], capture_output=True, check=True)
+        done = subprocess.run(
+            ["iconv", "-f", named, "-t", "UTF-8", tmp_path / name], capture_output=True, check=True
+        )
         assert done.stdout.decode("utf-8-sig") == text
 
 
@@ -114,15 +170,42 @@ def test_text_of_8_bits_is_read(tmp_path):
 
 
 OTHERS = {
-    "gzip": (gzip.compress(b"{}\n"), "d.jsonl", "a gzip file; expected text under this name; give it the ending .gz"),
-    "a spreadsheet": (b"PK\x03\x04" + bytes(50), "d.csv", "a zip archive, such as a spreadsheet or a document; expected text under this name; unpack it, or save its table as .csv"),
-    "parquet as lines": (b"PAR1\x15\x04", "d.jsonl", "a parquet file; expected text under this name; give it the ending .parquet"),
-    "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n", "d.parquet",
-                  "a Git LFS pointer, which stands for a file that was not fetched; expected a parquet file under this name; fetch it with git lfs pull"),
-    "a web page": (b"<!DOCTYPE html><html>404</html>", "d.jsonl", "an HTML page, such as the error page of a failed download; expected rows under this name; download the file again"),
-    "a web page as parquet": (b"<html>404</html>", "d.parquet", "an HTML page, such as the error page of a failed download; expected a parquet file under this name; download the file again"),
-    "a PDF": (b"%PDF-1.7\n\xe2\xe3\n", "d.txt", "a PDF; expected text under this name; take the text out of it first"),
-}  # fmt: skip
+    "gzip": (
+        gzip.compress(b"{}\n"),
+        "d.jsonl",
+        "a gzip file; expected text under this name; give it the ending .gz",
+    ),
+    "a spreadsheet": (
+        b"PK\x03\x04" + bytes(50),
+        "d.csv",
+        "a zip archive, such as a spreadsheet or a document; expected text under this name; unpack it, or save its table as .csv",
+    ),
+    "parquet as lines": (
+        b"PAR1\x15\x04",
+        "d.jsonl",
+        "a parquet file; expected text under this name; give it the ending .parquet",
+    ),
+    "a pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n",
+        "d.parquet",
+        "a Git LFS pointer, which stands for a file that was not fetched; expected a parquet file under this name; fetch it with git lfs pull",
+    ),
+    "a web page": (
+        b"<!DOCTYPE html><html>404</html>",
+        "d.jsonl",
+        "an HTML page, such as the error page of a failed download; expected rows under this name; download the file again",
+    ),
+    "a web page as parquet": (
+        b"<html>404</html>",
+        "d.parquet",
+        "an HTML page, such as the error page of a failed download; expected a parquet file under this name; download the file again",
+    ),
+    "a PDF": (
+        b"%PDF-1.7\n\xe2\xe3\n",
+        "d.txt",
+        "a PDF; expected text under this name; take the text out of it first",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", OTHERS)
@@ -136,7 +219,14 @@ def test_a_file_under_another_name(case, tmp_path):
 
 def test_a_flipped_bit_is_found_by_the_checksum(tmp_path):
     path = tmp_path / "d.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["a long text that is not packed"] * 3}), path, compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=True)
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["a long text that is not packed"] * 3}),
+        path,
+        compression="none",
+        use_dictionary=False,
+        write_statistics=False,
+        write_page_checksum=True,
+    )
     assert read_file(path)[0] == {"text": "a long text that is not packed"}
     raw = bytearray(path.read_bytes())
     raw[raw.index(b"long")] ^= 1
@@ -147,10 +237,18 @@ def test_a_flipped_bit_is_found_by_the_checksum(tmp_path):
 
 def test_parquet_with_a_column_twice(tmp_path):
     path = tmp_path / "d.parquet"
-    pyarrow.parquet.write_table(pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"]), path)
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_arrays(
+            [pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"]
+        ),
+        path,
+    )
     with pytest.raises(WrongInput) as wrong:
         read_file(path)
-    assert str(wrong.value) == f"{path}: columns ['text', 'text']; expected a name for each column, each once; rename them"
+    assert (
+        str(wrong.value)
+        == f"{path}: columns ['text', 'text']; expected a name for each column, each once; rename them"
+    )
 
 
 # Rewards and answers
@@ -161,7 +259,10 @@ def test_a_reward_called_nan(tmp_path):
     run.mkdir()
     assert parse_rewards("mine.py:nan") == [("mine.py:nan", 1.0)]
     assert parse_rewards("my.module:inf, correct:0.5") == [("my.module:inf", 1.0), ("correct", 0.5)]
-    assert parse_rewards("mine.py:nan:0.5,model:nan:2") == [("mine.py:nan", 0.5), ("model:nan", 2.0)]
+    assert parse_rewards("mine.py:nan:0.5,model:nan:2") == [
+        ("mine.py:nan", 0.5),
+        ("model:nan", 2.0),
+    ]
     assert parse_rewards(f"model:{run}") == [(f"model:{run}", 1.0)]
     for spec in ("correct:nan", "mine.py:f:inf", "correct:1e999", "mine.py:f:-inf"):
         with pytest.raises(WrongInput, match="expected name or name:weight"):
@@ -169,10 +270,32 @@ def test_a_reward_called_nan(tmp_path):
 
 
 NUMBERS = {
-    "so 1,250.0 in all": "1250", ".5": "0.5", "0.50": "0.5", "x=-.50": "-0.5", "5-3": "3", "3-8=-5": "-5", "答案是-5": "-5", "−5": "-5", "1e3": "1000", "1.5e-3": "0.0015",
-    "0,5": "0.5", "3,4": "3.4", "1,2,3": "3", "1,00,000": "100000", "007": "7", "-0": "0", "50%": "50", "$1,000.": "1000", "5, and": "5", "(-5)": "-5", "1,234.50": "1234.5",
-    "+7": "7", "10": "10", "100": "100", "12345678901234567890123456789012345": "12345678901234567890123456789012345",
-}  # fmt: skip
+    "so 1,250.0 in all": "1250",
+    ".5": "0.5",
+    "0.50": "0.5",
+    "x=-.50": "-0.5",
+    "5-3": "3",
+    "3-8=-5": "-5",
+    "答案是-5": "-5",
+    "−5": "-5",
+    "1e3": "1000",
+    "1.5e-3": "0.0015",
+    "0,5": "0.5",
+    "3,4": "3.4",
+    "1,2,3": "3",
+    "1,00,000": "100000",
+    "007": "7",
+    "-0": "0",
+    "50%": "50",
+    "$1,000.": "1000",
+    "5, and": "5",
+    "(-5)": "-5",
+    "1,234.50": "1234.5",
+    "+7": "7",
+    "10": "10",
+    "100": "100",
+    "12345678901234567890123456789012345": "12345678901234567890123456789012345",
+}
 
 
 @pytest.mark.parametrize("text", NUMBERS)
@@ -187,10 +310,27 @@ def test_a_text_without_a_number():
 @pytest.mark.parametrize(
     "answer, text, right",
     [
-        (".5", "it is 0.5", 1), ("0.5", ".5", 1), (0.5, "= .50", 1), ("1,000", "1000", 1), ("1000", "1,000.00", 1), ("50%", "so 50 %", 1), ("50%", "50", 1), ("50%", "0.5", 0),
-        ("0.5", "50%", 0), ("$5", "5 dollars", 1), ("5", "0,5", 0), ("3,4", "4", 0), (1e-05, "0.00001", 1), ("5.", "5", 1), ("-5", "5", 0), ("5", "10-5", 1),
-        ("blue", "Blue.", 1), ("5 apples", "5", 0), ("1/2", "2", 0), ("1/2", "1/2", 1),
+        (".5", "it is 0.5", 1),
+        ("0.5", ".5", 1),
+        (0.5, "= .50", 1),
+        ("1,000", "1000", 1),
+        ("1000", "1,000.00", 1),
+        ("50%", "so 50 %", 1),
+        ("50%", "50", 1),
+        ("50%", "0.5", 0),
+        ("0.5", "50%", 0),
+        ("$5", "5 dollars", 1),
+        ("5", "0,5", 0),
+        ("3,4", "4", 0),
+        (1e-05, "0.00001", 1),
+        ("5.", "5", 1),
+        ("-5", "5", 0),
+        ("5", "10-5", 1),
+        ("blue", "Blue.", 1),
+        ("5 apples", "5", 0),
+        ("1/2", "2", 0),
+        ("1/2", "1/2", 1),
     ],
-)  # fmt: skip
+)
 def test_answers_are_compared_as_numbers(answer, text, right):
     assert matches({"answer": answer}, text) == right

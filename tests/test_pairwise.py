@@ -24,16 +24,25 @@ from polm_lab.training.pairwise import Objective, train_pairs, wrong_way
 from polm_lab.training.reference import no_reference
 
 SHORT = dict(
-    data="sums", steps=2, batch_size=4, eval_rows=4, max_length=64, device="cpu", dtype="float32",
-    learning_rate=1e-3, warmup=0.0,
-)  # fmt: skip
+    data="sums",
+    steps=2,
+    batch_size=4,
+    eval_rows=4,
+    max_length=64,
+    device="cpu",
+    dtype="float32",
+    learning_rate=1e-3,
+    warmup=0.0,
+)
 
 
 @pytest.fixture(scope="module")
 def template():
     "The exported code of the template as a module; its method is known while the tests of this file run."
     module = types.ModuleType("template_of_pairwise")
-    for cell in json.loads((ROOT / "nbs/_template/pairwise.ipynb").read_text(encoding="utf-8"))["cells"]:
+    for cell in json.loads((ROOT / "nbs/_template/pairwise.ipynb").read_text(encoding="utf-8"))[
+        "cells"
+    ]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "code" and re.search(r"^#\| *export\b", source, re.M):
             exec(source, vars(module))
@@ -70,7 +79,9 @@ def test_a_batch_and_a_table_show_the_same_answers(tokenizer, start):
     seen = 0
     for batch in answer_batches(pairs, 3, tokenizer.pad_token_id):
         rows = batch["rows"]
-        for side, other in zip(batch_answers(policy, batch, lambda b: ref[b["rows"]].unbind(1)), known):
+        for side, other in zip(
+            batch_answers(policy, batch, lambda b: ref[b["rows"]].unbind(1)), known
+        ):
             assert torch.allclose(side.logp, other.logp[rows], atol=2e-4)
             assert torch.equal(side.ref_logp, other.ref_logp[rows])
             assert torch.equal(side.tokens, other.tokens[rows])
@@ -92,14 +103,22 @@ def test_ipo_by_hand(template):
     chosen = Answers(torch.tensor([-3.0]), torch.tensor([-5.0]), torch.tensor([4]))
     rejected = Answers(torch.tensor([-3.0]), torch.tensor([-2.5]), torch.tensor([2]))
     assert template.ipo_loss(chosen, rejected, 0.4).item() == pytest.approx((0.75 - 1.25) ** 2)
-    assert template.ipo_loss(chosen, rejected, 0.4, 0.25).item() == pytest.approx((0.75 - 0.625) ** 2)
+    assert template.ipo_loss(chosen, rejected, 0.4, 0.25).item() == pytest.approx(
+        (0.75 - 0.625) ** 2
+    )
 
 
 def test_a_doubted_pair_pulls_like_the_mean_over_both_labels(template):
-    a, b = (Answers(torch.randn(6, requires_grad=True), torch.randn(6), torch.arange(1, 7)) for _ in range(2))
+    a, b = (
+        Answers(torch.randn(6, requires_grad=True), torch.randn(6), torch.arange(1, 7))
+        for _ in range(2)
+    )
     doubt = torch.tensor([0.0, 0.1, 0.3, 0.5, 0.9, 1.0])
     mixed = (1 - doubt) * template.ipo_loss(a, b, 0.2) + doubt * template.ipo_loss(b, a, 0.2)
-    found, expected = (torch.autograd.grad(x.sum(), a.logp)[0] for x in (template.ipo_loss(a, b, 0.2, doubt), mixed))
+    found, expected = (
+        torch.autograd.grad(x.sum(), a.logp)[0]
+        for x in (template.ipo_loss(a, b, 0.2, doubt), mixed)
+    )
     assert torch.allclose(found, expected, atol=1e-5) and found.abs().max() > 0.1
 
 
@@ -109,12 +128,28 @@ def test_ipo_loss_and_gradient_are_trls(template, tokenizer, start, tmp_path, ta
 
     from trl import DPOConfig, DPOTrainer
 
-    rows = [{k: r[k] for k in ("prompt", "chosen", "rejected")} for r in load_data("chat", "preference")[:5]]
+    rows = [
+        {k: r[k] for k in ("prompt", "chosen", "rejected")}
+        for r in load_data("chat", "preference")[:5]
+    ]
     config = DPOConfig(
-        str(tmp_path), per_device_train_batch_size=5, use_cpu=True, bf16=False, report_to=[],
-        max_length=128, disable_tqdm=True, beta=tau, loss_type="ipo",
-    )  # fmt: skip
-    trainer = DPOTrainer(shaken(start), copy.deepcopy(start), config, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer)
+        str(tmp_path),
+        per_device_train_batch_size=5,
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        max_length=128,
+        disable_tqdm=True,
+        beta=tau,
+        loss_type="ipo",
+    )
+    trainer = DPOTrainer(
+        shaken(start),
+        copy.deepcopy(start),
+        config,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
     batch = next(iter(trainer.get_train_dataloader()))
     theirs = trainer.compute_loss(trainer.model, batch)
     theirs.backward()
@@ -138,7 +173,9 @@ def test_ipo_by_trl_trains_the_same_model(template, runs):
         assert a["loss"] == pytest.approx(b["loss"], abs=2e-4)
         assert a["logp_chosen"] == pytest.approx(b["logp_chosen"], abs=2e-3)
     assert ours.lines()[0]["loss"] == pytest.approx(0.25, rel=1e-5)
-    assert ours.summary["after"]["margin"] == pytest.approx(theirs.summary["after"]["margin"], abs=5e-3)
+    assert ours.summary["after"]["margin"] == pytest.approx(
+        theirs.summary["after"]["margin"], abs=5e-3
+    )
     assert ours.summary["before"]["margin"] == 0.0 and ours.summary["after"]["margin"] != 0.0
 
 
@@ -156,9 +193,16 @@ def test_an_objective_without_a_reference_asks_for_none(tmp_path, monkeypatch):
     monkeypatch.setattr(pairwise, "logps_table", counted)
     monkeypatch.setattr(pairwise, "make_reference", None)
     run = run_of(without_reference(), tmp_path)
-    assert passes == [4, 4] and run.summary["after"]["margin"] != run.summary["before"]["margin"] != 0.0
+    assert (
+        passes == [4, 4]
+        and run.summary["after"]["margin"] != run.summary["before"]["margin"] != 0.0
+    )
     assert {"kl", "logp_chosen", "accuracy", "reward"} <= set(run.summary["after"])
-    assert "reference" not in "\n".join(run.path.joinpath("log.txt").read_text().splitlines() if run.path.joinpath("log.txt").exists() else [])
+    assert "reference" not in "\n".join(
+        run.path.joinpath("log.txt").read_text().splitlines()
+        if run.path.joinpath("log.txt").exists()
+        else []
+    )
     sampled = run.lines("samples")
     first = sampled[0]
     assert first["reward"] == pytest.approx(sum(first["logp"]) / len(first["ids"]), abs=1e-3)
@@ -172,7 +216,11 @@ def test_trl_is_refused_where_it_has_no_such_loss(tmp_path):
 
 def test_doubts_of_the_data_reach_the_loss(tmp_path):
     data = tmp_path / "pairs.jsonl"
-    rows = [dict(prompt=f"{i}+1=", chosen=str(i + 1), rejected=str(i + 2), probability=p) for i in range(20) for p in (0.6, 1.0)]
+    rows = [
+        dict(prompt=f"{i}+1=", chosen=str(i + 1), rejected=str(i + 2), probability=p)
+        for i in range(20)
+        for p in (0.6, 1.0)
+    ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     objective = Objective(lambda a, b, doubt: doubt + 0 * a.logp, mean_logp, reference=False)
     found = run_of(objective, tmp_path / "runs", data=str(data), batch_size=16, steps=4).lines()

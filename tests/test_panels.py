@@ -14,8 +14,27 @@ from plotly.callbacks import Points
 from polm_lab.core.knobs import WrongInput
 from polm_lab.core.metrics import METRICS
 from polm_lab.core.run import Run
-from polm_lab.workbench.compare import Compare, export_figure, family_tree, leaderboard, lineage, report, run_rows, same_prompt, settings_difference
-from polm_lab.workbench.panels import advantage_histogram, explain, frontier, grouped, panels, plain, sample_texts, write_page
+from polm_lab.workbench.compare import (
+    Compare,
+    export_figure,
+    family_tree,
+    leaderboard,
+    lineage,
+    report,
+    run_rows,
+    same_prompt,
+    settings_difference,
+)
+from polm_lab.workbench.panels import (
+    advantage_histogram,
+    explain,
+    frontier,
+    grouped,
+    panels,
+    plain,
+    sample_texts,
+    write_page,
+)
 from polm_lab.workbench.figures import library
 from polm_lab.workbench.record import Record, smooth, thin
 from polm_lab.workbench.watch import Watch
@@ -28,16 +47,42 @@ def make(runs):
     "A finished run with what a policy-gradient run leaves: `make(method, steps, parents=..., **settings)`."
 
     def made(method="grpo", steps=20, parents=(), reached=0.9, **settings):
-        run = Run.create(method, dict(model="tiny", data="sums", steps=steps) | settings, parents=parents)
+        run = Run.create(
+            method, dict(model="tiny", data="sums", steps=steps) | settings, parents=parents
+        )
         with run.active():
             for step in range(1, steps + 1):
                 at = step / steps
-                run.log(step, loss=1 - at, reward=reached * at, kl=0.2 * at, grad_norm=1.0, **{"reward/correct": reached * at})
+                run.log(
+                    step,
+                    loss=1 - at,
+                    reward=reached * at,
+                    kl=0.2 * at,
+                    grad_norm=1.0,
+                    **{"reward/correct": reached * at},
+                )
                 if step % 5 == 0:
-                    run.log(step, **{"eval/reward": reached * at, "eval/kl": 0.2 * at, "eval/accuracy": at})
-                run.sample(step, [dict(group=0, prompt="2+3=", completion=NASTY, reward=float(i), advantage=2.0 * i - 1) for i in (0, 1)])
+                    run.log(
+                        step,
+                        **{"eval/reward": reached * at, "eval/kl": 0.2 * at, "eval/accuracy": at},
+                    )
+                run.sample(
+                    step,
+                    [
+                        dict(
+                            group=0,
+                            prompt="2+3=",
+                            completion=NASTY,
+                            reward=float(i),
+                            advantage=2.0 * i - 1,
+                        )
+                        for i in (0, 1)
+                    ],
+                )
             run.frame("before", dict(accuracy=0.4, reward=0.4, kl=0.0))
-            run.frame("after", dict(accuracy=reached, reward=reached, kl=0.2, perplexity=2 - reached))
+            run.frame(
+                "after", dict(accuracy=reached, reward=reached, kl=0.2, perplexity=2 - reached)
+            )
         return run
 
     return made
@@ -69,7 +114,9 @@ def slowly(run):
 
 
 def same(record, run):
-    return {name: list(zip(*map(np.ndarray.tolist, pair))) for name, pair in record.columns.items()} == slowly(run)
+    return {
+        name: list(zip(*map(np.ndarray.tolist, pair))) for name, pair in record.columns.items()
+    } == slowly(run)
 
 
 def test_a_record_is_what_the_standard_library_reads(make, runs):
@@ -79,13 +126,29 @@ def test_a_record_is_what_the_standard_library_reads(make, runs):
 
 @pytest.mark.parametrize(
     "bad",
-    ['{"step": 2, "lo', "[1, 2]", "7", "", "null", '{"step": 2, "loss": "high"}', '{"loss": 2}', '{"step": 2, "loss": {"a": 1}}', "\x00\x00", '{"step": 2, "loss": 1e999}', "[" * 5000,
-     '{"step": 2, "loss": ' + "9" * 400 + "}"],
-)  # fmt: skip
+    [
+        '{"step": 2, "lo',
+        "[1, 2]",
+        "7",
+        "",
+        "null",
+        '{"step": 2, "loss": "high"}',
+        '{"loss": 2}',
+        '{"step": 2, "loss": {"a": 1}}',
+        "\x00\x00",
+        '{"step": 2, "loss": 1e999}',
+        "[" * 5000,
+        '{"step": 2, "loss": ' + "9" * 400 + "}",
+    ],
+)
 def test_a_damaged_line_costs_only_itself(bad, runs):
     run = lines('{"step": 1, "loss": 3}\n' + bad + '\n{"step": 3, "loss": 2.5, "kl": null}\n', runs)
     record = Record(run)
-    assert record["loss"][0].tolist() == [1, 3] and record["loss"][1].tolist() == [3, 2.5] and record["kl"][0].tolist() == []
+    assert (
+        record["loss"][0].tolist() == [1, 3]
+        and record["loss"][1].tolist() == [3, 2.5]
+        and record["kl"][0].tolist() == []
+    )
 
 
 def test_a_record_grows_waits_for_a_torn_line_and_is_rewound(make, runs):
@@ -116,7 +179,10 @@ def test_thin_keeps_extremes_ends_and_order():
 
 def test_smoothing_begins_at_the_first_value_and_follows_the_line():
     assert smooth([4.0], 0.9).tolist() == [4.0] and smooth([1.0, 2.0], 0.0).tolist() == [1.0, 2.0]
-    assert np.allclose(smooth([1.0, 0.0, 0.0], 0.5), [1, 1 / 3, 1 / 7]) and abs(smooth(np.r_[np.zeros(50), np.ones(500)], 0.9)[-1] - 1) < 1e-9
+    assert (
+        np.allclose(smooth([1.0, 0.0, 0.0], 0.5), [1, 1 / 3, 1 / 7])
+        and abs(smooth(np.r_[np.zeros(50), np.ones(500)], 0.9)[-1] - 1) < 1e-9
+    )
 
 
 @pytest.mark.parametrize("steps, metrics", [(1_000_000, 1), (62_500, 16)])
@@ -124,7 +190,12 @@ def test_a_million_points_are_drawn_as_a_thousand(steps, metrics, runs):
     run = Run.create("sft", dict(steps=steps))
     names = list(METRICS)[:metrics]
     with open(run.path / "metrics.jsonl", "w") as file:
-        file.writelines(f'{{"step": {s}, "seconds": {s / 7:.3f}, ' + ", ".join(f'"{n}": {(s * 7919 % 1000) / 1000}' for n in names) + "}\n" for s in range(1, steps + 1))
+        file.writelines(
+            f'{{"step": {s}, "seconds": {s / 7:.3f}, '
+            + ", ".join(f'"{n}": {(s * 7919 % 1000) / 1000}' for n in names)
+            + "}\n"
+            for s in range(1, steps + 1)
+        )
     view = Watch(run)
     with run.active():
         run.log(steps + 1, **{names[0]: 5.0})
@@ -141,11 +212,23 @@ def test_panels_draw_runs_evaluations_and_meanings(make):
     first, second = make(), make(reached=0.5)
     figure = panels(first, second)
     assert {t.name for t in figure.data} == {first.id, second.id}
-    assert [note.text for note in figure.layout.annotations] == ["loss (nats)", "reward", "reward/correct", "kl (nats/token)", "accuracy (share)", "grad_norm"]
+    assert [note.text for note in figure.layout.annotations] == [
+        "loss (nats)",
+        "reward",
+        "reward/correct",
+        "kl (nats/token)",
+        "accuracy (share)",
+        "grad_norm",
+    ]
     held_out = [t for t in figure.data if t.mode == "markers"]
     assert len(held_out) == 6 and list(held_out[0].x) == [5, 10, 15, 20]
     kl = next(t for t in figure.data if "π<sub>ref</sub>" in t.hovertemplate)
-    assert "%{x}" in kl.hovertemplate and "%{y" in kl.hovertemplate and "healthy run" in kl.hovertemplate and "usual: 0 to 1" in kl.hovertemplate
+    assert (
+        "%{x}" in kl.hovertemplate
+        and "%{y" in kl.hovertemplate
+        and "healthy run" in kl.hovertemplate
+        and "usual: 0 to 1" in kl.hovertemplate
+    )
     assert sum(bool(t.showlegend) for t in figure.data) == 2
 
 
@@ -160,14 +243,19 @@ def test_each_metric_has_one_group():
     names = [*METRICS, "reward/correct", "eval/kl", "perplexity/sums", "temperature"]
     names.remove("rows")  # a count, which is not drawn
     found = grouped([*names, "step", "seconds", "rows", "eval/rows"])
-    assert sorted(n for group in found.values() for n in group) == sorted({n.removeprefix("eval/") for n in names}) and found["Other"] == ["temperature"]
+    assert sorted(n for group in found.values() for n in group) == sorted(
+        {n.removeprefix("eval/") for n in names}
+    ) and found["Other"] == ["temperature"]
 
 
 def test_frontier_and_advantages(make):
     run = make()
     path, points = frontier(run, smoothing=0).data
     assert (path.x[-1], path.y[-1], path.customdata[-1]) == (0.2, 0.9, 20) and len(points.x) == 6
-    assert [t.name for t in advantage_histogram(run).data] == ["step 1: 0% at 0", "step 20: 0% at 0"]
+    assert [t.name for t in advantage_histogram(run).data] == [
+        "step 1: 0% at 0",
+        "step 20: 0% at 0",
+    ]
     bare = Run.create("sft", dict(steps=1))
     for view in (frontier, advantage_histogram, panels):
         with pytest.raises(WrongInput, match=bare.id):
@@ -176,9 +264,23 @@ def test_frontier_and_advantages(make):
 
 def test_pages_show_what_models_wrote_as_text(make, tmp_path):
     run = make()
-    for text in (sample_texts(run), write_page([run], tmp_path / "p.html", "<b>title</b>").read_text()):
-        assert "<img" not in text.split("newest samples")[-1] and "\x1b" not in text.split("newest samples")[-1] and "&lt;img" in text
-    run.sample(21, [dict(prompt=[dict(role="user", content="x" * 10**6)], completion=None), dict(), dict(prompt=[3])])
+    for text in (
+        sample_texts(run),
+        write_page([run], tmp_path / "p.html", "<b>title</b>").read_text(),
+    ):
+        assert (
+            "<img" not in text.split("newest samples")[-1]
+            and "\x1b" not in text.split("newest samples")[-1]
+            and "&lt;img" in text
+        )
+    run.sample(
+        21,
+        [
+            dict(prompt=[dict(role="user", content="x" * 10**6)], completion=None),
+            dict(),
+            dict(prompt=[3]),
+        ],
+    )
     assert len(sample_texts(run)) < 10_000
 
 
@@ -193,16 +295,26 @@ def test_watch_follows_a_run(runs):
         run.log(1, loss=2.0, reward=0.1)
         assert view.refresh() and list(figures(view)) == ["Reward", "Learning"]
         learning = figures(view)["Learning"]
-        assert list(learning.data[0].y) == [2.0] and "markers" in learning.data[0].mode  # one point can be seen
+        assert (
+            list(learning.data[0].y) == [2.0] and "markers" in learning.data[0].mode
+        )  # one point can be seen
         sent = []
         learning._send_restyle_msg = lambda *_, **__: sent.append("restyle")
-        learning._send_update_msg = lambda restyle_data=None, *rest, trace_indexes=None, **more: sent.append(trace_indexes)
+        learning._send_update_msg = lambda restyle_data=None, *rest, trace_indexes=None, **more: (
+            sent.append(trace_indexes)
+        )
         run.log(2, reward=0.2)
         view.refresh()
-        assert not sent and list(figures(view)["Reward"].data[0].y) == [0.1, 0.2]  # loss did not grow: nothing is sent
+        assert not sent and list(figures(view)["Reward"].data[0].y) == [
+            0.1,
+            0.2,
+        ]  # loss did not grow: nothing is sent
         run.log(3, loss=1.0, kl=0.1)
         view.refresh()
-        assert list(figures(view)) == ["Reward", "Learning", "Policy"] and figures(view)["Learning"] is learning
+        assert (
+            list(figures(view)) == ["Reward", "Learning", "Policy"]
+            and figures(view)["Learning"] is learning
+        )
         assert "step 3 of 4" in view.status.value and " left" in view.status.value
     assert not view.refresh() and "finished" in view.status.value
 
@@ -220,14 +332,23 @@ def test_a_finished_run_shows_what_it_showed_live(make):
 def test_traits_restyle_the_figures(make):
     view = Watch([make(), make(reached=0.5)])
     reward = figures(view)["Reward"]
-    assert reward.layout.template.layout.paper_bgcolor != "rgb(17,17,17)" and reward.layout.uirevision
+    assert (
+        reward.layout.template.layout.paper_bgcolor != "rgb(17,17,17)" and reward.layout.uirevision
+    )
     view.dark = True
-    assert reward.layout.template.layout.paper_bgcolor == "rgb(17,17,17)" and reward.layout.paper_bgcolor == "rgba(0,0,0,0)"
+    assert (
+        reward.layout.template.layout.paper_bgcolor == "rgb(17,17,17)"
+        and reward.layout.paper_bgcolor == "rgba(0,0,0,0)"
+    )
     assert len(reward.data[1].x) == 0 and reward.data[0].opacity == 1
     view.smoothing = 0.9
-    assert np.allclose(reward.data[1].y, smooth(reward.data[0].y, 0.9)) and reward.data[0].opacity < 1
+    assert (
+        np.allclose(reward.data[1].y, smooth(reward.data[0].y, 0.9)) and reward.data[0].opacity < 1
+    )
     view.log_x = view.log_y = True
-    assert reward.layout.xaxis.type == reward.layout.xaxis2.type == reward.layout.yaxis.type == "log"
+    assert (
+        reward.layout.xaxis.type == reward.layout.xaxis2.type == reward.layout.yaxis.type == "log"
+    )
     assert view.children[1].children[0].value == 0.9 and view.children[1].children[2].value is True
     view.runs = view.runs[:1]
     assert len(figures(view)["Reward"].data) == 6  # 2 metrics of 1 run
@@ -240,7 +361,11 @@ def test_a_live_figure_starts_before_plotly_is_loaded(make):
     first, second = Watch(make()), Watch(make())
     for figure in (*figures(first).values(), *figures(second).values()):
         state = figure.get_state()
-        assert isinstance(figure, go.FigureWidget) and len(state["_esm"]) < 3000 and "shelf.library" in state["_esm"]
+        assert (
+            isinstance(figure, go.FigureWidget)
+            and len(state["_esm"]) < 3000
+            and "shelf.library" in state["_esm"]
+        )
     held = library()
     assert len(held.code) > 10**6 and held is library() and "addTraces" not in held._esm
     held.close()
@@ -257,11 +382,20 @@ def test_a_page_that_is_loaded_again_gets_the_figures_as_they_are(runs):
     view.dark = True
     state = figures(view)["Learning"].get_state()
     y = state["_widget_data"][0]["y"]
-    assert np.frombuffer(y["buffer"], y["dtype"]).tolist() == [3.0, 2.0] and state["_widget_layout"]["template"]["layout"]["paper_bgcolor"] == "rgb(17,17,17)"
+    assert (
+        np.frombuffer(y["buffer"], y["dtype"]).tolist() == [3.0, 2.0]
+        and state["_widget_layout"]["template"]["layout"]["paper_bgcolor"] == "rgb(17,17,17)"
+    )
 
 
 def test_a_logarithm_only_where_nothing_is_negative(runs):
-    view = Watch(lines('{"step": 1, "loss": -0.5, "grad_norm": 0}\n{"step": 2, "loss": 1, "grad_norm": 2}\n', runs), log_y=True)
+    view = Watch(
+        lines(
+            '{"step": 1, "loss": -0.5, "grad_norm": 0}\n{"step": 2, "loss": 1, "grad_norm": 2}\n',
+            runs,
+        ),
+        log_y=True,
+    )
     learning = figures(view)["Learning"]
     assert learning.layout.yaxis.type == "linear" and learning.layout.yaxis2.type == "log"
 
@@ -275,7 +409,11 @@ def test_a_zoom_shows_every_point_and_stays(runs):
     assert set(range(5000, 5401)) <= set(learning.data[0].x)
     run.log(20_001, loss=3.0)
     view.refresh()
-    assert tuple(learning.layout.xaxis.range) == (5000, 5400) and set(range(5000, 5401)) <= set(learning.data[0].x) and learning.data[0].x[-1] == 20_001
+    assert (
+        tuple(learning.layout.xaxis.range) == (5000, 5400)
+        and set(range(5000, 5401)) <= set(learning.data[0].x)
+        and learning.data[0].x[-1] == 20_001
+    )
 
 
 def test_live_ends_with_the_run(runs):
@@ -301,7 +439,11 @@ def test_what_is_wrong_with_a_run_is_said_in_its_line(make, runs):
         failed.log(1, loss=1.0)
         raise ValueError("<b>it</b> broke \x1b[0m")
     view = Watch([whole, failed, "nothing"])
-    assert "failed" in view.status.value and "&lt;b&gt;it&lt;/b&gt; broke ␛" in view.status.value and "nothing" in view.status.value
+    assert (
+        "failed" in view.status.value
+        and "&lt;b&gt;it&lt;/b&gt; broke ␛" in view.status.value
+        and "nothing" in view.status.value
+    )
 
     damaged = lines('{"step": 1, "loss": 1}\nnonsense\n', runs)
     assert "1 damaged line left out" in Watch(damaged).status.value
@@ -318,31 +460,52 @@ def test_a_killed_run_is_seen_as_dead(runs):
     code = "import sys, os, signal; from polm_lab.core.run import Run\nwith Run(sys.argv[1]).active() as run:\n    run.log(1, loss=1.0)\n    os.kill(os.getpid(), signal.SIGKILL)"
     subprocess.run([sys.executable, "-c", code, str(run.path)])
     view = Watch(run)
-    assert "dead" in view.status.value and "its process is gone" in view.status.value and not view.refresh()
+    assert (
+        "dead" in view.status.value
+        and "its process is gone" in view.status.value
+        and not view.refresh()
+    )
 
 
 # Comparing --------------------------------------------------------------------------------------------------------
 
 
 def test_rows_of_comparisons(make, runs):
-    base, better, other = make("sft", beta=1), make("sft", beta=2, reached=0.95, eval_data="facts"), make("grpo", num_generations=8)
+    base, better, other = (
+        make("sft", beta=1),
+        make("sft", beta=2, reached=0.95, eval_data="facts"),
+        make("grpo", num_generations=8),
+    )
     (runs / "broken").mkdir()
     (runs / "broken" / "run.json").write_text("{")
     rows = run_rows()
     assert rows[0]["run"] == "broken" and rows[0]["status"] == "damaged" and len(rows) == 4
     assert next(r for r in rows if r["run"] == better.id)["accuracy"] == 0.95
-    assert settings_difference(base, better) == [{"knob": "beta", base.id: 1, better.id: 2}, {"knob": "eval_data", base.id: "–", better.id: "facts"}]
+    assert settings_difference(base, better) == [
+        {"knob": "beta", base.id: 1, better.id: 2},
+        {"knob": "eval_data", base.id: "–", better.id: "facts"},
+    ]
     assert {r["knob"] for r in settings_difference(base, other)} == {"method", "beta", "samples"}
-    assert [r["run"] for r in leaderboard(metric_name="accuracy")][0] == better.id and leaderboard()[0]["data"] == "facts"
-    assert [r["after"] for r in leaderboard(metric_name="perplexity")] == sorted(r["after"] for r in leaderboard(metric_name="perplexity"))
+    assert [r["run"] for r in leaderboard(metric_name="accuracy")][
+        0
+    ] == better.id and leaderboard()[0]["data"] == "facts"
+    assert [r["after"] for r in leaderboard(metric_name="perplexity")] == sorted(
+        r["after"] for r in leaderboard(metric_name="perplexity")
+    )
     with pytest.raises(WrongInput, match="did you mean 'accuracy'"):
         leaderboard(metric_name="acuracy")
 
 
 def test_same_prompt_takes_the_newest_sample_of_each(make):
     first, second, silent = make(), make(steps=7), Run.create("sft", dict(steps=1))
-    second.sample(7, [dict(prompt="other", completion="x"), dict(prompt="2+3=", side="chosen", completion="5")])
-    assert [(r["run"], r["step"], r["completion"]) for r in same_prompt(first, second)] == [(first.id, 20, NASTY), (second.id, 7, NASTY)]
+    second.sample(
+        7,
+        [dict(prompt="other", completion="x"), dict(prompt="2+3=", side="chosen", completion="5")],
+    )
+    assert [(r["run"], r["step"], r["completion"]) for r in same_prompt(first, second)] == [
+        (first.id, 20, NASTY),
+        (second.id, 7, NASTY),
+    ]
     for which in ((first, silent), ()):
         with pytest.raises(WrongInput, match="no prompt"):
             same_prompt(*which)
@@ -353,10 +516,22 @@ def test_lineage_is_a_graph_of_runs(make, runs):
     dpo = make("dpo", parents=[sft.id], model=str(sft.path / "model"))
     merged = make("merge", parents=[sft.id, dpo.id, "20200101-gone"])
     nodes, edges = family_tree()
-    assert {n: v["depth"] for n, v in nodes.items()} == {"tiny": 0, "20200101-gone": 0, sft.id: 1, dpo.id: 2, merged.id: 3}
-    assert len(edges) == 5 and nodes["tiny"]["status"] == "base" and nodes["20200101-gone"]["status"] == "gone"
+    assert {n: v["depth"] for n, v in nodes.items()} == {
+        "tiny": 0,
+        "20200101-gone": 0,
+        sft.id: 1,
+        dpo.id: 2,
+        merged.id: 3,
+    }
+    assert (
+        len(edges) == 5
+        and nodes["tiny"]["status"] == "base"
+        and nodes["20200101-gone"]["status"] == "gone"
+    )
     figure = lineage()
-    assert {t.name for t in figure.data[1:]} == {"sft", "dpo", "merge", "base", "gone"} and len(figure.data[0].x) == 15
+    assert {t.name for t in figure.data[1:]} == {"sft", "dpo", "merge", "base", "gone"} and len(
+        figure.data[0].x
+    ) == 15
     sft.update(parents=[merged.id])  # a damaged record: a circle
     assert family_tree()[0][sft.id]["depth"] <= 5 and lineage().data
     with pytest.raises(WrongInput, match="no runs are there"):
@@ -366,10 +541,18 @@ def test_lineage_is_a_graph_of_runs(make, runs):
 def test_figures_and_reports_can_be_taken_away(make, tmp_path, monkeypatch):
     first, second = make(), make(beta=0.1)
     inside = export_figure(panels(first), tmp_path / "inside.html").read_text()
-    assert len(inside) > 10**6 and len(export_figure(panels(first), tmp_path / "net.html", connected=True).read_text()) < 10**5
+    assert (
+        len(inside) > 10**6
+        and len(export_figure(panels(first), tmp_path / "net.html", connected=True).read_text())
+        < 10**5
+    )
     with pytest.raises(WrongInput, match=".html or .png"):
         export_figure(panels(first), tmp_path / "figure.jpg")
-    cells = [c for c in json.loads(report(first, second, path=tmp_path / "r.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
+    cells = [
+        c
+        for c in json.loads(report(first, second, path=tmp_path / "r.ipynb").read_text())["cells"]
+        if c["cell_type"] == "code"
+    ]
     assert cells[0]["metadata"]["tags"] == ["parameters"] and len(cells) == 9
     shown, seen = [], {}
     monkeypatch.setattr("polm_lab.workbench.figures.show", shown.append)
@@ -404,15 +587,23 @@ def test_compare_shows_the_chosen_runs(make, runs):
         return view.tabs.children[view.tabs.selected_index].children[0]
 
     assert "choose one run" in shown("Panels").value
-    view.table.selected = [[row["run"] for row in view.table.rows].index(run.id) for run in (second, first)]
+    view.table.selected = [
+        [row["run"] for row in view.table.rows].index(run.id) for run in (second, first)
+    ]
     assert view.chosen == [second.id, first.id]
     assert len(shown("Panels").panels.records) == 2 and len(shown("Reward against KL").data) == 4
     assert [r["knob"] for r in shown("Settings").rows] == ["beta"]
-    assert [r["completion"] for r in shown("Same prompts").rows] == ["<img src=x onerror=alert(1)>␛[31m⟨U+202E⟩txt"] * 2
+    assert [r["completion"] for r in shown("Same prompts").rows] == [
+        "<img src=x onerror=alert(1)>␛[31m⟨U+202E⟩txt"
+    ] * 2
     graph = shown("Lineage")
     assert [t.name for t in graph.data[1:]] == ["grpo", "base"]
     for _ in range(2):  # a click takes a run away, another chooses it again
-        view._click(graph.data[1], Points(point_inds=[list(graph.data[1].customdata).index(second.id)]), None)
+        view._click(
+            graph.data[1],
+            Points(point_inds=[list(graph.data[1].customdata).index(second.id)]),
+            None,
+        )
         assert (second.id in view.chosen) == (len(view.chosen) == 2)
     board = shown("Leaderboard")
     assert [r["run"] for r in board.children[1].rows] == [first.id, second.id]
@@ -422,7 +613,11 @@ def test_compare_shows_the_chosen_runs(make, runs):
     assert shown("Lineage").layout.template.layout.paper_bgcolor == "rgb(17,17,17)"
 
     make(beta=0.3)  # a new run comes in between; those chosen stay chosen
-    assert not view.refresh() and len(view.table.rows) == 3 and sorted(view.chosen) == sorted([second.id, first.id])
+    assert (
+        not view.refresh()
+        and len(view.table.rows) == 3
+        and sorted(view.chosen) == sorted([second.id, first.id])
+    )
     assert {view.table.rows[i]["run"] for i in view.table.selected} == set(view.chosen)
     for button in (view.exports[0], view.exports[2]):
         button.click()
@@ -445,9 +640,20 @@ def test_compare_follows_a_chosen_run(make, runs):
         panel = view.tabs.children[0].children[0]
         run.log(2, loss=2.0)
         run.update(step=2)
-        assert view.refresh() and view.table.rows[0]["step"] == 2 and view.table.selected == [0] and view.chosen == [run.id]
-        assert view.tabs.children[0].children[0] is panel and list(figures(panel)["Learning"].data[0].y) == [3, 2]
-    assert not view.refresh() and view.table.rows[0]["status"] == "finished" and view.chosen == [run.id]
+        assert (
+            view.refresh()
+            and view.table.rows[0]["step"] == 2
+            and view.table.selected == [0]
+            and view.chosen == [run.id]
+        )
+        assert view.tabs.children[0].children[0] is panel and list(
+            figures(panel)["Learning"].data[0].y
+        ) == [3, 2]
+    assert (
+        not view.refresh()
+        and view.table.rows[0]["status"] == "finished"
+        and view.chosen == [run.id]
+    )
 
 
 def test_compare_of_nothing(runs):

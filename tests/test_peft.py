@@ -19,11 +19,23 @@ def runs(tmp_path, monkeypatch):
 def test_two_adapters_are_compared_and_their_runs_stay_out_of_the_table():
     run = lab.run("peft", adapters="lora:r=2@0.002; ia3", **SHORT)
     rows = {row["adapter"]: row for row in run.record["table"]}
-    assert list(rows) == ["lora:r=2", "ia3"] and rows["lora:r=2"]["learning_rate"] == 0.002 and rows["ia3"]["learning_rate"] == RATES["ia3"]
+    assert (
+        list(rows) == ["lora:r=2", "ia3"]
+        and rows["lora:r=2"]["learning_rate"] == 0.002
+        and rows["ia3"]["learning_rate"] == RATES["ia3"]
+    )
     assert 0 < rows["ia3"]["trained_share"] < rows["lora:r=2"]["trained_share"] < 0.05
-    assert all(row["perplexity"] > 1 and row["activations_mib"] > 0 and row["step_ms"] > 0 and row["adapter_kib"] > 0 for row in rows.values())
+    assert all(
+        row["perplexity"] > 1
+        and row["activations_mib"] > 0
+        and row["step_ms"] > 0
+        and row["adapter_kib"] > 0
+        for row in rows.values()
+    )
     parts = [lab.open_run(run.path.parent / name) for name in run.record["stages"].values()]
-    assert [p.settings["adapter"] for p in parts] == list(rows) and not any((p.path / "checkpoints").exists() for p in parts)
+    assert [p.settings["adapter"] for p in parts] == list(rows) and not any(
+        (p.path / "checkpoints").exists() for p in parts
+    )
     assert list(lab.runs().index) == [run.id] or len(lab.runs()) == 1
     assert run.summary["after"]["perplexity"] == min(row["perplexity"] for row in rows.values())
 
@@ -47,12 +59,19 @@ def test_a_comparison_that_broke_off_takes_finished_parts_as_they_are(monkeypatc
     monkeypatch.setattr(page, "stage", real)
     run = execute(lab.open_run(run.id))
     assert run.status == "finished" and len(run.record["table"]) == 2
-    assert lab.open_run(run.path.parent / run.record["stages"]["lora:r=2@0.005"]).record["ended"] == done
+    assert (
+        lab.open_run(run.path.parent / run.record["stages"]["lora:r=2@0.005"]).record["ended"]
+        == done
+    )
 
 
 def test_what_breaks_the_model_at_its_defaults_has_settings_that_do_not():
-    run = lab.run("peft", adapters="; ".join(NEEDS[name] for name in ("delora", "fourierft")), **SHORT)
-    assert all(row["perplexity"] < 2 * run.summary["before"]["perplexity"] for row in run.record["table"])  # 1.0 and 1.5 times; at their defaults 36 and 92
+    run = lab.run(
+        "peft", adapters="; ".join(NEEDS[name] for name in ("delora", "fourierft")), **SHORT
+    )
+    assert all(
+        row["perplexity"] < 2 * run.summary["before"]["perplexity"] for row in run.record["table"]
+    )  # 1.0 and 1.5 times; at their defaults 36 and 92
 
 
 def test_a_named_adapter_that_does_not_fit_is_an_error_before_training():
@@ -62,14 +81,26 @@ def test_a_named_adapter_that_does_not_fit_is_an_error_before_training():
     assert "stages" not in lab.open_run(run.id).record
 
 
-@pytest.mark.parametrize(("text", "said"), [("", "expected all"), ("lora:r=8@fast", "'fast' is no number"), ("lora; lora", "each once"), ("lorra", "did you mean 'lora'"), ("lora:rank=8", "no setting 'rank'")])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "expected all"),
+        ("lora:r=8@fast", "'fast' is no number"),
+        ("lora; lora", "each once"),
+        ("lorra", "did you mean 'lora'"),
+        ("lora:rank=8", "no setting 'rank'"),
+    ],
+)
 def test_wrong_lists(text, said):
     with pytest.raises(WrongInput, match=said):
         adapter_list(text)
 
 
 def test_all_names_every_adapter_of_the_library():
-    assert {spec.partition(":")[0] for spec, _ in adapter_list("all")} == {"none", *adapter_names()} and set(RATES) | set(NEEDS) <= {"none", *adapter_names()}
+    assert {spec.partition(":")[0] for spec, _ in adapter_list("all")} == {
+        "none",
+        *adapter_names(),
+    } and set(RATES) | set(NEEDS) <= {"none", *adapter_names()}
 
 
 def test_the_front_is_what_nothing_beats():

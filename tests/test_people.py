@@ -25,15 +25,28 @@ from IPython.display import display
 import polm_lab as lab
 from polm_lab.core.method import REGISTRY
 
-NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not {".ipynb_checkpoints", "_template"} & set(p.parts))
+NOTEBOOKS = sorted(
+    p
+    for p in (ROOT / "nbs").rglob("*.ipynb")
+    if not {".ipynb_checkpoints", "_template"} & set(p.parts)
+)
 
 
 def code(path):
     "[(source, tags)] of the code cells of a notebook."
-    return [("".join(c["source"]), c["metadata"].get("tags", [])) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    return [
+        ("".join(c["source"]), c["metadata"].get("tags", []))
+        for c in json.loads(path.read_text())["cells"]
+        if c["cell_type"] == "code"
+    ]
 
 
-PEOPLE = [(path, number) for path in NOTEBOOKS for number, (_, tags) in enumerate(code(path)) if "skip-execution" in tags]
+PEOPLE = [
+    (path, number)
+    for path in NOTEBOOKS
+    for number, (_, tags) in enumerate(code(path))
+    if "skip-execution" in tags
+]
 
 
 def names(source) -> tuple[set, set]:
@@ -45,8 +58,17 @@ def names(source) -> tuple[set, set]:
             yield from tables(child)
 
     top = symtable.symtable(source, "cell", "exec")
-    made = {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported() or s.is_namespace()}
-    used = {s.get_name() for t in tables(top) for s in t.get_symbols() if s.is_referenced() and (t is top or s.is_global())}
+    made = {
+        s.get_name()
+        for s in top.get_symbols()
+        if s.is_assigned() or s.is_imported() or s.is_namespace()
+    }
+    used = {
+        s.get_name()
+        for t in tables(top)
+        for s in t.get_symbols()
+        if s.is_referenced() and (t is top or s.is_global())
+    }
     return used - made - set(dir(builtins)), made
 
 
@@ -59,7 +81,11 @@ def needed(cells, number, have) -> list[int]:
     chosen, open_names = set(), names(cells[number][0])[0] - set(have)
     for i in range(number - 1, -1, -1):
         source, tags = cells[i]
-        used, made = names(source) if "skip-execution" not in tags and not re.match(r"#\| *export", source) else (set(), set())
+        used, made = (
+            names(source)
+            if "skip-execution" not in tags and not re.match(r"#\| *export", source)
+            else (set(), set())
+        )
         if made & open_names:
             chosen.add(i)
             open_names = (open_names - made) | used - set(have)
@@ -102,7 +128,9 @@ def places(control):
 def drawn(view) -> list:
     "What a widget shows: the data of its figures and its texts."
     parts = [w for w in tree_of(view)]
-    shown = [w.to_json() for w in parts if hasattr(w, "to_plotly_json")] + [w.value for w in parts if isinstance(w, (widgets.HTML, widgets.HTMLMath, widgets.Label))]
+    shown = [w.to_json() for w in parts if hasattr(w, "to_plotly_json")] + [
+        w.value for w in parts if isinstance(w, (widgets.HTML, widgets.HTMLMath, widgets.Label))
+    ]
     return shown + [repr(w.outputs) for w in parts if isinstance(w, widgets.Output)]
 
 
@@ -110,7 +138,16 @@ def drawn(view) -> list:
 def record(tmp_path_factory):
     "A folder with one short run that has samples, for the cells that show the newest run."
     out = tmp_path_factory.mktemp("people")
-    lab.run("grpo", out=out, steps=2, batch_size=8, num_generations=4, eval_rows=4, max_new_tokens=8, data="sums")
+    lab.run(
+        "grpo",
+        out=out,
+        steps=2,
+        batch_size=8,
+        num_generations=4,
+        eval_rows=4,
+        max_new_tokens=8,
+        data="sums",
+    )
     return out
 
 
@@ -128,13 +165,23 @@ def test_there_are_cells_for_people():
     assert len(PEOPLE) >= 5
 
 
-@pytest.mark.parametrize("path, number", PEOPLE, ids=[f"{p.parent.name}/{p.stem}-{n}" for p, n in PEOPLE])
+@pytest.mark.parametrize(
+    "path, number", PEOPLE, ids=[f"{p.parent.name}/{p.stem}-{n}" for p, n in PEOPLE]
+)
 def test_a_cell_for_people_works(path, number, request, interactive, monkeypatch):
     cells = code(path)
-    module = next((m[1] for source, _ in cells if (m := re.search(r"#\| *default_exp (\S+)", source))), None)
-    space = {"__name__": "people", "lab": lab, "display": display}  # a notebook has it without import
+    module = next(
+        (m[1] for source, _ in cells if (m := re.search(r"#\| *default_exp (\S+)", source))), None
+    )
+    space = {
+        "__name__": "people",
+        "lab": lab,
+        "display": display,
+    }  # a notebook has it without import
     if module:
-        space |= vars(importlib.import_module("polm_lab" if module == "__init__" else f"polm_lab.{module}"))
+        space |= vars(
+            importlib.import_module("polm_lab" if module == "__init__" else f"polm_lab.{module}")
+        )
     method = REGISTRY.get(path.stem)
     if "runs" in cells[number][0]:
         monkeypatch.setenv("POLM_RUNS", str(request.getfixturevalue("record")))
@@ -151,15 +198,22 @@ def test_a_cell_for_people_works(path, number, request, interactive, monkeypatch
             if "parameters" in cells[i][1] and method:
                 space.update(steps=2, eval_rows=4, **method.small)
         view = await execute(cells[number][0], space)
-        assert isinstance(view, widgets.Widget) or hasattr(view, "to_plotly_json"), f"it ends with {type(view).__name__}, expected a widget or a figure"
-        what_if = path.parent.name not in ("workbench", "site")  # a view of the workbench has choices that take effect with a button
+        assert isinstance(view, widgets.Widget) or hasattr(view, "to_plotly_json"), (
+            f"it ends with {type(view).__name__}, expected a widget or a figure"
+        )
+        what_if = path.parent.name not in (
+            "workbench",
+            "site",
+        )  # a view of the workbench has choices that take effect with a button
         for control in tree_of(view):
             seen = [drawn(view)]
             for place in places(control):
                 control.value = place
                 seen.append(drawn(view))
             if what_if and len(seen) > 1:
-                assert any(later != seen[0] for later in seen), f"{control.description}: nothing that is drawn changes with it"
+                assert any(later != seen[0] for later in seen), (
+                    f"{control.description}: nothing that is drawn changes with it"
+                )
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
 

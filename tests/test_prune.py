@@ -5,7 +5,13 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import polm_lab as lab
 from polm_lab.models import save as models
@@ -16,7 +22,13 @@ from polm_lab.core.run import Run, Stopped, all_runs
 from polm_lab.models.load import load_model
 from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.efficiency.prune import Prune, prune_model
-from polm_lab.efficiency.compression.sparse import parse_pattern, smallest, sparsegpt, swap, wanda_score
+from polm_lab.efficiency.compression.sparse import (
+    parse_pattern,
+    smallest,
+    sparsegpt,
+    swap,
+    wanda_score,
+)
 from polm_lab.efficiency.slim import cut_widths, slice_model
 from polm_lab.efficiency.compression.structured_surgery import rebuild
 from polm_lab.efficiency.compression.rotation import fold_norms, principal, rotate
@@ -38,8 +50,20 @@ def windows():
 def grouped(kind, **more):
     "A small random model with two query heads a key."
     torch.manual_seed(0)
-    config, model = {"mistral": (MistralConfig, MistralForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}[kind]
-    sizes = dict(vocab_size=1024, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=3, head_dim=8, **more)
+    config, model = {
+        "mistral": (MistralConfig, MistralForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    }[kind]
+    sizes = dict(
+        vocab_size=1024,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=8,
+        **more,
+    )
     return model(config(**sizes)).eval()
 
 
@@ -60,19 +84,37 @@ def test_exactly_the_asked_number_goes(sparsity):
 def test_the_smallest_go_however_they_are_found(kind, within):
     "Partition on the processor, topk elsewhere: what stays is never smaller than what goes, with equals, too, and in a matrix that is a view."
     score = torch.randn(9, 200, generator=torch.Generator().manual_seed(2)).abs()
-    score = {"normal": score, "ties": (score * 2).round(), "zeros": score * (score > 1), "columns": torch.cat([score, score], 1)[:, ::2]}[kind]
+    score = {
+        "normal": score,
+        "ties": (score * 2).round(),
+        "zeros": score * (score > 1),
+        "columns": torch.cat([score, score], 1)[:, ::2],
+    }[kind]
     for sparsity in (0.01, 0.5, 0.9):
-        for found in (smallest(score, sparsity, within=within), smallest(score.double(), sparsity, within=within)):
-            rows, gone = (score.reshape(1, -1), found.reshape(1, -1)) if within == "layer" else (score, found)
+        for found in (
+            smallest(score, sparsity, within=within),
+            smallest(score.double(), sparsity, within=within),
+        ):
+            rows, gone = (
+                (score.reshape(1, -1), found.reshape(1, -1))
+                if within == "layer"
+                else (score, found)
+            )
             assert (gone.sum(1) == int(rows.shape[1] * sparsity)).all()
-            assert (rows.masked_fill(~gone, -1).amax(1) <= rows.masked_fill(gone, 9e9).amin(1)).all()
+            assert (
+                rows.masked_fill(~gone, -1).amax(1) <= rows.masked_fill(gone, 9e9).amin(1)
+            ).all()
 
 
 @pytest.mark.parametrize("pattern", [(2, 4), (1, 4), (4, 8), (3, 4)])
 @pytest.mark.parametrize("seed", range(3))
 def test_sparsegpt_keeps_the_pattern_and_beats_wanda_and_magnitude(pattern, seed):
     g = torch.Generator().manual_seed(seed)
-    X = torch.randn(64, 64, generator=g) @ torch.randn(64, 2048, generator=g) * torch.logspace(0.5, -0.5, 64)[:, None]
+    X = (
+        torch.randn(64, 64, generator=g)
+        @ torch.randn(64, 2048, generator=g)
+        * torch.logspace(0.5, -0.5, 64)[:, None]
+    )
     W, H = torch.randn(32, 64, generator=g), X @ X.T
     error = lambda V: (((W - V) @ H) * (W - V)).sum().item()
     fitted = sparsegpt(W, H, 0.5, pattern, block=32)
@@ -108,7 +150,10 @@ def test_sparsegpt_leaves_its_input_as_it_is():
 
 def test_swaps_keep_the_number_and_the_pattern():
     g = torch.Generator().manual_seed(0)
-    W, X = torch.randn(16, 32, generator=g), torch.randn(512, 32, generator=g) + 1.5 * torch.randn(32, generator=g)
+    W, X = (
+        torch.randn(16, 32, generator=g),
+        torch.randn(512, 32, generator=g) + 1.5 * torch.randn(32, generator=g),
+    )
     facts = (X.mean(0), X.var(0), X.norm(dim=0))
     for pattern in (None, (2, 4)):
         start = smallest(wanda_score(W, facts[2]), 0.5, pattern)
@@ -123,7 +168,11 @@ def test_swaps_keep_the_number_and_the_pattern():
 def test_swaps_are_those_of_the_paper_one_row_at_a_time():
     "Which weight comes back and which goes: Zhang et al. 2023, eq. 3 and 5, written out for a row; made while the expected square of the row's error falls."
     g = torch.Generator().manual_seed(3)
-    W, X = torch.randn(12, 24, generator=g), torch.randn(600, 24, generator=g) * (0.2 + torch.rand(24, generator=g)) + torch.randn(24, generator=g)
+    W, X = (
+        torch.randn(12, 24, generator=g),
+        torch.randn(600, 24, generator=g) * (0.2 + torch.rand(24, generator=g))
+        + torch.randn(24, generator=g),
+    )
     mean, var, norm = X.mean(0), X.var(0), X.norm(dim=0)
     start = smallest(wanda_score(W, norm), 0.5)
     done, made = swap(W, start, mean, var, norm, 50), 0
@@ -131,7 +180,9 @@ def test_swaps_are_those_of_the_paper_one_row_at_a_time():
     for w, gone, expected in zip(W, start.clone(), done):
         for _ in range(50):
             sign = (w * mean)[gone].sum().sign()
-            back = max(gone.nonzero()[:, 0].tolist(), key=lambda j: (sign * w[j] * mean[j] / var[j]).item())
+            back = max(
+                gone.nonzero()[:, 0].tolist(), key=lambda j: (sign * w[j] * mean[j] / var[j]).item()
+            )
             helps = [j for j in (~gone).nonzero()[:, 0].tolist() if sign * w[j] * mean[j] < 0]
             if not helps:
                 break
@@ -148,7 +199,10 @@ def test_swaps_stay_in_attention_unless_told_otherwise(base, windows):
     changed = {}
     for where in ("attention", "all"):
         model, plain = copy.deepcopy(base), copy.deepcopy(base)
-        next(prune_model(model, windows, [0.7] * 5, "wanda", swaps=20, swap_in=where)), next(prune_model(plain, windows, [0.7] * 5, "wanda"))
+        (
+            next(prune_model(model, windows, [0.7] * 5, "wanda", swaps=20, swap_in=where)),
+            next(prune_model(plain, windows, [0.7] * 5, "wanda")),
+        )
         pairs = zip(model.model.layers[0].named_parameters(), plain.model.layers[0].parameters())
         changed[where] = {name.split(".")[0] for (name, p), q in pairs if not torch.equal(p, q)}
     assert changed == {"attention": {"self_attn"}, "all": {"self_attn", "mlp"}}
@@ -156,10 +210,17 @@ def test_swaps_stay_in_attention_unless_told_otherwise(base, windows):
 
 def test_a_narrow_layer_has_four_blocks_of_columns(base):
     g = torch.Generator().manual_seed(0)
-    for width, pattern, expected in ((64, None, 16), (160, (2, 4), 40), (600, None, 128), (24, (4, 8), 8)):
+    for width, pattern, expected in (
+        (64, None, 16),
+        (160, (2, 4), 40),
+        (600, None, 128),
+        (24, (4, 8), 8),
+    ):
         X = torch.randn(width, width, generator=g) @ torch.randn(width, 2 * width, generator=g)
         W, H = torch.randn(8, width, generator=g), X @ X.T
-        assert torch.equal(sparsegpt(W, H, 0.5, pattern), sparsegpt(W, H, 0.5, pattern, block=expected))
+        assert torch.equal(
+            sparsegpt(W, H, 0.5, pattern), sparsegpt(W, H, 0.5, pattern, block=expected)
+        )
 
 
 # Models
@@ -181,7 +242,9 @@ def test_batches_do_not_matter(base, windows):
             groups = read_inputs(block, forward, parts, True)
         found.append(groups)
     for one, other in zip(*found):
-        assert torch.allclose(one.hessian, other.hessian, rtol=1e-3, atol=1e-3 * one.hessian.abs().max()) and list(one.layers) == list(other.layers)
+        assert torch.allclose(
+            one.hessian, other.hessian, rtol=1e-3, atol=1e-3 * one.hessian.abs().max()
+        ) and list(one.layers) == list(other.layers)
 
 
 def test_held_zeros_stay_through_weight_decay_and_steps(base):
@@ -189,7 +252,10 @@ def test_held_zeros_stay_through_weight_decay_and_steps(base):
     weight = model.model.layers[0].mlp.up_proj.weight
     weight.data[:, ::2] = 0
     hold_zeros(model)
-    optimizer, ids = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1), torch.arange(20, 60)[None]
+    optimizer, ids = (
+        torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1),
+        torch.arange(20, 60)[None],
+    )
     before = weight.detach().clone()
     for _ in range(3):
         optimizer.zero_grad(), model(ids, labels=ids).loss.backward(), optimizer.step()
@@ -220,11 +286,18 @@ def test_slicing_what_is_empty_changes_nothing(kind, windows):
     for p in (*(w.weight for w in writes), model.model.embed_tokens.weight):
         p.data *= 0.01  # so small that the eps of the norms counts
     expected, small = model(windows).logits, rotate(model, torch.eye(48)[:, :36])
-    exact = 1e-5 if kind == "mistral" else 1e-3  # the norms of heads in Qwen 3 share the configuration's one eps
-    assert small.config.hidden_size == 36 and (small(windows).logits - expected).norm() < exact * expected.norm()
+    exact = (
+        1e-5 if kind == "mistral" else 1e-3
+    )  # the norms of heads in Qwen 3 share the configuration's one eps
+    assert (
+        small.config.hidden_size == 36
+        and (small(windows).logits - expected).norm() < exact * expected.norm()
+    )
 
 
-@pytest.mark.parametrize("algorithm, kind", [("taylor", "mistral"), ("flap", "qwen3"), ("slicegpt", "mistral")])
+@pytest.mark.parametrize(
+    "algorithm, kind", [("taylor", "mistral"), ("flap", "qwen3"), ("slicegpt", "mistral")]
+)
 def test_slim_models_of_other_architectures_load(algorithm, kind, windows, tmp_path):
     model = grouped(kind)
     if algorithm == "slicegpt":
@@ -232,10 +305,16 @@ def test_slim_models_of_other_architectures_load(algorithm, kind, windows, tmp_p
     else:
         *_, (_, sizes) = cut_widths(model, windows, algorithm, 0.34, compensate=False, rows=2)
         small = rebuild(model, **sizes)
-        assert small.config.num_key_value_heads == 2 and small.config.num_attention_heads == 4 and small.config.intermediate_size == 53
+        assert (
+            small.config.num_key_value_heads == 2
+            and small.config.num_attention_heads == 4
+            and small.config.intermediate_size == 53
+        )
     models.save_model(small, None, tmp_path / "small")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
-    assert (again(windows).logits - small(windows).logits).abs().max() < 1e-5 and sum(p.numel() for p in again.parameters()) < sum(p.numel() for p in grouped(kind).parameters())
+    assert (again(windows).logits - small(windows).logits).abs().max() < 1e-5 and sum(
+        p.numel() for p in again.parameters()
+    ) < sum(p.numel() for p in grouped(kind).parameters())
 
 
 def test_the_bias_makes_good_what_the_mean_loses(base, windows):
@@ -256,29 +335,54 @@ def test_a_run_records_its_parent_and_both_evaluations(algorithm, runs):
     second = lab.run("slim", model=str(first.path), algorithm="depth", ratio=0.2, **SMALL)
     assert second.record["parents"] == [first.id] and first.record["parents"] == []
     for when in ("before", "after"):
-        assert {"perplexity", "accuracy", "size_mib", "latency_ms", "sparsity"} <= set(second.summary[when])
-    assert abs(first.summary["after"]["sparsity"] - 0.5) < 0.01 and second.summary["after"]["size_mib"] < 0.85 * first.summary["after"]["size_mib"]
+        assert {"perplexity", "accuracy", "size_mib", "latency_ms", "sparsity"} <= set(
+            second.summary[when]
+        )
+    assert (
+        abs(first.summary["after"]["sparsity"] - 0.5) < 0.01
+        and second.summary["after"]["size_mib"] < 0.85 * first.summary["after"]["size_mib"]
+    )
     assert [row["step"] for row in first.lines()] == [1, 2, 3, 4, 5] and first.status == "finished"
 
 
 def test_same_settings_same_bits(runs):
-    one, two = (lab.run("prune", swaps=5, algorithm="wanda", allocation="hessian", **SMALL) for _ in range(2))
-    assert (one.path / "model/model.safetensors").read_bytes() == (two.path / "model/model.safetensors").read_bytes()
+    one, two = (
+        lab.run("prune", swaps=5, algorithm="wanda", allocation="hessian", **SMALL)
+        for _ in range(2)
+    )
+    assert (one.path / "model/model.safetensors").read_bytes() == (
+        two.path / "model/model.safetensors"
+    ).read_bytes()
 
 
-@pytest.mark.parametrize("name, values", [("prune", dict(algorithm="wanda")), ("slim", dict(algorithm="taylor")), ("slim", dict(algorithm="depth"))])
-def test_a_stop_comes_after_the_block_and_a_new_start_gives_the_same_bits(name, values, runs, monkeypatch):
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("prune", dict(algorithm="wanda")),
+        ("slim", dict(algorithm="taylor")),
+        ("slim", dict(algorithm="depth")),
+    ],
+)
+def test_a_stop_comes_after_the_block_and_a_new_start_gives_the_same_bits(
+    name, values, runs, monkeypatch
+):
     whole = lab.run(name, **SMALL, **values)
     with monkeypatch.context() as patch:
         patch.setattr(Run, "stop_requested", lambda self: self.record["step"] == 2)
         with pytest.raises(Stopped, match="after block 2"):
             lab.run(name, **SMALL, **values)
     stopped = next(run for run in all_runs(runs) if run.status == "stopped")
-    assert stopped.status == "stopped" and len(stopped.lines()) == 2 and not (stopped.path / "model").exists()
+    assert (
+        stopped.status == "stopped"
+        and len(stopped.lines()) == 2
+        and not (stopped.path / "model").exists()
+    )
     again = lab.resume(stopped)
     without = lambda run: [{k: v for k, v in row.items() if k != "seconds"} for row in run.lines()]
     assert again.status == "finished" and without(again) == without(whole)
-    assert (again.path / "model/model.safetensors").read_bytes() == (whole.path / "model/model.safetensors").read_bytes()
+    assert (again.path / "model/model.safetensors").read_bytes() == (
+        whole.path / "model/model.safetensors"
+    ).read_bytes()
 
 
 WRONG = [
@@ -307,7 +411,9 @@ def test_wrong_input_is_one_line_and_leaves_no_model(name, values, word, runs):
 
 def test_calibration_text_that_is_empty_or_too_short(tmp_path, runs):
     (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "short.jsonl").write_text("".join(json.dumps({"text": f"word {i}"}) + "\n" for i in range(40)))
+    (tmp_path / "short.jsonl").write_text(
+        "".join(json.dumps({"text": f"word {i}"}) + "\n" for i in range(40))
+    )
     for name, word in (("empty.txt", "empty"), ("short.jsonl", "tokens of calibration text")):
         for method in ("prune", "slim"):
             with pytest.raises(WrongInput, match=word) as error:
@@ -318,7 +424,9 @@ def test_calibration_text_that_is_empty_or_too_short(tmp_path, runs):
 def test_a_full_disk_is_said_before_anything_is_computed(runs, monkeypatch):
     import shutil
 
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000)
+    )
     with pytest.raises(WrongInput, match="MiB of disk are free"):
         lab.run("prune", **SMALL)
 
@@ -331,11 +439,29 @@ def test_a_weight_that_is_no_number_is_refused(base):
 
 
 def test_the_command_line_prunes_and_says_what_is_wrong(polm, runs):
-    done = polm("run", "prune", "--bare", "--json", *[w for k, v in SMALL.items() for w in ("-p", k, v)], "-p", "algorithm", "magnitude", "-p", "pattern", "2:4")
-    assert done.returncode == 0 and abs(json.loads(done.stdout.splitlines()[-1])["summary"]["after"]["sparsity"] - 0.5) < 1e-6
+    done = polm(
+        "run",
+        "prune",
+        "--bare",
+        "--json",
+        *[w for k, v in SMALL.items() for w in ("-p", k, v)],
+        "-p",
+        "algorithm",
+        "magnitude",
+        "-p",
+        "pattern",
+        "2:4",
+    )
+    assert (
+        done.returncode == 0
+        and abs(json.loads(done.stdout.splitlines()[-1])["summary"]["after"]["sparsity"] - 0.5)
+        < 1e-6
+    )
     done = polm("run", "prune", "-p", "sparsity", "2")
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
 
 
 def test_patterns():
-    assert parse_pattern("2:4") == (2, 4) and parse_pattern("") is None and Prune().how == "sparsegpt"
+    assert (
+        parse_pattern("2:4") == (2, 4) and parse_pattern("") is None and Prune().how == "sparsegpt"
+    )

@@ -14,20 +14,62 @@ from polm_lab.models.rollout import Stops, end_tokens, rollout
 from polm_lab.models.sampling import filter_logits, sample_token, row_seeds, uniforms
 
 hf.utils.logging.set_verbosity_error()
-COMMON = dict(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-              max_position_embeddings=256, eos_token_id=[1, 2, 3], bos_token_id=0, pad_token_id=0, initializer_range=0.3)
+COMMON = dict(
+    vocab_size=128,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    eos_token_id=[1, 2, 3],
+    bos_token_id=0,
+    pad_token_id=0,
+    initializer_range=0.3,
+)
 KINDS = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", {}),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", {}),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {}),
-    "mistral": ("MistralConfig", "MistralForCausalLM", dict(sliding_window=8)),  # every layer slides
-    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", dict(  # some layers slide
-        sliding_window=8, head_dim=16, num_hidden_layers=7, initializer_range=0.2)),
-    "bloom": ("BloomConfig", "BloomForCausalLM", dict(n_layer=2, n_head=4)),  # ALiBi: no position ids
-    "lfm2": ("Lfm2Config", "Lfm2ForCausalLM", dict(layer_types=["conv", "full_attention"])),  # layers with a state
-    "deepseek": ("DeepseekV3Config", "DeepseekV3ForCausalLM", dict(  # the cache holds latents, not keys
-        n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8,
-        v_head_dim=16, qk_nope_head_dim=16, moe_intermediate_size=32, num_key_value_heads=4)),
+    "mistral": (
+        "MistralConfig",
+        "MistralForCausalLM",
+        dict(sliding_window=8),
+    ),  # every layer slides
+    "gemma3": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        dict(  # some layers slide
+            sliding_window=8, head_dim=16, num_hidden_layers=7, initializer_range=0.2
+        ),
+    ),
+    "bloom": (
+        "BloomConfig",
+        "BloomForCausalLM",
+        dict(n_layer=2, n_head=4),
+    ),  # ALiBi: no position ids
+    "lfm2": (
+        "Lfm2Config",
+        "Lfm2ForCausalLM",
+        dict(layer_types=["conv", "full_attention"]),
+    ),  # layers with a state
+    "deepseek": (
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        dict(  # the cache holds latents, not keys
+            n_routed_experts=4,
+            n_group=1,
+            topk_group=1,
+            num_experts_per_tok=2,
+            kv_lora_rank=16,
+            q_lora_rank=16,
+            qk_rope_head_dim=8,
+            v_head_dim=16,
+            qk_nope_head_dim=16,
+            moe_intermediate_size=32,
+            num_key_value_heads=4,
+        ),
+    ),
 }
 
 
@@ -47,27 +89,44 @@ def generated(model, prompts, new):
     width, ends = max(map(len, prompts)), end_tokens(model)
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    rows = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=new, pad_token_id=0)[:, width:].tolist()
+    rows = model.generate(
+        input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=new, pad_token_id=0
+    )[:, width:].tolist()
     return [row[: next((t + 1 for t, k in enumerate(row) if k in ends), len(row))] for row in rows]
 
 
 def recomputed(model, prompt, completion, temperature):
     "Log-probs of the completion by one plain forward pass over the unpadded row."
     with torch.no_grad():
-        logits = model(torch.tensor([prompt + completion])).logits[0, -len(completion) - 1 : -1].float()
-    return (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(completion)[:, None])[:, 0]
+        logits = (
+            model(torch.tensor([prompt + completion])).logits[0, -len(completion) - 1 : -1].float()
+        )
+    return (
+        (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(completion)[:, None])[:, 0]
+    )
 
 
 def error_of(model, out, temperature):
-    return max((recomputed(model, p, c, temperature) - torch.tensor(l)).abs().max().item()
-               for p, c, l in zip(out.prompts, out.completions, out.logps))
+    return max(
+        (recomputed(model, p, c, temperature) - torch.tensor(l)).abs().max().item()
+        for p, c, l in zip(out.prompts, out.completions, out.logps)
+    )
 
 
 def byte_tokenizer(**settings):
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())[:125]
-    made = Tokenizer(models.BPE(vocab={"<pad>": 0, "<eos>": 1} | {c: i + 2 for i, c in enumerate(letters)}, merges=[]))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return hf.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>", pad_token="<pad>", **settings)
+    made = Tokenizer(
+        models.BPE(
+            vocab={"<pad>": 0, "<eos>": 1} | {c: i + 2 for i, c in enumerate(letters)}, merges=[]
+        )
+    )
+    made.pre_tokenizer, made.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token="<eos>", pad_token="<pad>", **settings
+    )
 
 
 @pytest.fixture
@@ -90,10 +149,27 @@ def test_greedy_equals_generate_and_logps_equal_recomputed(kind, share, shared_s
         model, prompts = make(kind, seed), some_prompts(seed)
         expected = generated(model, prompts, 16)
         for samples in (1, 3):
-            out = rollout(model, None, prompts, num_generations=samples, max_new_tokens=16, temperature=0, share=share)
+            out = rollout(
+                model,
+                None,
+                prompts,
+                num_generations=samples,
+                max_new_tokens=16,
+                temperature=0,
+                share=share,
+            )
             assert out.completions == [e for e in expected for _ in range(samples)]
             assert error_of(model, out, 1.0) < 1e-4
-        out = rollout(model, None, prompts, num_generations=3, max_new_tokens=16, temperature=0.7, seeds=seed, share=share)
+        out = rollout(
+            model,
+            None,
+            prompts,
+            num_generations=3,
+            max_new_tokens=16,
+            temperature=0.7,
+            seeds=seed,
+            share=share,
+        )
         assert error_of(model, out, 0.7) < 1e-4
         assert [len(l) for l in out.logps] == [len(c) for c in out.completions]
         assert out.ended == [c[-1] in (1, 2, 3) for c in out.completions]
@@ -105,22 +181,36 @@ def test_greedy_equals_generate_and_logps_equal_recomputed(kind, share, shared_s
 
 def test_lengths_vary_in_the_cases_above():
     "Rows do leave the batch early there, whole groups too, or dropping would not be tested."
-    lengths = [len(c) for seed in range(3) for c in rollout(make(seed=seed), None, some_prompts(seed), 3, 16, 0.7, seeds=seed).completions]
+    lengths = [
+        len(c)
+        for seed in range(3)
+        for c in rollout(
+            make(seed=seed), None, some_prompts(seed), 3, 16, 0.7, seeds=seed
+        ).completions
+    ]
     assert len(set(lengths)) > 4 and min(lengths) < 8
 
 
 def test_without_padding_no_mask_is_made():
     model, seen = make(), []
-    model.register_forward_pre_hook(lambda m, args, kwargs: seen.append("attention_mask" in kwargs), with_kwargs=True)
-    rollout(model, None, some_prompts(lengths=(6, 6)), num_generations=2, max_new_tokens=4, share=False)
+    model.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append("attention_mask" in kwargs), with_kwargs=True
+    )
+    rollout(
+        model, None, some_prompts(lengths=(6, 6)), num_generations=2, max_new_tokens=4, share=False
+    )
     assert not any(seen)
-    rollout(model, None, some_prompts(lengths=(6, 5)), num_generations=2, max_new_tokens=4, share=False)
+    rollout(
+        model, None, some_prompts(lengths=(6, 5)), num_generations=2, max_new_tokens=4, share=False
+    )
     assert any(seen)
 
 
 def test_the_prompt_is_read_once():
     model, shapes = make(), []
-    model.register_forward_pre_hook(lambda m, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    model.register_forward_pre_hook(
+        lambda m, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
     rollout(model, None, some_prompts(lengths=(6, 9)), num_generations=5, max_new_tokens=4)
     assert shapes[0] == (2, 9) and shapes[1][1] == 1 and shapes[1][0] <= 10
     assert all(a[0] >= b[0] for a, b in zip(shapes[1:], shapes[2:]))
@@ -136,7 +226,9 @@ def test_a_row_does_not_depend_on_its_company(share):
         assert np.allclose(alone.logps[0], whole.logps[r], atol=1e-4)
     order = [2, 0, 3, 1]
     reordered = [seeds[3 * i + k] for i in order for k in range(3)]
-    moved = rollout(model, None, [prompts[i] for i in order], 3, 20, 0.8, 0.95, seeds=reordered, share=share)
+    moved = rollout(
+        model, None, [prompts[i] for i in order], 3, 20, 0.8, 0.95, seeds=reordered, share=share
+    )
     assert moved.completions == [whole.completions[3 * i + k] for i in order for k in range(3)]
     parts = rollout(model, None, prompts, 3, 20, 0.8, 0.95, seeds=seeds, at_once=5, share=share)
     assert parts.completions == whole.completions
@@ -158,23 +250,45 @@ def test_tokens_follow_the_model_s_distribution():
     "4,000 rows of one prompt: the first tokens against the softmax, by chi-square over the tokens that are expected five times or more."
     model = make(initializer_range=0.15)
     for temperature, top_k, top_p in [(1.0, 0, 1.0), (0.6, 7, 1.0), (1.5, 0, 0.7)]:
-        out = rollout(model, None, [[7, 8, 9]], 4000, 1, temperature, top_p, top_k, seeds=1, at_once=4000)
+        out = rollout(
+            model, None, [[7, 8, 9]], 4000, 1, temperature, top_p, top_k, seeds=1, at_once=4000
+        )
         with torch.no_grad():
             logits = model(torch.tensor([[7, 8, 9]])).logits[:, -1] / temperature
         p = filter_logits(logits, top_k, top_p).softmax(-1)[0].double().numpy()
         counts = np.bincount([c[0] for c in out.completions], minlength=len(p))
         assert counts[p == 0].sum() == 0
         often = p * 4000 >= 5
-        expected, seen = np.append(p[often], p[~often].sum()) * 4000, np.append(counts[often], counts[~often].sum())
+        expected, seen = (
+            np.append(p[often], p[~often].sum()) * 4000,
+            np.append(counts[often], counts[~often].sum()),
+        )
         keep = expected > 0
         chi, free = ((seen - expected)[keep] ** 2 / expected[keep]).sum(), keep.sum() - 1
-        assert chi < free + 5 * math.sqrt(2 * free) and free >= 4, (chi, free)  # five standard deviations above the mean
+        assert chi < free + 5 * math.sqrt(2 * free) and free >= 4, (
+            chi,
+            free,
+        )  # five standard deviations above the mean
         whole = logits.log_softmax(-1)[0]
-        assert max(abs(whole[c[0]].item() - l[0]) for c, l in zip(out.completions, out.logps)) < 1e-4
+        assert (
+            max(abs(whole[c[0]].item() - l[0]) for c, l in zip(out.completions, out.logps)) < 1e-4
+        )
 
 
-@pytest.mark.parametrize("top_k, top_p", [(1, 1.0), (5, 1.0), (500, 1.0), (0, 0.01), (0, 0.5), (0, 0.97), (0, 0.9999), (20, 0.8),
-                                          (300, 0.99)])
+@pytest.mark.parametrize(
+    "top_k, top_p",
+    [
+        (1, 1.0),
+        (5, 1.0),
+        (500, 1.0),
+        (0, 0.01),
+        (0, 0.5),
+        (0, 0.97),
+        (0, 0.9999),
+        (20, 0.8),
+        (300, 0.99),
+    ],
+)
 def test_sets_equal_the_warpers_of_transformers(top_k, top_p):
     torch.manual_seed(0)
     for spread in (0.1, 1.0, 5.0):
@@ -187,8 +301,13 @@ def test_sets_equal_the_warpers_of_transformers(top_k, top_p):
 def test_pick_at_the_edges():
     z = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
     tiny, half = 2.0**-49, 0.5
-    assert [sample_token(z, torch.tensor([u], dtype=torch.float64))[0].item() for u in (tiny, half - 1e-9, half, 1 - tiny)] == [1, 1, 3, 3]
-    token, logp = sample_token(torch.zeros(1, 200_000), torch.tensor([1 - tiny], dtype=torch.float64))
+    assert [
+        sample_token(z, torch.tensor([u], dtype=torch.float64))[0].item()
+        for u in (tiny, half - 1e-9, half, 1 - tiny)
+    ] == [1, 1, 3, 3]
+    token, logp = sample_token(
+        torch.zeros(1, 200_000), torch.tensor([1 - tiny], dtype=torch.float64)
+    )
     assert token.item() == 199_999 and abs(logp.item() + math.log(200_000)) < 1e-5
     numbers = uniforms(range(-50, 50), 200)
     assert numbers.min() > 0 and numbers.max() < 1 and len(np.unique(numbers)) == numbers.size
@@ -205,12 +324,18 @@ def test_stop_strings_straddle_tokens():
         if "\ufffd" in stop:
             continue
         out = rollout(model, tokenizer, some_prompts(), 4, 40, seeds=2, stop=("never seen", stop))
-        for text, whole, tokens, all_tokens, ended in zip(out.texts, free.texts, out.completions, free.completions, out.ended):
+        for text, whole, tokens, all_tokens, ended in zip(
+            out.texts, free.texts, out.completions, free.completions, out.ended
+        ):
             at = whole.find(stop)
             assert ended == (at >= 0) and tokens == all_tokens[: len(tokens)]
             assert text == (whole if at < 0 else whole[:at])
             shown = tokenizer.decode(tokens, skip_special_tokens=True)
-            assert at < 0 or stop in shown and stop not in tokenizer.decode(tokens[:-1], skip_special_tokens=True)
+            assert (
+                at < 0
+                or stop in shown
+                and stop not in tokenizer.decode(tokens[:-1], skip_special_tokens=True)
+            )
 
 
 def test_stop_detection_is_that_of_the_whole_text():
@@ -221,7 +346,10 @@ def test_stop_detection_is_that_of_the_whole_text():
         letters = [tokenizer.convert_tokens_to_ids(c) for c in "abc"] + [0, 1, 120]
         for _ in range(60):
             tokens = rng.choice(letters, 30).tolist()
-            texts = [tokenizer.decode(tokens[:t], skip_special_tokens="<eos>" not in stop[0]) for t in range(31)]
+            texts = [
+                tokenizer.decode(tokens[:t], skip_special_tokens="<eos>" not in stop[0])
+                for t in range(31)
+            ]
             first = next((t for t in range(1, 31) if any(s in texts[t] for s in stop)), None)
             assert next((t for t in range(1, 31) if stops.hit(tokens[:t])), None) == first
             assert not any(s in stops.text(tokens[:first]) for s in stop)
@@ -237,20 +365,33 @@ def test_text_of_an_end_token_that_is_an_ordinary_word():
 
 def test_end_tokens_come_from_the_generation_config_then_from_the_tokenizer():
     assert end_tokens(make()) == [1, 2, 3] and end_tokens(make(eos_token_id=9)) == [9]
-    assert end_tokens(make(eos_token_id=None), byte_tokenizer()) == [1] and end_tokens(make(eos_token_id=None)) == []
+    assert (
+        end_tokens(make(eos_token_id=None), byte_tokenizer()) == [1]
+        and end_tokens(make(eos_token_id=None)) == []
+    )
 
 
 def test_one_new_token_and_one_prompt():
     model = make()
     out = rollout(model, None, [[5]], max_new_tokens=1, temperature=0)
-    assert [len(c) for c in out.completions] == [1] and out.ended == [out.completions[0][0] in (1, 2, 3)] and out.texts == [""]
+    assert (
+        [len(c) for c in out.completions] == [1]
+        and out.ended == [out.completions[0][0] in (1, 2, 3)]
+        and out.texts == [""]
+    )
     assert len(rollout(model, None, [])) == 0
 
 
 WRONG = {
     "empty prompt": (dict(prompts=[[5], []]), "prompts:1: found no tokens"),
-    "too long": (dict(prompts=[[5], [5], [6] * 300]), "prompts:2: found 300 prompt tokens + max_new_tokens 64; expected at most 256"),
-    "too long by the new tokens": (dict(prompts=[[5] * 200], max_new_tokens=57), "prompts:0: found 200"),
+    "too long": (
+        dict(prompts=[[5], [5], [6] * 300]),
+        "prompts:2: found 300 prompt tokens + max_new_tokens 64; expected at most 256",
+    ),
+    "too long by the new tokens": (
+        dict(prompts=[[5] * 200], max_new_tokens=57),
+        "prompts:0: found 200",
+    ),
     "text": (dict(prompts=["hello"]), "prompts:0: found 'h'; expected token ids from 0 to 127"),
     "id outside": (dict(prompts=[[128]]), "prompts:0: found 128"),
     "negative id": (dict(prompts=[[-1]]), "prompts:0: found -1"),
@@ -278,7 +419,10 @@ def test_wrong_input_is_named_before_compute(name):
 
 
 def test_prompt_and_new_tokens_may_fill_the_context():
-    assert len(rollout(make(eos_token_id=None), None, [[5] * 200], max_new_tokens=56).completions[0]) == 56
+    assert (
+        len(rollout(make(eos_token_id=None), None, [[5] * 200], max_new_tokens=56).completions[0])
+        == 56
+    )
 
 
 def test_a_model_without_a_cache_is_refused():
@@ -301,7 +445,9 @@ def test_training_state_comes_back_also_after_an_error():
         model.lm_head.weight.fill_(math.nan)
     with pytest.raises(FloatingPointError, match="prompts:.*not finite"):
         rollout(model, None, some_prompts(), 2, 8)
-    assert [m.training for m in model.modules()] == before and model.config._attn_implementation == "sdpa"
+    assert [
+        m.training for m in model.modules()
+    ] == before and model.config._attn_implementation == "sdpa"
 
 
 def test_gradient_checkpointing_and_use_cache_off_do_not_matter():
@@ -314,10 +460,13 @@ def test_gradient_checkpointing_and_use_cache_off_do_not_matter():
 @pytest.mark.parametrize("kind", ["lora", "prompt", "prefix"])
 def test_peft(kind):
     import peft
+
     common = dict(task_type="CAUSAL_LM")
-    config = {"lora": lambda: peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **common),
-              "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=6, **common),
-              "prefix": lambda: peft.PrefixTuningConfig(num_virtual_tokens=6, **common)}[kind]()
+    config = {
+        "lora": lambda: peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **common),
+        "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=6, **common),
+        "prefix": lambda: peft.PrefixTuningConfig(num_virtual_tokens=6, **common),
+    }[kind]()
     base = make()
     plain = rollout(base, None, some_prompts(), 2, 12, 0.7)
     model = peft.get_peft_model(base, config).eval()

@@ -23,7 +23,9 @@ with Run(sys.argv[1]).active():
 
 def held(run):
     "A process that runs `run` until it is ended."
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(run.path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(run.path)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "running\n"
     return process
 
@@ -132,7 +134,9 @@ def test_damaged_lines_are_left_out_and_rewinding_mends_the_file():
         run.log(step, loss=float(step))
     path = run.path / "metrics.jsonl"
     lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], '{"step": 2, "loss"', lines[2], "\x00\x00", lines[3], lines[4]]) + "\n")
+    path.write_text(
+        "\n".join([lines[0], '{"step": 2, "loss"', lines[2], "\x00\x00", lines[3], lines[4]]) + "\n"
+    )
     assert [row["step"] for row in run.lines()] == [1, 3, 4, 5]
     run.rewind(3)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]
@@ -173,7 +177,10 @@ def test_a_run_records_its_dtype_and_goes_on_with_it(tmp_path):
     "auto is resolved once; a run that began in bf16, on another machine, goes on in bf16."
     from polm_lab.training.chain import create, execute
 
-    settings, loss = dict(data="sums", steps=1, batch_size=2, eval_rows=2, max_length=64, device="cpu"), []
+    settings, loss = (
+        dict(data="sums", steps=1, batch_size=2, eval_rows=2, max_length=64, device="cpu"),
+        [],
+    )
     for asked, found in (("auto", "float32"), ("bfloat16", "bfloat16")):
         run = execute(create("sft", settings | dict(dtype=asked), out=tmp_path))
         record = run.read()

@@ -4,7 +4,12 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+)
 from zoo import make
 
 import polm_lab as lab
@@ -17,8 +22,30 @@ from polm_lab.models.save import save_model
 from polm_lab.core.run import Run
 
 EOS = 2
-FAMILIES = ("llama", "qwen3", "gemma", "phi3", "gpt2", "opt", "gpt_neox", "bloom", "mpt", "falcon", "mixtral")
-SHORT = dict(data="sums", steps=2, batch_size=4, eval_rows=4, max_length=48, device="cpu", dtype="float32", learning_rate=1e-3, warmup=0.0)
+FAMILIES = (
+    "llama",
+    "qwen3",
+    "gemma",
+    "phi3",
+    "gpt2",
+    "opt",
+    "gpt_neox",
+    "bloom",
+    "mpt",
+    "falcon",
+    "mixtral",
+)
+SHORT = dict(
+    data="sums",
+    steps=2,
+    batch_size=4,
+    eval_rows=4,
+    max_length=48,
+    device="cpu",
+    dtype="float32",
+    learning_rate=1e-3,
+    warmup=0.0,
+)
 
 
 def scored(family, folder, adapter="none"):
@@ -36,7 +63,10 @@ def scored(family, folder, adapter="none"):
 
 def texts():
     "Rows of 5 to 12 tokens; some end in EOS, one in two."
-    found = [torch.randint(3, 96, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 12, 8, 9)]
+    found = [
+        torch.randint(3, 96, (n,), generator=torch.Generator().manual_seed(n)).tolist()
+        for n in (5, 12, 8, 9)
+    ]
     found[0][-1:], found[2][-2:] = [EOS], [EOS, EOS]
     return found
 
@@ -67,10 +97,14 @@ def test_the_score_is_that_of_the_last_real_token(family, tmp_path):
     assert expected.std() > 0.05
     for side in ("right", "left"):
         assert torch.allclose(Scorer(model)(*padded(texts(), side)), expected, atol=1e-5)
-    assert torch.allclose(score_rows(Scorer(model), [{"input_ids": row} for row in texts()], EOS), expected, atol=1e-5)
+    assert torch.allclose(
+        score_rows(Scorer(model), [{"input_ids": row} for row in texts()], EOS), expected, atol=1e-5
+    )
     ids, mask = padded(texts(), "right")
     wrong = model(input_ids=ids, attention_mask=mask).logits[:, 0]  # what transformers reads
-    assert (wrong - expected).abs()[[0, 2]].min() > 1e-3 and (wrong - expected).abs()[[1, 3]].max() < 1e-5  # rows that do not end in EOS
+    assert (wrong - expected).abs()[[0, 2]].min() > 1e-3 and (wrong - expected).abs()[
+        [1, 3]
+    ].max() < 1e-5  # rows that do not end in EOS
 
 
 @torch.no_grad()
@@ -89,7 +123,11 @@ def test_gradients_are_those_of_each_text_alone(tmp_path):
     found = []
     for side in ("right", "left", None):
         model.zero_grad()
-        scores = Scorer(model)(*padded(texts(), side)) if side else torch.stack([plainly(model, row) for row in texts()])
+        scores = (
+            Scorer(model)(*padded(texts(), side))
+            if side
+            else torch.stack([plainly(model, row) for row in texts()])
+        )
         (weights * scores).sum().backward()
         found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     for other in found[:2]:
@@ -103,9 +141,16 @@ def test_a_call_of_the_model_itself_reads_by_the_mask(tmp_path):
     names = list(dict(model.named_parameters()))
     expected, before = Scorer(model)(ids, mask), model(input_ids=ids, attention_mask=mask).logits
     read_by_mask(model)
-    assert torch.equal(model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 0], expected) and list(dict(model.named_parameters())) == names
+    assert (
+        torch.equal(
+            model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 0], expected
+        )
+        and list(dict(model.named_parameters())) == names
+    )
     del model.forward
-    assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, before) and not torch.allclose(before[:, 0], expected)
+    assert torch.equal(
+        model(input_ids=ids, attention_mask=mask).logits, before
+    ) and not torch.allclose(before[:, 0], expected)
 
 
 # Runs -------------------------------------------------------------------------------------------------------------
@@ -137,10 +182,16 @@ def test_training_scoring_and_plain_transformers_agree(run):
     "The saved model, read by plain transformers with the saved tokenizer in one padded batch, on either side, and one text at a time."
     prompts, said = answers()
     found = torch.tensor(load_reward(str(run.path), device="cpu", dtype="float32")(prompts, said))
-    model, words = AutoModelForSequenceClassification.from_pretrained(run.path / "model").eval(), AutoTokenizer.from_pretrained(run.path / "model")
+    model, words = (
+        AutoModelForSequenceClassification.from_pretrained(run.path / "model").eval(),
+        AutoTokenizer.from_pretrained(run.path / "model"),
+    )
     assert model.config.pad_token_id == words.pad_token_id != words.eos_token_id
     ours = load_tokenizer(run.path)
-    rows = [encode(ours, dict(prompt=p, completion=c), "completion", 256)["input_ids"] for p, c in zip(prompts, said)]
+    rows = [
+        encode(ours, dict(prompt=p, completion=c), "completion", 256)["input_ids"]
+        for p, c in zip(prompts, said)
+    ]
     assert rows[0][-1] == words.eos_token_id
     with torch.no_grad():
         alone = torch.stack([plainly(model, row) for row in rows])
@@ -154,11 +205,18 @@ def test_the_run_trained_what_it_says(run, pads_with_eos):
     "The recorded rewards are those of plain scores of the saved model."
     row = next(iter(run.lines("samples")))
     words = load_tokenizer(run.path)
-    ids = encode(words, dict(prompt=row["prompt"], completion=row["completion"]), "completion", 48)["input_ids"]
+    ids = encode(words, dict(prompt=row["prompt"], completion=row["completion"]), "completion", 48)[
+        "input_ids"
+    ]
     model = load_model(run.path, dtype="float32", device="cpu", head="any").eval()
     with torch.no_grad():
-        assert row["reward"] == pytest.approx(plainly(model, ids).item(), abs=1e-4) and row["length"] == len(ids)
-        assert row["values"][-1] == pytest.approx(row["reward"], abs=1e-3) and ids[-1] == words.eos_token_id
+        assert row["reward"] == pytest.approx(plainly(model, ids).item(), abs=1e-4) and row[
+            "length"
+        ] == len(ids)
+        assert (
+            row["values"][-1] == pytest.approx(row["reward"], abs=1e-3)
+            and ids[-1] == words.eos_token_id
+        )
 
 
 def test_trl_reads_where_we_do(run, pads_with_eos, tmp_path):
@@ -171,13 +229,18 @@ def test_trl_reads_where_we_do(run, pads_with_eos, tmp_path):
 
 def test_a_model_of_others_that_pads_with_eos_is_read_by_the_mask(run, tmp_path):
     "As TRL and others save them: pad_token_id is that of EOS, in tokenizer and configuration."
-    model, words = load_model(run.path, dtype="float32", device="cpu", head="any"), load_tokenizer(run.path)
+    model, words = (
+        load_model(run.path, dtype="float32", device="cpu", head="any"),
+        load_tokenizer(run.path),
+    )
     words.pad_token = words.eos_token
     model.config.pad_token_id = words.eos_token_id
     save_model(model, words, tmp_path / "theirs")
     prompts, said = answers()
     again = load_reward(str(tmp_path / "theirs"), device="cpu", dtype="float32")(prompts, said)
-    assert again == pytest.approx(load_reward(str(run.path), device="cpu", dtype="float32")(prompts, said), abs=1e-5)
+    assert again == pytest.approx(
+        load_reward(str(run.path), device="cpu", dtype="float32")(prompts, said), abs=1e-5
+    )
 
 
 def test_without_another_token_plain_transformers_refuses_a_batch(tmp_path):
@@ -187,20 +250,29 @@ def test_without_another_token_plain_transformers_refuses_a_batch(tmp_path):
     assert own != end and padding_for(words, {end}) == own  # nothing to do
     words.pad_token = words.eos_token
     others = [t for t in special if t != end]
-    assert padding_for(words, set(others[:1])) == words.pad_token_id == min(set(others) - set(others[:1]))
+    assert (
+        padding_for(words, set(others[:1]))
+        == words.pad_token_id
+        == min(set(others) - set(others[:1]))
+    )
     words.pad_token = words.eos_token
     assert padding_for(words, set(special)) is None and words.pad_token_id == end
     model = scored("llama", tmp_path / "model")
     model.config.pad_token_id = None
     with torch.no_grad():
-        assert torch.allclose(model(torch.tensor([texts()[2]])).logits[0, 0], plainly(model, texts()[2]), atol=1e-6)
+        assert torch.allclose(
+            model(torch.tensor([texts()[2]])).logits[0, 0], plainly(model, texts()[2]), atol=1e-6
+        )
         with pytest.raises(ValueError, match="padding"):
             model(*padded(texts(), "right"))
 
 
 def test_the_side_of_the_padding_stays(pads_with_eos, run, tmp_path):
     side = lambda folder: json.loads((folder / "tokenizer_config.json").read_text())["padding_side"]
-    assert side(pads_with_eos) == "left" == side(run.path / "model") and load_tokenizer(run.path).padding_side == "left"
+    assert (
+        side(pads_with_eos) == "left" == side(run.path / "model")
+        and load_tokenizer(run.path).padding_side == "left"
+    )
     tuned = lab.run("sft", out=tmp_path, model=str(pads_with_eos), **SHORT | dict(steps=1))
     assert side(tuned.path / "model") == "left" and load_tokenizer("tiny").padding_side == "right"
     assert isinstance(tuned, Run)
@@ -210,7 +282,18 @@ def test_a_model_without_such_a_head_is_refused(tmp_path):
     with pytest.raises(WrongInput, match="gives no reward"):
         load_reward("tiny")
     torch.manual_seed(0)
-    sizes = dict(vocab_size=1024, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=1)
-    save_model(BertForSequenceClassification(BertConfig(**sizes)), load_tokenizer("tiny"), tmp_path / "first")
+    sizes = dict(
+        vocab_size=1024,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=1,
+    )
+    save_model(
+        BertForSequenceClassification(BertConfig(**sizes)),
+        load_tokenizer("tiny"),
+        tmp_path / "first",
+    )
     with pytest.raises(WrongInput, match="does not read the last token"):
         load_reward(str(tmp_path / "first"))

@@ -12,7 +12,15 @@ from polm_lab.models.logprobs import Policy
 from polm_lab.models.load import load_model
 from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.integration.retrieval import passages as passages_module
-from polm_lab.integration.retrieval.text import cut, fold, holds, shortened, spans, squeezed, words_of
+from polm_lab.integration.retrieval.text import (
+    cut,
+    fold,
+    holds,
+    shortened,
+    spans,
+    squeezed,
+    words_of,
+)
 from polm_lab.integration.retrieval.documents import html_text, load_documents
 from polm_lab.integration.retrieval.library import open_library
 from polm_lab.integration.retrieval.passages import Index
@@ -57,16 +65,34 @@ def test_the_words_of_a_text(text, words):
 
 
 LIBRARIES = {
-    "Chinese": (["埃斯克河流经巴顿小镇。", "阿德兰演奏鲁特琴。", "钟楼建于一二〇四年。"], {"哪条河流经巴顿？": 0, "谁会弹鲁特琴？": 1, "钟楼是什么时候建的": 2}),
-    "Japanese": (["エスク川はバートンを流れる。", "アドランはリュートを弾く。", "鐘楼は古い。"], {"バートンの川は何ですか": 0, "誰がリュートを弾きますか": 1, "鐘": 2}),
-    "Thai": (["แม่น้ำเอสค์ไหลผ่านเมืองบาร์ตัน", "อัดรันเล่นลูต", "หอระฆังเก่ามาก"], {"แม่น้ำอะไรไหลผ่านบาร์ตัน": 0, "ใครเล่นลูต": 1, "หอระฆังอยู่ที่ไหน": 2}),
+    "Chinese": (
+        ["埃斯克河流经巴顿小镇。", "阿德兰演奏鲁特琴。", "钟楼建于一二〇四年。"],
+        {"哪条河流经巴顿？": 0, "谁会弹鲁特琴？": 1, "钟楼是什么时候建的": 2},
+    ),
+    "Japanese": (
+        ["エスク川はバートンを流れる。", "アドランはリュートを弾く。", "鐘楼は古い。"],
+        {"バートンの川は何ですか": 0, "誰がリュートを弾きますか": 1, "鐘": 2},
+    ),
+    "Thai": (
+        ["แม่น้ำเอสค์ไหลผ่านเมืองบาร์ตัน", "อัดรันเล่นลูต", "หอระฆังเก่ามาก"],
+        {"แม่น้ำอะไรไหลผ่านบาร์ตัน": 0, "ใครเล่นลูต": 1, "หอระฆังอยู่ที่ไหน": 2},
+    ),
     "Lao": (["ແມ່ນ້ຳຂອງໄຫຼຜ່ານວຽງຈັນ", "ລາວມີພູຫຼາຍ"], {"ແມ່ນ້ຳຫຍັງຢູ່ວຽງຈັນ": 0, "ລາວມີຫຍັງ": 1}),
     "Khmer": (["ទន្លេមេគង្គហូរកាត់ភ្នំពេញ", "អង្គរវត្តជាប្រាសាទ"], {"ភ្នំពេញមានទន្លេអ្វី": 0, "ប្រាសាទអ្វី": 1}),
     "Burmese": (["ဧရာဝတီမြစ်သည်မန္တလေးကိုဖြတ်စီးသည်", "ရွှေတိဂုံဘုရား"], {"မန္တလေးမြစ်": 0, "ဘုရား": 1}),
-    "Korean": (["에스크강은 바턴을 흐른다.", "아드란이 류트를 연주한다."], {"바턴에는 어떤 강이 있나?": 0, "류트는 누가 연주하나?": 1}),
-    "Hindi": (["एस्क नदी बार्टन में बहती है।", "आद्रान वीणा बजाता है।"], {"बार्टन की नदी": 0, "वीणा कौन बजाता है?": 1}),
-    "Arabic": (["يجري نهر إسك في بارتون.", "يعزف أدران على العود."], {"نَهر بارتون": 0, "من يعزف على العود؟": 1}),
-}  # fmt: skip
+    "Korean": (
+        ["에스크강은 바턴을 흐른다.", "아드란이 류트를 연주한다."],
+        {"바턴에는 어떤 강이 있나?": 0, "류트는 누가 연주하나?": 1},
+    ),
+    "Hindi": (
+        ["एस्क नदी बार्टन में बहती है।", "आद्रान वीणा बजाता है।"],
+        {"बार्टन की नदी": 0, "वीणा कौन बजाता है?": 1},
+    ),
+    "Arabic": (
+        ["يجري نهر إسك في بارتون.", "يعزف أدران على العود."],
+        {"نَهر بارتون": 0, "من يعزف على العود؟": 1},
+    ),
+}
 
 
 @pytest.mark.parametrize("language", LIBRARIES)
@@ -157,7 +183,25 @@ def test_places_of_answers_are_those_of_the_text_as_written():
     assert spans("黑 豹\n队。黑豹队", "黑豹队") == [(0, 5), (6, 9)]
     assert spans("aﬁne ﬁne", "fine") == [(5, 8)] and spans("cafe\u0301!", "CAFÉ") == [(0, 5)]
     rng = random.Random(2)
-    letters = ["a", "Straße ", "黑", "ガ", "ｶﾞ", "น้ำ", " ", "\n", "é", "e\u0301", "½", "ﬁ", "서", "٣", "हि", ".", "\u200b"]
+    letters = [
+        "a",
+        "Straße ",
+        "黑",
+        "ガ",
+        "ｶﾞ",
+        "น้ำ",
+        " ",
+        "\n",
+        "é",
+        "e\u0301",
+        "½",
+        "ﬁ",
+        "서",
+        "٣",
+        "हि",
+        ".",
+        "\u200b",
+    ]
     for _ in range(300):
         text = "".join(rng.choices(letters, k=12))
         for answer in rng.choices(letters, k=4):
@@ -165,21 +209,38 @@ def test_places_of_answers_are_those_of_the_text_as_written():
 
 
 def test_another_answer_takes_the_place_of_the_right_one():
-    assert with_other_answer("埃斯克河流经巴顿。埃斯克河很长。", ["埃斯克河", "河"], ["埃斯克河", "泰河"]) == "泰河流经巴顿。泰河很长。"
-    assert with_other_answer("Ｔｈｅ Ｅｓｋ is long", ["esk"], ["ESK", "Tay"]) == "Ｔｈｅ Tay is long"
+    assert (
+        with_other_answer(
+            "埃斯克河流经巴顿。埃斯克河很长。", ["埃斯克河", "河"], ["埃斯克河", "泰河"]
+        )
+        == "泰河流经巴顿。泰河很长。"
+    )
+    assert (
+        with_other_answer("Ｔｈｅ Ｅｓｋ is long", ["esk"], ["ESK", "Tay"]) == "Ｔｈｅ Tay is long"
+    )
     assert with_other_answer("서울에서", ["서울"], ["부산"]) == "부산에서"
 
 
 def test_answers_are_equal_but_for_what_writing_may_vary():
     for said, right in (
-        ("北京。[1]", "北京"), ("【1】北京", "北京"), ("「北 京」", "北京"), ("１０％", "10"), ("The Esk.", "esk"), ("เอสค์ ครับ", "เอสค์ครับ"),
-        ("٢٠١٥", "2015"), ("die Straße", "Die Strasse"), ("कि", "कि"),
-    ):  # fmt: skip
+        ("北京。[1]", "北京"),
+        ("【1】北京", "北京"),
+        ("「北 京」", "北京"),
+        ("１０％", "10"),
+        ("The Esk.", "esk"),
+        ("เอสค์ ครับ", "เอสค์ครับ"),
+        ("٢٠١٥", "2015"),
+        ("die Straße", "Die Strasse"),
+        ("कि", "कि"),
+    ):
         assert exact_match(said, right) == 1.0, (said, right)
     for said, right in (("कि", "की"), ("北京市", "北京"), ("6½", "6"), ("x²", "x"), ("...", "。")):
         assert exact_match(said, right) == 0.0, (said, right)
     hits = [Hit("a", "钟楼很古老。", 1.0), Hit("b", "他演奏鲁特琴。", 1.0)]
-    assert Reading("谁？", "鲁特琴。【2】", hits).cited == [2] and Reading("谁？", "笛子。", hits).cited == []
+    assert (
+        Reading("谁？", "鲁特琴。【2】", hits).cited == [2]
+        and Reading("谁？", "笛子。", hits).cited == []
+    )
 
 
 def test_questions_without_a_right_passage_give_no_recall():
@@ -190,7 +251,11 @@ def test_questions_without_a_right_passage_give_no_recall():
 def test_a_reward_counts_the_words_of_a_chinese_question():
     question, passage = "谁弹鲁特琴", "阿德兰演奏鲁特琴"
     held = [w for w in words_of(question) if w in ("鲁", "特", "琴", "鲁特", "特琴")]
-    assert states_answer(question, passage, "阿德兰") == 1 + len(held) / len(words_of(question)) == 1 + 5 / 9
+    assert (
+        states_answer(question, passage, "阿德兰")
+        == 1 + len(held) / len(words_of(question))
+        == 1 + 5 / 9
+    )
     assert states_answer(question, passage, "埃南") == 5 / 9
 
 
@@ -209,37 +274,98 @@ def test_a_chinese_library_of_ones_own_is_labelled(tmp_path):
 
 def test_cutting_ends_with_sentences_and_adds_no_space():
     chinese = "巴顿是一座小镇。“钟声！”他说。埃斯克河流经这里，一直到海边。他喜欢（很）吗？是。"
-    assert cut(chinese, 4) == ["巴顿是一座小镇。", "“钟声！”他说。", "埃斯克河流经这里，", "一直到海边。", "他喜欢（很）吗？", "是。"]
-    assert cut(chinese, 6)[0] == "巴顿是一座小镇。“钟声！”他说。" and "".join(cut(chinese, 6)) == chinese
-    assert cut("東京は都市です。大阪も都市です。「はい。」と言った。", 4) == ["東京は都市です。", "大阪も都市です。", "「はい。」と言った。"]
-    assert cut("埃斯克河，一直流到海边的小镇。", 4) == ["埃斯克河，", "一直流到海边的小", "镇。"], "a clause is whole where it fits"
+    assert cut(chinese, 4) == [
+        "巴顿是一座小镇。",
+        "“钟声！”他说。",
+        "埃斯克河流经这里，",
+        "一直到海边。",
+        "他喜欢（很）吗？",
+        "是。",
+    ]
+    assert (
+        cut(chinese, 6)[0] == "巴顿是一座小镇。“钟声！”他说。"
+        and "".join(cut(chinese, 6)) == chinese
+    )
+    assert cut("東京は都市です。大阪も都市です。「はい。」と言った。", 4) == [
+        "東京は都市です。",
+        "大阪も都市です。",
+        "「はい。」と言った。",
+    ]
+    assert cut("埃斯克河，一直流到海边的小镇。", 4) == ["埃斯克河，", "一直流到海边的小", "镇。"], (
+        "a clause is whole where it fits"
+    )
     thai = "แม่น้ำเอสค์ไหลผ่าน เมืองบาร์ตัน และลงสู่ทะเล"
     assert cut(thai, 7) == ["แม่น้ำเอสค์ไหลผ่าน", "เมืองบาร์ตัน", "และลงสู่ทะเล"]
     assert cut("एस्क बहती है। आद्रान गाता है।", 3) == ["एस्क बहती है।", "आद्रान गाता है।"]
     assert cut("丢了 308分，他说NFL好", 100) == ["丢了 308分，他说NFL好"]
     long = "巴顿" * 700
     assert cut(long, 100) == [long[i : i + 200] for i in range(0, 1400, 200)]
-    assert cut("One.\r\n\r\nTwo.", 1) == ["One.", "Two."] and cut("x" * 450, 2) == ["x" * 400, "x" * 50]
+    assert cut("One.\r\n\r\nTwo.", 1) == ["One.", "Two."] and cut("x" * 450, 2) == [
+        "x" * 400,
+        "x" * 50,
+    ]
 
 
 def test_cutting_any_script_keeps_every_character_in_order():
     rng = random.Random(4)
-    parts = ["黑豹队", "。", "，", "”", "（", "word", "Dr", ". ", " ", "\n\n", "\u3000", "น้ำ", "ที่", "서울에", "x" * 250, "हिन्दी", "カー", "、", "！？", "…", "12"]
+    parts = [
+        "黑豹队",
+        "。",
+        "，",
+        "”",
+        "（",
+        "word",
+        "Dr",
+        ". ",
+        " ",
+        "\n\n",
+        "\u3000",
+        "น้ำ",
+        "ที่",
+        "서울에",
+        "x" * 250,
+        "हिन्दी",
+        "カー",
+        "、",
+        "！？",
+        "…",
+        "12",
+    ]
     for spaced in (True, False):
         for _ in range(150):
-            text = "".join(part for part in rng.choices(parts, k=40) if spaced or not any(map(str.isspace, part)))
+            text = "".join(
+                part
+                for part in rng.choices(parts, k=40)
+                if spaced or not any(map(str.isspace, part))
+            )
             size = rng.randint(1, 12)
             pieces = cut(text, size)
             assert "".join("".join(pieces).split()) == "".join(text.split())
             assert all(len(piece.split()) <= size for piece in pieces)
             if not spaced:
                 assert "".join(pieces) == text, "no space is added"
-            assert cut(text, 10**6) == ([" ".join(text.split())] if text.strip() else []), "and none is lost"
+            assert cut(text, 10**6) == ([" ".join(text.split())] if text.strip() else []), (
+                "and none is lost"
+            )
             assert not any(unicodedata.combining(piece[0]) for piece in pieces)
 
 
 def test_no_run_of_characters_takes_long():
-    for character in (" ", "\n", "。", "，", "(", "\u0e31", "\u17d2", "\u200b", "\u0301", "[", "黑 ", "น้ำ ", '"'):
+    for character in (
+        " ",
+        "\n",
+        "。",
+        "，",
+        "(",
+        "\u0e31",
+        "\u17d2",
+        "\u200b",
+        "\u0301",
+        "[",
+        "黑 ",
+        "น้ำ ",
+        '"',
+    ):
         text = "é" + character * 20_000 + "é"
         assert "".join("".join(cut(text, 50)).split()) == "".join(text.split())
         assert not holds(text, "z") and exact_match(text, "z") == 0.0
@@ -247,7 +373,10 @@ def test_no_run_of_characters_takes_long():
 
 
 def test_a_passage_that_is_too_long_for_the_reader_is_halved():
-    assert shortened("黑豹队的防守只丢了分") == "黑豹队的" and shortened("one two three four") == "one two"
+    assert (
+        shortened("黑豹队的防守只丢了分") == "黑豹队的"
+        and shortened("one two three four") == "one two"
+    )
     assert shortened("one") == shortened("黑豹") == ""
     reader = LocalReader(Policy(load_model("tiny", "float32", "cpu")), load_tokenizer("tiny"))
     ids = reader.prompt("谁？", ["巴顿小镇" * 200])
@@ -292,7 +421,9 @@ def test_a_page_is_read_in_the_encoding_that_it_names(tmp_path):
         (tmp_path / "page.html").write_bytes(page.encode(name))
         assert said in load_documents(tmp_path / "page.html")[0].text
     for name in ("no-such", "utf-8"):
-        (tmp_path / "page.html").write_bytes(f'<meta charset="{name}"><p>{said}</p>'.encode("shift_jis"))
+        (tmp_path / "page.html").write_bytes(
+            f'<meta charset="{name}"><p>{said}</p>'.encode("shift_jis")
+        )
         with pytest.raises(WrongInput, match="page.html:1: byte 0x"):
             load_documents(tmp_path / "page.html")
 

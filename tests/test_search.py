@@ -57,7 +57,12 @@ def test_a_beam_as_wide_as_the_tree_finds_the_best_of_all_sequences(seed, power)
     assert len(kept) == len(every)
     for one, best in zip(kept[:20], ranked):
         assert math.isclose(one.score, every[best] / len(best) ** power, abs_tol=1e-4)
-        assert math.isclose(one.score, every[tuple(one.state.tokens)] / len(best) ** power, abs_tol=1e-4) or power
+        assert (
+            math.isclose(
+                one.score, every[tuple(one.state.tokens)] / len(best) ** power, abs_tol=1e-4
+            )
+            or power
+        )
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 5])
@@ -71,7 +76,9 @@ def test_a_beam_keeps_what_a_beam_by_hand_keeps(width):
             for tokens, logp in rows:
                 if tokens[-1:] != (1,):
                     with torch.no_grad():
-                        last = model(torch.tensor([[*prompt, *tokens]])).logits[0, -1].log_softmax(-1)
+                        last = (
+                            model(torch.tensor([[*prompt, *tokens]])).logits[0, -1].log_softmax(-1)
+                        )
                     pool += [((*tokens, k), logp + last[k].item()) for k in range(6)]
             rows = sorted(pool, key=lambda row: -row[1])[:width]
         kept, budget = beam(model, prompt, width, new)
@@ -91,11 +98,22 @@ def test_beams_equal_those_of_transformers_where_nothing_ends(width):
         kept, budget = beam(model, prompt, width, 10)
         ids = torch.tensor([prompt])
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), num_beams=width, do_sample=False, max_new_tokens=10, length_penalty=0.0,
-            eos_token_id=None, pad_token_id=0, num_return_sequences=width, output_scores=True, return_dict_in_generate=True,
-        )  # fmt: skip
+            ids,
+            attention_mask=torch.ones_like(ids),
+            num_beams=width,
+            do_sample=False,
+            max_new_tokens=10,
+            length_penalty=0.0,
+            eos_token_id=None,
+            pad_token_id=0,
+            num_return_sequences=width,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
         assert [one.state.tokens for one in kept] == out.sequences[:, len(prompt) :].tolist()
-        assert torch.allclose(torch.tensor([one.score for one in kept]), out.sequences_scores, atol=1e-4)
+        assert torch.allclose(
+            torch.tensor([one.score for one in kept]), out.sequences_scores, atol=1e-4
+        )
         assert budget.spent == len(prompt) + 1 + 9 * width
         changed += kept[0].state.tokens != beam(model, prompt, 1, 10)[0][0].state.tokens
     assert changed, "greedy everywhere: the comparison is empty"
@@ -128,7 +146,13 @@ def test_selected_rows_equal_rows_that_were_computed_apart(kind, share):
     with torch.no_grad(), evaluating(model), shared_prefix(model, share) as shared:
         batch = Batch(model, prompts, samples, 6, shared)
         said = [list(prompt) for prompt in prompts for _ in range(samples)]
-        for rows in ([0, 1, 2, 3, 4, 5, 6, 7], [7, 0, 0, 2, 2, 2, 5, 5, 1, 6, 0], [3, 10, 3], [1, 1, 0, 2], compact_places([True, False, True, True])):
+        for rows in (
+            [0, 1, 2, 3, 4, 5, 6, 7],
+            [7, 0, 0, 2, 2, 2, 5, 5, 1, 6, 0],
+            [3, 10, 3],
+            [1, 1, 0, 2],
+            compact_places([True, False, True, True]),
+        ):
             batch.select(rows)
             said = [list(said[row]) for row in rows]
             for one, logits in zip(said, batch.logits):
@@ -153,8 +177,14 @@ def test_steps_without_an_answer_are_a_rollout():
     walk = steps(model, None, prompts, 2, 16, 0.8, seeds=seeds)
     first = list(next(walk))
     lengths = [len(rows) for rows in walk]
-    assert [row.number for row in first] == list(range(8)) and lengths == sorted(lengths, reverse=True) and len(set(lengths)) > 1
-    assert [row.tokens for row in first] == rolled.completions and [row.ended for row in first] == rolled.ended
+    assert (
+        [row.number for row in first] == list(range(8))
+        and lengths == sorted(lengths, reverse=True)
+        and len(set(lengths)) > 1
+    )
+    assert [row.tokens for row in first] == rolled.completions and [
+        row.ended for row in first
+    ] == rolled.ended
     assert [row.prompt for row in first] == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
@@ -169,17 +199,26 @@ def test_a_row_that_is_sent_twice_draws_differently_and_the_first_goes_on_as_if_
         for rows in walk:
             pass
         assert len(rows) == 16 and rows[0].tokens == whole.completions[0]
-        assert len({row.seed for row in rows}) == 16 and all(row.tokens[:3] == whole.completions[0][:3] for row in rows)
-        assert len({tuple(row.tokens) for row in rows}) > 8 and len({row.tokens[3] for row in rows}) > 3
+        assert len({row.seed for row in rows}) == 16 and all(
+            row.tokens[:3] == whole.completions[0][:3] for row in rows
+        )
+        assert (
+            len({tuple(row.tokens) for row in rows}) > 8
+            and len({row.tokens[3] for row in rows}) > 3
+        )
         for row in rows:
-            assert (recomputed(model, prompt, row.tokens, 1.0) - torch.tensor(row.logps)).abs().max() < 1e-4
+            assert (
+                recomputed(model, prompt, row.tokens, 1.0) - torch.tensor(row.logps)
+            ).abs().max() < 1e-4
     again = steps(model, None, [prompt], 1, 12, seeds=[5])
     for _ in range(3):
         next(again)
     again.send([0] * 16)
     for same in again:
         pass
-    assert [row.tokens for row in same] == [row.tokens for row in rows], "forks depend on the seed alone"
+    assert [row.tokens for row in same] == [row.tokens for row in rows], (
+        "forks depend on the seed alone"
+    )
 
 
 def test_whoever_reads_the_steps_computes_as_before():
@@ -197,7 +236,12 @@ def test_whoever_reads_the_steps_computes_as_before():
 
 def test_what_cannot_go_on_is_refused():
     model = make(**SMALL)
-    for wrong in (dict(branches=0), dict(branches=7, temperature=0), dict(branches=2, temperature=1.0), dict(branches=1.5, temperature=0)):
+    for wrong in (
+        dict(branches=0),
+        dict(branches=7, temperature=0),
+        dict(branches=2, temperature=1.0),
+        dict(branches=1.5, temperature=0),
+    ):
         with pytest.raises(WrongInput, match="branches: found"):
             steps(model, None, [[5]], **wrong)
     with pytest.raises(WrongInput, match="prompts:0"):
@@ -219,7 +263,9 @@ def test_a_budget_is_never_exceeded_and_is_used(tokens):
     kept, budget = beam(model, [5, 6, 7], width, 12, tokens)
     assert budget.spent <= tokens and budget.read == 3
     length = len(kept[0].state.tokens)
-    assert budget.written == 1 + width * (length - 1) and (length == 12 or budget.spent + width > tokens)
+    assert budget.written == 1 + width * (length - 1) and (
+        length == 12 or budget.spent + width > tokens
+    )
 
 
 def test_no_room_for_a_first_token_is_said():
@@ -229,7 +275,13 @@ def test_no_room_for_a_first_token_is_said():
 
 def test_a_payment_is_taken_whole_or_not_at_all():
     budget = Budget(5)
-    assert budget.pay(2, 2) and not budget.pay(1, 1) and budget.spent == 4 and budget.pay(written=1) and not budget.pay(1)
+    assert (
+        budget.pay(2, 2)
+        and not budget.pay(1, 1)
+        and budget.spent == 4
+        and budget.pay(written=1)
+        and not budget.pay(1)
+    )
 
 
 def test_best_of_n_keeps_the_best_and_the_first_among_equals():
@@ -241,15 +293,30 @@ def test_best_of_n_keeps_the_best_and_the_first_among_equals():
         scored.extend(one.state[0] for one in fresh)
         return [one.state[1] for one in fresh]
 
-    propose = lambda kept, budget: [*kept, Candidate(next(worths))] if budget.spent + 4 <= budget.tokens and budget.pay(written=3) else []
+    propose = lambda kept, budget: (
+        [*kept, Candidate(next(worths))]
+        if budget.spent + 4 <= budget.tokens and budget.pay(written=3)
+        else []
+    )
     budget = Budget(17)
     bests = [[one.state[0] for one in kept] for kept in search(propose, score, 2, budget)]
-    assert bests == [["a"], ["b", "a"], ["b", "c"], ["b", "c"]] and scored == list("abcd") and budget.spent == 16
+    assert (
+        bests == [["a"], ["b", "a"], ["b", "c"], ["b", "c"]]
+        and scored == list("abcd")
+        and budget.spent == 16
+    )
 
 
 def test_a_score_for_each_candidate_or_an_error():
     with pytest.raises(ValueError):
-        list(search(lambda kept, budget: [Candidate(1), Candidate(2)], lambda fresh, budget: [1.0], 1, Budget(1)))
+        list(
+            search(
+                lambda kept, budget: [Candidate(1), Candidate(2)],
+                lambda fresh, budget: [1.0],
+                1,
+                Budget(1),
+            )
+        )
 
 
 # Samples for the same tokens -------------------------------------------------------------------------
@@ -269,7 +336,9 @@ def test_samples_drawn_bit_by_bit_are_those_drawn_at_once_and_cost_what_they_are
     assert sizes[0] == 1 and sizes[-1] == 8 and len(set(sizes)) > 3
     whole = sampled(model, None, prompts, 8, 10, seed=3)
     whole.draw(8)
-    tokens = lambda groups: [[(one.tokens, round(one.logp, 3)) for one in group] for group in groups]
+    tokens = lambda groups: [
+        [(one.tokens, round(one.logp, 3)) for one in group] for group in groups
+    ]
     assert tokens(whole.groups) == tokens(samples.groups)
     by_hand = sum(map(len, prompts)) + sum(one.tokens for group in whole.groups for one in group)
     assert whole.cost(8) == by_hand / 4
@@ -279,20 +348,35 @@ def test_samples_drawn_bit_by_bit_are_those_drawn_at_once_and_cost_what_they_are
 def test_a_search_is_recorded_with_its_tokens_and_samples_to_compare(tmp_path):
     model, prompts = make(), some_prompts()
     rows = [dict(prompt=str(i), answer=str(i)) for i in range(4)]
-    made = lambda wanted: [Answer("good" if number == 1 else "bad", float(number), 5) for _, number in wanted]
+    made = lambda wanted: [
+        Answer("good" if number == 1 else "bad", float(number), 5) for _, number in wanted
+    ]
     samples = Samples(4, made, lambda question, group: 5 * len(group), 2)
     run = Run.create("beam", {}, out=tmp_path)
     with run.active():
         answer = lambda question, width, budget: beam_row(model, prompts[question], width, budget)
-        compare_widths(run, rows, lambda row, text: float(text == "good"), [1, 3], answer, 45, samples)
+        compare_widths(
+            run, rows, lambda row, text: float(text == "good"), [1, 3], answer, 45, samples
+        )
     before, after = run.summary["before"], run.summary["after"]
-    assert before["rows"] == 4 and before["tokens"] == (sum(map(len, prompts)) / 4 + before["length"])
-    assert after["tokens"] > before["tokens"] and after["logp_chosen"] >= before["logp_chosen"] - 1e-4
-    assert (before["accuracy/best"], before["tokens/best"]) == (1.0, 10.0) and before["accuracy"] == 0
+    assert before["rows"] == 4 and before["tokens"] == (
+        sum(map(len, prompts)) / 4 + before["length"]
+    )
+    assert (
+        after["tokens"] > before["tokens"] and after["logp_chosen"] >= before["logp_chosen"] - 1e-4
+    )
+    assert (before["accuracy/best"], before["tokens/best"]) == (1.0, 10.0) and before[
+        "accuracy"
+    ] == 0
     assert [line["step"] for line in run.lines()] == [1, 3] and len(run.lines("samples")) == 8
     assert all(line["tokens"] <= 45 for line in run.lines("samples"))
 
 
 def beam_row(model, prompt, width, budget):
-    *_, kept = search(continuing(model, None, prompt, width, 8), lambda new, _: [log_probability(one.state) for one in new], width, budget)
+    *_, kept = search(
+        continuing(model, None, prompt, width, 8),
+        lambda new, _: [log_probability(one.state) for one in new],
+        width,
+        budget,
+    )
     return kept[0].state

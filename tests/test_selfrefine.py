@@ -13,13 +13,42 @@ from polm_lab.rewards.endpoint import Kept
 from polm_lab.core.knobs import WrongInput
 from polm_lab.core.run import all_runs, open_run
 from polm_lab.data.tasks import TASKS
-from polm_lab.reasoning.refine.trace import Ask, EndpointWriter, Step, Trace, make_writer, read_traces, tree_html, tree_text
+from polm_lab.reasoning.refine.trace import (
+    Ask,
+    EndpointWriter,
+    Step,
+    Trace,
+    make_writer,
+    read_traces,
+    tree_html,
+    tree_text,
+)
 from polm_lab.reasoning.refine.self_critics import feedback_critic
 from polm_lab.reasoning.refine.tiny_prompts import FactWords, SumWords, words_for
-from polm_lab.reasoning.refine.rounds import Feedback, draft, follow, forget, never, refine, remember, round_metrics, satisfied, unchanged
+from polm_lab.reasoning.refine.rounds import (
+    Feedback,
+    draft,
+    follow,
+    forget,
+    never,
+    refine,
+    remember,
+    round_metrics,
+    satisfied,
+    unchanged,
+)
 from polm_lab.reasoning.selfrefine import ALGORITHMS, chosen, drafts, round_table
 from polm_lab.reasoning.refine.solver import equations, solve, solved, solver, symbolic
-from polm_lab.reasoning.refine.tools import ToolCritic, bm25, calculator, call_with_timeout, read_passages, run_tests, searched, source_of
+from polm_lab.reasoning.refine.tools import (
+    ToolCritic,
+    bm25,
+    calculator,
+    call_with_timeout,
+    read_passages,
+    run_tests,
+    searched,
+    source_of,
+)
 from polm_lab.reasoning.refine.prompts import Words
 from polm_lab.training.search import most_for
 
@@ -45,7 +74,16 @@ def sums():
 
 
 def loop(words, **more):
-    return dict(draft=draft(words), critic=feedback_critic(words, contradiction=True), reviser=follow(words), stop=satisfied, memory=forget) | more
+    return (
+        dict(
+            draft=draft(words),
+            critic=feedback_critic(words, contradiction=True),
+            reviser=follow(words),
+            stop=satisfied,
+            memory=forget,
+        )
+        | more
+    )
 
 
 def refined(rows, ask, rounds=3, left=math.inf, start=0, **places):
@@ -63,10 +101,23 @@ def test_a_trace_is_the_same_alone_and_in_a_batch(writer, sums):
     alone = [refined([row], Ask(writer, 48), start=i)[0] for i, row in enumerate(sums[:6])]
     turned = [Trace(i, sums[i]) for i in reversed(range(6))]
     list(refine(turned, **loop(SumWords()), ask=Ask(writer, 48), rounds=3))
-    without_sure = lambda text: re.sub(r"sure: [\d.e-]+", "sure", text)  # a probability, whose last digit is rounding
-    shown = lambda trace: (trace.answers, trace.over, trace.tokens(), without_sure(tree_text(trace)))
-    assert [shown(t) for t in together] == [shown(t) for t in alone] == [shown(t) for t in reversed(turned)]
-    assert len({t.answers[0] for t in together}) > 1 and any(len(t.answers) > 1 for t in together), "nothing was revised: the comparison is empty"
+    without_sure = lambda text: re.sub(
+        r"sure: [\d.e-]+", "sure", text
+    )  # a probability, whose last digit is rounding
+    shown = lambda trace: (
+        trace.answers,
+        trace.over,
+        trace.tokens(),
+        without_sure(tree_text(trace)),
+    )
+    assert (
+        [shown(t) for t in together]
+        == [shown(t) for t in alone]
+        == [shown(t) for t in reversed(turned)]
+    )
+    assert len({t.answers[0] for t in together}) > 1 and any(
+        len(t.answers) > 1 for t in together
+    ), "nothing was revised: the comparison is empty"
 
 
 def test_another_seed_gives_other_traces(writer, sums):
@@ -83,13 +134,30 @@ def test_a_critic_that_is_never_content_ends_with_the_rounds(writer, sums):
 @pytest.mark.parametrize("tokens", [12, 30, 31, 77, 150])
 def test_no_question_costs_more_than_its_tokens(writer, sums, tokens):
     "A critic and a reviser that want to write without end, many rounds, and a memory that grows."
+
     def greedy(traces, ask):
-        said = ask(traces, [SumWords().feedback(t.row, t.answer) for t in traces], "critique", max_new_tokens=10**6)
+        said = ask(
+            traces,
+            [SumWords().feedback(t.row, t.answer) for t in traces],
+            "critique",
+            max_new_tokens=10**6,
+        )
         return [Feedback(one.text, False) for one in said]
 
-    traces = refined(sums[:6], Ask(writer, 64), rounds=10**6, left=tokens, critic=greedy, stop=never, memory=remember)
+    traces = refined(
+        sums[:6],
+        Ask(writer, 64),
+        rounds=10**6,
+        left=tokens,
+        critic=greedy,
+        stop=never,
+        memory=remember,
+    )
     assert all(t.tokens() <= tokens for t in traces) and {t.over for t in traces} == {"tokens"}
-    assert all(t.tokens() + t.left == tokens for t in traces) and max(t.tokens() for t in traces) > tokens - 40
+    assert (
+        all(t.tokens() + t.left == tokens for t in traces)
+        and max(t.tokens() for t in traces) > tokens - 40
+    )
     assert all(t.answer for t in traces), "the answer that stood is kept"
 
 
@@ -106,14 +174,37 @@ def test_what_ended_is_asked_no_more():
 
     traces = [Trace(i, dict(prompt="?")) for i in range(4)]
     critic = lambda live, ask: [Feedback("", t.index % 2 == 0) for t in live]
-    opened = [len(live) for _, live in refine(traces, lambda ts, ask: ["0"] * 4, critic, lambda ts, fs, ask: [t.answer + "'" for t in ts], satisfied, forget, Ask(writer), 3)]
-    assert opened == [4, 4, 2, 2] and [t.answer for t in traces] == ["0", "0'''", "0", "0'''"] and not asked
+    opened = [
+        len(live)
+        for _, live in refine(
+            traces,
+            lambda ts, ask: ["0"] * 4,
+            critic,
+            lambda ts, fs, ask: [t.answer + "'" for t in ts],
+            satisfied,
+            forget,
+            Ask(writer),
+            3,
+        )
+    ]
+    assert (
+        opened == [4, 4, 2, 2]
+        and [t.answer for t in traces] == ["0", "0'''", "0", "0'''"]
+        and not asked
+    )
 
 
 def test_stopping_rules():
     trace = Trace(0, dict(prompt="?"), answers=["a", "b"])
-    assert (satisfied(trace, Feedback("", True)), satisfied(trace, Feedback("", None)), never(trace, Feedback("", True))) == ("satisfied", "", "")
-    assert unchanged(trace, Feedback("", False)) == "" and unchanged(Trace(0, {}, answers=["a", "a"]), Feedback("", False)) == "unchanged"
+    assert (
+        satisfied(trace, Feedback("", True)),
+        satisfied(trace, Feedback("", None)),
+        never(trace, Feedback("", True)),
+    ) == ("satisfied", "", "")
+    assert (
+        unchanged(trace, Feedback("", False)) == ""
+        and unchanged(Trace(0, {}, answers=["a", "a"]), Feedback("", False)) == "unchanged"
+    )
 
 
 def test_memory_is_bounded():
@@ -126,18 +217,36 @@ def test_memory_is_bounded():
 def test_accuracy_is_what_was_not_broken_and_what_was_mended(writer, sums):
     score, traces = TASKS["sums"].score, refined(sums, Ask(writer, 48))
     first, last = (round_metrics(traces, r, score) for r in (0, 3))
-    assert math.isclose(last["accuracy"], first["accuracy"] * (1 - last["correct_to_incorrect"]) + (1 - first["accuracy"]) * last["incorrect_to_correct"])
-    assert "incorrect_to_correct" not in round_metrics([Trace(0, dict(answer="2"), answers=["2"])], 0, score)  # nothing was wrong, so nothing can be mended
+    assert math.isclose(
+        last["accuracy"],
+        first["accuracy"] * (1 - last["correct_to_incorrect"])
+        + (1 - first["accuracy"]) * last["incorrect_to_correct"],
+    )
+    assert "incorrect_to_correct" not in round_metrics(
+        [Trace(0, dict(answer="2"), answers=["2"])], 0, score
+    )  # nothing was wrong, so nothing can be mended
 
 
 # Traces -------------------------------------------------------------------------------------------------------------
 
-NASTY = ["<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "</pre></details><b>", "&lt;b&gt;", '"><svg onload=alert(1)>']
+NASTY = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "</pre></details><b>",
+    "&lt;b&gt;",
+    '"><svg onload=alert(1)>',
+]
 
 
 @pytest.mark.parametrize("text", NASTY)
 def test_what_a_model_wrote_is_text_in_the_tree(text):
-    trace = Trace(0, dict(prompt=text), answers=[text], over=text, open=[Step(text, 0, text, [dict(role="user", content=text)], facts=dict(error=text))])
+    trace = Trace(
+        0,
+        dict(prompt=text),
+        answers=[text],
+        over=text,
+        open=[Step(text, 0, text, [dict(role="user", content=text)], facts=dict(error=text))],
+    )
     trace.close("draft", 0, text, hint=text)
     from html.parser import HTMLParser
 
@@ -151,7 +260,9 @@ def test_what_a_model_wrote_is_text_in_the_tree(text):
             shown.append(data)
 
     Reader().feed(tree_html(trace))
-    assert {tag for tag, _ in tags} <= {"details", "summary", "pre", "div", "i"} and not any(more for _, more in tags)
+    assert {tag for tag, _ in tags} <= {"details", "summary", "pre", "div", "i"} and not any(
+        more for _, more in tags
+    )
     assert sum(text in part for part in shown) >= 4
 
 
@@ -159,7 +270,9 @@ def test_the_record_gives_the_traces_back(tmp_path):
     run = lab.run("selfrefine", out=tmp_path, **QUICK)
     traces = read_traces(open_run(run.path))
     assert len(traces) == 8 and all(t.over in ("satisfied", "rounds", "tokens") for t in traces)
-    assert all(t.steps[0].role == "draft" and t.steps[0].parts[0].prompt == t.row["prompt"] for t in traces)
+    assert all(
+        t.steps[0].role == "draft" and t.steps[0].parts[0].prompt == t.row["prompt"] for t in traces
+    )
     mean = sum(t.tokens() for t in traces) / 8
     assert math.isclose(mean, run.summary["after"]["tokens"]) and "<details" in tree_html(traces)
     table = round_table(run)
@@ -174,13 +287,24 @@ def test_the_record_gives_the_traces_back(tmp_path):
 
 def test_the_embedded_model_is_asked_in_forms_that_it_has_read(writer):
     tokenizer = writer.tokenizer
-    assert type(words_for("sums#5", tokenizer)) is SumWords and type(words_for("facts", tokenizer)) is FactWords and type(words_for("sums", None)) is Words
+    assert (
+        type(words_for("sums#5", tokenizer)) is SumWords
+        and type(words_for("facts", tokenizer)) is FactWords
+        and type(words_for("sums", None)) is Words
+    )
     assert "words for sums, facts, code, chat" in says(words_for, "stories", tokenizer)
     assert "expected a sum" in says(SumWords().feedback, dict(prompt="Hello"), "1")
     for name, task in (("sums", SumWords()), ("facts", FactWords())):
         row = TASKS[name].rows("prompt", 1, 0, "test")[0]
         feedback = Feedback("x", False, row["answer"])
-        for prompt in (task.draft(row), task.feedback(row, row["answer"]), task.revision(row, "1", feedback), *task.ways(row), *task.questions(row, "1"), task.reflection(row, "1", feedback)):
+        for prompt in (
+            task.draft(row),
+            task.feedback(row, row["answer"]),
+            task.revision(row, "1", feedback),
+            *task.ways(row),
+            *task.questions(row, "1"),
+            task.reflection(row, "1", feedback),
+        ):
             assert prompt
 
 
@@ -188,7 +312,11 @@ def test_the_embedded_model_is_asked_in_forms_that_it_has_read(writer):
 def test_odd_answers_do_not_break_the_words(answer, sums):
     for words in (SumWords(), Words()):
         found = words.verdict(sums[0], answer, answer)
-        assert words.feedback(sums[0], answer) and words.revision(sums[0], answer, found) and isinstance(words.answer(sums[0], answer), str)
+        assert (
+            words.feedback(sums[0], answer)
+            and words.revision(sums[0], answer, found)
+            and isinstance(words.answer(sums[0], answer), str)
+        )
 
 
 # Tools --------------------------------------------------------------------------------------------------------------
@@ -205,16 +333,29 @@ def test_a_tool_that_fails_costs_one_feedback(writer, sums):
 
     traces = refined(sums, Ask(writer, 48), rounds=1, critic=ToolCritic(shaky))
     failed = [t for t in traces if any("error" in s.facts for s in t.steps)]
-    assert len(failed) == 5 and all("the line is down" in tree_text(t) and t.answer == t.answers[0] for t in failed)
+    assert len(failed) == 5 and all(
+        "the line is down" in tree_text(t) and t.answer == t.answers[0] for t in failed
+    )
     assert all(TASKS["sums"].score(t.row, t.answer) for t in traces if t not in failed)
 
 
 def test_a_tool_that_always_fails_ends_the_run_with_one_line(tmp_path):
-    (tmp_path / "mine.py").write_text("def ruler(row, answer):\n    raise KeyError('length')\n\ndef fine(row, answer):\n    return True\n")
-    message = says(lab.run, "selfrefine", out=tmp_path, critic=f"{tmp_path}/mine.py:ruler", **QUICK | dict(num_generations=0))
+    (tmp_path / "mine.py").write_text(
+        "def ruler(row, answer):\n    raise KeyError('length')\n\ndef fine(row, answer):\n    return True\n"
+    )
+    message = says(
+        lab.run,
+        "selfrefine",
+        out=tmp_path,
+        critic=f"{tmp_path}/mine.py:ruler",
+        **QUICK | dict(num_generations=0),
+    )
     assert "tool ruler: failed on each of its first 8 questions (KeyError: 'length')" in message
     run = lab.run("selfrefine", out=tmp_path, critic=f"{tmp_path}/mine.py:fine", **QUICK)
-    assert run.record["endings"] == {"satisfied": 8} and run.summary["after"]["accuracy"] == run.summary["before"]["accuracy"]
+    assert (
+        run.record["endings"] == {"satisfied": 8}
+        and run.summary["after"]["accuracy"] == run.summary["before"]["accuracy"]
+    )
 
 
 def test_a_tool_that_hangs_is_left_behind():
@@ -222,16 +363,41 @@ def test_a_tool_that_hangs_is_left_behind():
     assert call_with_timeout(over.wait, seconds=0.1) == (None, "no answer within 0.1 s")
     assert not over.is_set()
     over.set()
-    assert call_with_timeout(lambda: 1 / 0)[1].startswith("ZeroDivisionError") and call_with_timeout(lambda: 5) == (5, "")
+    assert call_with_timeout(lambda: 1 / 0)[1].startswith(
+        "ZeroDivisionError"
+    ) and call_with_timeout(lambda: 5) == (5, "")
 
 
 def test_the_calculator_reads_what_is_stated():
-    assert calculator(dict(prompt="23+45="), "68").fine and not calculator(dict(prompt="23+45="), "67").fine
-    assert not calculator(dict(prompt="23+45="), "3+5=9\n68").fine and calculator(dict(prompt="9-12="), "-3").fine
+    assert (
+        calculator(dict(prompt="23+45="), "68").fine
+        and not calculator(dict(prompt="23+45="), "67").fine
+    )
+    assert (
+        not calculator(dict(prompt="23+45="), "3+5=9\n68").fine
+        and calculator(dict(prompt="9-12="), "-3").fine
+    )
     assert "neither the question nor the answer" in says(calculator, dict(prompt="Who?"), "Anna")
 
 
-@pytest.mark.parametrize("text", ["__import__('os').system('true')", "x.real", "x ** 9", "9 ** 9 ** 9", "(lambda: 1)()", "x if x else 1", "'a'", "x / 2", "q + 1", "x +", "(" * 500, "True + x", "x" * 200])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "__import__('os').system('true')",
+        "x.real",
+        "x ** 9",
+        "9 ** 9 ** 9",
+        "(lambda: 1)()",
+        "x if x else 1",
+        "'a'",
+        "x / 2",
+        "q + 1",
+        "x +",
+        "(" * 500,
+        "True + x",
+        "x" * 200,
+    ],
+)
 def test_the_solver_executes_nothing(text):
     with pytest.raises(ValueError):
         symbolic(text, {"x": 1, "y": 2})
@@ -243,29 +409,62 @@ def test_the_solver_solves():
     for row in equations(40, 1):
         found = solve(row["answer"], row["y"], row["value"])
         assert found is not None and solved(row, row["answer"]) == 1.0
-    assert solve("x * 2", 0, 7) is None and solve("x * x", 0, 16) == 4 and solve("max(x, 3) + 2", 0, 9) == 7 and solve("x % 13 * 3", 1, 9) == 3
+    assert (
+        solve("x * 2", 0, 7) is None
+        and solve("x * x", 0, 16) == 4
+        and solve("max(x, 3) + 2", 0, 9) == 7
+        and solve("x % 13 * 3", 1, 9) == 3
+    )
 
 
 def test_search_finds_what_is_there():
-    assert says(bm25, []).startswith("search: no passage") and "cannot be read" in says(read_passages, "nowhere.txt")
+    assert says(bm25, []).startswith("search: no passage") and "cannot be read" in says(
+        read_passages, "nowhere.txt"
+    )
     search = bm25(["the cat sat", "a dog ran", "birds fly"], most=2)
     assert search("dog")[0] == "a dog ran" and search("zebra") == []
     tool = searched(search)
-    assert tool(dict(prompt="Question: which animal ran?\nAnswer:"), " dog.").fine and tool(dict(prompt="zebra"), "dog").fine is None and tool(dict(prompt="dog"), "").fine is False
+    assert (
+        tool(dict(prompt="Question: which animal ran?\nAnswer:"), " dog.").fine
+        and tool(dict(prompt="zebra"), "dog").fine is None
+        and tool(dict(prompt="dog"), "").fine is False
+    )
 
 
-@pytest.mark.parametrize("code, said", [
-    ("x + y", "passes"), ("x", "f(1, 2) is 1, not 3"), ("x +", "SyntaxError"), ("z", "NameError"), ("sum(0 for _ in iter(int, 1))", "no end within"), ("[0] * 10**10", "too much memory"), ("__import__('os')._exit(0)", "it left before the tests"),
-    ("__import__('sys').exit(0)", "it left before the tests"), ("print('passes')", "not 3"), ("open('/etc/passwd').read()", "Error"), ("'<b>' + str(x)", "'<b>1'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "code, said",
+    [
+        ("x + y", "passes"),
+        ("x", "f(1, 2) is 1, not 3"),
+        ("x +", "SyntaxError"),
+        ("z", "NameError"),
+        ("sum(0 for _ in iter(int, 1))", "no end within"),
+        ("[0] * 10**10", "too much memory"),
+        ("__import__('os')._exit(0)", "it left before the tests"),
+        ("__import__('sys').exit(0)", "it left before the tests"),
+        ("print('passes')", "not 3"),
+        ("open('/etc/passwd').read()", "Error"),
+        ("'<b>' + str(x)", "'<b>1'"),
+    ],
+)
 def test_code_runs_in_the_sandbox_and_its_outcome_is_one_line(code, said):
-    found = run_tests(source_of(dict(prompt="# add\nf = lambda x, y:"), f" {code}"), ["f(1, 2) == 3", "f(0, 0) == 0"], seconds=1.0)
+    found = run_tests(
+        source_of(dict(prompt="# add\nf = lambda x, y:"), f" {code}"),
+        ["f(1, 2) == 3", "f(0, 0) == 0"],
+        seconds=1.0,
+    )
     assert said in found and "\n" not in found and (found == "passes") == (said == "passes")
 
 
 def test_assertions_and_whole_programs():
-    assert run_tests("def f(x):\n    return x", ["assert f(2) == 2"]) == "passes" and run_tests("def f(x):\n    return x", ["assert f(2) == 3"]) == "assert f(2) == 3 fails"
-    assert source_of(dict(prompt="Write f."), "```python\ndef f(x):\n    return x\n```") == "def f(x):\n    return x"
+    assert (
+        run_tests("def f(x):\n    return x", ["assert f(2) == 2"]) == "passes"
+        and run_tests("def f(x):\n    return x", ["assert f(2) == 3"]) == "assert f(2) == 3 fails"
+    )
+    assert (
+        source_of(dict(prompt="Write f."), "```python\ndef f(x):\n    return x\n```")
+        == "def f(x):\n    return x"
+    )
 
 
 # Sampling more ------------------------------------------------------------------------------------------------------
@@ -275,8 +474,12 @@ def test_assertions_and_whole_programs():
 def test_sampling_more_costs_no_more_than_refining(writer, sums, judged):
     "And what is drawn bit by bit is what is drawn at once."
     words, score = SumWords(), TASKS["sums"].score
-    make = lambda: drafts(sums, 8, words, Ask(writer, 48, seed=9), feedback_critic(words) if judged else None)
-    paid = lambda samples, tokens: samples.compared(tokens, lambda i, group: score(sums[i], chosen(group, words)))
+    make = lambda: drafts(
+        sums, 8, words, Ask(writer, 48, seed=9), feedback_critic(words) if judged else None
+    )
+    paid = lambda samples, tokens: samples.compared(
+        tokens, lambda i, group: score(sums[i], chosen(group, words))
+    )
     samples, drawn = make(), []
     for tokens in (1, 12, 60, 120, 10**6):
         found = paid(samples, tokens)
@@ -287,9 +490,13 @@ def test_sampling_more_costs_no_more_than_refining(writer, sums, judged):
     assert drawn[0] == 1 and drawn[-1] == 8
     whole = make()
     whole.draw(8)
-    assert [[(t.index, t.answers) for t in g] for g in whole.groups] == [[(t.index, t.answers) for t in g] for g in samples.groups]
+    assert [[(t.index, t.answers) for t in g] for g in whole.groups] == [
+        [(t.index, t.answers) for t in g] for g in samples.groups
+    ]
     assert paid(whole, 10**6) == found
-    by_hand = sum(sum(t.tokens() for t in g) - 7 * g[0].steps[0].parts[0].read for g in whole.groups) / 16  # the prompt is read once
+    by_hand = (
+        sum(sum(t.tokens() for t in g) - 7 * g[0].steps[0].parts[0].read for g in whole.groups) / 16
+    )  # the prompt is read once
     assert math.isclose(whole.cost(8), by_hand)
 
 
@@ -300,12 +507,20 @@ def test_sampling_more_costs_no_more_than_refining(writer, sums, judged):
 def test_every_strategy_runs_and_is_bounded(name, tmp_path):
     run = lab.run("selfrefine", out=tmp_path, algorithm=name, **QUICK)
     traces = read_traces(run)
-    assert run.status == "finished" and len(traces) == 8 and all(len(t.answers) <= 3 and t.tokens() <= 600 for t in traces)
+    assert (
+        run.status == "finished"
+        and len(traces) == 8
+        and all(len(t.answers) <= 3 and t.tokens() <= 600 for t in traces)
+    )
     after = run.summary["after"]
-    assert 0 <= after["accuracy"] <= 1 and {"tokens", "accuracy/majority", "accuracy/best"} <= set(after)
+    assert 0 <= after["accuracy"] <= 1 and {"tokens", "accuracy/majority", "accuracy/best"} <= set(
+        after
+    )
 
 
-@pytest.mark.parametrize("name", ["self_refine", "cove", "self_contrast", "constitution", "critic", "reflexion"])
+@pytest.mark.parametrize(
+    "name", ["self_refine", "cove", "self_contrast", "constitution", "critic", "reflexion"]
+)
 def test_another_local_model_is_asked_in_english(name, tmp_path):
     "A chat model with a vocabulary of its own: what it says is nonsense here, what it is asked is not."
     from polm_lab.models.load import load_model
@@ -317,16 +532,55 @@ def test_another_local_model_is_asked_in_english(name, tmp_path):
     model = load_model("tiny", "float32", "cpu")
     model.resize_token_embeddings(len(tokenizer))
     model.save_pretrained(tmp_path / "model")
-    run = lab.run("selfrefine", out=tmp_path / "runs", model=str(tmp_path / "model"), algorithm=name, data="sums", token_budget=2000, **QUICK | dict(questions=4, num_generations=0))
-    asked = [part.prompt for t in read_traces(run) for step in t.steps for part in step.parts if part.prompt and not part.role.startswith("tool")]
-    assert run.status == "finished" and all(isinstance(prompt, list) and prompt[-1]["role"] == "user" for prompt in asked) and len(asked) > 4
+    run = lab.run(
+        "selfrefine",
+        out=tmp_path / "runs",
+        model=str(tmp_path / "model"),
+        algorithm=name,
+        data="sums",
+        token_budget=2000,
+        **QUICK | dict(questions=4, num_generations=0),
+    )
+    asked = [
+        part.prompt
+        for t in read_traces(run)
+        for step in t.steps
+        for part in step.parts
+        if part.prompt and not part.role.startswith("tool")
+    ]
+    assert (
+        run.status == "finished"
+        and all(isinstance(prompt, list) and prompt[-1]["role"] == "user" for prompt in asked)
+        and len(asked) > 4
+    )
 
 
 def test_on_the_command_line(polm):
-    done = polm("run", "selfrefine", "--bare", "--json", "-p", "algorithm", "critic", "-p", "questions", "4", "-p", "samples", "2")
-    assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1])["summary"]["after"]["accuracy"] >= 0.75
+    done = polm(
+        "run",
+        "selfrefine",
+        "--bare",
+        "--json",
+        "-p",
+        "algorithm",
+        "critic",
+        "-p",
+        "questions",
+        "4",
+        "-p",
+        "samples",
+        "2",
+    )
+    assert (
+        done.returncode == 0
+        and json.loads(done.stdout.splitlines()[-1])["summary"]["after"]["accuracy"] >= 0.75
+    )
     wrong = polm("run", "selfrefine", "--bare", "-p", "algorithm", "critik")
-    assert wrong.returncode == 2 and len(wrong.stderr.strip().splitlines()) == 1 and "did you mean 'critic'" in wrong.stderr
+    assert (
+        wrong.returncode == 2
+        and len(wrong.stderr.strip().splitlines()) == 1
+        and "did you mean 'critic'" in wrong.stderr
+    )
 
 
 def test_wrong_settings_are_refused_before_a_model_is_asked(tmp_path):
@@ -346,7 +600,12 @@ class Server(Endpoint):
     "It adds up badly."
 
     def answer(self, body, echo):
-        return {"choices": [{"message": {"content": self.reply(body["messages"])}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 11, "completion_tokens": 3}}
+        return {
+            "choices": [
+                {"message": {"content": self.reply(body["messages"])}, "finish_reason": "stop"}
+            ],
+            "usage": {"prompt_tokens": 11, "completion_tokens": 3},
+        }
 
     def reply(self, messages):
         a, _, b = messages[0]["content"].split("\n")[0].rstrip("=").partition("+")
@@ -364,14 +623,27 @@ server = endpoint(Server)
 def test_an_endpoint_is_asked_in_english_and_mends_its_answers(server, tmp_path, monkeypatch):
     monkeypatch.setenv("REFINE_KEY", KEY)
     server.fails = [503, "drop", "torn", 429, "[]", "{"]
-    run = lab.run("selfrefine", out=tmp_path, endpoint=server.spec, key_variable="REFINE_KEY", data="sums", **QUICK | dict(num_generations=0))
-    assert run.summary["after"]["accuracy"] == 1.0 > run.summary["before"]["accuracy"] and run.record["endings"] == {"satisfied": 8}
-    assert run.summary["after"]["tokens"] >= 28 and all("Check that answer" not in body["messages"][0]["content"] for body in server.bodies)
+    run = lab.run(
+        "selfrefine",
+        out=tmp_path,
+        endpoint=server.spec,
+        key_variable="REFINE_KEY",
+        data="sums",
+        **QUICK | dict(num_generations=0),
+    )
+    assert run.summary["after"]["accuracy"] == 1.0 > run.summary["before"][
+        "accuracy"
+    ] and run.record["endings"] == {"satisfied": 8}
+    assert run.summary["after"]["tokens"] >= 28 and all(
+        "Check that answer" not in body["messages"][0]["content"] for body in server.bodies
+    )
     for path in run.path.rglob("*"):
         assert not path.is_file() or KEY not in path.read_text(errors="replace")
 
 
-def test_an_endpoint_that_dies_ends_the_run_with_one_line_and_is_not_asked_twice(server, tmp_path, monkeypatch):
+def test_an_endpoint_that_dies_ends_the_run_with_one_line_and_is_not_asked_twice(
+    server, tmp_path, monkeypatch
+):
     values = dict(endpoint=server.spec, data="sums", **QUICK | dict(num_generations=0))
     plain, count = Server.reply, []
 
@@ -382,7 +654,10 @@ def test_an_endpoint_that_dies_ends_the_run_with_one_line_and_is_not_asked_twice
 
     monkeypatch.setattr(Server, "reply", dies)
     message = says(lab.run, "selfrefine", out=tmp_path, **values)
-    assert message.startswith(f"endpoint {server.url}#small: status 503") and "resume the run" in message
+    assert (
+        message.startswith(f"endpoint {server.url}#small: status 503")
+        and "resume the run" in message
+    )
     run = all_runs(tmp_path)[0]
     assert run.status == "failed" and run.read()["reason"] == message
     monkeypatch.setattr(Server, "reply", plain)
@@ -391,12 +666,23 @@ def test_an_endpoint_that_dies_ends_the_run_with_one_line_and_is_not_asked_twice
 
     execute(open_run(run.path))
     drafts = [body for body in server.bodies if len(body["messages"]) == 1]
-    assert open_run(run.path).status == "finished" and not drafts, "what it had said was asked for again"
-    assert sum(row["step"] == 0 for row in open_run(run.path).lines("samples")) == 8, "the drafts stand in the record once"
+    assert open_run(run.path).status == "finished" and not drafts, (
+        "what it had said was asked for again"
+    )
+    assert sum(row["step"] == 0 for row in open_run(run.path).lines("samples")) == 8, (
+        "the drafts stand in the record once"
+    )
 
 
 def test_an_endpoint_that_is_not_there_or_refuses(server, tmp_path):
-    refused = lambda endpoint, **more: says(lab.run, "selfrefine", out=tmp_path, endpoint=endpoint, data="sums", **QUICK | dict(num_generations=0) | more)
+    refused = lambda endpoint, **more: says(
+        lab.run,
+        "selfrefine",
+        out=tmp_path,
+        endpoint=endpoint,
+        data="sums",
+        **QUICK | dict(num_generations=0) | more,
+    )
     assert "cannot be reached" in refused("openai:http://127.0.0.1:9/v1#m")
     assert "a rule; expected openai" in refused("rule:correct")
     assert "no such environment variable" in refused(server.spec, key_variable="NO_SUCH_VARIABLE")
@@ -406,7 +692,18 @@ def test_an_endpoint_that_is_not_there_or_refuses(server, tmp_path):
 
 def test_an_endpoint_may_count_no_tokens(server, tmp_path):
     said = EndpointWriter(server.url, "small", Kept(tmp_path / "said.jsonl"))
-    server.fails = [json.dumps({"choices": [{"message": {"content": None}}]}), json.dumps({"choices": [{"message": {"content": "x" * 40}}], "usage": None})]
+    server.fails = [
+        json.dumps({"choices": [{"message": {"content": None}}]}),
+        json.dumps({"choices": [{"message": {"content": "x" * 40}}], "usage": None}),
+    ]
     empty, long = (said(["12+34="], [i], [1000], 64, 1.0)[0] for i in range(2))
-    assert empty.text == "" and empty.written >= 1 and long.written == 11 and long.read >= 2 and math.isnan(long.sure)
-    assert said(["12+34="], [5], [1], 64, 1.0)[0].written == 0 and server.asked == 2  # no room: not asked
+    assert (
+        empty.text == ""
+        and empty.written >= 1
+        and long.written == 11
+        and long.read >= 2
+        and math.isnan(long.sure)
+    )
+    assert (
+        said(["12+34="], [5], [1], 64, 1.0)[0].written == 0 and server.asked == 2
+    )  # no room: not asked

@@ -45,7 +45,11 @@ def exported_lines(path) -> list[str]:
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "code" and re.search(r"^#\| *export\b", source, re.M):
-            lines += [line for line in source.split("\n") if line.strip() and not re.match(r"#\||import |from ", line)]
+            lines += [
+                line
+                for line in source.split("\n")
+                if line.strip() and not re.match(r"#\||import |from ", line)
+            ]
     return lines
 
 
@@ -68,7 +72,11 @@ def test_a_method_of_each_template_works(shape, tmp_path):
     for old, new in ((name, "mine"), (name.upper(), "MINE"), (name.capitalize(), "Mine")):
         text = text.replace(old, new)
     (copy / f"nbs/{family}/mine.ipynb").write_text(text, encoding="utf-8")
-    env = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", "PYTHONPATH": str(copy)}
+    env = {
+        **os.environ,
+        "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
+        "PYTHONPATH": str(copy),
+    }
     env |= {"POLM_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"}
     for command in (["nbdev_export"], [sys.executable, "-c", CHECK, "mine"]):
         done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True)

@@ -24,14 +24,22 @@ from polm_lab.site import lint as site_lint
 from polm_lab.site import pages as site_pages
 
 SITE = Path(sys.executable).parent / "polm_site"
-KEYS = json.loads((ROOT / "tests/quarto_keys.json").read_text())  # of the schema of Quarto, see "quarto" for its version
+KEYS = json.loads(
+    (ROOT / "tests/quarto_keys.json").read_text()
+)  # of the schema of Quarto, see "quarto" for its version
 FOUND = site_pages.facts(ROOT)
 BIB = site_filter.read_bib(ROOT / "references.bib")
 PAGES = [p for paths in site_pages.pages(ROOT, FOUND["methods"]).values() for p in paths]
 
 
 def made(page):
-    return site_filter.filtered(json.loads((ROOT / page).read_text(encoding="utf-8")), page.removeprefix("nbs/"), FOUND, BIB, "foot")
+    return site_filter.filtered(
+        json.loads((ROOT / page).read_text(encoding="utf-8")),
+        page.removeprefix("nbs/"),
+        FOUND,
+        BIB,
+        "foot",
+    )
 
 
 MADE = {ROOT / page: made(page) for page in PAGES}
@@ -46,7 +54,9 @@ def problems(path, notebook):
 
 
 def test_the_configuration_is_what_the_records_give():
-    assert (ROOT / "_quarto.yml").read_text(encoding="utf-8") == site_pages.as_yaml(site_pages.configuration(ROOT, FOUND["methods"])), "run polm_site write"
+    assert (ROOT / "_quarto.yml").read_text(encoding="utf-8") == site_pages.as_yaml(
+        site_pages.configuration(ROOT, FOUND["methods"])
+    ), "run polm_site write"
 
 
 def unknown_keys(configured: dict) -> list[str]:
@@ -56,7 +66,9 @@ def unknown_keys(configured: dict) -> list[str]:
         wrong += [f"{place}.{k}" for k in configured.get(place, {}) if k not in KEYS[place]]
     wrong += [f"sidebar.{k}" for k in configured["website"]["sidebar"] if k not in KEYS["sidebar"]]
     for form, given in configured["format"].items():
-        wrong += [f"{form}.{k}" for k in given if k not in KEYS["document"]] + [f"grid.{k}" for k in given.get("grid", {}) if k not in KEYS["grid"]]
+        wrong += [f"{form}.{k}" for k in given if k not in KEYS["document"]] + [
+            f"grid.{k}" for k in given.get("grid", {}) if k not in KEYS["grid"]
+        ]
 
     def items(contents):
         for item in contents:
@@ -87,10 +99,22 @@ def test_every_key_is_one_that_quarto_knows():
 def test_what_the_configuration_names_is_there():
     configured = yaml.safe_load((ROOT / "_quarto.yml").read_text())
     html = configured["format"]["html"]
-    for name in (configured["bibliography"], configured["csl"], html["css"], html["include-after-body"], *configured["project"]["render"]):
+    for name in (
+        configured["bibliography"],
+        configured["csl"],
+        html["css"],
+        html["include-after-body"],
+        *configured["project"]["render"],
+    ):
         assert (ROOT / name).is_file(), name
-    assert set(html["theme"]) == {"light", "dark"} and configured["website"]["search"] is True and html["code-fold"]
-    assert configured["ipynb-filters"] == ["polm_site filter"] and configured["project"]["post-render"] == ["polm_site finish"]
+    assert (
+        set(html["theme"]) == {"light", "dark"}
+        and configured["website"]["search"] is True
+        and html["code-fold"]
+    )
+    assert configured["ipynb-filters"] == ["polm_site filter"] and configured["project"][
+        "post-render"
+    ] == ["polm_site finish"]
     assert SITE.is_file(), "pip install -e . makes it"
 
 
@@ -99,7 +123,9 @@ def test_the_style_asks_no_other_host():
     html = yaml.safe_load((ROOT / "_quarto.yml").read_text())["format"]["html"]
     assert html["html-math-method"] == "mathml"
     for base, own in html["theme"].values():
-        assert base in ("cosmo", "darkly") and re.search(r"^\$web-font-path: false;", (ROOT / own).read_text(), re.M)
+        assert base in ("cosmo", "darkly") and re.search(
+            r"^\$web-font-path: false;", (ROOT / own).read_text(), re.M
+        )
     for path in (ROOT / "nbs/_site").iterdir():
         assert not site_lint.fetched(path.read_text()), path
 
@@ -108,14 +134,23 @@ def test_every_notebook_is_in_the_sidebar_once():
     configured = yaml.safe_load((ROOT / "_quarto.yml").read_text())
     hrefs = re.findall(r"href: (nbs/\S+)", (ROOT / "_quarto.yml").read_text())
     there = {
-        p.relative_to(ROOT).as_posix() for p in (ROOT / "nbs").rglob("*.ipynb") if not any(part.startswith(("_", ".")) for part in p.relative_to(ROOT).parts)
+        p.relative_to(ROOT).as_posix()
+        for p in (ROOT / "nbs").rglob("*.ipynb")
+        if not any(part.startswith(("_", ".")) for part in p.relative_to(ROOT).parts)
     }
-    assert sorted(hrefs) == sorted(there - set(site_pages.LEFT_OUT)) == sorted(configured["project"]["render"])
+    assert (
+        sorted(hrefs)
+        == sorted(there - set(site_pages.LEFT_OUT))
+        == sorted(configured["project"]["render"])
+    )
     for method in methods().values():
         assert f"nbs/{method.notebook}" in hrefs
     with pytest.raises(WrongInput, match="no section of the sidebar takes it"):
         records = dict(FOUND["methods"])
-        old, site_pages.SECTIONS = site_pages.SECTIONS, {k: v for k, v in site_pages.SECTIONS.items() if k != "alignment"}
+        old, site_pages.SECTIONS = (
+            site_pages.SECTIONS,
+            {k: v for k, v in site_pages.SECTIONS.items() if k != "alignment"},
+        )
         try:
             site_pages.pages(ROOT, records)
         finally:
@@ -131,7 +166,11 @@ def test_a_page_is_sound(page):
     notebook = MADE[path]
     assert problems(path, notebook) == []
     first = "".join(notebook["cells"][0]["source"])
-    assert notebook["cells"][0]["cell_type"] == "raw" and first.startswith("---\n") and first.endswith("---\n")
+    assert (
+        notebook["cells"][0]["cell_type"] == "raw"
+        and first.startswith("---\n")
+        and first.endswith("---\n")
+    )
     head = yaml.safe_load(first.strip("-\n"))
     assert head["title"] and head["description"]
     text = json.dumps(notebook["cells"])
@@ -146,7 +185,9 @@ def test_a_page_is_sound(page):
     assert json.loads(path.read_text(encoding="utf-8")) != notebook
 
 
-CALLED = [p for i, p in enumerate(PAGES) if i % 9 == 0]  # a process each; all others went through the same function above
+CALLED = [
+    p for i, p in enumerate(PAGES) if i % 9 == 0
+]  # a process each; all others went through the same function above
 
 
 @pytest.mark.parametrize("page", CALLED)
@@ -154,32 +195,65 @@ def test_the_filter_called_as_quarto_calls_it(page, tmp_path):
     "By its name alone, in the notebook's folder, the notebook on standard input; standard output is the notebook."
     path = ROOT / page
     command = yaml.safe_load((ROOT / "_quarto.yml").read_text())["ipynb-filters"][0].split()
-    env = {**os.environ, "PATH": f"{SITE.parent}{os.pathsep}{os.environ['PATH']}", "PYTHONUNBUFFERED": "1"}
+    env = {
+        **os.environ,
+        "PATH": f"{SITE.parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONUNBUFFERED": "1",
+    }
     text = path.read_text(encoding="utf-8")
-    done = subprocess.run(command, cwd=path.parent, input=text, capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        command, cwd=path.parent, input=text, capture_output=True, text=True, env=env
+    )
     assert done.returncode == 0, done.stderr
     got = json.loads(done.stdout)
-    want = site_filter.filtered(json.loads(text), page.removeprefix("nbs/"), FOUND, BIB, "foot")["cells"]
+    want = site_filter.filtered(json.loads(text), page.removeprefix("nbs/"), FOUND, BIB, "foot")[
+        "cells"
+    ]
     assert got["nbformat"] == 4 and got["cells"][:-1] == want[:-1]
     assert re.search(rf"`{re.escape(page)}`, polm_lab \d", "".join(got["cells"][-1]["source"]))
 
 
 def test_the_filter_refuses_what_is_no_notebook_of_the_folder():
-    text = json.dumps({"cells": [{"cell_type": "markdown", "metadata": {}, "source": ["# Other"]}], "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
-    done = subprocess.run([SITE, "filter"], cwd=ROOT / "nbs/core", input=text, capture_output=True, text=True)
+    text = json.dumps(
+        {
+            "cells": [{"cell_type": "markdown", "metadata": {}, "source": ["# Other"]}],
+            "metadata": {},
+            "nbformat": 4,
+            "nbformat_minor": 5,
+        }
+    )
+    done = subprocess.run(
+        [SITE, "filter"], cwd=ROOT / "nbs/core", input=text, capture_output=True, text=True
+    )
     assert done.returncode == 2 and "no notebook here is the one on standard input" in done.stderr
 
 
 def test_a_method_page_has_its_row_its_knobs_and_its_reference():
-    text = "\n".join("".join(c["source"]) for c in MADE[ROOT / "nbs/alignment/dpo.ipynb"]["cells"] if c["cell_type"] == "markdown")
+    text = "\n".join(
+        "".join(c["source"])
+        for c in MADE[ROOT / "nbs/alignment/dpo.ipynb"]["cells"]
+        if c["cell_type"] == "markdown"
+    )
     assert "## In the survey {#survey}" in text and "| DPO |" in text and "Beside it" in text
-    assert "| `beta` | 0.1 |" in text and "{#reference-dpo_loss}" in text and "[-@rafailov2023]" in text
+    assert (
+        "| `beta` | 0.1 |" in text
+        and "{#reference-dpo_loss}" in text
+        and "[-@rafailov2023]" in text
+    )
 
 
 def shown(page) -> list[str]:
     "The outputs of a page that are HTML, as they come into it."
-    data = [output.get("data", {}).get("text/markdown", "") for cell in MADE[ROOT / page]["cells"] for output in cell.get("outputs", [])]
-    return [text.removeprefix(f"{site_filter.FENCE}{{=html}}\n").removesuffix(f"\n{site_filter.FENCE}") for text in map("".join, data) if text]
+    data = [
+        output.get("data", {}).get("text/markdown", "")
+        for cell in MADE[ROOT / page]["cells"]
+        for output in cell.get("outputs", [])
+    ]
+    return [
+        text.removeprefix(f"{site_filter.FENCE}{{=html}}\n").removesuffix(f"\n{site_filter.FENCE}")
+        for text in map("".join, data)
+        if text
+    ]
 
 
 def test_figures_are_alive_with_what_the_site_has(tmp_path):
@@ -189,17 +263,29 @@ def test_figures_are_alive_with_what_the_site_has(tmp_path):
 
     outputs = shown("nbs/alignment/dpo.ipynb")
     drawn = [text for text in outputs if "Plotly.newPlot" in text]
-    assert drawn and all(f'src="../../{site_filter.PLOTLY}"' in text for text in drawn) and not any(site_lint.fetched(text) for text in outputs)
+    assert (
+        drawn
+        and all(f'src="../../{site_filter.PLOTLY}"' in text for text in drawn)
+        and not any(site_lint.fetched(text) for text in outputs)
+    )
     (tmp_path / "nbs/alignment").mkdir(parents=True)
     (tmp_path / "nbs/alignment/dpo.html").write_text("<meta charset='utf-8'>" + "\n".join(outputs))
     site_build.finish(tmp_path)
-    assert (tmp_path / site_filter.FONT).is_file() and f'url("../../{site_filter.FONT}")' in (ROOT / "nbs/_site/style.css").read_text()
+    assert (tmp_path / site_filter.FONT).is_file() and f'url("../../{site_filter.FONT}")' in (
+        ROOT / "nbs/_site/style.css"
+    ).read_text()
     with playwright.sync_playwright() as p:
         browser = browser_or_skip(p)
         page = Page(browser)
         page.page.goto(f"file://{tmp_path}/nbs/alignment/dpo.html")
-        page.wait_for(lambda: page.page.locator(".js-plotly-plot svg.main-svg").count() >= len(drawn), what="the figures")
-        asked, errors = [u for u in page.asked if not u.startswith(("file:", "data:", "blob:"))], page.errors
+        page.wait_for(
+            lambda: page.page.locator(".js-plotly-plot svg.main-svg").count() >= len(drawn),
+            what="the figures",
+        )
+        asked, errors = (
+            [u for u in page.asked if not u.startswith(("file:", "data:", "blob:"))],
+            page.errors,
+        )
         browser.close()
     assert not asked and not errors
 
@@ -241,13 +327,22 @@ def broken(cell=None, text=None, page="nbs/alignment/dpo.ipynb"):
 
 
 def output(kind, **more):
-    return {"cell_type": "code", "metadata": {}, "execution_count": None, "source": ["x"], "outputs": [{"output_type": kind, "metadata": {}, **more}]}
+    return {
+        "cell_type": "code",
+        "metadata": {},
+        "execution_count": None,
+        "source": ["x"],
+        "outputs": [{"output_type": kind, "metadata": {}, **more}],
+    }
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("[x](../alignment/nothing.ipynb)", "link to ../alignment/nothing.ipynb, which is not there"),
+        (
+            "[x](../alignment/nothing.ipynb)",
+            "link to ../alignment/nothing.ipynb, which is not there",
+        ),
         ("[x](../training/loop.ipynb#no-such-part)", "whose page has no such anchor"),
         ("[x](#no-such-part)", "whose page has no such anchor"),
         ("![x](nothing.png)", "picture to nothing.png"),
@@ -262,20 +357,53 @@ def output(kind, **more):
 )
 def test_a_fault_in_the_text_is_caught(text, says):
     wrong = broken(text=text)
-    assert len(wrong) == 1 and says in wrong[0] and wrong[0].startswith("nbs/alignment/dpo.ipynb: "), wrong
+    assert (
+        len(wrong) == 1 and says in wrong[0] and wrong[0].startswith("nbs/alignment/dpo.ipynb: ")
+    ), wrong
 
 
 @pytest.mark.parametrize(
     ("cell", "says"),
     [
         ({**output("stream"), "outputs": []}, "ends in a value and shows none; run the notebook"),
-        (output("error", ename="ValueError", evalue="", traceback=[]), "shows an error, ValueError"),
-        (output("display_data", data={"application/vnd.plotly.v1+json": {}}), "Unable to display output of type application/vnd.plotly.v1+json"),
-        (output("display_data", data={site_filter.WIDGET: {}, "text/plain": "0%"}), "Unable to display output of type application/vnd.jupyter.widget-view+json"),
-        (output("display_data", data={"application/javascript": ["1"], "text/plain": ["1"]}), "Unable to display output of type application/javascript"),
-        (output("display_data", data={"text/html": ["<b>x</b>"], "text/plain": ["1"]}), "Unable to display output of type text/html"),
-        (output("display_data", data={"text/markdown": ["<script src='https://cdn.example.org/x.js'></script>"]}), "a page has to work offline"),
-        (output("display_data", data={"text/markdown": ["<script type='module'>import \"https://cdn.example.org/x.js\"</script>"]}), "a page has to work offline"),
+        (
+            output("error", ename="ValueError", evalue="", traceback=[]),
+            "shows an error, ValueError",
+        ),
+        (
+            output("display_data", data={"application/vnd.plotly.v1+json": {}}),
+            "Unable to display output of type application/vnd.plotly.v1+json",
+        ),
+        (
+            output("display_data", data={site_filter.WIDGET: {}, "text/plain": "0%"}),
+            "Unable to display output of type application/vnd.jupyter.widget-view+json",
+        ),
+        (
+            output("display_data", data={"application/javascript": ["1"], "text/plain": ["1"]}),
+            "Unable to display output of type application/javascript",
+        ),
+        (
+            output("display_data", data={"text/html": ["<b>x</b>"], "text/plain": ["1"]}),
+            "Unable to display output of type text/html",
+        ),
+        (
+            output(
+                "display_data",
+                data={"text/markdown": ["<script src='https://cdn.example.org/x.js'></script>"]},
+            ),
+            "a page has to work offline",
+        ),
+        (
+            output(
+                "display_data",
+                data={
+                    "text/markdown": [
+                        "<script type='module'>import \"https://cdn.example.org/x.js\"</script>"
+                    ]
+                },
+            ),
+            "a page has to work offline",
+        ),
     ],
 )
 def test_a_fault_in_an_output_is_caught(cell, says):
@@ -314,10 +442,22 @@ def a_site(folder, **pages):
         ("<p>Unable to display output for mime type(s): x</p>", "Unable to display output"),
         ("<p><strong>?@eq-lost</strong></p>", "unresolved reference"),
         ("<p>(<strong>nobody2020?</strong>)</p>", "unresolved reference"),
-        ("<script src='https://cdn.plot.ly/plotly-4.1.1.min.js'></script>", "fetches https://cdn.plot.ly/plotly-4.1.1.min.js"),
-        ('<script>script.src  = "https://cdn.example.org/mathjax.js";</script>', "fetches https://cdn.example.org/mathjax.js"),
-        ("<link rel='stylesheet' href='//fonts.example.org/x.css'>", "fetches //fonts.example.org/x.css"),
-        ("<style>@import url('https://fonts.example.org/x');</style>", "fetches https://fonts.example.org/x"),
+        (
+            "<script src='https://cdn.plot.ly/plotly-4.1.1.min.js'></script>",
+            "fetches https://cdn.plot.ly/plotly-4.1.1.min.js",
+        ),
+        (
+            '<script>script.src  = "https://cdn.example.org/mathjax.js";</script>',
+            "fetches https://cdn.example.org/mathjax.js",
+        ),
+        (
+            "<link rel='stylesheet' href='//fonts.example.org/x.css'>",
+            "fetches //fonts.example.org/x.css",
+        ),
+        (
+            "<style>@import url('https://fonts.example.org/x');</style>",
+            "fetches https://fonts.example.org/x",
+        ),
         ("<img src='https://example.org/x.png'>", "fetches https://example.org/x.png"),
     ],
 )
@@ -328,25 +468,39 @@ def test_a_fault_in_the_rendered_site_is_caught(text, says, tmp_path):
 
 def test_code_that_speaks_of_faults_is_no_fault(tmp_path):
     code = "x = 'Unable to display output for mime type(s): y'  # ?@eq-lost quarto-unresolved-ref"
-    wrong, _ = a_site(tmp_path, a=f'<pre class="sourceCode python"><code class="sourceCode">{code}</code></pre><code>?@eq-lost</code>')
+    wrong, _ = a_site(
+        tmp_path,
+        a=f'<pre class="sourceCode python"><code class="sourceCode">{code}</code></pre><code>?@eq-lost</code>',
+    )
     assert not wrong
 
 
 def test_a_style_that_fetches_is_caught(tmp_path):
     (tmp_path / "site_libs").mkdir()
-    (tmp_path / "site_libs/theme.css").write_text('@import"https://fonts.example.org/css2?family=Lato";.a{background:url("data:image/png;base64,x")}')
+    (tmp_path / "site_libs/theme.css").write_text(
+        '@import"https://fonts.example.org/css2?family=Lato";.a{background:url("data:image/png;base64,x")}'
+    )
     wrong, _ = a_site(tmp_path, a="a")
-    assert wrong == ["site_libs/theme.css: fetches https://fonts.example.org/css2?family=Lato; a page has to work offline"]
+    assert wrong == [
+        "site_libs/theme.css: fetches https://fonts.example.org/css2?family=Lato; a page has to work offline"
+    ]
 
 
 def test_a_sound_site_passes(tmp_path):
-    wrong, counts = a_site(tmp_path, a="<link rel='canonical' href='https://example.org/a'><a href='b.html#here'>x</a><a href='https://example.org'>y</a><a href='./'>z</a>", b="<p id='here'>b</p>", index="i")
+    wrong, counts = a_site(
+        tmp_path,
+        a="<link rel='canonical' href='https://example.org/a'><a href='b.html#here'>x</a><a href='https://example.org'>y</a><a href='./'>z</a>",
+        b="<p id='here'>b</p>",
+        index="i",
+    )
     assert not wrong and counts["pages"] == 3
 
 
 def test_warnings_of_quarto_are_seen():
     said = "[ 1/60] nbs/index.ipynb\n\x1b[33mWARN: Unable to resolve crossref @eq-x\x1b[39m\nOutput created: _docs/index.html\n[WARNING] Could not convert TeX math\n"
-    assert len(site_build.warnings_of(said)) == 2 and not site_build.warnings_of("Output created: _docs/nbs/warn.html\n")
+    assert len(site_build.warnings_of(said)) == 2 and not site_build.warnings_of(
+        "Output created: _docs/nbs/warn.html\n"
+    )
 
 
 def test_tables_sort_and_filter_in_a_browser(tmp_path):
@@ -356,7 +510,10 @@ def test_tables_sort_and_filter_in_a_browser(tmp_path):
 
     from polm_lab.site.atlas import html_table
 
-    rows = [dict(name=n, size=s, when=w) for n, s, w in (("b", "10", "Mar-2023"), ("a", "9", "Dec-2022"), ("c", "", "Jan-2024"))]
+    rows = [
+        dict(name=n, size=s, when=w)
+        for n, s, w in (("b", "10", "Mar-2023"), ("a", "9", "Dec-2022"), ("c", "", "Jan-2024"))
+    ]
     script = (ROOT / "nbs/_site/tables.html").read_text()
     (tmp_path / "page.html").write_text(f"<meta charset='utf-8'>{html_table(rows)}{script}")
     with playwright.sync_playwright() as p:
@@ -395,21 +552,32 @@ def test_the_bibliography(tmp_path):
 
 
 def test_mentions_become_the_right_citation():
-    assert site_filter.cited("Wang", "2024", "alignment/reward", BIB) == "wang2024a" and site_filter.cited("Wang", "2024", "efficiency/adaptation/formulas", BIB) == "wang2024b"
-    assert site_filter.cited("Wang", "2024", "data/load", BIB) == "" and site_filter.cited("Rafailov", "2023", "any/page", BIB) == "rafailov2023"
+    assert (
+        site_filter.cited("Wang", "2024", "alignment/reward", BIB) == "wang2024a"
+        and site_filter.cited("Wang", "2024", "efficiency/adaptation/formulas", BIB) == "wang2024b"
+    )
+    assert (
+        site_filter.cited("Wang", "2024", "data/load", BIB) == ""
+        and site_filter.cited("Rafailov", "2023", "any/page", BIB) == "rafailov2023"
+    )
 
 
 def test_only_the_year_of_a_mention_changes():
     bib = {"gao2022": {}, "tie2025": {}}
     text = "## Gao 2022\n\nGao, Schulman and Hilton (2022), Tie et al.\n2025, (Tie et al. 2025), Nobody et al. 2025."
     year = "[-@tie2025]"
-    assert site_filter.with_citations(text, "any/page", bib) == f"## Gao 2022\n\nGao, Schulman and Hilton ([-@gao2022]), Tie et al.\n{year}, (Tie et al. {year}), Nobody et al. 2025."
+    assert (
+        site_filter.with_citations(text, "any/page", bib)
+        == f"## Gao 2022\n\nGao, Schulman and Hilton ([-@gao2022]), Tie et al.\n{year}, (Tie et al. {year}), Nobody et al. 2025."
+    )
 
 
 def test_papers_of_all_methods_are_in_the_bibliography():
     for page, record in FOUND["methods"].items():
         for mention in site_filter.MENTION.finditer(record["paper"]):
-            assert site_filter.cited(mention[1], mention[3], page.removesuffix(".ipynb"), BIB), f"{page}: {mention[0]}"
+            assert site_filter.cited(mention[1], mention[3], page.removesuffix(".ipynb"), BIB), (
+                f"{page}: {mention[0]}"
+            )
 
 
 def test_make_docs_says_how_to_get_quarto(capsys, monkeypatch):
@@ -424,17 +592,36 @@ def test_make_docs_says_how_to_get_quarto(capsys, monkeypatch):
 
 
 def test_wrong_words_are_refused(capsys):
-    assert site_build.main(["rite"]) == 2 and "expected write, filter, finish, check" in capsys.readouterr().err
+    assert (
+        site_build.main(["rite"]) == 2
+        and "expected write, filter, finish, check" in capsys.readouterr().err
+    )
 
 
 def test_the_workflows_run_the_tests_and_publish():
-    flows = {p.stem: yaml.safe_load(p.read_text()) for p in (ROOT / ".github/workflows").glob("*.yml")}
-    runs = {name: [step.get("run", "") for job in flow["jobs"].values() for step in job["steps"]] for name, flow in flows.items()}
-    assert "bash .ci/run" in runs["test"] and "make docs" in runs["site"] and (ROOT / ".ci/run").is_file()
+    flows = {
+        p.stem: yaml.safe_load(p.read_text()) for p in (ROOT / ".github/workflows").glob("*.yml")
+    }
+    runs = {
+        name: [step.get("run", "") for job in flow["jobs"].values() for step in job["steps"]]
+        for name, flow in flows.items()
+    }
+    assert (
+        "bash .ci/run" in runs["test"]
+        and "make docs" in runs["site"]
+        and (ROOT / ".ci/run").is_file()
+    )
     uses = [step.get("uses", "") for job in flows["site"]["jobs"].values() for step in job["steps"]]
-    assert any(u.startswith("quarto-dev/quarto-actions/setup@") for u in uses) and any(u.startswith("actions/deploy-pages@") for u in uses)
+    assert any(u.startswith("quarto-dev/quarto-actions/setup@") for u in uses) and any(
+        u.startswith("actions/deploy-pages@") for u in uses
+    )
     configured = yaml.safe_load((ROOT / "_quarto.yml").read_text())
-    upload = next(s for job in flows["site"]["jobs"].values() for s in job["steps"] if "upload-pages" in s.get("uses", ""))
+    upload = next(
+        s
+        for job in flows["site"]["jobs"].values()
+        for s in job["steps"]
+        if "upload-pages" in s.get("uses", "")
+    )
     assert upload["with"]["path"] == configured["project"]["output-dir"]
 
 
@@ -462,13 +649,21 @@ def test_the_site_renders():
 
     with playwright.sync_playwright() as p:
         browser = browser_or_skip(p)
-        for name, figures, equations in (("index", 0, 0), ("alignment/dpo", 2, 50), ("site/atlas", 3, 0), ("site/errata", 0, 50)):
+        for name, figures, equations in (
+            ("index", 0, 0),
+            ("alignment/dpo", 2, 50),
+            ("site/atlas", 3, 0),
+            ("site/errata", 0, 50),
+        ):
             page = Page(browser)
             page.page.goto((ROOT / "_docs" / "nbs" / f"{name}.html").as_uri())
-            page.wait_for(lambda: page.page.locator(".js-plotly-plot svg.main-svg").count() >= figures, what="the figures")  # noqa: B023
+            page.wait_for(
+                lambda: page.page.locator(".js-plotly-plot svg.main-svg").count() >= figures,
+                what="the figures",
+            )  # noqa: B023
             assert page.page.locator("math").count() >= equations
-            assert page.page.evaluate("document.fonts.ready.then(() => [...document.fonts].filter(f => f.family.includes('site math')).map(f => f.status))") == [
-                "loaded" if equations else "unloaded"
-            ]
+            assert page.page.evaluate(
+                "document.fonts.ready.then(() => [...document.fonts].filter(f => f.family.includes('site math')).map(f => f.status))"
+            ) == ["loaded" if equations else "unloaded"]
             assert not [u for u in page.asked if not u.startswith(("file:", "data:", "blob:"))]
         browser.close()

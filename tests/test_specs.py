@@ -10,7 +10,14 @@ from polm_lab.training import chain
 from polm_lab.training import conformance as check
 from polm_lab.data import load as data_load
 from polm_lab.data import rows as data_rows
-from polm_lab.data.load import DataSpec, held_out, load_data, load_held_out, natural_kind, parse_spec
+from polm_lab.data.load import (
+    DataSpec,
+    held_out,
+    load_data,
+    load_held_out,
+    natural_kind,
+    parse_spec,
+)
 from polm_lab.training.evaluate import Evaluation, other_tasks, scorer, with_rows, task_names
 from polm_lab.core.knobs import WrongInput
 from polm_lab.core.settings import make_settings
@@ -24,7 +31,11 @@ from polm_lab.data.tasks import TASKS
 from polm_lab.integration.retrieval.library import open_library
 from polm_lab.rewards.functions import make_rewards, on_held_out
 
-TRAIN, SEEN, GIVEN = 48, 8, 5  # rows of a task, rows of the evaluation at most, rows of a file to evaluate on
+TRAIN, SEEN, GIVEN = (
+    48,
+    8,
+    5,
+)  # rows of a task, rows of the evaluation at most, rows of a file to evaluate on
 
 
 def written(path, rows):
@@ -47,7 +58,10 @@ def made(name, **settings):
 
 def test_each_kind_of_spec(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    file, odd = written(tmp_path / "rows.jsonl", [{"text": "a"}]), written(tmp_path / "odd#3.jsonl", [{"text": "a"}])
+    file, odd = (
+        written(tmp_path / "rows.jsonl", [{"text": "a"}]),
+        written(tmp_path / "odd#3.jsonl", [{"text": "a"}]),
+    )
     (tmp_path / "sums").mkdir()
     entry = next(name for name, one in data_load.CATALOG.items() if one.hub)
     expected = {
@@ -60,16 +74,26 @@ def test_each_kind_of_spec(tmp_path, monkeypatch):
         odd: DataSpec(odd, "file", odd),
         "rows.jsonl#5": DataSpec("rows.jsonl", "file", "rows.jsonl", limit=5),
         entry: DataSpec(entry, "catalogue", entry),
-        f"{entry}@rows.jsonl#7": DataSpec(f"{entry}@rows.jsonl", "catalogue", entry, "rows.jsonl", limit=7),
+        f"{entry}@rows.jsonl#7": DataSpec(
+            f"{entry}@rows.jsonl", "catalogue", entry, "rows.jsonl", limit=7
+        ),
         "org/name": DataSpec("org/name", "hub", "org/name"),
-        "org/name:main#train_sft,9": DataSpec("org/name:main", "hub", "org/name", "main", "train_sft", 9),
-        "org/name:some/rows.jsonl": DataSpec("org/name:some/rows.jsonl", "hub file", "org/name", "some/rows.jsonl"),
+        "org/name:main#train_sft,9": DataSpec(
+            "org/name:main", "hub", "org/name", "main", "train_sft", 9
+        ),
+        "org/name:some/rows.jsonl": DataSpec(
+            "org/name:some/rows.jsonl", "hub file", "org/name", "some/rows.jsonl"
+        ),
         "gone.jsonl": DataSpec("gone.jsonl", "missing", "gone.jsonl"),
         "x" * 5000 + "/": DataSpec("x" * 5000 + "/", "missing", "x" * 5000 + "/"),
         "": DataSpec("", "missing", ""),
     }
     assert {spec: parse_spec(spec) for spec in expected} == expected
-    assert [name for name in expected if parse_spec(name).task] == ["sums", "chat#200", "chat# 200 , skip"]
+    assert [name for name in expected if parse_spec(name).task] == [
+        "sums",
+        "chat#200",
+        "chat# 200 , skip",
+    ]
 
 
 @pytest.mark.parametrize("spec", ["sums#0", "sums#some", "sums#5,5x!", "sums#-3", "org/name#a,b"])
@@ -89,9 +113,15 @@ def test_a_run_keeps_the_full_path_of_a_part_of_a_file(tmp_path, monkeypatch):
     (tmp_path / "chat").mkdir()
     entry = next(iter(data_load.CATALOG))
     kept = {
-        "rows.jsonl": file, "rows.jsonl#3,skip": f"{file}#3,skip", f"{entry}@rows.jsonl#2": f"{entry}@{file}#2",
-        "chat": "chat", "./chat": str(tmp_path / "chat"), "chat#5": "chat#5", "org/name#part": "org/name#part", "": "",
-    }  # fmt: skip
+        "rows.jsonl": file,
+        "rows.jsonl#3,skip": f"{file}#3,skip",
+        f"{entry}@rows.jsonl#2": f"{entry}@{file}#2",
+        "chat": "chat",
+        "./chat": str(tmp_path / "chat"),
+        "chat#5": "chat#5",
+        "org/name#part": "org/name#part",
+        "": "",
+    }
     for spec, full in kept.items():
         assert chain.check_settings("sft", dict(data="sums", eval_data=spec))[1].eval_data == full
     assert chain.check_settings("sft", dict(data="rows.jsonl#3"))[1].data == f"{file}#3"
@@ -109,8 +139,20 @@ def test_rows_to_evaluate_on(tmp_path):
     split = tmp_path / "split"
     split.mkdir()
     written(split / "train.jsonl", rows[:30]), written(split / "test.jsonl", rows[30:])
-    entry = next(name for name, one in data_load.CATALOG.items() if "completion" in one.kinds and not one.whole and one.rows is data_load.CATALOG["dolly-15k"].rows)
-    copy = written(tmp_path / "dolly.jsonl", [dict(instruction=f"Say {i}.", context="", response=f"{i}", category="x") for i in range(40)])
+    entry = next(
+        name
+        for name, one in data_load.CATALOG.items()
+        if "completion" in one.kinds
+        and not one.whole
+        and one.rows is data_load.CATALOG["dolly-15k"].rows
+    )
+    copy = written(
+        tmp_path / "dolly.jsonl",
+        [
+            dict(instruction=f"Say {i}.", context="", response=f"{i}", category="x")
+            for i in range(40)
+        ],
+    )
     found = {
         "a file whole": len(load_held_out("sums", file, "prompt", 99)),
         "a file that is learned from too": len(load_held_out(file, file, "prompt", 99)),
@@ -126,16 +168,30 @@ def test_rows_to_evaluate_on(tmp_path):
         "a number of rows to learn from": len(load_held_out("sums#6", "", "prompt", 99)),
     }
     assert found == {
-        "a file whole": 40, "a file that is learned from too": 40, "at most": 3, "its first rows": 9, "of the data": 2, "a folder without a test split": 40,
-        "the same folder": 2, "a test split": 10, "a file of the catalogue": 40, "a task": data_rows.TEST_ROWS, "a part of a task": 6, "a number of rows to learn from": 99,
-    }  # fmt: skip
+        "a file whole": 40,
+        "a file that is learned from too": 40,
+        "at most": 3,
+        "its first rows": 9,
+        "of the data": 2,
+        "a folder without a test split": 40,
+        "the same folder": 2,
+        "a test split": 10,
+        "a file of the catalogue": 40,
+        "a task": data_rows.TEST_ROWS,
+        "a part of a task": 6,
+        "a number of rows to learn from": 99,
+    }
 
 
 def test_counts_of_rows():
     found = with_rows({"accuracy": 0.5, "kl": 0.1}, 8, {"kl": 16, "accuracy": 8, "margin": 4})
     assert found == {"accuracy": 0.5, "kl": 0.1, "rows": 8, "rows/kl": 16}
-    assert not metric("rows").better and metric("rows/perplexity/sums").meaning.endswith("perplexity/sums")
-    assert [is_count(name) for name in ("rows", "rows/kl", "eval/rows", "eval/rows/kl", "rowsum", "kl")] == [True] * 4 + [False] * 2
+    assert not metric("rows").better and metric("rows/perplexity/sums").meaning.endswith(
+        "perplexity/sums"
+    )
+    assert [
+        is_count(name) for name in ("rows", "rows/kl", "eval/rows", "eval/rows/kl", "rowsum", "kl")
+    ] == [True] * 4 + [False] * 2
 
 
 # ------------------------------------------------------------------ where rows are from
@@ -151,7 +207,16 @@ def test_rows_that_a_run_wrote_are_from_its_data(tmp_path):
     written(itself.path / "x.jsonl", [{"a": 1}])
     plain = written(tmp_path / "plain.jsonl", [{"a": 1}])
     (tmp_path / "run.json").write_text("[]")
-    specs = {"chat#3": {"chat"}, made: {"chat"}, made + "#2": {"chat"}, again: {"chat"}, str(itself.path / "x.jsonl"): set(), plain: set(), "": set(), "org/name": set()}
+    specs = {
+        "chat#3": {"chat"},
+        made: {"chat"},
+        made + "#2": {"chat"},
+        again: {"chat"},
+        str(itself.path / "x.jsonl"): set(),
+        plain: set(),
+        "": set(),
+        "org/name": set(),
+    }
     assert {spec: task_names(spec) for spec in specs} == specs
     settings = make_settings(find("sft").settings, dict(data="chat#200", eval_data="sums#9"))
     assert other_tasks(settings, load_tokenizer("tiny")) == ("facts", "stories", "code")
@@ -162,7 +227,12 @@ def test_rows_that_a_run_wrote_are_from_its_data(tmp_path):
 TRAINED = [name for name, found in methods().items() if found.trains]
 SOURCES, GIVENS = ("task", "part", "file"), ("none", "file")
 ON_POLICY = ("ppo", "rloo", "grpo")  # the reward is `correct`, so it is the accuracy
-SAMPLES = {"rlaif": dict(prompts=16), "critic": dict(prompt_style="sums", questions=8), "reader": dict(steps=1), "retriever": dict(steps=1)}
+SAMPLES = {
+    "rlaif": dict(prompts=16),
+    "critic": dict(prompt_style="sums", questions=8),
+    "reader": dict(steps=1),
+    "retriever": dict(steps=1),
+}
 
 
 def task_of(method):
@@ -174,8 +244,17 @@ def rows_for(method, n, split):
     task = task_of(method)
     if task == "facts":
         places = ["Alba", "Bern", "Cork", "Dijon", "Essen", "Faro", "Ghent", "Hull"]
-        return [dict(question=f"Where is house {i}?", answer=places[i % 8], context=f"House {i} is in {places[i % 8]}.") for i in range(n)]
-    kind = "preference" if method.name == "rlaif" and split == "test" else method.data  # it learns from the pairs that it makes
+        return [
+            dict(
+                question=f"Where is house {i}?",
+                answer=places[i % 8],
+                context=f"House {i} is in {places[i % 8]}.",
+            )
+            for i in range(n)
+        ]
+    kind = (
+        "preference" if method.name == "rlaif" and split == "test" else method.data
+    )  # it learns from the pairs that it makes
     return TASKS[task].rows(kind, n, 3, split)
 
 
@@ -195,11 +274,20 @@ def ended(tmp_path_factory):
         task, place = task_of(method), folder / f"{name}-{source}-{given}"
         place.mkdir()
         specs = {
-            "task": task, "part": f"{task}#{all_rows(task)}", "file": written(place / "train.jsonl", rows_for(method, TRAIN, "train")),
-            "none": "", "given": written(place / "given.jsonl", rows_for(method, GIVEN, "test")),
-        }  # fmt: skip
+            "task": task,
+            "part": f"{task}#{all_rows(task)}",
+            "file": written(place / "train.jsonl", rows_for(method, TRAIN, "train")),
+            "none": "",
+            "given": written(place / "given.jsonl", rows_for(method, GIVEN, "test")),
+        }
         small = dict(steps=2, eval_rows=SEEN, save_every=0) | SAMPLES.get(name, {})
-        return check.short_run(method, place, data=specs[source], eval_data=specs["given" if given == "file" else "none"], **small)
+        return check.short_run(
+            method,
+            place,
+            data=specs[source],
+            eval_data=specs["given" if given == "file" else "none"],
+            **small,
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data_load, "TRAIN_ROWS", TRAIN)
@@ -212,8 +300,12 @@ def ended(tmp_path_factory):
 def test_every_method_on_every_kind_of_data(ended, name, source, given):
     method = find(name)
     task = task_of(method)
-    if task == "facts" and source != "file" and given == "file":  # the invented library has its own questions
-        with pytest.raises(WrongInput, match="the invented library has held-out questions of its own"):
+    if (
+        task == "facts" and source != "file" and given == "file"
+    ):  # the invented library has its own questions
+        with pytest.raises(
+            WrongInput, match="the invented library has held-out questions of its own"
+        ):
             ended(name, source, given)
         return
     run = ended(name, source, given)
@@ -222,7 +314,10 @@ def test_every_method_on_every_kind_of_data(ended, name, source, given):
     rows = GIVEN if given == "file" else SEEN
     if source == "file" and given == "none":
         learned = run.path / "preferences.jsonl"  # of rlaif, whose pairs are what is learned from
-        rows = min(SEEN, len(held_out(len(learned.read_text().splitlines()) if learned.exists() else TRAIN)))
+        rows = min(
+            SEEN,
+            len(held_out(len(learned.read_text().splitlines()) if learned.exists() else TRAIN)),
+        )
     assert before["rows"] == after["rows"] == rows
 
     others = {key.partition("/")[2] for key in after if key.startswith("perplexity/")}
@@ -230,11 +325,22 @@ def test_every_method_on_every_kind_of_data(ended, name, source, given):
         assert others == set(TASKS) - ({task} if source != "file" else set())
         assert all(after[f"rows/perplexity/{other}"] == 16 for other in others)
     if "forgetting" in after:
-        rises = [math.log(after[f"perplexity/{other}"] / before[f"perplexity/{other}"]) for other in others]
-        assert after["forgetting"] == pytest.approx(sum(rises) / len(rises), abs=1e-9) and after["rows/forgetting"] == 16 * len(others)
+        rises = [
+            math.log(after[f"perplexity/{other}"] / before[f"perplexity/{other}"])
+            for other in others
+        ]
+        assert after["forgetting"] == pytest.approx(sum(rises) / len(rises), abs=1e-9) and after[
+            "rows/forgetting"
+        ] == 16 * len(others)
     if name in ON_POLICY:
-        assert after["reward"] == pytest.approx(after["accuracy"], abs=1e-6) and before["reward"] == pytest.approx(before["accuracy"], abs=1e-6)
-        assert {key for key in after if is_count(key)} == {"rows", "rows/forgetting", *(f"rows/perplexity/{other}" for other in others)}
+        assert after["reward"] == pytest.approx(after["accuracy"], abs=1e-6) and before[
+            "reward"
+        ] == pytest.approx(before["accuracy"], abs=1e-6)
+        assert {key for key in after if is_count(key)} == {
+            "rows",
+            "rows/forgetting",
+            *(f"rows/perplexity/{other}" for other in others),
+        }
     if name == "dpo":  # pairs in a file have no answer that a rule could look at
         assert ("reward" in after) == (source != "file" and given == "none")
     if name == "critic":
@@ -260,55 +366,115 @@ def test_a_task_is_the_same_with_all_its_rows_named(ended, name, given):
 def test_held_out_rows_are_rewarded_by_their_own_rule(name, tmp_path, monkeypatch):
     monkeypatch.setattr(data_load, "TRAIN_ROWS", TRAIN)
     for source, given in (("sums", "chat"), ("chat", "sums#6")):
-        after = check.short_run(find(name), tmp_path, data=source, eval_data=given, steps=0, eval_rows=SEEN, max_new_tokens=24).summary["after"]
-        assert after["reward"] == pytest.approx(after["accuracy"], abs=1e-6) and after["accuracy"] > 0
-        assert after["rows"] == (6 if given == "sums#6" else SEEN) and not {"perplexity/sums", "perplexity/chat"} & set(after)
+        after = check.short_run(
+            find(name),
+            tmp_path,
+            data=source,
+            eval_data=given,
+            steps=0,
+            eval_rows=SEEN,
+            max_new_tokens=24,
+        ).summary["after"]
+        assert (
+            after["reward"] == pytest.approx(after["accuracy"], abs=1e-6) and after["accuracy"] > 0
+        )
+        assert after["rows"] == (6 if given == "sums#6" else SEEN) and not {
+            "perplexity/sums",
+            "perplexity/chat",
+        } & set(after)
 
 
 def test_a_reward_that_applies_to_some_rows_says_to_how_many(tmp_path, monkeypatch):
     monkeypatch.setattr(data_load, "TRAIN_ROWS", TRAIN)
     rows = TASKS["sums"].rows("prompt", GIVEN, 3, "test")
     given, code = written(tmp_path / "given.jsonl", rows), tmp_path / "some.py"
-    code.write_text(f"def some(prompts, completions, **columns):\n    return [None if p == {rows[0]['prompt']!r} else 0.25 for p in prompts]\n")
-    after = check.short_run(find("grpo"), tmp_path, data="sums", eval_data=given, steps=0, rewards=f"{code}:some").summary["after"]
-    assert (after["rows"], after["rows/reward"], after["reward"]) == (4, 3, 0.25) and "rows/accuracy" not in after
+    code.write_text(
+        f"def some(prompts, completions, **columns):\n    return [None if p == {rows[0]['prompt']!r} else 0.25 for p in prompts]\n"
+    )
+    after = check.short_run(
+        find("grpo"), tmp_path, data="sums", eval_data=given, steps=0, rewards=f"{code}:some"
+    ).summary["after"]
+    assert (after["rows"], after["rows/reward"], after["reward"]) == (
+        4,
+        3,
+        0.25,
+    ) and "rows/accuracy" not in after
 
 
 def test_a_reward_that_nothing_can_give_on_held_out_rows():
     rewards = make_rewards("correct:1,format:0.5", TASKS["sums"].score)
     assert on_held_out(rewards, "", []) == rewards
-    with pytest.raises(WrongInput, match="eval_data 'x.jsonl', reward correct: nothing tells what is correct"):
+    with pytest.raises(
+        WrongInput, match="eval_data 'x.jsonl', reward correct: nothing tells what is correct"
+    ):
         on_held_out(rewards, "x.jsonl", [dict(prompt="1+1=")])
     unweighted = make_rewards("format:0.5,gold:0", TASKS["sums"].score)
     assert [r.name for r in on_held_out(unweighted, "x.jsonl", [dict(prompt="1+1=")])] == ["format"]
     own = on_held_out(rewards, "x.jsonl", [dict(prompt="Capital?", answer="Paris")])
-    assert own[0].function(["Capital?"] * 2, ["Paris.", "42"], answer=["Paris"] * 2) == [1.0, 0.0] and own[1] is rewards[1]
+    assert (
+        own[0].function(["Capital?"] * 2, ["Paris.", "42"], answer=["Paris"] * 2) == [1.0, 0.0]
+        and own[1] is rewards[1]
+    )
 
 
 def test_labels_of_held_out_answers_follow_their_own_rule(tmp_path, monkeypatch):
     monkeypatch.setattr(data_load, "TRAIN_ROWS", TRAIN)
-    shared = dict(algorithm="direct", judge="rule:correct", steps=0, eval_rows=4, num_generations=4, batch_size=8, max_new_tokens=24)
-    alone = check.short_run(find("rlaif"), tmp_path / "a", data="sums", eval_data="chat", **shared).summary["after"]
-    both = check.short_run(find("rlaif"), tmp_path / "b", data="chat", eval_data="chat", **shared).summary["after"]
+    shared = dict(
+        algorithm="direct",
+        judge="rule:correct",
+        steps=0,
+        eval_rows=4,
+        num_generations=4,
+        batch_size=8,
+        max_new_tokens=24,
+    )
+    alone = check.short_run(
+        find("rlaif"), tmp_path / "a", data="sums", eval_data="chat", **shared
+    ).summary["after"]
+    both = check.short_run(
+        find("rlaif"), tmp_path / "b", data="chat", eval_data="chat", **shared
+    ).summary["after"]
     assert alone["reward"] == both["reward"] and alone["rows"] == 4
 
 
-def test_held_out_rows_of_the_wrong_kind_are_refused_before_the_judge_is_asked(tmp_path, monkeypatch):
+def test_held_out_rows_of_the_wrong_kind_are_refused_before_the_judge_is_asked(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(data_load, "TRAIN_ROWS", TRAIN)
     prompts = written(tmp_path / "prompts.jsonl", TASKS["sums"].rows("prompt", GIVEN))
     with pytest.raises(WrongInput, match="expected prompt . chosen . rejected"):
         check.short_run(find("rlaif"), tmp_path / "runs", eval_data=prompts, prompts=8)
-    assert not [*(tmp_path / "runs").rglob("labels.jsonl"), *(tmp_path / "runs").rglob("preferences.jsonl")]
+    assert not [
+        *(tmp_path / "runs").rglob("labels.jsonl"),
+        *(tmp_path / "runs").rglob("preferences.jsonl"),
+    ]
 
 
 @pytest.mark.parametrize("given, kind", [("sums#6", "completion"), ("text", "text")])
-def test_a_compressed_model_is_measured_by_the_rule_of_what_it_is_measured_on(given, kind, tmp_path, monkeypatch):
+def test_a_compressed_model_is_measured_by_the_rule_of_what_it_is_measured_on(
+    given, kind, tmp_path, monkeypatch
+):
     monkeypatch.setattr(data_load, "TRAIN_ROWS", TRAIN)
-    spec = written(tmp_path / "text.jsonl", [dict(text=f"The sum of {i} and {i} is {2 * i}.") for i in range(6)]) if given == "text" else given
+    spec = (
+        written(
+            tmp_path / "text.jsonl",
+            [dict(text=f"The sum of {i} and {i} is {2 * i}.") for i in range(6)],
+        )
+        if given == "text"
+        else given
+    )
     run = made("prune", data="chat", eval_data=spec, **OTHERS["prune"][0])
     rows = load_held_out("", spec, kind, 99)
     assert natural_kind(spec) == kind and len(rows) == 6
-    again = Evaluation(Policy(load_model("tiny", "float32", "cpu")), load_tokenizer("tiny"), rows, kind, max_length=256, score=scorer(spec, rows), seed=0)()
+    again = Evaluation(
+        Policy(load_model("tiny", "float32", "cpu")),
+        load_tokenizer("tiny"),
+        rows,
+        kind,
+        max_length=256,
+        score=scorer(spec, rows),
+        seed=0,
+    )()
     before = run.summary["before"]
     assert before["rows"] == 6 and ("accuracy" in before) == (kind == "completion")
     assert {name: before[name] for name in again} == pytest.approx(again)
@@ -317,16 +483,61 @@ def test_a_compressed_model_is_measured_by_the_rule_of_what_it_is_measured_on(gi
 # ------------------------------------------------------------------ methods that do not train: how many rows they saw
 
 OTHERS = {  # settings that make a run short, and what its counts are
-    "prune": (dict(calibration_samples=4, max_length=32, eval_rows=SEEN, algorithm="magnitude"), dict(rows=SEEN)),
-    "slim": (dict(calibration_samples=4, max_length=32, eval_rows=3, algorithm="depth", data="sums#40"), dict(rows=3)),
-    "fuse": (dict(models="sums#16,chat", tasks="sums,chat", eval_rows=3, expert_steps=1, examples=2), {"rows": 6, "rows/perplexity/sums": 3, "rows/accuracy/chat": 3}),
-    "merge": (dict(models="sums#16,chat", tasks="sums#7,FILE", eval_rows=9, expert_steps=1), {"rows": 7 + GIVEN, "rows/perplexity/sums#7": 7, "rows/accuracy/FILE": GIVEN}),
-    "peft": (dict(adapters="ia3", data="sums#16", steps=1, batch_size=4, eval_rows=3), {"rows": 3, "rows/forgetting": 64}),
-    "rag": (dict(search="bm25", data="facts#4", eval_rows=13, max_new_tokens=4), {"rows": 13, "rows/stage_ms/read": 12}),
-    "reft": (dict(data="sums#8", questions=9, warmup_steps=1, steps=1, judge_steps=0, votes=2, num_generations=2, prompts=3, batch_size=4, max_new_tokens=8), dict(rows=3)),
-    "selfrefine": (dict(algorithm="rci", data="sums#99", questions=3, rounds=1, num_generations=1, max_new_tokens=8), dict(rows=3)),
+    "prune": (
+        dict(calibration_samples=4, max_length=32, eval_rows=SEEN, algorithm="magnitude"),
+        dict(rows=SEEN),
+    ),
+    "slim": (
+        dict(calibration_samples=4, max_length=32, eval_rows=3, algorithm="depth", data="sums#40"),
+        dict(rows=3),
+    ),
+    "fuse": (
+        dict(models="sums#16,chat", tasks="sums,chat", eval_rows=3, expert_steps=1, examples=2),
+        {"rows": 6, "rows/perplexity/sums": 3, "rows/accuracy/chat": 3},
+    ),
+    "merge": (
+        dict(models="sums#16,chat", tasks="sums#7,FILE", eval_rows=9, expert_steps=1),
+        {"rows": 7 + GIVEN, "rows/perplexity/sums#7": 7, "rows/accuracy/FILE": GIVEN},
+    ),
+    "peft": (
+        dict(adapters="ia3", data="sums#16", steps=1, batch_size=4, eval_rows=3),
+        {"rows": 3, "rows/forgetting": 64},
+    ),
+    "rag": (
+        dict(search="bm25", data="facts#4", eval_rows=13, max_new_tokens=4),
+        {"rows": 13, "rows/stage_ms/read": 12},
+    ),
+    "reft": (
+        dict(
+            data="sums#8",
+            questions=9,
+            warmup_steps=1,
+            steps=1,
+            judge_steps=0,
+            votes=2,
+            num_generations=2,
+            prompts=3,
+            batch_size=4,
+            max_new_tokens=8,
+        ),
+        dict(rows=3),
+    ),
+    "selfrefine": (
+        dict(
+            algorithm="rci",
+            data="sums#99",
+            questions=3,
+            rounds=1,
+            num_generations=1,
+            max_new_tokens=8,
+        ),
+        dict(rows=3),
+    ),
     "tour": (dict(sft_steps=1, dpo_steps=1, grpo_steps=1, prompts=4), {"rows": 4, "rows/kl": 8}),
-    "overoptimization": (dict(sizes="16", proxy_steps=1, rl_steps=5, rl_every=5, prompts=4, num_generations=2), dict(rows=4)),
+    "overoptimization": (
+        dict(sizes="16", proxy_steps=1, rl_steps=5, rl_every=5, prompts=4, num_generations=2),
+        dict(rows=4),
+    ),
 }
 
 
@@ -339,7 +550,10 @@ def test_every_other_method_says_how_many_rows_it_saw(name, tmp_path, monkeypatc
     monkeypatch.setattr(data_load, "TRAIN_ROWS", TRAIN)
     file = written(tmp_path / "given.jsonl", TASKS["sums"].rows("completion", GIVEN, 3, "test"))
     settings, counts = OTHERS[name]
-    settings = {key: value.replace("FILE", file) if isinstance(value, str) else value for key, value in settings.items()}
+    settings = {
+        key: value.replace("FILE", file) if isinstance(value, str) else value
+        for key, value in settings.items()
+    }
     run = made(name, **settings)
     after = run.summary["after"]
     assert {key: after.get(key.replace("FILE", file)) for key in counts} == counts
@@ -350,7 +564,10 @@ def test_every_other_method_says_how_many_rows_it_saw(name, tmp_path, monkeypatc
 def test_a_part_of_the_sums_is_what_reft_learns_from(tmp_path):
     reft = find("reft")
     load = __import__(reft.function.__module__, fromlist=["x"]).load_questions
-    whole, part = (load(make_settings(reft.settings, dict(data=spec, questions=9, prompts=3)), "train") for spec in ("sums", "sums#8"))
+    whole, part = (
+        load(make_settings(reft.settings, dict(data=spec, questions=9, prompts=3)), "train")
+        for spec in ("sums", "sums#8")
+    )
     assert len(whole) == 9 and part == whole[:8]
 
 

@@ -57,10 +57,18 @@ def test_the_parts_are_declared_with_type_range_and_meaning():
     for method in ("grpo", "ppo", "rloo"):
         rewards = parts_of(find(method).settings, "rewards")
         assert list(rewards) == list(LIBRARY) and rewards["correct"].default == 1.0
-    assert parts_of(Prune, "allocation")["rule"].choices == ("uniform", "outliers", "hessian", "own")
+    assert parts_of(Prune, "allocation")["rule"].choices == (
+        "uniform",
+        "outliers",
+        "hessian",
+        "own",
+    )
     for name, m in methods().items():
         for k in part_knobs(m.settings).values():
-            assert k.meaning and (k.choices or k.range) and k.check(k.default) == k.default, (name, k.name)
+            assert k.meaning and (k.choices or k.range) and k.check(k.default) == k.default, (
+                name,
+                k.name,
+            )
 
 
 def test_strings_are_kept_and_parse_as_before():
@@ -79,11 +87,21 @@ def test_strings_are_kept_and_parse_as_before():
     "text, part, value, found",
     [
         ("normalize,clip_value:0.2", "clip_value", 0.3, "normalize,clip_value:0.3"),
-        ("normalize,clip_value", "clip_value", 0.2, "normalize,clip_value"),  # as it was: 0.2 is what it means
+        (
+            "normalize,clip_value",
+            "clip_value",
+            0.2,
+            "normalize,clip_value",
+        ),  # as it was: 0.2 is what it means
         ("normalize, clip_value:0.2", "clip_value", OFF, "normalize"),
         ("clip_value:0.2,clip_value:0.3,normalize", "clip_value", OFF, "normalize"),
         ("normalize,clip_value:0.2", "normalize", "off", "clip_value:0.2"),
-        ("normalize,clip_value:0.2", "whiten_rewards", "on", "normalize,clip_value:0.2,whiten_rewards"),
+        (
+            "normalize,clip_value:0.2",
+            "whiten_rewards",
+            "on",
+            "normalize,clip_value:0.2,whiten_rewards",
+        ),
         ("", "entropy", "1e-5", "entropy:1e-05"),
         ("normalize", "entropy", "on", "normalize,entropy:0.01"),
         ("normalize", "entropy", OFF, "normalize"),
@@ -117,14 +135,19 @@ def test_weights_of_rewards_are_written(text, part, value, found):
     [
         ("lora", "r", 4, "lora:r=4"),
         ("lora:r=8,lora_alpha=16", "r", "4", "lora:r=4,lora_alpha=16"),
-        ("lora:target_modules=q_proj,v_proj,r=8", "lora_alpha", 32, "lora:target_modules=q_proj,v_proj,r=8,lora_alpha=32"),
+        (
+            "lora:target_modules=q_proj,v_proj,r=8",
+            "lora_alpha",
+            32,
+            "lora:target_modules=q_proj,v_proj,r=8,lora_alpha=32",
+        ),
         ("lora:target_modules=q_proj,v_proj,r=8", "r", OFF, "lora:target_modules=q_proj,v_proj"),
         ("lora:r=8", "kind", "none", "none"),
         ("none", "kind", "lora", "lora"),
         ("", "kind", "lora", "lora"),
         ("none", "r", OFF, "none"),
     ],
-)  # fmt: skip
+)
 def test_settings_of_an_adapter_are_written(text, part, value, found):
     assert written(Settings, "adapter", text, part, value) == found
     parse_adapter(found)
@@ -147,7 +170,7 @@ RULES = r"0.7,0.3; layers\.[01]\.=1,0"
         ("=1,2", "1", "on", "=1,2"),
         ("3", "2", 1e-5, "3,1e-05"),
     ],
-)  # fmt: skip
+)
 def test_weights_of_tunes_are_written(text, part, value, found):
     grammar = next(k for k in knobs(Merge) if k.name == "weights").parts
     assert compose(Merge, {"weights": text, f"weights.{part}": value})["weights"] == found
@@ -215,7 +238,10 @@ def test_a_critic_and_its_weight_are_written(text, part, value, found):
 @pytest.mark.parametrize(
     "text, found",
     [
-        ("", "value = '': expected own, shared or a run of reward, with the weight of its loss if wanted, such as own:0.5"),
+        (
+            "",
+            "value = '': expected own, shared or a run of reward, with the weight of its loss if wanted, such as own:0.5",
+        ),
         (" :0.5", "value = ' :0.5': expected own, shared or a run of reward"),
         ("own:x", "value = 'own:x': weight: found 'x'; expected a number from 0 up, such as 0.5"),
         ("own:", "value = 'own:': weight: found ''; expected a number from 0 up, such as 0.5"),
@@ -223,7 +249,7 @@ def test_a_critic_and_its_weight_are_written(text, part, value, found):
         ("own:inf", "value = 'own:inf': weight: found 'inf'; expected a number from 0 up"),
         ("C:/runs/a", "value = 'C:/runs/a': weight: found '/runs/a'; expected a number from 0 up"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_critic_is_refused_as_a_whole(text, found):
     with pytest.raises(WrongInput) as wrong:
         CRITIC.values(text, "value")
@@ -252,7 +278,9 @@ LIST = Listed(
     ],
 )
 def test_all_values_of_a_list_are_checked(text, found):
-    assert LIST.values(" on, low:1,, both:1,high:-9 ,free", "list") == dict(on=True, low=1, both=1, high=-9, free=0.5)
+    assert LIST.values(" on, low:1,, both:1,high:-9 ,free", "list") == dict(
+        on=True, low=1, both=1, high=-9, free=0.5
+    )
     with pytest.raises(WrongInput) as wrong:
         LIST.values(text, "list")
     assert str(wrong.value).startswith(f"list = {text!r}: {found}") and "\n" not in str(wrong.value)
@@ -280,7 +308,9 @@ def test_all_values_of_a_list_are_checked(text, found):
 )
 def test_the_parts_of_a_judge_are_written(text, part, value, found):
     assert written(RLAIF, "judge", text, part, value) == found
-    assert parse_judge(found)[0] == parts_of(RLAIF, "judge")["kind"].check(found.split(":")[0].strip())
+    assert parse_judge(found)[0] == parts_of(RLAIF, "judge")["kind"].check(
+        found.split(":")[0].strip()
+    )
 
 
 def test_the_kind_of_a_judge_comes_before_what_it_has():
@@ -310,14 +340,18 @@ def test_an_endpoint_a_pattern_and_the_reward_of_a_retriever_are_written():
     asked = {"endpoint.kind": "openai", "endpoint.model": "m", "endpoint.address": "http://h/v1"}
     for cls in (RAG, SelfRefine):
         assert make_settings(cls, asked).endpoint == "openai:http://h/v1#m"
-        assert make_settings(cls, {"endpoint": "openai:x#m", "endpoint.kind": "none"}).endpoint == ""
+        assert (
+            make_settings(cls, {"endpoint": "openai:x#m", "endpoint.kind": "none"}).endpoint == ""
+        )
     assert written(Prune, "pattern", "2:4", "keep", 1) == "1:4"
     asked = make_settings(Prune, {"pattern.of": 8, "pattern.keep": "4"})
     assert parse_pattern(asked.pattern) == (4, 8)
     assert value_named(Prune, dict(pattern="2:4"), "pattern.of") == 4
     asked = make_settings(Retriever, {"reward.kind": "model", "reward.model": "runs/a"})
     assert asked.reward == "model:runs/a"
-    assert make_settings(Retriever, {"reward": "model:a", "reward.kind": "states"}).reward == "states"
+    assert (
+        make_settings(Retriever, {"reward": "model:a", "reward.kind": "states"}).reward == "states"
+    )
 
 
 def test_what_is_written_is_read_again():
@@ -329,7 +363,9 @@ def test_what_is_written_is_read_again():
         wanted = {}
         for name in draw.sample(list(details), 4):
             switch = details[name].type is bool
-            wanted[name] = draw.choice([True, False] if switch else [OFF, draw.random() * 10 ** draw.randint(-6, 2)])
+            wanted[name] = draw.choice(
+                [True, False] if switch else [OFF, draw.random() * 10 ** draw.randint(-6, 2)]
+            )
             text = written(PPO, "details", text, name, wanted[name])
         found = details_of(text)
         for name, value in details_of(PPO().details).items():
@@ -349,39 +385,119 @@ def test_what_is_written_is_read_again():
     [
         (Merge, {"weights.1": 0.5}, "weights: '0.5' has 1 weights; expected 2 finite numbers"),
         (Merge, {"weights.2": 20}, "weights.2 = 20: expected a number ≥ -10 and ≤ 10, or off"),
-        (Merge, {"weights": "1,2", "weights.1": OFF}, "weights = '1,2': 1 = 'off': weight 2 follows"),
+        (
+            Merge,
+            {"weights": "1,2", "weights.1": OFF},
+            "weights = '1,2': 1 = 'off': weight 2 follows",
+        ),
         (Merge, {"weights.5": 1}, "weights.5: weights has no part '5': known: 1, 2, 3, 4"),
         (Merge, {"weights": "(=1,1"}, "weights: '(=1,1': missing )"),
-        (PPO, {"details.clip_value": -1}, "details.clip_value = -1: expected a number ≥ 0, or off (in its loss,"),
-        (PPO, {"details.clip_value": "much"}, "details.clip_value = 'much': expected a number ≥ 0, or off"),
+        (
+            PPO,
+            {"details.clip_value": -1},
+            "details.clip_value = -1: expected a number ≥ 0, or off (in its loss,",
+        ),
+        (
+            PPO,
+            {"details.clip_value": "much"},
+            "details.clip_value = 'much': expected a number ≥ 0, or off",
+        ),
         (PPO, {"details.normalize": 0.5}, "details.normalize = 0.5: expected on or off"),
-        (PPO, {"details.clip_valeu": 1}, "details.clip_valeu: details has no part 'clip_valeu': did you mean 'clip_value'?"),
+        (
+            PPO,
+            {"details.clip_valeu": 1},
+            "details.clip_valeu: details has no part 'clip_valeu': did you mean 'clip_value'?",
+        ),
         (PPO, {"detail.clip_value": 1}, "unknown knob 'detail' of PPO: did you mean 'details'?"),
-        (PPO, {"details.clip_value": 1, "steps.x": 2}, "steps.x: steps has no parts; expected steps itself, a whole number"),
+        (
+            PPO,
+            {"details.clip_value": 1, "steps.x": 2},
+            "steps.x: steps has no parts; expected steps itself, a whole number",
+        ),
         (PPO, {"detials": "normalize"}, "unknown knob 'detials' of PPO: did you mean 'details'?"),
         (PPO, {"details": 3, "details.clip_value": 1}, "details = 3: expected text"),
-        (GRPO, {"rewards.fromat": 0.2}, "rewards.fromat: rewards has no part 'fromat': did you mean 'format'?"),
+        (
+            GRPO,
+            {"rewards.fromat": 0.2},
+            "rewards.fromat: rewards has no part 'fromat': did you mean 'format'?",
+        ),
         (GRPO, {"rewards.format": float("nan")}, "rewards.format = nan: expected a number"),
-        (GRPO, {"adapter.r": 8}, "adapter = 'none': r = 8: none has no settings; expected another kind"),
-        (GRPO, {"adapter": "lora", "adapter.r": 2.5}, "adapter.r = 2.5: expected a whole number ≥ 1"),
-        (PPO, {"value.weight": -1}, "value.weight = -1: expected a number ≥ 0 (weight of its loss)"),
+        (
+            GRPO,
+            {"adapter.r": 8},
+            "adapter = 'none': r = 8: none has no settings; expected another kind",
+        ),
+        (
+            GRPO,
+            {"adapter": "lora", "adapter.r": 2.5},
+            "adapter.r = 2.5: expected a whole number ≥ 1",
+        ),
+        (
+            PPO,
+            {"value.weight": -1},
+            "value.weight = -1: expected a number ≥ 0 (weight of its loss)",
+        ),
         (PPO, {"value.weight": "off"}, "value.weight = 'off': expected a number ≥ 0"),
-        (PPO, {"value.wieght": 1}, "value.wieght: value has no part 'wieght': did you mean 'weight'?"),
+        (
+            PPO,
+            {"value.wieght": 1},
+            "value.wieght: value has no part 'wieght': did you mean 'weight'?",
+        ),
         (PPO, {"value.kind": 1}, "value.kind = 1: expected text (own, shared or a run of reward)"),
-        (RLAIF, {"judge.kind": "rul"}, "judge.kind = 'rul': expected one of rule, model, contrast, openai"),
-        (RLAIF, {"judge.length": 1}, "judge = 'contrast:self': length = 1.0: contrast has no length; expected kind rule; give the kind too"),
-        (RLAIF, {"judge.address": "http://k@h"}, "judge = 'contrast:self': address = 'http://…': contrast has no address; expected kind openai"),
-        (RLAIF, {"judge": "openai:http://k@h#m", "judge.length": 1}, "judge = 'openai:http://…': length = 1.0: openai has no length"),
-        (RLAIF, {"judge.lenght": 1}, "judge.lenght: judge has no part 'lenght': did you mean 'length'?"),
-        (RLAIF, {"judge.kind": "rule", "judge.length": 11}, "judge.length = 11: expected a number ≥ -10 and ≤ 10, or off"),
+        (
+            RLAIF,
+            {"judge.kind": "rul"},
+            "judge.kind = 'rul': expected one of rule, model, contrast, openai",
+        ),
+        (
+            RLAIF,
+            {"judge.length": 1},
+            "judge = 'contrast:self': length = 1.0: contrast has no length; expected kind rule; give the kind too",
+        ),
+        (
+            RLAIF,
+            {"judge.address": "http://k@h"},
+            "judge = 'contrast:self': address = 'http://…': contrast has no address; expected kind openai",
+        ),
+        (
+            RLAIF,
+            {"judge": "openai:http://k@h#m", "judge.length": 1},
+            "judge = 'openai:http://…': length = 1.0: openai has no length",
+        ),
+        (
+            RLAIF,
+            {"judge.lenght": 1},
+            "judge.lenght: judge has no part 'lenght': did you mean 'length'?",
+        ),
+        (
+            RLAIF,
+            {"judge.kind": "rule", "judge.length": 11},
+            "judge.length = 11: expected a number ≥ -10 and ≤ 10, or off",
+        ),
         (RLAIF, {"judge.kind": "openai"}, "judge: found 'openai' and nothing after it"),
-        (RLAIF, {"judge.kind": "rule", "judge.correct": "off"}, "judge: found 'rule' and nothing after it"),
+        (
+            RLAIF,
+            {"judge.kind": "rule", "judge.correct": "off"},
+            "judge: found 'rule' and nothing after it",
+        ),
         (Prune, {"pattern.keep": 0}, "pattern.keep = 0: expected a whole number ≥ 1"),
-        (Retriever, {"reward.kind": "model", "reward.steps": 1}, "reward.steps: reward has no part 'steps'"),
-        (Prune, {"allocation.rule": "even"}, "allocation.rule = 'even': expected one of uniform, outliers"),
-        (Prune, {"allocation.rule": "own"}, "allocation = 'uniform': rule = 'own': expected the text itself"),
+        (
+            Retriever,
+            {"reward.kind": "model", "reward.steps": 1},
+            "reward.steps: reward has no part 'steps'",
+        ),
+        (
+            Prune,
+            {"allocation.rule": "even"},
+            "allocation.rule = 'even': expected one of uniform, outliers",
+        ),
+        (
+            Prune,
+            {"allocation.rule": "own"},
+            "allocation = 'uniform': rule = 'own': expected the text itself",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_part_is_refused_in_one_line(cls, values, found):
     with pytest.raises(WrongInput) as wrong:
         make_settings(cls, values)
@@ -412,7 +528,9 @@ def test_the_form_shows_the_parts_and_they_write_the_string():
     form.fields["details"].control.value = "entropy"
     assert (clip.value, normalize.value, fields["details.entropy"].value) == (OFF, False, 0.01)
     clip.control.value = "-3"
-    assert form.problem.startswith("details.clip_value = '-3'") and form.values == dict(details="entropy")
+    assert form.problem.startswith("details.clip_value = '-3'") and form.values == dict(
+        details="entropy"
+    )
     clip.control.value = "0.3"
     assert not form.problem
     form.load({"details.clip_value": 0.7})
@@ -432,7 +550,9 @@ def test_the_form_shows_the_critic_and_a_slider_of_its_weight():
     kind.control.value = "runs/a:b"
     assert form.values == dict(value="runs/a:b:0.4") and form.settings().value == "runs/a:b:0.4"
     weight.control.value = "-1"
-    assert form.problem.startswith("value.weight = '-1'") and form.values == dict(value="runs/a:b:0.4")
+    assert form.problem.startswith("value.weight = '-1'") and form.values == dict(
+        value="runs/a:b:0.4"
+    )
     form.fields["value"].control.value = "own"
     assert (kind.value, weight.value) == ("own", 0.5) and not form.problem
     form.fields["value"].undo.click()
@@ -464,6 +584,8 @@ def test_the_weights_of_tunes_have_sliders():
     first.control.value = "off"
     assert form.values == dict(weights="mlp=1,0")
     assert form.parts["weights"].fields["weights.3"].value == OFF
+
+
 def test_the_form_shows_the_parts_that_the_kind_of_a_judge_has():
     form = Form("rlaif")
     fields = form.parts["judge"].fields
@@ -512,15 +634,25 @@ def test_a_sweep_varies_the_critic_and_its_weight():
     assert asked["space"] == {"value.weight": [0.1, 0.5], "value.kind": ["own", "shared"]}
     made = [launch.check_settings(name, asked["fixed"] | point)[1].value for point in points]
     assert sorted(made) == ["own:0.1", "own:0.5", "shared:0.1", "shared:0.5"]
-    _, asked, points = sweep.plan("ppo", {"value.weight": "0.05..1"}, metric="reward", search="random", trials=3)
+    _, asked, points = sweep.plan(
+        "ppo", {"value.weight": "0.05..1"}, metric="reward", search="random", trials=3
+    )
     assert all(0.05 <= p["value.weight"] <= 1 for p in points)
+
+
 def test_a_sweep_varies_the_judge():
     grid = {"judge.kind": "rule,contrast", "noise": "0,0.5"}
     name, asked, points = sweep.plan("rlaif", grid, {"judge": "model:tiny"}, metric="reward")
     made = [launch.check_settings(name, asked["fixed"] | point)[1].judge for point in points]
     assert made == ["rule:correct"] * 2 + ["contrast:tiny"] * 2
-    _, asked, points = sweep.plan("rlaif", {"judge.length": "0.1..1"}, {"judge": "rule:correct"},
-                                  metric="reward", search="random", trials=2)  # fmt: skip
+    _, asked, points = sweep.plan(
+        "rlaif",
+        {"judge.length": "0.1..1"},
+        {"judge": "rule:correct"},
+        metric="reward",
+        search="random",
+        trials=2,
+    )
     assert all(0.1 <= point["judge.length"] <= 1 for point in points)
 
 
@@ -547,7 +679,11 @@ def test_a_sweep_varies_the_weights_of_tunes():
         ({"details.clip": "0.1,0.2"}, {}, "details has no part 'clip'"),
         ({"details.clip_value": "0.1,-1"}, {}, "details.clip_value = '-1': expected"),
         ({"details.clip_value": "off..0.4"}, {}, "expected the low end below the high one"),
-        ({"details": "normalize,clip_value"}, {"details.clip_value": 1}, "details is swept and fixed"),
+        (
+            {"details": "normalize,clip_value"},
+            {"details.clip_value": 1},
+            "details is swept and fixed",
+        ),
         ({"rewards.fromat": "0,1"}, {}, "rewards has no part 'fromat'"),
         ({"adapter.r": "4,8"}, {}, "none has no settings"),
     ],
@@ -559,7 +695,9 @@ def test_what_a_sweep_refuses(grid, fixed, found):
 
 
 def test_a_sweep_of_parts_runs_is_shown_and_is_picked_up_again(runs):
-    values = dict(SHORT, num_generations=4, adapter="lora", notebook=False, metric="loss", better="down")
+    values = dict(
+        SHORT, num_generations=4, adapter="lora", notebook=False, metric="loss", better="down"
+    )
     made = sweep.sweep("grpo", {"adapter.r": [1, 2], "rewards.format": [0.2]}, **values)
     trials = made.trials
     assert [t["status"] for t in trials] == ["finished"] * 2
@@ -592,12 +730,27 @@ def test_a_slider_of_a_part_that_is_off_may_be_rounded_by_the_browser():
 
 
 def test_a_part_on_the_command_line(polm, runs):
-    asked = ["-p", "details.clip_value", "0.3", "-p", "rewards.format", "0.2", "-p", "details.normalize", "off"]
+    asked = [
+        "-p",
+        "details.clip_value",
+        "0.3",
+        "-p",
+        "rewards.format",
+        "0.2",
+        "-p",
+        "details.normalize",
+        "off",
+    ]
     short = [word for name, value in SHORT.items() for word in ("-p", name, str(value))]
     done = polm("run", "ppo", "--bare", *asked, *short, "--json")
     assert done.returncode == 0, done.stderr
-    record = json.loads((runs / json.loads(done.stdout.splitlines()[-1])["run"] / "run.json").read_text())
-    assert record["settings"]["details"] == "whiten_advantages,clip_reward:5,clip_value:0.3,missing_eos:1"
+    record = json.loads(
+        (runs / json.loads(done.stdout.splitlines()[-1])["run"] / "run.json").read_text()
+    )
+    assert (
+        record["settings"]["details"]
+        == "whiten_advantages,clip_reward:5,clip_value:0.3,missing_eos:1"
+    )
     assert record["settings"]["rewards"] == "correct,format:0.2"
     assert not any("." in name for name in record["settings"])
     done = polm("run", "ppo", "-p", "details.clip_valeu", "3")
@@ -612,9 +765,13 @@ def test_a_judge_on_the_command_line(polm, runs):
     asked = ["-p", "judge.kind", "rule", "-p", "judge.format", "0.5"]
     done = polm("run", "rlaif", "--bare", *asked, *words, "--json")
     assert done.returncode == 0, done.stderr
-    record = json.loads((runs / json.loads(done.stdout.splitlines()[-1])["run"] / "run.json").read_text())
+    record = json.loads(
+        (runs / json.loads(done.stdout.splitlines()[-1])["run"] / "run.json").read_text()
+    )
     assert record["settings"]["judge"] == "rule:correct,format:0.5"
-    assert launch.clone(Run(runs / record["id"]), **{"judge.format": "off"})["judge"] == "rule:correct"
+    assert (
+        launch.clone(Run(runs / record["id"]), **{"judge.format": "off"})["judge"] == "rule:correct"
+    )
 
 
 def test_commands_clone_and_presets_hold_the_string(runs):
@@ -622,5 +779,7 @@ def test_commands_clone_and_presets_hold_the_string(runs):
     text = PPO().details.replace("clip_value:0.2", "clip_value:0.3")
     assert f"-p details {text}" in said["polm"] and f"details={text!r}" in said["python"]
     run = launch.create("ppo", dict(details="normalize"))
-    assert launch.clone(run, **{"details.clip_value": 0.3}) == dict(details="normalize,clip_value:0.3")
+    assert launch.clone(run, **{"details.clip_value": 0.3}) == dict(
+        details="normalize,clip_value:0.3"
+    )
     assert [k.name for k in knobs(PPO)].count("details") == 1

@@ -15,7 +15,19 @@ from polm_lab.training import loop
 from polm_lab.training.budget import RankBudget
 from polm_lab.training.chain import create, execute
 
-SHORT = dict(data="sums", steps=6, batch_size=4, eval_rows=4, save_every=1, max_length=64, device="cpu", dtype="float32", warmup=0.0, learning_rate=1e-2, adapter="adalora:init_r=6,target_r=2")
+SHORT = dict(
+    data="sums",
+    steps=6,
+    batch_size=4,
+    eval_rows=4,
+    save_every=1,
+    max_length=64,
+    device="cpu",
+    dtype="float32",
+    warmup=0.0,
+    learning_rate=1e-2,
+    adapter="adalora:init_r=6,target_r=2",
+)
 
 
 def ranks(run):
@@ -29,11 +41,19 @@ def weights(run):
 
 
 @pytest.mark.parametrize("method", ["sft", "grpo"])
-def test_adalora_gives_ranks_back_and_a_resumed_run_is_the_uninterrupted_one(method, tmp_path, monkeypatch):
-    settings = SHORT | (dict(num_generations=4, max_new_tokens=6, batch_size=8, updates=2) if method == "grpo" else {})
+def test_adalora_gives_ranks_back_and_a_resumed_run_is_the_uninterrupted_one(
+    method, tmp_path, monkeypatch
+):
+    settings = SHORT | (
+        dict(num_generations=4, max_new_tokens=6, batch_size=8, updates=2)
+        if method == "grpo"
+        else {}
+    )
     whole = lab.run(method, **settings, out=tmp_path / "whole")
     left = ranks(whole)
-    assert sum(left) == 2 * len(left) and len(left) > 4, "6 ranks a layer to begin with, 2 on average in the end"
+    assert sum(left) == 2 * len(left) and len(left) > 4, (
+        "6 ranks a layer to begin with, 2 on average in the end"
+    )
     assert len(set(left)) > 1, "layers keep what they need, not all the same"
     for stop in (2, 5) if method == "sft" else (3,):
         parts = create(method, settings, out=tmp_path / "parts", via="bare")
@@ -49,16 +69,27 @@ def test_adalora_gives_ranks_back_and_a_resumed_run_is_the_uninterrupted_one(met
 
 
 def test_ranks_are_kept_through_the_last_steps(tmp_path):
-    run = lab.run("sft", **SHORT | dict(adapter="adalora:init_r=6,target_r=2,tinit=1,tfinal=2,deltaT=2"), out=tmp_path)
+    run = lab.run(
+        "sft",
+        **SHORT | dict(adapter="adalora:init_r=6,target_r=2,tinit=1,tfinal=2,deltaT=2"),
+        out=tmp_path,
+    )
     assert sum(ranks(run)) == 2 * len(ranks(run))
 
 
 def test_the_penalty_is_pefts():
-    model = load_model("tiny", "float32", "cpu", adapter="adalora:init_r=6,target_r=2,total_step=10,orth_reg_weight=0.7")
+    model = load_model(
+        "tiny",
+        "float32",
+        "cpu",
+        adapter="adalora:init_r=6,target_r=2,total_step=10,orth_reg_weight=0.7",
+    )
     ids = torch.arange(5, 15)[None]
     with_labels = model(input_ids=ids, labels=ids).loss
     plain = model.base_model.model(input_ids=ids, labels=ids).loss
-    assert RankBudget.of(model).penalty().item() == pytest.approx((with_labels - plain).item(), abs=1e-5)
+    assert RankBudget.of(model).penalty().item() == pytest.approx(
+        (with_labels - plain).item(), abs=1e-5
+    )
     assert RankBudget.of(load_model("tiny", "float32", "cpu")) is None
 
 
@@ -82,7 +113,12 @@ class Pull:
 
 
 def test_the_loop_calls_any_hook_and_keeps_its_state(tmp_path, monkeypatch):
-    settings, hooks = Settings(steps=40, learning_rate=0.5, warmup=0.0, save_every=20, device="cpu", dtype="float32"), []
+    settings, hooks = (
+        Settings(
+            steps=40, learning_rate=0.5, warmup=0.0, save_every=20, device="cpu", dtype="float32"
+        ),
+        [],
+    )
     monkeypatch.setattr(loop, "step_hooks", lambda model: hooks)
 
     def updates(step, meter):
@@ -95,7 +131,13 @@ def test_the_loop_calls_any_hook_and_keeps_its_state(tmp_path, monkeypatch):
         with monkeypatch.context() as patch, run.active():
             if stop:
                 patch.setattr(Run, "stop_requested", lambda self: self.record["step"] == stop)
-            loop.fit(run, settings, line, updates, lambda model, batch, meter: model(batch["x"]).sum() * 0.0)
+            loop.fit(
+                run,
+                settings,
+                line,
+                updates,
+                lambda model, batch, meter: model(batch["x"]).sum() * 0.0,
+            )
         return line.weight.item(), hooks[0].seen
 
     weight, seen = train(Run.create("line", {"steps": 40}, out=tmp_path / "whole"))
@@ -116,5 +158,9 @@ def test_what_adalora_cannot_do_is_refused(tmp_path):
 def test_the_memory_of_a_run_is_its_own_and_not_that_of_who_started_it():
     held = bytearray(b"x" * 2**30)
     code = "import torch; from polm_lab.training.loop import peak_memory; print(peak_memory(torch.device('cpu')))"
-    found = float(subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True).stdout)
+    found = float(
+        subprocess.run(
+            [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+    )
     assert 50 < found < len(held) / 2**20

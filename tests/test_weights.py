@@ -1,4 +1,5 @@
 "The stream of weights: what it reads and writes is the library's format; a folder is whole or not there; wrong input is said in a line."
+
 import json
 import math
 import os
@@ -22,16 +23,25 @@ from polm_lab.models.weights import DTYPES, Weights, blocks, check_alike, differ
 from polm_lab.models.transform import Block, Writer, each_block, transform, walk
 
 ODD = {  # sizes that end a tensor off every alignment
-    "a": torch.arange(7, dtype=torch.uint8), "b": torch.randn(3, 5), "c": torch.randn(11, 2, 3).bfloat16(), "d": torch.tensor(2.5, dtype=torch.float64), "e": torch.randn(4).half(),
-    "f": torch.arange(6).view(2, 3), "g": torch.tensor([True, False, True]), "h": torch.randn(2, 2).to(torch.float8_e4m3fn), "i": torch.empty(0, 4),
-}  # fmt: skip
+    "a": torch.arange(7, dtype=torch.uint8),
+    "b": torch.randn(3, 5),
+    "c": torch.randn(11, 2, 3).bfloat16(),
+    "d": torch.tensor(2.5, dtype=torch.float64),
+    "e": torch.randn(4).half(),
+    "f": torch.arange(6).view(2, 3),
+    "g": torch.tensor([True, False, True]),
+    "h": torch.randn(2, 2).to(torch.float8_e4m3fn),
+    "i": torch.empty(0, 4),
+}
 
 
 def folder(path, tensors, **config):
     "A model folder as the library writes it."
     path.mkdir(parents=True)
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    (path / "config.json").write_text(json.dumps(dict(model_type="llama", vocab_size=8, dtype="float32", **config)))
+    (path / "config.json").write_text(
+        json.dumps(dict(model_type="llama", vocab_size=8, dtype="float32", **config))
+    )
     return path
 
 
@@ -48,9 +58,13 @@ def test_reading_is_the_librarys_for_every_dtype(tmp_path):
     assert weights.entries.keys() == ODD.keys()
     for name, value in ODD.items():
         read = weights.read(name)
-        assert read.dtype == value.dtype and torch.equal(read.view(torch.uint8), value.reshape(read.shape).view(torch.uint8)), name
+        assert read.dtype == value.dtype and torch.equal(
+            read.view(torch.uint8), value.reshape(read.shape).view(torch.uint8)
+        ), name
         weights.release(name)
-        assert torch.equal(weights.read(name).view(torch.uint8), value.reshape(read.shape).view(torch.uint8)), name
+        assert torch.equal(
+            weights.read(name).view(torch.uint8), value.reshape(read.shape).view(torch.uint8)
+        ), name
     assert torch.equal(weights.read("c", 2, 5), ODD["c"][2:5])
 
 
@@ -66,28 +80,63 @@ def test_a_file_whose_tensors_are_not_aligned(tmp_path):
 @pytest.mark.parametrize("shard_bytes", [10**9, 100, 1])
 def test_writing_is_read_by_the_library(tmp_path, shard_bytes):
     like = folder(tmp_path / "like", {"x": torch.zeros(1)}, torch_dtype="float32")
-    (like / "tokenizer.json").write_text("{}"), (like / "chat_template.jinja").write_text("hello"), (like / "generation_config.json").write_text("{}"), (like / "pytorch_model.bin").write_text("no")
+    (
+        (like / "tokenizer.json").write_text("{}"),
+        (like / "chat_template.jinja").write_text("hello"),
+        (like / "generation_config.json").write_text("{}"),
+        (like / "pytorch_model.bin").write_text("no"),
+    )
     with Writer(tmp_path / "out", plan_of(ODD), like, shard_bytes=shard_bytes) as writer:
         for name, value in reversed(ODD.items()):
             for start, stop in reversed(blocks(tuple(value.shape), 6)):
-                writer.write(name, value.reshape(-1, *value.shape[1:])[start:stop] if value.ndim else value.view(1), start)
+                writer.write(
+                    name,
+                    value.reshape(-1, *value.shape[1:])[start:stop]
+                    if value.ndim
+                    else value.view(1),
+                    start,
+                )
     files = list((tmp_path / "out").glob("*.safetensors"))
     found = {}
     for file in files:
         with safe_open(file, "pt") as opened:
             assert opened.metadata() == {"format": "pt"}
             found |= {name: opened.get_tensor(name) for name in opened.keys()}
-    assert found.keys() == ODD.keys() and all(found[n].dtype == v.dtype and found[n].shape == v.shape and torch.equal(found[n].flatten().view(torch.uint8), v.flatten().view(torch.uint8)) for n, v in ODD.items())
-    assert {"tokenizer.json", "chat_template.jinja", "generation_config.json", "config.json"} <= set(listing(tmp_path / "out")) and "pytorch_model.bin" not in listing(tmp_path / "out")
+    assert found.keys() == ODD.keys() and all(
+        found[n].dtype == v.dtype
+        and found[n].shape == v.shape
+        and torch.equal(found[n].flatten().view(torch.uint8), v.flatten().view(torch.uint8))
+        for n, v in ODD.items()
+    )
+    assert {
+        "tokenizer.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "config.json",
+    } <= set(listing(tmp_path / "out")) and "pytorch_model.bin" not in listing(tmp_path / "out")
     if len(files) > 1:
         index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-        assert index["weight_map"].keys() == ODD.keys() and index["metadata"]["total_size"] == sum(v.nbytes for v in ODD.values())
-    assert all(torch.equal(Weights(tmp_path / "out").read(n).flatten().view(torch.uint8), v.flatten().view(torch.uint8)) for n, v in ODD.items())
+        assert index["weight_map"].keys() == ODD.keys() and index["metadata"]["total_size"] == sum(
+            v.nbytes for v in ODD.values()
+        )
+    assert all(
+        torch.equal(
+            Weights(tmp_path / "out").read(n).flatten().view(torch.uint8),
+            v.flatten().view(torch.uint8),
+        )
+        for n, v in ODD.items()
+    )
 
 
 def test_a_rewritten_model_loads_with_transformers(tmp_path):
     tiny = Weights("tiny")
-    transform([tiny], tmp_path / "half", lambda name: lambda block: block.part(0), dtype=torch.bfloat16, shard_bytes=1_000_000)
+    transform(
+        [tiny],
+        tmp_path / "half",
+        lambda name: lambda block: block.part(0),
+        dtype=torch.bfloat16,
+        shard_bytes=1_000_000,
+    )
     loaded = load_model(tmp_path / "half", dtype="float32", device="cpu").state_dict()
     expected = load_file(tiny.folder / "model.safetensors")
     assert all(torch.equal(loaded[n], v.bfloat16().float()) for n, v in expected.items())
@@ -99,7 +148,9 @@ def test_blocks_cover_a_tensor_once():
     for shape in [(7, 5), (1, 9), (3, 2, 4), (0, 4), (5,), ()]:
         for entries in (1, 6, 1000):
             found = blocks(shape, entries)
-            assert [i for start, stop in found for i in range(start, stop)] == list(range(shape[0] if shape else 1)), shape
+            assert [i for start, stop in found for i in range(start, stop)] == list(
+                range(shape[0] if shape else 1)
+            ), shape
 
 
 def test_both_threads_work_and_the_first_error_ends_it():
@@ -141,7 +192,9 @@ before = high()
 transform([Weights(here / "a")], here / "b", lambda name: lambda block: block.part(0))
 print(high() - before)
 """
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 24
 
@@ -152,10 +205,18 @@ print(high() - before)
 def test_an_error_leaves_nothing_and_keeps_what_was_there(tmp_path):
     like = folder(tmp_path / "like", ODD)
     old = folder(tmp_path / "out", {"b": torch.ones(2)})
-    for action in (lambda w: w.write("b", ODD["b"][:1]), lambda w: 1 / 0):  # rows are missing; an error
-        with pytest.raises((RuntimeError, ZeroDivisionError)), Writer(old, plan_of(ODD), like) as writer:
+    for action in (
+        lambda w: w.write("b", ODD["b"][:1]),
+        lambda w: 1 / 0,
+    ):  # rows are missing; an error
+        with (
+            pytest.raises((RuntimeError, ZeroDivisionError)),
+            Writer(old, plan_of(ODD), like) as writer,
+        ):
             action(writer)
-        assert listing(tmp_path) == ["like", "out"] and torch.equal(load_file(old / "model.safetensors")["b"], torch.ones(2))
+        assert listing(tmp_path) == ["like", "out"] and torch.equal(
+            load_file(old / "model.safetensors")["b"], torch.ones(2)
+        )
 
 
 def test_a_killed_merge_leaves_no_model_and_the_next_one_works(tmp_path):
@@ -167,7 +228,9 @@ def slow(name):
     return lambda block: block.part(0)
 transform([Weights("tiny")], sys.argv[1] + "/out", slow)
 """
-    process = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True
+    )
     for _ in range(4):
         process.stdout.readline()
     os.kill(process.pid, signal.SIGKILL), process.wait()
@@ -175,7 +238,11 @@ transform([Weights("tiny")], sys.argv[1] + "/out", slow)
     with pytest.raises(WrongInput):
         load_model(tmp_path / ".out.new")
     transform([Weights("tiny")], tmp_path / "out", lambda name: lambda block: block.part(0))
-    assert listing(tmp_path) == ["out"] and load_file(tmp_path / "out" / "model.safetensors").keys() == Weights("tiny").entries.keys()
+    assert (
+        listing(tmp_path) == ["out"]
+        and load_file(tmp_path / "out" / "model.safetensors").keys()
+        == Weights("tiny").entries.keys()
+    )
 
 
 FULL = """
@@ -201,12 +268,28 @@ ls -A {disk} | wc -l
 def test_a_full_disk(tmp_path):
     before = (model_path("tiny") / "model.safetensors").read_bytes()
     (tmp_path / "disk").mkdir()
-    done = subprocess.run(["unshare", "-rm", "bash", "-e", "-c", FULL.format(disk=tmp_path / "disk", python=sys.executable)], capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [
+            "unshare",
+            "-rm",
+            "bash",
+            "-e",
+            "-c",
+            FULL.format(disk=tmp_path / "disk", python=sys.executable),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     if "unshare" in done.stderr:
         pytest.skip(f"no mount namespaces here: {done.stderr}")
     early, late, left = done.stdout.strip().split("\n")
     assert early.startswith("early:") and "5 MiB left and 7 are needed" in early
-    assert late.startswith("late:") and "No space left on device while writing" in late and "nothing was left behind" in late
+    assert (
+        late.startswith("late:")
+        and "No space left on device while writing" in late
+        and "nothing was left behind" in late
+    )
     assert left.strip() == "0" and (model_path("tiny") / "model.safetensors").read_bytes() == before
 
 
@@ -252,30 +335,63 @@ def test_what_differs_is_said(tmp_path):
 
     first = other("first")
     assert not differences(other("same"), first) and not check_alike([first, first])
-    refused(lambda: check_alike([first, other("less", {k: v for k, v in ODD.items() if k not in "bc"})]), "less: lacks b and 1 more")
-    refused(lambda: check_alike([first, other("more", ODD | {"z": torch.ones(1)})]), "has in excess z")
-    refused(lambda: check_alike([first, other("shape", ODD | {"b": torch.ones(3, 6)})]), "b is [3, 6], not [3, 5]")
-    refused(lambda: check_alike([first, other("type", ODD | {"b": ODD["b"].half()})]), "b is float16, not float32")
-    refused(lambda: check_alike([first, other("layers", num_hidden_layers=3)]), "num_hidden_layers is 3, not None")
+    refused(
+        lambda: check_alike(
+            [first, other("less", {k: v for k, v in ODD.items() if k not in "bc"})]
+        ),
+        "less: lacks b and 1 more",
+    )
+    refused(
+        lambda: check_alike([first, other("more", ODD | {"z": torch.ones(1)})]), "has in excess z"
+    )
+    refused(
+        lambda: check_alike([first, other("shape", ODD | {"b": torch.ones(3, 6)})]),
+        "b is [3, 6], not [3, 5]",
+    )
+    refused(
+        lambda: check_alike([first, other("type", ODD | {"b": ODD["b"].half()})]),
+        "b is float16, not float32",
+    )
+    refused(
+        lambda: check_alike([first, other("layers", num_hidden_layers=3)]),
+        "num_hidden_layers is 3, not None",
+    )
     check_alike([first, Weights(tmp_path / "type")], dtypes=False)
-    refused(lambda: check_alike([first, other("kind", ODD | {"b": torch.ones(3, 5, dtype=torch.int32)})], dtypes=False), "b is int32, not float32")
+    refused(
+        lambda: check_alike(
+            [first, other("kind", ODD | {"b": torch.ones(3, 5, dtype=torch.int32)})], dtypes=False
+        ),
+        "b is int32, not float32",
+    )
     check_alike([first, other("rows", ODD | {"b": torch.ones(9, 5)})], rows_of=["b"])
 
 
 def test_integers_that_differ_and_numbers_that_are_none(tmp_path):
     def sum_of(a, b):
-        return transform([Weights(folder(tmp_path / f"{a}-{i}", t)) for i, t in enumerate(b)], tmp_path / "out", lambda name: lambda block: sum(block.parts()))
+        return transform(
+            [Weights(folder(tmp_path / f"{a}-{i}", t)) for i, t in enumerate(b)],
+            tmp_path / "out",
+            lambda name: lambda block: sum(block.parts()),
+        )
 
     ints = {"f": torch.arange(6).view(2, 3), "x": torch.ones(2)}
     assert torch.equal(load_file(sum_of("ok", [ints, ints]) / "model.safetensors")["f"], ints["f"])
-    refused(lambda: sum_of("int", [ints, ints | {"f": torch.ones(2, 3, dtype=torch.long)}]), "f holds int64 and differs")
+    refused(
+        lambda: sum_of("int", [ints, ints | {"f": torch.ones(2, 3, dtype=torch.long)}]),
+        "f holds int64 and differs",
+    )
     for bad in (math.nan, math.inf, -math.inf):
         x = torch.ones(3, 4)
         x[2, 1] = bad
-        refused(lambda: sum_of(f"bad{bad}", [{"x": torch.ones(3, 4)}, {"x": x}]), "-1: x[2, 1] is " + str(bad))
+        refused(
+            lambda: sum_of(f"bad{bad}", [{"x": torch.ones(3, 4)}, {"x": x}]),
+            "-1: x[2, 1] is " + str(bad),
+        )
     shutil.rmtree(tmp_path / "out")
     huge = {"x": torch.full((4, 4), 3e38)}  # their sum is infinite, they are not
-    assert torch.equal(next(iter(each_block([Weights(folder(tmp_path / "huge", huge))], "x"))).part(0), huge["x"])
+    assert torch.equal(
+        next(iter(each_block([Weights(folder(tmp_path / "huge", huge))], "x"))).part(0), huge["x"]
+    )
 
 
 def test_outputs_that_cannot_be(tmp_path):
@@ -284,11 +400,18 @@ def test_outputs_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("")
     refused(lambda: Writer(tmp_path / "file", plan_of(ODD), like), "a file is in the way")
     refused(lambda: Writer(tmp_path / "file" / "below", plan_of(ODD), like), "cannot be written")
-    refused(lambda: Writer(tmp_path / "large", {"x": (torch.float32, (1 << 26, 1 << 20))}, like), "are needed")
+    refused(
+        lambda: Writer(tmp_path / "large", {"x": (torch.float32, (1 << 26, 1 << 20))}, like),
+        "are needed",
+    )
     assert listing(tmp_path) == ["file", "like"]
 
 
 def test_part_is_a_copy(tmp_path):
     path = folder(tmp_path / "m", {"x": torch.ones(2, 2)})
     Block([Weights(path)], "x", 0, 2).part(0).mul_(5)
-    assert torch.equal(Weights(path).read("x"), torch.ones(2, 2)) and read_header(path / "model.safetensors")["x"].shape == (2, 2) and len(DTYPES) == 15
+    assert (
+        torch.equal(Weights(path).read("x"), torch.ones(2, 2))
+        and read_header(path / "model.safetensors")["x"].shape == (2, 2)
+        and len(DTYPES) == 15
+    )

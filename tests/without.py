@@ -23,7 +23,11 @@ def path_without(names: list[str], folder: Path) -> str:
 
 def main() -> int:
     names, command = sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :]
-    hidden = [n for n in ("POLM_BWRAP", "POLM_CHROMIUM", "POLM_SANDBOX", "POLM_BROWSER", "BROWSER_PATH") if n in os.environ]
+    hidden = [
+        n
+        for n in ("POLM_BWRAP", "POLM_CHROMIUM", "POLM_SANDBOX", "POLM_BROWSER", "BROWSER_PATH")
+        if n in os.environ
+    ]
     env = {name: value for name, value in os.environ.items() if name not in hidden}
     with tempfile.TemporaryDirectory() as folder:
         env["PATH"] = path_without(names, Path(folder))

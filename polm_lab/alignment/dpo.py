@@ -26,13 +26,22 @@ class DPO(Settings):
     "Settings of direct preference optimization."
 
     beta: float = knob(
-        0.1, "strength β of the KL term: a large β keeps the policy near the reference",
-        "reward/nat", low=1e-6, high=100, log=True, source="Rafailov et al. 2023, appendix B",
-    )  # fmt: skip
+        0.1,
+        "strength β of the KL term: a large β keeps the policy near the reference",
+        "reward/nat",
+        low=1e-6,
+        high=100,
+        log=True,
+        source="Rafailov et al. 2023, appendix B",
+    )
     label_smoothing: float = knob(
-        0.0, "share ε of pairs taken to be labelled the wrong way round", "share",
-        low=0, high=0.49, source="Mitchell 2023, eq. 3",
-    )  # fmt: skip
+        0.0,
+        "share ε of pairs taken to be labelled the wrong way round",
+        "share",
+        low=0,
+        high=0.49,
+        source="Mitchell 2023, eq. 3",
+    )
     reference: str = reference_knob()
     data: str = redefault("data", "chat")
     steps: int = redefault("steps", 60)
@@ -53,9 +62,13 @@ def implicit_reward(logp: Tensor, ref_logp: Tensor, beta: float) -> Tensor:
 
 
 def dpo_loss(
-    policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor,
-    beta: float, label_smoothing: float | Tensor = 0.0,
-) -> Tensor:  # fmt: skip
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    beta: float,
+    label_smoothing: float | Tensor = 0.0,
+) -> Tensor:
     """Loss of each pair [pairs] from the summed log-probabilities [pairs] of its answers.
 
     Survey eq. 20; Mitchell 2023, eq. 3.
@@ -73,14 +86,18 @@ def trl_loss(beta: float, label_smoothing: float) -> dict:
     loss_type = ["sigmoid", "robust"]
     return dict(
         beta=beta, label_smoothing=label_smoothing, loss_type=loss_type, loss_weights=weights
-    )  # fmt: skip
+    )
 
 # %% ../../nbs/alignment/dpo.ipynb #c35b6d66
 @method(
-    family="alignment", title="Direct preference optimization", data="preference",
+    family="alignment",
+    title="Direct preference optimization",
+    data="preference",
     paper="Rafailov et al. 2023; survey §2.2.3, §4.3.1, eq. 6, 7, 14–20",
-    needs=("reference", "preference pairs"), explain="implicit", engines=("lab", "trl"),
-)  # fmt: skip
+    needs=("reference", "preference pairs"),
+    explain="implicit",
+    engines=("lab", "trl"),
+)
 def dpo(settings: DPO, run: Run) -> None:
     "Learn from pairs which of two answers is better, without a reward model."
     beta, smoothing = settings.beta, settings.label_smoothing

@@ -29,30 +29,87 @@ from ..training.advantages import clipped_objective, all_gather_values, kl_estim
 from ..training.advantages import masked_moments, whiten
 from ..training.evaluate import win_rate_against, eval_no_grad
 from ..training.loop import Meter, fit
-from ..training.onpolicy import OnPolicySettings, make_batches, policy_metrics, starting_model
+from polm_lab.training.onpolicy import (
+    OnPolicySettings,
+    make_batches,
+    policy_metrics,
+    starting_model,
+)
 from ..training.onpolicy import token_stats
 
 # %% ../../nbs/alignment/ppo.ipynb #a14c18a7
 DETAILS = Listed(  # name, type, its number where none is given, meaning, source
-    Part("whiten_advantages", bool, True, "advantages of a step get mean 0 and spread 1",
-         source="Andrychowicz et al. 2021; TRL"),
-    Part("whiten_rewards", bool, True, "rewards of tokens get spread 1, and keep their mean",
-         source="Ziegler et al. 2019, code"),
-    Part("normalize", bool, True, source="Zheng et al. 2023, eq. 17",
-         meaning="rewards of answers are shifted and scaled by mean and spread of all so far"),
-    Part("clip_reward", float, 5.0, "rewards of answers are cut off at ± this", low=0.0,
-         source="Zheng et al. 2023, eq. 17"),
-    Part("clip_value", float, 0.2, low=0.0, source="PPO's published code; TRL",
-         meaning="in its loss, a value moves no further than this from the old one"),
-    Part("missing_eos", float, 1.0, low=0.0, source="Huang et al. 2024; TRL",
-         meaning="an answer that does not end by itself loses this much reward"),
-    Part("adaptive_kl", float, 0.05, low=0.0, source="Ziegler et al. 2019, §2.2",
-         meaning="β is steered so that the KL stays near this, in nats a token"),
-    Part("entropy", float, 0.01, "weight α of the entropy, which is to stay large", low=0.0,
-         source="Schulman et al. 2017, eq. 9"),
-    Part("explore", float, 4.0, source="survey eq. 22, see below",
-         meaning="the entropy's weight follows the variance of the rewards at this rate"),
-)  # fmt: skip
+    Part(
+        "whiten_advantages",
+        bool,
+        True,
+        "advantages of a step get mean 0 and spread 1",
+        source="Andrychowicz et al. 2021; TRL",
+    ),
+    Part(
+        "whiten_rewards",
+        bool,
+        True,
+        "rewards of tokens get spread 1, and keep their mean",
+        source="Ziegler et al. 2019, code",
+    ),
+    Part(
+        "normalize",
+        bool,
+        True,
+        source="Zheng et al. 2023, eq. 17",
+        meaning="rewards of answers are shifted and scaled by mean and spread of all so far",
+    ),
+    Part(
+        "clip_reward",
+        float,
+        5.0,
+        "rewards of answers are cut off at ± this",
+        low=0.0,
+        source="Zheng et al. 2023, eq. 17",
+    ),
+    Part(
+        "clip_value",
+        float,
+        0.2,
+        low=0.0,
+        source="PPO's published code; TRL",
+        meaning="in its loss, a value moves no further than this from the old one",
+    ),
+    Part(
+        "missing_eos",
+        float,
+        1.0,
+        low=0.0,
+        source="Huang et al. 2024; TRL",
+        meaning="an answer that does not end by itself loses this much reward",
+    ),
+    Part(
+        "adaptive_kl",
+        float,
+        0.05,
+        low=0.0,
+        source="Ziegler et al. 2019, §2.2",
+        meaning="β is steered so that the KL stays near this, in nats a token",
+    ),
+    Part(
+        "entropy",
+        float,
+        0.01,
+        "weight α of the entropy, which is to stay large",
+        low=0.0,
+        source="Schulman et al. 2017, eq. 9",
+    ),
+    Part(
+        "explore",
+        float,
+        4.0,
+        source="survey eq. 22, see below",
+        meaning="the entropy's weight follows the variance of the rewards at this rate",
+    ),
+)
+
+# %% ../../nbs/alignment/ppo.ipynb #feadbdaf
 CRITIC = Weighted(
     Part("kind", str, "own", "own, shared or a run of reward"),
     Part("weight", float, 0.5, "weight of its loss", low=0.0, source="TRL: 0.1"),
@@ -63,35 +120,89 @@ CRITIC = Weighted(
 class PPO(OnPolicySettings):
     "Settings of proximal policy optimization."
 
-    rewards: str = knob("correct", "reward functions with weights, such as correct:1.0,length:0.2 or model:RUN; learned: a reward model that is trained first, on the pairs of the data")
-    num_generations: int = knob(1, "completions of each prompt", "completions", low=1, source="Ouyang et al. 2022, appendix C: one")
+    rewards: str = knob(
+        "correct",
+        "reward functions with weights, such as correct:1.0,length:0.2 or model:RUN; learned: a reward model that is trained first, on the pairs of the data",
+    )
+    num_generations: int = knob(
+        1,
+        "completions of each prompt",
+        "completions",
+        low=1,
+        source="Ouyang et al. 2022, appendix C: one",
+    )
     max_new_tokens: int = knob(64, "longest completion", "tokens", low=1, log=True)
-    epochs: int = knob(1, "times that the completions of a step are learned from", "epochs", low=1, source="Huang et al. 2024: 4; fewer here")
-    minibatches: int = knob(2, "optimizer updates in each of them", "updates", low=1, source="Ziegler et al. 2019: several; Huang et al. 2024: one")
-    clip_ratio: float = knob(0.2, "the ratio counts from 1 - ε to 1 + ε", low=0, source="Schulman et al. 2017, §6.1")
-    gamma: float = knob(1.0, "discount γ of later rewards", low=0, high=1, source="Ziegler et al. 2019")
-    gae_lambda: float = knob(1.0, "λ: 1 trusts the rewards to come, 0 the next value", low=0, high=1, source="Hu et al. 2025 (Open-Reasoner-Zero), §2; TRL and Ziegler et al. 2019: 0.95")
-    value: str = knob("shared:0.1", "critic and weight of its loss: own (a model of its own), "
-                      "shared (a head on the policy), or a run of reward whose model it starts from",
-                      source="TRL: own, 0.1", parts=CRITIC)  # fmt: skip
-    beta: float = knob(0.05, "strength of the KL constraint β, or where it begins; 0 needs no reference model", low=0, source="TRL; Ziegler et al. 2019: 0.03 to 0.15")
-    kl: str = knob("k1", "estimator of the KL that is taken off the reward", choices=("k1", "k2", "k3"), source="Ziegler et al. 2019, eq. 2")
-    details: str = knob("whiten_advantages,normalize,clip_reward:5,clip_value:0.2,missing_eos:1", "implementation details that are on, with their numbers; see the table",
-                        parts=DETAILS)  # fmt: skip
+    epochs: int = knob(
+        1,
+        "times that the completions of a step are learned from",
+        "epochs",
+        low=1,
+        source="Huang et al. 2024: 4; fewer here",
+    )
+    minibatches: int = knob(
+        2,
+        "optimizer updates in each of them",
+        "updates",
+        low=1,
+        source="Ziegler et al. 2019: several; Huang et al. 2024: one",
+    )
+    clip_ratio: float = knob(
+        0.2, "the ratio counts from 1 - ε to 1 + ε", low=0, source="Schulman et al. 2017, §6.1"
+    )
+    gamma: float = knob(
+        1.0, "discount γ of later rewards", low=0, high=1, source="Ziegler et al. 2019"
+    )
+    gae_lambda: float = knob(
+        1.0,
+        "λ: 1 trusts the rewards to come, 0 the next value",
+        low=0,
+        high=1,
+        source="Hu et al. 2025 (Open-Reasoner-Zero), §2; TRL and Ziegler et al. 2019: 0.95",
+    )
+    value: str = knob(
+        "shared:0.1",
+        "critic and weight of its loss: own (a model of its own), "
+        "shared (a head on the policy), or a run of reward whose model it starts from",
+        source="TRL: own, 0.1",
+        parts=CRITIC,
+    )
+    beta: float = knob(
+        0.05,
+        "strength of the KL constraint β, or where it begins; 0 needs no reference model",
+        low=0,
+        source="TRL; Ziegler et al. 2019: 0.03 to 0.15",
+    )
+    kl: str = knob(
+        "k1",
+        "estimator of the KL that is taken off the reward",
+        choices=("k1", "k2", "k3"),
+        source="Ziegler et al. 2019, eq. 2",
+    )
+    details: str = knob(
+        "whiten_advantages,normalize,clip_reward:5,clip_value:0.2,missing_eos:1",
+        "implementation details that are on, with their numbers; see the table",
+        parts=DETAILS,
+    )
     data: str = redefault("data", "chat")
     steps: int = redefault("steps", 40)
     batch_size: int = redefault("batch_size", 32)
     learning_rate: float = redefault("learning_rate", 4e-4)
 
 # %% ../../nbs/alignment/ppo.ipynb #4da4858f
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, gae_lambda: float = 0.95) -> tuple[Tensor, Tensor]:
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, gae_lambda: float = 0.95
+) -> tuple[Tensor, Tensor]:
     """Advantages and returns [rows, time] from rewards and values [rows, time] of tokens; Schulman et al. 2016, eq. 16.
 
     `mask` [rows, time] is 1 on a completion's tokens, which stand together in each row; after the last of them the value is 0. Elsewhere both results are 0.
     """
     mask, values, rewards = mask.to(values.dtype), values * mask, rewards * mask
     after = torch.nn.functional.pad(values, (0, 1))[:, 1:]
-    delta, advantages, later = rewards + gamma * after - values, torch.zeros_like(values), torch.zeros_like(values[:, 0])
+    delta, advantages, later = (
+        rewards + gamma * after - values,
+        torch.zeros_like(values),
+        torch.zeros_like(values[:, 0]),
+    )
     for t in range(values.shape[1] - 1, -1, -1):
         later = advantages[:, t] = (delta[:, t] + gamma * gae_lambda * later) * mask[:, t]
     return advantages, advantages + values
@@ -112,7 +223,9 @@ def entropy_weight(alpha: float, rate: float, variance: float) -> float:
     "Weight of the entropy: α without a rate, α (1 - exp(-rate Var)) as survey eq. 22 is described, α exp(rate Var) as it is printed, with a negative rate."
     if rate == 0:
         return alpha
-    return alpha * (1 - math.exp(-rate * variance)) if rate > 0 else alpha * math.exp(rate * variance)
+    return (
+        alpha * (1 - math.exp(-rate * variance)) if rate > 0 else alpha * math.exp(rate * variance)
+    )
 
 # %% ../../nbs/alignment/ppo.ipynb #3d0d1d40
 class ValueHead(torch.nn.Linear):
@@ -134,16 +247,40 @@ class ActorCritic(torch.nn.Module):
         super().__init__()
         self.policy, self.critic = policy, critic
         model = (critic or policy).model
-        self.head = ValueHead(getattr(model.get_output_embeddings(), "in_features", model.config.hidden_size)).to(model.device)
+        self.head = ValueHead(
+            getattr(model.get_output_embeddings(), "in_features", model.config.hidden_size)
+        ).to(model.device)
         self.register_buffer("beta", torch.tensor(float(beta), device=model.device))
-        self.register_buffer("seen", torch.zeros(3, device=model.device))  # rewards of answers so far: count, mean, sum of squares off the mean
+        self.register_buffer(
+            "seen", torch.zeros(3, device=model.device)
+        )  # rewards of answers so far: count, mean, sum of squares off the mean
 
-    def forward(self, *batch, only_value: bool = False, entropy: bool = False, temperature: float = 1.0, **more) -> TokenStats:
+    def forward(
+        self,
+        *batch,
+        only_value: bool = False,
+        entropy: bool = False,
+        temperature: float = 1.0,
+        **more,
+    ) -> TokenStats:
         "What `Policy` gives, with `value`."
         if self.critic is None:
-            return self.policy(*batch, entropy=entropy, temperature=temperature, value=self.head, logprobs=not only_value, **more)
+            return self.policy(
+                *batch,
+                entropy=entropy,
+                temperature=temperature,
+                value=self.head,
+                logprobs=not only_value,
+                **more,
+            )
         worth = self.critic(*batch, value=self.head, logprobs=False, **more)
-        return worth if only_value else self.policy(*batch, entropy=entropy, temperature=temperature, **more)._replace(value=worth.value)
+        return (
+            worth
+            if only_value
+            else self.policy(*batch, entropy=entropy, temperature=temperature, **more)._replace(
+                value=worth.value
+            )
+        )
 
     def normalized(self, scores: Tensor) -> Tensor:
         "Scores [n] off the mean of all so far, in units of their spread; these count already. NaN stays NaN."
@@ -156,18 +293,31 @@ class ActorCritic(torch.nn.Module):
             self.seen.copy_(torch.tensor([count, mean, squares]))
         return (scores - mean) / max(math.sqrt(squares / max(count - 1, 1)), 1e-4)
 
-
+# %% ../../nbs/alignment/ppo.ipynb #1dab77e8
 def load_critic(settings: PPO, kind: str) -> Policy | None:
     "The critic's trunk: none of its own (`shared`), the model at the start (`own`), or that of a reward model."
     if kind == "shared":
         return None
-    how = dict(dtype=settings.dtype, device=settings.device, gradient_checkpointing=settings.gradient_checkpointing)
-    model = load_model(settings.model, adapter=settings.adapter if kind == "own" else "none", seed=settings.seed, **how)
+    how = dict(
+        dtype=settings.dtype,
+        device=settings.device,
+        gradient_checkpointing=settings.gradient_checkpointing,
+    )
+    model = load_model(
+        settings.model,
+        adapter=settings.adapter if kind == "own" else "none",
+        seed=settings.seed,
+        **how,
+    )
     if kind != "own":
         judge = load_model(kind, head="score", **how)
-        mine, theirs = ((c.model_type, c.hidden_size, c.vocab_size) for c in (model.config, judge.config))
+        mine, theirs = (
+            (c.model_type, c.hidden_size, c.vocab_size) for c in (model.config, judge.config)
+        )
         if mine != theirs:
-            raise WrongInput(f"value = {kind!r}: model type, width and vocabulary are {theirs}; expected {mine}, those of the policy; take another reward model, or own")
+            raise WrongInput(
+                f"value = {kind!r}: model type, width and vocabulary are {theirs}; expected {mine}, those of the policy; take another reward model, or own"
+            )
         setattr(model, model.base_model_prefix, judge.base_model)
     read, words = model.get_output_embeddings(), model.get_input_embeddings()
     if read is not None and read.weight is not words.weight:
@@ -177,7 +327,9 @@ def load_critic(settings: PPO, kind: str) -> Policy | None:
 # %% ../../nbs/alignment/ppo.ipynb #67134c8a
 def pad_rows(rows: list[list[float]]) -> Tensor:
     "Lists as the rows of a table [rows, longest], 0 behind their ends."
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.float32) for row in rows], batch_first=True)
+    return torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(row, dtype=torch.float32) for row in rows], batch_first=True
+    )
 
 
 def read_values(actor: ActorCritic, batches: list[dict], rows: int) -> list[list[float]]:
@@ -186,19 +338,37 @@ def read_values(actor: ActorCritic, batches: list[dict], rows: int) -> list[list
     with eval_no_grad(actor):
         for batch in batches:
             values = token_stats(actor, batch, 1.0, only_value=True).value.cpu()
-            for row, each, mask in zip(batch["rows"].tolist(), values, batch["completion_mask"].bool()):
+            for row, each, mask in zip(
+                batch["rows"].tolist(), values, batch["completion_mask"].bool()
+            ):
                 found[row] = each[mask].tolist()
     return found
 
 
-def experience(actor: ActorCritic, groups: list, batches: list[dict], settings: PPO, details: dict, meter: Meter) -> dict[str, Tensor]:
+def experience(
+    actor: ActorCritic,
+    groups: list,
+    batches: list[dict],
+    settings: PPO,
+    details: dict,
+    meter: Meter,
+) -> dict[str, Tensor]:
     "Tables [rows, time] `mask`, `values`, `advantages`, `returns` of the step's completions; moves the actor's β and running statistics on."
-    lists = {name: [x for group in groups for x in getattr(group, name)] for name in ("logps", "ref_logps", "ended", "rewards")}
+    lists = {
+        name: [x for group in groups for x in getattr(group, name)]
+        for name in ("logps", "ref_logps", "ended", "rewards")
+    }
     raw = torch.tensor(lists["rewards"], dtype=torch.float32)
     scores = actor.normalized(raw) if "normalize" in details else raw
-    scores = scores.clamp(-details["clip_reward"], details["clip_reward"]) if "clip_reward" in details else scores
+    scores = (
+        scores.clamp(-details["clip_reward"], details["clip_reward"])
+        if "clip_reward" in details
+        else scores
+    )
     scores = scores - details.get("missing_eos", 0.0) * ~torch.tensor(lists["ended"])
-    mask = pad_rows([[float(not math.isnan(r))] * len(x) for r, x in zip(lists["rewards"], lists["logps"])])  # an answer without a reward is left out
+    mask = pad_rows(
+        [[float(not math.isnan(r))] * len(x) for r, x in zip(lists["rewards"], lists["logps"])]
+    )  # an answer without a reward is left out
     values, kl = pad_rows(read_values(actor, batches, len(raw))), torch.zeros_like(mask)
     if lists["ref_logps"][0]:
         kl = kl_estimate(pad_rows(lists["logps"]), pad_rows(lists["ref_logps"]), settings.kl) * mask
@@ -217,12 +387,16 @@ def experience(actor: ActorCritic, groups: list, batches: list[dict], settings: 
     if "whiten_advantages" in details:
         advantages = whiten(advantages, mask)
     if "adaptive_kl" in details:
-        actor.beta.fill_(adapt_kl_coefficient(beta, masked_moments(kl, mask)[0], details["adaptive_kl"]))
+        actor.beta.fill_(
+            adapt_kl_coefficient(beta, masked_moments(kl, mask)[0], details["adaptive_kl"])
+        )
     weight = entropy_weight(details.get("entropy", 0.0), details.get("explore", 0.0), variance)
     meter.add("entropy_coefficient", weight)
-    return dict(mask=mask, values=values, advantages=advantages, returns=returns, entropy_weight=weight)
+    return dict(
+        mask=mask, values=values, advantages=advantages, returns=returns, entropy_weight=weight
+    )
 
-
+# %% ../../nbs/alignment/ppo.ipynb #e67599a1
 def split_minibatches(rows: int, minibatches: int, seed: int, first: int = 0) -> list[list[int]]:
     "Rows dealt like cards: of each `minibatches` rows in a row every minibatch gets one; `first` rows belong to other processes."
     hands = [[] for _ in range(minibatches)]
@@ -243,14 +417,20 @@ def add_experience(batch: dict, seen: dict) -> dict:
             length = int(batch["completion_mask"][place].sum())
             laid[place, start : start + length] = seen[name][row, :length]
         batch = dict(batch, **{dict(mask="loss_mask", values="old_values").get(name, name): laid})
-    return dict(batch, weight=float(batch["loss_mask"].sum()), entropy_weight=seen["entropy_weight"])
+    return dict(
+        batch, weight=float(batch["loss_mask"].sum()), entropy_weight=seen["entropy_weight"]
+    )
 
 # %% ../../nbs/alignment/ppo.ipynb #385f340d
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None = None) -> Tensor:
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None = None
+) -> Tensor:
     "½ (V - R)² of each token; with `clip` the larger of it and that of a V no further than `clip` from the old one (Schulman et al. 2017, code)."
     loss = (values - returns).square()
     if clip is not None:
-        loss = torch.maximum(loss, (old_values + (values - old_values).clamp(-clip, clip) - returns).square())
+        loss = torch.maximum(
+            loss, (old_values + (values - old_values).clamp(-clip, clip) - returns).square()
+        )
     return loss / 2
 
 
@@ -259,7 +439,9 @@ def batch_loss(actor, batch: dict, settings: PPO, details: dict, meter: Meter) -
     stats, mask = token_stats(actor, batch, settings.temperature, entropy=True), batch["loss_mask"]
     old = batch["old_logp"] if settings.epochs * settings.minibatches > 1 else stats.logp.detach()
     policy_metrics(meter, stats, old, batch, settings.clip_ratio, settings.clip_ratio)
-    critic = value_loss(stats.value, batch["old_values"], batch["returns"], details.get("clip_value"))
+    critic = value_loss(
+        stats.value, batch["old_values"], batch["returns"], details.get("clip_value")
+    )
     meter.add("value_loss", critic[mask.bool()])
     ratio, clip = (stats.logp - old).exp(), settings.clip_ratio
     weight = CRITIC.values(settings.value, "value")["weight"]
@@ -270,30 +452,61 @@ def batch_loss(actor, batch: dict, settings: PPO, details: dict, meter: Meter) -
 
 # %% ../../nbs/alignment/ppo.ipynb #c90fe64a
 @method(
-    family="alignment", title="Proximal policy optimization", paper="Schulman et al. 2017; Ziegler et al. 2019; survey eq. 1-5, 13, 22", data="prompt", needs=("reward", "reference"), explain="tokens",
-    small=dict(data="sums", batch_size=8, max_new_tokens=8, epochs=2, minibatches=2, details="whiten_advantages,normalize,clip_value,missing_eos,adaptive_kl,entropy,explore"),
-)  # fmt: skip
+    family="alignment",
+    title="Proximal policy optimization",
+    paper="Schulman et al. 2017; Ziegler et al. 2019; survey eq. 1-5, 13, 22",
+    data="prompt",
+    needs=("reward", "reference"),
+    explain="tokens",
+    small=dict(
+        data="sums",
+        batch_size=8,
+        max_new_tokens=8,
+        epochs=2,
+        minibatches=2,
+        details="whiten_advantages,normalize,clip_value,missing_eos,adaptive_kl,entropy,explore",
+    ),
+)
 def ppo(settings: PPO, run: Run) -> None:
     "Make likelier what goes better than a critic expected, and stay near the start."
     details = DETAILS.values(settings.details, "details")
     kind = CRITIC.values(settings.value, "value")["kind"]
-    share, rank = settings.batch_size * settings.accumulate // process_rank_and_count()[1], process_rank_and_count()[0]
+    share, rank = (
+        settings.batch_size * settings.accumulate // process_rank_and_count()[1],
+        process_rank_and_count()[0],
+    )
     if share % settings.minibatches:
-        raise WrongInput(f"minibatches = {settings.minibatches}: expected a divisor of the {share} completions that a process has in a step (batch_size x accumulate)")
+        raise WrongInput(
+            f"minibatches = {settings.minibatches}: expected a divisor of the {share} completions that a process has in a step (batch_size x accumulate)"
+        )
     collector = prepare_on_policy(run, settings, lambda known: learned_reward(settings, run, known))
     policy, tokenizer = collector.policy, collector.tokenizer
     actor = ActorCritic(policy, load_critic(settings, kind), settings.beta)
-    switch_off_dropout(actor)  # of a critic too: its values are compared with those that it had before
+    switch_off_dropout(
+        actor
+    )  # of a critic too: its values are compared with those that it had before
 
     def updates(step: int, meter: Meter):
         groups, batches = collector.step(step, meter)
         seen = experience(actor, groups, batches, settings, details, meter)
         lengths = seen["mask"].sum(1).int().tolist()
-        each = {name: [row[:n].tolist() for row, n in zip(seen[name], lengths)] for name in ("values", "advantages")}
-        collector.record(step, groups, seen["advantages"].sum(1) / seen["mask"].sum(1).clamp_min(1), **each)
+        each = {
+            name: [row[:n].tolist() for row, n in zip(seen[name], lengths)]
+            for name in ("values", "advantages")
+        }
+        collector.record(
+            step, groups, seen["advantages"].sum(1) / seen["mask"].sum(1).clamp_min(1), **each
+        )
         for epoch in range(settings.epochs):
-            for part in split_minibatches(share, settings.minibatches, seed_of(settings.seed, step, epoch), rank * share):
-                chosen = make_batches(groups, max(1, settings.batch_size // process_rank_and_count()[1]), tokenizer.pad_token_id, chosen=part)
+            for part in split_minibatches(
+                share, settings.minibatches, seed_of(settings.seed, step, epoch), rank * share
+            ):
+                chosen = make_batches(
+                    groups,
+                    max(1, settings.batch_size // process_rank_and_count()[1]),
+                    tokenizer.pad_token_id,
+                    chosen=part,
+                )
                 yield [add_experience(batch, seen) for batch in chosen]
 
     def evaluate():
@@ -303,6 +516,13 @@ def ppo(settings: PPO, run: Run) -> None:
             found["win_rate"] = win_rate_against(collector.evaluation, base)
         return found
 
-    fit(run, settings, actor, updates, lambda actor, batch, meter: batch_loss(actor, batch, settings, details, meter), evaluate)
+    fit(
+        run,
+        settings,
+        actor,
+        updates,
+        lambda actor, batch, meter: batch_loss(actor, batch, settings, details, meter),
+        evaluate,
+    )
     if run.writes:
         save_model(policy.model, tokenizer, run.path / "model")

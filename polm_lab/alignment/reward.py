@@ -39,25 +39,57 @@ from ..training.pairwise import pair_metrics, wrong_way
 class RewardModel(Settings):
     "Settings of a reward model."
 
-    head: str = knob("pointwise", "what it reads before it gives an answer its number: the answer alone, or the other answer of the pair too", choices=("pointwise", "pairwise"),
-                     source="Ouyang et al. 2022, §3.5; pairwise: Jiang et al. 2023, §3")  # fmt: skip
-    margin: float = knob(1.0, "the column `margin` of a pair counts times this; without the column there is no margin", low=0, high=100, source="Llama 2, eq. 2")
-    center: float = knob(0.01, "strength λ of the pull of the rewards' mean to 0", "1/reward²", low=0, high=10, source="Eisenstein et al. 2023, §4; TRL's advice")
-    label_smoothing: float = knob(0.0, "share ε of pairs taken to be labelled the wrong way round", "share", low=0, high=0.49, source="Wang et al. 2024, §3.2")
+    head: str = knob(
+        "pointwise",
+        "what it reads before it gives an answer its number: the answer alone, or the other answer of the pair too",
+        choices=("pointwise", "pairwise"),
+        source="Ouyang et al. 2022, §3.5; pairwise: Jiang et al. 2023, §3",
+    )
+    margin: float = knob(
+        1.0,
+        "the column `margin` of a pair counts times this; without the column there is no margin",
+        low=0,
+        high=100,
+        source="Llama 2, eq. 2",
+    )
+    center: float = knob(
+        0.01,
+        "strength λ of the pull of the rewards' mean to 0",
+        "1/reward²",
+        low=0,
+        high=10,
+        source="Eisenstein et al. 2023, §4; TRL's advice",
+    )
+    label_smoothing: float = knob(
+        0.0,
+        "share ε of pairs taken to be labelled the wrong way round",
+        "share",
+        low=0,
+        high=0.49,
+        source="Wang et al. 2024, §3.2",
+    )
     data: str = redefault("data", "chat")
     eval_rows: int = redefault("eval_rows", 128)
     steps: int = redefault("steps", 320)
     batch_size: int = redefault("batch_size", 4)
 
 # %% ../../nbs/alignment/reward.ipynb #e14ceab7
-def reward_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, label_smoothing: Tensor | float = 0.0, center: float = 0.0) -> Tensor:
+def reward_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: Tensor | float = 0.0,
+    label_smoothing: Tensor | float = 0.0,
+    center: float = 0.0,
+) -> Tensor:
     """Loss of each pair [pairs] from the rewards [pairs] of its answers.
 
     `margin` [pairs] is asked for on top of the order, `label_smoothing` [pairs] is the chance that the pair is the wrong way round, `center` the strength of centering.
     Ouyang et al. 2022, eq. 1; Llama 2, eq. 2; Eisenstein et al. 2023, eq. 2.
     """
     gap = chosen - rejected
-    loss = -(1 - label_smoothing) * F.logsigmoid(gap - margin) - label_smoothing * F.logsigmoid(-gap - margin)
+    loss = -(1 - label_smoothing) * F.logsigmoid(gap - margin) - label_smoothing * F.logsigmoid(
+        -gap - margin
+    )
     return loss + center * (chosen + rejected).square()
 
 # %% ../../nbs/alignment/reward.ipynb #d686f9c3
@@ -99,8 +131,16 @@ def calibration(gaps: Tensor, bins: int = 10) -> tuple[list[dict], float]:
     for b in range(bins):
         inside = place == b
         if inside.any():
-            table.append(dict(confidence=confidence[inside].mean().item(), accuracy=right[inside].mean().item(), pairs=int(inside.sum())))
-    return table, sum(row["pairs"] * abs(row["accuracy"] - row["confidence"]) for row in table) / max(1, len(gaps))
+            table.append(
+                dict(
+                    confidence=confidence[inside].mean().item(),
+                    accuracy=right[inside].mean().item(),
+                    pairs=int(inside.sum()),
+                )
+            )
+    return table, sum(
+        row["pairs"] * abs(row["accuracy"] - row["confidence"]) for row in table
+    ) / max(1, len(gaps))
 
 
 def length_bias(gaps: Tensor, longer: Tensor) -> float:
@@ -109,40 +149,99 @@ def length_bias(gaps: Tensor, longer: Tensor) -> float:
     prefers = (gaps.sign() * longer.sign())[known]
     return ((prefers + 1) / 2 - (longer[known] > 0).double()).mean().item() if known.any() else 0.0
 
-
+# %% ../../nbs/alignment/reward.ipynb #515094fa
 def reward_panels(run: Run):
     "Three panels of a run's held-out pairs, from its samples: margins, what the model is sure of against what is so, and reward against length."
     from plotly.subplots import make_subplots
 
-    sides = {side: {row["pair"]: row for row in run.lines("samples") if row["side"] == side} for side in ("chosen", "rejected")}
+    sides = {
+        side: {row["pair"]: row for row in run.lines("samples") if row["side"] == side}
+        for side in ("chosen", "rejected")
+    }
     if not sides["chosen"]:
-        raise WrongInput(f"{run.id}: it recorded no held-out pairs; expected a finished run of reward with evaluation data")
-    gaps = torch.tensor([sides["chosen"][pair]["reward"] - sides["rejected"][pair]["reward"] for pair in sides["chosen"]])
+        raise WrongInput(
+            f"{run.id}: it recorded no held-out pairs; expected a finished run of reward with evaluation data"
+        )
+    gaps = torch.tensor(
+        [
+            sides["chosen"][pair]["reward"] - sides["rejected"][pair]["reward"]
+            for pair in sides["chosen"]
+        ]
+    )
     table, error = calibration(gaps)
-    titles = (f"margins: {(gaps > 0).double().mean():.0%} above 0", f"calibration: error {error:.2f}", "reward against length")
+    titles = (
+        f"margins: {(gaps > 0).double().mean():.0%} above 0",
+        f"calibration: error {error:.2f}",
+        "reward against length",
+    )
     figure = make_subplots(1, 3, subplot_titles=titles, horizontal_spacing=0.08)
     figure.add_histogram(x=gaps.tolist(), nbinsx=40, showlegend=False, row=1, col=1)
-    figure.add_scatter(x=[0.5, 1], y=[0.5, 1], mode="lines", line=dict(dash="dot", color="gray"), showlegend=False, row=1, col=2)
-    figure.add_scatter(x=[b["confidence"] for b in table], y=[b["accuracy"] for b in table], text=[f"{b['pairs']} pairs" for b in table], mode="lines+markers", showlegend=False, row=1, col=2)
+    figure.add_scatter(
+        x=[0.5, 1],
+        y=[0.5, 1],
+        mode="lines",
+        line=dict(dash="dot", color="gray"),
+        showlegend=False,
+        row=1,
+        col=2,
+    )
+    figure.add_scatter(
+        x=[b["confidence"] for b in table],
+        y=[b["accuracy"] for b in table],
+        text=[f"{b['pairs']} pairs" for b in table],
+        mode="lines+markers",
+        showlegend=False,
+        row=1,
+        col=2,
+    )
     for side, rows in sides.items():
-        figure.add_scatter(x=[r["length"] for r in rows.values()], y=[r["reward"] for r in rows.values()], mode="markers", marker_size=4, name=side, row=1, col=3)
-    for column, (x, y) in enumerate((("margin Δ", "pairs"), ("confidence σ(|Δ|)", "accuracy"), ("tokens", "reward")), 1):
+        figure.add_scatter(
+            x=[r["length"] for r in rows.values()],
+            y=[r["reward"] for r in rows.values()],
+            mode="markers",
+            marker_size=4,
+            name=side,
+            row=1,
+            col=3,
+        )
+    for column, (x, y) in enumerate(
+        (("margin Δ", "pairs"), ("confidence σ(|Δ|)", "accuracy"), ("tokens", "reward")), 1
+    ):
         figure.update_xaxes(title=x, row=1, col=column).update_yaxes(title=y, row=1, col=column)
-    return figure.update_layout(template="plotly_white", height=320, margin=dict(l=45, r=15, t=40, b=40), font_size=11)
+    return figure.update_layout(
+        template="plotly_white", height=320, margin=dict(l=45, r=15, t=40, b=40), font_size=11
+    )
 
 # %% ../../nbs/alignment/reward.ipynb #09741b0d
 def trl_rows(settings: RewardModel, pairs: list[dict]) -> list[dict]:
     "Encoded pairs as rows for TRL's RewardTrainer. Raises `WrongInput` for what it cannot do."
     if settings.label_smoothing or any(pair["doubt"] for pair in pairs):
-        raise WrongInput("engine = 'trl': TRL's RewardTrainer takes every label as certain; expected label_smoothing 0 and no column `probability` below 1; or use engine lab")
-    rows = [dict(chosen_ids=pair["chosen"]["input_ids"], rejected_ids=pair["rejected"]["input_ids"], margin=settings.margin * pair["margin"]) for pair in pairs]
-    return rows if any(row["margin"] for row in rows) else [{name: row[name] for name in ("chosen_ids", "rejected_ids")} for row in rows]
+        raise WrongInput(
+            "engine = 'trl': TRL's RewardTrainer takes every label as certain; expected label_smoothing 0 and no column `probability` below 1; or use engine lab"
+        )
+    rows = [
+        dict(
+            chosen_ids=pair["chosen"]["input_ids"],
+            rejected_ids=pair["rejected"]["input_ids"],
+            margin=settings.margin * pair["margin"],
+        )
+        for pair in pairs
+    ]
+    return (
+        rows
+        if any(row["margin"] for row in rows)
+        else [{name: row[name] for name in ("chosen_ids", "rejected_ids")} for row in rows]
+    )
 
 # %% ../../nbs/alignment/reward.ipynb #51dd67f2
 def sample_rows(
-    scorer: Scorer, tokenizer, rows: list[dict], pairs: list[dict], rewards: Tensor,
+    scorer: Scorer,
+    tokenizer,
+    rows: list[dict],
+    pairs: list[dict],
+    rewards: Tensor,
     detailed: int = 8,
-) -> list[dict]:  # fmt: skip
+) -> list[dict]:
     """Rows for samples.jsonl of held-out pairs with their rewards [pairs, 2].
 
     Those of the first `detailed` pairs have the reward after each token too.
@@ -173,9 +272,14 @@ def load_scorer(settings: RewardModel) -> tuple[Scorer, object]:
     Raises: `WrongInput` for an adapter that cannot be merged.
     """
     model = load_model(
-        settings.model, dtype=settings.dtype, device=settings.device, adapter=settings.adapter,
-        seed=settings.seed, gradient_checkpointing=settings.gradient_checkpointing, head="score",
-    )  # fmt: skip
+        settings.model,
+        dtype=settings.dtype,
+        device=settings.device,
+        adapter=settings.adapter,
+        seed=settings.seed,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        head="score",
+    )
     tokenizer = load_tokenizer(settings.model, settings.chat_template)
     if settings.adapter != "none" and not can_merge(model):
         raise WrongInput(
@@ -204,9 +308,14 @@ def judge_pairs(pairs: list[dict], rewards: Tensor) -> dict[str, float]:
 
 # %% ../../nbs/alignment/reward.ipynb #685c859c
 @method(
-    family="alignment", title="Reward model", data="preference", needs=("preference pairs",),
-    paper="Ouyang et al. 2022, eq. 1; survey §4.1.2, eq. 13, 18", engines=("lab", "trl"), explain="model",
-)  # fmt: skip
+    family="alignment",
+    title="Reward model",
+    data="preference",
+    needs=("preference pairs",),
+    paper="Ouyang et al. 2022, eq. 1; survey §4.1.2, eq. 13, 18",
+    engines=("lab", "trl"),
+    explain="model",
+)
 def reward(settings: RewardModel, run: Run) -> None:
     "Learn from pairs how good an answer is, as one number."
     rows = load_data(settings.data, "preference")
@@ -219,7 +328,10 @@ def reward(settings: RewardModel, run: Run) -> None:
 
     pairs, held_rows, held_out = split_rows(run, settings, rows, held_rows, encode_rows)
     order = Order(len(pairs), settings.batch_size * settings.accumulate, settings.seed)
-    size, held_rewards = max(1, settings.batch_size // process_rank_and_count()[1]), torch.zeros(len(held_out), 2)
+    size, held_rewards = (
+        max(1, settings.batch_size // process_rank_and_count()[1]),
+        torch.zeros(len(held_out), 2),
+    )
     margins = settings.margin * torch.tensor([pair["margin"] for pair in pairs])
 
     def evaluate():
@@ -241,9 +353,16 @@ def reward(settings: RewardModel, run: Run) -> None:
         config = dict(center_rewards_coefficient=settings.center or None, disable_dropout=True)
         read_by_mask(model)
         train_with_trl(
-            run, settings, "Reward", scorer, tokenizer, trl_rows(settings, pairs), evaluate,
-            config=config, merge=True,
-        )  # fmt: skip
+            run,
+            settings,
+            "Reward",
+            scorer,
+            tokenizer,
+            trl_rows(settings, pairs),
+            evaluate,
+            config=config,
+            merge=True,
+        )
         del model.forward
     else:
         updates = answer_updates(pairs, order, settings, pad)

@@ -43,26 +43,62 @@ class RLAIF(Settings):
     "Settings of learning from an AI's labels."
 
     judge: str = knob(
-        "contrast:self", parts=JUDGE,
+        "contrast:self",
+        parts=JUDGE,
         meaning="who judges: rule:..., model:..., contrast:..., openai:...; see the page on judges",
-    )  # fmt: skip
-    algorithm: str = knob("dpo", "what the judge is for: pairs for DPO; pairs for a reward model and PPO; the reward of GRPO (direct); marks from 1 to 10 as the reward (mark); or revised answers for SFT",
-                      choices=("dpo", "ppo", "direct", "mark", "sft"))  # fmt: skip
+    )
+    algorithm: str = knob(
+        "dpo",
+        "what the judge is for: pairs for DPO; pairs for a reward model and PPO; the reward of GRPO (direct); marks from 1 to 10 as the reward (mark); or revised answers for SFT",
+        choices=("dpo", "ppo", "direct", "mark", "sft"),
+    )
     constitution: str = knob(
-        "Be polite. | Be rude.", source="Bai et al. 2022, appendix C", parts=CONSTITUTION,
+        "Be polite. | Be rude.",
+        source="Bai et al. 2022, appendix C",
+        parts=CONSTITUTION,
         meaning="principle, and after | its opposite; or a .txt file with one on each line, of which "
         "each prompt draws one",
-    )  # fmt: skip
-    key_variable: str = knob("", "environment variable that holds the endpoint's key; empty: no key is sent")
-    tries: int = knob(6, "times that a question is put to an endpoint before the run fails", "tries", low=1, high=100)
+    )
+    key_variable: str = knob(
+        "", "environment variable that holds the endpoint's key; empty: no key is sent"
+    )
+    tries: int = knob(
+        6,
+        "times that a question is put to an endpoint before the run fails",
+        "tries",
+        low=1,
+        high=100,
+    )
     prompts: int = knob(256, "prompts that answers are sampled for", "prompts", low=1, log=True)
-    num_generations: int = knob(2, "answers of each prompt: compared two by two, or a group of GRPO", "answers", low=2)
+    num_generations: int = knob(
+        2, "answers of each prompt: compared two by two, or a group of GRPO", "answers", low=2
+    )
     max_new_tokens: int = knob(64, "longest answer", "tokens", low=1, log=True)
     temperature: float = knob(1.0, "temperature of the answers", low=0.01, high=10)
-    soft: bool = knob(True, "pairs keep the judge's probability as a soft label; false: the better one is simply chosen", source="Lee et al. 2023, §3.2")
-    least: float = knob(0.0, "pairs whose label is nearer to ½ than this are left out", low=0, high=0.5)
-    noise: float = knob(0.0, "share of labels that are turned round on purpose, to study what a judge's errors do", "share", low=0, high=1)
-    beta: float = knob(0.1, "strength β of the KL term of DPO, and of GRPO", "reward/nat", low=1e-6, high=100, log=True, source="Rafailov et al. 2023, appendix B")
+    soft: bool = knob(
+        True,
+        "pairs keep the judge's probability as a soft label; false: the better one is simply chosen",
+        source="Lee et al. 2023, §3.2",
+    )
+    least: float = knob(
+        0.0, "pairs whose label is nearer to ½ than this are left out", low=0, high=0.5
+    )
+    noise: float = knob(
+        0.0,
+        "share of labels that are turned round on purpose, to study what a judge's errors do",
+        "share",
+        low=0,
+        high=1,
+    )
+    beta: float = knob(
+        0.1,
+        "strength β of the KL term of DPO, and of GRPO",
+        "reward/nat",
+        low=1e-6,
+        high=100,
+        log=True,
+        source="Rafailov et al. 2023, appendix B",
+    )
     data: str = redefault("data", "chat")
     steps: int = redefault("steps", 40)
     learning_rate: float = redefault("learning_rate", 1e-4)
@@ -72,8 +108,10 @@ class RLAIF(Settings):
         kind, where, _ = parse_judge(self.judge)
         read_key(self.key_variable)
         home = where.split(".py:")[0] + ".py" if kind == "rule" and ".py:" in where else where
-        if kind != "openai" and Path(home).expanduser().exists():  # a run can be resumed from another folder
-            self.judge = f"{kind}:{Path(home).expanduser().absolute()}{where[len(home):]}"
+        if (
+            kind != "openai" and Path(home).expanduser().exists()
+        ):  # a run can be resumed from another folder
+            self.judge = f"{kind}:{Path(home).expanduser().absolute()}{where[len(home) :]}"
         if self.constitution.endswith(".txt") and Path(self.constitution).expanduser().is_file():
             self.constitution = str(Path(self.constitution).expanduser().absolute())
 
@@ -86,9 +124,18 @@ def preference_rows(pairs, labels: list[Label], settings: RLAIF) -> list[dict]:
         p = 1 - label.probability if turned else label.probability
         if p != 0.5 and abs(p - 0.5) >= settings.least:
             chosen, rejected = as_completions([row, row], [a, b] if p > 0.5 else [b, a])
-            rows.append(dict(row, chosen=chosen, rejected=rejected, probability=max(p, 1 - p) if settings.soft else 1.0))
+            rows.append(
+                dict(
+                    row,
+                    chosen=chosen,
+                    rejected=rejected,
+                    probability=max(p, 1 - p) if settings.soft else 1.0,
+                )
+            )
     if len(rows) < 2:
-        raise WrongInput(f"judge: {len(rows)} of {len(pairs)} pairs have a winner; expected two at least; lower least, raise prompts, or ask another judge")
+        raise WrongInput(
+            f"judge: {len(rows)} of {len(pairs)} pairs have a winner; expected two at least; lower least, raise prompts, or ask another judge"
+        )
     return rows
 
 
@@ -98,13 +145,28 @@ def label_facts(pairs, labels: list[Label], rows: list[dict], score: Callable | 
     Agreement is over pairs whose scores differ; a label of ½ counts half.
     """
     mean = lambda values: sum(values) / len(values) if values else None
-    facts = dict(pairs=len(pairs), learned=len(rows), undecided=sum(label.probability == 0.5 for label in labels), position_bias=mean([label.bias for label in labels]))
-    facts["turned_by_order"] = mean([float((label.first > 0.5) != (label.second > 0.5)) for label in labels])
+    facts = dict(
+        pairs=len(pairs),
+        learned=len(rows),
+        undecided=sum(label.probability == 0.5 for label in labels),
+        position_bias=mean([label.bias for label in labels]),
+    )
+    facts["turned_by_order"] = mean(
+        [float((label.first > 0.5) != (label.second > 0.5)) for label in labels]
+    )
     facts["sureness"] = mean([row["probability"] for row in rows])
     if score:
-        gaps = [(score(row, a) - score(row, b), label.probability - 0.5) for (row, a, b), label in zip(pairs, labels)]
-        facts["agreement"] = mean([0.5 if p == 0 else float((gap > 0) == (p > 0)) for gap, p in gaps if gap])
-        kept = [score(row, text_of(row["chosen"])) - score(row, text_of(row["rejected"])) for row in rows]
+        gaps = [
+            (score(row, a) - score(row, b), label.probability - 0.5)
+            for (row, a, b), label in zip(pairs, labels)
+        ]
+        facts["agreement"] = mean(
+            [0.5 if p == 0 else float((gap > 0) == (p > 0)) for gap, p in gaps if gap]
+        )
+        kept = [
+            score(row, text_of(row["chosen"])) - score(row, text_of(row["rejected"]))
+            for row in rows
+        ]
         facts["agreement_learned"] = mean([float(gap > 0) for gap in kept if gap])
     return facts
 
@@ -112,7 +174,9 @@ def label_facts(pairs, labels: list[Label], rows: list[dict], score: Callable | 
 def revise(judge, row: dict, reply: str, seed: int) -> dict:
     "`{critique, revision}` of a reply, by a judge that writes. Raises `WrongInput` for one that does not."
     if not hasattr(judge, "write"):
-        raise WrongInput("algorithm = 'sft': the judge is a rule, and a rule does not write; expected model:..., contrast:... or openai:...; or train on its labels with dpo or direct")
+        raise WrongInput(
+            "algorithm = 'sft': the judge is a rule, and a rule does not write; expected model:..., contrast:... or openai:...; or train on its labels with dpo or direct"
+        )
     principle = principle_of(judge.constitution, row)[0]
     if isinstance(judge, ContrastJudge):
         return dict(critique="", revision=judge.write(under(row["prompt"], principle), seed))
@@ -125,13 +189,30 @@ def revise(judge, row: dict, reply: str, seed: int) -> dict:
 # %% ../../nbs/alignment/rlaif.ipynb #f60ebc59
 def sample_pairs(settings: RLAIF, rows: list[dict]) -> list[tuple[dict, str, str]]:
     "Two replies each to `prompts` of the rows, as (row, a, b); `num_generations` = 4 gives two pairs of a prompt. Raises `WrongInput` if nothing is left to compare."
-    model, tokenizer = load_model(settings.model, settings.dtype, settings.device), load_tokenizer(settings.model, settings.chat_template)
-    chosen = sorted(random.Random(seed_of(settings.seed, "prompts")).sample(range(len(rows)), min(settings.prompts, len(rows))))
-    prompts = [encode(tokenizer, rows[i], "prompt", settings.max_length - settings.max_new_tokens)["input_ids"] for i in chosen]
+    model, tokenizer = (
+        load_model(settings.model, settings.dtype, settings.device),
+        load_tokenizer(settings.model, settings.chat_template),
+    )
+    chosen = sorted(
+        random.Random(seed_of(settings.seed, "prompts")).sample(
+            range(len(rows)), min(settings.prompts, len(rows))
+        )
+    )
+    prompts = [
+        encode(tokenizer, rows[i], "prompt", settings.max_length - settings.max_new_tokens)[
+            "input_ids"
+        ]
+        for i in chosen
+    ]
     rolled = rollout(
-        model, tokenizer, prompts, num_generations=settings.num_generations, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
+        model,
+        tokenizer,
+        prompts,
+        num_generations=settings.num_generations,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
         seeds=seed_of(settings.seed, "replies"),
-    )  # fmt: skip
+    )
     pairs = []
     for n, i in enumerate(chosen):
         for k in range(n * settings.num_generations, (n + 1) * settings.num_generations - 1, 2):
@@ -140,26 +221,53 @@ def sample_pairs(settings: RLAIF, rows: list[dict]) -> list[tuple[dict, str, str
                 pairs.append((rows[i], a, b))
     if not pairs:
         cut = 1 - sum(rolled.ended) / len(rolled.ended)
-        raise WrongInput(f"data {settings.data!r}: of {len(chosen)} prompts none has two different replies ({cut:.0%} were cut at max_new_tokens = {settings.max_new_tokens}); expected some; raise max_new_tokens, temperature or prompts")
+        raise WrongInput(
+            f"data {settings.data!r}: of {len(chosen)} prompts none has two different replies ({cut:.0%} were cut at max_new_tokens = {settings.max_new_tokens}); expected some; raise max_new_tokens, temperature or prompts"
+        )
     return pairs
 
-
+# %% ../../nbs/alignment/rlaif.ipynb #9995251f
 def judge_reward(judge: Callable, settings: RLAIF) -> Callable:
     "A reward function for groups: the share of its siblings (completions of the same prompt, one after the other) that a completion beats."
 
     def beats(prompts, completions, **columns):
-        texts, size, starts = [text_of(c) for c in completions], len(prompts), [i for i in range(len(prompts)) if i == 0 or prompts[i] != prompts[i - 1]]
-        columns, pairs, found = {name: values for name, values in columns.items() if isinstance(values, list)}, [], {}
+        texts, size, starts = (
+            [text_of(c) for c in completions],
+            len(prompts),
+            [i for i in range(len(prompts)) if i == 0 or prompts[i] != prompts[i - 1]],
+        )
+        columns, pairs, found = (
+            {name: values for name, values in columns.items() if isinstance(values, list)},
+            [],
+            {},
+        )
         for start, end in zip(starts, [*starts[1:], size]):
             pairs += [(i, j) for i in range(start, end) for j in range(i + 1, end)]
-        asked = {(i, j): ({name: values[i] for name, values in columns.items()} | dict(prompt=prompts[i]), texts[i], texts[j]) for i, j in pairs if texts[i] != texts[j]}
+        asked = {
+            (i, j): (
+                {name: values[i] for name, values in columns.items()} | dict(prompt=prompts[i]),
+                texts[i],
+                texts[j],
+            )
+            for i, j in pairs
+            if texts[i] != texts[j]
+        }
         labels = in_order(lambda pair: both_orders(judge, *pair), asked.values(), judge.at_once)
         found = {pair: label.probability for pair, label in zip(asked, labels)}
         wins, count = [0.0] * size, [0] * size
         for i, j in pairs:
             p = found.get((i, j), 0.5)
-            p = 1 - p if seed_of(settings.seed, "noise", texts[i], texts[j]) / 2**63 < settings.noise else p
-            wins[i], wins[j], count[i], count[j] = wins[i] + p, wins[j] + 1 - p, count[i] + 1, count[j] + 1
+            p = (
+                1 - p
+                if seed_of(settings.seed, "noise", texts[i], texts[j]) / 2**63 < settings.noise
+                else p
+            )
+            wins[i], wins[j], count[i], count[j] = (
+                wins[i] + p,
+                wins[j] + 1 - p,
+                count[i] + 1,
+                count[j] + 1,
+            )
         return [w / n if n else 0.5 for w, n in zip(wins, count)]
 
     return beats
@@ -171,7 +279,10 @@ def mark_reward(judge, kept: Kept) -> Callable:
     def mark(prompts, completions, **columns):
         def one(pair):
             prompt, text = pair
-            return kept.get([prompt, "mark", text], lambda: dict(prompt=prompt, reply=text, mark=judge.mark(dict(prompt=prompt), text)))["mark"]
+            return kept.get(
+                [prompt, "mark", text],
+                lambda: dict(prompt=prompt, reply=text, mark=judge.mark(dict(prompt=prompt), text)),
+            )["mark"]
 
         return list(in_order(one, zip(prompts, map(text_of, completions)), judge.at_once))
 
@@ -180,16 +291,34 @@ def mark_reward(judge, kept: Kept) -> Callable:
 
 def kept_in(run: Run, name: str) -> Kept:
     "What was answered, in `name`.jsonl of the run; each other process has a file of its own."
-    return Kept(run.path / (f"{name}.jsonl" if run.writes else f"{name}-{process_rank_and_count()[0]}.jsonl"))
+    return Kept(
+        run.path
+        / (f"{name}.jsonl" if run.writes else f"{name}-{process_rank_and_count()[0]}.jsonl")
+    )
 
-
+# %% ../../nbs/alignment/rlaif.ipynb #45d54cc8
 def learn_from_marks(settings: RLAIF, run: Run) -> None:
     "Direct RLAIF: REINFORCE with the mean of the group as baseline, on the marks of a judge (Lee et al. 2023). Raises `WrongInput`."
     if parse_judge(settings.judge)[0] not in ("model", "openai"):
-        raise WrongInput(f"algorithm = 'mark': the judge {settings.judge!r} gives no marks; expected model:... or openai:...; or algorithm = 'direct', which compares replies")
+        raise WrongInput(
+            f"algorithm = 'mark': the judge {settings.judge!r} gives no marks; expected model:... or openai:...; or algorithm = 'direct', which compares replies"
+        )
     judge = judge_of(settings, load_data(settings.data, "prompt"), run, settings.data)
-    shared = {name: getattr(settings, name) for name in (*Settings.__dataclass_fields__, "samples", "max_new_tokens", "temperature", "beta")}
-    grpo(GRPO(**shared, scale="none"), run, rewards=[Reward("mark", 1.0, mark_reward(judge, kept_in(run, "marks")))])
+    shared = {
+        name: getattr(settings, name)
+        for name in (
+            *Settings.__dataclass_fields__,
+            "samples",
+            "max_new_tokens",
+            "temperature",
+            "beta",
+        )
+    }
+    grpo(
+        GRPO(**shared, scale="none"),
+        run,
+        rewards=[Reward("mark", 1.0, mark_reward(judge, kept_in(run, "marks")))],
+    )
 
 
 def gold_name(settings: RLAIF) -> str:
@@ -199,8 +328,13 @@ def gold_name(settings: RLAIF) -> str:
 
 def judge_of(settings: RLAIF, rows: list[dict], run: Run, data: str) -> Callable:
     "The judge that the settings ask for, of rows of `data`; what it has to say goes into the run's log."
-    shared = {name: getattr(settings, name) for name in ("constitution", "key_variable", "tries", "max_new_tokens", "dtype", "device")}
-    return make_judge(settings.judge, rows, score=scorer(data, rows), own=settings.model, say=run.note, **shared)
+    shared = {
+        name: getattr(settings, name)
+        for name in ("constitution", "key_variable", "tries", "max_new_tokens", "dtype", "device")
+    }
+    return make_judge(
+        settings.judge, rows, score=scorer(data, rows), own=settings.model, say=run.note, **shared
+    )
 
 # %% ../../nbs/alignment/rlaif.ipynb #6202f256
 WATCHED = ("pairs", "what the judge said is kept")  # the words of a run that is stopped meanwhile
@@ -212,7 +346,10 @@ def revisions(settings: RLAIF, run: Run, judge, pairs) -> list[dict]:
 
     def ask(number: int) -> dict:
         row, reply, _ = pairs[number]
-        asked, seed = dict(prompt=row["prompt"], reply=reply), seed_of(settings.seed, "revision", number)
+        asked, seed = (
+            dict(prompt=row["prompt"], reply=reply),
+            seed_of(settings.seed, "revision", number),
+        )
         return kept.get([row["prompt"], reply], lambda: asked | revise(judge, row, reply, seed))
 
     written = watched(run, in_order(ask, range(len(pairs))), len(pairs), 1, *WATCHED)
@@ -245,44 +382,97 @@ def prepare(settings: RLAIF, run: Run, path: Path):
 
 # %% ../../nbs/alignment/rlaif.ipynb #da422bc0
 LEARNERS = {  # value of train -> word of core.method.EXPLANATIONS
-    "dpo": "implicit", "ppo": "tokens", "direct": "group", "mark": "mean",
-}  # fmt: skip
+    "dpo": "implicit",
+    "ppo": "tokens",
+    "direct": "group",
+    "mark": "mean",
+}
 
 
 def explained(row: dict, group: list[dict], settings: dict) -> str:
     "The word that explains a row of `samples.jsonl`: it is whatever `algorithm` learns from."
     return LEARNERS.get(settings.get("algorithm"), "implicit")
 
-
+# %% ../../nbs/alignment/rlaif.ipynb #bb24e48c
 @method(
-    family="alignment", title="Labels from an AI", data="prompt", needs=("judge", "reference"),
-    paper="Bai et al. 2022; Lee et al. 2023; survey §4.2", explain=explained,
+    family="alignment",
+    title="Labels from an AI",
+    data="prompt",
+    needs=("judge", "reference"),
+    paper="Bai et al. 2022; Lee et al. 2023; survey §4.2",
+    explain=explained,
     small=dict(data="sums", judge="rule:correct", prompts=48, max_new_tokens=12),
-)  # fmt: skip
+)
 def rlaif(settings: RLAIF, run: Run) -> None:
     "Learn from a judge's opinion of the model's own answers."
     if settings.algorithm == "mark":
         return learn_from_marks(settings, run)
     shared = {name: getattr(settings, name) for name in Settings.__dataclass_fields__}
-    sampled = dict(num_generations=settings.num_generations, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, beta=settings.beta)
+    sampled = dict(
+        num_generations=settings.num_generations,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        beta=settings.beta,
+    )
     if settings.algorithm == "direct":
         rows = load_data(settings.data, "prompt")
         judge = kept_judge(judge_of(settings, rows, run, settings.data), kept_in(run, "labels"))
         held_rewards = None
-        if settings.eval_data and settings.judge.startswith("rule:"):  # a rule such as correct belongs to the data
-            held_out = load_held_out(settings.data, settings.eval_data, "prompt", settings.eval_rows)
-            held_rewards = [Reward("judge", 1.0, judge_reward(judge_of(settings, held_out, run, settings.eval_data), settings))]
-        return grpo(GRPO(**shared, **sampled), run, rewards=[Reward("judge", 1.0, judge_reward(judge, settings))], held_rewards=held_rewards)
+        if settings.eval_data and settings.judge.startswith(
+            "rule:"
+        ):  # a rule such as correct belongs to the data
+            held_out = load_held_out(
+                settings.data, settings.eval_data, "prompt", settings.eval_rows
+            )
+            held_rewards = [
+                Reward(
+                    "judge",
+                    1.0,
+                    judge_reward(judge_of(settings, held_out, run, settings.eval_data), settings),
+                )
+            ]
+        return grpo(
+            GRPO(**shared, **sampled),
+            run,
+            rewards=[Reward("judge", 1.0, judge_reward(judge, settings))],
+            held_rewards=held_rewards,
+        )
     if settings.algorithm == "ppo" and process_rank_and_count()[1] > 1:
-        raise WrongInput("algorithm = 'ppo': the reward model is trained by one process; in several, take a run's preferences.jsonl to `polm run reward`, and its model to `polm run ppo`")
+        raise WrongInput(
+            "algorithm = 'ppo': the reward model is trained by one process; in several, take a run's preferences.jsonl to `polm run reward`, and its model to `polm run ppo`"
+        )
     if settings.eval_data:  # refused now, and not after the judge was asked
-        load_held_out("", settings.eval_data, natural_kind(settings.eval_data) if settings.algorithm == "sft" else "preference", 1)
+        load_held_out(
+            "",
+            settings.eval_data,
+            natural_kind(settings.eval_data) if settings.algorithm == "sft" else "preference",
+            1,
+        )
     path = run.path / ("revisions.jsonl" if settings.algorithm == "sft" else "preferences.jsonl")
     by_first(run, path, lambda: prepare(settings, run, path))
-    learned = shared | dict(data=str(path), eval_data=settings.eval_data or parse_spec(settings.data).task)
+    learned = shared | dict(
+        data=str(path), eval_data=settings.eval_data or parse_spec(settings.data).task
+    )
     if settings.algorithm == "ppo":
-        same = {name: learned[name] for name in ("model", "data", "eval_data", "eval_rows", "seed", "dtype", "device", "max_length", "chat_template")}
+        same = {
+            name: learned[name]
+            for name in (
+                "model",
+                "data",
+                "eval_data",
+                "eval_rows",
+                "seed",
+                "dtype",
+                "device",
+                "max_length",
+                "chat_template",
+            )
+        }
         model = subrun(run, "reward", "reward", steps=60, learning_rate=1e-3, **same)
         run.update(parents=[*dict.fromkeys([*run.record["parents"], model.id])])
         return ppo(PPO(**shared, **sampled, rewards=f"model:{model.path}"), run)
-    return sft(SFT(**learned), run) if settings.algorithm == "sft" else dpo(DPO(**learned, beta=settings.beta), run)
+    return (
+        sft(SFT(**learned), run)
+        if settings.algorithm == "sft"
+        else dpo(DPO(**learned, beta=settings.beta), run)
+    )

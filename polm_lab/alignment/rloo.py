@@ -21,7 +21,13 @@ from ..rewards.prepare import prepare_on_policy
 from ..training.advantages import clipped_objective, kl_estimate, leave_one_out
 from ..training.advantages import masked_moments
 from ..training.loop import Meter
-from ..training.onpolicy import InTRL, OnPolicySettings, policy_metrics, rewards_of, sequence_kl
+from polm_lab.training.onpolicy import (
+    InTRL,
+    OnPolicySettings,
+    policy_metrics,
+    rewards_of,
+    sequence_kl,
+)
 from ..training.onpolicy import token_stats, train_on_policy, trl_sampling
 
 # %% ../../nbs/alignment/rloo.ipynb #6c185760
@@ -32,26 +38,62 @@ ALGORITHMS = ("rloo", "remax", "reinforce++")
 class RLOO(OnPolicySettings):
     "Settings of REINFORCE with a baseline; the six knobs of sampling are those of every on-policy method."
 
-    algorithm: str = knob("rloo", "what an answer is compared with: the others, the greedy answer, the whole step", choices=ALGORITHMS,
-                          source="Ahmadian et al. 2024; Li et al. 2023; Hu et al. 2025")  # fmt: skip
-    updates: int = knob(1, "optimizer updates on the same completions", "updates", low=1, source="Ahmadian et al. 2024, §4: one")
-    clip_low: float = knob(0.2, "the ratio counts down to 1 - this, ε_low", low=0, high=1, source="Schulman et al. 2017, §6.1")
-    clip_high: float = knob(0.2, "the ratio counts up to 1 + this, ε_high", low=0, source="the same as ε_low")
-    beta: float = knob(0.05, "what a nat of KL to the reference takes off the reward; 0 needs no reference model", "reward/nat", low=0, source="TRL's RLOOConfig")
-    normalize: bool = knob(False, "divide the advantages of rloo and remax by their spread over the step", source="TRL's normalize_advantages")
+    algorithm: str = knob(
+        "rloo",
+        "what an answer is compared with: the others, the greedy answer, the whole step",
+        choices=ALGORITHMS,
+        source="Ahmadian et al. 2024; Li et al. 2023; Hu et al. 2025",
+    )
+    updates: int = knob(
+        1,
+        "optimizer updates on the same completions",
+        "updates",
+        low=1,
+        source="Ahmadian et al. 2024, §4: one",
+    )
+    clip_low: float = knob(
+        0.2,
+        "the ratio counts down to 1 - this, ε_low",
+        low=0,
+        high=1,
+        source="Schulman et al. 2017, §6.1",
+    )
+    clip_high: float = knob(
+        0.2, "the ratio counts up to 1 + this, ε_high", low=0, source="the same as ε_low"
+    )
+    beta: float = knob(
+        0.05,
+        "what a nat of KL to the reference takes off the reward; 0 needs no reference model",
+        "reward/nat",
+        low=0,
+        source="TRL's RLOOConfig",
+    )
+    normalize: bool = knob(
+        False,
+        "divide the advantages of rloo and remax by their spread over the step",
+        source="TRL's normalize_advantages",
+    )
     steps: int = redefault("steps", 60)
     batch_size: int = redefault("batch_size", 64)
     learning_rate: float = redefault("learning_rate", 3e-4)
 
 # %% ../../nbs/alignment/rloo.ipynb #e2c16d73
-def answer_advantages(totals: Tensor, samples: int, greedy: Tensor | None = None, normalize: bool = False) -> Tensor:
+def answer_advantages(
+    totals: Tensor, samples: int, greedy: Tensor | None = None, normalize: bool = False
+) -> Tensor:
     """Advantages [rows] of totals [rows] (reward less KL) in groups of `num_generations`: against the mean of the others, or against `greedy` [rows], the greedy answer's reward.
 
     NaN marks an answer without a reward: it counts nowhere and gets 0. `normalize` takes the mean off and divides by the spread over the step, as TRL does.
     """
     known = totals.isfinite().view(-1, samples)
-    counts = (known & (known.sum(1, keepdim=True) > 1)).flatten() if greedy is None else (totals - greedy).isfinite()
-    advantages = leave_one_out(totals, samples) if greedy is None else (totals - greedy).nan_to_num(0.0)
+    counts = (
+        (known & (known.sum(1, keepdim=True) > 1)).flatten()
+        if greedy is None
+        else (totals - greedy).isfinite()
+    )
+    advantages = (
+        leave_one_out(totals, samples) if greedy is None else (totals - greedy).nan_to_num(0.0)
+    )
     if normalize:
         mean, variance = masked_moments(advantages, counts)
         advantages = (advantages - mean) / (math.sqrt(variance) + 1e-4) * counts
@@ -64,13 +106,17 @@ def token_advantages(rewards: Tensor, kl: Tensor, mask: Tensor, beta: float) -> 
     return (rewards[:, None] - beta * still_to_come) * mask
 
 # %% ../../nbs/alignment/rloo.ipynb #9248b32d
-def answer_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+def answer_loss(
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor]:
     "Summed loss and ratios [rows] where the whole answer is the action: log-probs and `mask` [rows, time], advantages [rows]. Ahmadian et al. 2024, eq. 6."
     ratio = ((logp - old_logp) * mask).sum(1).exp()
     return -clipped_objective(ratio, advantages, low, high).sum(), ratio
 
 
-def token_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+def token_loss(
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float
+) -> tuple[Tensor, Tensor]:
     "Summed loss and ratios of learned tokens where each token is an action: all [rows, time]. Hu et al. 2025, eq. 2."
     ratio = (logp - old_logp).exp()
     return -(clipped_objective(ratio, advantages, low, high) * mask).sum(), ratio[mask.bool()]
@@ -78,28 +124,46 @@ def token_loss(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor,
 
 def batch_loss(policy, batch: dict, settings: RLOO, meter: Meter) -> Tensor:
     "Summed loss of a microbatch, over answers or over tokens as its `weight` says, with its metrics."
-    stats, mask = token_stats(policy, batch, settings.temperature, entropy=True), batch["completion_mask"]
+    stats, mask = (
+        token_stats(policy, batch, settings.temperature, entropy=True),
+        batch["completion_mask"],
+    )
     old = batch["old_logp"] if settings.updates > 1 else stats.logp.detach()
     loss = answer_loss if batch["advantages"].ndim == 1 else token_loss
-    summed, ratio = loss(stats.logp, old, batch["advantages"], mask, settings.clip_low, settings.clip_high)
-    policy_metrics(meter, stats, old, batch, settings.clip_low, settings.clip_high, ratio=ratio.detach())
+    summed, ratio = loss(
+        stats.logp, old, batch["advantages"], mask, settings.clip_low, settings.clip_high
+    )
+    policy_metrics(
+        meter, stats, old, batch, settings.clip_low, settings.clip_high, ratio=ratio.detach()
+    )
     return summed
 
 # %% ../../nbs/alignment/rloo.ipynb #350ff22f
 def trl_config(settings: RLOO) -> dict:
     "The knobs of this page as arguments of TRL's RLOOConfig. Raises `WrongInput` for what TRL does not have."
     if settings.algorithm != "rloo":
-        raise WrongInput(f"engine = 'trl', algorithm = {settings.algorithm!r}: expected rloo, which is TRL's; change estimator, or use engine lab")
+        raise WrongInput(
+            f"engine = 'trl', algorithm = {settings.algorithm!r}: expected rloo, which is TRL's; change estimator, or use engine lab"
+        )
     return trl_sampling(settings) | dict(
-        num_iterations=settings.updates, epsilon=settings.clip_low, epsilon_high=settings.clip_high,
-        beta=settings.beta, normalize_advantages=settings.normalize,
-    )  # fmt: skip
+        num_iterations=settings.updates,
+        epsilon=settings.clip_low,
+        epsilon_high=settings.clip_high,
+        beta=settings.beta,
+        normalize_advantages=settings.normalize,
+    )
 
 # %% ../../nbs/alignment/rloo.ipynb #cf7cfdb9
 @method(
-    family="alignment", title="REINFORCE with a baseline: leave-one-out, greedy, or the batch's", paper="Ahmadian et al. 2024; Li et al. 2023 (ReMax); Hu et al. 2025 (REINFORCE++)",
-    data="prompt", needs=("reward", "reference"), explain="baseline", engines=("lab", "trl"), small=dict(batch_size=8, num_generations=4, max_new_tokens=8, updates=2),
-)  # fmt: skip
+    family="alignment",
+    title="REINFORCE with a baseline: leave-one-out, greedy, or the batch's",
+    paper="Ahmadian et al. 2024; Li et al. 2023 (ReMax); Hu et al. 2025 (REINFORCE++)",
+    data="prompt",
+    needs=("reward", "reference"),
+    explain="baseline",
+    engines=("lab", "trl"),
+    small=dict(batch_size=8, num_generations=4, max_new_tokens=8, updates=2),
+)
 def rloo(settings: RLOO, run: Run) -> None:
     "Raise the probability of answers in proportion to how much better they are than the others, the greedy one, or the batch."
     collector = prepare_on_policy(run, settings)
@@ -107,9 +171,13 @@ def rloo(settings: RLOO, run: Run) -> None:
     def compare(groups: list, batches: list[dict]) -> Tensor:
         totals, baseline = rewards_of(groups), None
         if settings.algorithm == "reinforce++":
-            return spread_over_tokens(totals, batches, settings.beta if collector.reference else 0.0)
+            return spread_over_tokens(
+                totals, batches, settings.beta if collector.reference else 0.0
+            )
         if settings.algorithm == "remax":
-            baseline = rewards_of(collector.greedy(groups)).repeat_interleave(settings.num_generations)
+            baseline = rewards_of(collector.greedy(groups)).repeat_interleave(
+                settings.num_generations
+            )
         if collector.reference is not None:
             totals = totals - settings.beta * sequence_kl(batches, "k1")
         return answer_advantages(totals, settings.num_generations, baseline, settings.normalize)
@@ -132,12 +200,17 @@ def spread_over_tokens(rewards: Tensor, batches: list[dict], beta: float) -> Ten
         mask = batch["completion_mask"] * own.isfinite()[:, None]
         advantages = token_advantages(own.nan_to_num(0.0), kl, mask, beta)
         batch |= dict(completion_mask=mask, advantages=advantages, weight=float(mask.sum()))
-    every, masks = (torch.cat([b[name].flatten() for b in batches]) for name in ("advantages", "completion_mask"))
+    every, masks = (
+        torch.cat([b[name].flatten() for b in batches])
+        for name in ("advantages", "completion_mask")
+    )
     mean, variance = masked_moments(every, masks)
     means = torch.zeros(len(rewards))
     for batch in batches:
         scaled = (batch["advantages"] - mean) / math.sqrt(variance + 1e-8)
         batch["advantages"] = scaled * batch["completion_mask"]
-        for row, values, mask in zip(batch["rows"], batch["advantages"], batch["completion_mask"].bool()):
+        for row, values, mask in zip(
+            batch["rows"], batch["advantages"], batch["completion_mask"].bool()
+        ):
             means[row] = values[mask].mean() if mask.any() else 0.0
     return means

@@ -52,7 +52,7 @@ FORMER_KNOBS = {  # method -> old name -> name
     "overoptimization": {"draws": "num_generations"},
 }
 
-
+# %% ../../nbs/core/former.ipynb #6a00d7e7
 def current_settings(method: str, settings: dict) -> dict:
     "Return the settings of a record of `method` under the names of today."
     if not (isinstance(method, str) and isinstance(settings, dict)):

@@ -29,7 +29,9 @@ def one_line(text: str) -> str:
     "`text` on one line that any terminal can show: what came out of a file may hold line breaks, controls, or halves of surrogate pairs."
     lines = text.splitlines()
     text = " ".join(line.strip() for line in lines) if len(lines) > 1 else "".join(lines)
-    return UNSHOWN.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
+    return UNSHOWN.sub(
+        lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text
+    )
 
 
 def nearest(word: str, words) -> str:
@@ -61,7 +63,9 @@ class Knob:
         "The allowed values in words."
         if self.choices:
             return "one of " + ", ".join(map(str, self.choices))
-        kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[self.type]
+        kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[
+            self.type
+        ]
         low = "" if self.low is None else f" ≥ {self.low:g}"
         high = "" if self.high is None else f" ≤ {self.high:g}"
         return kind + low + (" and" if low and high else "") + high
@@ -70,12 +74,16 @@ class Knob:
         "Return `value` as this knob's type; raise `WrongInput` if it is of another type or out of range."
         close = difflib.get_close_matches(str(value), map(str, self.choices), n=1)
         guess = f"; did you mean {close[0]!r}?" if close else ""
-        wrong = WrongInput(f"{self.name} = {value!r}: expected {self.range} ({self.meaning}){guess}")
+        wrong = WrongInput(
+            f"{self.name} = {value!r}: expected {self.range} ({self.meaning}){guess}"
+        )
         try:
             value = _convert(value, self.type)
         except (TypeError, ValueError):
             raise wrong from None
-        inside = (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+        inside = (self.low is None or value >= self.low) and (
+            self.high is None or value <= self.high
+        )
         finite = self.type not in (int, float) or math.isfinite(value)
         if not (inside and finite and (not self.choices or value in self.choices)):
             raise wrong
@@ -90,7 +98,11 @@ def _convert(value, kind: type):
         return value
     if kind is bool:
         if isinstance(value, str):
-            value = {"true": True, "false": False}[value.strip().lower()] if value.strip().lower() in ("true", "false") else value
+            value = (
+                {"true": True, "false": False}[value.strip().lower()]
+                if value.strip().lower() in ("true", "false")
+                else value
+            )
         if not isinstance(value, bool):
             raise TypeError
         return value
@@ -105,11 +117,26 @@ def _convert(value, kind: type):
 
 
 def knob(
-    default, meaning: str, unit: str = "", low: float | None = None, high: float | None = None,
-    choices=(), source: str = "", log: bool = False, parts=None,
-):  # fmt: skip
+    default,
+    meaning: str,
+    unit: str = "",
+    low: float | None = None,
+    high: float | None = None,
+    choices=(),
+    source: str = "",
+    log: bool = False,
+    parts=None,
+):
     "A dataclass field that is a knob: `beta: float = knob(0.1, 'strength of the KL constraint', low=0, source='DPO §6')`."
-    facts = dict(meaning=meaning, unit=unit, low=low, high=high, choices=tuple(choices), source=source, log=log)
+    facts = dict(
+        meaning=meaning,
+        unit=unit,
+        low=low,
+        high=high,
+        choices=tuple(choices),
+        source=source,
+        log=log,
+    )
     return field(default=default, metadata={**facts, "parts": parts})
 
 # %% ../../nbs/core/knobs.ipynb #94000392
@@ -260,7 +287,6 @@ class Weighted(Grammar):
             return text
         pair = [value if each == part else self.read(text, each) for each in self.parts.values()]
         return ":".join(map(_written, pair))
-
 
 # %% ../../nbs/core/knobs.ipynb #ed9312e3
 class Options(Grammar):

@@ -44,7 +44,10 @@ def quiet_libraries():
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # some tuners draw bars of their own
+        with (
+            warnings.catch_warnings(),
+            redirect_stderr(io.StringIO()),
+        ):  # some tuners draw bars of their own
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -73,14 +76,26 @@ def pick_device(device: str = "auto"):
     import torch
 
     if str(device) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device(
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     try:
         found = torch.device(device)
-        there = {"cpu": True, "cuda": torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
+        there = {
+            "cpu": True,
+            "cuda": torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count(),
+            "mps": torch.backends.mps.is_available(),
+        }
         if not there.get(found.type, False):
             raise RuntimeError("not on this machine")
     except RuntimeError as error:
-        raise WrongInput(f"device {device!r}: {first_line(error)}; expected auto, cpu, cuda, cuda:1 or mps, and one that this machine has") from None
+        raise WrongInput(
+            f"device {device!r}: {first_line(error)}; expected auto, cpu, cuda, cuda:1 or mps, and one that this machine has"
+        ) from None
     return found
 
 # %% ../../nbs/core/machine.ipynb #dd657207
@@ -99,7 +114,9 @@ def torch_dtype(name, device):
 
     name = str(name).removeprefix("torch.")
     if name not in DTYPES:
-        raise WrongInput(f"dtype {name!r}: expected one of {', '.join(DTYPES)}; {nearest(name, DTYPES)}")
+        raise WrongInput(
+            f"dtype {name!r}: expected one of {', '.join(DTYPES)}; {nearest(name, DTYPES)}"
+        )
     return pick_dtype(device) if name == "auto" else getattr(torch, name)
 
 # %% ../../nbs/core/machine.ipynb #70e16f5d
@@ -135,25 +152,39 @@ def check_launch(settings: RunSettings) -> str:
 
     Raises `WrongInput` for what the configuration of `accelerate launch` asks for and the run would not do: accelerate itself trains as DDP where it cannot shard, and says nothing.
     """
+
     def asked(name: str) -> str:
         return os.environ.get(name, "").strip().lower()
 
     for what, name in LAUNCHES.items():
         if asked(name) in ("true", "1", "yes"):
-            raise WrongInput(f"accelerate: {what} is asked for; expected distributed_type MULTI_GPU, MULTI_CPU or NO, since each process holds the whole model here; change accelerate's configuration, or start with accelerate launch --multi_gpu")
+            raise WrongInput(
+                f"accelerate: {what} is asked for; expected distributed_type MULTI_GPU, MULTI_CPU or NO, since each process holds the whole model here; change accelerate's configuration, or start with accelerate launch --multi_gpu"
+            )
     backend = asked("ACCELERATE_DYNAMO_BACKEND") or "no"
     if backend != "no":
-        raise WrongInput(f"accelerate: dynamo_backend {backend} is asked for; expected no, since nothing is compiled here; start with accelerate launch --dynamo_backend no")
+        raise WrongInput(
+            f"accelerate: dynamo_backend {backend} is asked for; expected no, since nothing is compiled here; start with accelerate launch --dynamo_backend no"
+        )
     steps = asked("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") or "1"
     if steps != "1":
-        raise WrongInput(f"accelerate: gradient_accumulation_steps {steps} is asked for; expected 1, since a run has a knob for it; take it out there, and write -p accumulate {steps}")
+        raise WrongInput(
+            f"accelerate: gradient_accumulation_steps {steps} is asked for; expected 1, since a run has a knob for it; take it out there, and write -p accumulate {steps}"
+        )
     types = {"bf16": "bfloat16", "fp16": "float16"}
     precision = asked("ACCELERATE_MIXED_PRECISION") or "no"
     if precision != "no" and types.get(precision) != settings.dtype:
         todo = f"write -p dtype {types[precision]}" if precision in types else "take it out there"
-        raise WrongInput(f"accelerate: mixed_precision {precision} is asked for, and the run's dtype is {settings.dtype}; expected the same of both; {todo}")
-    if asked("ACCELERATE_USE_CPU") in ("true", "1", "yes") and pick_device(settings.device).type != "cpu":
-        raise WrongInput(f"accelerate: use_cpu is asked for, and the run's device is {settings.device}; expected the same of both; write -p device cpu")
+        raise WrongInput(
+            f"accelerate: mixed_precision {precision} is asked for, and the run's dtype is {settings.dtype}; expected the same of both; {todo}"
+        )
+    if (
+        asked("ACCELERATE_USE_CPU") in ("true", "1", "yes")
+        and pick_device(settings.device).type != "cpu"
+    ):
+        raise WrongInput(
+            f"accelerate: use_cpu is asked for, and the run's device is {settings.device}; expected the same of both; write -p device cpu"
+        )
     return "ddp" if process_rank_and_count()[1] > 1 else "none"
 
 
@@ -161,6 +192,8 @@ def my_share(rows: list) -> list:
     "The rows of this process: equal runs of the list. Raises `WrongInput` if they cannot be shared equally."
     rank, processes = process_rank_and_count()
     if len(rows) % processes:
-        raise WrongInput(f"{len(rows)} rows cannot be shared by {processes} processes: make batch_size a multiple of {processes}")
+        raise WrongInput(
+            f"{len(rows)} rows cannot be shared by {processes} processes: make batch_size a multiple of {processes}"
+        )
     size = len(rows) // processes
     return rows[rank * size : (rank + 1) * size]

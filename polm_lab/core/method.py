@@ -18,7 +18,14 @@ from .settings import RunSettings, Settings, knobs
 from .metrics import Metric, metric, register_metrics
 
 # %% ../../nbs/core/method.ipynb #e1adbcd8
-FAMILIES = ("finetuning", "alignment", "reasoning", "efficiency", "integration", "recipes")  # folders, in the order of the survey
+FAMILIES = (
+    "finetuning",
+    "alignment",
+    "reasoning",
+    "efficiency",
+    "integration",
+    "recipes",
+)  # folders, in the order of the survey
 NEEDS = {  # word -> meaning; what a method needs besides a model and its rows
     "reference": "a frozen copy of the model at the start, for the KL or the implicit reward",
     "reward": "functions or a reward model that score an answer",
@@ -111,13 +118,28 @@ def method(
         hints = get_type_hints(function)
         settings = hints.get("settings")
         if not (isinstance(settings, type) and issubclass(settings, RunSettings)):
-            raise WrongInput(f"method {function.__name__}: expected a first argument `settings: <a class of RunSettings or Settings>`, found {settings!r}")
+            raise WrongInput(
+                f"method {function.__name__}: expected a first argument `settings: <a class of RunSettings or Settings>`, found {settings!r}"
+            )
         summary = (function.__doc__ or "").strip().split("\n")[0]
         register_metrics(function.__name__, metrics)
         REGISTRY[function.__name__] = Method(
-            function.__name__, family, title, summary, paper, settings, function, data, tuple(needs), changes, trains, tuple(engines), small or {},
-            explain, tuple(metrics),
-        )  # fmt: skip
+            function.__name__,
+            family,
+            title,
+            summary,
+            paper,
+            settings,
+            function,
+            data,
+            tuple(needs),
+            changes,
+            trains,
+            tuple(engines),
+            small or {},
+            explain,
+            tuple(metrics),
+        )
         return function
 
     return record
@@ -125,9 +147,17 @@ def method(
 # %% ../../nbs/core/method.ipynb #dce77219
 def _files() -> dict[str, str]:
     "Module names of the families' folders: {last part: full name}."
-    package = sys.modules[__name__.split(".")[0]] if __name__ != "__main__" else importlib.import_module("polm_lab")
+    package = (
+        sys.modules[__name__.split(".")[0]]
+        if __name__ != "__main__"
+        else importlib.import_module("polm_lab")
+    )
     root = Path(package.__file__).parent
-    return {p.stem: f"polm_lab.{family}.{p.stem}" for family in FAMILIES for p in sorted((root / family).glob("[a-z]*.py"))}
+    return {
+        p.stem: f"polm_lab.{family}.{p.stem}"
+        for family in FAMILIES
+        for p in sorted((root / family).glob("[a-z]*.py"))
+    }
 
 
 def find(name: str) -> Method:
@@ -136,7 +166,9 @@ def find(name: str) -> Method:
     if name not in REGISTRY and name in files:
         importlib.import_module(files[name])
     if name not in REGISTRY:
-        raise WrongInput(f"unknown method {name!r}: {nearest(name, methods())}; `polm methods` tells what each does")
+        raise WrongInput(
+            f"unknown method {name!r}: {nearest(name, methods())}; `polm methods` tells what each does"
+        )
     return REGISTRY[name]
 
 
@@ -158,4 +190,6 @@ def methods() -> dict[str, Method]:
     "All methods by name, in the order of the families."
     for module in _files().values():
         importlib.import_module(module)
-    return dict(sorted(REGISTRY.items(), key=lambda item: (FAMILIES.index(item[1].family), item[0])))
+    return dict(
+        sorted(REGISTRY.items(), key=lambda item: (FAMILIES.index(item[1].family), item[0]))
+    )

@@ -27,99 +27,405 @@ class Metric:
 
 # %% ../../nbs/core/metrics.ipynb #4224d3aa
 _ALL = [
-    Metric("loss", "what the optimizer makes smaller", unit="nats", better="down",
-           reading="Falls in supervised and preference methods. In policy-gradient methods it stays near 0 and says little: read the reward."),
-    Metric("reward", "mean reward of the sampled completions", r"\frac1n\sum_i r(x_i,y_i)", better="up",
-           reading="Should rise. If it rises while held-out accuracy does not, the reward is being gamed."),
-    Metric("reward_std", "spread of the rewards within a group, averaged over groups", r"\operatorname{mean}_x\operatorname{std}_i r(x,y_i)",
-           reading="At 0 there is no gradient: every completion of a prompt got the same reward."),
-    Metric("kl", "how far the policy moved from the reference", r"\mathbb E_{y\sim\pi}\,[\log\pi(y_t\mid x,y_{<t})-\log\pi_{ref}(y_t\mid x,y_{<t})]",
-           "nats/token", "Grows slowly in a healthy run; a jump means the policy left what the reference knows.", 0.0, 1.0),
-    Metric("entropy", "uncertainty of the next token under the policy", r"-\sum_v\pi(v)\log\pi(v)", "nats/token",
-           "A fall to 0 means that all samples become the same and exploration ends.", 0.05, 5.0),
-    Metric("clip_fraction", "share of tokens whose ratio was clipped", r"\operatorname{mean}\,1[\rho_t\notin(1-\epsilon_{low},1+\epsilon_{high})]",
-           "share", "0 with one update per rollout. Above 0.3 the updates are too large.", 0.0, 0.3),
-    Metric("ratio_max", "largest ratio of a token's probability under the policy to that when it was sampled", r"\max_t \pi(y_t)/\pi_{old}(y_t)",
-           reading="Far above 1 means that the rollouts are stale.", high=10.0),
-    Metric("advantage_std", "spread of the advantages", r"\operatorname{std} A", reading="0 means no signal."),
-    Metric("value_loss", "squared error of the critic", r"\tfrac12\operatorname{mean}_t\,(V(s_t)-R_t)^2", "reward²", better="down",
-           reading="Falls at first; later it follows the returns, which move as the policy does."),
-    Metric("explained_variance", "share of the returns' variance that the critic foresaw", r"1-\operatorname{Var}(R_t-V(s_t))/\operatorname{Var}(R_t)",
-           "share", "0 is a critic that knows nothing, below 0 one that misleads: more noise than without it.", 0.0, 1.0, "up"),
-    Metric("kl_coefficient", "strength of the KL's toll in the reward", r"\beta", "reward/nat", "Constant, or steered: it rises while the KL lies above its target."),
-    Metric("entropy_coefficient", "weight of the entropy in the loss", r"\lambda_t", reading="0 without an entropy bonus. It follows the rewards' variance where the method says so."),
-    Metric("length", "mean length of a completion", unit="tokens", reading="A reward that rises only together with length is suspect."),
-    Metric("truncated", "share of completions or rows that were cut at the longest length", unit="share", reading="Above 0.2: raise the limit.",
-           low=0.0, high=0.2, better="down"),
-    Metric("zero_std_groups", "share of groups whose rewards are all equal", unit="share",
-           reading="These groups give no gradient. Near 1 the task is too easy or too hard for the policy.", low=0.0, high=0.8),
-    Metric("perplexity", "how surprised the model is by held-out text", r"\exp\left(-\frac1T\sum_t\log\pi(y_t)\right)", better="down",
-           reading="1 is certain; the vocabulary's size is ignorance."),
-    Metric("accuracy", "share of right answers, or of pairs ranked rightly", unit="share", better="up", low=0.0, high=1.0,
-           reading="The method's page says what counts as right."),
-    Metric("margin", "reward of the chosen completion minus that of the rejected one: of a reward model, or implicit in a policy", r"r(x,y_w)-r(x,y_l)", better="up",
-           reading="Rises from 0."),
-    Metric("reward_chosen", "reward of the chosen completion: of a reward model, or implicit in a policy", r"r(x,y_w)",
-           reading="An implicit reward may fall while the margin grows: see the page on DPO."),
-    Metric("reward_rejected", "reward of the rejected completion: of a reward model, or implicit in a policy", r"r(x,y_l)", reading="Usually falls."),
-    Metric("calibration_error", "distance between how sure a reward model is and how often it is right", r"\sum_b\frac{n_b}n|a_b-c_b|", "share",
-           "0: when it says 80 %, it is right in 80 %.", better="down", low=0.0, high=0.1),
-    Metric("length_bias", "how much more often a reward model prefers the longer answer than the data do", unit="share",
-           reading="Above 0, a policy that is trained on it grows wordy.", low=-0.1, high=0.1),
-    Metric("logp_chosen", "log-probability of the chosen completion", r"\log\pi(y_w\mid x)", "nats", "Compare with its value at the start."),
-    Metric("logp_rejected", "log-probability of the rejected completion", r"\log\pi(y_l\mid x)", "nats", "Compare with its value at the start."),
-    Metric("grad_norm", "norm of the gradient before clipping", r"\lVert g\rVert_2", reading="Spikes point to a bad batch or too high a learning rate."),
+    Metric(
+        "loss",
+        "what the optimizer makes smaller",
+        unit="nats",
+        better="down",
+        reading="Falls in supervised and preference methods. In policy-gradient methods it stays near 0 and says little: read the reward.",
+    ),
+    Metric(
+        "reward",
+        "mean reward of the sampled completions",
+        r"\frac1n\sum_i r(x_i,y_i)",
+        better="up",
+        reading="Should rise. If it rises while held-out accuracy does not, the reward is being gamed.",
+    ),
+    Metric(
+        "reward_std",
+        "spread of the rewards within a group, averaged over groups",
+        r"\operatorname{mean}_x\operatorname{std}_i r(x,y_i)",
+        reading="At 0 there is no gradient: every completion of a prompt got the same reward.",
+    ),
+    Metric(
+        "kl",
+        "how far the policy moved from the reference",
+        r"\mathbb E_{y\sim\pi}\,[\log\pi(y_t\mid x,y_{<t})-\log\pi_{ref}(y_t\mid x,y_{<t})]",
+        "nats/token",
+        "Grows slowly in a healthy run; a jump means the policy left what the reference knows.",
+        0.0,
+        1.0,
+    ),
+    Metric(
+        "entropy",
+        "uncertainty of the next token under the policy",
+        r"-\sum_v\pi(v)\log\pi(v)",
+        "nats/token",
+        "A fall to 0 means that all samples become the same and exploration ends.",
+        0.05,
+        5.0,
+    ),
+    Metric(
+        "clip_fraction",
+        "share of tokens whose ratio was clipped",
+        r"\operatorname{mean}\,1[\rho_t\notin(1-\epsilon_{low},1+\epsilon_{high})]",
+        "share",
+        "0 with one update per rollout. Above 0.3 the updates are too large.",
+        0.0,
+        0.3,
+    ),
+    Metric(
+        "ratio_max",
+        "largest ratio of a token's probability under the policy to that when it was sampled",
+        r"\max_t \pi(y_t)/\pi_{old}(y_t)",
+        reading="Far above 1 means that the rollouts are stale.",
+        high=10.0,
+    ),
+    Metric(
+        "advantage_std",
+        "spread of the advantages",
+        r"\operatorname{std} A",
+        reading="0 means no signal.",
+    ),
+    Metric(
+        "value_loss",
+        "squared error of the critic",
+        r"\tfrac12\operatorname{mean}_t\,(V(s_t)-R_t)^2",
+        "reward²",
+        better="down",
+        reading="Falls at first; later it follows the returns, which move as the policy does.",
+    ),
+]
+
+# %% ../../nbs/core/metrics.ipynb #0e37eb79
+_ALL += [
+    Metric(
+        "explained_variance",
+        "share of the returns' variance that the critic foresaw",
+        r"1-\operatorname{Var}(R_t-V(s_t))/\operatorname{Var}(R_t)",
+        "share",
+        "0 is a critic that knows nothing, below 0 one that misleads: more noise than without it.",
+        0.0,
+        1.0,
+        "up",
+    ),
+    Metric(
+        "kl_coefficient",
+        "strength of the KL's toll in the reward",
+        r"\beta",
+        "reward/nat",
+        "Constant, or steered: it rises while the KL lies above its target.",
+    ),
+    Metric(
+        "entropy_coefficient",
+        "weight of the entropy in the loss",
+        r"\lambda_t",
+        reading="0 without an entropy bonus. It follows the rewards' variance where the method says so.",
+    ),
+    Metric(
+        "length",
+        "mean length of a completion",
+        unit="tokens",
+        reading="A reward that rises only together with length is suspect.",
+    ),
+    Metric(
+        "truncated",
+        "share of completions or rows that were cut at the longest length",
+        unit="share",
+        reading="Above 0.2: raise the limit.",
+        low=0.0,
+        high=0.2,
+        better="down",
+    ),
+    Metric(
+        "zero_std_groups",
+        "share of groups whose rewards are all equal",
+        unit="share",
+        reading="These groups give no gradient. Near 1 the task is too easy or too hard for the policy.",
+        low=0.0,
+        high=0.8,
+    ),
+    Metric(
+        "perplexity",
+        "how surprised the model is by held-out text",
+        r"\exp\left(-\frac1T\sum_t\log\pi(y_t)\right)",
+        better="down",
+        reading="1 is certain; the vocabulary's size is ignorance.",
+    ),
+    Metric(
+        "accuracy",
+        "share of right answers, or of pairs ranked rightly",
+        unit="share",
+        better="up",
+        low=0.0,
+        high=1.0,
+        reading="The method's page says what counts as right.",
+    ),
+    Metric(
+        "margin",
+        "reward of the chosen completion minus that of the rejected one: of a reward model, or implicit in a policy",
+        r"r(x,y_w)-r(x,y_l)",
+        better="up",
+        reading="Rises from 0.",
+    ),
+]
+
+# %% ../../nbs/core/metrics.ipynb #e53afaae
+_ALL += [
+    Metric(
+        "reward_chosen",
+        "reward of the chosen completion: of a reward model, or implicit in a policy",
+        r"r(x,y_w)",
+        reading="An implicit reward may fall while the margin grows: see the page on DPO.",
+    ),
+    Metric(
+        "reward_rejected",
+        "reward of the rejected completion: of a reward model, or implicit in a policy",
+        r"r(x,y_l)",
+        reading="Usually falls.",
+    ),
+    Metric(
+        "calibration_error",
+        "distance between how sure a reward model is and how often it is right",
+        r"\sum_b\frac{n_b}n|a_b-c_b|",
+        "share",
+        "0: when it says 80 %, it is right in 80 %.",
+        better="down",
+        low=0.0,
+        high=0.1,
+    ),
+    Metric(
+        "length_bias",
+        "how much more often a reward model prefers the longer answer than the data do",
+        unit="share",
+        reading="Above 0, a policy that is trained on it grows wordy.",
+        low=-0.1,
+        high=0.1,
+    ),
+    Metric(
+        "logp_chosen",
+        "log-probability of the chosen completion",
+        r"\log\pi(y_w\mid x)",
+        "nats",
+        "Compare with its value at the start.",
+    ),
+    Metric(
+        "logp_rejected",
+        "log-probability of the rejected completion",
+        r"\log\pi(y_l\mid x)",
+        "nats",
+        "Compare with its value at the start.",
+    ),
+    Metric(
+        "grad_norm",
+        "norm of the gradient before clipping",
+        r"\lVert g\rVert_2",
+        reading="Spikes point to a bad batch or too high a learning rate.",
+    ),
     Metric("learning_rate", "step size of the optimizer", reading="Follows the schedule."),
-]  # fmt: skip
+]
 
 # %% ../../nbs/core/metrics.ipynb #199ee0e3
 _ALL += [
-    Metric("tokens_per_second", "tokens of the step over its time", unit="tokens/s", better="up", reading="Falls when sequences grow."),
-    Metric("memory_mib", "memory of the process (on a GPU: of the device) at its peak", unit="MiB", better="down", reading="Should be flat."),
-    Metric("pass_at_k", "share of questions with at least one right answer in k samples", r"1-\binom{n-c}{k}/\binom nk", "share", better="up",
-           reading="What the model could do; accuracy is what it does."),
-    Metric("correct_to_incorrect", "share of right drafts whose answer is wrong after the rounds of refinement", r"P(s(y_r)=0\mid s(y_0)=1)", "share", better="down", low=0.0, high=1.0,
-           reading="What refining costs. On good drafts even a small share outweighs what is mended."),
-    Metric("incorrect_to_correct", "share of wrong drafts whose answer is right after the rounds of refinement", r"P(s(y_r)=1\mid s(y_0)=0)", "share", better="up", low=0.0, high=1.0,
-           reading="What refining gains; drawing another answer mends too, so compare at equal tokens."),
-    Metric("tokens", "tokens that were read and written for a question", unit="tokens", better="down", reading="The cost of an answer: compare accuracies at equal tokens only."),
-    Metric("recall", "share of questions whose right passage is among the first k that were found", r"P(r_q\le k)", "share", better="up",
-           low=0.0, high=1.0, reading="What the reader never sees it cannot use; `recall/5` is with k = 5."),
-    Metric("mrr", "mean of one over the rank r_q of the first right passage", r"E[1/r_q]", "share", better="up", low=0.0, high=1.0,
-           reading="1: always first. 0 for a question whose right passage was not found."),
-    Metric("faithfulness", "share of answers that stand in a passage that was given", unit="share", better="up", low=0.0, high=1.0,
-           reading="High and wrong: the passages are wrong. Low: the reader answers from memory, or makes it up."),
+    Metric(
+        "tokens_per_second",
+        "tokens of the step over its time",
+        unit="tokens/s",
+        better="up",
+        reading="Falls when sequences grow.",
+    ),
+    Metric(
+        "memory_mib",
+        "memory of the process (on a GPU: of the device) at its peak",
+        unit="MiB",
+        better="down",
+        reading="Should be flat.",
+    ),
+    Metric(
+        "pass_at_k",
+        "share of questions with at least one right answer in k samples",
+        r"1-\binom{n-c}{k}/\binom nk",
+        "share",
+        better="up",
+        reading="What the model could do; accuracy is what it does.",
+    ),
+    Metric(
+        "correct_to_incorrect",
+        "share of right drafts whose answer is wrong after the rounds of refinement",
+        r"P(s(y_r)=0\mid s(y_0)=1)",
+        "share",
+        better="down",
+        low=0.0,
+        high=1.0,
+        reading="What refining costs. On good drafts even a small share outweighs what is mended.",
+    ),
+    Metric(
+        "incorrect_to_correct",
+        "share of wrong drafts whose answer is right after the rounds of refinement",
+        r"P(s(y_r)=1\mid s(y_0)=0)",
+        "share",
+        better="up",
+        low=0.0,
+        high=1.0,
+        reading="What refining gains; drawing another answer mends too, so compare at equal tokens.",
+    ),
+    Metric(
+        "tokens",
+        "tokens that were read and written for a question",
+        unit="tokens",
+        better="down",
+        reading="The cost of an answer: compare accuracies at equal tokens only.",
+    ),
+    Metric(
+        "recall",
+        "share of questions whose right passage is among the first k that were found",
+        r"P(r_q\le k)",
+        "share",
+        better="up",
+        low=0.0,
+        high=1.0,
+        reading="What the reader never sees it cannot use; `recall/5` is with k = 5.",
+    ),
+    Metric(
+        "mrr",
+        "mean of one over the rank r_q of the first right passage",
+        r"E[1/r_q]",
+        "share",
+        better="up",
+        low=0.0,
+        high=1.0,
+        reading="1: always first. 0 for a question whose right passage was not found.",
+    ),
+]
+
+# %% ../../nbs/core/metrics.ipynb #45969682
+_ALL += [
+    Metric(
+        "faithfulness",
+        "share of answers that stand in a passage that was given",
+        unit="share",
+        better="up",
+        low=0.0,
+        high=1.0,
+        reading="High and wrong: the passages are wrong. Low: the reader answers from memory, or makes it up.",
+    ),
     Metric("stage_ms", "median time of a stage for one question", unit="ms", better="down"),
-    Metric("win_rate", "share of prompts where the policy's completion scores higher than the base model's; ties count half", unit="share",
-           better="up", low=0.0, high=1.0, reading="0.5 is no difference."),
-    Metric("forgetting", "rise of the loss on text that the run did not train on", r"\mathcal L_{after}-\mathcal L_{before}", "nats/token",
-           "Above 0: something else was unlearned.", better="down"),
-    Metric("sparsity", "share of the weights in the blocks' linear layers that are 0", unit="share", low=0.0, high=0.99,
-           reading="Fewer weights that count; fewer bytes or less time only where a format or a kernel makes use of it."),
-    Metric("weight_error", "what the weights of a compressed block lost", r"\lVert W-\hat W\rVert^2/\lVert W\rVert^2", "share",
-           "Says nothing of inputs: compare with `output_error`.", 0.0, 0.2, "down"),
-    Metric("output_error", "what a compressed block's output lost", r"\lVert f(X)-\hat f(X)\rVert^2/\lVert f(X)\rVert^2", "share",
-           "The loss of the block alone, on the inputs that the compressed blocks before it give; "
-           "a jump marks a block that was compressed too far.", 0.0, 0.2, "down"),
+    Metric(
+        "win_rate",
+        "share of prompts where the policy's completion scores higher than the base model's; ties count half",
+        unit="share",
+        better="up",
+        low=0.0,
+        high=1.0,
+        reading="0.5 is no difference.",
+    ),
+    Metric(
+        "forgetting",
+        "rise of the loss on text that the run did not train on",
+        r"\mathcal L_{after}-\mathcal L_{before}",
+        "nats/token",
+        "Above 0: something else was unlearned.",
+        better="down",
+    ),
+    Metric(
+        "sparsity",
+        "share of the weights in the blocks' linear layers that are 0",
+        unit="share",
+        low=0.0,
+        high=0.99,
+        reading="Fewer weights that count; fewer bytes or less time only where a format or a kernel makes use of it.",
+    ),
+    Metric(
+        "weight_error",
+        "what the weights of a compressed block lost",
+        r"\lVert W-\hat W\rVert^2/\lVert W\rVert^2",
+        "share",
+        "Says nothing of inputs: compare with `output_error`.",
+        0.0,
+        0.2,
+        "down",
+    ),
+    Metric(
+        "output_error",
+        "what a compressed block's output lost",
+        r"\lVert f(X)-\hat f(X)\rVert^2/\lVert f(X)\rVert^2",
+        "share",
+        "The loss of the block alone, on the inputs that the compressed blocks before it give; "
+        "a jump marks a block that was compressed too far.",
+        0.0,
+        0.2,
+        "down",
+    ),
     Metric("size_mib", "size of the weights", unit="MiB", better="down"),
-    Metric("rows", "how many rows the evaluation saw", unit="rows",
-           reading="A count, no result. Evaluations compare where the rows are the same; a few rows say little. `rows/NAME` is for a metric that saw another number."),
-    Metric("efficacy", "share of edits whose new answer the model gives to the prompt of the edit: each token is the most probable one",
-           r"P(\arg\max_y\pi(y\mid x)=y')", "share", better="up", low=0.0, high=1.0,
-           reading="`/tokens` counts each token by itself, so one of three is a third; `/probability` is that of the whole answer; `/said`: free generation says it."),
-    Metric("paraphrase", "share of other prompts for an edited fact that get the new answer", r"\operatorname{efficacy}(x')", "share", better="up", low=0.0, high=1.0,
-           reading="Far below efficacy: the prompt was learned, and not the fact. Parts as of efficacy."),
-    Metric("neighbourhood", "share of prompts for other subjects whose most probable tokens are those from before the edits",
-           r"P(\arg\max_y\pi(y\mid x)=\arg\max_y\pi_{before}(y\mid x))", "share", better="up", low=0.0, high=1.0,
-           reading="What the edits broke of the same relation. `/probability` is that of the answer in the data; `/said`: free generation says what it said."),
-    Metric("other_relation", "share of prompts for other facts of the edited subjects whose most probable tokens are those from before the edits",
-           r"\operatorname{neighbourhood}(x')", "share", better="up", low=0.0, high=1.0,
-           reading="What the edits broke of the same subject. Parts as of neighbourhood."),
-    Metric("kept", "share of the rows that were made and are kept to learn from", r"n_{kept}/n_{made}", "share", low=0.0, high=1.0,
-           reading="Near 1 the verdict decides nothing; near 0 most of the work is thrown away."),
-    Metric("verdict", "rows that were made, by what was decided on them", unit="rows", reading="The words after the slash are those of the method."),
+]
+
+# %% ../../nbs/core/metrics.ipynb #c8be07c5
+_ALL += [
+    Metric(
+        "rows",
+        "how many rows the evaluation saw",
+        unit="rows",
+        reading="A count, no result. Evaluations compare where the rows are the same; a few rows say little. `rows/NAME` is for a metric that saw another number.",
+    ),
+    Metric(
+        "efficacy",
+        "share of edits whose new answer the model gives to the prompt of the edit: each token is the most probable one",
+        r"P(\arg\max_y\pi(y\mid x)=y')",
+        "share",
+        better="up",
+        low=0.0,
+        high=1.0,
+        reading="`/tokens` counts each token by itself, so one of three is a third; `/probability` is that of the whole answer; `/said`: free generation says it.",
+    ),
+    Metric(
+        "paraphrase",
+        "share of other prompts for an edited fact that get the new answer",
+        r"\operatorname{efficacy}(x')",
+        "share",
+        better="up",
+        low=0.0,
+        high=1.0,
+        reading="Far below efficacy: the prompt was learned, and not the fact. Parts as of efficacy.",
+    ),
+    Metric(
+        "neighbourhood",
+        "share of prompts for other subjects whose most probable tokens are those from before the edits",
+        r"P(\arg\max_y\pi(y\mid x)=\arg\max_y\pi_{before}(y\mid x))",
+        "share",
+        better="up",
+        low=0.0,
+        high=1.0,
+        reading="What the edits broke of the same relation. `/probability` is that of the answer in the data; `/said`: free generation says what it said.",
+    ),
+    Metric(
+        "other_relation",
+        "share of prompts for other facts of the edited subjects whose most probable tokens are those from before the edits",
+        r"\operatorname{neighbourhood}(x')",
+        "share",
+        better="up",
+        low=0.0,
+        high=1.0,
+        reading="What the edits broke of the same subject. Parts as of neighbourhood.",
+    ),
+    Metric(
+        "kept",
+        "share of the rows that were made and are kept to learn from",
+        r"n_{kept}/n_{made}",
+        "share",
+        low=0.0,
+        high=1.0,
+        reading="Near 1 the verdict decides nothing; near 0 most of the work is thrown away.",
+    ),
+    Metric(
+        "verdict",
+        "rows that were made, by what was decided on them",
+        unit="rows",
+        reading="The words after the slash are those of the method.",
+    ),
     Metric("latency_ms", "time for one new token of one sequence", unit="ms", better="down"),
-]  # fmt: skip
+]
+
+# %% ../../nbs/core/metrics.ipynb #3c704145
 METRICS: dict[str, Metric] = {m.name: m for m in _ALL}
 
 # %% ../../nbs/core/metrics.ipynb #d386d5c4
@@ -141,11 +447,29 @@ def metric(name: str) -> Metric:
     """
     if name.startswith("eval/"):
         inner = metric(name[5:])
-        return Metric(name, f"{inner.meaning}, on held-out data", inner.formula, inner.unit, inner.reading, inner.low, inner.high, inner.better)
+        return Metric(
+            name,
+            f"{inner.meaning}, on held-out data",
+            inner.formula,
+            inner.unit,
+            inner.reading,
+            inner.low,
+            inner.high,
+            inner.better,
+        )
     head, _, part = name.partition("/")
     if part:
         inner = METRICS[head]
-        return Metric(name, f"{inner.meaning}: {part}", inner.formula, inner.unit, inner.reading, inner.low, inner.high, inner.better)
+        return Metric(
+            name,
+            f"{inner.meaning}: {part}",
+            inner.formula,
+            inner.unit,
+            inner.reading,
+            inner.low,
+            inner.high,
+            inner.better,
+        )
     return METRICS[name]
 
 # %% ../../nbs/core/metrics.ipynb #dc3bfd73
@@ -163,11 +487,17 @@ def register_metrics(owner: str, metrics) -> None:
         if m.name in METRICS and _OWNERS.get(m.name) != owner:
             holder = _OWNERS.get(m.name, "the vocabulary")
             meaning = METRICS[m.name].meaning
-            raise WrongInput(f"{place}: {holder} has it ({meaning}); use that, or take another name")
+            raise WrongInput(
+                f"{place}: {holder} has it ({meaning}); use that, or take another name"
+            )
         if not re.fullmatch("[a-z][a-z0-9_]*", m.name) or m.name in ("step", "seconds", "eval"):
-            raise WrongInput(f"{place}: expected one lower-case word, other than step, seconds, eval")
+            raise WrongInput(
+                f"{place}: expected one lower-case word, other than step, seconds, eval"
+            )
         if not m.meaning or not (m.reading or m.better):
-            raise WrongInput(f"{place}: expected a meaning, and a reading or what is better (up, down)")
+            raise WrongInput(
+                f"{place}: expected a meaning, and a reading or what is better (up, down)"
+            )
         if m.better not in ("", "up", "down"):
             raise WrongInput(f"{place}: better = {m.better!r}; expected up, down, or nothing")
     for m in metrics:

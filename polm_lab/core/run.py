@@ -41,7 +41,14 @@ def runs_folder(out=None) -> Path:
     if out or os.environ.get("POLM_RUNS"):
         return Path(out or os.environ["POLM_RUNS"]).absolute()
     here = Path.cwd()
-    project = next((p for p in (here, *here.parents) if (p / "settings.ini").exists() and (p / "polm_lab").is_dir()), here)
+    project = next(
+        (
+            p
+            for p in (here, *here.parents)
+            if (p / "settings.ini").exists() and (p / "polm_lab").is_dir()
+        ),
+        here,
+    )
     return project / "runs"
 
 
@@ -122,7 +129,12 @@ class Progress:
         if self.handle:
             self.handle.update({"text/plain": text}, raw=True)
         elif sys.stderr.isatty():
-            print(f"\r\x1b[2K{text}", end="\n" if step == self.total else "", file=sys.stderr, flush=True)
+            print(
+                f"\r\x1b[2K{text}",
+                end="\n" if step == self.total else "",
+                file=sys.stderr,
+                flush=True,
+            )
 
 # %% ../../nbs/core/run.ipynb #2e8f8d6e
 class RunFile:
@@ -133,7 +145,9 @@ class RunFile:
         self.writes = writes
         self._guard = threading.RLock()
         self._stop = threading.Event()
-        self.whole = None  # the run that this one is a part of, while that runs: its stop is this one's too
+        self.whole = (
+            None  # the run that this one is a part of, while that runs: its stop is this one's too
+        )
         self._begun = time.monotonic()
         self._seconds = 0.0
         self._logged: dict = {}  # metrics of the step that is under way
@@ -149,7 +163,9 @@ class RunFile:
         except FileNotFoundError:
             raise WrongInput(f"{self.path}: no run is there (run.json is missing)") from None
         except ValueError as error:
-            raise WrongInput(f"{self.path / 'run.json'}: damaged ({error}); expected the JSON that a run writes") from None
+            raise WrongInput(
+                f"{self.path / 'run.json'}: damaged ({error}); expected the JSON that a run writes"
+            ) from None
 
     @property
     def id(self) -> str:
@@ -214,8 +230,12 @@ class RunLogs(RunFile):
 
     def _append(self, name: str, rows):
         if self.writes:
-            text = "".join(json.dumps(_plain(row), ensure_ascii=False) + "\n" for row in rows).encode(errors="backslashreplace")  # half a surrogate pair is no text
-            with open(self.path / f"{name}.jsonl", "ab", buffering=0) as file:  # one write, so lines of a reader are whole
+            text = "".join(
+                json.dumps(_plain(row), ensure_ascii=False) + "\n" for row in rows
+            ).encode(errors="backslashreplace")  # half a surrogate pair is no text
+            with open(
+                self.path / f"{name}.jsonl", "ab", buffering=0
+            ) as file:  # one write, so lines of a reader are whole
                 if file.write(text) != len(text):
                     raise OSError(28, "No space left on device", str(self.path / f"{name}.jsonl"))
 
@@ -239,7 +259,11 @@ class RunLogs(RunFile):
         for name in ("metrics", "samples"):
             path = self.path / f"{name}.jsonl"
             if self.writes and path.exists():
-                kept = [json.dumps(row, ensure_ascii=False) + "\n" for row in read_lines(path) if row.get("step", 0) <= step]
+                kept = [
+                    json.dumps(row, ensure_ascii=False) + "\n"
+                    for row in read_lines(path)
+                    if row.get("step", 0) <= step
+                ]
                 replace_file(path, "".join(kept))
         self.record["step"] = step
 
@@ -282,7 +306,11 @@ class RunSteps(RunLogs):
 
     def stop_requested(self) -> bool:
         "Whether somebody asked for the stop."
-        return self._stop.is_set() or (self.path / "stop").exists() or (self.whole is not None and self.whole.stop_requested())
+        return (
+            self._stop.is_set()
+            or (self.path / "stop").exists()
+            or (self.whole is not None and self.whole.stop_requested())
+        )
 
     def stop_if_asked(self, done: str):
         "Raise `Stopped` if somebody asked for the stop; `done` says how far the run is."
@@ -325,17 +353,30 @@ class RunLife(RunSteps):
                 if not patience:
                     lock.close()
                     who = self.read().get("pid")
-                    raise WrongInput(f"{self.id}: it is running already (process {who}); stop it first, or wait") from None
+                    raise WrongInput(
+                        f"{self.id}: it is running already (process {who}); stop it first, or wait"
+                    ) from None
                 time.sleep(0.05)
         self.record = self.read()
         if self.record["status"] == "finished":
             lock.close()
-            raise WrongInput(f"{self.id}: it is finished, nothing is left to do; start a new run to change something")
-        self._begun, self._seconds, over = time.monotonic(), self.record.get("seconds") or 0.0, threading.Event()
+            raise WrongInput(
+                f"{self.id}: it is finished, nothing is left to do; start a new run to change something"
+            )
+        self._begun, self._seconds, over = (
+            time.monotonic(),
+            self.record.get("seconds") or 0.0,
+            threading.Event(),
+        )
         self.update(
-            status="running", reason=None, started=self.record["started"] or _now(), ended=None, pid=os.getpid(), host=socket.gethostname(),
+            status="running",
+            reason=None,
+            started=self.record["started"] or _now(),
+            ended=None,
+            pid=os.getpid(),
+            host=socket.gethostname(),
             heartbeat=time.time(),
-        )  # fmt: skip
+        )
 
         def beat():
             while not over.wait(HEARTBEAT):
@@ -363,9 +404,19 @@ class RunLife(RunSteps):
             over.set()
             heart.join()
             try:
-                self.update(status=status, reason=reason, ended=_now(), seconds=self.elapsed, heartbeat=time.time())
-            except OSError as error:  # for example a full disk: the freed lock still tells that the run is over
-                print(f"{self.path / 'run.json'}: {error}; the run ended as {status}", file=sys.stderr)
+                self.update(
+                    status=status,
+                    reason=reason,
+                    ended=_now(),
+                    seconds=self.elapsed,
+                    heartbeat=time.time(),
+                )
+            except (
+                OSError
+            ) as error:  # for example a full disk: the freed lock still tells that the run is over
+                print(
+                    f"{self.path / 'run.json'}: {error}; the run ended as {status}", file=sys.stderr
+                )
             lock.close()
 
     @contextmanager
@@ -388,25 +439,51 @@ class Run(RunLife):
     """
 
     @classmethod
-    def create(cls, method: str, settings: dict, out=None, parents=(), via: str = "python") -> "Run":
+    def create(
+        cls, method: str, settings: dict, out=None, parents=(), via: str = "python"
+    ) -> "Run":
         "A new run below `out`. Raises `WrongInput` where that cannot be written."
         folder = runs_folder(out)
         made = datetime.now(timezone.utc)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            while True:  # names are taken by making the folder, so runs that start at once do not meet
+            while (
+                True
+            ):  # names are taken by making the folder, so runs that start at once do not meet
                 name = f"{made:%Y%m%d-%H%M%S}-{method}-{secrets.token_hex(2)}"
                 with suppress(FileExistsError):
                     (folder / name).mkdir()
                     break
             record = dict(
-                id=name, method=method, settings=settings, seed=settings.get("seed"), versions=versions(), device=None, dtype=None, processes=1, parallel=None, parents=list(parents),
-                status="created", reason=None, created=made.isoformat(timespec="seconds"), started=None, ended=None, seconds=0.0, heartbeat=None,
-                host=socket.gethostname(), pid=None, via=via, step=0, total=settings.get("steps"), summary={},
-            )  # fmt: skip
+                id=name,
+                method=method,
+                settings=settings,
+                seed=settings.get("seed"),
+                versions=versions(),
+                device=None,
+                dtype=None,
+                processes=1,
+                parallel=None,
+                parents=list(parents),
+                status="created",
+                reason=None,
+                created=made.isoformat(timespec="seconds"),
+                started=None,
+                ended=None,
+                seconds=0.0,
+                heartbeat=None,
+                host=socket.gethostname(),
+                pid=None,
+                via=via,
+                step=0,
+                total=settings.get("steps"),
+                summary={},
+            )
             replace_file(folder / name / "run.json", json.dumps(_plain(record), indent=1))
         except OSError as error:
-            raise WrongInput(f"{folder}: runs cannot be written there ({error.strerror}); give another folder with --out") from None
+            raise WrongInput(
+                f"{folder}: runs cannot be written there ({error.strerror}); give another folder with --out"
+            ) from None
         return cls(folder / name)
 
     def __repr__(self):
@@ -436,11 +513,15 @@ def open_run(run, out=None) -> Run:
     close = [n for n in names if n == str(run)] or [n for n in names if str(run) in n]
     if len(close) != 1:
         found = f"{len(close)} runs have that in their id" if close else "no such run"
-        raise WrongInput(f"run {str(run)!r} in {runs_folder(out)}: {found}; {nearest(run, close or names[-20:])}")
+        raise WrongInput(
+            f"run {str(run)!r} in {runs_folder(out)}: {found}; {nearest(run, close or names[-20:])}"
+        )
     return Run(runs_folder(out) / close[0])
 
 
 def parent_of(model: str) -> list[str]:
     "The id of the run that made the model `model` (a folder, or a run's id), as a list of parents."
-    places = [p for path in (Path(model).absolute(), runs_folder() / model) for p in (path, *path.parents)]
+    places = [
+        p for path in (Path(model).absolute(), runs_folder() / model) for p in (path, *path.parents)
+    ]
     return next(([p.name] for p in places if (p / "run.json").exists()), [])

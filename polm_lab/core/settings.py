@@ -20,7 +20,9 @@ from .knobs import ADAPTER, Knob, Part, PartKnob, WrongInput, knob, nearest
 def redefault(name: str, default, source: str = ""):
     "The common knob `name` with another default."
     common = Settings.__dataclass_fields__[name]
-    return field(default=default, metadata={**common.metadata, **({"source": source} if source else {})})
+    return field(
+        default=default, metadata={**common.metadata, **({"source": source} if source else {})}
+    )
 
 
 def knobs(settings) -> list[Knob]:
@@ -41,7 +43,11 @@ class RunSettings:
 
     model: str = knob("tiny", "model to start from: `tiny`, a folder, a run, or a Hub id")
     seed: int = knob(0, "seed of data order, sampling and initialization", low=0, high=2**31 - 1)
-    dtype: str = knob("auto", "type of the weights; auto is float32, and bfloat16 on a GPU that has it in hardware", choices=("auto", "float32", "bfloat16", "float16"))
+    dtype: str = knob(
+        "auto",
+        "type of the weights; auto is float32, and bfloat16 on a GPU that has it in hardware",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
     device: str = knob("auto", "where to compute: auto, cpu, cuda, cuda:1, mps")
 
     def __post_init__(self):
@@ -53,9 +59,13 @@ class RunSettings:
 class SavedSettings(RunSettings):
     "What all methods share that save weights."
 
-    save_dtype: str = knob("auto", "type of the saved weights; auto: as the files of `model` came", choices=("auto", "float32", "bfloat16", "float16"))
+    save_dtype: str = knob(
+        "auto",
+        "type of the saved weights; auto: as the files of `model` came",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
 
-
+# %% ../../nbs/core/settings.ipynb #2c56e366
 @dataclass(kw_only=True)
 class Settings(SavedSettings):
     "What all training shares."
@@ -64,21 +74,48 @@ class Settings(SavedSettings):
     eval_data: str = knob("", "evaluation data; empty means the held-out part of `data`")
     eval_rows: int = knob(64, "rows of the evaluation data that are used", "rows", low=1)
     steps: int = knob(100, "optimizer steps", "steps", low=0, log=True)
-    batch_size: int = knob(16, "rows that go through the model at once, over all processes", "rows", low=1, log=True)
+    batch_size: int = knob(
+        16, "rows that go through the model at once, over all processes", "rows", low=1, log=True
+    )
     accumulate: int = knob(1, "batches whose gradients are added up for one step", "batches", low=1)
     learning_rate: float = knob(1e-3, "peak learning rate of AdamW", low=0, high=10, log=True)
-    schedule: str = knob("linear", "shape of the learning rate after warm-up", choices=("constant", "linear", "cosine", "wsd"))
-    warmup: float = knob(0.1, "share of the steps in which the learning rate rises from 0", low=0, high=1)
+    schedule: str = knob(
+        "linear",
+        "shape of the learning rate after warm-up",
+        choices=("constant", "linear", "cosine", "wsd"),
+    )
+    warmup: float = knob(
+        0.1, "share of the steps in which the learning rate rises from 0", low=0, high=1
+    )
     weight_decay: float = knob(0.0, "decoupled weight decay of matrices", low=0, high=10)
     clip: float = knob(1.0, "largest norm of the gradient; 0 means no clipping", low=0)
     max_length: int = knob(256, "longest row", "tokens", low=2, log=True)
-    adapter: str = knob("none", "PEFT adapter by name with its settings, such as `lora:r=8,lora_alpha=16`; `none` trains all weights", parts=ADAPTER)
-    chat_template: str = knob("", "template of conversations, for a model that has none: a built-in name or a .jinja file; empty keeps the model's own")
-    gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, about a third more time")
-    eval_every: int = knob(0, "evaluate each so many steps; 0 means only before and after", "steps", low=0)
-    save_every: int = knob(50, "write a checkpoint each so many steps; 0 means only when stopped", "steps", low=0)
-    engine: str = knob("lab", "who trains: our loop, or TRL's public trainer", choices=("lab", "trl"))
-    tracker: str = knob("none", "also report to this tracker of accelerate", choices=("none", "tensorboard", "wandb", "trackio"))
+    adapter: str = knob(
+        "none",
+        "PEFT adapter by name with its settings, such as `lora:r=8,lora_alpha=16`; `none` trains all weights",
+        parts=ADAPTER,
+    )
+    chat_template: str = knob(
+        "",
+        "template of conversations, for a model that has none: a built-in name or a .jinja file; empty keeps the model's own",
+    )
+    gradient_checkpointing: bool = knob(
+        False, "recompute activations in the backward pass: less memory, about a third more time"
+    )
+    eval_every: int = knob(
+        0, "evaluate each so many steps; 0 means only before and after", "steps", low=0
+    )
+    save_every: int = knob(
+        50, "write a checkpoint each so many steps; 0 means only when stopped", "steps", low=0
+    )
+    engine: str = knob(
+        "lab", "who trains: our loop, or TRL's public trainer", choices=("lab", "trl")
+    )
+    tracker: str = knob(
+        "none",
+        "also report to this tracker of accelerate",
+        choices=("none", "tensorboard", "wandb", "trackio"),
+    )
 
 # %% ../../nbs/core/settings.ipynb #b14a6626
 def make_settings(cls: type, values: dict):

@@ -53,14 +53,23 @@ class Recipe:
     weight_decay: float = 0.1
     clip: float = 1.0
     seed: int = 0
-    shares: tuple = (("sums", 0.41), ("facts", 0.23), ("chat", 0.18), ("stories", 0.08), ("code", 0.10))  # of the tokens
+    shares: tuple = (
+        ("sums", 0.41),
+        ("facts", 0.23),
+        ("chat", 0.18),
+        ("stories", 0.08),
+        ("code", 0.10),
+    )  # of the tokens
 
 
 def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
     "A byte-level BPE tokenizer in which every digit is a token of its own, trained on documents of the tasks."
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -70,7 +79,11 @@ def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     rng = random.Random(f"tokenizer/{recipe.seed}")
-    texts = [task.document(rng).replace(TURN, "").replace(END, "") for task in TASKS.values() for _ in range(4000)]
+    texts = [
+        task.document(rng).replace(TURN, "").replace(END, "")
+        for task in TASKS.values()
+        for _ in range(4000)
+    ]
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -82,7 +95,7 @@ def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
     )
 
-
+# %% ../../nbs/data/base.ipynb #93ccdb19
 def make_model(recipe: Recipe, tokenizer) -> LlamaForCausalLM:
     "A new Llama model with tied embeddings, initialized from the recipe's seed."
     torch.manual_seed(recipe.seed)
@@ -119,12 +132,18 @@ def draw_documents(recipe: Recipe, tokenizer, step: int) -> list[list[int]]:
     return documents
 
 
-def microbatches(documents: list[list[int]], pad: int, size: int = 4096) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def microbatches(
+    documents: list[list[int]], pad: int, size: int = 4096
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     "Documents sorted by length and padded into tensors of at most about `size` tokens: (input ids, labels with -100 for padding)."
     documents, batches = sorted(documents, key=len), []
     while documents:
         n = 1
-        while n < len(documents) and (n + 1) * len(documents[n]) <= size and len(documents[n]) <= 1.3 * len(documents[0]) + 4:
+        while (
+            n < len(documents)
+            and (n + 1) * len(documents[n]) <= size
+            and len(documents[n]) <= 1.3 * len(documents[0]) + 4
+        ):
             n += 1
         rows, documents = documents[:n], documents[n:]
         longest = len(rows[-1])
@@ -137,19 +156,26 @@ def microbatches(documents: list[list[int]], pad: int, size: int = 4096) -> list
 def summed_loss(model, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     "Summed next-token cross-entropy in nats. Rows are padded on the right, so the causal mask alone keeps padding out."
     logits = model(input_ids=ids, use_cache=False).logits
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+    return F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+    )
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
     "Warm-up, plateau, linear decay to 0 (WSD)."
-    return recipe.learning_rate * min(1.0, (step + 1) / recipe.warmup, (recipe.steps - step) / (recipe.decay * recipe.steps))
+    return recipe.learning_rate * min(
+        1.0, (step + 1) / recipe.warmup, (recipe.steps - step) / (recipe.decay * recipe.steps)
+    )
 
 
 def make_optimizer(recipe: Recipe, model) -> torch.optim.AdamW:
     "AdamW; decay on matrices, none on norms."
     matrices = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
@@ -159,7 +185,9 @@ def save_atomic(value, path: Path):
     os.replace(path.with_suffix(".part"), path)
 
 # %% ../../nbs/data/base.ipynb #6481825a
-def pretrain(recipe: Recipe, work: Path, save_every: int = 100, stop_at: int | None = None, say=print):
+def pretrain(
+    recipe: Recipe, work: Path, save_every: int = 100, stop_at: int | None = None, say=print
+):
     "Train from the state in `work`, or from the start; returns (model, tokenizer). Killed and called again, it ends in the same bits."
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "tokenizer.json").exists():
@@ -189,27 +217,44 @@ def pretrain(recipe: Recipe, work: Path, save_every: int = 100, stop_at: int | N
         seen += targets
         done = step + 1
         if done % 20 == 0:
-            say(f"step {done} loss {total:.4f} norm {norm:.2f} tokens/s {seen / (time.time() - began):.0f}")
+            say(
+                f"step {done} loss {total:.4f} norm {norm:.2f} tokens/s {seen / (time.time() - began):.0f}"
+            )
         if done % save_every == 0 or done == recipe.steps or done == stop_at:
-            save_atomic({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}, state)
+            save_atomic(
+                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done},
+                state,
+            )
     return model, tokenizer
 
 # %% ../../nbs/data/base.ipynb #638dbe3e
 @torch.no_grad()
 def sample(
-    model, tokenizer, prompts: list, samples: int = 1, max_new_tokens: int = 64, seed: int = 0, greedy: bool = False
+    model,
+    tokenizer,
+    prompts: list,
+    samples: int = 1,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    greedy: bool = False,
 ) -> list[list[str]]:
     "`samples` completions of each prompt (text or conversation) at temperature 1; prompts of one length go through together."
     ids = [prompt_ids(tokenizer, p) for p in prompts]
     torch.manual_seed(seed)
     texts: list[list[str]] = [[] for _ in prompts]
-    how = dict(do_sample=False) if greedy else dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+    how = (
+        dict(do_sample=False)
+        if greedy
+        else dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+    )
     how |= dict(max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id)
     for length in sorted(set(map(len, ids))):
         which = [i for i, row in enumerate(ids) if len(row) == length for _ in range(samples)]
         batch = torch.tensor([ids[i] for i in which])
         out = model.generate(batch, attention_mask=torch.ones_like(batch), **how)
-        for i, text in zip(which, tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)):
+        for i, text in zip(
+            which, tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
+        ):
             texts[i].append(text)
     return texts
 
@@ -227,15 +272,25 @@ def perplexity(model, tokenizer, texts: list[str]) -> float:
     total = sum(summed_loss(model, *b).item() for b in batches)
     return math.exp(total / sum(int((labels[:, 1:] != -100).sum()) for _, labels in batches))
 
-
+# %% ../../nbs/data/base.ipynb #e0285c6d
 TESTS = (  # task, form, longest reply in tokens
-    ("sums", "direct", 8), ("sums", "steps", 32), ("sums", "check", 40), ("sums", "solve", 48), ("facts", "recall", 8),
-    ("facts", "reading", 8), ("chat", "safe", 96), ("chat", "unsafe", 96), ("stories", "tell", 64), ("stories", "label", 4),
+    ("sums", "direct", 8),
+    ("sums", "steps", 32),
+    ("sums", "check", 40),
+    ("sums", "solve", 48),
+    ("facts", "recall", 8),
+    ("facts", "reading", 8),
+    ("chat", "safe", 96),
+    ("chat", "unsafe", 96),
+    ("stories", "tell", 64),
+    ("stories", "label", 4),
     ("code", "any", 24),
-)  # fmt: skip
+)
 
 
-def measure(model, tokenizer, n: int = 100, samples: int = 4, tests=TESTS) -> dict[str, dict[str, float]]:
+def measure(
+    model, tokenizer, n: int = 100, samples: int = 4, tests=TESTS
+) -> dict[str, dict[str, float]]:
     """Figures on held-out questions, by task and form, and the perplexity of clean text by task.
 
     one: mean score of a sample; any: share of prompts with a full score among the samples; greedy: mean score of the greedy reply.
@@ -246,8 +301,14 @@ def measure(model, tokenizer, n: int = 100, samples: int = 4, tests=TESTS) -> di
         task = TASKS[name]
         rows = task.rows("prompt", n, seed=1, split="test", form=form)
         prompts = [r["prompt"] for r in rows]
-        drawn = [[task.score(r, t) for t in ts] for r, ts in zip(rows, sample(model, tokenizer, prompts, samples, new))]
-        best = [task.score(r, ts[0]) for r, ts in zip(rows, sample(model, tokenizer, prompts, 1, new, greedy=True))]
+        drawn = [
+            [task.score(r, t) for t in ts]
+            for r, ts in zip(rows, sample(model, tokenizer, prompts, samples, new))
+        ]
+        best = [
+            task.score(r, ts[0])
+            for r, ts in zip(rows, sample(model, tokenizer, prompts, 1, new, greedy=True))
+        ]
         figures[f"{name}/{form}"] = {
             "one": sum(map(sum, drawn)) / n / samples,
             "any": sum(max(d) >= 1 for d in drawn) / n,
@@ -264,18 +325,30 @@ def save_base(model, tokenizer, recipe: Recipe, figures: dict, out: Path):
     "Write the model folder: weights as safetensors, tokenizer, template, recipe and figures."
     out.mkdir(parents=True, exist_ok=True)
     model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True, temperature=1.0, max_new_tokens=64
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=True,
+        temperature=1.0,
+        max_new_tokens=64,
     )
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    if (out / "chat_template.jinja").exists():  # into tokenizer_config.json, where readers of every age look for it
+    if (
+        out / "chat_template.jinja"
+    ).exists():  # into tokenizer_config.json, where readers of every age look for it
         config = json.loads((out / "tokenizer_config.json").read_text())
         config["chat_template"] = TEMPLATE
-        config = {k: v for k, v in config.items() if k not in ("is_local", "local_files_only")}  # where it was loaded from, not what it is
+        config = {
+            k: v for k, v in config.items() if k not in ("is_local", "local_files_only")
+        }  # where it was loaded from, not what it is
         (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
         (out / "chat_template.jinja").unlink()
-    (out / "recipe.json").write_text(json.dumps({**asdict(recipe), "torch": torch.__version__}, indent=2) + "\n")
-    rounded = {name: {key: round(value, 4) for key, value in f.items()} for name, f in figures.items()}
+    (out / "recipe.json").write_text(
+        json.dumps({**asdict(recipe), "torch": torch.__version__}, indent=2) + "\n"
+    )
+    rounded = {
+        name: {key: round(value, 4) for key, value in f.items()} for name, f in figures.items()
+    }
     (out / "figures.json").write_text(json.dumps(rounded, indent=2) + "\n")
     (out / "README.md").write_text(readme(model, recipe, figures))
 
@@ -300,7 +373,11 @@ def readme(model, recipe: Recipe, figures: dict) -> str:
         "",
         "| task/form | one | any | greedy |",
         "| --- | --- | --- | --- |",
-        *(f"| {k} | {v['one']:.2f} | {v['any']:.2f} | {v['greedy']:.2f} |" for k, v in figures.items() if "one" in v),
+        *(
+            f"| {k} | {v['one']:.2f} | {v['any']:.2f} | {v['greedy']:.2f} |"
+            for k, v in figures.items()
+            if "one" in v
+        ),
         "",
         "| task | perplexity of clean text |",
         "| --- | --- |",
@@ -308,12 +385,14 @@ def readme(model, recipe: Recipe, figures: dict) -> str:
     ]
     return "\n".join(lines) + "\n"
 
-
+# %% ../../nbs/data/base.ipynb #6cf08fe6
 def main(arguments: list[str] | None = None, recipe: Recipe = Recipe()):
     "Train `tiny` (or go on where a killed training stopped) and write its folder."
     parser = argparse.ArgumentParser(description="Pretrain the embedded base model.")
     parser.add_argument("--out", type=Path, default=Path("data/tiny"), help="model folder to write")
-    parser.add_argument("--work", type=Path, default=Path("runs/base"), help="folder of the resumable state")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/base"), help="folder of the resumable state"
+    )
     parser.add_argument("--steps", type=int, default=recipe.steps)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(arguments)

@@ -14,7 +14,9 @@ def pack_rows(lengths: list[int], size: int) -> list[list[int]]:
     rows, room = [], []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if lengths[i] > size:
-            raise WrongInput(f"an example of {lengths[i]} tokens does not fit rows of {size}; expected pack >= max_length")
+            raise WrongInput(
+                f"an example of {lengths[i]} tokens does not fit rows of {size}; expected pack >= max_length"
+            )
         r = next((r for r, free in enumerate(room) if free >= lengths[i]), None)
         if r is None:
             r = len(rows)
@@ -33,7 +35,11 @@ def collate(examples: list[dict], pad_id: int, pack: int = 0) -> dict:
     """
     import torch
 
-    groups = pack_rows([len(e["input_ids"]) for e in examples], pack) if pack else [[i] for i in range(len(examples))]
+    groups = (
+        pack_rows([len(e["input_ids"]) for e in examples], pack)
+        if pack
+        else [[i] for i in range(len(examples))]
+    )
     time = max(sum(len(examples[i]["input_ids"]) for i in group) for group in groups)
     rows = {"input_ids": [], "attention_mask": [], "completion_mask": [], "position_ids": []}
     for group in groups:
@@ -41,18 +47,24 @@ def collate(examples: list[dict], pad_id: int, pack: int = 0) -> dict:
         for i in group:
             n = len(examples[i]["input_ids"])
             ids += examples[i]["input_ids"]
-            target += [0, *examples[i].get("completion_mask", [0] * n)[1:]]  # the token before the first belongs to another example
+            target += [
+                0,
+                *examples[i].get("completion_mask", [0] * n)[1:],
+            ]  # the token before the first belongs to another example
             position += range(n)
         rest = time - len(ids)
         position += range(rest)  # the padding is a sequence of its own
-        for name, row in zip(rows, (ids + [pad_id] * rest, [1] * len(ids) + [0] * rest, target + [0] * rest, position)):
+        for name, row in zip(
+            rows,
+            (ids + [pad_id] * rest, [1] * len(ids) + [0] * rest, target + [0] * rest, position),
+        ):
             rows[name].append(row)
     batch = {name: torch.tensor(row, dtype=torch.long) for name, row in rows.items()}
     if pack:
         return batch | {"attention_mask": None}
     return {name: batch[name] for name in ("input_ids", "attention_mask", "completion_mask")}
 
-
+# %% ../../nbs/data/batches.ipynb #97ba310d
 def check_packing(model):
     "Raise `WrongInput` if `model` lets one packed example see another (some architectures ignore restarted positions)."
     import torch
@@ -66,19 +78,32 @@ def check_packing(model):
     model.eval()
     with torch.no_grad():
         alone = model(input_ids=ids[:, 6:], use_cache=False).logits
-        packed = [model(input_ids=x, position_ids=position, attention_mask=None, use_cache=False).logits[:, -6:] for x in (ids, other)]
+        packed = [
+            model(input_ids=x, position_ids=position, attention_mask=None, use_cache=False).logits[
+                :, -6:
+            ]
+            for x in (ids, other)
+        ]
     model.train(was)
     scale = alone.abs().max().clamp_min(1e-6)
     error = max((p - alone).abs().max() / scale for p in packed).item()
-    if not error < (1e-4 if alone.dtype == torch.float32 else 0.03):  # rounding is less, a leak is more
+    if not error < (
+        1e-4 if alone.dtype == torch.float32 else 0.03
+    ):  # rounding is less, a leak is more
         kind = getattr(model.config, "model_type", "this")
-        raise WrongInput(f"pack: a {kind} model mixes the examples of a packed row (logits differ by {error:.1%}); expected none to see another; use pack = 0")
+        raise WrongInput(
+            f"pack: a {kind} model mixes the examples of a packed row (logits differ by {error:.1%}); expected none to see another; use pack = 0"
+        )
 
 
 def _length(example: dict) -> int:
     if "input_ids" in example:
         return len(example["input_ids"])
-    sides = example["completions"] if "completions" in example else [example["chosen"], example["rejected"]]
+    sides = (
+        example["completions"]
+        if "completions" in example
+        else [example["chosen"], example["rejected"]]
+    )
     return max(len(side["input_ids"]) for side in sides)
 
 
@@ -93,7 +118,9 @@ class Order:
 
     def __init__(self, n: int, rows_per_step: int, seed: int):
         if n < 1 or rows_per_step < 1:
-            raise WrongInput(f"{n} rows, {rows_per_step} rows a step: expected at least one of each; give more data or a larger batch_size")
+            raise WrongInput(
+                f"{n} rows, {rows_per_step} rows a step: expected at least one of each; give more data or a larger batch_size"
+            )
         self.n, self.rows_per_step, self.seed = n, rows_per_step, seed
         self._epochs: dict[int, list[int]] = {}
 
@@ -103,10 +130,14 @@ class Order:
 
             if len(self._epochs) > 2:
                 self._epochs.clear()
-            self._epochs[epoch] = numpy.random.default_rng([self.seed, epoch]).permutation(self.n).tolist()
+            self._epochs[epoch] = (
+                numpy.random.default_rng([self.seed, epoch]).permutation(self.n).tolist()
+            )
         return self._epochs[epoch]
 
     def rows(self, step: int) -> list[int]:
         "The row numbers of step 0, 1, ..."
         start = step * self.rows_per_step
-        return [self._epoch(i // self.n)[i % self.n] for i in range(start, start + self.rows_per_step)]
+        return [
+            self._epoch(i // self.n)[i % self.n] for i in range(start, start + self.rows_per_step)
+        ]

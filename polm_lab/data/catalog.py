@@ -39,7 +39,12 @@ def said(text: str, role: str = "user") -> list[dict]:
 
 def pair(prompt: str, chosen: str, rejected: str, **more) -> dict:
     "A row of kind `preference`."
-    return dict(prompt=said(prompt), chosen=said(chosen, "assistant"), rejected=said(rejected, "assistant"), **more)
+    return dict(
+        prompt=said(prompt),
+        chosen=said(chosen, "assistant"),
+        rejected=said(rejected, "assistant"),
+        **more,
+    )
 
 
 def answered(prompt: str, answer: str, **more) -> dict:
@@ -51,9 +56,15 @@ def from_summaries(row: dict) -> Iterator[dict]:
     "OpenAI Summarization: a post (or article), two summaries, and which one was chosen."
     info, summaries, choice = need(row, "info"), need(row, "summaries"), need(row, "choice")
     if choice not in (0, 1) or len(summaries) != 2:
-        raise WrongInput(f"{getattr(row, 'where', 'row')}: choice is {choice!r} of {len(summaries)} summaries; expected 0 or 1 of 2; correct this row")
+        raise WrongInput(
+            f"{getattr(row, 'where', 'row')}: choice is {choice!r} of {len(summaries)} summaries; expected 0 or 1 of 2; correct this row"
+        )
     text = info.get("post") or info.get("article") or need(row, "info", "post")
-    yield pair(f"Summarize:\n\n{text.strip()}", summaries[choice]["text"].strip(), summaries[1 - choice]["text"].strip())
+    yield pair(
+        f"Summarize:\n\n{text.strip()}",
+        summaries[choice]["text"].strip(),
+        summaries[1 - choice]["text"].strip(),
+    )
 
 
 def from_shp(row: dict) -> Iterator[dict]:
@@ -77,7 +88,11 @@ def from_stackexchange(row: dict) -> Iterator[dict]:
     texts, scores = [plain(a["text"]) for a in answers], [float(a["pm_score"]) for a in answers]
     if len(answers) > 1 and scores[0] > scores[-1]:
         prompt = plain(need(row, "question"))
-        yield dict(pair(prompt, texts[0], texts[-1]), completions=[said(t, "assistant") for t in texts], scores=scores)
+        yield dict(
+            pair(prompt, texts[0], texts[-1]),
+            completions=[said(t, "assistant") for t in texts],
+            scores=scores,
+        )
 
 
 def plain(html: str) -> str:
@@ -102,14 +117,23 @@ def from_oasst(rows: list[dict]) -> Iterator[dict]:
     for parent, found in answers.items():
         thread, at = [], by_id[parent]
         while at is not None:
-            thread.append({"role": "user" if at["role"] == "prompter" else "assistant", "content": at["text"]})
+            thread.append(
+                {"role": "user" if at["role"] == "prompter" else "assistant", "content": at["text"]}
+            )
             at = by_id.get(at.get("parent_id"))
         ranked = sorted((a for a in found if a.get("rank") is not None), key=lambda a: a["rank"])
         order = ranked or found
-        row = dict(prompt=thread[::-1], completion=said(order[0]["text"], "assistant"), where=getattr(by_id[parent], "where", "row"))
+        row = dict(
+            prompt=thread[::-1],
+            completion=said(order[0]["text"], "assistant"),
+            where=getattr(by_id[parent], "where", "row"),
+        )
         if len(ranked) > 1:
             row |= dict(chosen=row["completion"], rejected=said(ranked[-1]["text"], "assistant"))
-            row |= dict(completions=[said(a["text"], "assistant") for a in ranked], scores=[-float(a["rank"]) for a in ranked])
+            row |= dict(
+                completions=[said(a["text"], "assistant") for a in ranked],
+                scores=[-float(a["rank"]) for a in ranked],
+            )
         yield row
 
 # %% ../../nbs/data/catalog.ipynb #b30df324
@@ -122,40 +146,61 @@ def from_inputs(row: dict) -> Iterator[dict]:
 
 def from_natural(row: dict) -> Iterator[dict]:
     "Super-NaturalInstructions: the task's definition stands before the input."
-    yield answered(f"{need(row, 'definition').strip()}\n\n{need(row, 'inputs').strip()}", need(row, "targets").strip())
+    yield answered(
+        f"{need(row, 'definition').strip()}\n\n{need(row, 'inputs').strip()}",
+        need(row, "targets").strip(),
+    )
 
 
 def from_unnatural(row: dict) -> Iterator[dict]:
     "Unnatural Instructions: one row for each instance of an instruction, and for each paraphrase of it."
     for one in [*need(row, "instances"), *(row.get("reformulations") or [])]:
         prompt, limit = need(one, "instruction_with_input").strip(), one.get("constraints") or ""
-        yield answered(prompt + (f"\n\n{limit.strip()}" if limit.strip() not in ("", "None.", "None") else ""), need(one, "output").strip())
+        yield answered(
+            prompt + (f"\n\n{limit.strip()}" if limit.strip() not in ("", "None.", "None") else ""),
+            need(one, "output").strip(),
+        )
 
 
 def from_dolly(row: dict) -> Iterator[dict]:
     "Dolly: an instruction, perhaps with a context."
     context = (row.get("context") or "").strip()
-    yield answered(need(row, "instruction").strip() + (f"\n\n{context}" if context else ""), need(row, "response").strip(), category=row.get("category", ""))
+    yield answered(
+        need(row, "instruction").strip() + (f"\n\n{context}" if context else ""),
+        need(row, "response").strip(),
+        category=row.get("category", ""),
+    )
 
 
 def from_orca(row: dict) -> Iterator[dict]:
     "OpenOrca: the system prompt is a turn of its own."
     system = (row.get("system_prompt") or "").strip()
     prompt = said(need(row, "question").strip())
-    yield dict(prompt=(said(system, "system") if system else []) + prompt, completion=said(need(row, "response").strip(), "assistant"))
+    yield dict(
+        prompt=(said(system, "system") if system else []) + prompt,
+        completion=said(need(row, "response").strip(), "assistant"),
+    )
 
-
+# %% ../../nbs/data/catalog.ipynb #8d0bd7a9
 def from_hc3(row: dict) -> Iterator[dict]:
     "HC3: what ChatGPT answered is what is learned; what people answered is kept under `human`."
     answers = [a.strip() for a in need(row, "chatgpt_answers") if a and a.strip()]
     if answers:
-        yield answered(need(row, "question").strip(), answers[0], human=[a.strip() for a in need(row, "human_answers")])
+        yield answered(
+            need(row, "question").strip(),
+            answers[0],
+            human=[a.strip() for a in need(row, "human_answers")],
+        )
 
 
 def from_baize(row: dict) -> Iterator[dict]:
     "Baize: a transcript with [|Human|] and [|AI|] as messages; what the human says last and nobody answers goes."
     parts = re.split(r"\[\|(Human|AI)\|\]", need(row, "input"))
-    messages = [dict(role="user" if who == "Human" else "assistant", content=text.strip()) for who, text in zip(parts[1::2], parts[2::2]) if text.strip()]
+    messages = [
+        dict(role="user" if who == "Human" else "assistant", content=text.strip())
+        for who, text in zip(parts[1::2], parts[2::2])
+        if text.strip()
+    ]
     while messages and messages[-1]["role"] == "user":
         messages.pop()
     if messages:
@@ -164,10 +209,19 @@ def from_baize(row: dict) -> Iterator[dict]:
 
 def from_turns(row: dict) -> Iterator[dict]:
     "WildChat, GenQA, UltraChat: turns under `conversation`, `text`, or `messages`, of which role and content are kept."
-    turns = next((row[name] for name in ("conversation", "messages", "text") if isinstance(row.get(name), list)), None) or need(row, "messages")
-    yield dict(messages=[dict(role=need(turn, "role"), content=need(turn, "content")) for turn in turns])
+    turns = next(
+        (
+            row[name]
+            for name in ("conversation", "messages", "text")
+            if isinstance(row.get(name), list)
+        ),
+        None,
+    ) or need(row, "messages")
+    yield dict(
+        messages=[dict(role=need(turn, "role"), content=need(turn, "content")) for turn in turns]
+    )
 
-
+# %% ../../nbs/data/catalog.ipynb #d2f1cdd4
 def as_it_is(row: dict) -> Iterator[dict]:
     "A schema that `data/schema` knows by itself."
     yield row
@@ -193,7 +247,11 @@ class Entry:
     @property
     def address(self) -> str:
         "Of its card."
-        return f"https://huggingface.co/datasets/{self.hub.partition(':')[0]}" if self.hub else self.source
+        return (
+            f"https://huggingface.co/datasets/{self.hub.partition(':')[0]}"
+            if self.hub
+            else self.source
+        )
 
     @property
     def whole(self) -> bool:
@@ -202,9 +260,15 @@ class Entry:
 
 
 with open(data_folder() / "datasets.csv", newline="", encoding="utf-8") as _file:
-    CATALOG = {row["name"]: Entry(**row | dict(rows=globals()[row["rows"] or "as_it_is"], kinds=tuple(row["kinds"].split()))) for row in csv.DictReader(_file)}
+    CATALOG = {
+        row["name"]: Entry(
+            **row
+            | dict(rows=globals()[row["rows"] or "as_it_is"], kinds=tuple(row["kinds"].split()))
+        )
+        for row in csv.DictReader(_file)
+    }
 
-
+# %% ../../nbs/data/catalog.ipynb #31e683e4
 def read(rows, entry: Entry, skip: bool = False) -> list[dict]:
     """The rows of a data set under our column names, each with the place it came from.
 
@@ -213,7 +277,10 @@ def read(rows, entry: Entry, skip: bool = False) -> list[dict]:
     from polm_lab.data.rows import Row
 
     if entry.whole:
-        return [Row({k: v for k, v in row.items() if k != "where"}, row.get("where", "row")) for row in entry.rows(rows)]
+        return [
+            Row({k: v for k, v in row.items() if k != "where"}, row.get("where", "row"))
+            for row in entry.rows(rows)
+        ]
     out, first = [], None
     for row in rows:
         try:
@@ -240,10 +307,12 @@ def entry_of(source: str) -> tuple[Entry, str] | None:
         return None
     entry = CATALOG[name]
     if not file and not entry.hub:
-        raise WrongInput(f"data {name!r}: it is not on the Hub; expected a file of it; fetch one from {entry.source} and write {name}@FILE")
+        raise WrongInput(
+            f"data {name!r}: it is not on the Hub; expected a file of it; fetch one from {entry.source} and write {name}@FILE"
+        )
     return entry, file or entry.hub
 
-
+# %% ../../nbs/data/catalog.ipynb #22f22c62
 def of_several_kinds(source: str) -> bool:
     "Whether `source` names a data set of which some rows are of one kind and others of another, so that those of other kinds are left out."
     name, _ = split_source(source)

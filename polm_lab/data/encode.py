@@ -23,7 +23,9 @@ def _opening(tokenizer) -> tuple[int, ...]:
     "The tokens that this tokenizer puts before every text (usually BOS, or nothing)."
     inner = tokenizer("a", add_special_tokens=False).input_ids
     outer = tokenizer("a").input_ids
-    return tuple(outer[: next((i for i in range(len(outer)) if outer[i : i + len(inner)] == inner), 0)])
+    return tuple(
+        outer[: next((i for i in range(len(outer)) if outer[i : i + len(inner)] == inner), 0)]
+    )
 
 
 def _tokens(tokenizer, text: str, limit: int, offsets: bool = False):
@@ -31,7 +33,12 @@ def _tokens(tokenizer, text: str, limit: int, offsets: bool = False):
     size = 8 * limit + 4096
     while True:
         whole = len(text) <= size
-        found = tokenizer(text if whole else text[:size], add_special_tokens=False, return_offsets_mapping=offsets, verbose=False)
+        found = tokenizer(
+            text if whole else text[:size],
+            add_special_tokens=False,
+            return_offsets_mapping=offsets,
+            verbose=False,
+        )
         if whole or len(found.input_ids) >= limit + MARGIN:
             n = len(found.input_ids) if whole else limit + 1
             return (found.input_ids[:n], found.offset_mapping[:n] if offsets else None, whole)
@@ -52,19 +59,27 @@ def _pair_ids(tokenizer, prompt: str, answer: str, row, max_length: int, opening
     before = [*opening, *before]
     if len(before) >= max_length:
         found = f"{len(before)} tokens" if whole else f"more than {max_length} tokens"
-        raise WrongInput(f"{row_place(row)}: prompt has {found}, which leaves no room for an answer; expected fewer than max_length = {max_length}; raise max_length or shorten the prompt")
+        raise WrongInput(
+            f"{row_place(row)}: prompt has {found}, which leaves no room for an answer; expected fewer than max_length = {max_length}; raise max_length or shorten the prompt"
+        )
     ids, _, whole = _tokens(tokenizer, prompt + answer, max_length)
     ids = [*opening, *ids]
     if ids[: len(before)] != before:
         seam, _, _ = _tokens(tokenizer, "\n", 1)
-        after, _, whole = _tokens(tokenizer, "\n" + answer, max_length)  # behind a line break, so that no space is put before it
-        after = after[len(seam) :] if after[: len(seam)] == seam else tokenizer(answer, add_special_tokens=False, verbose=False).input_ids
+        after, _, whole = _tokens(
+            tokenizer, "\n" + answer, max_length
+        )  # behind a line break, so that no space is put before it
+        after = (
+            after[len(seam) :]
+            if after[: len(seam)] == seam
+            else tokenizer(answer, add_special_tokens=False, verbose=False).input_ids
+        )
         ids = before + after
     if eos and whole and ids[-1:] != [tokenizer.eos_token_id]:
         ids.append(tokenizer.eos_token_id)
     return ids[:max_length], len(before)
 
-
+# %% ../../nbs/data/encode.ipynb #d3e13285
 def _pieces(tokenizer, texts: list[str], max_length: int) -> list[list[int]]:
     "The tokens of texts that follow each other, at most `max_length` in all, such that none reaches over a seam."
     out, room = [], max_length
@@ -74,7 +89,9 @@ def _pieces(tokenizer, texts: list[str], max_length: int) -> list[list[int]]:
             ids, _, _ = _tokens(tokenizer, text, room)
         elif text and room > 0:
             seam, _, _ = _tokens(tokenizer, "\n", 1)
-            ids, _, _ = _tokens(tokenizer, "\n" + text, room + len(seam))  # behind a line break, so that no space is put before it
+            ids, _, _ = _tokens(
+                tokenizer, "\n" + text, room + len(seam)
+            )  # behind a line break, so that no space is put before it
             if ids[: len(seam)] == seam:
                 ids = ids[len(seam) :]
             else:
@@ -92,14 +109,18 @@ def _borders(offsets: list[tuple[int, int]], cuts: list[int], whole: bool) -> li
             t += 1
         if t < len(offsets) and offsets[t][0] < cut:
             return None
-        reached = offsets[t - 1][1] if t else 0  # some tokenizers leave a space before a word out of its offsets
+        reached = (
+            offsets[t - 1][1] if t else 0
+        )  # some tokenizers leave a space before a word out of its offsets
         if reached != cut and (whole or t < len(offsets)):
             return None
         out.append(t)
     return out
 
 
-def _learned(tokenizer, text: str, spans: list[tuple[int, int]], max_length: int) -> tuple[list[int], list[int]]:
+def _learned(
+    tokenizer, text: str, spans: list[tuple[int, int]], max_length: int
+) -> tuple[list[int], list[int]]:
     """The tokens of `text`, at most `max_length`, and 1 for those in `spans`.
 
     They are those of the whole text where these have a border at each end of a span, else those of its pieces: the model has to learn from the prompt that it will see when it is asked.
@@ -124,18 +145,25 @@ def _learned(tokenizer, text: str, spans: list[tuple[int, int]], max_length: int
 def _answered(tokenizer, prompt, answer, row, max_length: int, completion_only: bool) -> dict:
     "Tokens and mask of a prompt with one answer."
     if isinstance(prompt, str):
-        ids, n = _pair_ids(tokenizer, prompt, answer, row, max_length, _opening(tokenizer), eos=True)
+        ids, n = _pair_ids(
+            tokenizer, prompt, answer, row, max_length, _opening(tokenizer), eos=True
+        )
         return _masked(ids, [int(t >= n or not completion_only) for t in range(len(ids))])
     whole, spans = learned_spans(tokenizer, prompt + answer, row, lambda k: k >= len(prompt))
     if not spans:
         refuse_row(row, "completion", "has weight 0 on each assistant turn", "one that is learned")
     if not whole[spans[-1][1] :].strip():
-        spans[-1] = (spans[-1][0], len(whole))  # a line break behind the answer belongs to the completion
+        spans[-1] = (
+            spans[-1][0],
+            len(whole),
+        )  # a line break behind the answer belongs to the completion
     first = spans[0][0]
     if len(spans) == 1 and spans[0][1] == len(whole):
         ids, n = _pair_ids(tokenizer, whole[:first], whole[first:], row, max_length, (), eos=False)
         return _masked(ids, [int(t >= n or not completion_only) for t in range(len(ids))])
-    _pair_ids(tokenizer, whole[:first], "", row, max_length, (), eos=False)  # refuses a prompt that leaves no room
+    _pair_ids(
+        tokenizer, whole[:first], "", row, max_length, (), eos=False
+    )  # refuses a prompt that leaves no room
     ids, mask = _learned(tokenizer, whole, spans, max_length)
     return _masked(ids, mask if completion_only else [1] * len(ids))
 
@@ -147,8 +175,15 @@ def _masked(ids: list[int], mask: list[int]) -> dict:
 # %% ../../nbs/data/encode.ipynb #c966a883
 def _steps(tokenizer, row, max_length: int) -> dict:
     "Prompt and steps, each step on a line of its own; the mask marks the last token of each step, where a process reward is read."
-    prompt = row["prompt"] if isinstance(row["prompt"], str) else _render(tokenizer, row["prompt"], row, opened=True)
-    ids = [*(_opening(tokenizer) if isinstance(row["prompt"], str) else ()), *_tokens(tokenizer, prompt, max_length)[0]]
+    prompt = (
+        row["prompt"]
+        if isinstance(row["prompt"], str)
+        else _render(tokenizer, row["prompt"], row, opened=True)
+    )
+    ids = [
+        *(_opening(tokenizer) if isinstance(row["prompt"], str) else ()),
+        *_tokens(tokenizer, prompt, max_length)[0],
+    ]
     mask, labels = [0] * len(ids), []
     for step, label in zip(row["completions"], row["labels"]):
         more = _tokens(tokenizer, step.rstrip("\n") + "\n", max_length)[0]
@@ -156,28 +191,45 @@ def _steps(tokenizer, row, max_length: int) -> dict:
             break
         ids, mask, labels = [*ids, *more], [*mask, *[0] * (len(more) - 1), 1], [*labels, label]
     if not labels:
-        raise WrongInput(f"{row_place(row)}: prompt and first step have more than max_length = {max_length} tokens; expected fewer; raise max_length")
+        raise WrongInput(
+            f"{row_place(row)}: prompt and first step have more than max_length = {max_length} tokens; expected fewer; raise max_length"
+        )
     return {"input_ids": ids, "completion_mask": mask, "labels": labels}
 
 # %% ../../nbs/data/encode.ipynb #809da298
-def _conversation(tokenizer, messages: list[dict], row, max_length: int, completion_only: bool) -> dict:
+def _conversation(
+    tokenizer, messages: list[dict], row, max_length: int, completion_only: bool
+) -> dict:
     "Tokens of a whole conversation; learned are the assistant's turns, or everything."
-    unlearned = [k + 1 for k, turn in enumerate(messages) if turn["role"] == "assistant" and turn.get("weight") == 0]
+    unlearned = [
+        k + 1
+        for k, turn in enumerate(messages)
+        if turn["role"] == "assistant" and turn.get("weight") == 0
+    ]
     if completion_only:
         whole, spans = learned_spans(tokenizer, messages, row)
         if not spans:
-            refuse_row(row, "messages", "have weight 0 on each assistant turn", "one that is learned")
+            refuse_row(
+                row, "messages", "have weight 0 on each assistant turn", "one that is learned"
+            )
         out = _masked(*_learned(tokenizer, whole, spans, max_length))
     else:
         if unlearned:
-            refuse_row(row, "messages", f"have weight 0 on turn {unlearned[0]}, and everything is to be learned", "no weights, or completion_only")
+            refuse_row(
+                row,
+                "messages",
+                f"have weight 0 on turn {unlearned[0]}, and everything is to be learned",
+                "no weights, or completion_only",
+            )
         ids, _, _ = _tokens(tokenizer, _render(tokenizer, messages, row), max_length)
         out = _masked(ids[:max_length], [1] * min(len(ids), max_length))
     if not any(out["completion_mask"]):
-        raise WrongInput(f"{row_place(row)}: no token of an assistant turn within max_length = {max_length}; expected at least one; raise max_length or shorten what stands before it")
+        raise WrongInput(
+            f"{row_place(row)}: no token of an assistant turn within max_length = {max_length}; expected at least one; raise max_length or shorten what stands before it"
+        )
     return out
 
-
+# %% ../../nbs/data/encode.ipynb #6a09d336
 def encode(tokenizer, row: dict, kind: str, max_length: int, completion_only: bool = True) -> dict:
     """A row as token ids with a mask of the tokens that are learned (`completion_mask`, 1 where token t is predicted from those before it).
 
@@ -207,7 +259,9 @@ def encode(tokenizer, row: dict, kind: str, max_length: int, completion_only: bo
         ids = [*(_opening(tokenizer) if isinstance(prompt, str) else ()), *ids]
         if len(ids) > max_length:
             found = f"{len(ids)} tokens" if whole else f"more than {max_length} tokens"
-            raise WrongInput(f"{row_place(row)}: prompt has {found}; expected at most max_length = {max_length}; raise max_length or shorten the prompt")
+            raise WrongInput(
+                f"{row_place(row)}: prompt has {found}; expected at most max_length = {max_length}; raise max_length or shorten the prompt"
+            )
         return {"input_ids": ids}
     if kind == "edit":
         return _answered(tokenizer, prompt, row["target"], row, max_length, completion_only)
@@ -215,9 +269,18 @@ def encode(tokenizer, row: dict, kind: str, max_length: int, completion_only: bo
         out = _answered(tokenizer, prompt, row["completion"], row, max_length, completion_only)
         return {**out, "label": row["label"]} if kind == "unpaired" else out
     if kind == "preference":
-        return {side: _answered(tokenizer, prompt, row[side], row, max_length, completion_only) for side in ("chosen", "rejected")}
+        return {
+            side: _answered(tokenizer, prompt, row[side], row, max_length, completion_only)
+            for side in ("chosen", "rejected")
+        }
     if kind == "ranked":
-        return {"completions": [_answered(tokenizer, prompt, one, row, max_length, completion_only) for one in row["completions"]], "scores": row["scores"]}
+        return {
+            "completions": [
+                _answered(tokenizer, prompt, one, row, max_length, completion_only)
+                for one in row["completions"]
+            ],
+            "scores": row["scores"],
+        }
     if kind == "stepwise":
         return _steps(tokenizer, row, max_length)
     raise WrongInput(f"kind {kind!r}: unknown; {nearest(kind, KINDS)}")

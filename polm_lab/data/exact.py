@@ -36,7 +36,11 @@ def slip(a: int, op: str, b: int, rng: random.Random) -> int:
         elif how < 0.6:
             wrong = truth + rng.choice((-10, 10))
         elif how < 0.85:  # each column alone, its carry or borrow forgotten
-            tens, units = (a // 10 + b // 10, (a + b) % 10) if op == "+" else (abs(a // 10 - b // 10), abs(a % 10 - b % 10))
+            tens, units = (
+                (a // 10 + b // 10, (a + b) % 10)
+                if op == "+"
+                else (abs(a // 10 - b // 10), abs(a % 10 - b % 10))
+            )
             wrong = tens * 10 + units if op != "*" else truth + rng.choice((-a, a))
         else:
             digits = str(truth)
@@ -45,7 +49,9 @@ def slip(a: int, op: str, b: int, rng: random.Random) -> int:
             return wrong
 
 
-def steps_of(a: int, op: str, b: int, rng: random.Random | None = None, slips: float = 0.0) -> tuple[list[str], list[bool]]:
+def steps_of(
+    a: int, op: str, b: int, rng: random.Random | None = None, slips: float = 0.0
+) -> tuple[list[str], list[bool]]:
     "The worked steps and whether each stands on right numbers; a step goes wrong with probability `slips`."
     right, steps, labels = True, [], []
 
@@ -54,7 +60,11 @@ def steps_of(a: int, op: str, b: int, rng: random.Random | None = None, slips: f
         wrong = rng is not None and rng.random() < slips
         value = compute(x, sign, y)
         if wrong:  # round numbers stay round, so that the last step is never a question of its own
-            value = value + rng.choice((-10, 10)) if x % 10 == value % 10 == 0 < x else slip(x, sign, y, rng)
+            value = (
+                value + rng.choice((-10, 10))
+                if x % 10 == value % 10 == 0 < x
+                else slip(x, sign, y, rng)
+            )
         right = right and not wrong
         steps.append(f"{x}{sign}{y}={value}")
         labels.append(right)
@@ -73,11 +83,15 @@ def steps_of(a: int, op: str, b: int, rng: random.Random | None = None, slips: f
     return steps, labels
 
 
-def check_text(a: int, op: str, b: int, claim: int, rng: random.Random | None = None, slips: float = 0.0) -> str:
+def check_text(
+    a: int, op: str, b: int, claim: int, rng: random.Random | None = None, slips: float = 0.0
+) -> str:
     "Steps, then a verdict on `claim`; the verdict follows from the steps."
     steps, _ = steps_of(a, op, b, rng, slips)
     found = int(steps[-1].split("=")[1])
-    return "\n".join(steps) + ("\nRight, it is " if found == claim else "\nWrong, it is ") + str(found)
+    return (
+        "\n".join(steps) + ("\nRight, it is " if found == claim else "\nWrong, it is ") + str(found)
+    )
 
 # %% ../../nbs/data/exact.ipynb #64c4de45
 class SumQuestions(SyntheticTask):
@@ -93,18 +107,30 @@ class SumQuestions(SyntheticTask):
         low, high = (a, b) if op == "-" else sorted((a, b))  # 23+45 and 45+23 are one question
         # a question that can be a step of another one is never held out: worked training sums would show its answer
         shown = {"+": a % 10 == 0 or b % 10 == 0, "-": b % 10 == 0, "*": a % 10 == 0 or a < 10}[op]
-        return {"key": f"sums/{low}{op}{high}", "shown": shown, "a": a, "op": op, "b": b, "form": form, "claim": None}
+        return {
+            "key": f"sums/{low}{op}{high}",
+            "shown": shown,
+            "a": a,
+            "op": op,
+            "b": b,
+            "form": form,
+            "claim": None,
+        }
 
     def prompt(self, q, rng):
         "The prompt of the question's form."
         sum_ = f"{q['a']}{q['op']}{q['b']}"
         if q["form"] == "check":
             right = rng.random() < 0.5
-            q["claim"] = compute(q["a"], q["op"], q["b"]) if right else slip(q["a"], q["op"], q["b"], rng)
+            q["claim"] = (
+                compute(q["a"], q["op"], q["b"]) if right else slip(q["a"], q["op"], q["b"], rng)
+            )
             return f"Check {sum_}={q['claim']}:\n"
         if q["form"] == "chat":
             return [user(f"What is {sum_}?")]
-        return {"steps": f"{sum_} in steps:\n", "solve": f"Solve {sum_}.\n"}.get(q["form"], f"{sum_}=")
+        return {"steps": f"{sum_} in steps:\n", "solve": f"Solve {sum_}.\n"}.get(
+            q["form"], f"{sum_}="
+        )
 
     def reply(self, q, rng, right: bool):
         "A reply in the question's form, right or with a slip."
@@ -115,7 +141,11 @@ class SumQuestions(SyntheticTask):
             elif q["form"] == "check":
                 text = check_text(a, op, b, q["claim"], rng, 0.0 if right else 0.5)
             elif q["form"] == "solve" and right:
-                text = check_text(a, op, b, claim := slip(a, op, b, rng)) if rng.random() < 0.5 else "\n".join(steps_of(a, op, b)[0])
+                text = (
+                    check_text(a, op, b, claim := slip(a, op, b, rng))
+                    if rng.random() < 0.5
+                    else "\n".join(steps_of(a, op, b)[0])
+                )
                 text = f"{claim}\nCheck:\n{text}" if "it is" in text else text
             else:
                 text = str(compute(a, op, b) if right else slip(a, op, b, rng))
@@ -139,7 +169,12 @@ class Sums(SumQuestions):
         if kind == "stepwise":
             question["form"] = "steps"
             steps, labels = steps_of(a, op, b, rng, 0.25)
-            return {"prompt": self.prompt(question, rng), "completions": steps, "labels": labels, "answer": str(truth)}
+            return {
+                "prompt": self.prompt(question, rng),
+                "completions": steps,
+                "labels": labels,
+                "answer": str(truth),
+            }
         prompt, right = self.prompt(question, rng), self.reply(question, rng, True)
         wrongs = []
         while len(wrongs) < wrongs_for(kind):
@@ -172,9 +207,13 @@ class Sums(SumQuestions):
         return prompt + "\n".join(steps_of(a, op, b, rng, slips)[0])
 
     def document(self, rng):
-        form = rng.choices(("direct", "steps", "check", "solve", "chat", "sheet"), (60, 12, 10, 9, 4, 5))[0]
+        form = rng.choices(
+            ("direct", "steps", "check", "solve", "chat", "sheet"), (60, 12, 10, 9, 4, 5)
+        )[0]
         operations = "++++++--*"
-        if form == "sheet":  # one author is careful or careless throughout: the lines above tell which
+        if (
+            form == "sheet"
+        ):  # one author is careful or careless throughout: the lines above tell which
             careless = rng.choice((0.0, 0.8))
             sheet = [self.pick_any(rng, "direct", operations) for _ in range(rng.randint(3, 6))]
             return "Sums:\n" + "\n".join(self.write(q, rng, careless) for q in sheet)
@@ -218,7 +257,9 @@ def evaluate_expression(text: str, names: dict[str, int], limit: int = 10**6) ->
                         value = a // b if isinstance(op, ast.FloorDiv) else a % b
                     case _:
                         raise ValueError("operator not allowed")
-            case ast.Call(func=ast.Name(id=("min" | "max") as name), args=[left, right], keywords=[]):
+            case ast.Call(
+                func=ast.Name(id=("min" | "max") as name), args=[left, right], keywords=[]
+            ):
                 value = {"min": min, "max": max}[name](walk(left), walk(right))
             case ast.Call(func=ast.Name(id="abs"), args=[inner], keywords=[]):
                 value = abs(walk(inner))
@@ -231,10 +272,26 @@ def evaluate_expression(text: str, names: dict[str, int], limit: int = 10**6) ->
     return walk(tree)
 
 
-FIRST = {"add {n} to x": "x + {n}", "subtract {n} from x": "x - {n}", "multiply x by {n}": "x * {n}", "square x": "x * x",
-         "add x and y": "x + y", "subtract y from x": "x - y", "multiply x and y": "x * y", "take the larger of x and y": "max(x, y)",
-         "take the smaller of x and y": "min(x, y)", "take the rest of x by 1{n}": "x % 1{n}", "take the size of x": "abs(x)"}  # fmt: skip
-THEN = {"add {n}": "{e} + {n}", "subtract {n}": "{e} - {n}", "multiply by {n}": "{e} * {n}", "add y": "{e} + y", "change the sign": "-{e}"}
+FIRST = {
+    "add {n} to x": "x + {n}",
+    "subtract {n} from x": "x - {n}",
+    "multiply x by {n}": "x * {n}",
+    "square x": "x * x",
+    "add x and y": "x + y",
+    "subtract y from x": "x - y",
+    "multiply x and y": "x * y",
+    "take the larger of x and y": "max(x, y)",
+    "take the smaller of x and y": "min(x, y)",
+    "take the rest of x by 1{n}": "x % 1{n}",
+    "take the size of x": "abs(x)",
+}
+THEN = {
+    "add {n}": "{e} + {n}",
+    "subtract {n}": "{e} - {n}",
+    "multiply by {n}": "{e} * {n}",
+    "add y": "{e} + y",
+    "change the sign": "-{e}",
+}
 
 # %% ../../nbs/data/exact.ipynb #7c61fc94
 class Code(SyntheticTask):
@@ -250,7 +307,13 @@ class Code(SyntheticTask):
         words, code = first.format(n=n), FIRST[first].format(n=n)
         if rng.random() < 0.5:
             then = rng.choice(list(THEN))
-            inner = f"({code})" if " " in code and not code.startswith("m") and ("*" in THEN[then] or "-{e}" in THEN[then]) else code
+            inner = (
+                f"({code})"
+                if " " in code
+                and not code.startswith("m")
+                and ("*" in THEN[then] or "-{e}" in THEN[then])
+                else code
+            )
             words, code = f"{words}, then {then.format(n=m)}", THEN[then].format(e=inner, n=m)
         return {"key": f"code/{words}", "words": words, "code": code}
 
@@ -261,14 +324,34 @@ class Code(SyntheticTask):
     def tests(self, q):
         "Five unit tests, each an assertion about `f`."
         points = ((2, 3), (7, 1), (-4, 5), (0, 6), (9, -8))
-        return [f"f({x}, {y}) == {evaluate_expression(q['code'], {'x': x, 'y': y})}" for x, y in points]
+        return [
+            f"f({x}, {y}) == {evaluate_expression(q['code'], {'x': x, 'y': y})}" for x, y in points
+        ]
 
     def wrong(self, q, rng):
         "Code with one thing changed that fails a test."
-        swaps = (("+", "-"), ("-", "+"), ("*", "+"), ("x", "y"), ("y", "x"), ("max", "min"), ("min", "max"), ("%", "*"), ("abs(x)", "x"))
+        swaps = (
+            ("+", "-"),
+            ("-", "+"),
+            ("*", "+"),
+            ("x", "y"),
+            ("y", "x"),
+            ("max", "min"),
+            ("min", "max"),
+            ("%", "*"),
+            ("abs(x)", "x"),
+        )
         while True:
-            old, new = rng.choice(swaps) if rng.random() < 0.7 else (str(rng.randint(1, 9)), str(rng.randint(1, 9)))
-            text = re.sub(r"\bx\b", "y", q["code"], count=1) if old == "x" else q["code"].replace(old, new, 1)
+            old, new = (
+                rng.choice(swaps)
+                if rng.random() < 0.7
+                else (str(rng.randint(1, 9)), str(rng.randint(1, 9)))
+            )
+            text = (
+                re.sub(r"\bx\b", "y", q["code"], count=1)
+                if old == "x"
+                else q["code"].replace(old, new, 1)
+            )
             if rng.random() < 0.05:
                 text = f"{q['code']} {rng.choice('+-')} {rng.randint(1, 9)}"
             if text != q["code"] and not self.passes(self.tests(q), text):
@@ -293,7 +376,14 @@ class Code(SyntheticTask):
         while len(wrongs) < wrongs_for(kind):
             if (wrong := f" {self.wrong(q, rng)}") not in wrongs:
                 wrongs.append(wrong)
-        return shaped(kind, self.prompt(q), f" {q['code']}", wrongs, rng, {"tests": self.tests(q), "answer": q["code"]})
+        return shaped(
+            kind,
+            self.prompt(q),
+            f" {q['code']}",
+            wrongs,
+            rng,
+            {"tests": self.tests(q), "answer": q["code"]},
+        )
 
     def score(self, row, text):
         "1 if the first line passes every unit test."

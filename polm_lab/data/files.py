@@ -33,24 +33,42 @@ def _bytes(path: Path) -> bytes:
         raw = path.read_bytes()
         return gzip.decompress(raw) if path.name.lower().endswith(".gz") else raw
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise WrongInput(f"{path}: damaged gzip file ({error}); expected a whole one; copy it again") from None
+        raise WrongInput(
+            f"{path}: damaged gzip file ({error}); expected a whole one; copy it again"
+        ) from None
     except OSError as error:
-        raise WrongInput(f"{path}: cannot be read ({error.strerror or error}); expected a readable file; check its permissions") from None
+        raise WrongInput(
+            f"{path}: cannot be read ({error.strerror or error}); expected a readable file; check its permissions"
+        ) from None
 
 
 OTHERS = (  # first bytes of files that often lie under another name: pattern, what they are, what to do
     (rb"\x1f\x8b", "a gzip file", "give it the ending .gz"),
     (rb"PAR1", "a parquet file", "give it the ending .parquet"),
     (rb"ARROW1", "an Arrow file", "save it as parquet"),
-    (rb"PK\x03\x04", "a zip archive, such as a spreadsheet or a document", "unpack it, or save its table as .csv"),
+    (
+        rb"PK\x03\x04",
+        "a zip archive, such as a spreadsheet or a document",
+        "unpack it, or save its table as .csv",
+    ),
     (rb"\xd0\xcf\x11\xe0", "a file of an old office program", "save its table as .csv"),
     (rb"\x28\xb5\x2f\xfd", "a zstd file", "unpack it with zstd -d"),
     (rb"BZh\d1AY&SY", "a bzip2 file", "unpack it with bzip2 -d"),
     (rb"\xfd7zXZ", "an xz file", "unpack it with xz -d"),
     (rb"%PDF-", "a PDF", "take the text out of it first"),
-    (rb"version https://git-lfs\.", "a Git LFS pointer, which stands for a file that was not fetched", "fetch it with git lfs pull"),
+    (
+        rb"version https://git-lfs\.",
+        "a Git LFS pointer, which stands for a file that was not fetched",
+        "fetch it with git lfs pull",
+    ),
 )
-PAGE = (rb"\s*<(?i:!doctype html|html)", "an HTML page, such as the error page of a failed download", "download the file again")
+
+# %% ../../nbs/data/files.ipynb #4781b708
+PAGE = (
+    rb"\s*<(?i:!doctype html|html)",
+    "an HTML page, such as the error page of a failed download",
+    "download the file again",
+)
 
 
 def _check_not_other(path: Path, raw: bytes, expected: str, others=OTHERS):
@@ -62,7 +80,12 @@ def _check_not_other(path: Path, raw: bytes, expected: str, others=OTHERS):
 
 def _wide_encoding(raw: bytes) -> str:
     "The encoding of text in 16 or 32 bits a character, told by its byte order mark or by where its zeros are; empty for other bytes."
-    for mark, name in ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16")):
+    for mark, name in (
+        (codecs.BOM_UTF32_LE, "UTF-32"),
+        (codecs.BOM_UTF32_BE, "UTF-32"),
+        (codecs.BOM_UTF16_LE, "UTF-16"),
+        (codecs.BOM_UTF16_BE, "UTF-16"),
+    ):
         if raw.startswith(mark):
             return name
     head = raw[: min(len(raw), 4096) // 4 * 4]
@@ -73,7 +96,9 @@ def _wide_encoding(raw: bytes) -> str:
     if quarter and zeros[0] == zeros[1] == quarter:
         return "UTF-32BE"
     even, odd = zeros[0] + zeros[2], zeros[1] + zeros[3]
-    if 20 * max(even, odd) < len(head) or min(even, odd):  # a text in 16 bits has spaces and line breaks, and no character 0
+    if 20 * max(even, odd) < len(head) or min(
+        even, odd
+    ):  # a text in 16 bits has spaces and line breaks, and no character 0
         return ""
     return "UTF-16LE" if odd else "UTF-16BE" if even else ""
 
@@ -84,17 +109,23 @@ def read_text(path) -> str:
     raw = _bytes(path)
     wide = _wide_encoding(raw)
     if wide:
-        raise WrongInput(f"{path}: text in {wide}; expected UTF-8; convert it with iconv -f {wide} -t UTF-8, or save it as UTF-8 where it was written")
+        raise WrongInput(
+            f"{path}: text in {wide}; expected UTF-8; convert it with iconv -f {wide} -t UTF-8, or save it as UTF-8 where it was written"
+        )
     _check_not_other(path, raw, "text")
     if b"\0" in raw:
         place = raw.index(0)
         line = raw.count(b"\n", 0, place) + 1
-        raise WrongInput(f"{path}:{line}: a binary file (byte 0x00 at {place}) under the name of a text; expected UTF-8 text; copy it again, or give it its right name")
+        raise WrongInput(
+            f"{path}:{line}: a binary file (byte 0x00 at {place}) under the name of a text; expected UTF-8 text; copy it again, or give it its right name"
+        )
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise WrongInput(f"{path}:{line}: byte 0x{raw[error.start]:02x} is not UTF-8; expected UTF-8 text; convert it, for example with iconv -f latin1 -t utf-8") from None
+        raise WrongInput(
+            f"{path}:{line}: byte 0x{raw[error.start]:02x} is not UTF-8; expected UTF-8 text; convert it, for example with iconv -f latin1 -t utf-8"
+        ) from None
 
 
 def _json_lines(path: Path, text: str) -> list[Row]:
@@ -105,18 +136,26 @@ def _json_lines(path: Path, text: str) -> list[Row]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-            raise WrongInput(f"{path}:{number}: malformed JSON ({what}); expected one object on each line; correct or remove this line") from None
+            what = (
+                f"{error.msg} at column {error.colno}"
+                if isinstance(error, json.JSONDecodeError)
+                else str(error)
+            )
+            raise WrongInput(
+                f"{path}:{number}: malformed JSON ({what}); expected one object on each line; correct or remove this line"
+            ) from None
         rows.append(_object(value, f"{path}:{number}"))
     return rows
 
 
 def _object(value, where: str) -> Row:
     if not isinstance(value, dict):
-        raise WrongInput(f'{where}: found {abbreviated(value)}; expected an object such as {{"prompt": ..., "completion": ...}}; correct or remove this row')
+        raise WrongInput(
+            f'{where}: found {abbreviated(value)}; expected an object such as {{"prompt": ..., "completion": ...}}; correct or remove this row'
+        )
     return Row(value, where)
 
-
+# %% ../../nbs/data/files.ipynb #68240971
 def _json(path: Path, text: str) -> list[Row]:
     try:
         value = json.loads(text)
@@ -124,15 +163,27 @@ def _json(path: Path, text: str) -> list[Row]:
         first = text.lstrip().split("\n", 1)[0].strip()
         if first.startswith("{") and first.endswith("}"):
             return _json_lines(path, text)  # JSON lines under the name .json, as on the Hub
-        line, what = (error.lineno, f"{error.msg} at column {error.colno}") if isinstance(error, json.JSONDecodeError) else (1, str(error))
-        raise WrongInput(f"{path}:{line}: malformed JSON ({what}); expected a list of objects; correct the file") from None
+        line, what = (
+            (error.lineno, f"{error.msg} at column {error.colno}")
+            if isinstance(error, json.JSONDecodeError)
+            else (1, str(error))
+        )
+        raise WrongInput(
+            f"{path}:{line}: malformed JSON ({what}); expected a list of objects; correct the file"
+        ) from None
     if isinstance(value, dict):
         lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
         value = lists[0] if len(lists) == 1 else [value]
     if not isinstance(value, list):
-        raise WrongInput(f"{path}: found {abbreviated(value)}; expected a list of objects; correct the file")
+        raise WrongInput(
+            f"{path}: found {abbreviated(value)}; expected a list of objects; correct the file"
+        )
     if value and isinstance(value[0], dict) and isinstance(value[0].get("paragraphs"), list):
-        return [row for i, article in enumerate(value, 1) for row in _questions(article, f"{path}:article {i}")]
+        return [
+            row
+            for i, article in enumerate(value, 1)
+            for row in _questions(article, f"{path}:article {i}")
+        ]
     return [_object(v, f"{path}:row {i}") for i, v in enumerate(value, 1)]
 
 
@@ -143,10 +194,25 @@ def _questions(article: dict, where: str) -> list[Row]:
         for i, part in enumerate(article["paragraphs"], 1):
             for j, asked in enumerate(part["qas"], 1):
                 at = f"{where}, paragraph {i}, question {j}"
-                answers = {name: [a[name] for a in asked["answers"]] for name in ("text", "answer_start")}
-                rows.append(Row(dict(id=asked["id"], title=article.get("title", ""), context=part["context"], question=asked["question"], answers=answers), at))
+                answers = {
+                    name: [a[name] for a in asked["answers"]] for name in ("text", "answer_start")
+                }
+                rows.append(
+                    Row(
+                        dict(
+                            id=asked["id"],
+                            title=article.get("title", ""),
+                            context=part["context"],
+                            question=asked["question"],
+                            answers=answers,
+                        ),
+                        at,
+                    )
+                )
     except (KeyError, TypeError, AttributeError) as error:
-        raise WrongInput(f"{where}: malformed ({type(error).__name__}: {error}); expected paragraphs with context and qas, and id, question and answers in each of these, as in SQuAD; correct it") from None
+        raise WrongInput(
+            f"{where}: malformed ({type(error).__name__}: {error}); expected paragraphs with context and qas, and id, question and answers in each of these, as in SQuAD; correct it"
+        ) from None
     return rows
 
 # %% ../../nbs/data/files.ipynb #e6b2e4e1
@@ -159,15 +225,21 @@ def _csv(path: Path, text: str) -> list[Row]:
         header = next(reader, [])
         start = reader.line_num + 1
         if len(set(header)) < len(header) or not all(h.strip() for h in header):
-            raise WrongInput(f"{path}:1: columns {header}; expected a name for each column, each once; correct the first line")
+            raise WrongInput(
+                f"{path}:1: columns {header}; expected a name for each column, each once; correct the first line"
+            )
         for cells in reader:
             if cells:
                 if len(cells) != len(header):
-                    raise WrongInput(f"{path}:{start}: {len(cells)} cells; expected {len(header)} as in the first line ({', '.join(header)}); quote cells that hold commas or line breaks")
+                    raise WrongInput(
+                        f"{path}:{start}: {len(cells)} cells; expected {len(header)} as in the first line ({', '.join(header)}); quote cells that hold commas or line breaks"
+                    )
                 rows.append(Row(zip(header, map(_cell, header, cells)), f"{path}:{start}"))
             start = reader.line_num + 1
     except csv.Error as error:
-        raise WrongInput(f"{path}:{start}: malformed CSV ({error}); expected quoted cells as spreadsheets write them; correct this line") from None
+        raise WrongInput(
+            f"{path}:{start}: malformed CSV ({error}); expected quoted cells as spreadsheets write them; correct this line"
+        ) from None
     return rows
 
 
@@ -175,7 +247,22 @@ def _cell(name: str, text: str):
     "A cell of a CSV file: text, but for the columns that have to be lists or truth values."
     if name in ("label",) and text.strip().lower() in ("true", "false", "1", "0"):
         return text.strip().lower() in ("true", "1")
-    if text[:1] in "[{" and text and name in ("messages", "conversations", "prompt", "completion", "chosen", "rejected", "completions", "labels", "scores"):
+    if (
+        text[:1] in "[{"
+        and text
+        and name
+        in (
+            "messages",
+            "conversations",
+            "prompt",
+            "completion",
+            "chosen",
+            "rejected",
+            "completions",
+            "labels",
+            "scores",
+        )
+    ):
         try:
             return json.loads(text)
         except ValueError:
@@ -190,14 +277,20 @@ def _parquet(path: Path) -> list[Row]:
     raw = _bytes(path)
     _check_not_other(path, raw, "a parquet file", (*OTHERS, PAGE))
     try:
-        table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(raw), page_checksum_verification=True).read()
+        table = pyarrow.parquet.ParquetFile(
+            pyarrow.BufferReader(raw), page_checksum_verification=True
+        ).read()
         names = table.column_names
         found = table.to_pylist() if len(set(names)) == len(names) else []
     except Exception as error:  # a decoder of a large format: Arrow's errors, but also OSError, ValueError, OverflowError, MemoryError
         what = " ".join(str(error).split())[:120] or type(error).__name__
-        raise WrongInput(f"{path}: damaged parquet file ({what}); expected a whole one; copy it again") from None
+        raise WrongInput(
+            f"{path}: damaged parquet file ({what}); expected a whole one; copy it again"
+        ) from None
     if len(set(names)) < len(names) or not all(name.strip() for name in names):
-        raise WrongInput(f"{path}: columns {names!r:.200}; expected a name for each column, each once; rename them")
+        raise WrongInput(
+            f"{path}: columns {names!r:.200}; expected a name for each column, each once; rename them"
+        )
     return [Row(row, f"{path}:row {i}") for i, row in enumerate(found, 1)]
 
 # %% ../../nbs/data/files.ipynb #38751dd0
@@ -223,7 +316,9 @@ def _txt(path: Path, text: str) -> list[Row]:
             add(lines[i], i + 1)
         return rows
     piece, start, length, last = [], full[0], 0, full[0]
-    for i, j in zip(full, [*full[1:], None]):  # a paragraph ends at line i if the next full line j is not the next line
+    for i, j in zip(
+        full, [*full[1:], None]
+    ):  # a paragraph ends at line i if the next full line j is not the next line
         if j == i + 1:
             continue
         words = "\n".join(lines[last : i + 1]).strip()
@@ -242,14 +337,20 @@ def read_file(path) -> list[Row]:
     path = Path(path)
     extension = extension_of(path)
     if extension not in EXTENSIONS:
-        raise WrongInput(f"{path}: unknown extension {extension or '(none)'}; expected {', '.join(EXTENSIONS)}, each also with .gz; rename or convert the file")
+        raise WrongInput(
+            f"{path}: unknown extension {extension or '(none)'}; expected {', '.join(EXTENSIONS)}, each also with .gz; rename or convert the file"
+        )
     if extension == ".parquet":
         rows = _parquet(path)
     else:
         text = read_text(path)
         if extension != ".txt":
             _check_not_other(path, text[:200].encode(errors="replace"), "rows", (PAGE,))
-        rows = {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".tsv": _csv, ".txt": _txt}[extension](path, text)
+        rows = {".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".tsv": _csv, ".txt": _txt}[
+            extension
+        ](path, text)
     if not rows:
-        raise WrongInput(f"{path}: empty, no rows found; expected at least one row; check what wrote the file")
+        raise WrongInput(
+            f"{path}: empty, no rows found; expected at least one row; check what wrote the file"
+        )
     return rows

@@ -27,7 +27,9 @@ class DataSpec:
     source: str  # what is before the #
     kind: str  # task, catalogue, file, folder, hub file, hub; missing: a path where nothing is
     name: str  # of the task or the catalogue's entry; a path; or org/name
-    place: str = ""  # catalogue: the file after the @; Hub: the configuration or the file after the :
+    place: str = (
+        ""  # catalogue: the file after the @; Hub: the configuration or the file after the :
+    )
     part: str = ""  # the split to take for training
     limit: int | None = None  # rows
     skip: bool = False  # wrong rows are left out
@@ -39,7 +41,12 @@ class DataSpec:
 
     def same_rows(self, other: "DataSpec") -> bool:
         "Whether both name the same rows, however many of them."
-        return (self.kind, self.name, self.place, self.part) == (other.kind, other.name, other.place, other.part)
+        return (self.kind, self.name, self.place, self.part) == (
+            other.kind,
+            other.name,
+            other.place,
+            other.part,
+        )
 
     def absolute(self) -> str:
         "The spec with the full path of its file or folder, for a run that is resumed elsewhere; other specs as they are."
@@ -53,7 +60,7 @@ class DataSpec:
             source = self.source
         return f"{source}#{rest}" if rest else source
 
-
+# %% ../../nbs/data/load.ipynb #ad95e5cd
 def parse_spec(spec: str) -> DataSpec:
     """Take a data spec apart: `source#part,n,skip`, where all after the source may be left out, and is in any order.
 
@@ -76,10 +83,14 @@ def parse_spec(spec: str) -> DataSpec:
         elif not part and not word.isdecimal() and re.fullmatch(r"[\w.-]+", word):
             part = word
         else:
-            raise WrongInput(f"data {spec!r}: {word!r} after #; expected the name of a split, a number of rows (1 or more), or skip, with commas between")
+            raise WrongInput(
+                f"data {spec!r}: {word!r} after #; expected the name of a split, a number of rows (1 or more), or skip, with commas between"
+            )
     kind, name, place = _source_kind(source, TASKS)
     if kind == "task" and part:
-        raise WrongInput(f"data {spec!r}: {part!r} after #, and a task has no splits to name; expected a number of rows")
+        raise WrongInput(
+            f"data {spec!r}: {part!r} after #, and a task has no splits to name; expected a number of rows"
+        )
     return DataSpec(source, kind, name, place, part, limit, skip)
 
 
@@ -87,7 +98,11 @@ def _is_there(path: str) -> bool:
     "Whether there is something at this path; what cannot be a path is nowhere."
     try:
         return bool(path) and Path(path).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):  # too long, a null byte, the home of a user who is none
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ):  # too long, a null byte, the home of a user who is none
         return False
 
 # %% ../../nbs/data/load.ipynb #41ef706c
@@ -173,9 +188,13 @@ def _source_rows(spec: str, split: str) -> tuple[list[Row], bool]:
     elif found.kind in ("folder", "hub"):
         groups, own = _dataset_rows(found, part, split, TASKS)
     else:
-        raise WrongInput(f"data {found.source!r}: no such file; {_near_files(Path(found.source).expanduser(), TASKS)}")
+        raise WrongInput(
+            f"data {found.source!r}: no such file; {_near_files(Path(found.source).expanduser(), TASKS)}"
+        )
     if asked.part and found.kind.endswith("file"):
-        raise WrongInput(f"data {spec!r}: {asked.part!r} after #, and a file has no splits; expected a number of rows, or skip")
+        raise WrongInput(
+            f"data {spec!r}: {asked.part!r} after #, and a file has no splits; expected a number of rows, or skip"
+        )
     if entry:
         groups = read_entry(groups if entry.whole else groups[:limit], entry, asked.skip)
     groups = groups[:limit]
@@ -189,7 +208,12 @@ def natural_kind(spec: str) -> str:
     if parse_spec(str(spec)).task:
         return "completion"
     first = normalize_schema(_source_rows(str(spec), "train")[0][0])
-    return "text" if ("messages" in first or "text" in first) and not ("completion" in first or "chosen" in first) else "completion"
+    return (
+        "text"
+        if ("messages" in first or "text" in first)
+        and not ("completion" in first or "chosen" in first)
+        else "completion"
+    )
 
 
 def load_held_out(data: str, eval_data: str, kind: str, rows: int) -> list[dict]:
@@ -208,39 +232,58 @@ def load_held_out(data: str, eval_data: str, kind: str, rows: int) -> list[dict]
 
 def _task_rows(tasks, name: str, kind: str, split: str, limit: int | None) -> list[Row]:
     if split == "all":
-        return _task_rows(tasks, name, kind, "train", limit) + _task_rows(tasks, name, kind, "test", limit)
+        return _task_rows(tasks, name, kind, "train", limit) + _task_rows(
+            tasks, name, kind, "test", limit
+        )
     n = limit or (TRAIN_ROWS if split == "train" else TEST_ROWS)
-    rows = [Row(r, f"{name} ({split}):row {i}") for i, r in enumerate(tasks[name].rows(kind, n, 0, split), 1)]
+    rows = [
+        Row(r, f"{name} ({split}):row {i}")
+        for i, r in enumerate(tasks[name].rows(kind, n, 0, split), 1)
+    ]
     for row in rows:
         check_row(row, kind)
     return rows
 
 
 def _near_files(path: Path, tasks) -> str:
-    there = [p.name for p in path.parent.glob("*") if extension_of(p) in EXTENSIONS] if path.parent.is_dir() else []
+    there = (
+        [p.name for p in path.parent.glob("*") if extension_of(p) in EXTENSIONS]
+        if path.parent.is_dir()
+        else []
+    )
     close = difflib.get_close_matches(path.name, [*there, *tasks], n=3, cutoff=0.5)
     guess = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
     return f"expected a file, a folder, a Hub id or a built-in task; {guess}built in: {', '.join(tasks)}"
 
-
+# %% ../../nbs/data/load.ipynb #fc8b29fc
 def _dataset_rows(asked: DataSpec, part: str, split: str, tasks) -> tuple[list[Row], bool]:
     "The rows of a folder or a Hub data set, read by `datasets`, and whether they are from a split of the data's own."
     from datasets.utils import logging
 
     source, folder = asked.source, Path(asked.name).expanduser()
     if not source.strip():
-        raise WrongInput(f"data {source!r}: empty; expected a file, a folder, a Hub id or a built-in task: {', '.join(tasks)}")
+        raise WrongInput(
+            f"data {source!r}: empty; expected a file, a folder, a Hub id or a built-in task: {', '.join(tasks)}"
+        )
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        found = _load_dataset(str(folder), "") if asked.kind == "folder" else _from_hub(asked.name, asked.place)
+        found = (
+            _load_dataset(str(folder), "")
+            if asked.kind == "folder"
+            else _from_hub(asked.name, asked.place)
+        )
     except Exception as error:  # each builder has its own ways to fail
         what = " ".join(str(error.__cause__ or error).split("\n")[0].split())[:200]
         what = f"{type(error).__name__}: {what}"
         if asked.kind == "folder":
-            raise WrongInput(f"{source}: datasets cannot read this folder ({what}); expected data files such as train.jsonl and test.jsonl; or name one file") from None
-        raise WrongInput(f"data {source!r}: no built-in task, no file, and not to be had from the Hub ({what}); {nearest(source, [*tasks, *CATALOG])}; or a Hub id that can be reached") from None
+            raise WrongInput(
+                f"{source}: datasets cannot read this folder ({what}); expected data files such as train.jsonl and test.jsonl; or name one file"
+            ) from None
+        raise WrongInput(
+            f"data {source!r}: no built-in task, no file, and not to be had from the Hub ({what}); {nearest(source, [*tasks, *CATALOG])}; or a Hub id that can be reached"
+        ) from None
     finally:
         logging.set_verbosity(level)
         if bars:
@@ -248,7 +291,11 @@ def _dataset_rows(asked: DataSpec, part: str, split: str, tasks) -> tuple[list[R
     train = part or next((s for s in ("train", *found) if s in found), "")
     if train not in found:
         raise WrongInput(f"data {source!r}: no split {train!r}; {nearest(train, found)}")
-    names = (train.replace("train", "test"), "test", "validation", "valid", "dev") if "train" in train else ()
+    names = (
+        (train.replace("train", "test"), "test", "validation", "valid", "dev")
+        if "train" in train
+        else ()
+    )
     test = next((name for name in names if name in found), "")
     use = test if split == "test" and test else train
     return [Row(r, f"{source}#{use}:row {i}") for i, r in enumerate(found[use], 1)], bool(test)
@@ -263,7 +310,9 @@ def _hub_file(asked: DataSpec) -> list[Row]:
         path = hf_hub_download(name, file, repo_type="dataset")
     except (OSError, ValueError) as error:
         what = " ".join(str(error.__cause__ or error).split("\n")[0].split())[:200]
-        raise WrongInput(f"data {source!r}: not to be had from the Hub ({type(error).__name__}: {what}); expected a file of {name}; name another, or a copy of it on this machine") from None
+        raise WrongInput(
+            f"data {source!r}: not to be had from the Hub ({type(error).__name__}: {what}); expected a file of {name}; name another, or a copy of it on this machine"
+        ) from None
     return [Row(row, row.where.replace(str(path), source)) for row in read_file(path)]
 
 
@@ -272,7 +321,9 @@ def _load_dataset(name: str, config: str):
 
     try:
         return datasets.load_dataset(name, config or None)
-    except RuntimeError as error:  # its rows would be made by a script, which `datasets` does not run any more
+    except (
+        RuntimeError
+    ) as error:  # its rows would be made by a script, which `datasets` does not run any more
         if "scripts are no longer supported" not in str(error):
             raise
         return _exported(name, config)
@@ -284,7 +335,9 @@ def _exported(name: str, config: str):
     from huggingface_hub import snapshot_download
 
     part = config or "default"
-    folder = snapshot_download(name, repo_type="dataset", revision="refs/convert/parquet", allow_patterns=f"{part}/*")
+    folder = snapshot_download(
+        name, repo_type="dataset", revision="refs/convert/parquet", allow_patterns=f"{part}/*"
+    )
     return datasets.load_dataset(str(Path(folder) / part))
 
 
@@ -293,11 +346,18 @@ def _from_hub(name: str, config: str):
     from huggingface_hub import HfApi, constants, snapshot_download
 
     try:
-        HfApi().dataset_info(name, timeout=10)  # asks once; without network `datasets` would try for half a minute
+        HfApi().dataset_info(
+            name, timeout=10
+        )  # asks once; without network `datasets` would try for half a minute
     except Exception as error:
         if getattr(error, "response", None) is not None:
             raise  # the Hub answered: there is no such data set, or it is not for everybody
-        for read in (lambda: _load_dataset(snapshot_download(name, repo_type="dataset", local_files_only=True), config), lambda: _exported(name, config)):
+        for read in (
+            lambda: _load_dataset(
+                snapshot_download(name, repo_type="dataset", local_files_only=True), config
+            ),
+            lambda: _exported(name, config),
+        ):
             try:
                 return read()
             except (OSError, ValueError):
@@ -316,8 +376,20 @@ def datasets_table():
 
     from polm_lab.data.tasks import TASKS
 
-    rows = [dict(data=name, kinds=", ".join(task.kinds), meaning=task.meaning) for name, task in TASKS.items()]
+    rows = [
+        dict(data=name, kinds=", ".join(task.kinds), meaning=task.meaning)
+        for name, task in TASKS.items()
+    ]
     for entry in CATALOG.values():
-        facts = dict(phase=entry.phase, rows=entry.size, licence=entry.licence, hub=entry.hub or entry.source, citation=entry.citation, checked=entry.checked)
-        rows.append(dict(data=entry.name, kinds=", ".join(entry.kinds), meaning=entry.system, **facts))
+        facts = dict(
+            phase=entry.phase,
+            rows=entry.size,
+            licence=entry.licence,
+            hub=entry.hub or entry.source,
+            citation=entry.citation,
+            checked=entry.checked,
+        )
+        rows.append(
+            dict(data=entry.name, kinds=", ".join(entry.kinds), meaning=entry.system, **facts)
+        )
     return pd.DataFrame(rows).fillna("")

@@ -16,7 +16,10 @@ def assistant(text: str) -> dict:
     return {"role": "assistant", "content": text}
 
 # %% ../../nbs/data/messages.ipynb #9323fd0b
-TURN, END = "<|im_start|>", "<|im_end|>"  # how a turn begins and ends in text; END also ends a plain document
+TURN, END = (
+    "<|im_start|>",
+    "<|im_end|>",
+)  # how a turn begins and ends in text; END also ends a plain document
 
 # %% ../../nbs/data/messages.ipynb #691b56c5
 def chat_text(messages: list[dict]) -> str:
@@ -28,7 +31,11 @@ def request_of(prompt) -> str:
     "A prompt as text: itself, its only turn, or all turns with their roles."
     if isinstance(prompt, str):
         return prompt
-    return prompt[0]["content"] if len(prompt) == 1 else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+    return (
+        prompt[0]["content"]
+        if len(prompt) == 1
+        else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+    )
 
 # %% ../../nbs/data/messages.ipynb #6a3d6447
 def readable(tokenizer, prompt):
@@ -40,7 +47,11 @@ def readable(tokenizer, prompt):
 # %% ../../nbs/data/messages.ipynb #75f1c96e
 def under(prompt, principle: str):
     "The prompt with a principle before it, as a system turn where it is a conversation."
-    return f"{principle}\n{prompt}" if isinstance(prompt, str) else [{"role": "system", "content": principle}, *prompt]
+    return (
+        f"{principle}\n{prompt}"
+        if isinstance(prompt, str)
+        else [{"role": "system", "content": principle}, *prompt]
+    )
 
 # %% ../../nbs/data/messages.ipynb #750db432
 def text_of(completion) -> str:
@@ -50,4 +61,7 @@ def text_of(completion) -> str:
 # %% ../../nbs/data/messages.ipynb #8fde07c1
 def as_completions(rows: list[dict], texts: list[str]) -> list:
     "Texts as completions: plain for plain prompts, a turn of the assistant for conversations."
-    return [text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}] for row, text in zip(rows, texts)]
+    return [
+        text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
+        for row, text in zip(rows, texts)
+    ]

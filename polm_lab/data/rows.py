@@ -14,13 +14,25 @@ from ..core.knobs import WrongInput
 # %% ../../nbs/data/rows.ipynb #dbaa884c
 KINDS = {  # kind -> (columns, meaning)
     "text": (("text",), "text to continue, or a whole conversation under `messages`"),
-    "prompt": (("prompt",), "a prompt that the model is to answer; an `answer` column makes it verifiable"),
+    "prompt": (
+        ("prompt",),
+        "a prompt that the model is to answer; an `answer` column makes it verifiable",
+    ),
     "completion": (("prompt", "completion"), "a prompt and the answer to learn"),
     "preference": (("prompt", "chosen", "rejected"), "a prompt, a better and a worse answer"),
     "unpaired": (("prompt", "completion", "label"), "a prompt, an answer, and whether it is good"),
-    "stepwise": (("prompt", "completions", "labels"), "a prompt, the steps of an answer, and whether each is right"),
-    "ranked": (("prompt", "completions", "scores"), "a prompt, several answers and a score for each"),
-    "edit": (("subject", "prompt", "target"), "a fact to change: its subject, a prompt that names it, and the new answer"),
+    "stepwise": (
+        ("prompt", "completions", "labels"),
+        "a prompt, the steps of an answer, and whether each is right",
+    ),
+    "ranked": (
+        ("prompt", "completions", "scores"),
+        "a prompt, several answers and a score for each",
+    ),
+    "edit": (
+        ("subject", "prompt", "target"),
+        "a fact to change: its subject, a prompt that names it, and the new answer",
+    ),
 }
 
 
@@ -28,9 +40,19 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 SHAREGPT = {  # who speaks, in ShareGPT files -> role
-    "human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
-    "assistant": "assistant", "system": "system", "function_call": "assistant", "observation": "tool", "tool": "tool",
-}  # fmt: skip
+    "human": "user",
+    "user": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "function_call": "assistant",
+    "observation": "tool",
+    "tool": "tool",
+}
 
 
 TRAIN_ROWS, TEST_ROWS = 2048, 256  # rows of a task unless the spec says how many
@@ -59,7 +81,13 @@ def abbreviated(value) -> str:
     return f"{type(value).__name__} " + (text if len(text) <= 60 else text[:57] + "…")
 
 
-def refuse_row(row, field: str, found: str, expected: str, todo: str = "correct this row, or leave wrong rows out with #skip after the name"):
+def refuse_row(
+    row,
+    field: str,
+    found: str,
+    expected: str,
+    todo: str = "correct this row, or leave wrong rows out with #skip after the name",
+):
     "Raise `WrongInput` about a field of a row."
     raise WrongInput(f"{row_place(row)}: {field} {found}; expected {expected}; {todo}")
 
@@ -68,7 +96,9 @@ CHECKS: dict[str, Callable] = {}  # declared kind -> check of a row, which raise
 _OWNERS: dict[str, str] = {}  # declared kind -> its method
 
 
-def register_kind(owner: str, kind: str, columns, meaning: str, check: Callable | None = None) -> None:
+def register_kind(
+    owner: str, kind: str, columns, meaning: str, check: Callable | None = None
+) -> None:
     """Add a kind of rows of the method `owner`, which may declare it again.
 
     `check(row)` refuses a row that has the `columns` and is wrong anyway, with `refuse_row`.
@@ -76,7 +106,9 @@ def register_kind(owner: str, kind: str, columns, meaning: str, check: Callable 
     """
     if kind in KINDS and _OWNERS.get(kind) != owner:
         holder = _OWNERS.get(kind, "the table of kinds")
-        raise WrongInput(f"kind {kind!r} of {owner}: {holder} has it; use that, or take another name")
+        raise WrongInput(
+            f"kind {kind!r} of {owner}: {holder} has it; use that, or take another name"
+        )
     if not columns or isinstance(columns, str) or not meaning:
         raise WrongInput(f"kind {kind!r} of {owner}: expected a tuple of columns, and a meaning")
     KINDS[kind], _OWNERS[kind] = (tuple(columns), meaning), owner

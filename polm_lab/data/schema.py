@@ -15,12 +15,19 @@ from ..core.knobs import WrongInput
 from .rows import CHECKS, KINDS, ROLES, SHAREGPT, Row
 from .rows import abbreviated, refuse_row, row_place
 
-
 # %% ../../nbs/data/schema.ipynb #e2c64ac2
 WEIGHTS = ("weight", "loss_weight", "loss", "train")  # names for whether a turn is learned: 0 or 1
-THINKING = ("reasoning_content", "reasoning", "thinking")  # names for what a turn thinks before it answers
+THINKING = (
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+)  # names for what a turn thinks before it answers
 MEDIA = ("images", "image", "audios", "audio", "videos", "video")
-PROBES = ("paraphrases", "neighbours", "others")  # lists of an edit: what should follow from it, and what should not
+PROBES = (
+    "paraphrases",
+    "neighbours",
+    "others",
+)  # lists of an edit: what should follow from it, and what should not
 
 
 def to_messages(value, row, field: str) -> list[dict]:
@@ -31,12 +38,22 @@ def to_messages(value, row, field: str) -> list[dict]:
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list) or not value:
-        refuse_row(row, field, f"is {abbreviated(value)}" if value != [] else "is an empty list", 'a list of turns such as {"role": "user", "content": "..."}')
+        refuse_row(
+            row,
+            field,
+            f"is {abbreviated(value)}" if value != [] else "is an empty list",
+            'a list of turns such as {"role": "user", "content": "..."}',
+        )
     out = []
     for i, turn in enumerate(value, 1):
         at = f"{field}, turn {i},"
         if not isinstance(turn, dict):
-            refuse_row(row, at, f"is {abbreviated(turn)}", 'a turn such as {"role": "user", "content": "..."}')
+            refuse_row(
+                row,
+                at,
+                f"is {abbreviated(turn)}",
+                'a turn such as {"role": "user", "content": "..."}',
+            )
         if "role" in turn:
             who, content = turn["role"], turn.get("content")
             role = who if who in ROLES else SHAREGPT.get(who) if isinstance(who, str) else None
@@ -44,12 +61,28 @@ def to_messages(value, row, field: str) -> list[dict]:
             who, content = turn["from"], turn.get("value")
             role = SHAREGPT.get(who) if isinstance(who, str) else None
         else:
-            refuse_row(row, at, f"has the keys {', '.join(map(str, turn)) or 'none'}", "role and content, or from and value")
+            refuse_row(
+                row,
+                at,
+                f"has the keys {', '.join(map(str, turn)) or 'none'}",
+                "role and content, or from and value",
+            )
         if role is None:
-            refuse_row(row, at, f"has the role {abbreviated(who)}", f"one of {', '.join(ROLES)} (or human, gpt)")
+            refuse_row(
+                row,
+                at,
+                f"has the role {abbreviated(who)}",
+                f"one of {', '.join(ROLES)} (or human, gpt)",
+            )
         for media in MEDIA:
             if turn.get(media):
-                refuse_row(row, at, f"has {media}: {abbreviated(turn[media])}", "text only", "use a text data set")
+                refuse_row(
+                    row,
+                    at,
+                    f"has {media}: {abbreviated(turn[media])}",
+                    "text only",
+                    "use a text data set",
+                )
         more = _kept(turn, role, row, at)
         if isinstance(content, list):
             content = _of_parts(content, role, more, row, at)
@@ -58,19 +91,33 @@ def to_messages(value, row, field: str) -> list[dict]:
         out.append({"role": role, "content": content or "", **more})
     return out
 
-
+# %% ../../nbs/data/schema.ipynb #379982c9
 def _kept(turn: dict, role: str, row, at: str) -> dict:
     "What a turn has besides its text."
     more = {}
     weight = _weight(turn, role, row, at)
     if weight == 0:
         more["weight"] = 0
-    thoughts = {turn[name] for name in THINKING if isinstance(turn.get(name), str) and turn[name].strip()}
-    wrong = next((name for name in THINKING if turn.get(name) is not None and not isinstance(turn[name], str)), None)
+    thoughts = {
+        turn[name] for name in THINKING if isinstance(turn.get(name), str) and turn[name].strip()
+    }
+    wrong = next(
+        (
+            name
+            for name in THINKING
+            if turn.get(name) is not None and not isinstance(turn[name], str)
+        ),
+        None,
+    )
     if wrong:
         refuse_row(row, at, f"has {wrong}: {abbreviated(turn[wrong])}", "text")
     if len(thoughts) > 1:
-        refuse_row(row, at, f"has thinking under {' and '.join(n for n in THINKING if turn.get(n))}, and it differs", "one of them")
+        refuse_row(
+            row,
+            at,
+            f"has thinking under {' and '.join(n for n in THINKING if turn.get(n))}, and it differs",
+            "one of them",
+        )
     if thoughts:
         more["reasoning_content"] = thoughts.pop()
     for name in ("name", "tool_call_id"):
@@ -96,9 +143,17 @@ def _weight(turn: dict, role: str, row, at: str):
     found = {name: turn[name] for name in WEIGHTS if turn.get(name) is not None}
     for name, value in found.items():
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
-            refuse_row(row, at, f"has {name}: {abbreviated(value)}", "0 (not learned) or 1 (learned)")
+            refuse_row(
+                row, at, f"has {name}: {abbreviated(value)}", "0 (not learned) or 1 (learned)"
+            )
         if value and role != "assistant" and name == "weight":
-            refuse_row(row, at, f"is a {role} turn with weight 1", "only assistant turns to be learned", "remove the weight, or make a row of kind text out of it")
+            refuse_row(
+                row,
+                at,
+                f"is a {role} turn with weight 1",
+                "only assistant turns to be learned",
+                "remove the weight, or make a row of kind text out of it",
+            )
     if len(set(found.values())) > 1:
         refuse_row(row, at, f"has {' and '.join(found)}, which differ", "one of them")
     return min(found.values(), default=1)
@@ -117,23 +172,39 @@ def _tool_call(call, row, at: str) -> dict:
         call = _of_json(call, row, f"{at} tool call")
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        refuse_row(row, at, f"has the tool call {abbreviated(call)}", 'calls such as {"type": "function", "function": {"name": "...", "arguments": {}}}')
+        refuse_row(
+            row,
+            at,
+            f"has the tool call {abbreviated(call)}",
+            'calls such as {"type": "function", "function": {"name": "...", "arguments": {}}}',
+        )
     arguments = function.get("arguments", function.get("parameters"))
     if isinstance(arguments, str) and arguments.strip():
         try:
             arguments = json.loads(arguments)
         except ValueError:
             pass  # a model may call a tool with anything; it is learned as it is
-    elif isinstance(arguments, list) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in arguments):
+    elif isinstance(arguments, list) and all(
+        isinstance(pair, tuple) and len(pair) == 2 for pair in arguments
+    ):
         arguments = without_nulls(dict(arguments))  # a map of Arrow
     else:
         arguments = without_nulls(arguments or {})
     if not isinstance(arguments, (dict, str)):
-        refuse_row(row, at, f"has the tool arguments {abbreviated(arguments)}", "an object, or JSON text of one")
+        refuse_row(
+            row,
+            at,
+            f"has the tool arguments {abbreviated(arguments)}",
+            "an object, or JSON text of one",
+        )
     kept = {name: call[name] for name in ("id",) if isinstance(call.get(name), str)}
-    return {**kept, "type": call.get("type") if isinstance(call.get("type"), str) else "function", "function": {"name": function["name"], "arguments": arguments}}
+    return {
+        **kept,
+        "type": call.get("type") if isinstance(call.get("type"), str) else "function",
+        "function": {"name": function["name"], "arguments": arguments},
+    }
 
-
+# %% ../../nbs/data/schema.ipynb #8bd53064
 def without_nulls(value):
     "Nested objects without the entries that are null: Arrow gives each object of a column the names of all."
     if isinstance(value, dict):
@@ -148,7 +219,14 @@ def _of_parts(parts: list, role: str, more: dict, row, at: str) -> str:
     text = []
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
-        said = next((part[name] for name in ("text", "value", kind) if isinstance(part.get(name), str)), None) if isinstance(kind, str) else None
+        said = (
+            next(
+                (part[name] for name in ("text", "value", kind) if isinstance(part.get(name), str)),
+                None,
+            )
+            if isinstance(kind, str)
+            else None
+        )
         if kind == "text" and isinstance(said, str):
             text.append(said)
         elif kind in ("reasoning", "thinking") and isinstance(said, str) and role == "assistant":
@@ -157,7 +235,13 @@ def _of_parts(parts: list, role: str, more: dict, row, at: str) -> str:
             more.setdefault("tool_calls", []).append(_tool_call(said, row, at))
         else:
             kind = kind if isinstance(part, dict) else abbreviated(part)
-            refuse_row(row, at, f"has a part of type {kind!r}", "parts of type text", "remove what is not text")
+            refuse_row(
+                row,
+                at,
+                f"has a part of type {kind!r}",
+                "parts of type text",
+                "remove what is not text",
+            )
     return "".join(text)
 
 
@@ -165,8 +249,16 @@ def _transcript(text: str, row, field: str) -> list[dict]:
     "HH-RLHF's transcript string as turns."
     pieces = re.split(r"\n\n(Human|Assistant):", text)
     if pieces[0].strip():
-        refuse_row(row, field, f"begins with {abbreviated(pieces[0])}", "a transcript that begins with Human:")
-    return [{"role": "user" if who == "Human" else "assistant", "content": said.strip()} for who, said in zip(pieces[1::2], pieces[2::2])]
+        refuse_row(
+            row,
+            field,
+            f"begins with {abbreviated(pieces[0])}",
+            "a transcript that begins with Human:",
+        )
+    return [
+        {"role": "user" if who == "Human" else "assistant", "content": said.strip()}
+        for who, said in zip(pieces[1::2], pieces[2::2])
+    ]
 
 # %% ../../nbs/data/schema.ipynb #833ccf93
 def _said(text, role: str):
@@ -180,39 +272,85 @@ def _common(a: list, b: list) -> int:
         n += 1
     return n
 
-
+# %% ../../nbs/data/schema.ipynb #89d819d7
 def normalize_schema(row: Row) -> Row:
     "`row` under the standard column names: prompt, completion, chosen, rejected, messages, text, answer, ..."
     new = Row(row, row.where)
     for media in MEDIA:
         if new.get(media):
-            refuse_row(row, media, f"is {abbreviated(new[media])}", "text only", "use a text data set")
-    for old, name in (("conversations", "messages"), ("conversation", "messages"), ("chosen_messages", "chosen"), ("rejected_messages", "rejected")):
+            refuse_row(
+                row, media, f"is {abbreviated(new[media])}", "text only", "use a text data set"
+            )
+    for old, name in (
+        ("conversations", "messages"),
+        ("conversation", "messages"),
+        ("chosen_messages", "chosen"),
+        ("rejected_messages", "rejected"),
+    ):
         if old in new and name not in new:
             new[name] = new.pop(old)
     if "messages" in new:
         new["messages"] = to_messages(new["messages"], row, "messages")
-        if isinstance(new.get("system"), str) and new["system"].strip() and new["messages"][0]["role"] not in ("system", "developer"):
+        if (
+            isinstance(new.get("system"), str)
+            and new["system"].strip()
+            and new["messages"][0]["role"] not in ("system", "developer")
+        ):
             new["messages"] = [{"role": "system", "content": new.pop("system")}, *new["messages"]]
-    if new.get("functions") and not new.get("tools") and any(name in new for name in ("messages", "prompt")):
+    if (
+        new.get("functions")
+        and not new.get("tools")
+        and any(name in new for name in ("messages", "prompt"))
+    ):
         new["tools"] = new.pop("functions")  # as OpenAI had them before tools
     _several(new)
-    if isinstance(new.get("test_list"), list) and new["test_list"] and isinstance(new.get("code"), str) and "tests" not in new:  # MBPP
-        setup, asked = f"{new['test_setup_code']}\n" if new.get("test_setup_code") else "", new.pop("text", None) or new.get("prompt")
-        new["tests"], new["solution"], new["completion"] = [f"{setup}{test}" for test in new["test_list"]], new["code"], new["code"]
-        new["prompt"] = _said(f"{asked}\nIt must pass this test:\n{new['test_list'][0]}", "user")  # which tells the function's name
-    if isinstance(new.get("test"), str) and isinstance(new.get("entry_point"), str) and isinstance(new.get("prompt"), str):  # HumanEval
-        new["tests"], new["completion"] = [f"{new['test']}\ncheck({new['entry_point']})"], new.get("canonical_solution", "pass")
+    if (
+        isinstance(new.get("test_list"), list)
+        and new["test_list"]
+        and isinstance(new.get("code"), str)
+        and "tests" not in new
+    ):  # MBPP
+        setup, asked = (
+            f"{new['test_setup_code']}\n" if new.get("test_setup_code") else "",
+            new.pop("text", None) or new.get("prompt"),
+        )
+        new["tests"], new["solution"], new["completion"] = (
+            [f"{setup}{test}" for test in new["test_list"]],
+            new["code"],
+            new["code"],
+        )
+        new["prompt"] = _said(
+            f"{asked}\nIt must pass this test:\n{new['test_list'][0]}", "user"
+        )  # which tells the function's name
+    if (
+        isinstance(new.get("test"), str)
+        and isinstance(new.get("entry_point"), str)
+        and isinstance(new.get("prompt"), str)
+    ):  # HumanEval
+        new["tests"], new["completion"] = (
+            [f"{new['test']}\ncheck({new['entry_point']})"],
+            new.get("canonical_solution", "pass"),
+        )
         new["solution"] = new["prompt"] + new["completion"]
     if "prompt" not in new and ("instruction" in new or "question" in new):
         name = "instruction" if "instruction" in new else "question"
         text, more = new.pop(name), new.pop("input", None) if name == "instruction" else None
         if not isinstance(text, str) or not text.strip():
-            refuse_row(row, name, "is empty" if isinstance(text, str) else f"is {abbreviated(text)}", "text")
+            refuse_row(
+                row,
+                name,
+                "is empty" if isinstance(text, str) else f"is {abbreviated(text)}",
+                "text",
+            )
         if more is not None and not isinstance(more, str):
             refuse_row(row, "input", f"is {abbreviated(more)}", "text")
         new["prompt"] = _said(text + (f"\n\n{more}" if more and more.strip() else ""), "user")
-        if name == "question" and "completion" not in new and "response" not in new and "answer" in new:
+        if (
+            name == "question"
+            and "completion" not in new
+            and "response" not in new
+            and "answer" in new
+        ):
             answer = new["answer"]
             new["completion"] = answer
             if isinstance(answer, str) and "####" in answer:
@@ -240,15 +378,31 @@ def normalize_schema(row: Row) -> Row:
                 new["prompt"] = _said(new["prompt"], "user")
         elif isinstance(new.get("prompt"), list):
             new["completion"] = _said(new["completion"], "assistant")
-    if isinstance(new.get("completions"), list) and "scores" in new and isinstance(new.get("prompt"), list):
-        new["completions"] = [to_messages(c, row, "completions") if isinstance(c, (list, dict)) else _said(c, "assistant") for c in new["completions"]]
+    if (
+        isinstance(new.get("completions"), list)
+        and "scores" in new
+        and isinstance(new.get("prompt"), list)
+    ):
+        new["completions"] = [
+            to_messages(c, row, "completions")
+            if isinstance(c, (list, dict))
+            else _said(c, "assistant")
+            for c in new["completions"]
+        ]
     return new
 
 # %% ../../nbs/data/schema.ipynb #444be712
 def _several(new: Row):
     "Of several right answers the first becomes `answer`, and all of them `answers`: NQ has a list, SQuAD a column `answers`, KILT a list of objects as `output`."
-    if isinstance(new.get("input"), str) and isinstance(new.get("output"), list) and all(isinstance(o, dict) and {"answer", "provenance"} & set(o) for o in new["output"]):
-        new["question"], new["answers"] = new.pop("input"), [o["answer"] for o in new.pop("output") if "answer" in o]
+    if (
+        isinstance(new.get("input"), str)
+        and isinstance(new.get("output"), list)
+        and all(isinstance(o, dict) and {"answer", "provenance"} & set(o) for o in new["output"])
+    ):
+        new["question"], new["answers"] = (
+            new.pop("input"),
+            [o["answer"] for o in new.pop("output") if "answer" in o],
+        )
     name = "answer" if "answer" in new else "answers"
     many = new[name].get("text") if isinstance(new.get(name), dict) else new.get(name)
     if "question" in new and isinstance(many, list) and all(isinstance(m, str) for m in many):
@@ -262,9 +416,14 @@ def _pair(new: Row, row: Row):
     "Bring chosen and rejected to the form of the prompt; find the prompt in them if it is not given."
     sides = [new["chosen"], new["rejected"]]
     names = ("chosen", "rejected")
-    if "prompt" not in new and all(isinstance(s, str) and s.startswith("\n\nHuman:") for s in sides):
+    if "prompt" not in new and all(
+        isinstance(s, str) and s.startswith("\n\nHuman:") for s in sides
+    ):
         sides = [_transcript(s, row, name) for s, name in zip(sides, names)]
-    sides = [to_messages(s, row, name) if isinstance(s, (list, dict)) else s for s, name in zip(sides, names)]
+    sides = [
+        to_messages(s, row, name) if isinstance(s, (list, dict)) else s
+        for s, name in zip(sides, names)
+    ]
     if all(isinstance(s, list) for s in sides):
         if "messages" in new and "prompt" not in new:
             new["prompt"] = new.pop("messages")
@@ -273,7 +432,9 @@ def _pair(new: Row, row: Row):
             while n and sides[0][n]["role"] != "assistant":
                 n -= 1
             new["prompt"], sides = sides[0][:n], [s[n:] for s in sides]
-        elif isinstance(new.get("prompt"), list) and all(s[: len(new["prompt"])] == new["prompt"] for s in sides):
+        elif isinstance(new.get("prompt"), list) and all(
+            s[: len(new["prompt"])] == new["prompt"] for s in sides
+        ):
             sides = [s[len(new["prompt"]) :] for s in sides]  # each side repeats the prompt
         if isinstance(new.get("prompt"), str):
             new["prompt"] = _said(new["prompt"], "user")
@@ -284,7 +445,9 @@ def _pair(new: Row, row: Row):
             sides = [_said(s, "assistant") for s in sides]
         elif "prompt" not in new:
             shared = os.path.commonprefix(sides)
-            cut = max(shared.rfind(" "), shared.rfind("\n"))  # between words; the space goes with the answer
+            cut = max(
+                shared.rfind(" "), shared.rfind("\n")
+            )  # between words; the space goes with the answer
             if cut > 0 and shared[:cut].strip():
                 new["prompt"], sides = shared[:cut], [s[cut:] for s in sides]
     new["chosen"], new["rejected"] = sides
@@ -292,9 +455,21 @@ def _pair(new: Row, row: Row):
 # %% ../../nbs/data/schema.ipynb #937799a7
 def convert(row: Row, kind: str) -> list[Row]:
     "A row under standard names as rows of `kind`: one, or two where a pair is taken apart. Only what loses nothing that the kind needs is done; else `WrongInput`."
-    drop = lambda *names, **new: Row({**{k: v for k, v in row.items() if k not in names}, **new}, row.where)
+    drop = lambda *names, **new: Row(
+        {**{k: v for k, v in row.items() if k not in names}, **new}, row.where
+    )
     has = row.__contains__
-    answers = ("completion", "chosen", "rejected", "completions", "scores", "labels", "label", "messages", "text")
+    answers = (
+        "completion",
+        "chosen",
+        "rejected",
+        "completions",
+        "scores",
+        "labels",
+        "label",
+        "messages",
+        "text",
+    )
     edits = all(map(has, KINDS["edit"][0]))
     if edits and kind in ("text", "completion") and not has("completion"):
         return convert(drop("target", completion=row["target"]), kind)
@@ -308,7 +483,9 @@ def convert(row: Row, kind: str) -> list[Row]:
             for name in ("prompt", good):
                 _check_answer(row, name)
             whole = row["prompt"] + row[good]
-            return [Row({"text" if isinstance(whole, str) else "messages": whole, **keep}, row.where)]
+            return [
+                Row({"text" if isinstance(whole, str) else "messages": whole, **keep}, row.where)
+            ]
     elif kind == "prompt":
         if has("prompt"):
             return [drop(*answers)]
@@ -323,21 +500,42 @@ def convert(row: Row, kind: str) -> list[Row]:
         if has("messages"):
             said = row["messages"]
             if said[-1]["role"] != "assistant":
-                refuse_row(row, "messages", f"end with a {said[-1]['role']} turn", "an assistant turn at the end, which is what is learned")
+                refuse_row(
+                    row,
+                    "messages",
+                    f"end with a {said[-1]['role']} turn",
+                    "an assistant turn at the end, which is what is learned",
+                )
             return [drop("messages", prompt=said[:-1], completion=said[-1:])]
     elif kind == "unpaired" and has("prompt") and has("chosen") and has("rejected"):
         check_row(row, "preference")
-        return [drop("chosen", "rejected", completion=row[side], label=side == "chosen") for side in ("chosen", "rejected")]
+        return [
+            drop("chosen", "rejected", completion=row[side], label=side == "chosen")
+            for side in ("chosen", "rejected")
+        ]
     elif kind == "edit" and edits:
-        given = {name: value for name, value in row.items() if value is not None or name not in PROBES}
+        given = {
+            name: value for name, value in row.items() if value is not None or name not in PROBES
+        }
         return [Row({name: [] for name in PROBES} | given, row.where)]
     elif all(map(has, KINDS[kind][0])):
         return [row]
     if row.get("label", True) is False and has("prompt") and has("completion"):
-        refuse_row(row, "label", "is false", "good answers, since each is learned", "add ,skip after # to leave such rows out")
-    found = ", ".join(list(row)[:12]) + (f" and {len(row) - 12} more" if len(row) > 12 else "") or "none"
+        refuse_row(
+            row,
+            "label",
+            "is false",
+            "good answers, since each is learned",
+            "add ,skip after # to leave such rows out",
+        )
+    found = (
+        ", ".join(list(row)[:12]) + (f" and {len(row) - 12} more" if len(row) > 12 else "")
+        or "none"
+    )
     need = " + ".join(KINDS[kind][0])
-    raise WrongInput(f"{row.where}: columns {found}; expected {need} ({KINDS[kind][1]}), or a known schema that holds them; rename the columns or use data of this kind")
+    raise WrongInput(
+        f"{row.where}: columns {found}; expected {need} ({KINDS[kind][1]}), or a known schema that holds them; rename the columns or use data of this kind"
+    )
 
 # %% ../../nbs/data/schema.ipynb #9643f73a
 def _check_answer(row, name: str):
@@ -351,7 +549,12 @@ def _check_answer(row, name: str):
     elif isinstance(value, list) and value and isinstance(value[0], dict):
         for turn in value:
             if not isinstance(turn, dict) or not {"role", "content"} <= set(turn):
-                refuse_row(row, name, f"holds {abbreviated(turn)}", 'turns such as {"role": "assistant", "content": "..."}')
+                refuse_row(
+                    row,
+                    name,
+                    f"holds {abbreviated(turn)}",
+                    'turns such as {"role": "assistant", "content": "..."}',
+                )
         last = value[-1]
         if name == "prompt":
             if last["role"] == "assistant":
@@ -359,13 +562,24 @@ def _check_answer(row, name: str):
         elif name != "messages":
             if value[0]["role"] != "assistant" or last["role"] != "assistant":
                 side = "begins" if value[0]["role"] != "assistant" else "ends"
-                refuse_row(row, name, f"{side} with a {(value[0] if side == 'begins' else last)['role']} turn", "an assistant turn")
+                refuse_row(
+                    row,
+                    name,
+                    f"{side} with a {(value[0] if side == 'begins' else last)['role']} turn",
+                    "an assistant turn",
+                )
         elif not any(t["role"] == "assistant" for t in value):
-            refuse_row(row, name, "have no assistant turn", "at least one, which is what is learned")
+            refuse_row(
+                row, name, "have no assistant turn", "at least one, which is what is learned"
+            )
         for turn in value:
             if not isinstance(turn["content"], str):
                 refuse_row(row, name, f"is {abbreviated(turn['content'])}", "text")
-            if not turn["content"].strip() and not turn.get("tool_calls") and (turn["role"] == "assistant" or turn is last):
+            if (
+                not turn["content"].strip()
+                and not turn.get("tool_calls")
+                and (turn["role"] == "assistant" or turn is last)
+            ):
                 refuse_row(row, name, f"has an empty {turn['role']} turn", "text")
             if not turn["content"].isascii():
                 _encodable(row, name, turn["content"])
@@ -377,7 +591,12 @@ def _encodable(row, name, text):
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        refuse_row(row, name, f"holds half of a surrogate pair ({text[error.start]!r} at character {error.start})", "text that can be written as UTF-8")
+        refuse_row(
+            row,
+            name,
+            f"holds half of a surrogate pair ({text[error.start]!r} at character {error.start})",
+            "text that can be written as UTF-8",
+        )
 
 
 def _check_text(row, field: str, value):
@@ -408,7 +627,7 @@ def _check_edit(row):
             for part in ("prompt", "target"):
                 _check_text(row, f"{name}, entry {n}, {part}", one[part])
 
-
+# %% ../../nbs/data/schema.ipynb #f036e8df
 def check_row(row: Row, kind: str):
     "Raise `WrongInput` unless `row` is a sound row of `kind`."
     if kind in CHECKS:  # a kind that a method declared
@@ -430,7 +649,12 @@ def check_row(row: Row, kind: str):
             refuse_row(row, "chosen", "and rejected are equal", "two different answers")
         kinds = {type(row[name]).__name__ for name in KINDS[kind][0]}
         if len(kinds) > 1:
-            refuse_row(row, "prompt, chosen and rejected", f"are {' and '.join(sorted(kinds))}", "all text or all conversations")
+            refuse_row(
+                row,
+                "prompt, chosen and rejected",
+                f"are {' and '.join(sorted(kinds))}",
+                "all text or all conversations",
+            )
     if kind == "unpaired" and not isinstance(row["label"], bool):
         refuse_row(row, "label", f"is {abbreviated(row['label'])}", "true or false")
     if kind in ("stepwise", "ranked"):
@@ -443,9 +667,24 @@ def check_row(row: Row, kind: str):
                 refuse_row(row, "completions", f"holds {abbreviated(one)}", "steps as text")
             _check_answer(Row({"completions": one}, row.where), "completions")
         if not isinstance(row[marks], list) or len(row[marks]) != len(many):
-            found = f"has {len(row[marks])} entries" if isinstance(row[marks], list) else f"is {abbreviated(row[marks])}"
+            found = (
+                f"has {len(row[marks])} entries"
+                if isinstance(row[marks], list)
+                else f"is {abbreviated(row[marks])}"
+            )
             refuse_row(row, marks, found, f"a list of {len(many)}, one for each of the completions")
         for mark in row[marks]:
-            sound = isinstance(mark, bool) if kind == "stepwise" else isinstance(mark, (int, float)) and not isinstance(mark, bool) and math.isfinite(mark)
+            sound = (
+                isinstance(mark, bool)
+                if kind == "stepwise"
+                else isinstance(mark, (int, float))
+                and not isinstance(mark, bool)
+                and math.isfinite(mark)
+            )
             if not sound:
-                refuse_row(row, marks, f"holds {abbreviated(mark)}", "true or false" if kind == "stepwise" else "finite numbers")
+                refuse_row(
+                    row,
+                    marks,
+                    f"holds {abbreviated(mark)}",
+                    "true or false" if kind == "stepwise" else "finite numbers",
+                )

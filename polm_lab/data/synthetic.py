@@ -18,7 +18,11 @@ TEST_SHARE = 0.1
 
 def split_of(key: str) -> str:
     "`train` or `test`, from a stable hash of the question: one question in ten is held out, whatever the seed."
-    return "test" if int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") < TEST_SHARE * 2**32 else "train"
+    return (
+        "test"
+        if int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") < TEST_SHARE * 2**32
+        else "train"
+    )
 
 
 def side_of(question: dict) -> str:
@@ -50,16 +54,24 @@ class SyntheticTask:
         "One pretraining text of this task, about training questions only; wrong answers stand beside right ones."
         raise NotImplementedError
 
-    def rows(self, kind: str, n: int, seed: int = 0, split: str = "train", form: str = "") -> list[dict]:
+    def rows(
+        self, kind: str, n: int, seed: int = 0, split: str = "train", form: str = ""
+    ) -> list[dict]:
         "`n` rows of dataset type `kind`; no question comes again before the split has no new one to offer."
-        for what, found, known in (("kind", kind, self.kinds), ("split", split, SPLITS), ("form", form or self.forms[0], self.forms)):
+        for what, found, known in (
+            ("kind", kind, self.kinds),
+            ("split", split, SPLITS),
+            ("form", form or self.forms[0], self.forms),
+        ):
             if found not in known:
                 raise WrongInput(f"task {self.name}: no {what} {found!r}; {nearest(found, known)}")
         rng = random.Random(f"{self.name}/{kind}/{split}/{form}/{seed}")
         rows, seen = [], set()
         while len(rows) < n:
             question = self.pick(rng, form or self.forms[0], split, seen)
-            if question["key"] in seen:  # none is new any more: begin again, so that all come equally often
+            if (
+                question["key"] in seen
+            ):  # none is new any more: begin again, so that all come equally often
                 seen.clear()
             if question["key"] in seen:  # the split is used up: a new round
                 seen.clear()
@@ -78,13 +90,21 @@ class SyntheticTask:
                 spare = question
         return spare or self.pick(rng, form, split, seen)
 
-
+# %% ../../nbs/data/synthetic.ipynb #5d3c9095
 def wrongs_for(kind: str) -> int:
     "How many wrong answers a row of this kind shows."
     return {"prompt": 0, "completion": 0, "ranked": 3}.get(kind, 1)
 
 # %% ../../nbs/data/synthetic.ipynb #5c287201
-def shaped(kind: str, prompt, right, wrongs: list, rng: random.Random, extra: dict, scores: list[float] | None = None) -> dict:
+def shaped(
+    kind: str,
+    prompt,
+    right,
+    wrongs: list,
+    rng: random.Random,
+    extra: dict,
+    scores: list[float] | None = None,
+) -> dict:
     "A row of one of the five prompt kinds from a right answer and wrong ones; `scores` are those of right, then of wrongs."
     if kind == "prompt":
         return {"prompt": prompt, **extra}
@@ -94,7 +114,17 @@ def shaped(kind: str, prompt, right, wrongs: list, rng: random.Random, extra: di
         return {"prompt": prompt, "chosen": right, "rejected": wrongs[0], **extra}
     if kind == "unpaired":
         label = rng.random() < 0.5
-        return {"prompt": prompt, "completion": right if label else wrongs[0], "label": label, **extra}
+        return {
+            "prompt": prompt,
+            "completion": right if label else wrongs[0],
+            "label": label,
+            **extra,
+        }
     ranked = list(zip([right, *wrongs], scores or [1.0] + [0.0] * len(wrongs)))
     rng.shuffle(ranked)
-    return {"prompt": prompt, "completions": [c for c, _ in ranked], "scores": [s for _, s in ranked], **extra}
+    return {
+        "prompt": prompt,
+        "completions": [c for c, _ in ranked],
+        "scores": [s for _, s in ranked],
+        **extra,
+    }

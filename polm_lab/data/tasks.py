@@ -11,4 +11,6 @@ from .language import Chat, Facts, Stories
 from .synthetic import SyntheticTask
 
 # %% ../../nbs/data/tasks.ipynb #db664d7f
-TASKS: dict[str, SyntheticTask] = {task.name: task for task in (Sums(), Facts(), Chat(), Stories(), Code())}
+TASKS: dict[str, SyntheticTask] = {
+    task.name: task for task in (Sums(), Facts(), Chat(), Stories(), Code())
+}

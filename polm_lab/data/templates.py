@@ -15,7 +15,10 @@ from .rows import row_place
 from .schema import without_nulls
 
 # %% ../../nbs/data/templates.ipynb #5c0d11a1
-OPEN, CLOSE = "\ufdd0", "\ufdd1"  # noncharacters of Unicode, which no text holds: what is between them is a mark in a rendering
+OPEN, CLOSE = (
+    "\ufdd0",
+    "\ufdd1",
+)  # noncharacters of Unicode, which no text holds: what is between them is a mark in a rendering
 MARK = re.compile(f"{OPEN}([a-z])(\\d+),(\\d+){CLOSE}")
 CALL_ENDS = ("<|call|>", "<|eom_id|>")  # end a turn that calls a tool, and nothing else
 GIVE = "give a template that can (chat_template = FILE.jinja), for example one with {% generation %} marks around what the assistant writes"
@@ -74,7 +77,9 @@ def _with_marks(tree, environment):
     from jinja2.visitor import NodeTransformer
 
     def call(name: str, *arguments):
-        arguments = [nodes.Const(a) if isinstance(a, int) else nodes.Name(a, "load") for a in arguments]
+        arguments = [
+            nodes.Const(a) if isinstance(a, int) else nodes.Name(a, "load") for a in arguments
+        ]
         return nodes.Output([nodes.Call(nodes.Name(name, "load"), arguments, [], None, None)])
 
     class Marker(NodeTransformer):
@@ -87,13 +92,21 @@ def _with_marks(tree, environment):
             self.inside = loop
             self.generic_visit(node)
             self.inside = outer
-            names = [node.target.name] if isinstance(node.target, nodes.Name) else [n.name for n in node.target.find_all(nodes.Name)]
+            names = (
+                [node.target.name]
+                if isinstance(node.target, nodes.Name)
+                else [n.name for n in node.target.find_all(nodes.Name)]
+            )
             node.body.insert(0, call("polm_turn", loop, *names))
             return [node, call("polm_end", loop)]
 
         def visit_Assign(self, node):
             by_number = isinstance(node.node, nodes.Getitem) and isinstance(node.target, nodes.Name)
-            return [node, call("polm_named", self.inside, node.target.name)] if self.inside and by_number else node
+            return (
+                [node, call("polm_named", self.inside, node.target.name)]
+                if self.inside and by_number
+                else node
+            )
 
         def visit_CallBlock(self, node):
             self.generic_visit(node)
@@ -123,15 +136,22 @@ def _template_words(row) -> dict:
         try:
             tools = json.loads(tools)
         except ValueError as error:
-            raise WrongInput(f"{row_place(row)}: tools are malformed JSON ({error}); expected a list of tool descriptions; correct this row") from None
+            raise WrongInput(
+                f"{row_place(row)}: tools are malformed JSON ({error}); expected a list of tool descriptions; correct this row"
+            ) from None
     elif isinstance(tools, list):
         tools = [without_nulls(tool) for tool in tools]
-    return {**({"tools": tools} if tools else {}), **((row.get("chat_template_kwargs") or {}) if isinstance(row, dict) else {})}
+    return {
+        **({"tools": tools} if tools else {}),
+        **((row.get("chat_template_kwargs") or {}) if isinstance(row, dict) else {}),
+    }
 
 
 def _words_of(tokenizer, row) -> dict:
     "The variables of a template besides the messages; a special token that the tokenizer lacks is empty."
-    special = {name: "" for name in ("bos_token", "eos_token", "unk_token", "pad_token")} | dict(tokenizer.special_tokens_map)
+    special = {name: "" for name in ("bos_token", "eos_token", "unk_token", "pad_token")} | dict(
+        tokenizer.special_tokens_map
+    )
     return {"tools": None, "documents": None, **special, **_template_words(row)}
 
 
@@ -148,7 +168,9 @@ def _fitting(messages: list[dict], content, written: bool, parted: bool) -> list
     "Messages as a template gets them (see `WAYS`): without nulls and weights, thinking under the names that templates read."
     out = []
     for turn in messages:
-        new = {name: value for name, value in turn.items() if value is not None and name != "weight"}
+        new = {
+            name: value for name, value in turn.items() if value is not None and name != "weight"
+        }
         if turn.get("reasoning_content"):
             new["thinking"] = turn["reasoning_content"]
         if turn.get("tool_calls"):
@@ -160,7 +182,7 @@ def _fitting(messages: list[dict], content, written: bool, parted: bool) -> list
         out.append(new)
     return out
 
-
+# %% ../../nbs/data/templates.ipynb #0966adde
 def _call(call: dict, written: bool) -> dict:
     function = dict(call["function"])
     if written and not isinstance(function.get("arguments"), str):
@@ -174,7 +196,13 @@ def _leaves(value) -> list[str]:
         return [leaf for one in value.values() for leaf in _leaves(one)]
     if isinstance(value, list):
         return [leaf for one in value for leaf in _leaves(one)]
-    return [value] if isinstance(value, str) else [] if value is None or isinstance(value, bool) else [json.dumps(value)]
+    return (
+        [value]
+        if isinstance(value, str)
+        else []
+        if value is None or isinstance(value, bool)
+        else [json.dumps(value)]
+    )
 
 
 def _squeezed(text: str) -> str:
@@ -202,7 +230,9 @@ def calls_in(text: str, turn: dict) -> bool:
                 arguments = json.loads(arguments)
             except ValueError:
                 pass
-        if not all(holds_value(text, words) for words in (call["function"]["name"], *_leaves(arguments))):
+        if not all(
+            holds_value(text, words) for words in (call["function"]["name"], *_leaves(arguments))
+        ):
             return False
     return True
 
@@ -212,7 +242,11 @@ def _first_that_fits(render, messages: list[dict], row) -> tuple[str, list[dict]
 
     `render(messages=...)` runs the template. Raises: `WrongInput` where it refuses the turns, or writes no tool call.
     """
-    error, taken, last = None, None, next((t["content"] for t in reversed(messages) if t["content"].strip()), "")
+    error, taken, last = (
+        None,
+        None,
+        next((t["content"] for t in reversed(messages) if t["content"].strip()), ""),
+    )
     calling = any(turn.get("tool_calls") for turn in messages)
     for way in WAYS:
         if way[0] is None and not calling:
@@ -229,10 +263,14 @@ def _first_that_fits(render, messages: list[dict], row) -> tuple[str, list[dict]
     if taken is None:
         what = " ".join(str(error).split("\n")[0].split())[:200]
         roles = [m["role"] for m in messages]
-        raise WrongInput(f"{row_place(row)}: the chat template refuses this conversation ({what}); expected roles {roles} to be allowed; change the row or the template") from None
+        raise WrongInput(
+            f"{row_place(row)}: the chat template refuses this conversation ({what}); expected roles {roles} to be allowed; change the row or the template"
+        ) from None
     silent = next((k for k, turn in enumerate(messages) if not calls_in(taken[0], turn)), None)
     if silent is not None:
-        raise WrongInput(f"{row_place(row)}: the chat template does not write the tool calls of turn {silent + 1}, so nobody would learn or see them; expected them in the rendering; {GIVE}")
+        raise WrongInput(
+            f"{row_place(row)}: the chat template does not write the tool calls of turn {silent + 1}, so nobody would learn or see them; expected them in the rendering; {GIVE}"
+        )
     return taken
 
 # %% ../../nbs/data/templates.ipynb #075cf6a5
@@ -277,7 +315,9 @@ def _parts_between(marked: str, length: int) -> tuple[list, list, list]:
 class Rendering:
     "A conversation as a chat template writes it: its `text`, and which part of it each turn wrote (`parts`: start, stop, number of the turn)."
 
-    def __init__(self, tokenizer, messages: list[dict], row, opened: bool = False, traced: bool = True):
+    def __init__(
+        self, tokenizer, messages: list[dict], row, opened: bool = False, traced: bool = True
+    ):
         if not getattr(tokenizer, "chat_template", None):
             raise WrongInput(
                 f"{row_place(row)}: a conversation, and the model {getattr(tokenizer, 'name_or_path', '')!r} has no chat template; expected a model with one, or plain text columns; "
@@ -302,7 +342,9 @@ class Rendering:
                 content = turn.get("content")
                 if with_said and turn["role"] != "assistant":
                     if isinstance(content, list):
-                        turn["content"] = [{**part, "text": _within_marks(part["text"], k)} for part in content]
+                        turn["content"] = [
+                            {**part, "text": _within_marks(part["text"], k)} for part in content
+                        ]
                     else:
                         turn["content"] = _within_marks(content, k)
             trace = _Trace(messages)
@@ -317,7 +359,11 @@ class Rendering:
 
     def of(self, k: int) -> list[tuple[int, int]]:
         "The parts that turn `k` wrote and that are not blank."
-        return [(start, stop) for start, stop, number in self.parts if number == k and self.text[start:stop].strip()]
+        return [
+            (start, stop)
+            for start, stop, number in self.parts
+            if number == k and self.text[start:stop].strip()
+        ]
 
     def after(self, k: int) -> str | None:
         "The text behind the part of turn `k`, which is the last; None if it has no part."

@@ -30,7 +30,11 @@ def _asked_after(tokenizer, messages: list[dict], row) -> str:
             after = opened.after(len(before) - 1)
             if not after:  # a template that opens the answer inside of its loop, or writes this turn outside of it
                 closed = Rendering(tokenizer, before, row, traced=False)
-                after = opened.text.removeprefix(closed.text) if opened.text.startswith(closed.text) else after
+                after = (
+                    opened.text.removeprefix(closed.text)
+                    if opened.text.startswith(closed.text)
+                    else after
+                )
         except WrongInput:
             continue
         if after is not None:
@@ -59,7 +63,7 @@ def _ends_of(template: str, tokenizer, words: str) -> tuple[str, ...]:
     found = [_around(tokenizer, [user], row, then)[1].strip() for then in ((), (user,))]
     return tuple(dict.fromkeys(filter(None, [*found, tokenizer.eos_token, *CALL_ENDS])))
 
-
+# %% ../../nbs/data/turns.ipynb #d544129d
 def _ends(tokenizer, row) -> tuple[str, ...]:
     words = row.get("chat_template_kwargs") if isinstance(row, dict) else None
     return _ends_of(str(tokenizer.chat_template), tokenizer, json.dumps(words or {}, default=str))
@@ -67,7 +71,11 @@ def _ends(tokenizer, row) -> tuple[str, ...]:
 
 def _special(tokenizer) -> list[str]:
     "The names of a tokenizer's added and special tokens."
-    return [name for name in (*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens) if name.strip()]
+    return [
+        name
+        for name in (*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens)
+        if name.strip()
+    ]
 
 
 def _first_token(tokenizer, text: str) -> str:
@@ -82,14 +90,25 @@ def _first_token(tokenizer, text: str) -> str:
 def _closing(tokenizer, messages: list[dict], k: int, row) -> str:
     "The role marker that would come after turn `k`, if it is the last."
     calls = messages[k].get("tool_calls")
-    follow = {"role": "tool", "name": calls[-1]["function"]["name"], "tool_call_id": str(calls[-1].get("id")), "content": SAID} if calls else {"role": "user", "content": SAID}
+    follow = (
+        {
+            "role": "tool",
+            "name": calls[-1]["function"]["name"],
+            "tool_call_id": str(calls[-1].get("id")),
+            "content": SAID,
+        }
+        if calls
+        else {"role": "user", "content": SAID}
+    )
     made = Rendering(tokenizer, [*messages[: k + 1], follow], row)
     parts = made.of(k)
     return _first_token(tokenizer, made.text[parts[-1][1] :]) if parts else ""
 
-
+# %% ../../nbs/data/turns.ipynb #87a35999
 def _unaligned(row, k: int, why: str):
-    raise WrongInput(f"{row_place(row)}: {why} of assistant turn {k + 1}, so what is learned of it is not known; expected a rendering that shows it; {GIVE}")
+    raise WrongInput(
+        f"{row_place(row)}: {why} of assistant turn {k + 1}, so what is learned of it is not known; expected a rendering that shows it; {GIVE}"
+    )
 
 # %% ../../nbs/data/turns.ipynb #f510db48
 def _header(tokenizer, messages: list[dict], k: int, own: str, row) -> int:
@@ -97,9 +116,15 @@ def _header(tokenizer, messages: list[dict], k: int, own: str, row) -> int:
     asked = _asked_after(tokenizer, messages[:k], row)
     if own.startswith(asked):
         return len(asked)
-    usual = [_around(tokenizer, messages[:k], row)[0]]  # so that an answer which happens to go on as the opening does is not cut
+    usual = [
+        _around(tokenizer, messages[:k], row)[0]
+    ]  # so that an answer which happens to go on as the opening does is not cut
     try:
-        changed = [*messages[:k], {**messages[k], "content": SAID, "reasoning_content": ""}, *messages[k + 1 :]]
+        changed = [
+            *messages[:k],
+            {**messages[k], "content": SAID, "reasoning_content": ""},
+            *messages[k + 1 :],
+        ]
         made = Rendering(tokenizer, changed, row)
         usual += [made.text[start:stop].partition(SAID)[0] for start, stop in made.of(k)[:1]]
     except WrongInput:
@@ -107,14 +132,20 @@ def _header(tokenizer, messages: list[dict], k: int, own: str, row) -> int:
     return len(os.path.commonprefix([asked, own, *usual]))
 
 
-def learned_spans(tokenizer, messages: list[dict], row, wanted=None) -> tuple[str, list[tuple[int, int]]]:
+def learned_spans(
+    tokenizer, messages: list[dict], row, wanted=None
+) -> tuple[str, list[tuple[int, int]]]:
     """The rendered conversation, and where in it the assistant's turns are that are learned (all, or those for which `wanted`).
 
     Each turn's part is known from the loop of the template that wrote it. Raises `WrongInput` for what cannot be found exactly.
     """
     messages = plain_turns(messages, row)
     made = Rendering(tokenizer, messages, row)
-    learned = [k for k, turn in enumerate(messages) if turn["role"] == "assistant" and turn.get("weight") != 0 and (wanted is None or wanted(k))]
+    learned = [
+        k
+        for k, turn in enumerate(messages)
+        if turn["role"] == "assistant" and turn.get("weight") != 0 and (wanted is None or wanted(k))
+    ]
     whole, spans = made.text, []
     marked = bool(made.blocks) and _blocks_of(made, messages)
     for k in learned:
@@ -124,7 +155,10 @@ def learned_spans(tokenizer, messages: list[dict], row, wanted=None) -> tuple[st
             parts = made.of(k)
             if parts:
                 start, stop = parts[0]
-                parts = [(start + _header(tokenizer, messages, k, whole[start:stop], row), stop), *parts[1:]]
+                parts = [
+                    (start + _header(tokenizer, messages, k, whole[start:stop], row), stop),
+                    *parts[1:],
+                ]
         if not parts and not marked:
             parts = _by_prefix(tokenizer, messages, k, whole, row)
         if not parts:
@@ -132,7 +166,9 @@ def learned_spans(tokenizer, messages: list[dict], row, wanted=None) -> tuple[st
         closed = []
         for number, (start, stop) in enumerate(parts, 1):
             if not marked or number == len(parts):
-                whole, stop = _with_end(tokenizer, messages, k, whole, (start, stop), bool(marked), row)
+                whole, stop = _with_end(
+                    tokenizer, messages, k, whole, (start, stop), bool(marked), row
+                )
             closed.append((start, stop))
         _check_written(messages[k], k, "".join(whole[a:b] for a, b in closed), row)
         for start, stop in closed:
@@ -144,11 +180,15 @@ def learned_spans(tokenizer, messages: list[dict], row, wanted=None) -> tuple[st
     _check_context(made, messages, row)
     return whole, sorted(spans)
 
-
+# %% ../../nbs/data/turns.ipynb #c9dde222
 @functools.lru_cache(maxsize=64)
 def _turn_ends(template: str, tokenizer) -> tuple[str, ...]:
     user, answer = {"role": "user", "content": SAID}, {"role": "assistant", "content": SAID}
-    call = {"id": "a", "type": "function", "function": {"name": "search", "arguments": {"text": SAID}}}
+    call = {
+        "id": "a",
+        "type": "function",
+        "function": {"name": "search", "arguments": {"text": SAID}},
+    }
     calling = {**answer, "content": "", "tool_calls": [call]}
     result = {"role": "tool", "name": "search", "tool_call_id": "a", "content": SAID}
     found = []
@@ -211,7 +251,9 @@ def _by_prefix(tokenizer, messages: list[dict], k: int, whole: str, row) -> list
     return [(len(head), len(upto))]
 
 
-def _with_end(tokenizer, messages: list[dict], k: int, whole: str, span: tuple[int, int], marked: bool, row) -> tuple[str, int]:
+def _with_end(
+    tokenizer, messages: list[dict], k: int, whole: str, span: tuple[int, int], marked: bool, row
+) -> tuple[str, int]:
     """The rendering and the end of a span such that the token that ends the turn is in it: the turn's own, else the marker of the next role.
 
     `marked`: the span is a generation block, whose last token is trusted if it is a special one that does not merely close a tool call.
@@ -222,10 +264,14 @@ def _with_end(tokenizer, messages: list[dict], k: int, whole: str, span: tuple[i
     last = max([name for name in _special(tokenizer) if own.endswith(name)], key=len, default="")
     if own.endswith(ends) or (marked and last and "call" not in last):
         rest = whole[stop:].strip()
-        closes = bool(rest) and rest == tokenizer.eos_token  # some templates end the conversation with one more token
+        closes = (
+            bool(rest) and rest == tokenizer.eos_token
+        )  # some templates end the conversation with one more token
         return whole, len(whole) if closes else stop
     rest = whole[stop:]
-    marker = next((end for end in ends if rest.startswith(end)), "") or _first_token(tokenizer, rest)
+    marker = next((end for end in ends if rest.startswith(end)), "") or _first_token(
+        tokenizer, rest
+    )
     if not rest.strip():
         marker = _closing(tokenizer, messages, k, row)
         whole = whole[:stop] + marker
@@ -242,28 +288,45 @@ def _check_written(turn: dict, k: int, text: str, row):
         inside, _, content = content.rpartition("</think>")
         thought += inside.partition("<think>")[2] if "<think>" in inside else inside
     if thought.strip() and not holds_value(text, thought.strip()):
-        raise WrongInput(f"{row_place(row)}: the chat template drops the thinking of assistant turn {k + 1}, which would be learned without it; expected it in the rendering; {todo}")
+        raise WrongInput(
+            f"{row_place(row)}: the chat template drops the thinking of assistant turn {k + 1}, which would be learned without it; expected it in the rendering; {todo}"
+        )
     if content.strip() and not holds_value(text, content.strip()):
-        raise WrongInput(f"{row_place(row)}: the chat template drops or changes the text of assistant turn {k + 1}, which is learned; expected it in the rendering; {todo}")
+        raise WrongInput(
+            f"{row_place(row)}: the chat template drops or changes the text of assistant turn {k + 1}, which is learned; expected it in the rendering; {todo}"
+        )
     if not calls_in(text, turn):
-        raise WrongInput(f"{row_place(row)}: the chat template drops a tool call of assistant turn {k + 1}, which is learned; expected it in the rendering; {todo}")
+        raise WrongInput(
+            f"{row_place(row)}: the chat template drops a tool call of assistant turn {k + 1}, which is learned; expected it in the rendering; {todo}"
+        )
 
 
 def _check_context(made: Rendering, messages: list[dict], row):
     "Raise `WrongInput` if a turn that is answered, or the tools, are not in the rendering."
     for k, turn in enumerate(messages):
-        if turn["role"] != "assistant" and turn["content"].strip() and not made.of(k) and not holds_value(made.text, turn["content"].strip()):
-            raise WrongInput(f"{row_place(row)}: the chat template drops turn {k + 1} ({turn['role']}); expected it in the rendering; leave the row out, or {GIVE}")
+        if (
+            turn["role"] != "assistant"
+            and turn["content"].strip()
+            and not made.of(k)
+            and not holds_value(made.text, turn["content"].strip())
+        ):
+            raise WrongInput(
+                f"{row_place(row)}: the chat template drops turn {k + 1} ({turn['role']}); expected it in the rendering; leave the row out, or {GIVE}"
+            )
     source = str(made.source)
     if "tool_calls" in source and not re.search(r"\btools\b", source):
         return  # as in DeepSeek's templates: calls are written, and tools are described in the system turn
     for tool in made.words["tools"] or ():
         name = (tool.get("function") or tool).get("name") if isinstance(tool, dict) else None
         if isinstance(name, str) and name not in made.text:
-            raise WrongInput(f"{row_place(row)}: the chat template drops the tools ({name}); expected them in the rendering; remove the column tools, or {GIVE}")
+            raise WrongInput(
+                f"{row_place(row)}: the chat template drops the tools ({name}); expected them in the rendering; remove the column tools, or {GIVE}"
+            )
 
 # %% ../../nbs/data/turns.ipynb #f9f4162c
 def plain_turns(messages: list[dict], row) -> list[dict]:
     "Turns as `to_messages` gives them, also of rows that were not loaded by it."
-    plain = all(set(turn) == {"role", "content"} and isinstance(turn["content"], str) for turn in messages)
+    plain = all(
+        set(turn) == {"role", "content"} and isinstance(turn["content"], str) for turn in messages
+    )
     return messages if plain else to_messages(messages, row, "messages")

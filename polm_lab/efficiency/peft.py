@@ -30,7 +30,14 @@ from ..finetuning.sft import SFT, sft_loss
 # %% ../../nbs/efficiency/peft.ipynb #8db6da3b
 def kept_bytes(model: torch.nn.Module, compute) -> tuple[Tensor, int]:
     "What `compute()` returns, and the bytes of distinct memory that autograd keeps from it for the backward pass, those of the model's weights not counted."
-    own, kept = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers()) if not p.is_sparse}, {}
+    own, kept = (
+        {
+            p.untyped_storage().data_ptr()
+            for p in (*model.parameters(), *model.buffers())
+            if not p.is_sparse
+        },
+        {},
+    )
 
     def keep(tensor):
         for part in (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,):
@@ -46,7 +53,9 @@ def training_cost(policy: Policy, batch: dict, repeats: int = 2) -> dict[str, fl
     "Of one step of SFT on `batch`: share of weights trained, MiB of their gradient and moments (12 bytes each), MiB of activations kept, milliseconds (least of `repeats`)."
 
     def forward():
-        return sft_loss(policy(batch["input_ids"], batch["attention_mask"], batch["completion_mask"]).logp)
+        return sft_loss(
+            policy(batch["input_ids"], batch["attention_mask"], batch["completion_mask"]).logp
+        )
 
     policy.train()
     numbers, seconds = count_parameters(policy.model, trainable=True), []
@@ -56,12 +65,21 @@ def training_cost(policy: Policy, batch: dict, repeats: int = 2) -> dict[str, fl
         loss.backward()
         seconds.append(time.perf_counter() - began)
         policy.zero_grad()
-    return dict(trained_share=numbers / count_parameters(policy.model), state_mib=12 * numbers / 2**20, activations_mib=kept / 2**20, step_ms=1000 * min(seconds[1:]))
+    return dict(
+        trained_share=numbers / count_parameters(policy.model),
+        state_mib=12 * numbers / 2**20,
+        activations_mib=kept / 2**20,
+        step_ms=1000 * min(seconds[1:]),
+    )
 
 
 def adapter_list(text: str) -> list[tuple[str, float]]:
     "`lora:r=8@0.003; ia3` as [(adapter, learning rate), ...]; `all` names every adapter of the library. Raises `WrongInput`."
-    pieces = ["none", *(NEEDS.get(name, name) for name in adapter_names())] if text == "all" else [p.strip() for p in text.split(";") if p.strip()]
+    pieces = (
+        ["none", *(NEEDS.get(name, name) for name in adapter_names())]
+        if text == "all"
+        else [p.strip() for p in text.split(";") if p.strip()]
+    )
     found = []
     for piece in pieces:
         spec, _, rate = piece.partition("@")
@@ -69,12 +87,16 @@ def adapter_list(text: str) -> list[tuple[str, float]]:
         try:
             found.append((spec.strip(), float(rate) if rate else RATES.get(kind, 5e-3)))
         except ValueError:
-            raise WrongInput(f"adapters: {piece!r}: the learning rate {rate!r} is no number; expected ADAPTER@RATE, such as lora:r=8@0.003, with ; between") from None
+            raise WrongInput(
+                f"adapters: {piece!r}: the learning rate {rate!r} is no number; expected ADAPTER@RATE, such as lora:r=8@0.003, with ; between"
+            ) from None
     if len(set(found)) != len(found) or not found:
-        raise WrongInput(f"adapters: {text!r}; expected all, or one or more with ; between, each once")
+        raise WrongInput(
+            f"adapters: {text!r}; expected all, or one or more with ; between, each once"
+        )
     return found
 
-
+# %% ../../nbs/efficiency/peft.ipynb #8ddb38a2
 def pareto(cost: list[float], gain: list[float]) -> list[int]:
     "Indices of the entries that none beats in both, lower cost and higher gain, by rising cost."
     best, front = -float("inf"), []
@@ -85,57 +107,133 @@ def pareto(cost: list[float], gain: list[float]) -> list[int]:
 
 
 RATES = {  # that helped on `sums` within a dozen steps; 5e-3 for all others
-    "none": 1e-3, "oft": 1e-3, "miss": 1e-3, "psoft": 1e-3, "randlora": 1e-3, "waveft": 2e-4, "cartridge": 1e-2,
-    "ln_tuning": 1e-2, "prefix_tuning": 1e-2, "ia3": 2e-2, "prompt_tuning": 3e-2, "fourierft": 3e-2,
-}  # fmt: skip
+    "none": 1e-3,
+    "oft": 1e-3,
+    "miss": 1e-3,
+    "psoft": 1e-3,
+    "randlora": 1e-3,
+    "waveft": 2e-4,
+    "cartridge": 1e-2,
+    "ln_tuning": 1e-2,
+    "prefix_tuning": 1e-2,
+    "ia3": 2e-2,
+    "prompt_tuning": 3e-2,
+    "fourierft": 3e-2,
+}
 NEEDS = {  # settings without which they do not fit the embedded model, or break it before they have learned anything
-    "adaption_prompt": "adaption_prompt:adapter_len=8,adapter_layers=3", "c3a": "c3a:block_size=16", "road": "road:group_size=16", "vblora": "vblora:vector_length=16",
-    "delora": "delora:delora_lambda=1", "fourierft": "fourierft:init_weights=true",
-    "trainable_tokens": "trainable_tokens:token_indices=" + ",".join(map(str, (12, 13, 15, *range(18, 28), 31))),  # * + - 0 to 9 =
-}  # fmt: skip
+    "adaption_prompt": "adaption_prompt:adapter_len=8,adapter_layers=3",
+    "c3a": "c3a:block_size=16",
+    "road": "road:group_size=16",
+    "vblora": "vblora:vector_length=16",
+    "delora": "delora:delora_lambda=1",
+    "fourierft": "fourierft:init_weights=true",
+    "trainable_tokens": "trainable_tokens:token_indices="
+    + ",".join(map(str, (12, 13, 15, *range(18, 28), 31))),  # * + - 0 to 9 =
+}
 
 # %% ../../nbs/efficiency/peft.ipynb #2902c17f
 @dataclass(kw_only=True)
 class PEFT(RunSettings):
     "Settings of the comparison of adapters."
 
-    adapters: str = knob("all", "adapters to compare, with ; between, each with @ and its learning rate if it is not to be the usual one; all takes every one that fits")
+    adapters: str = knob(
+        "all",
+        "adapters to compare, with ; between, each with @ and its learning rate if it is not to be the usual one; all takes every one that fits",
+    )
     data: str = knob("sums", "rows to learn: a task, a local file, or a Hub id")
     steps: int = knob(12, "steps of each", "steps", low=1)
     batch_size: int = knob(16, "rows of a step", "rows", low=1)
     eval_rows: int = knob(64, "held-out rows", "rows", low=1)
     max_length: int = knob(64, "longest row", "tokens", low=2)
 
-
-@method(family="efficiency", title="Parameter-efficient fine-tuning", paper="Houlsby et al. 2019; Hu et al. 2021; survey §6.2, eq. 24–29", data="completion", changes="adapter", trains=False)
+# %% ../../nbs/efficiency/peft.ipynb #a70acdac
+@method(
+    family="efficiency",
+    title="Parameter-efficient fine-tuning",
+    paper="Houlsby et al. 2019; Hu et al. 2021; survey §6.2, eq. 24–29",
+    data="completion",
+    changes="adapter",
+    trains=False,
+)
 def peft(settings: PEFT, run: Run) -> None:
     "Train the same rows through every adapter, and lay what each costs beside what it gains."
     listed = adapter_list(settings.adapters)
     tokenizer = load_tokenizer(settings.model)
-    shared = dict(model=settings.model, seed=settings.seed, dtype=settings.dtype, device=settings.device)
+    shared = dict(
+        model=settings.model, seed=settings.seed, dtype=settings.dtype, device=settings.device
+    )
     rows = load_data(settings.data, "completion")[: settings.batch_size]
-    batch = token_batches(encode_rows(tokenizer, rows, "completion", settings.max_length), SFT(**shared, batch_size=settings.batch_size), tokenizer.pad_token_id)[0]
+    batch = token_batches(
+        encode_rows(tokenizer, rows, "completion", settings.max_length),
+        SFT(**shared, batch_size=settings.batch_size),
+        tokenizer.pad_token_id,
+    )[0]
     costs, left_out = {}, {}
     for spec, _ in listed:
         try:
             policy, _ = load_policy(SFT(**shared, adapter=spec, steps=settings.steps))
-            costs[spec] = training_cost(policy, {k: v.to(policy.model.device) if torch.is_tensor(v) else v for k, v in batch.items()})
-        except (WrongInput, RuntimeError) as error:  # a RuntimeError: it fits and cannot compute, such as trainable_tokens without tokens
+            costs[spec] = training_cost(
+                policy,
+                {
+                    k: v.to(policy.model.device) if torch.is_tensor(v) else v
+                    for k, v in batch.items()
+                },
+            )
+        except (
+            WrongInput,
+            RuntimeError,
+        ) as error:  # a RuntimeError: it fits and cannot compute, such as trainable_tokens without tokens
             if settings.adapters != "all":
                 raise
             left_out[spec] = str(error).split("\n")[0]
     fitting, table = [(spec, rate) for spec, rate in listed if spec in costs], []
     for number, (spec, rate) in zip(run.steps(len(fitting), unit="adapters"), fitting):
         child = subrun(
-            run, f"{spec}@{rate:g}", "sft", inside=True, adapter=spec, learning_rate=rate, data=settings.data, steps=settings.steps, batch_size=settings.batch_size,
-            eval_rows=settings.eval_rows, max_length=settings.max_length, save_every=0, **shared,
-        )  # fmt: skip
-        shutil.rmtree(child.path / "checkpoints", ignore_errors=True)  # a finished part needs none, and each holds the whole model
-        gained = {name: child.summary["after"][name] for name in ("perplexity", "accuracy", "forgetting") if name in child.summary["after"]}
-        table.append(dict(adapter=spec, learning_rate=rate, **costs[spec], adapter_kib=sum(f.stat().st_size for f in (child.path / "model").glob("*.safetensors")) / 1024, **gained))
+            run,
+            f"{spec}@{rate:g}",
+            "sft",
+            inside=True,
+            adapter=spec,
+            learning_rate=rate,
+            data=settings.data,
+            steps=settings.steps,
+            batch_size=settings.batch_size,
+            eval_rows=settings.eval_rows,
+            max_length=settings.max_length,
+            save_every=0,
+            **shared,
+        )
+        shutil.rmtree(
+            child.path / "checkpoints", ignore_errors=True
+        )  # a finished part needs none, and each holds the whole model
+        gained = {
+            name: child.summary["after"][name]
+            for name in ("perplexity", "accuracy", "forgetting")
+            if name in child.summary["after"]
+        }
+        table.append(
+            dict(
+                adapter=spec,
+                learning_rate=rate,
+                **costs[spec],
+                adapter_kib=sum(
+                    f.stat().st_size for f in (child.path / "model").glob("*.safetensors")
+                )
+                / 1024,
+                **gained,
+            )
+        )
         if "before" not in run.summary:
             run.frame("before", child.summary["before"])
         run.log(number, **gained)
     run.update(table=table, left_out=left_out)
-    best, seen = min(table, key=lambda row: row["perplexity"]), child.summary["after"]  # all parts are evaluated on the same rows
-    run.frame("after", with_rows(best, seen["rows"], {name: seen.get(f"rows/{name}", seen["rows"]) for name in gained}))
+    best, seen = (
+        min(table, key=lambda row: row["perplexity"]),
+        child.summary["after"],
+    )  # all parts are evaluated on the same rows
+    run.frame(
+        "after",
+        with_rows(
+            best, seen["rows"], {name: seen.get(f"rows/{name}", seen["rows"]) for name in gained}
+        ),
+    )

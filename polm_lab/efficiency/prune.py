@@ -50,32 +50,93 @@ class Allocation(Word):
         return self.outliers.write(text, part, value)
 
 
-RULE = Part("rule", str, "uniform", "what sets the sparsity of each block",
-            choices=("uniform", "outliers", "hessian"))  # fmt: skip
-FACTOR = Part("factor", float, 5.0, "outliers are Wanda scores above this times the block's mean",
-              low=1, high=100, log=True, source="Yin et al. 2023: M = 5")  # fmt: skip
+RULE = Part(
+    "rule",
+    str,
+    "uniform",
+    "what sets the sparsity of each block",
+    choices=("uniform", "outliers", "hessian"),
+)
+FACTOR = Part(
+    "factor",
+    float,
+    5.0,
+    "outliers are Wanda scores above this times the block's mean",
+    low=1,
+    high=100,
+    log=True,
+    source="Yin et al. 2023: M = 5",
+)
 
 # %% ../../nbs/efficiency/prune.ipynb #b32c1181
 @dataclass(kw_only=True)
 class Prune(Calibrated):
     "Settings of unstructured pruning."
 
-    algorithm: str = knob("sparsegpt", "what decides which weights go, and whether the others are refitted", choices=("magnitude", "wanda", "sparsegpt"))
-    sparsity: float = knob(0.5, "share of the weights of the blocks' linear layers that become zero; a pattern N:M sets it to 1 − N/M", "share", low=0, high=0.99,
-                           source="Sun et al. 2023, table 2")  # fmt: skip
+    algorithm: str = knob(
+        "sparsegpt",
+        "what decides which weights go, and whether the others are refitted",
+        choices=("magnitude", "wanda", "sparsegpt"),
+    )
+    sparsity: float = knob(
+        0.5,
+        "share of the weights of the blocks' linear layers that become zero; a pattern N:M sets it to 1 − N/M",
+        "share",
+        low=0,
+        high=0.99,
+        source="Sun et al. 2023, table 2",
+    )
     pattern: str = knob("", "at most N of M neighbours in a row stay, as `2:4`; empty: anywhere")
-    allocation: str = knob("uniform", "sparsity of each block: uniform; outliers (OWL), or "
-                           "outliers:factor=7; hessian (SAMSP); or numbers separated by commas, "
-                           "one for each block", parts=Allocation(RULE, FACTOR))  # fmt: skip
-    band: float = knob(0.08, "how far outliers and hessian move a block's sparsity up or down", "share", low=0, high=0.5, source="Yin et al. 2023: λ = 0.08")
-    swaps: int = knob(0, "rounds of DSnoT on the mask of magnitude or wanda, each at most one swap a row; 0: none", "rounds", low=0, high=1000,
-                      source="Zhang et al. 2023, §4: at most 50")  # fmt: skip
-    swap_in: str = knob("attention", "layers that DSnoT works on", choices=("attention", "all"), source="Zhang et al. 2023, code: skips the MLP by default")
-    within: str = knob("auto", "where magnitude and wanda compare weights: each row, or the layer; auto as in the papers: rows for wanda and DSnoT, else the layer",
-                       choices=("auto", "row", "layer"))  # fmt: skip
-    block: int = knob(0, "columns B that SparseGPT chooses among at once; 0: a quarter of a layer's, at most 128", "columns", low=0, source="Frantar and Alistarh 2023, §3.3: 128")
-    damping: float = knob(0.01, "what is added to the diagonal of H, as a share of its mean", "share", low=1e-8, high=1, log=True,
-                          source="Frantar and Alistarh 2023, code")  # fmt: skip
+    allocation: str = knob(
+        "uniform",
+        "sparsity of each block: uniform; outliers (OWL), or "
+        "outliers:factor=7; hessian (SAMSP); or numbers separated by commas, "
+        "one for each block",
+        parts=Allocation(RULE, FACTOR),
+    )
+    band: float = knob(
+        0.08,
+        "how far outliers and hessian move a block's sparsity up or down",
+        "share",
+        low=0,
+        high=0.5,
+        source="Yin et al. 2023: λ = 0.08",
+    )
+    swaps: int = knob(
+        0,
+        "rounds of DSnoT on the mask of magnitude or wanda, each at most one swap a row; 0: none",
+        "rounds",
+        low=0,
+        high=1000,
+        source="Zhang et al. 2023, §4: at most 50",
+    )
+    swap_in: str = knob(
+        "attention",
+        "layers that DSnoT works on",
+        choices=("attention", "all"),
+        source="Zhang et al. 2023, code: skips the MLP by default",
+    )
+    within: str = knob(
+        "auto",
+        "where magnitude and wanda compare weights: each row, or the layer; auto as in the papers: rows for wanda and DSnoT, else the layer",
+        choices=("auto", "row", "layer"),
+    )
+    block: int = knob(
+        0,
+        "columns B that SparseGPT chooses among at once; 0: a quarter of a layer's, at most 128",
+        "columns",
+        low=0,
+        source="Frantar and Alistarh 2023, §3.3: 128",
+    )
+    damping: float = knob(
+        0.01,
+        "what is added to the diagonal of H, as a share of its mean",
+        "share",
+        low=1e-8,
+        high=1,
+        log=True,
+        source="Frantar and Alistarh 2023, code",
+    )
 
 # %% ../../nbs/efficiency/prune.ipynb #c8ead188
 share_parts(
@@ -105,9 +166,15 @@ def block_sensitivity(
     `hessian`: mean saliency ½h_jj w_ij² a token.
     """
     if kind == "hessian":
-        saliency = [0.5 * layer.weight.float().square() * g.squares / g.count for g in groups for layer in g.layers.values()]
+        saliency = [
+            0.5 * layer.weight.float().square() * g.squares / g.count
+            for g in groups
+            for layer in g.layers.values()
+        ]
         return (sum(s.sum() for s in saliency) / sum(s.numel() for s in saliency)).item()
-    scores = torch.cat([wanda_score(layer.weight, g.norm).flatten() for g in groups for layer in g.layers.values()])
+    scores = torch.cat(
+        [wanda_score(layer.weight, g.norm).flatten() for g in groups for layer in g.layers.values()]
+    )
     return (scores > factor * scores.mean()).float().mean().item()
 
 
@@ -126,7 +193,9 @@ def parse_allocation(text: str) -> tuple[str, float]:
     return rule, FACTOR.default if factor == OFF else factor
 
 
-def sparsities(model, windows: Tensor, allocation: str, sparsity: float, band: float, rows: int) -> list[float]:
+def sparsities(
+    model, windows: Tensor, allocation: str, sparsity: float, band: float, rows: int
+) -> list[float]:
     "The sparsity of each block; raises `WrongInput` for an allocation that is none."
     blocks = blocks_of(model)
     allocation, factor = parse_allocation(allocation)
@@ -152,24 +221,69 @@ def sparsities(model, windows: Tensor, allocation: str, sparsity: float, band: f
 
 # %% ../../nbs/efficiency/prune.ipynb #35d85dc5
 @torch.no_grad()
-def prune_layers(group: Inputs, algorithm: str, sparsity: float, pattern=None, swaps: int = 0, swap_in="attention", within="auto", block: int = 0, damping: float = 0.01):
+def prune_layers(
+    group: Inputs,
+    algorithm: str,
+    sparsity: float,
+    pattern=None,
+    swaps: int = 0,
+    swap_in="attention",
+    within="auto",
+    block: int = 0,
+    damping: float = 0.01,
+):
     "Prune the linear layers of one group in place."
     layers = list(group.layers.values())
     if algorithm == "sparsegpt":
         parts = [len(layer.weight) for layer in layers]
-        fitted = sparsegpt(torch.cat([layer.weight for layer in layers]), group.hessian, sparsity, pattern, block, damping, parts)
+        fitted = sparsegpt(
+            torch.cat([layer.weight for layer in layers]),
+            group.hessian,
+            sparsity,
+            pattern,
+            block,
+            damping,
+            parts,
+        )
         for layer, weight in zip(layers, fitted.split(parts)):
             layer.weight.copy_(weight)
         return
     for name, layer in group.layers.items():
-        score = wanda_score(layer.weight, group.norm) if algorithm == "wanda" else layer.weight.abs().float()
-        gone = smallest(score, sparsity, pattern, within if within != "auto" else "row" if algorithm == "wanda" or swaps else "layer")
+        score = (
+            wanda_score(layer.weight, group.norm)
+            if algorithm == "wanda"
+            else layer.weight.abs().float()
+        )
+        gone = smallest(
+            score,
+            sparsity,
+            pattern,
+            within if within != "auto" else "row" if algorithm == "wanda" or swaps else "layer",
+        )
         if swaps and (swap_in == "all" or "att" in name):
-            gone = swap(layer.weight, gone, group.mean, group.variance, group.norm, swaps, pattern and pattern[1])
-        layer.weight.data = layer.weight * ~gone  # new memory: writing to pages that are mapped from a file takes up to five times as long
+            gone = swap(
+                layer.weight,
+                gone,
+                group.mean,
+                group.variance,
+                group.norm,
+                swaps,
+                pattern and pattern[1],
+            )
+        layer.weight.data = (
+            layer.weight * ~gone
+        )  # new memory: writing to pages that are mapped from a file takes up to five times as long
 
 
-def prune_block(module: nn.Module, inputs: BlockInputs, sparsity: float, algorithm: str, pattern=None, swaps: int = 0, **more) -> dict:
+def prune_block(
+    module: nn.Module,
+    inputs: BlockInputs,
+    sparsity: float,
+    algorithm: str,
+    pattern=None,
+    swaps: int = 0,
+    **more,
+) -> dict:
     "Prune one block in place: a visit; returns the share of zeros of its linear layers. `more` as in `prune_layers`."
     if algorithm == "magnitude" and not swaps:  # reads nothing
         groups = [Inputs(False)]
@@ -182,35 +296,69 @@ def prune_block(module: nn.Module, inputs: BlockInputs, sparsity: float, algorit
     zero = sum((weight == 0).count_nonzero().item() for weight in weights)
     return dict(sparsity=zero / sum(weight.numel() for weight in weights))
 
-
+# %% ../../nbs/efficiency/prune.ipynb #62b80106
 def prune_model(
-    model, windows: Tensor, shares: list[float], algorithm: str, pattern=None, swaps: int = 0, rows: int = 8, measure: bool = False, **more
+    model,
+    windows: Tensor,
+    shares: list[float],
+    algorithm: str,
+    pattern=None,
+    swaps: int = 0,
+    rows: int = 8,
+    measure: bool = False,
+    **more,
 ) -> Iterator[dict]:
     """Prune a model's blocks in place, one at a time, each to its sparsity of `shares`.
 
     Yields of each its sparsity and, if `measure`, what the first batch's output lost. `more` as in `prune_layers`.
     """
-    visit = lambda block, inputs: prune_block(block, inputs, shares[inputs.index], algorithm, pattern, swaps, **more)
+    visit = lambda block, inputs: prune_block(
+        block, inputs, shares[inputs.index], algorithm, pattern, swaps, **more
+    )
     return visit_blocks(model, windows, rows, visit, measure)
 
 
 @method(
-    family="efficiency", title="Unstructured pruning", paper="Frantar and Alistarh 2023; Sun et al. 2023; Zhang et al. 2023; survey §6.1.2", data="text",
-    needs=("calibration text",), trains=False,
-)  # fmt: skip
+    family="efficiency",
+    title="Unstructured pruning",
+    paper="Frantar and Alistarh 2023; Sun et al. 2023; Zhang et al. 2023; survey §6.1.2",
+    data="text",
+    needs=("calibration text",),
+    trains=False,
+)
 def prune(settings: Prune, run: Run) -> None:
     "Set weights to zero that the model needs least: magnitude, Wanda, SparseGPT, DSnoT."
     pattern = parse_pattern(settings.pattern)
     if settings.swaps and settings.algorithm == "sparsegpt":
-        raise WrongInput("swaps with algorithm = 'sparsegpt': its weights are fitted to its mask; expected algorithm = magnitude or wanda, or swaps = 0")
+        raise WrongInput(
+            "swaps with algorithm = 'sparsegpt': its weights are fitted to its mask; expected algorithm = magnitude or wanda, or swaps = 0"
+        )
     wanted = 1 - pattern[0] / pattern[1] if pattern else settings.sparsity
 
     def plan(model, windows):
         for layer in linear_layers(blocks_of(model)).values() if pattern else ():
-            if layer.in_features % pattern[1] or settings.algorithm == "sparsegpt" and settings.block % pattern[1]:
-                raise WrongInput(f"pattern = {settings.pattern}: a layer has {layer.in_features} columns (and block is {settings.block}); expected an M that divides them")
-        shares = sparsities(model, windows, settings.allocation, wanted, settings.band, settings.calibration_batch_size)
-        more = {name: getattr(settings, name) for name in ("swaps", "swap_in", "within", "block", "damping", "rows")}
-        return prune_model(model, windows, shares, settings.algorithm, pattern, measure=True, **more)
+            if (
+                layer.in_features % pattern[1]
+                or settings.algorithm == "sparsegpt"
+                and settings.block % pattern[1]
+            ):
+                raise WrongInput(
+                    f"pattern = {settings.pattern}: a layer has {layer.in_features} columns (and block is {settings.block}); expected an M that divides them"
+                )
+        shares = sparsities(
+            model,
+            windows,
+            settings.allocation,
+            wanted,
+            settings.band,
+            settings.calibration_batch_size,
+        )
+        more = {
+            name: getattr(settings, name)
+            for name in ("swaps", "swap_in", "within", "block", "damping", "rows")
+        }
+        return prune_model(
+            model, windows, shares, settings.algorithm, pattern, measure=True, **more
+        )
 
     carry_out(run, settings, plan, size_and_zeros)

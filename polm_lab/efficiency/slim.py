@@ -19,9 +19,26 @@ from ..models.layers import blocks_of
 from ..core.knobs import WrongInput, knob
 from ..core.method import method
 from ..core.run import Run
-from .compression.structured_surgery import OTHER, add_bias, check_depth, check_widths
-from .compression.structured_surgery import cut, cut_sizes, fits, fluctuation, gradients
-from .compression.structured_surgery import layers_of, new_biases, rebuild, taylor, widths
+from polm_lab.efficiency.compression.structured_surgery import (
+    OTHER,
+    add_bias,
+    check_depth,
+    check_widths,
+)
+from polm_lab.efficiency.compression.structured_surgery import (
+    cut,
+    cut_sizes,
+    fits,
+    fluctuation,
+    gradients,
+)
+from polm_lab.efficiency.compression.structured_surgery import (
+    layers_of,
+    new_biases,
+    rebuild,
+    taylor,
+    widths,
+)
 from .compression.rotation import check_slicing, fold_norms, principal, rotate
 from .compression.rotation import stream_covariances
 from .compression.sparse import size_and_zeros
@@ -31,11 +48,23 @@ from .compression.sparse import size_and_zeros
 class Slim(Calibrated):
     "Settings of structured pruning."
 
-    algorithm: str = knob("flap", "what is cut out and how it is chosen: heads and neurons by gradient (taylor) or by fluctuation (flap), dimensions (slicegpt), blocks (depth)",
-                    choices=("taylor", "flap", "slicegpt", "depth"))  # fmt: skip
-    ratio: float = knob(0.2, "share of heads and neurons, of dimensions, or of blocks that goes", "share", low=0, high=0.9, source="Ma et al. 2023, table 1")
+    algorithm: str = knob(
+        "flap",
+        "what is cut out and how it is chosen: heads and neurons by gradient (taylor) or by fluctuation (flap), dimensions (slicegpt), blocks (depth)",
+        choices=("taylor", "flap", "slicegpt", "depth"),
+    )
+    ratio: float = knob(
+        0.2,
+        "share of heads and neurons, of dimensions, or of blocks that goes",
+        "share",
+        low=0,
+        high=0.9,
+        source="Ma et al. 2023, table 1",
+    )
     target: str = knob("both", "what taylor and flap cut", choices=("both", "neurons", "heads"))
-    compensate: bool = knob(True, "flap: put the mean of what goes into a bias", source="An et al. 2023, eq. 7")
+    compensate: bool = knob(
+        True, "flap: put the mean of what goes into a bias", source="An et al. 2023, eq. 7"
+    )
 
 # %% ../../nbs/efficiency/slim.ipynb #b8a16d77
 def sliced_width(model, ratio: float) -> int:
@@ -64,8 +93,14 @@ def block_influence(model, windows: Tensor, rows: int) -> list[float]:
 
     def look(index):
         def hook(block, args, kwargs, out):
-            x, y = (args[0] if args else kwargs["hidden_states"]).float(), (out if torch.is_tensor(out) else out[0]).float()
-            found[index] += (1 - nn.functional.cosine_similarity(x, y, dim=-1)).sum().item() / windows.numel()
+            x, y = (
+                (args[0] if args else kwargs["hidden_states"]).float(),
+                (out if torch.is_tensor(out) else out[0]).float(),
+            )
+            found[index] += (
+                1 - nn.functional.cosine_similarity(x, y, dim=-1)
+            ).sum().item() / windows.numel()
+
         return hook
 
     hooks = [b.register_forward_hook(look(i), with_kwargs=True) for i, b in enumerate(blocks)]
@@ -86,20 +121,34 @@ def blocks_gone(count: int, ratio: float) -> int:
     return min(round(ratio * count), count - 1)
 
 # %% ../../nbs/efficiency/slim.ipynb #24915dc1
-def importance_of(block: nn.Module, inputs: BlockInputs, algorithm: str, width: int) -> tuple[dict[str, Tensor], dict[str, Inputs]]:
+def importance_of(
+    block: nn.Module, inputs: BlockInputs, algorithm: str, width: int
+) -> tuple[dict[str, Tensor], dict[str, Inputs]]:
     "Importance of the neurons (`down_proj`) and heads (`o_proj`) of a block, and for flap the inputs of these layers."
     if algorithm == "taylor":
         return dict(zip(("down_proj", "o_proj"), taylor(block, width))), {}
     layers, read = layers_of(block), {}
     for group in inputs.read():
         read |= {name.split(".")[-1]: group for name in group.layers}
-    importance = {name: fluctuation(layers[name], read[name].variance) for name in ("down_proj", "o_proj")}
-    importance["o_proj"] = importance["o_proj"].view(layers["k_proj"].out_features // width, -1).mean(1)
+    importance = {
+        name: fluctuation(layers[name], read[name].variance) for name in ("down_proj", "o_proj")
+    }
+    importance["o_proj"] = (
+        importance["o_proj"].view(layers["k_proj"].out_features // width, -1).mean(1)
+    )
     return importance, read
 
 
 @torch.no_grad()
-def cut_widths(model, windows: Tensor, algorithm: str, ratio: float, target: str = "both", compensate: bool = True, rows: int = 8):
+def cut_widths(
+    model,
+    windows: Tensor,
+    algorithm: str,
+    ratio: float,
+    target: str = "both",
+    compensate: bool = True,
+    rows: int = 8,
+):
     "Cut neurons and heads of all blocks in place (`algorithm`: taylor or flap); yields each block's number and what the first batch's output lost, and last the configuration's new sizes."
     neurons, heads, width = widths(model, ratio, target)
     biases = new_biases(model, algorithm, ratio, target, compensate)
@@ -108,13 +157,23 @@ def cut_widths(model, windows: Tensor, algorithm: str, ratio: float, target: str
             gradients(model, windows, rows)
 
     def visit(block, inputs):
-        layers, (importance, read) = layers_of(block), importance_of(block, inputs, algorithm, width)
-        kept = {name: importance[name].topk(count).indices.sort().values for name, count in (("down_proj", neurons), ("o_proj", heads))}
+        layers, (importance, read) = (
+            layers_of(block),
+            importance_of(block, inputs, algorithm, width),
+        )
+        kept = {
+            name: importance[name].topk(count).indices.sort().values
+            for name, count in (("down_proj", neurons), ("o_proj", heads))
+        }
         for name in ("down_proj", "o_proj") if biases else ():
             gone = torch.ones(len(importance[name]), dtype=torch.bool, device=model.device)
             gone[kept[name]] = False
             if gone.any():
-                add_bias(layers[name], read[name].mean, gone.repeat_interleave(layers[name].in_features // len(gone)))
+                add_bias(
+                    layers[name],
+                    read[name].mean,
+                    gone.repeat_interleave(layers[name].in_features // len(gone)),
+                )
         cut(block, kept["down_proj"], kept["o_proj"], width)
         return {}
 
@@ -134,7 +193,9 @@ def check_cut(model, settings: Slim):
             blocks_of(model)
             check_slicing(model, sliced_width(model, settings.ratio))
         else:
-            check_widths(model, settings.algorithm, settings.ratio, settings.target, settings.compensate)
+            check_widths(
+                model, settings.algorithm, settings.ratio, settings.target, settings.compensate
+            )
     except WrongInput:
         raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -151,7 +212,9 @@ def slimmed_blocks(model, windows: Tensor, settings: Slim, run: Run) -> Iterator
     count = len(blocks_of(model, linear=False))
     if settings.algorithm == "depth":
         influence = block_influence(model, windows, settings.calibration_batch_size)
-        kept = sorted(sorted(range(count), key=influence.__getitem__)[blocks_gone(count, settings.ratio) :])
+        kept = sorted(
+            sorted(range(count), key=influence.__getitem__)[blocks_gone(count, settings.ratio) :]
+        )
         run.update(kept=kept)
         for index, value in enumerate(influence):
             yield dict(output_error=0.0 if index in kept else value)
@@ -162,16 +225,28 @@ def slimmed_blocks(model, windows: Tensor, settings: Slim, run: Run) -> Iterator
         for index in range(count):
             yield dict(output_error=max(lost[norms * index : norms * (index + 1)]))
         return small
-    for index, found in cut_widths(model, windows, settings.algorithm, settings.ratio, settings.target, settings.compensate, settings.calibration_batch_size):
+    for index, found in cut_widths(
+        model,
+        windows,
+        settings.algorithm,
+        settings.ratio,
+        settings.target,
+        settings.compensate,
+        settings.calibration_batch_size,
+    ):
         if index >= 0:
             yield dict(output_error=found)
     return rebuild(model, **found)
 
 
 @method(
-    family="efficiency", title="Structured pruning", paper="Ma et al. 2023; An et al. 2023; Ashkboos et al. 2024; Men et al. 2024; survey §6.1.2", data="text",
-    needs=("calibration text",), trains=False,
-)  # fmt: skip
+    family="efficiency",
+    title="Structured pruning",
+    paper="Ma et al. 2023; An et al. 2023; Ashkboos et al. 2024; Men et al. 2024; survey §6.1.2",
+    data="text",
+    needs=("calibration text",),
+    trains=False,
+)
 def slim(settings: Slim, run: Run) -> None:
     "Cut out heads and neurons, dimensions, or blocks: a smaller dense model."
 

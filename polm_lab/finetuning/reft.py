@@ -32,19 +32,48 @@ from ..training.evaluate import matches, pass_at_k, result_of, with_rows
 class ReFT(SavedSettings):
     "Settings of reinforced fine-tuning."
 
-    data: str = knob("sums", "questions with worked answers: sums (its form with steps), or a file with prompt, completion and answer")
+    data: str = knob(
+        "sums",
+        "questions with worked answers: sums (its form with steps), or a file with prompt, completion and answer",
+    )
     questions: int = knob(64, "training questions", "questions", low=2, log=True)
-    warmup_steps: int = knob(6, "updates of SFT before the second stage", "steps", low=1, source="Luong et al. 2024, §4.2: one or two epochs")
-    learner: str = knob("ppo", "who learns in the second stage", choices=("ppo", "grpo"), source="Luong et al. 2024, §3.2: ppo")
+    warmup_steps: int = knob(
+        6,
+        "updates of SFT before the second stage",
+        "steps",
+        low=1,
+        source="Luong et al. 2024, §4.2: one or two epochs",
+    )
+    learner: str = knob(
+        "ppo",
+        "who learns in the second stage",
+        choices=("ppo", "grpo"),
+        source="Luong et al. 2024, §3.2: ppo",
+    )
     steps: int = knob(12, "updates of the second stage, and of SFT alone", "steps", low=1)
     batch_size: int = knob(32, "worked answers, or sampled ones, in an update", "rows", low=2)
-    num_generations: int = knob(4, "sampled answers to a question in an update", "completions", low=2)
+    num_generations: int = knob(
+        4, "sampled answers to a question in an update", "completions", low=2
+    )
     max_new_tokens: int = knob(40, "longest answer", "tokens", low=1)
     sft_rate: float = knob(5e-4, "learning rate of SFT", low=0, high=10, log=True)
     rl_rate: float = knob(3e-4, "learning rate of the second stage", low=0, high=10, log=True)
-    beta: float = knob(0.05, "strength of the KL to the warm model", low=0, source="Luong et al. 2024, §4.2: 0.01, 0.05")
-    judge_steps: int = knob(20, "updates of the reward model that re-ranks; 0 means no re-ranking", "steps", low=0)
-    votes: int = knob(8, "samples that vote, and of which the best is taken", "samples", low=1, source="Luong et al. 2024, §4.2: 100")
+    beta: float = knob(
+        0.05,
+        "strength of the KL to the warm model",
+        low=0,
+        source="Luong et al. 2024, §4.2: 0.01, 0.05",
+    )
+    judge_steps: int = knob(
+        20, "updates of the reward model that re-ranks; 0 means no re-ranking", "steps", low=0
+    )
+    votes: int = knob(
+        8,
+        "samples that vote, and of which the best is taken",
+        "samples",
+        low=1,
+        source="Luong et al. 2024, §4.2: 100",
+    )
     prompts: int = knob(32, "held-out questions of each test", "questions", low=2)
 
 # %% ../../nbs/finetuning/reft.ipynb #2ab42ac6
@@ -61,7 +90,10 @@ def best(texts: list[str], scores: list[float]) -> str:
 # %% ../../nbs/finetuning/reft.ipynb #ed73325a
 def load_questions(settings: ReFT, split: str) -> list[dict]:
     "Rows (prompt, completion, answer) of the data; raises `WrongInput`."
-    asked, count = parse_spec(settings.data), settings.questions if split == "train" else settings.prompts
+    asked, count = (
+        parse_spec(settings.data),
+        settings.questions if split == "train" else settings.prompts,
+    )
     if asked.task == "sums":
         count = min(count, asked.limit or count) if split == "train" else count
         rows = TASKS["sums"].rows("completion", count, 0, split, "steps")
@@ -69,7 +101,9 @@ def load_questions(settings: ReFT, split: str) -> list[dict]:
         rows = load_data(settings.data, "completion", split)[:count]
     for number, row in enumerate(rows):
         if "answer" not in row:
-            raise WrongInput(f"{getattr(row, 'where', f'row {number}')}, field answer: is missing; expected the result of the worked answer; add the column")
+            raise WrongInput(
+                f"{getattr(row, 'where', f'row {number}')}, field answer: is missing; expected the result of the worked answer; add the column"
+            )
     return [{name: row[name] for name in ("prompt", "completion", "answer")} for row in rows]
 
 
@@ -82,7 +116,14 @@ def write_rows(path: Path, rows: list[dict]) -> str:
 def sampled(model, tokenizer, rows: list[dict], settings: ReFT, seed: int) -> list[list[str]]:
     "`votes` sampled answers to each row."
     asked = [encode(tokenizer, row, "prompt", 10**6)["input_ids"] for row in rows]
-    texts = rollout(model, tokenizer, asked, num_generations=settings.votes, max_new_tokens=settings.max_new_tokens, seeds=seed).texts
+    texts = rollout(
+        model,
+        tokenizer,
+        asked,
+        num_generations=settings.votes,
+        max_new_tokens=settings.max_new_tokens,
+        seeds=seed,
+    ).texts
     return [texts[i : i + settings.votes] for i in range(0, len(texts), settings.votes)]
 
 
@@ -92,48 +133,121 @@ def right_and_wrong(rows: list[dict], answers: list[list[str]]) -> list[dict]:
     for row, texts in zip(rows, answers):
         right = [text for text in texts if matches(row, text)] or [row["completion"]]
         wrong = dict.fromkeys(text for text in texts if not matches(row, text))
-        pairs += [dict(prompt=row["prompt"], chosen=right[i % len(right)], rejected=text) for i, text in enumerate(wrong)]
+        pairs += [
+            dict(prompt=row["prompt"], chosen=right[i % len(right)], rejected=text)
+            for i, text in enumerate(wrong)
+        ]
     return pairs
 
 
 def tested(rows: list[dict], answers: list[list[str]], judge=None) -> dict[str, float]:
     "Accuracy of one sample, of the majority, of the best for `judge` (a reward function), and pass@k, over held-out rows."
     right = [[matches(row, text) for text in texts] for row, texts in zip(rows, answers)]
-    found = {"accuracy": sum(map(sum, right)) / sum(map(len, right)), "accuracy/majority": _share(rows, map(majority, answers))}
+    found = {
+        "accuracy": sum(map(sum, right)) / sum(map(len, right)),
+        "accuracy/majority": _share(rows, map(majority, answers)),
+    }
     if judge:
-        scores = iter(judge([row["prompt"] for row, texts in zip(rows, answers) for _ in texts], [text for texts in answers for text in texts]))
-        found["accuracy/reranked"] = _share(rows, [best(texts, [next(scores) for _ in texts]) for texts in answers])
-    return found | {"pass_at_k": sum(pass_at_k(len(r), int(sum(r)), len(r)) for r in right) / len(right)}
+        scores = iter(
+            judge(
+                [row["prompt"] for row, texts in zip(rows, answers) for _ in texts],
+                [text for texts in answers for text in texts],
+            )
+        )
+        found["accuracy/reranked"] = _share(
+            rows, [best(texts, [next(scores) for _ in texts]) for texts in answers]
+        )
+    return found | {
+        "pass_at_k": sum(pass_at_k(len(r), int(sum(r)), len(r)) for r in right) / len(right)
+    }
 
 
 def _share(rows, texts) -> float:
     return sum(matches(row, text) for row, text in zip(rows, texts, strict=True)) / len(rows)
 
 # %% ../../nbs/finetuning/reft.ipynb #4709e3be
-@method(family="finetuning", title="Reinforced fine-tuning", paper="Luong et al. 2024 (ReFT); survey §3.3", data="completion", needs=("reward",), trains=False)
+@method(
+    family="finetuning",
+    title="Reinforced fine-tuning",
+    paper="Luong et al. 2024 (ReFT); survey §3.3",
+    data="completion",
+    needs=("reward",),
+    trains=False,
+)
 def reft(settings: ReFT, run: Run) -> None:
     "Imitate worked answers for a while, then learn from sampled ones that come out right."
     if settings.batch_size % settings.num_generations:
-        raise WrongInput(f"batch_size = {settings.batch_size}: expected a multiple of num_generations = {settings.num_generations}, so that groups are whole")
+        raise WrongInput(
+            f"batch_size = {settings.batch_size}: expected a multiple of num_generations = {settings.num_generations}, so that groups are whole"
+        )
     rows, held_out = load_questions(settings, "train"), load_questions(settings, "test")
-    train, test = (write_rows(run.path / f"{name}.jsonl", part) for name, part in (("train", rows), ("test", held_out)))
-    shared = dict(data=train, eval_data=test, batch_size=settings.batch_size, eval_rows=4, seed=settings.seed, dtype=settings.dtype, device=settings.device, save_dtype=settings.save_dtype)
+    train, test = (
+        write_rows(run.path / f"{name}.jsonl", part)
+        for name, part in (("train", rows), ("test", held_out))
+    )
+    shared = dict(
+        data=train,
+        eval_data=test,
+        batch_size=settings.batch_size,
+        eval_rows=4,
+        seed=settings.seed,
+        dtype=settings.dtype,
+        device=settings.device,
+        save_dtype=settings.save_dtype,
+    )
     imitate = shared | dict(learning_rate=settings.sft_rate)
-    learn = shared | dict(steps=settings.steps, learning_rate=settings.rl_rate, rewards="correct", num_generations=settings.num_generations, max_new_tokens=settings.max_new_tokens, beta=settings.beta)
-    learn |= dict(epochs=1, minibatches=1, details="missing_eos") if settings.learner == "ppo" else {}
+    learn = shared | dict(
+        steps=settings.steps,
+        learning_rate=settings.rl_rate,
+        rewards="correct",
+        num_generations=settings.num_generations,
+        max_new_tokens=settings.max_new_tokens,
+        beta=settings.beta,
+    )
+    learn |= (
+        dict(epochs=1, minibatches=1, details="missing_eos") if settings.learner == "ppo" else {}
+    )
     tokenizer, states = load_tokenizer(settings.model), {}
     run.update(total=3)  # models that are tested, the base apart
 
     def answers(model, of=held_out, seed=settings.seed):
-        return sampled(load_model(model, settings.dtype, settings.device).eval(), tokenizer, of, settings, seed)
+        return sampled(
+            load_model(model, settings.dtype, settings.device).eval(), tokenizer, of, settings, seed
+        )
 
-    warm = subrun(run, "warm-up", "sft", model=settings.model, steps=settings.warmup_steps, **imitate)
+    warm = subrun(
+        run, "warm-up", "sft", model=settings.model, steps=settings.warmup_steps, **imitate
+    )
     alone = subrun(run, "sft alone", "sft", model=str(warm.path), steps=settings.steps, **imitate)
     found = subrun(run, "second stage", settings.learner, model=str(warm.path), **learn)
-    judge, pairs = None, right_and_wrong(rows, answers(warm.path, rows, settings.seed + 1)) if settings.judge_steps else []
+    judge, pairs = (
+        None,
+        right_and_wrong(rows, answers(warm.path, rows, settings.seed + 1))
+        if settings.judge_steps
+        else [],
+    )
     if pairs:
-        ranks = dict(model=settings.model, data=write_rows(run.path / "pairs.jsonl", pairs), eval_data="", eval_rows=4, steps=settings.judge_steps)
-        judge = load_reward(str(subrun(run, "judge", "reward", **ranks, seed=settings.seed, dtype=settings.dtype, device=settings.device).path), settings.device)
+        ranks = dict(
+            model=settings.model,
+            data=write_rows(run.path / "pairs.jsonl", pairs),
+            eval_data="",
+            eval_rows=4,
+            steps=settings.judge_steps,
+        )
+        judge = load_reward(
+            str(
+                subrun(
+                    run,
+                    "judge",
+                    "reward",
+                    **ranks,
+                    seed=settings.seed,
+                    dtype=settings.dtype,
+                    device=settings.device,
+                ).path
+            ),
+            settings.device,
+        )
     states["base"] = tested(held_out, answers(settings.model), judge)
     models = {"warm-up": warm.path, "sft alone": alone.path, "reft": found.path}
     for number, (name, model) in zip(run.steps(len(models), unit="models"), models.items()):
@@ -147,7 +261,7 @@ def reft(settings: ReFT, run: Run) -> None:
         round_weights(model, settings.save_dtype)
         save_model(model, tokenizer, run.path / "model")
 
-
+# %% ../../nbs/finetuning/reft.ipynb #237c933b
 def state_table(run: Run):
     "What each model of a run of ReFT gets right, as a DataFrame."
     import pandas as pd

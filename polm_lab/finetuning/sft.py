@@ -32,10 +32,24 @@ from ..core.machine import my_share
 class SFT(Settings):
     "Settings of supervised fine-tuning."
 
-    completion_only: bool = knob(True, "learn the answer's tokens only; false learns the prompt's too")
-    packing: bool = knob(False, "put several examples into a row of max_length, apart from each other: less padding, the same loss")
-    neftune_alpha: float = knob(0.0, "strength of the noise on embeddings; 0 means none", low=0, high=100, source="NEFTune, Jain et al. 2023, §2: 5 to 15")
-    classes: str = knob("", "labels of a classification task, separated by commas: accuracy is then the share of rows whose label is the likeliest")
+    completion_only: bool = knob(
+        True, "learn the answer's tokens only; false learns the prompt's too"
+    )
+    packing: bool = knob(
+        False,
+        "put several examples into a row of max_length, apart from each other: less padding, the same loss",
+    )
+    neftune_alpha: float = knob(
+        0.0,
+        "strength of the noise on embeddings; 0 means none",
+        low=0,
+        high=100,
+        source="NEFTune, Jain et al. 2023, §2: 5 to 15",
+    )
+    classes: str = knob(
+        "",
+        "labels of a classification task, separated by commas: accuracy is then the share of rows whose label is the likeliest",
+    )
     keep_zeros: bool = knob(False, "weights that are 0 stay 0: for a model that was pruned")
     data: str = redefault("data", "chat")
     steps: int = redefault("steps", 60)
@@ -51,7 +65,11 @@ def sft_loss(logp: Tensor) -> Tensor:
 def embedding_noise(policy, alpha: float, batch: dict):
     "Inside, the input embeddings [rows, time, width] of `policy.model` carry NEFTune noise; padding does not count as length."
     mask = batch["attention_mask"]
-    lengths = torch.full((len(batch["input_ids"]),), batch["input_ids"].shape[1]) if mask is None else mask.sum(1)
+    lengths = (
+        torch.full((len(batch["input_ids"]),), batch["input_ids"].shape[1])
+        if mask is None
+        else mask.sum(1)
+    )
 
     def disturb(module, args, embedded):
         scale = alpha / (lengths.to(embedded.device) * embedded.shape[-1]).sqrt()
@@ -66,31 +84,57 @@ def embedding_noise(policy, alpha: float, batch: dict):
             hook.remove()
 
 # %% ../../nbs/finetuning/sft.ipynb #2f54031c
-def class_accuracy(policy: Policy, tokenizer, rows: list[dict], labels: list[str], max_length: int) -> float:
+def class_accuracy(
+    policy: Policy, tokenizer, rows: list[dict], labels: list[str], max_length: int
+) -> float:
     "Share of rows (prompt, completion) whose completion is the label that the policy finds likeliest after the prompt."
 
     def said(row):
-        return row["completion"] if isinstance(row["completion"], str) else row["completion"][-1]["content"]
+        return (
+            row["completion"]
+            if isinstance(row["completion"], str)
+            else row["completion"][-1]["content"]
+        )
 
     def labelled(row, label):  # with the white space that the data puts before a label
         text = said(row).replace(said(row).strip(), label)
-        return dict(row, completion=text if isinstance(row["completion"], str) else [{"role": "assistant", "content": text}])
+        return dict(
+            row,
+            completion=text
+            if isinstance(row["completion"], str)
+            else [{"role": "assistant", "content": text}],
+        )
 
     for row in rows:
         if said(row).strip() not in labels:
-            raise WrongInput(f"classes: the label {said(row).strip()!r} is not among {', '.join(labels)}; add it to classes, or mend the data")
-    asked = [encode(tokenizer, labelled(row, label), "completion", max_length) for row in rows for label in labels]
+            raise WrongInput(
+                f"classes: the label {said(row).strip()!r} is not among {', '.join(labels)}; add it to classes, or mend the data"
+            )
+    asked = [
+        encode(tokenizer, labelled(row, label), "completion", max_length)
+        for row in rows
+        for label in labels
+    ]
     for i, row in enumerate(rows):
-        if len({tuple(one["input_ids"]) for one in asked[i * len(labels) : (i + 1) * len(labels)]}) < len(labels):
-            raise WrongInput(f"{getattr(row, 'where', 'row')}: two classes are the same tokens within max_length = {max_length}; expected labels that differ within it; raise max_length")
-    best = sequence_logps(policy, asked, tokenizer.pad_token_id).view(len(rows), len(labels)).argmax(1)
+        if len(
+            {tuple(one["input_ids"]) for one in asked[i * len(labels) : (i + 1) * len(labels)]}
+        ) < len(labels):
+            raise WrongInput(
+                f"{getattr(row, 'where', 'row')}: two classes are the same tokens within max_length = {max_length}; expected labels that differ within it; raise max_length"
+            )
+    best = (
+        sequence_logps(policy, asked, tokenizer.pad_token_id).view(len(rows), len(labels)).argmax(1)
+    )
     return sum(labels[b] == said(row).strip() for b, row in zip(best.tolist(), rows)) / len(rows)
 
 # %% ../../nbs/finetuning/sft.ipynb #7f3db027
 @method(
-    family="finetuning", title="Supervised fine-tuning", paper="Ouyang et al. 2022, §3.5; survey §3.1, eq. 11, 12", data="completion",
+    family="finetuning",
+    title="Supervised fine-tuning",
+    paper="Ouyang et al. 2022, §3.5; survey §3.1, eq. 11, 12",
+    data="completion",
     engines=("lab", "trl"),
-)  # fmt: skip
+)
 def sft(settings: SFT, run: Run) -> None:
     "Learn to answer like the examples."
     kind = natural_kind(settings.data)
@@ -102,30 +146,55 @@ def sft(settings: SFT, run: Run) -> None:
         hold_zeros(policy.model)
     examples = encode_rows(tokenizer, rows, kind, settings.max_length, settings.completion_only)
     evaluation = Evaluation(
-        policy, tokenizer, held_out, held_kind, max_length=settings.max_length, score=scorer(settings.eval_data or settings.data, held_out),
-        others=other_tasks(settings, tokenizer), seed=settings.seed, before=run.summary.get("before"),
-    )  # fmt: skip
+        policy,
+        tokenizer,
+        held_out,
+        held_kind,
+        max_length=settings.max_length,
+        score=scorer(settings.eval_data or settings.data, held_out),
+        others=other_tasks(settings, tokenizer),
+        seed=settings.seed,
+        before=run.summary.get("before"),
+    )
 
     def evaluate():
         found = evaluation()
         if settings.classes:
             labels = [label.strip() for label in settings.classes.split(",")]
-            found["accuracy"] = class_accuracy(policy, tokenizer, held_out, labels, settings.max_length)
+            found["accuracy"] = class_accuracy(
+                policy, tokenizer, held_out, labels, settings.max_length
+            )
         return found
 
     if settings.engine == "trl":
-        own = dict(dataset_kwargs={"skip_prepare_dataset": True}, padding_free=settings.packing, max_length=None)
+        own = dict(
+            dataset_kwargs={"skip_prepare_dataset": True},
+            padding_free=settings.packing,
+            max_length=None,
+        )
         own["neftune_noise_alpha"] = settings.neftune_alpha or None
-        return train_with_trl(run, settings, "SFT", policy, tokenizer, labelled_rows(examples), evaluate, config=own)
+        return train_with_trl(
+            run, settings, "SFT", policy, tokenizer, labelled_rows(examples), evaluate, config=own
+        )
 
     order = Order(len(examples), settings.batch_size * settings.accumulate, settings.seed)
 
     def updates(step: int, meter: Meter):
-        yield token_batches([examples[i] for i in my_share(order.rows(step))], settings, tokenizer.pad_token_id, settings.packing)
+        yield token_batches(
+            [examples[i] for i in my_share(order.rows(step))],
+            settings,
+            tokenizer.pad_token_id,
+            settings.packing,
+        )
 
     def loss(policy, batch, meter):
         with embedding_noise(policy, settings.neftune_alpha, batch):
-            stats = policy(batch["input_ids"], batch["attention_mask"], batch["completion_mask"], batch.get("position_ids"))
+            stats = policy(
+                batch["input_ids"],
+                batch["attention_mask"],
+                batch["completion_mask"],
+                batch.get("position_ids"),
+            )
         return sft_loss(stats.logp)
 
     fit(run, settings, policy, updates, loss, evaluate)

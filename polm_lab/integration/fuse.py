@@ -35,14 +35,44 @@ from ..training.evaluate import mean_nll, eval_no_grad
 class Fuse(Experts):
     "Settings of merging with data."
 
-    algorithm: str = knob("regmean", "how", choices=("greedy", "fisher", "regmean", "adamerging"), source="Jin et al. 2023")
+    algorithm: str = knob(
+        "regmean",
+        "how",
+        choices=("greedy", "fisher", "regmean", "adamerging"),
+        source="Jin et al. 2023",
+    )
     data: str = knob("", "data of each tune, in their order, separated by commas; empty: the tasks")
-    calibration_samples: int = knob(48, "rows of each tune's data that are looked at: training rows; greedy: held-out rows that the report leaves out; adamerging: their prompts alone", "rows", low=1)
-    shrink: float = knob(0.9, "share of the Gram matrices' off-diagonal that is kept (RegMean)", "share", low=0.0, high=1.0, source="Jin et al. 2023, §5.1: 0.9 for most models")
+    calibration_samples: int = knob(
+        48,
+        "rows of each tune's data that are looked at: training rows; greedy: held-out rows that the report leaves out; adamerging: their prompts alone",
+        "rows",
+        low=1,
+    )
+    shrink: float = knob(
+        0.9,
+        "share of the Gram matrices' off-diagonal that is kept (RegMean)",
+        "share",
+        low=0.0,
+        high=1.0,
+        source="Jin et al. 2023, §5.1: 0.9 for most models",
+    )
     steps: int = knob(30, "steps of AdaMerging", "steps", low=1)
-    learning_rate: float = knob(0.02, "step size of AdaMerging's coefficients", low=1e-6, high=1, log=True, source="tiny: coefficients move by a few tenths in 30 steps")
+    learning_rate: float = knob(
+        0.02,
+        "step size of AdaMerging's coefficients",
+        low=1e-6,
+        high=1,
+        log=True,
+        source="tiny: coefficients move by a few tenths in 30 steps",
+    )
     eval_rows: int = knob(32, "held-out rows of each task", "rows", low=1)
-    initial_coefficient: float = knob(0.3, "where AdaMerging's coefficients start", low=-2, high=2, source="Yang et al. 2024, §4.1")
+    initial_coefficient: float = knob(
+        0.3,
+        "where AdaMerging's coefficients start",
+        low=-2,
+        high=2,
+        source="Yang et al. 2024, §4.1",
+    )
 
 # %% ../../nbs/integration/fuse.ipynb #2c98f09f
 def fisher_mean(parts: list[Tensor], fishers: list[Tensor]) -> Tensor:
@@ -52,13 +82,19 @@ def fisher_mean(parts: list[Tensor], fishers: list[Tensor]) -> Tensor:
     return torch.where(total > 0, weighted / total.clamp_min(1e-38), sum(parts) / len(parts))
 
 
-def fisher_information(policy: Policy, calibration_samples: list[dict], pad_id: int) -> dict[str, Tensor]:
+def fisher_information(
+    policy: Policy, calibration_samples: list[dict], pad_id: int
+) -> dict[str, Tensor]:
     "Mean over rows of the squared gradient of a row's log-likelihood, for each weight."
     found = {name: torch.zeros_like(p) for name, p in policy.model.named_parameters()}
     for example in calibration_samples:
         policy.zero_grad()
-        batch = {k: v.to(next(policy.parameters()).device) for k, v in collate([example], pad_id).items()}
-        policy(batch["input_ids"], batch["attention_mask"], batch["completion_mask"]).logp.sum().backward()
+        batch = {
+            k: v.to(next(policy.parameters()).device) for k, v in collate([example], pad_id).items()
+        }
+        policy(
+            batch["input_ids"], batch["attention_mask"], batch["completion_mask"]
+        ).logp.sum().backward()
         for name, p in policy.model.named_parameters():
             found[name] += p.grad.square() / len(calibration_samples)
     policy.zero_grad()
@@ -69,8 +105,12 @@ def regmean(weights: list[Tensor], grams: list[Tensor], shrink: float = 1.0) -> 
     "Weights [outputs, inputs] of the linear layer that is nearest in outputs to all given ones, each on inputs with Gram matrix [inputs, inputs]."
     shrunk = [shrink * g.double() + (1 - shrink) * torch.diag(g.diagonal().double()) for g in grams]
     total = sum(shrunk)
-    total += torch.eye(len(total), dtype=torch.double) * 1e-8 * total.diagonal().mean()  # a direction that no input takes
-    return torch.linalg.solve(total, sum(g @ w.double().T for g, w in zip(shrunk, weights))).T.to(weights[0].dtype)
+    total += (
+        torch.eye(len(total), dtype=torch.double) * 1e-8 * total.diagonal().mean()
+    )  # a direction that no input takes
+    return torch.linalg.solve(total, sum(g @ w.double().T for g, w in zip(shrunk, weights))).T.to(
+        weights[0].dtype
+    )
 
 
 def input_grams(policy: Policy, calibration_samples: list[dict], pad_id: int) -> dict[str, Tensor]:
@@ -107,9 +147,14 @@ def layer_of(name: str) -> str:
     return ".".join(parts[: at + 1]) if at is not None else ".".join(parts[:-1])
 
 
-def merged_state(start: dict[str, Tensor], vectors: list[dict[str, Tensor]], coefficients: dict[str, Tensor]) -> dict[str, Tensor]:
+def merged_state(
+    start: dict[str, Tensor], vectors: list[dict[str, Tensor]], coefficients: dict[str, Tensor]
+) -> dict[str, Tensor]:
     "Weights from coefficients {layer: [tunes]}, with gradients to them."
-    return {name: value + sum(c * v[name] for c, v in zip(coefficients[layer_of(name)], vectors)) for name, value in start.items()}
+    return {
+        name: value + sum(c * v[name] for c, v in zip(coefficients[layer_of(name)], vectors))
+        for name, value in start.items()
+    }
 
 
 def prediction_entropy(policy: Policy, state: dict[str, Tensor], prompt: list[int]) -> Tensor:
@@ -126,7 +171,9 @@ def greedy_soup(states: list[dict[str, Tensor]], loss) -> tuple[dict[str, Tensor
     order = sorted(range(len(states)), key=lambda i: alone[i])
     chosen, soup, best = order[:1], states[order[0]], alone[order[0]]
     for i in order[1:]:
-        tried = {name: sum(states[j][name] for j in [*chosen, i]) / (len(chosen) + 1) for name in soup}
+        tried = {
+            name: sum(states[j][name] for j in [*chosen, i]) / (len(chosen) + 1) for name in soup
+        }
         found = loss(tried)
         if found <= best:
             chosen, soup, best = [*chosen, i], tried, found
@@ -136,7 +183,9 @@ def greedy_soup(states: list[dict[str, Tensor]], loss) -> tuple[dict[str, Tensor
 def ensemble(logps: list[Tensor], weights: list[float]) -> Tensor:
     "Log of the weighted mean of probabilities that are given as logs (survey eq. 36); weights are ≥ 0 and divided by their sum."
     if min(weights) < 0 or not sum(weights):
-        raise WrongInput(f"weights of an ensemble: {weights}; expected numbers ≥ 0 that are not all 0")
+        raise WrongInput(
+            f"weights of an ensemble: {weights}; expected numbers ≥ 0 that are not all 0"
+        )
     share = torch.tensor(weights, dtype=logps[0].dtype).div(sum(weights)).log()
     return torch.logsumexp(torch.stack([logp + w for logp, w in zip(logps, share)]), 0)
 
@@ -207,7 +256,9 @@ def by_entropy(at: Fusing) -> dict[str, Tensor]:
     vectors = [{name: state[name] - start[name] for name in start} for state in at.states]
     coefficients = {}
     for layer in dict.fromkeys(map(layer_of, start)):
-        coefficients[layer] = torch.full((len(vectors),), wanted.initial_coefficient, requires_grad=True)
+        coefficients[layer] = torch.full(
+            (len(vectors),), wanted.initial_coefficient, requires_grad=True
+        )
     descent = torch.optim.Adam(list(coefficients.values()), lr=wanted.learning_rate)
     seen = []
     for step in range(wanted.steps):
@@ -251,7 +302,9 @@ def rows_of(settings: Fuse, words) -> list[list[dict]]:
     for source in listed(settings.data or settings.tasks):
         if how.held_out:
             tasks = listed(settings.tasks)
-            rows = rows_apart(source, how.kind, tasks, settings.eval_rows, settings.calibration_samples)
+            rows = rows_apart(
+                source, how.kind, tasks, settings.eval_rows, settings.calibration_samples
+            )
         else:
             rows = load_data(source, how.kind)[: settings.calibration_samples]
         found.append([encode(words, row, how.kind, 256) for row in rows])
@@ -259,11 +312,13 @@ def rows_of(settings: Fuse, words) -> list[list[dict]]:
 
 # %% ../../nbs/integration/fuse.ipynb #042148d6
 @method(
-    family="integration", title="Merging with data", trains=False,
+    family="integration",
+    title="Merging with data",
+    trains=False,
     needs=("tunes of one base", "calibration text"),
     paper="Wortsman et al. 2022; Matena and Raffel 2022; Jin et al. 2023; Yang et al. 2024; "
     "survey §7.3, eq. 36",
-)  # fmt: skip
+)
 def fuse(settings: Fuse, run: Run) -> None:
     "Make one model from several tunes of the same base, with a look at rows of each one's data."
     count, sources = len(listed(settings.models)), listed(settings.data or settings.tasks)

@@ -35,27 +35,39 @@ class Merge(Experts):
         "task_arithmetic", "how", choices=tuple(ALGORITHMS), source="Ilharco et al. 2023"
     )
     weights: str = knob(
-        "", "a weight for each tune, such as 0.7,0.3; more rules for tensors by pattern follow "
+        "",
+        "a weight for each tune, such as 0.7,0.3; more rules for tensors by pattern follow "
         r"after ';', as in 1,1; layers\.[01]\.=1,0; the last that fits counts; empty: all 1",
         parts=WeightParts(4, low=-10, high=10),
-    )  # fmt: skip
+    )
     scaling: float = knob(
-        0.6, "scale λ of the merged task vector; linear and slerp have none, metagpt has that of "
-        "eq. 39", low=-10, high=10,
+        0.6,
+        "scale λ of the merged task vector; linear and slerp have none, metagpt has that of eq. 39",
+        low=-10,
+        high=10,
         source="Ilharco et al. 2023, appendix B: 0.3 to 0.5 for many tasks, more for two",
-    )  # fmt: skip
+    )
     density: float = knob(
-        0.2, "share of each task vector's entries that is kept (TIES, DARE, DELLA)", "share",
-        low=0.0, high=1.0, source="Yadav et al. 2023, §5",
-    )  # fmt: skip
+        0.2,
+        "share of each task vector's entries that is kept (TIES, DARE, DELLA)",
+        "share",
+        low=0.0,
+        high=1.0,
+        source="Yadav et al. 2023, §5",
+    )
     epsilon: float = knob(
-        0.1, "how much denser the largest entries of a row are than the smallest (DELLA)", "share",
-        low=0.0, high=1.0, source="Deep et al. 2024, §2.1",
-    )  # fmt: skip
+        0.1,
+        "how much denser the largest entries of a row are than the smallest (DELLA)",
+        "share",
+        low=0.0,
+        high=1.0,
+        source="Deep et al. 2024, §2.1",
+    )
     tokenizer: str = knob(
-        "same", "vocabularies that differ: refuse them, take the base's, or unite all",
+        "same",
+        "vocabularies that differ: refuse them, take the base's, or unite all",
         choices=("same", "base", "union"),
-    )  # fmt: skip
+    )
 
     def __post_init__(self):
         if self.save_dtype == "same":  # as runs of old called it
@@ -65,10 +77,18 @@ class Merge(Experts):
 
 # %% ../../nbs/integration/merge.ipynb #83c2458a
 def merge_models(
-    base, models: list, out, algorithm: str = "task_arithmetic", weights: str = "", *,
-    tokenizer: str = "same", dtype: torch.dtype | None = None, threads: int | None = None,
-    before: Callable[[str], None] | None = None, **numbers,
-) -> Path:  # fmt: skip
+    base,
+    models: list,
+    out,
+    algorithm: str = "task_arithmetic",
+    weights: str = "",
+    *,
+    tokenizer: str = "same",
+    dtype: torch.dtype | None = None,
+    threads: int | None = None,
+    before: Callable[[str], None] | None = None,
+    **numbers,
+) -> Path:
     """Merge `models` (specs), tunes of `base`, into the new model folder `out`.
 
     `algorithm`: one of `ALGORITHMS`. `weights`: rules, see `weight_rules`. `numbers`: `scaling`,
@@ -115,10 +135,13 @@ def vector_table(base, models: list, density: float = 0.2):
 
 # %% ../../nbs/integration/merge.ipynb #cd8aa7d9
 @method(
-    family="integration", title="Merging weights", trains=False, needs=("tunes of one base",),
+    family="integration",
+    title="Merging weights",
+    trains=False,
+    needs=("tunes of one base",),
     paper="Wortsman et al. 2022; Ilharco et al. 2023; Yadav et al. 2023; Yu et al. 2024; "
     "Deep et al. 2024; survey §7.3, eq. 34, 35, 38, 39",
-)  # fmt: skip
+)
 def merge(settings: Merge, run: Run) -> None:
     "Make one model from several tunes of the same base, by arithmetic on their weights."
     tunes = tunes_of(run, settings)

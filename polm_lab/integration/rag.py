@@ -43,17 +43,41 @@ from .retriever import ranked_rows, reading_rows, retrieval_metrics
 class RAG(Library, RunSettings):
     "Settings of retrieval-augmented generation; `model` is the reader."
 
-    search: str = knob("hybrid", "how passages are found", choices=HOWS, source="Cormack et al. 2009")
+    search: str = knob(
+        "hybrid", "how passages are found", choices=HOWS, source="Cormack et al. 2009"
+    )
     top_k_passages: int = knob(2, "passages that the reader is given", "passages", low=1, high=100)
-    rerank: str = knob("none", "rank the candidates again by the likelihood of the question after them", choices=("none", "likelihood"), source="Sachan et al. 2022")
-    reading: str = knob("apart", "passages in one prompt, or one at a time with their answers weighed", choices=("together", "apart"), source="Lewis et al. 2020, §2.5")
-    prompt_format: str = knob("plain", "the prompt: Passage/Question/Answer as plain text, or numbered passages in a conversation", choices=("plain", "chat"))
-    eval_data: str = knob("", "questions to ask; empty: those of `data`, a file whole, other data by their test split")
+    rerank: str = knob(
+        "none",
+        "rank the candidates again by the likelihood of the question after them",
+        choices=("none", "likelihood"),
+        source="Sachan et al. 2022",
+    )
+    reading: str = knob(
+        "apart",
+        "passages in one prompt, or one at a time with their answers weighed",
+        choices=("together", "apart"),
+        source="Lewis et al. 2020, §2.5",
+    )
+    prompt_format: str = knob(
+        "plain",
+        "the prompt: Passage/Question/Answer as plain text, or numbered passages in a conversation",
+        choices=("plain", "chat"),
+    )
+    eval_data: str = knob(
+        "", "questions to ask; empty: those of `data`, a file whole, other data by their test split"
+    )
     eval_rows: int = redefault("eval_rows", 128)
-    encoder: str = knob("", "encoder of dense search: a run of `retriever`, or any of sentence-transformers; empty: a retriever is trained first, where there are other questions than those to ask")
+    encoder: str = knob(
+        "",
+        "encoder of dense search: a run of `retriever`, or any of sentence-transformers; empty: a retriever is trained first, where there are other questions than those to ask",
+    )
     retriever_steps: int = knob(40, "steps of that retriever", "steps", low=1)
     index: str = knob("", "folder to keep the index in; used again if it is there")
-    endpoint: str = knob("", "a reader behind an OpenAI-compatible endpoint, in place of model: openai:http://host:port/v1#name")
+    endpoint: str = knob(
+        "",
+        "a reader behind an OpenAI-compatible endpoint, in place of model: openai:http://host:port/v1#name",
+    )
     key_variable: str = knob("", "environment variable with the endpoint's key")
     max_new_tokens: int = knob(16, "longest answer", "tokens", low=1)
 
@@ -65,57 +89,117 @@ def chat_prompt(question: str, passages: list[str]) -> list[dict]:
     "A conversation that asks for an answer from numbered passages; without passages, the bare question."
     if not passages:
         return [user(f"Answer in a few words. {question}")]
-    return [user(CHAT.format(passages="\n".join(f"[{n}] {p}" for n, p in enumerate(passages, 1)), question=question))]
+    return [
+        user(
+            CHAT.format(
+                passages="\n".join(f"[{n}] {p}" for n, p in enumerate(passages, 1)),
+                question=question,
+            )
+        )
+    ]
 
-
+# %% ../../nbs/integration/rag.ipynb #b87b5250
 class LocalReader:
     "A language model that answers greedily; `prompt_format` is plain or chat. Raises `WrongInput`."
 
-    def __init__(self, policy: Policy, tokenizer, prompt_format: str = "plain", max_new_tokens: int = 16):
+    def __init__(
+        self, policy: Policy, tokenizer, prompt_format: str = "plain", max_new_tokens: int = 16
+    ):
         if prompt_format == "chat" and not has_chat_template(tokenizer):
-            raise WrongInput("prompt_format = 'chat': the reader's tokenizer has no chat template; expected form plain, or a model for conversations")
-        self.policy, self.tokenizer, self.prompt_format, self.max_new_tokens = policy, tokenizer, prompt_format, max_new_tokens
-        self.longest = min(getattr(policy.model.config, "max_position_embeddings", None) or 4096, 8192)
+            raise WrongInput(
+                "prompt_format = 'chat': the reader's tokenizer has no chat template; expected form plain, or a model for conversations"
+            )
+        self.policy, self.tokenizer, self.prompt_format, self.max_new_tokens = (
+            policy,
+            tokenizer,
+            prompt_format,
+            max_new_tokens,
+        )
+        self.longest = min(
+            getattr(policy.model.config, "max_position_embeddings", None) or 4096, 8192
+        )
 
     def prompt(self, question: str, passages: list[str]) -> list[int]:
         "Token ids of the prompt; passages are left out from the end, and the first one is shortened, until it fits the model's context."
         room, texts = self.longest - self.max_new_tokens, list(passages)
         while True:
-            said = chat_prompt(question, texts) if self.prompt_format == "chat" else reading_rows(question, texts, "")["prompt"]
+            said = (
+                chat_prompt(question, texts)
+                if self.prompt_format == "chat"
+                else reading_rows(question, texts, "")["prompt"]
+            )
             try:
                 return encode(self.tokenizer, {"prompt": said}, "prompt", room)["input_ids"]
             except WrongInput:
                 if not texts:
-                    raise WrongInput(f"question {question[:60]!r}…: longer than the reader's context of {self.longest} tokens; expected a shorter one; shorten it") from None
+                    raise WrongInput(
+                        f"question {question[:60]!r}…: longer than the reader's context of {self.longest} tokens; expected a shorter one; shorten it"
+                    ) from None
                 shorter = shortened(texts[0])
                 texts = texts[:-1] if len(texts) > 1 else [shorter] if shorter else []
 
     def write(self, asked: list[tuple[str, list[str]]]) -> list[str]:
         "The greedy answer to each (question, passages)."
         prompts = [self.prompt(q, p) for q, p in asked]
-        return [t.strip() for t in rollout(self.policy.model, self.tokenizer, prompts, max_new_tokens=self.max_new_tokens, temperature=0.0, stop=("\n",) if self.prompt_format == "plain" else ()).texts] if asked else []
+        return (
+            [
+                t.strip()
+                for t in rollout(
+                    self.policy.model,
+                    self.tokenizer,
+                    prompts,
+                    max_new_tokens=self.max_new_tokens,
+                    temperature=0.0,
+                    stop=("\n",) if self.prompt_format == "plain" else (),
+                ).texts
+            ]
+            if asked
+            else []
+        )
 
     def likelihood(self, prompts: list[list[int]], continuations: list[str]) -> Tensor:
         "log π(continuation | prompt) [n] in nats."
         rows = []
         for ids, text in zip(prompts, continuations):
-            own = self.tokenizer(text, add_special_tokens=False).input_ids[: max(1, self.longest - 1)]
+            own = self.tokenizer(text, add_special_tokens=False).input_ids[
+                : max(1, self.longest - 1)
+            ]
             before = ids[-(self.longest - len(own)) :]
-            rows.append({"input_ids": [*before, *own], "completion_mask": [0] * len(before) + [1] * len(own)})
+            rows.append(
+                {
+                    "input_ids": [*before, *own],
+                    "completion_mask": [0] * len(before) + [1] * len(own),
+                }
+            )
         return sequence_logps(self.policy, rows, self.tokenizer.pad_token_id, 64)
 
-
+# %% ../../nbs/integration/rag.ipynb #c5094a6a
 class EndpointReader:
     "A model behind an OpenAI-compatible endpoint that answers from numbered passages."
 
     prompt_format = "chat"
 
-    def __init__(self, url: str, model: str, key: str = "", tries: int = 6, max_new_tokens: int = 16, **more):
-        self.endpoint, self.max_new_tokens = Endpoint(url, model, key, tries, **more), max_new_tokens
+    def __init__(
+        self, url: str, model: str, key: str = "", tries: int = 6, max_new_tokens: int = 16, **more
+    ):
+        self.endpoint, self.max_new_tokens = (
+            Endpoint(url, model, key, tries, **more),
+            max_new_tokens,
+        )
 
     def write(self, asked: list[tuple[str, list[str]]]) -> list[str]:
         with ThreadPoolExecutor(self.endpoint.at_once) as pool:
-            return list(pool.map(lambda pair: self.endpoint.ask(chat_prompt(*pair), answer_text, temperature=0.0, max_tokens=self.max_new_tokens), asked))
+            return list(
+                pool.map(
+                    lambda pair: self.endpoint.ask(
+                        chat_prompt(*pair),
+                        answer_text,
+                        temperature=0.0,
+                        max_tokens=self.max_new_tokens,
+                    ),
+                    asked,
+                )
+            )
 
 # %% ../../nbs/integration/rag.ipynb #da1ed48a
 def exact_match(text: str, *answers: str) -> float:
@@ -156,24 +240,57 @@ class Reading:
 class Rag:
     "The pipeline: retrieve, rerank, read. `seconds` adds up what each stage took. Raises `WrongInput`."
 
-    def __init__(self, index: Index, reader, search: str = "hybrid", k: int = 2, rerank: str = "none", reading: str = "apart"):
+    def __init__(
+        self,
+        index: Index,
+        reader,
+        search: str = "hybrid",
+        k: int = 2,
+        rerank: str = "none",
+        reading: str = "apart",
+    ):
         if isinstance(reader, EndpointReader) and (rerank != "none" or reading == "apart"):
-            raise WrongInput(f"rerank = {rerank!r}, reading = {reading!r}: an endpoint does not tell how likely a given text is; expected rerank none and reading together, or a local model")
-        self.index, self.reader, self.search, self.top_k_passages, self.rerank, self.reading = index, reader, search, k, rerank, reading
+            raise WrongInput(
+                f"rerank = {rerank!r}, reading = {reading!r}: an endpoint does not tell how likely a given text is; expected rerank none and reading together, or a local model"
+            )
+        self.index, self.reader, self.search, self.top_k_passages, self.rerank, self.reading = (
+            index,
+            reader,
+            search,
+            k,
+            rerank,
+            reading,
+        )
         self.seconds = dict(retrieve=0.0, rerank=0.0, read=0.0)
 
     def find(self, questions: list[str]) -> list[list[Hit]]:
         "The passages of each question, best first."
         began = time.perf_counter()
-        found = self.index.search(questions, self.top_k_passages if self.rerank == "none" else max(10, 3 * self.top_k_passages), self.search)
+        found = self.index.search(
+            questions,
+            self.top_k_passages if self.rerank == "none" else max(10, 3 * self.top_k_passages),
+            self.search,
+        )
         self.seconds["retrieve"] += time.perf_counter() - began
         return found if self.rerank == "none" else self.ranked_again(questions, found)
 
     def ranked_again(self, questions: list[str], found: list[list[Hit]]) -> list[list[Hit]]:
         "The candidates by log π(question | passage), the `top_k_passages` best of each."
-        began, pairs = time.perf_counter(), [(n, hit) for n, hits in enumerate(found) for hit in hits]
-        prompts = [self.reader.tokenizer(f"Passage: {hit.text}\nQuestion:", add_special_tokens=False).input_ids for _, hit in pairs]
-        scores = self.reader.likelihood(prompts, [f" {questions[n]}\n" for n, _ in pairs]).tolist() if pairs else []
+        began, pairs = (
+            time.perf_counter(),
+            [(n, hit) for n, hits in enumerate(found) for hit in hits],
+        )
+        prompts = [
+            self.reader.tokenizer(
+                f"Passage: {hit.text}\nQuestion:", add_special_tokens=False
+            ).input_ids
+            for _, hit in pairs
+        ]
+        scores = (
+            self.reader.likelihood(prompts, [f" {questions[n]}\n" for n, _ in pairs]).tolist()
+            if pairs
+            else []
+        )
         again = [[] for _ in found]
         for (n, hit), score in zip(pairs, scores):
             again[n].append(hit._replace(score=score))
@@ -184,7 +301,9 @@ class Rag:
         "Answers from these passages; without any, from memory."
         began = time.perf_counter()
         if self.reading == "together" or not any(found):
-            answers = self.reader.write([(q, [h.text for h in hits]) for q, hits in zip(questions, found)])
+            answers = self.reader.write(
+                [(q, [h.text for h in hits]) for q, hits in zip(questions, found)]
+            )
         else:
             answers = self._apart(questions, found)
         self.seconds["read"] += time.perf_counter() - began
@@ -192,19 +311,43 @@ class Rag:
 
     def _apart(self, questions: list[str], found: list[list[Hit]]) -> list[str]:
         "The answer with the largest Σ_z p(z|x) π(y|x,z) of each question."
-        asked = [(n, [hit.text]) for n, hits in enumerate(found) for hit in hits] + [(n, []) for n, hits in enumerate(found) if not hits]
+        asked = [(n, [hit.text]) for n, hits in enumerate(found) for hit in hits] + [
+            (n, []) for n, hits in enumerate(found) if not hits
+        ]
         written = self.reader.write([(questions[n], texts) for n, texts in asked])
-        options = [list(dict.fromkeys(a for (m, _), a in zip(asked, written) if m == n)) for n in range(len(questions))]
-        open_ = [n for n, some in enumerate(options) if len(some) > 1]  # where all passages give one answer there is nothing to weigh
+        options = [
+            list(dict.fromkeys(a for (m, _), a in zip(asked, written) if m == n))
+            for n in range(len(questions))
+        ]
+        open_ = [
+            n for n, some in enumerate(options) if len(some) > 1
+        ]  # where all passages give one answer there is nothing to weigh
         weighed = [(n, a, hit) for n in open_ for a in options[n] for hit in found[n]]
         end = self.reader.tokenizer.eos_token
-        prompts = {(n, hit.id): self.reader.prompt(questions[n], [hit.text]) for n, _, hit in weighed}
-        logps = self.reader.likelihood([prompts[n, hit.id] for n, _, hit in weighed], [f" {a}{end}" if self.reader.prompt_format == "plain" else a + end for _, a, _ in weighed]) if weighed else torch.zeros(0)
+        prompts = {
+            (n, hit.id): self.reader.prompt(questions[n], [hit.text]) for n, _, hit in weighed
+        }
+        logps = (
+            self.reader.likelihood(
+                [prompts[n, hit.id] for n, _, hit in weighed],
+                [
+                    f" {a}{end}" if self.reader.prompt_format == "plain" else a + end
+                    for _, a, _ in weighed
+                ],
+            )
+            if weighed
+            else torch.zeros(0)
+        )
         best, place = [some[0] for some in options], 0
         for n in open_:
             size = (len(options[n]), len(found[n]))
-            scores = logps[place : place + size[0] * size[1]].view(size) + log_weights(found[n], "likelihood" if self.rerank != "none" else self.search)
-            best[n], place = options[n][int(torch.logsumexp(scores, 1).argmax())], place + size[0] * size[1]
+            scores = logps[place : place + size[0] * size[1]].view(size) + log_weights(
+                found[n], "likelihood" if self.rerank != "none" else self.search
+            )
+            best[n], place = (
+                options[n][int(torch.logsumexp(scores, 1).argmax())],
+                place + size[0] * size[1],
+            )
         return best
 
     def __call__(self, questions: list[str]) -> list[Reading]:
@@ -225,7 +368,9 @@ def with_other_answer(text: str, answers: list[str], others: list[str]) -> str:
     return text
 
 
-def measure_arm(pipeline: Rag, questions: list[dict], found: list[list[Hit]]) -> tuple[dict[str, float], list[Reading]]:
+def measure_arm(
+    pipeline: Rag, questions: list[dict], found: list[list[Hit]]
+) -> tuple[dict[str, float], list[Reading]]:
     """Read these passages: accuracy (exact match), faithfulness, recall and mrr of finding them; and the readings.
 
     Accuracy is of the questions with a known answer, recall and mrr of those with a known right passage; `rows` says how
@@ -233,7 +378,9 @@ def measure_arm(pipeline: Rag, questions: list[dict], found: list[list[Hit]]) ->
     """
     read = pipeline.read([q["question"] for q in questions], found)
     metrics = {}
-    right = [exact_match(r.answer, *answers_of(q)) for r, q in zip(read, questions) if answers_of(q)]
+    right = [
+        exact_match(r.answer, *answers_of(q)) for r, q in zip(read, questions) if answers_of(q)
+    ]
     if right:
         metrics["accuracy"] = sum(right) / len(right)
     metrics["faithfulness"] = sum(r.faithful for r in read) / len(read)
@@ -246,10 +393,12 @@ def measure_arm(pipeline: Rag, questions: list[dict], found: list[list[Hit]]) ->
     if right and len(right) < len(questions):
         metrics["rows/accuracy"] = len(right)
     if labelled < len(questions):
-        metrics |= {f"rows/{name}": labelled for name in metrics if name.startswith(("recall/", "mrr"))}
+        metrics |= {
+            f"rows/{name}": labelled for name in metrics if name.startswith(("recall/", "mrr"))
+        }
     return metrics, read
 
-
+# %% ../../nbs/integration/rag.ipynb #6c76faa3
 def ways_of(questions: list[dict], searches: list[str]) -> list[str]:
     "The ways in which questions are asked: what cannot be asked of these questions is left out."
     ways = ["no passages", *searches]
@@ -258,7 +407,9 @@ def ways_of(questions: list[dict], searches: list[str]) -> list[str]:
     return [*ways, "wrong passages"] if len(questions) > 1 else ways
 
 
-def passages_for(way: str, pipeline: Rag, questions: list[dict], texts: dict[str, str]) -> list[list[Hit]]:
+def passages_for(
+    way: str, pipeline: Rag, questions: list[dict], texts: dict[str, str]
+) -> list[list[Hit]]:
     "The passages that each question is read with in a way of asking; `texts` are those of all passages by id."
     asked = [q["question"] for q in questions]
     if way == "no passages":
@@ -268,9 +419,21 @@ def passages_for(way: str, pipeline: Rag, questions: list[dict], texts: dict[str
     if way == "altered passage":
         found = []
         for n, q in enumerate(questions):
-            others = [o for o in questions[n:] + questions[:n] if o.get("relation") == q.get("relation")]
+            others = [
+                o for o in questions[n:] + questions[:n] if o.get("relation") == q.get("relation")
+            ]
             key = q["positives"][0]
-            found.append([Hit(key, with_other_answer(texts[key], answers_of(q), [answers_of(o)[0] for o in others]), 1.0)])
+            found.append(
+                [
+                    Hit(
+                        key,
+                        with_other_answer(
+                            texts[key], answers_of(q), [answers_of(o)[0] for o in others]
+                        ),
+                        1.0,
+                    )
+                ]
+            )
         return found
     found = pipeline.find(asked)
     if way != "wrong passages":
@@ -284,10 +447,17 @@ def passages_for(way: str, pipeline: Rag, questions: list[dict], texts: dict[str
 # %% ../../nbs/integration/rag.ipynb #50f983a2
 def sample_of(way: str, question: dict, read: Reading) -> dict:
     "A reading as a row of `samples.jsonl`; without a known answer it has no reward."
-    row = dict(way=way, prompt=read.question, completion=read.answer, passages=[hit.text for hit in read.hits])
+    row = dict(
+        way=way,
+        prompt=read.question,
+        completion=read.answer,
+        passages=[hit.text for hit in read.hits],
+    )
     row |= dict(ids=[hit.id for hit in read.hits], cited=read.cited)
     if answers_of(question):
-        row |= dict(answer=answers_of(question)[0], reward=exact_match(read.answer, *answers_of(question)))
+        row |= dict(
+            answer=answers_of(question)[0], reward=exact_match(read.answer, *answers_of(question))
+        )
     return row
 
 
@@ -307,7 +477,9 @@ def open_reader(settings: RAG) -> LocalReader | EndpointReader:
         key = read_key(settings.key_variable)
         return EndpointReader(url, name, key, max_new_tokens=settings.max_new_tokens)
     policy = Policy(load_model(settings.model, settings.dtype, settings.device))
-    return LocalReader(policy, load_tokenizer(settings.model), settings.prompt_format, settings.max_new_tokens)
+    return LocalReader(
+        policy, load_tokenizer(settings.model), settings.prompt_format, settings.max_new_tokens
+    )
 
 
 def not_counted(questions: list[dict]) -> list[str]:
@@ -315,10 +487,14 @@ def not_counted(questions: list[dict]) -> list[str]:
     notes, asked = [], len(questions)
     silent = sum(not answers_of(q) for q in questions)
     if silent:
-        notes.append(f"{silent} of {asked} questions have no answer to compare with: they are asked, and get no score")
+        notes.append(
+            f"{silent} of {asked} questions have no answer to compare with: they are asked, and get no score"
+        )
     lost = sum(bool(answers_of(q)) and not q["positives"] for q in questions)
     if lost:
-        notes.append(f"the answers of {lost} of {asked} questions are in no passage: they do not count for recall and mrr")
+        notes.append(
+            f"the answers of {lost} of {asked} questions are in no passage: they do not count for recall and mrr"
+        )
     return notes
 
 
@@ -330,43 +506,75 @@ def stage_latency(pipeline: Rag, questions: list[str]) -> dict[str, float]:
         pipeline([question])
         each.append({name: 1000 * (pipeline.seconds[name] - before[name]) for name in before})
     middle = len(each) // 2
-    return {f"stage_ms/{name}": sorted(row[name] for row in each)[middle] for name in pipeline.seconds}
+    return {
+        f"stage_ms/{name}": sorted(row[name] for row in each)[middle] for name in pipeline.seconds
+    }
 
 # %% ../../nbs/integration/rag.ipynb #c60690ae
 @method(
-    family="integration", title="Retrieval-augmented generation", data="prompt",
-    paper="Lewis et al. 2020; survey §7.2.2", needs=("a library",), changes="nothing",
-    trains=False, explain="score",
-)  # fmt: skip
+    family="integration",
+    title="Retrieval-augmented generation",
+    data="prompt",
+    paper="Lewis et al. 2020; survey §7.2.2",
+    needs=("a library",),
+    changes="nothing",
+    trains=False,
+    explain="score",
+)
 def rag(settings: RAG, run: Run) -> None:
     "Answer from passages that were found, and measure each part of the way."
     passages, learnable, questions = open_questions(
-        settings.data, settings.corpus, settings.passage_words, settings.eval_rows, settings.eval_data
+        settings.data,
+        settings.corpus,
+        settings.passage_words,
+        settings.eval_rows,
+        settings.eval_data,
     )
     reader = open_reader(settings)
-    make = lambda how: Rag(index, reader, how, settings.top_k_passages, settings.rerank, settings.reading)
-    Rag(None, reader, settings.search, settings.top_k_passages, settings.rerank, settings.reading)  # refuses before an encoder is trained
+    make = lambda how: Rag(
+        index, reader, how, settings.top_k_passages, settings.rerank, settings.reading
+    )
+    Rag(
+        None, reader, settings.search, settings.top_k_passages, settings.rerank, settings.reading
+    )  # refuses before an encoder is trained
     kept = bool(settings.index) and (Path(settings.index) / "index.json").is_file()
     spec, search, notes = settings.encoder, settings.search, []
     if not spec and not kept and search != "bm25" and not learnable:
         why = "there are no questions with answers beside those that are asked, so no encoder can be trained"
         todo = "name one as encoder, or give other questions as data and these as eval_data"
         if search == "dense":
-            raise WrongInput(f"search = 'dense': {why}; expected an encoder, or such questions; {todo}, or take search bm25")
+            raise WrongInput(
+                f"search = 'dense': {why}; expected an encoder, or such questions; {todo}, or take search bm25"
+            )
         search = "bm25"
         notes.append(f"search is bm25, not hybrid: {why}; {todo}")
     elif not spec and not kept and search != "bm25":
-        spec = str(subrun(
-            run, "retriever", "retriever", data=settings.data, eval_data=settings.eval_data, corpus=settings.corpus, passage_words=settings.passage_words, steps=settings.retriever_steps, seed=settings.seed, dtype=settings.dtype,
-            device=settings.device,
-        ).path)  # fmt: skip
+        spec = str(
+            subrun(
+                run,
+                "retriever",
+                "retriever",
+                data=settings.data,
+                eval_data=settings.eval_data,
+                corpus=settings.corpus,
+                passage_words=settings.passage_words,
+                steps=settings.retriever_steps,
+                seed=settings.seed,
+                dtype=settings.dtype,
+                device=settings.device,
+            ).path
+        )
     encoder = Encoder(spec, settings.device) if spec else None
     index = Index.open(settings.index, encoder) if kept else Index(passages, encoder)
     if index.passages != passages:
-        raise WrongInput(f"index = {settings.index!r}: holds {len(index)} passages, not the {len(passages)} of this library; expected an index of the same documents; name another folder, or leave index empty")
+        raise WrongInput(
+            f"index = {settings.index!r}: holds {len(index)} passages, not the {len(passages)} of this library; expected an index of the same documents; name another folder, or leave index empty"
+        )
     if search == "hybrid" and index.vectors is None:
         search = "bm25"
-        notes.append(f"search is bm25, not hybrid: the index in {settings.index} has no vectors; build it with an encoder")
+        notes.append(
+            f"search is bm25, not hybrid: the index in {settings.index} has no vectors; build it with an encoder"
+        )
     if settings.index and not kept:
         index.save(settings.index)
     notes += not_counted(questions)
@@ -390,7 +598,9 @@ def rag(settings: RAG, run: Run) -> None:
     run.sample(len(ways), rows)
     if run.writes:
         lines = [json.dumps(answer_line(row), ensure_ascii=False) + "\n" for row in answers]
-        (run.path / "answers.jsonl").write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+        (run.path / "answers.jsonl").write_text(
+            "".join(lines), encoding="utf-8", errors="backslashreplace"
+        )
     run.update(ways=arms)
     after = arms[search] | latency
     for way, found in arms.items():
@@ -401,4 +611,11 @@ def rag(settings: RAG, run: Run) -> None:
             if counted != len(questions):
                 after[f"rows/{name}"] = counted
     run.frame("before", with_rows(arms["no passages"], len(questions)))
-    run.frame("after", with_rows(after, len(questions), ranked_rows(after, questions) | dict.fromkeys(latency, len(timed))))
+    run.frame(
+        "after",
+        with_rows(
+            after,
+            len(questions),
+            ranked_rows(after, questions) | dict.fromkeys(latency, len(timed)),
+        ),
+    )

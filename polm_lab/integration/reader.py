@@ -30,20 +30,51 @@ from ..data.tasks import TASKS
 from .retrieval.library import Library, open_library
 from .retrieval.passages import HOWS, Encoder, Hit, Index
 from .rag import LocalReader, Rag, measure_arm
-from .retriever import DualEncoder, encode_texts, ranked_rows, reading_rows, save_encoder, vectors_of
+from polm_lab.integration.retriever import (
+    DualEncoder,
+    encode_texts,
+    ranked_rows,
+    reading_rows,
+    save_encoder,
+    vectors_of,
+)
 
 # %% ../../nbs/integration/reader.ipynb #9f42feb1
 @dataclass(kw_only=True)
 class Reader(Library, Settings):
     "Settings of a reader; `model` is what reads."
 
-    loss: str = knob("sequence", "how the passages of a question enter its loss: all in one context, each alone, or summed out by sequence or token", choices=("context", "each", "sequence", "token"),
-                          source="Lewis et al. 2020, §2.1")  # fmt: skip
-    top_k_passages: int = knob(4, "passages that are found for a question", "passages", low=1, high=64, source="Lewis et al. 2020, §4: 5 or 10")
-    search: str = knob("bm25", "how passages are found; for sequence and token, dense is the encoder that learns, and the others give it candidates to weigh", choices=HOWS)
-    encoder: str = knob("tiny", "encoder: a run of `retriever`, or any causal LM; for dense and hybrid search, any of sentence-transformers")
+    loss: str = knob(
+        "sequence",
+        "how the passages of a question enter its loss: all in one context, each alone, or summed out by sequence or token",
+        choices=("context", "each", "sequence", "token"),
+        source="Lewis et al. 2020, §2.1",
+    )
+    top_k_passages: int = knob(
+        4,
+        "passages that are found for a question",
+        "passages",
+        low=1,
+        high=64,
+        source="Lewis et al. 2020, §4: 5 or 10",
+    )
+    search: str = knob(
+        "bm25",
+        "how passages are found; for sequence and token, dense is the encoder that learns, and the others give it candidates to weigh",
+        choices=HOWS,
+    )
+    encoder: str = knob(
+        "tiny",
+        "encoder: a run of `retriever`, or any causal LM; for dense and hybrid search, any of sentence-transformers",
+    )
     temperature: float = knob(0.05, "temperature τ of p(z|x)", low=0.001, high=10, log=True)
-    refresh: int = knob(0, "for sequence and token: 0 keeps the passages' vectors (RAG); n learns them too and encodes all again each n steps (REALM)", "steps", low=0, source="Guu et al. 2020, §3.3: 500")
+    refresh: int = knob(
+        0,
+        "for sequence and token: 0 keeps the passages' vectors (RAG); n learns them too and encodes all again each n steps (REALM)",
+        "steps",
+        low=0,
+        source="Guu et al. 2020, §3.3: 500",
+    )
     steps: int = redefault("steps", 60)
     batch_size: int = redefault("batch_size", 8)
     max_length: int = redefault("max_length", 256)
@@ -72,7 +103,9 @@ def responsibilities(log_weights: Tensor, logp: Tensor, mask: Tensor) -> Tensor:
 class Pair(torch.nn.Module):
     "A reader (`Policy`) and, where it learns, an encoder with the vectors of all passages [passages, width]."
 
-    def __init__(self, reader: Policy, encoder: DualEncoder | None = None, vectors: Tensor | None = None):
+    def __init__(
+        self, reader: Policy, encoder: DualEncoder | None = None, vectors: Tensor | None = None
+    ):
         super().__init__()
         self.reader, self.encoder = reader, encoder
         if vectors is not None:
@@ -82,39 +115,63 @@ class Pair(torch.nn.Module):
         "log π of the answers' tokens [questions, k, time], and the inner products of questions and passages [questions, k]."
         stats = self.reader(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
         questions, time = batch["answers"].shape
-        logp = stats.logp.new_zeros(len(stats.logp), time).masked_scatter(batch["answers"].bool().repeat_interleave(len(stats.logp) // questions, 0), stats.logp[batch["completion_mask"].bool()])
+        logp = stats.logp.new_zeros(len(stats.logp), time).masked_scatter(
+            batch["answers"].bool().repeat_interleave(len(stats.logp) // questions, 0),
+            stats.logp[batch["completion_mask"].bool()],
+        )
         logp = logp.view(questions, -1, time)
         if self.encoder is None:
             return logp, None
         q = self.encoder(batch["question_ids"], batch["question_mask"])
-        d = self.encoder(batch["document_ids"], batch["document_mask"]) if "document_ids" in batch else self.vectors[batch["numbers"]]
+        d = (
+            self.encoder(batch["document_ids"], batch["document_mask"])
+            if "document_ids" in batch
+            else self.vectors[batch["numbers"]]
+        )
         return logp, (q[:, None] * d.view(questions, -1, q.shape[1])).sum(2)
 
 
-def reading_batch(tokenizer, questions: list[dict], passages: list[list[str]], together: bool, max_length: int) -> dict:
+def reading_batch(
+    tokenizer, questions: list[dict], passages: list[list[str]], together: bool, max_length: int
+) -> dict:
     """Encoded (question, passages) rows of a microbatch, and `answers` [questions, time], 1 where an answer has a token.
 
     Raises `WrongInput` where a prompt leaves too little room for its answer.
     """
-    rows = [reading_rows(q["question"], texts if together else [text], q["answer"]) for q, texts in zip(questions, passages) for text in (texts[:1] if together else texts)]
+    rows = [
+        reading_rows(q["question"], texts if together else [text], q["answer"])
+        for q, texts in zip(questions, passages)
+        for text in (texts[:1] if together else texts)
+    ]
     examples = [encode(tokenizer, row, "completion", max_length) for row in rows]
     each = len(rows) // len(questions)
     lengths = [sum(e["completion_mask"]) for e in examples]
     for n, q in enumerate(questions):
         if len(set(lengths[n * each : (n + 1) * each])) > 1 or not lengths[n * each]:
-            raise WrongInput(f"question {q['question'][:60]!r}: its answer is cut by a long passage; expected rows within max_length = {max_length}; raise it, or cut passages shorter with words")
+            raise WrongInput(
+                f"question {q['question'][:60]!r}: its answer is cut by a long passage; expected rows within max_length = {max_length}; raise it, or cut passages shorter with words"
+            )
     lengths = lengths[::each]
     answers = torch.tensor([[1] * n + [0] * (max(lengths) - n) for n in lengths])
-    return dict(collate(examples, tokenizer.pad_token_id), answers=answers, weight=float(len(questions)))
+    return dict(
+        collate(examples, tokenizer.pad_token_id), answers=answers, weight=float(len(questions))
+    )
 
 
 def candidates(index: Index, questions: list[str], k: int, how: str) -> list[list[int]]:
     "Numbers of `top_k_passages` passages of each question, best first; where BM25 finds fewer (it leaves out what shares no word), others fill up."
     found = [[n for n, _ in ranked] for ranked in index.ranked(questions, k, how)]
-    return [row + [n for n in range(len(index)) if n not in row][: k - len(row)] if len(row) < k else row for row in found]
+    return [
+        row + [n for n in range(len(index)) if n not in row][: k - len(row)]
+        if len(row) < k
+        else row
+        for row in found
+    ]
 
 
-def best_passages(scores: Tensor, k: int, among: list[list[int]] | None = None) -> list[list[tuple[int, float]]]:
+def best_passages(
+    scores: Tensor, k: int, among: list[list[int]] | None = None
+) -> list[list[tuple[int, float]]]:
     "(number, cosine) of the `top_k_passages` best passages of each question by `scores` [questions, passages], of all or `among`."
     if among is not None:
         some = torch.tensor(among, device=scores.device)
@@ -124,32 +181,78 @@ def best_passages(scores: Tensor, k: int, among: list[list[int]] | None = None) 
 
 # %% ../../nbs/integration/reader.ipynb #81f7571a
 @method(
-    family="integration", title="Reader", paper="Lewis et al. 2020; Guu et al. 2020; Lin et al. 2023; Borgeaud et al. 2022; survey §7.2.2", data="prompt", needs=("questions with answers and passages",),
+    family="integration",
+    title="Reader",
+    paper="Lewis et al. 2020; Guu et al. 2020; Lin et al. 2023; Borgeaud et al. 2022; survey §7.2.2",
+    data="prompt",
+    needs=("questions with answers and passages",),
     small=dict(data="facts", top_k_passages=2, refresh=2, temperature=0.2),
-)  # fmt: skip
+)
 def reader(settings: Reader, run: Run) -> None:
     "Learn to answer from passages that were found; with RAG and REALM, learn to find them too."
-    passages, learned, held_out = open_library(settings.data, settings.corpus, settings.passage_words, settings.eval_rows, settings.eval_data)
+    passages, learned, held_out = open_library(
+        settings.data,
+        settings.corpus,
+        settings.passage_words,
+        settings.eval_rows,
+        settings.eval_data,
+    )
     joint, together = settings.loss in ("sequence", "token"), settings.loss == "context"
     if len(passages) < settings.top_k_passages:
-        raise WrongInput(f"top_k_passages = {settings.top_k_passages}: the library has {len(passages)} passages; expected at least k; lower k, or give more documents")
+        raise WrongInput(
+            f"top_k_passages = {settings.top_k_passages}: the library has {len(passages)} passages; expected at least k; lower k, or give more documents"
+        )
     policy, tokenizer = load_policy(settings)
-    texts, pad, size = [p["text"] for p in passages], tokenizer.pad_token_id, max(1, settings.batch_size // process_rank_and_count()[1])
+    texts, pad, size = (
+        [p["text"] for p in passages],
+        tokenizer.pad_token_id,
+        max(1, settings.batch_size // process_rank_and_count()[1]),
+    )
     encoder, frozen = None, not joint or settings.search != "dense"
     if joint:
-        words, encoder = load_tokenizer(settings.encoder), DualEncoder(load_model(settings.encoder, settings.dtype, settings.device))
-        documents, questions, asked = (encode_texts(words, found, side, 128) for found, side in (
-            (texts, "document"), ([q["question"] for q in learned], "query"), ([q["question"] for q in held_out], "query"),
-        ))  # fmt: skip
-    pair = Pair(policy, encoder, vectors_of(encoder, documents, words.pad_token_id).to(next(policy.parameters()).device) if joint else None)
+        words, encoder = (
+            load_tokenizer(settings.encoder),
+            DualEncoder(load_model(settings.encoder, settings.dtype, settings.device)),
+        )
+        documents, questions, asked = (
+            encode_texts(words, found, side, 128)
+            for found, side in (
+                (texts, "document"),
+                ([q["question"] for q in learned], "query"),
+                ([q["question"] for q in held_out], "query"),
+            )
+        )
+    pair = Pair(
+        policy,
+        encoder,
+        vectors_of(encoder, documents, words.pad_token_id).to(next(policy.parameters()).device)
+        if joint
+        else None,
+    )
     if frozen:
-        index = Index(passages, Encoder(settings.encoder, settings.device) if settings.search != "bm25" else None)
-        hits, held_hits = (candidates(index, [q["question"] for q in part], settings.top_k_passages, settings.search) for part in (learned, held_out))
+        index = Index(
+            passages,
+            Encoder(settings.encoder, settings.device) if settings.search != "bm25" else None,
+        )
+        hits, held_hits = (
+            candidates(
+                index, [q["question"] for q in part], settings.top_k_passages, settings.search
+            )
+            for part in (learned, held_out)
+        )
     switch_off_dropout(pair)
     order = Order(len(learned), settings.batch_size * settings.accumulate, settings.seed)
-    others = {name: [encode(tokenizer, row, "text", settings.max_length) for row in TASKS[name].rows("text", 16, settings.seed, "test")] for name in other_tasks(settings, tokenizer)}
+    others = {
+        name: [
+            encode(tokenizer, row, "text", settings.max_length)
+            for row in TASKS[name].rows("text", 16, settings.seed, "test")
+        ]
+        for name in other_tasks(settings, tokenizer)
+    }
 
-    def find(examples: list[dict], vectors: Tensor, among: list[list[int]] | None) -> list[list[tuple[int, float]]]:
+    def find(
+        examples: list[dict], vectors: Tensor, among: list[list[int]] | None
+    ) -> list[list[tuple[int, float]]]:
         "Numbers and cosines of the `top_k_passages` passages that are nearest now, of all or `among` candidates."
         asked = vectors_of(encoder, examples, words.pad_token_id).to(vectors.device)
         return best_passages(asked @ vectors.T, settings.top_k_passages, among)
@@ -159,30 +262,71 @@ def reader(settings: Reader, run: Run) -> None:
 
     def evaluate():
         if joint:
-            best = find(asked, passage_vectors() if settings.refresh else pair.vectors, held_hits if frozen else None)
+            best = find(
+                asked,
+                passage_vectors() if settings.refresh else pair.vectors,
+                held_hits if frozen else None,
+            )
         else:
             best = [[(n, 1.0) for n in row] for row in held_hits]
         found = [[Hit(passages[n]["id"], texts[n], score) for n, score in row] for row in best]
-        metrics, _ = measure_arm(Rag(None, LocalReader(policy, tokenizer), "dense" if joint else "bm25", settings.top_k_passages, reading="together" if together else "apart"), held_out, found)
-        metrics |= {f"perplexity/{name}": perplexity(policy, rows, pad) for name, rows in others.items()}
-        seen = ranked_rows(metrics, held_out) | {f"perplexity/{name}": len(rows) for name, rows in others.items()}
+        metrics, _ = measure_arm(
+            Rag(
+                None,
+                LocalReader(policy, tokenizer),
+                "dense" if joint else "bm25",
+                settings.top_k_passages,
+                reading="together" if together else "apart",
+            ),
+            held_out,
+            found,
+        )
+        metrics |= {
+            f"perplexity/{name}": perplexity(policy, rows, pad) for name, rows in others.items()
+        }
+        seen = ranked_rows(metrics, held_out) | {
+            f"perplexity/{name}": len(rows) for name, rows in others.items()
+        }
         return with_rows(metrics, len(held_out), seen)
 
     def updates(step: int, meter: Meter):
         if joint and settings.refresh and step % settings.refresh == 0:
             pair.vectors.copy_(passage_vectors())
         own, batches = my_share(order.rows(step)), []
-        numbers = [hits[i] for i in own] if frozen else [[n for n, _ in row] for row in find([questions[i] for i in own], pair.vectors, None)]
+        numbers = (
+            [hits[i] for i in own]
+            if frozen
+            else [
+                [n for n, _ in row] for row in find([questions[i] for i in own], pair.vectors, None)
+            ]
+        )
         good = [{p for p in learned[i]["positives"]} for i in own]
-        meter.add(f"recall/{settings.top_k_passages}", torch.tensor([float(any(passages[n]["id"] in g for n in row)) for row, g in zip(numbers, good)]))
+        meter.add(
+            f"recall/{settings.top_k_passages}",
+            torch.tensor(
+                [float(any(passages[n]["id"] in g for n in row)) for row, g in zip(numbers, good)]
+            ),
+        )
         for start in range(0, len(own), size):
             part = range(start, min(start + size, len(own)))
-            batch = reading_batch(tokenizer, [learned[own[i]] for i in part], [[texts[n] for n in numbers[i]] for i in part], together, settings.max_length)
+            batch = reading_batch(
+                tokenizer,
+                [learned[own[i]] for i in part],
+                [[texts[n] for n in numbers[i]] for i in part],
+                together,
+                settings.max_length,
+            )
             if joint:
                 q = collate([questions[own[i]] for i in part], words.pad_token_id)
-                batch |= dict(question_ids=q["input_ids"], question_mask=q["attention_mask"], numbers=torch.tensor([numbers[i] for i in part]))
+                batch |= dict(
+                    question_ids=q["input_ids"],
+                    question_mask=q["attention_mask"],
+                    numbers=torch.tensor([numbers[i] for i in part]),
+                )
                 if settings.refresh:
-                    d = collate([documents[n] for i in part for n in numbers[i]], words.pad_token_id)
+                    d = collate(
+                        [documents[n] for i in part for n in numbers[i]], words.pad_token_id
+                    )
                     batch |= dict(document_ids=d["input_ids"], document_mask=d["attention_mask"])
             batches.append(batch)
         yield batches
@@ -193,7 +337,9 @@ def reader(settings: Reader, run: Run) -> None:
         if not joint:
             return each_loss(logp, mask).sum()
         weights = torch.log_softmax(scores / settings.temperature, 1)
-        return (sequence_loss if settings.loss == "sequence" else token_loss)(weights, logp, mask).sum()
+        return (sequence_loss if settings.loss == "sequence" else token_loss)(
+            weights, logp, mask
+        ).sum()
 
     fit(run, settings, pair, updates, loss, evaluate)
     if run.writes:

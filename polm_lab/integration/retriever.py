@@ -48,25 +48,67 @@ REWARD = Kinds(
 class Retriever(Library, Settings):
     "Settings of a retriever."
 
-    algorithm: str = knob("labels", "what says which passage is good: the labelled one (DPR), a reward (Reward-RAG), or the likelihood of the answer under a reader (RA-DIT, REPLUG)", choices=("labels", "reward", "reader"))
-    search: str = knob("bm25", "how hard negatives and candidates are found: by words, by the encoder as it is before training, or by both", choices=HOWS)
-    negatives: int = knob(1, "hard negatives of a question: passages that `search` finds and that are not right", "passages", low=0, high=64, source="Karpukhin et al. 2020, §3.2, table 3: one")
-    candidates: int = knob(6, "passages that a reward or a reader is asked about for each question", "passages", low=2, high=100, source="Lin et al. 2023, app. B has 10")
+    algorithm: str = knob(
+        "labels",
+        "what says which passage is good: the labelled one (DPR), a reward (Reward-RAG), or the likelihood of the answer under a reader (RA-DIT, REPLUG)",
+        choices=("labels", "reward", "reader"),
+    )
+    search: str = knob(
+        "bm25",
+        "how hard negatives and candidates are found: by words, by the encoder as it is before training, or by both",
+        choices=HOWS,
+    )
+    negatives: int = knob(
+        1,
+        "hard negatives of a question: passages that `search` finds and that are not right",
+        "passages",
+        low=0,
+        high=64,
+        source="Karpukhin et al. 2020, §3.2, table 3: one",
+    )
+    candidates: int = knob(
+        6,
+        "passages that a reward or a reader is asked about for each question",
+        "passages",
+        low=2,
+        high=100,
+        source="Lin et al. 2023, app. B has 10",
+    )
     reward: str = knob(
-        "states", parts=REWARD,
+        "states",
+        parts=REWARD,
         meaning="for signal reward: `states` (holds the answer, and the question's words), or a "
         "reward model as on the page on rewards, model:<run>",
-    )  # fmt: skip
-    reader: str = knob("tiny", "for signal reader: the model whose likelihoods teach: a run of `reader`, or any model")
-    temperature: float = knob(0.05, "temperature τ of the retriever's softmax", low=0.001, high=10, log=True, source="Gao et al. 2021 (SimCSE), §3")
-    reader_temperature: float = knob(0.1, "temperature τ_LM of the reader's probabilities", low=0.001, high=100, log=True, source="Shi et al. 2023, §5; Lin et al. 2023, app. B has 0.01")
+    )
+    reader: str = knob(
+        "tiny",
+        "for signal reader: the model whose likelihoods teach: a run of `reader`, or any model",
+    )
+    temperature: float = knob(
+        0.05,
+        "temperature τ of the retriever's softmax",
+        low=0.001,
+        high=10,
+        log=True,
+        source="Gao et al. 2021 (SimCSE), §3",
+    )
+    reader_temperature: float = knob(
+        0.1,
+        "temperature τ_LM of the reader's probabilities",
+        low=0.001,
+        high=100,
+        log=True,
+        source="Shi et al. 2023, §5; Lin et al. 2023, app. B has 0.01",
+    )
     eval_rows: int = redefault("eval_rows", 128)
     steps: int = redefault("steps", 60)
     batch_size: int = redefault("batch_size", 32)
     max_length: int = redefault("max_length", 128)
 
 # %% ../../nbs/integration/retriever.ipynb #8d0655d8
-def contrastive_loss(q: Tensor, d: Tensor, right: Tensor, allowed: Tensor, temperature: float) -> Tensor:
+def contrastive_loss(
+    q: Tensor, d: Tensor, right: Tensor, allowed: Tensor, temperature: float
+) -> Tensor:
     """Loss [questions] of questions q [questions, width] among passages d [passages, width].
 
     `right` [questions] is the number of each question's passage, `allowed` [questions, passages] says which passages it is compared with (the right one always is).
@@ -83,7 +125,12 @@ def in_batch(rows: list[dict]) -> tuple[Tensor, Tensor]:
     """
     numbers, width = [n for row in rows for n in row["passages"]], len(rows[0]["passages"])
     right = [i * width + row["right"] for i, row in enumerate(rows)]
-    return torch.tensor(right), torch.tensor([[m == r or n not in row["good"] for m, n in enumerate(numbers)] for row, r in zip(rows, right)])
+    return torch.tensor(right), torch.tensor(
+        [
+            [m == r or n not in row["good"] for m, n in enumerate(numbers)]
+            for row, r in zip(rows, right)
+        ]
+    )
 
 
 def distillation_loss(q: Tensor, d: Tensor, target: Tensor, temperature: float) -> Tensor:
@@ -108,23 +155,39 @@ class DualEncoder(torch.nn.Module):
             head.requires_grad_(False)  # nothing here reads it
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        found = states(self.model, self.model.get_output_embeddings(), dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=False))
+        found = states(
+            self.model,
+            self.model.get_output_embeddings(),
+            dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=False),
+        )
         return pool(found, attention_mask)
 
 
 def encode_texts(tokenizer, texts: list[str], side: str, max_length: int) -> list[dict]:
     "Texts of one side, query or document, as encoded rows with the prompt of that side."
-    return [{"input_ids": ids} for ids in tokenizer([DualEncoder.prompts[side] + t for t in texts], truncation=True, max_length=max_length).input_ids]
+    return [
+        {"input_ids": ids}
+        for ids in tokenizer(
+            [DualEncoder.prompts[side] + t for t in texts], truncation=True, max_length=max_length
+        ).input_ids
+    ]
 
 
 def vectors_of(encoder: DualEncoder, examples: list[dict], pad_id: int, rows: int = 64) -> Tensor:
     "Vectors [n, width] of encoded rows, without gradients; rows of like length go together."
-    device, order, found = next(encoder.parameters()).device, sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"])), [None] * len(examples)
+    device, order, found = (
+        next(encoder.parameters()).device,
+        sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"])),
+        [None] * len(examples),
+    )
     with eval_no_grad(encoder):
         for start in range(0, len(order), rows):
             part = order[start : start + rows]
             batch = collate([examples[i] for i in part], pad_id)
-            for i, vector in zip(part, encoder(batch["input_ids"].to(device), batch["attention_mask"].to(device)).cpu()):
+            for i, vector in zip(
+                part,
+                encoder(batch["input_ids"].to(device), batch["attention_mask"].to(device)).cpu(),
+            ):
                 found[i] = vector
     return torch.stack(found)
 
@@ -150,7 +213,9 @@ def states_answer(question: str, passage: str, answer: str) -> float:
     names = [w for w in words if w[:1].isupper()] or words
     if UNSPACED.search(question):  # such a script has neither spaces nor capitals
         names = words_of(question)
-    return float(holds(passage, answer)) + sum(holds(passage, w) for w in names) / max(1, len(names))
+    return float(holds(passage, answer)) + sum(holds(passage, w) for w in names) / max(
+        1, len(names)
+    )
 
 
 def reading_rows(question: str, passages: list[str], answer: str) -> dict:
@@ -163,54 +228,111 @@ def likelihoods(policy: Policy, tokenizer, rows: list[dict], max_length: int) ->
     "log π(answer | passages, question) [n] in nats, of rows of `reading_rows`."
     from polm_lab.data.encode import encode
 
-    return sequence_logps(policy, [encode(tokenizer, row, "completion", max_length) for row in rows], tokenizer.pad_token_id, 64)
+    return sequence_logps(
+        policy,
+        [encode(tokenizer, row, "completion", max_length) for row in rows],
+        tokenizer.pad_token_id,
+        64,
+    )
 
-
-def teach(settings: Retriever, passages: list[dict], questions: list[dict], index: Index) -> list[dict]:
+# %% ../../nbs/integration/retriever.ipynb #d24a523d
+def teach(
+    settings: Retriever, passages: list[dict], questions: list[dict], index: Index
+) -> list[dict]:
     """Rows `{question, passages, right, target}`: numbers of a question's passages, the place of the good one among them, or log p_LM over them. Raises `WrongInput`.
 
     Questions from which nothing can be learned (no right passage is known, or all candidates are equally good) are left out.
     """
     number, rows = {p["id"]: n for n, p in enumerate(passages)}, []
-    found = [[n for n, _ in hits] for hits in index.ranked([q["question"] for q in questions], max(settings.candidates, settings.negatives + 8), settings.search)]
+    found = [
+        [n for n, _ in hits]
+        for hits in index.ranked(
+            [q["question"] for q in questions],
+            max(settings.candidates, settings.negatives + 8),
+            settings.search,
+        )
+    ]
     if settings.algorithm == "labels":
         for q, hits in zip(questions, found):
             good = [number[i] for i in q["positives"]]
             hard = [n for n in hits if n not in good][: settings.negatives]
             if good and len(hard) == settings.negatives:
-                rows.append(dict(question=q["question"], passages=[good[0], *hard], right=0, good=set(good)))
+                rows.append(
+                    dict(question=q["question"], passages=[good[0], *hard], right=0, good=set(good))
+                )
     else:
-        asked = [(q, hits[: settings.candidates]) for q, hits in zip(questions, found) if len(hits) >= settings.candidates]
+        asked = [
+            (q, hits[: settings.candidates])
+            for q, hits in zip(questions, found)
+            if len(hits) >= settings.candidates
+        ]
         most = settings.steps * settings.batch_size * settings.accumulate
-        if len(asked) > most and (settings.algorithm == "reader" or settings.reward != "states"):  # a model is slow: it judges nothing that no step would ask about
+        if len(asked) > most and (
+            settings.algorithm == "reader" or settings.reward != "states"
+        ):  # a model is slow: it judges nothing that no step would ask about
             asked = [asked[i] for i in Order(len(asked), most, settings.seed).rows(0)]
         pairs = [(q, n) for q, hits in asked for n in hits]
         texts = [passages[n]["text"] for _, n in pairs]
         if settings.algorithm == "reader":
-            reader = Policy(load_model(settings.reader, settings.dtype, settings.device).requires_grad_(False))
-            read = [reading_rows(q["question"], [text], q["answer"]) for (q, _), text in zip(pairs, texts)]
-            scores = likelihoods(reader, load_tokenizer(settings.reader), read, 512).exp() / settings.reader_temperature
+            reader = Policy(
+                load_model(settings.reader, settings.dtype, settings.device).requires_grad_(False)
+            )
+            read = [
+                reading_rows(q["question"], [text], q["answer"])
+                for (q, _), text in zip(pairs, texts)
+            ]
+            scores = (
+                likelihoods(reader, load_tokenizer(settings.reader), read, 512).exp()
+                / settings.reader_temperature
+            )
         elif settings.reward == "states":
-            scores = torch.tensor([max(states_answer(q["question"], text, a) for a in answers_of(q)) for (q, _), text in zip(pairs, texts)])
+            scores = torch.tensor(
+                [
+                    max(states_answer(q["question"], text, a) for a in answers_of(q))
+                    for (q, _), text in zip(pairs, texts)
+                ]
+            )
         else:
-            judge = load_reward(settings.reward.removeprefix("model:"), settings.device, settings.dtype)
-            scores = torch.tensor(judge(prompts=[q["question"] for q, _ in pairs], completions=texts))
+            judge = load_reward(
+                settings.reward.removeprefix("model:"), settings.device, settings.dtype
+            )
+            scores = torch.tensor(
+                judge(prompts=[q["question"] for q, _ in pairs], completions=texts)
+            )
         for (q, hits), values in zip(asked, scores.view(-1, settings.candidates)):
             best = int(values.argmax())
             if settings.algorithm == "reader" or values.max() > values.min():
-                rows.append(dict(question=q["question"], passages=hits, right=best, good={hits[i] for i in range(len(hits)) if values[i] == values[best]}, target=torch.log_softmax(values, 0)))
+                rows.append(
+                    dict(
+                        question=q["question"],
+                        passages=hits,
+                        right=best,
+                        good={hits[i] for i in range(len(hits)) if values[i] == values[best]},
+                        target=torch.log_softmax(values, 0),
+                    )
+                )
     if not rows:
-        raise WrongInput(f"data {settings.data!r}: nothing to learn from {len(questions)} questions with signal {settings.algorithm}; expected questions with right passages and others beside them; give more passages, or fewer negatives or candidates")
+        raise WrongInput(
+            f"data {settings.data!r}: nothing to learn from {len(questions)} questions with signal {settings.algorithm}; expected questions with right passages and others beside them; give more passages, or fewer negatives or candidates"
+        )
     return rows
 
 # %% ../../nbs/integration/retriever.ipynb #00a0067c
-def retrieval_metrics(rankings: list[list[str]], positives: list[list[str]], at: tuple[int, ...] = (1, 5)) -> dict[str, float]:
+def retrieval_metrics(
+    rankings: list[list[str]], positives: list[list[str]], at: tuple[int, ...] = (1, 5)
+) -> dict[str, float]:
     "recall/k and mrr of rankings of passage ids; questions without a right passage do not count, and without any there is nothing."
-    ranks = [next((r for r, i in enumerate(ranking, 1) if i in good), None) for ranking, good in zip(rankings, map(set, positives)) if good]
+    ranks = [
+        next((r for r, i in enumerate(ranking, 1) if i in good), None)
+        for ranking, good in zip(rankings, map(set, positives))
+        if good
+    ]
     if not ranks:
         return {}
     n = len(ranks)
-    return {f"recall/{k}": sum(r is not None and r <= k for r in ranks) / n for k in at} | {"mrr": sum(1 / r for r in ranks if r) / n}
+    return {f"recall/{k}": sum(r is not None and r <= k for r in ranks) / n for k in at} | {
+        "mrr": sum(1 / r for r in ranks if r) / n
+    }
 
 
 def ranked_rows(found: dict[str, float], questions: list[dict]) -> dict[str, int]:
@@ -226,9 +348,21 @@ def save_encoder(model, tokenizer, folder) -> Path:
     (folder / "1_Pooling").mkdir(exist_ok=True)
     width = model.config.get_text_config().hidden_size
     files = {
-        "modules.json": [dict(idx=n, name=str(n), path=path, type=f"{kind}.{name}") for n, (path, name) in enumerate((("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")))],
-        "1_Pooling/config.json": dict(word_embedding_dimension=width, pooling_mode_mean_tokens=True, pooling_mode_cls_token=False, pooling_mode_max_tokens=False),
-        "config_sentence_transformers.json": dict(prompts=DualEncoder.prompts, default_prompt_name=None, similarity_fn_name="cosine"),
+        "modules.json": [
+            dict(idx=n, name=str(n), path=path, type=f"{kind}.{name}")
+            for n, (path, name) in enumerate(
+                (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
+            )
+        ],
+        "1_Pooling/config.json": dict(
+            word_embedding_dimension=width,
+            pooling_mode_mean_tokens=True,
+            pooling_mode_cls_token=False,
+            pooling_mode_max_tokens=False,
+        ),
+        "config_sentence_transformers.json": dict(
+            prompts=DualEncoder.prompts, default_prompt_name=None, similarity_fn_name="cosine"
+        ),
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
@@ -236,63 +370,137 @@ def save_encoder(model, tokenizer, folder) -> Path:
 
 # %% ../../nbs/integration/retriever.ipynb #d92da640
 @method(
-    family="integration", title="Retriever", paper="Karpukhin et al. 2020; Nguyen et al. 2024; Lin et al. 2023; survey §7.2.2", data="prompt", needs=("questions with answers and passages",),
+    family="integration",
+    title="Retriever",
+    paper="Karpukhin et al. 2020; Nguyen et al. 2024; Lin et al. 2023; survey §7.2.2",
+    data="prompt",
+    needs=("questions with answers and passages",),
     small=dict(data="facts", candidates=2, max_length=64),
-)  # fmt: skip
+)
 def retriever(settings: Retriever, run: Run) -> None:
     "Learn to find the passage that answers a question."
-    passages, learned, held_out = open_library(settings.data, settings.corpus, settings.passage_words, settings.eval_rows, settings.eval_data)
-    model, tokenizer = load_model(
-        settings.model, dtype=settings.dtype, device=settings.device, adapter=settings.adapter, seed=settings.seed, gradient_checkpointing=settings.gradient_checkpointing,
-    ), load_tokenizer(settings.model, settings.chat_template)  # fmt: skip
+    passages, learned, held_out = open_library(
+        settings.data,
+        settings.corpus,
+        settings.passage_words,
+        settings.eval_rows,
+        settings.eval_data,
+    )
+    model, tokenizer = (
+        load_model(
+            settings.model,
+            dtype=settings.dtype,
+            device=settings.device,
+            adapter=settings.adapter,
+            seed=settings.seed,
+            gradient_checkpointing=settings.gradient_checkpointing,
+        ),
+        load_tokenizer(settings.model, settings.chat_template),
+    )
     if settings.adapter != "none" and not can_merge(model):
-        raise WrongInput(f"adapter {settings.adapter!r}: cannot be merged into the model; expected one that can, such as lora: an encoder is saved whole")
+        raise WrongInput(
+            f"adapter {settings.adapter!r}: cannot be merged into the model; expected one that can, such as lora: an encoder is saved whole"
+        )
     encoder, pad = DualEncoder(model), tokenizer.pad_token_id
-    index = Index(passages, Encoder(settings.model, settings.device) if settings.search != "bm25" else None)
-    for module in encoder.modules():  # each text is encoded twice in a step, and must come out the same
+    index = Index(
+        passages, Encoder(settings.model, settings.device) if settings.search != "bm25" else None
+    )
+    for (
+        module
+    ) in encoder.modules():  # each text is encoded twice in a step, and must come out the same
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     rows = teach(settings, passages, learned, index)
-    documents = encode_texts(tokenizer, [p["text"] for p in passages], "document", settings.max_length)
-    questions = encode_texts(tokenizer, [row["question"] for row in rows], "query", settings.max_length)
+    documents = encode_texts(
+        tokenizer, [p["text"] for p in passages], "document", settings.max_length
+    )
+    questions = encode_texts(
+        tokenizer, [row["question"] for row in rows], "query", settings.max_length
+    )
     asked = encode_texts(tokenizer, [q["question"] for q in held_out], "query", settings.max_length)
-    order, size = Order(len(rows), settings.batch_size * settings.accumulate, settings.seed), max(1, settings.batch_size // process_rank_and_count()[1])
-    words = [[passages[n]["id"] for n, _ in hits] for hits in index.ranked([q["question"] for q in held_out], 20, "bm25")]
+    order, size = (
+        Order(len(rows), settings.batch_size * settings.accumulate, settings.seed),
+        max(1, settings.batch_size // process_rank_and_count()[1]),
+    )
+    words = [
+        [passages[n]["id"] for n, _ in hits]
+        for hits in index.ranked([q["question"] for q in held_out], 20, "bm25")
+    ]
     run.update(rows=len(rows), bm25=retrieval_metrics(words, [q["positives"] for q in held_out]))
 
     def evaluate():
         scores = vectors_of(encoder, asked, pad) @ vectors_of(encoder, documents, pad).T
         best = scores.topk(min(20, len(passages)), dim=1).indices.tolist()
-        found = retrieval_metrics([[passages[n]["id"] for n in row] for row in best], [q["positives"] for q in held_out])
+        found = retrieval_metrics(
+            [[passages[n]["id"] for n in row] for row in best], [q["positives"] for q in held_out]
+        )
         return with_rows(found, len(held_out), ranked_rows(found, held_out))
 
     def updates(step: int, meter: Meter):
         own = my_share(order.rows(step))
         width = len(rows[0]["passages"])
-        examples = [questions[i] for i in own] + [documents[n] for i in own for n in rows[i]["passages"]]
+        examples = [questions[i] for i in own] + [
+            documents[n] for i in own for n in rows[i]["passages"]
+        ]
         vectors = vectors_of(encoder, examples, pad, size * (1 + width))
-        q, d = from_all(vectors[: len(own)].to(next(encoder.parameters()).device)), from_all(vectors[len(own) :].to(next(encoder.parameters()).device))
+        q, d = (
+            from_all(vectors[: len(own)].to(next(encoder.parameters()).device)),
+            from_all(vectors[len(own) :].to(next(encoder.parameters()).device)),
+        )
         every, first = [rows[i] for i in order.rows(step)], process_rank_and_count()[0] * len(own)
         with torch.enable_grad():
             q, d = q.detach().requires_grad_(), d.detach().requires_grad_()
             if settings.algorithm == "reader":
-                losses = distillation_loss(q, d.view(len(every), width, -1), torch.stack([row["target"] for row in every]).to(q.device), settings.temperature)
+                losses = distillation_loss(
+                    q,
+                    d.view(len(every), width, -1),
+                    torch.stack([row["target"] for row in every]).to(q.device),
+                    settings.temperature,
+                )
             else:
-                losses = contrastive_loss(q, d, *(t.to(q.device) for t in in_batch(every)), settings.temperature)
+                losses = contrastive_loss(
+                    q, d, *(t.to(q.device) for t in in_batch(every)), settings.temperature
+                )
             pulls = torch.autograd.grad(losses.sum(), (q, d))
-        chosen = ((q @ d.T).view(len(every), len(every), width)[range(len(every)), range(len(every))]).argmax(1).cpu()
-        meter.add("accuracy", (chosen == torch.tensor([row["right"] for row in every]))[first : first + len(own)].float())
-        pull_q, pull_d, losses = (x.detach()[first * n : (first + len(own)) * n] for x, n in ((pulls[0], 1), (pulls[1], width), (losses, 1)))
+        chosen = (
+            ((q @ d.T).view(len(every), len(every), width)[range(len(every)), range(len(every))])
+            .argmax(1)
+            .cpu()
+        )
+        meter.add(
+            "accuracy",
+            (chosen == torch.tensor([row["right"] for row in every]))[
+                first : first + len(own)
+            ].float(),
+        )
+        pull_q, pull_d, losses = (
+            x.detach()[first * n : (first + len(own)) * n]
+            for x, n in ((pulls[0], 1), (pulls[1], width), (losses, 1))
+        )
         batches = []
         for start in range(0, len(own), size):
             part = range(start, min(start + size, len(own)))
-            inside = [*(examples[i] for i in part), *(examples[len(own) + i * width + j] for i in part for j in range(width))]
-            pull = torch.cat([pull_q[part.start : part.stop], pull_d[part.start * width : part.stop * width]])
-            batches.append(dict(collate(inside, pad), pull=pull, losses=losses[part.start : part.stop], weight=float(len(part))))
+            inside = [
+                *(examples[i] for i in part),
+                *(examples[len(own) + i * width + j] for i in part for j in range(width)),
+            ]
+            pull = torch.cat(
+                [pull_q[part.start : part.stop], pull_d[part.start * width : part.stop * width]]
+            )
+            batches.append(
+                dict(
+                    collate(inside, pad),
+                    pull=pull,
+                    losses=losses[part.start : part.stop],
+                    weight=float(len(part)),
+                )
+            )
         yield batches
 
     def loss(encoder, batch, meter):
-        return with_gradient(encoder(batch["input_ids"], batch["attention_mask"]), batch["pull"], batch["losses"])
+        return with_gradient(
+            encoder(batch["input_ids"], batch["attention_mask"]), batch["pull"], batch["losses"]
+        )
 
     fit(run, settings, encoder, updates, loss, evaluate, merge=True)
     if run.writes:

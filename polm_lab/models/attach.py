@@ -44,7 +44,10 @@ VIRTUAL_TOKENS = 20  # Lester et al. 2021, figure 3b: beyond 20 tokens little is
 def _adapter_classes() -> dict:
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    return {kind.value.lower(): cls for kind, cls in sorted(PEFT_TYPE_TO_CONFIG_MAPPING.items(), key=lambda item: item[0].value)}
+    return {
+        kind.value.lower(): cls
+        for kind, cls in sorted(PEFT_TYPE_TO_CONFIG_MAPPING.items(), key=lambda item: item[0].value)
+    }
 
 
 def adapter_names() -> list[str]:
@@ -61,7 +64,9 @@ def parse_adapter(spec: str) -> tuple[str, dict]:
             raise WrongInput(f"adapter {spec!r}: none has no settings; expected none alone")
         return "none", {}
     if kind in NEEDS_MORE:
-        raise WrongInput(f"adapter {spec!r}: {NEEDS_MORE[kind]}, which is not given here; expected one of {', '.join(adapter_names())}")
+        raise WrongInput(
+            f"adapter {spec!r}: {NEEDS_MORE[kind]}, which is not given here; expected one of {', '.join(adapter_names())}"
+        )
     if kind not in _adapter_classes():
         raise WrongInput(f"adapter {spec!r}: unknown; {nearest(kind, ['none', *adapter_names()])}")
     pieces = []
@@ -71,18 +76,31 @@ def parse_adapter(spec: str) -> tuple[str, dict]:
         elif pieces:
             pieces[-1] += "," + piece  # the next item of a list
         else:
-            raise WrongInput(f"adapter {spec!r}: {piece!r} is no setting; expected name=value, such as lora:r=8")
+            raise WrongInput(
+                f"adapter {spec!r}: {piece!r} is no setting; expected name=value, such as lora:r=8"
+            )
     known = typing.get_type_hints(_adapter_classes()[kind])
     settings = {}
     for name, _, value in (piece.partition("=") for piece in pieces):
         name = name.strip()
-        if name not in known or name in ("peft_type", "task_type", "inference_mode", "base_model_name_or_path"):
-            raise WrongInput(f"adapter {spec!r}: {kind} has no setting {name!r}; {nearest(name, [k for k in known if k not in ('peft_type', 'task_type')])}")
+        if name not in known or name in (
+            "peft_type",
+            "task_type",
+            "inference_mode",
+            "base_model_name_or_path",
+        ):
+            raise WrongInput(
+                f"adapter {spec!r}: {kind} has no setting {name!r}; {nearest(name, [k for k in known if k not in ('peft_type', 'task_type')])}"
+            )
         try:
             settings[name] = _typed(value.strip(), known[name])
         except ValueError:
-            wanted = str(known[name]).replace("typing.", "").replace("<class '", "").replace("'>", "")
-            raise WrongInput(f"adapter {spec!r}: {name} = {value.strip()!r}; expected {wanted}") from None
+            wanted = (
+                str(known[name]).replace("typing.", "").replace("<class '", "").replace("'>", "")
+            )
+            raise WrongInput(
+                f"adapter {spec!r}: {name} = {value.strip()!r}; expected {wanted}"
+            ) from None
     return kind, settings
 
 # %% ../../nbs/models/attach.ipynb #c218d0fc
@@ -92,7 +110,11 @@ def _typed(text: str, wanted):
     if origin in (typing.Union, types.UnionType):
         order = {type(None): 0, bool: 1, int: 2, float: 3, list: 4}
         for option in sorted(inner, key=lambda t: order.get(typing.get_origin(t) or t, 9)):
-            if typing.get_origin(option) is list and str in inner and ("," not in text and not text.isidentifier()):
+            if (
+                typing.get_origin(option) is list
+                and str in inner
+                and ("," not in text and not text.isidentifier())
+            ):
                 continue  # all-linear, or a regular expression over whole names; a bare name is a list of one, since PEFT takes a string for an expression
             try:
                 return _typed(text, option)
@@ -100,7 +122,9 @@ def _typed(text: str, wanted):
                 continue
         raise ValueError
     if origin is typing.Literal:
-        if text in inner or any("[" in str(word) for word in inner):  # PEFT writes a number to fill in as [..]; it checks that itself
+        if text in inner or any(
+            "[" in str(word) for word in inner
+        ):  # PEFT writes a number to fill in as [..]; it checks that itself
             return text
         raise ValueError
     if origin is list:
@@ -117,7 +141,7 @@ def _typed(text: str, wanted):
         return wanted(text)
     raise ValueError  # nested configurations cannot be written in a word
 
-
+# %% ../../nbs/models/attach.ipynb #65f82176
 def add_adapter(model, kind: str, settings: dict, seed: int, base: str):
     "`model` with a new adapter, its weights a function of `seed`."
     import torch
@@ -126,25 +150,41 @@ def add_adapter(model, kind: str, settings: dict, seed: int, base: str):
     cls = _adapter_classes()[kind]
     known = typing.get_type_hints(cls)
     spec = kind + (":" + ",".join(f"{k}={v}" for k, v in settings.items()) if settings else "")
-    filled = dict(settings, task_type="SEQ_CLS" if type(model).__name__.endswith(SCORER) else "CAUSAL_LM")
+    filled = dict(
+        settings, task_type="SEQ_CLS" if type(model).__name__.endswith(SCORER) else "CAUSAL_LM"
+    )
     if "num_virtual_tokens" in known:
         filled.setdefault("num_virtual_tokens", VIRTUAL_TOKENS)
-    if "target_modules" in known and kind not in OWN_TARGETS and not filled.get("target_parameters"):
+    if (
+        "target_modules" in known
+        and kind not in OWN_TARGETS
+        and not filled.get("target_parameters")
+    ):
         filled.setdefault("target_modules", "all-linear")
     modules = [name for name, _ in model.named_modules()]
     targets = filled.get("target_modules")
     for target in targets if isinstance(targets, list) else []:
         if not any(name == target or name.endswith("." + target) for name in modules):
-            leaves = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight")}
-            raise WrongInput(f"adapter {spec!r}: {model.config.model_type} has no layer {target!r}; {nearest(target, leaves)}")
+            leaves = {
+                name.rpartition(".")[2]
+                for name, module in model.named_modules()
+                if hasattr(module, "weight")
+            }
+            raise WrongInput(
+                f"adapter {spec!r}: {model.config.model_type} has no layer {target!r}; {nearest(target, leaves)}"
+            )
     try:
         with quiet_libraries(), torch.random.fork_rng(devices=[]), untie_head(model):
             torch.manual_seed(seed)
             adapted = get_peft_model(model, cls(**filled))
     except Exception as error:  # each tuner has its own ways to say that it does not fit
-        raise WrongInput(f"adapter {spec!r} does not fit this {model.config.model_type} model ({first_line(error)}); change its settings or take another adapter") from None
+        raise WrongInput(
+            f"adapter {spec!r} does not fit this {model.config.model_type} model ({first_line(error)}); change its settings or take another adapter"
+        ) from None
     if not any(p.requires_grad for p in adapted.parameters()):
-        raise WrongInput(f"adapter {spec!r}: nothing in it can be trained; change its settings or take another adapter")
+        raise WrongInput(
+            f"adapter {spec!r}: nothing in it can be trained; change its settings or take another adapter"
+        )
     adapted.peft_config["default"].base_model_name_or_path = base
     return adapted
 
@@ -173,9 +213,18 @@ def untie_head(model):
     for places in shared:
         first = getattr(*places[0])
         for module, name in places[1:]:
-            setattr(module, name, torch.nn.Parameter(first.detach().clone(), requires_grad=first.requires_grad))
+            setattr(
+                module,
+                name,
+                torch.nn.Parameter(first.detach().clone(), requires_grad=first.requires_grad),
+            )
     yield
-    adapted = {inner for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for inner in m.modules()}
+    adapted = {
+        inner
+        for m in model.modules()
+        if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        for inner in m.modules()
+    }
     for places in shared:
         if not any(module in adapted for module, _ in places):
             for module, name in places[1:]:
@@ -191,7 +240,9 @@ def untie(model):
 
     read, words = model.get_output_embeddings(), model.get_input_embeddings()
     if read is not None and read.weight is words.weight:
-        read.weight = torch.nn.Parameter(words.weight.detach().clone(), requires_grad=words.weight.requires_grad)
+        read.weight = torch.nn.Parameter(
+            words.weight.detach().clone(), requires_grad=words.weight.requires_grad
+        )
         _say_untied(model)
     return model
 
@@ -216,17 +267,27 @@ def merge_adapter(model):
         return model
     kind = model.peft_config["default"].peft_type.value.lower()
     if not can_merge(model):
-        raise WrongInput(f"a {kind} adapter cannot be merged into its model; expected one that can, such as lora; go on training it with adapter none")
+        raise WrongInput(
+            f"a {kind} adapter cannot be merged into its model; expected one that can, such as lora; go on training it with adapter none"
+        )
     tied = model.get_base_model().config.get_text_config().tie_word_embeddings
     try:
         with quiet_libraries():
-            for places in _shared(model.get_base_model()):  # an adapter that was made elsewhere sits on the shared matrix
+            for places in _shared(
+                model.get_base_model()
+            ):  # an adapter that was made elsewhere sits on the shared matrix
                 for module, name in places[1:]:
                     weight = getattr(module, name)
-                    setattr(module, name, type(weight)(weight.detach().clone(), requires_grad=weight.requires_grad))
+                    setattr(
+                        module,
+                        name,
+                        type(weight)(weight.detach().clone(), requires_grad=weight.requires_grad),
+                    )
             merged = model.merge_and_unload()
     except Exception as error:
-        raise WrongInput(f"the {kind} adapter cannot be merged into its model ({first_line(error)}); go on training it with adapter none") from None
+        raise WrongInput(
+            f"the {kind} adapter cannot be merged into its model ({first_line(error)}); go on training it with adapter none"
+        ) from None
     read, words = merged.get_output_embeddings(), merged.get_input_embeddings()
     if read is not None and tied:
         if read.weight.shape == words.weight.shape and read.weight.equal(words.weight):
@@ -235,7 +296,9 @@ def merge_adapter(model):
                 config.tie_word_embeddings = True
         else:
             _say_untied(merged)
-    for weight in merged.parameters():  # PEFT froze them; whoever trains the merged model trains all of it
+    for (
+        weight
+    ) in merged.parameters():  # PEFT froze them; whoever trains the merged model trains all of it
         weight.requires_grad_(weight.is_floating_point())
     return merged
 
@@ -255,7 +318,11 @@ def fit_vocabulary(base, folder: Path, spec: str):
         if place and ending in ("weight", "base_layer.weight", "modules_to_save.weight"):
             whole = True
             wanted.add(facts["shape"][0])
-        elif place and re.fullmatch(r"lora_(embedding_)?[AB](\.weight)?", ending) and rows not in facts["shape"]:
+        elif (
+            place
+            and re.fullmatch(r"lora_(embedding_)?[AB](\.weight)?", ending)
+            and rows not in facts["shape"]
+        ):
             side = {"lora_embedding_A": 1, "lora_B.weight": 0, "lora_B": 0}.get(ending)
             if side is not None and facts["shape"][side] != width:
                 wanted.add(facts["shape"][side])

@@ -42,11 +42,20 @@ class StaticLayerCache(CacheLayerMixin):
         self.capacity, self.length, self.rows = capacity, 0, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device, self.rows = key_states.dtype, key_states.device, key_states.shape[0]
-        self.keys, self.values = (x.new_empty(*x.shape[:2], self.capacity, x.shape[-1]) for x in (key_states, value_states))
+        self.dtype, self.device, self.rows = (
+            key_states.dtype,
+            key_states.device,
+            key_states.shape[0],
+        )
+        self.keys, self.values = (
+            x.new_empty(*x.shape[:2], self.capacity, x.shape[-1])
+            for x in (key_states, value_states)
+        )
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, self.length = self.length, self.length + key_states.shape[-2]
@@ -65,10 +74,18 @@ class StaticLayerCache(CacheLayerMixin):
 
     def fork(self, samples: int, new: int) -> None:
         "Gives each prompt `samples` rows with room for `new` more tokens."
-        old, self.rows, self.capacity = (self.keys, self.values), self.rows * samples, self.length + new
-        self.keys, self.values = (x.new_empty(self.rows, x.shape[1], self.capacity, x.shape[-1]) for x in old)
+        old, self.rows, self.capacity = (
+            (self.keys, self.values),
+            self.rows * samples,
+            self.length + new,
+        )
+        self.keys, self.values = (
+            x.new_empty(self.rows, x.shape[1], self.capacity, x.shape[-1]) for x in old
+        )
         for buffer, x in zip((self.keys, self.values), old):
-            buffer.unflatten(0, (-1, samples))[:, :, :, : self.length] = x[:, None, :, : self.length]
+            buffer.unflatten(0, (-1, samples))[:, :, :, : self.length] = x[
+                :, None, :, : self.length
+            ]
 
     def select(self, rows: list[int]) -> None:
         "Keeps these rows in this order; one may be there more than once."
@@ -80,10 +97,22 @@ class PromptGroups:
     "Which rows of the batch read which prompt, and the padding of the prompts."
 
     def __init__(self, prompts: int, samples: int, mask: Tensor | None):
-        self.owner = [p for p in range(prompts) for _ in range(samples)]  # the prompt that each row reads
-        self.prompts, self.size, self.slots = prompts, samples, None  # slots None: row r sits in slot r
+        self.owner = [
+            p for p in range(prompts) for _ in range(samples)
+        ]  # the prompt that each row reads
+        self.prompts, self.size, self.slots = (
+            prompts,
+            samples,
+            None,
+        )  # slots None: row r sits in slot r
         # mask [prompts, time]: -inf is added to the scores of padding
-        self.bias = None if mask is None else torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)[:, None, None]
+        self.bias = (
+            None
+            if mask is None
+            else torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)[
+                :, None, None
+            ]
+        )
 
     def select(self, rows: list[int]) -> list[int]:
         "Keeps these rows in this order; returns the prompts that are still read, in their new order."
@@ -113,7 +142,7 @@ class PromptGroups:
         x = x.unflatten(2, (self.size, -1)).transpose(1, 2).flatten(0, 1)
         return x if self.slots is None else x[self.slots]
 
-
+# %% ../../nbs/models/cache.ipynb #d4f984a7
 class SharedLayerCache(StaticLayerCache):
     "A slab that keeps each prompt once for all its rows; a row's own buffer holds its new tokens only."
 
@@ -128,11 +157,17 @@ class SharedLayerCache(StaticLayerCache):
         self.prompt_keys = self.keys[:, :, : self.length].transpose(2, 3).contiguous()
         self.prompt_values = self.values[:, :, : self.length].contiguous()
         self.read, self.length, self.capacity, self.rows = self.length, 0, new, self.rows * samples
-        self.keys, self.values = (x.new_empty(self.rows, x.shape[1], new, x.shape[-1]) for x in (self.keys, self.values))
+        self.keys, self.values = (
+            x.new_empty(self.rows, x.shape[1], new, x.shape[-1]) for x in (self.keys, self.values)
+        )
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
         keys, values = super().update(key_states, value_states)
-        keys.shared = self  # how the attention function, which is handed the keys alone, finds the prompt
+        keys.shared = (
+            self  # how the attention function, which is handed the keys alone, finds the prompt
+        )
         return keys, values
 
     def get_seq_length(self) -> int:
@@ -140,25 +175,42 @@ class SharedLayerCache(StaticLayerCache):
 
     def select_prompts(self, prompts: list[int]) -> None:
         "Keeps these prompts in this order."
-        self.prompt_keys = _place(self.prompt_keys, prompts, self.prompt_keys.shape[2])[: len(prompts)]
+        self.prompt_keys = _place(self.prompt_keys, prompts, self.prompt_keys.shape[2])[
+            : len(prompts)
+        ]
         self.prompt_values = _place(self.prompt_values, prompts, self.read)[: len(prompts)]
 
 # %% ../../nbs/models/cache.ipynb #ce0c85a2
-def shared_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, scaling: float | None = None, **kwargs):
+def shared_attention(
+    module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask=None,
+    scaling: float | None = None,
+    **kwargs,
+):
     "One query a row, [rows, heads, 1, width], attends to its prompt and to its own tokens, by one softmax over both; sdpa without a family."
     layer = getattr(key, "shared", None)
     if layer is None or layer.family is None:
         if layer is not None:
             layer.seen = query.dtype == key.dtype == torch.float32
-        return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return AttentionInterface()["sdpa"](
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
     family = layer.family
     rows, heads, _, width = query.shape
     # the query heads that share a key head stand together as its queries
-    q = (query * (width**-0.5 if scaling is None else scaling)).reshape(rows, key.shape[1], -1, width)
+    q = (query * (width**-0.5 if scaling is None else scaling)).reshape(
+        rows, key.shape[1], -1, width
+    )
     prompt = family.gather(q) @ layer.prompt_keys
     prompt = prompt if family.bias is None else prompt + family.bias
     w = torch.cat([family.scatter(prompt), q @ key.transpose(2, 3)], -1).softmax(-1)
-    out = family.scatter(family.gather(w[..., : layer.read]) @ layer.prompt_values) + w[..., layer.read :] @ value
+    out = (
+        family.scatter(family.gather(w[..., : layer.read]) @ layer.prompt_values)
+        + w[..., layer.read :] @ value
+    )
     return out.reshape(rows, 1, heads, -1), None
 
 

@@ -19,12 +19,20 @@ def blocks_of(model, linear: bool = True) -> nn.ModuleList:
     with `linear` False, for methods that take blocks whole, the kind of layer does not matter.
     """
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    blocks = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if not blocks or not all(torch.isfinite(p.sum()) or torch.isfinite(p).all() for p in model.parameters()):  # a sum takes a thirtieth of the time
-        raise WrongInput(f"model: {'a weight is not a finite number' if blocks else 'no list of blocks was found'}; expected a sound decoder such as Llama or Qwen")
+    blocks = [
+        m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count
+    ]
+    if not blocks or not all(
+        torch.isfinite(p.sum()) or torch.isfinite(p).all() for p in model.parameters()
+    ):  # a sum takes a thirtieth of the time
+        raise WrongInput(
+            f"model: {'a weight is not a finite number' if blocks else 'no list of blocks was found'}; expected a sound decoder such as Llama or Qwen"
+        )
     inside = sum(m.weight.numel() for m in linear_layers(blocks[0]).values())
     if linear and inside < 0.9 * sum(p.numel() for p in blocks[0].parameters()):
-        raise WrongInput(f"model: only {inside / sum(p.numel() for p in blocks[0].parameters()):.0%} of the weights of a {model.config.model_type} block are in linear layers; expected a dense decoder such as Llama or Qwen")
+        raise WrongInput(
+            f"model: only {inside / sum(p.numel() for p in blocks[0].parameters()):.0%} of the weights of a {model.config.model_type} block are in linear layers; expected a dense decoder such as Llama or Qwen"
+        )
     return blocks[0]
 
 
@@ -42,7 +50,9 @@ def zeros(model) -> float:
 def hold_zeros(model):
     "Weights of the blocks' linear layers that are 0 stay 0 in training: their gradients are. Raises `WrongInput` for a model with an adapter, whose weights begin at 0."
     if hasattr(model, "peft_config"):
-        raise WrongInput("keep_zeros with an adapter: the adapter leaves the model's weights as they are; expected keep_zeros = false, or adapter = none")
+        raise WrongInput(
+            "keep_zeros with an adapter: the adapter leaves the model's weights as they are; expected keep_zeros = false, or adapter = none"
+        )
     for layer in linear_layers(blocks_of(model)).values():
         kept = layer.weight.detach() != 0
         layer.weight.register_hook(lambda gradient, kept=kept: gradient * kept)

@@ -26,36 +26,75 @@ def _read_model(folder: Path, dtype, head: str = "lm"):
     config = read_config(folder)
     scores = str((config.get("architectures") or [""])[0]).endswith(SCORER)
     if scores and head == "lm":
-        raise WrongInput(f"{folder}: a reward model, which writes no text; expected a language model; use it as a reward, model:{folder.parent.name if folder.name == 'model' else folder}")
+        raise WrongInput(
+            f"{folder}: a reward model, which writes no text; expected a language model; use it as a reward, model:{folder.parent.name if folder.name == 'model' else folder}"
+        )
     if scores and len(config.get("id2label") or "ab") != 1:
-        raise WrongInput(f"{folder / 'config.json'}: a classifier of {len(config.get('id2label') or 'ab')} labels; expected one with a single score (num_labels = 1)")
+        raise WrongInput(
+            f"{folder / 'config.json'}: a classifier of {len(config.get('id2label') or 'ab')} labels; expected one with a single score (num_labels = 1)"
+        )
     find_weight_files(folder)
     if config.get("auto_map") and not config.get("model_type"):
-        raise WrongInput(f"{folder}: this model brings code of its own, which is not run; use one that transformers knows")
+        raise WrongInput(
+            f"{folder}: this model brings code of its own, which is not run; use one that transformers knows"
+        )
     try:
         with quiet_libraries():
-            settings = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-            model, info = (AutoModelForSequenceClassification if scores else AutoModelForCausalLM).from_pretrained(
-                folder, config=settings, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
-                output_loading_info=True, ignore_mismatched_sizes=True,
-            )  # fmt: skip
+            settings = AutoConfig.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
+            model, info = (
+                AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+            ).from_pretrained(
+                folder,
+                config=settings,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
     except Exception as error:
         if "Unrecognized configuration class" in str(error):
-            raise WrongInput(f"{folder}: a {config['model_type']} model is no causal language model; expected one that continues text, such as Llama or Qwen") from None
-        raise WrongInput(f"{folder}: cannot be loaded as a {config['model_type']} model ({first_line(error)})") from None
+            raise WrongInput(
+                f"{folder}: a {config['model_type']} model is no causal language model; expected one that continues text, such as Llama or Qwen"
+            ) from None
+        raise WrongInput(
+            f"{folder}: cannot be loaded as a {config['model_type']} model ({first_line(error)})"
+        ) from None
     model.file_dtypes = file_dtypes(folder)
-    missing, unexpected = sorted(info["missing_keys"]), sorted(name for name in info["unexpected_keys"] if not re.search(OLD_BUFFERS, name))
-    mismatched = sorted(f"{name} {list(found)} instead of {list(expected)}" for name, found, expected in info["mismatched_keys"])
-    for what, names in (("lacks", missing), ("has unknown", unexpected), ("has wrong shapes:", mismatched)):
+    missing, unexpected = (
+        sorted(info["missing_keys"]),
+        sorted(name for name in info["unexpected_keys"] if not re.search(OLD_BUFFERS, name)),
+    )
+    mismatched = sorted(
+        f"{name} {list(found)} instead of {list(expected)}"
+        for name, found, expected in info["mismatched_keys"]
+    )
+    for what, names in (
+        ("lacks", missing),
+        ("has unknown", unexpected),
+        ("has wrong shapes:", mismatched),
+    ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise WrongInput(f"{folder}: the weight file {what} {names[0]}{more}; expected exactly the weights of config.json; the files do not belong together, copy them again")
+            raise WrongInput(
+                f"{folder}: the weight file {what} {names[0]}{more}; expected exactly the weights of config.json; the files do not belong together, copy them again"
+            )
     return model
 
-
+# %% ../../nbs/models/load.ipynb #e3ea18cb
 def _read_adapter(folder: Path, dtype, trainable: bool):
     "Base model and saved adapter, with every adapter weight from the file."
-    from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+    from peft import (
+        PeftConfig,
+        PeftModel,
+        get_peft_model,
+        get_peft_model_state_dict,
+        load_peft_weights,
+        set_peft_model_state_dict,
+    )
     from safetensors import safe_open
 
     spec = adapter_base(folder)
@@ -66,21 +105,29 @@ def _read_adapter(folder: Path, dtype, trainable: bool):
         with quiet_libraries(), untie_head(base):
             config = PeftConfig.from_pretrained(folder)
             kind = config.peft_type.value.lower()
-            if trainable and (kind == "prompt_tuning" or kind == "prefix_tuning" and not config.prefix_projection):  # PEFT loads these fixed only
+            if trainable and (
+                kind == "prompt_tuning" or kind == "prefix_tuning" and not config.prefix_projection
+            ):  # PEFT loads these fixed only
                 config.inference_mode = False
                 model = get_peft_model(base, config)
                 set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
                 model.peft_config["default"].base_model_name_or_path = spec
             else:  # other prompts are saved without the network that made them, so they cannot be trained further
-                model = PeftModel.from_pretrained(base, folder, is_trainable=trainable and not config.is_prompt_learning)
+                model = PeftModel.from_pretrained(
+                    base, folder, is_trainable=trainable and not config.is_prompt_learning
+                )
     except Exception as error:
-        raise WrongInput(f"{folder}: the adapter does not fit its base model {spec} ({first_line(error)})") from None
+        raise WrongInput(
+            f"{folder}: the adapter does not fit its base model {spec} ({first_line(error)})"
+        ) from None
     with safe_open(files[0], framework="pt") as opened:
         found = set(opened.keys())
     with quiet_libraries():  # an AdaLoRA layer may have kept no rank
         expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if expected - found:
-        raise WrongInput(f"{files[0]}: lacks {sorted(expected - found)[0]}; expected the weights that adapter_config.json asks for; copy both files again")
+        raise WrongInput(
+            f"{files[0]}: lacks {sorted(expected - found)[0]}; expected the weights that adapter_config.json asks for; copy both files again"
+        )
     model.file_dtypes = file_dtypes(folder)
     model.brings_embeddings = _brings_embeddings(model, found)
     return model
@@ -89,7 +136,19 @@ def _read_adapter(folder: Path, dtype, trainable: bool):
 def _brings_embeddings(model, names) -> bool:
     "Whether the adapter's file holds whole embeddings that are no part of the adapter: those of a base that was resized."
     saved = getattr(model.peft_config["default"], "modules_to_save", None) or []
-    words = [name for name in names if name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight", "lm_head.weight", "base_layer.weight"))]
+    words = [
+        name
+        for name in names
+        if name.endswith(
+            (
+                "embed_tokens.weight",
+                "wte.weight",
+                "embed_in.weight",
+                "lm_head.weight",
+                "base_layer.weight",
+            )
+        )
+    ]
     return any(not any(f".{module}." in name for module in saved) for name in words)
 
 # %% ../../nbs/models/load.ipynb #ef80aeae
@@ -100,7 +159,9 @@ def _read_any(folder: Path, dtype, head: str = "lm"):
     model = _read_adapter(folder, dtype, trainable=False)
     if not can_merge(model):
         kind = model.peft_config["default"].peft_type.value.lower()
-        raise WrongInput(f"{folder}: a {kind} adapter cannot be merged, so no second adapter can stand on it; go on training it with adapter none")
+        raise WrongInput(
+            f"{folder}: a {kind} adapter cannot be merged, so no second adapter can stand on it; go on training it with adapter none"
+        )
     try:
         return merge_adapter(model)
     except WrongInput as error:
@@ -117,20 +178,37 @@ def _with_scalar_head(model, seed: int):
     config = copy.deepcopy(model.config)
     config.num_labels = 1
     try:
-        with quiet_libraries(), torch.device("meta"):  # takes no memory: everything in it is replaced
+        with (
+            quiet_libraries(),
+            torch.device("meta"),
+        ):  # takes no memory: everything in it is replaced
             scorer = AutoModelForSequenceClassification.from_config(config)
         width = scorer.score.in_features
     except (ValueError, AttributeError) as error:
-        raise WrongInput(f"model: transformers has no scalar head for a {config.model_type} model ({first_line(error)}); expected one such as Llama, Qwen or GPT-2") from None
+        raise WrongInput(
+            f"model: transformers has no scalar head for a {config.model_type} model ({first_line(error)}); expected one such as Llama, Qwen or GPT-2"
+        ) from None
     setattr(scorer, scorer.base_model_prefix, model.base_model)
     scorer.file_dtypes = model.file_dtypes
     scorer.score = torch.nn.Linear(width, 1, bias=False, dtype=model.dtype)
     with torch.no_grad():
-        scorer.score.weight.normal_(0.0, getattr(config.get_text_config(), "initializer_range", 0.02), generator=torch.Generator().manual_seed(seed))
+        scorer.score.weight.normal_(
+            0.0,
+            getattr(config.get_text_config(), "initializer_range", 0.02),
+            generator=torch.Generator().manual_seed(seed),
+        )
     return scorer
 
-
-def load_model(spec, dtype="auto", device="auto", adapter: str = "none", seed: int = 0, gradient_checkpointing: bool = False, head: str = "lm"):
+# %% ../../nbs/models/load.ipynb #ad2a5ccb
+def load_model(
+    spec,
+    dtype="auto",
+    device="auto",
+    adapter: str = "none",
+    seed: int = 0,
+    gradient_checkpointing: bool = False,
+    head: str = "lm",
+):
     """The causal language model `spec`, ready to train.
 
     `head` = score gives the same transformer with a scalar head in place of the language head, transformers' AutoModelForSequenceClassification with one label: that of a
@@ -146,9 +224,15 @@ def load_model(spec, dtype="auto", device="auto", adapter: str = "none", seed: i
     folder = model_path(spec)
     if head == "score":
         model = _with_scalar_head(_read_any(folder, dtype, head), seed)
-        model = model if kind == "none" else add_adapter(model, kind, settings, seed, _portable(spec, folder))
+        model = (
+            model
+            if kind == "none"
+            else add_adapter(model, kind, settings, seed, _portable(spec, folder))
+        )
     elif kind != "none":
-        model = add_adapter(_read_any(folder, dtype, head), kind, settings, seed, _portable(spec, folder))
+        model = add_adapter(
+            _read_any(folder, dtype, head), kind, settings, seed, _portable(spec, folder)
+        )
     elif (folder / "adapter_config.json").is_file():
         model = _read_adapter(folder, dtype, trainable=True)
     else:
@@ -158,10 +242,16 @@ def load_model(spec, dtype="auto", device="auto", adapter: str = "none", seed: i
         if kind != "none" or hasattr(model, "peft_config"):
             model.enable_input_require_grads()  # the frozen embedding would cut the gradient off at the first checkpoint
         with quiet_libraries():
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
     return model.to(device)
 
-
+# %% ../../nbs/models/load.ipynb #4c59ef36
 def _portable(spec, folder: Path) -> str:
     "How an adapter names its base model: a built-in name or Hub id as it is, a folder by its full path."
-    return str(folder.resolve()) if Path(str(spec)).expanduser().is_dir() or (runs_folder() / str(spec)).is_dir() else str(spec)
+    return (
+        str(folder.resolve())
+        if Path(str(spec)).expanduser().is_dir() or (runs_folder() / str(spec)).is_dir()
+        else str(spec)
+    )

@@ -23,28 +23,35 @@ from ..core.knobs import WrongInput
 # %% ../../nbs/models/logprobs.ipynb #fc3bf265
 BLOCK_MIB = 16  # memory of one block of logits, MiB: a few L2 caches, wide enough for the matrix product to run at full speed
 
+
 def _step(rows: int, vocab: int, chunk: int | None) -> int:
     "Vocabulary entries per block: `chunk`, or as many as keep `rows` rows of fp32 logits within `BLOCK_MIB`."
     step = chunk or max(64, BLOCK_MIB * 2**20 // (4 * max(rows, 1)) // 64 * 64)
     return max(1, min(step, vocab))
 
+
 def _product_dtype(*tensors: Tensor) -> torch.dtype:
     "The number format of the matrix products: fp32 at least on CPU, the autocast format under autocast, else the widest of the inputs."
     widest = functools.reduce(torch.promote_types, [t.dtype for t in tensors])
     device = tensors[0].device.type
-    if widest == torch.float64: return widest
-    if device == "cpu": return torch.float32  # many CPUs multiply bf16 a hundred times slower than fp32
+    if widest == torch.float64:
+        return widest
+    if device == "cpu":
+        return torch.float32  # many CPUs multiply bf16 a hundred times slower than fp32
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else widest
+
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, alpha: float = 1.0, add: bool = False) -> Tensor:
     "`out = alpha * a @ b`, or `out += alpha * a @ b`, in place; `out` may be wider than `a` and `b`."
-    if out.dtype == a.dtype: return torch.addmm(out, a, b, beta=float(add), alpha=alpha, out=out)
+    if out.dtype == a.dtype:
+        return torch.addmm(out, a, b, beta=float(add), alpha=alpha, out=out)
     product = a @ b
     return out.add_(product, alpha=alpha) if add else out.copy_(product).mul_(alpha)
 
 # %% ../../nbs/models/logprobs.ipynb #dab7a7b8
 class Readout(NamedTuple):
     "How a model turns a hidden state h into logits: `z = s W h + s b`, then `z = c tanh(z / c)` where there is a soft cap c."
+
     weight: Tensor | None  # [vocab, width]; None: the rows are logits already
     bias: Tensor | None = None  # [vocab]
     scale: float = 1.0  # s: Cohere multiplies by logit_scale, Granite divides by logits_scaling
@@ -52,8 +59,13 @@ class Readout(NamedTuple):
 
     def logits(self, rows: Tensor) -> Tensor:
         "The dense logits [n, vocab]: the plain twin of the blocks, for tests and for models that the kernel does not fit."
-        if self.weight is None: return rows.float()
-        z = nn.functional.linear(rows, self.weight.to(rows.dtype), None if self.bias is None else self.bias.to(rows.dtype))
+        if self.weight is None:
+            return rows.float()
+        z = nn.functional.linear(
+            rows,
+            self.weight.to(rows.dtype),
+            None if self.bias is None else self.bias.to(rows.dtype),
+        )
         z = z.to(torch.promote_types(z.dtype, torch.float32)) * self.scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
@@ -65,18 +77,25 @@ def _blocks(hidden: Tensor, readout: Readout, temperature: float, step: int, dty
     inner = readout.scale / (temperature if readout.softcap is None else readout.softcap)
     for start in range(0, vocab, step):
         weight = readout.weight[start : start + step].to(hidden.dtype)
-        z = _multiply(hidden, weight.T, out=buffer[: rows * len(weight)].view(rows, len(weight)), alpha=inner)
-        if readout.bias is not None: z.add_(readout.bias[start : start + step].to(dtype), alpha=inner)
-        if readout.softcap is not None: z.tanh_().mul_(readout.softcap / temperature)
+        z = _multiply(
+            hidden, weight.T, out=buffer[: rows * len(weight)].view(rows, len(weight)), alpha=inner
+        )
+        if readout.bias is not None:
+            z.add_(readout.bias[start : start + step].to(dtype), alpha=inner)
+        if readout.softcap is not None:
+            z.tanh_().mul_(readout.softcap / temperature)
         yield start, weight, z
+
 
 def _inside(targets: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
     "The rows whose target lies in this block, and the column of each."
     here = ((targets >= start) & (targets < start + size)).nonzero()[:, 0]
     return here, targets[here] - start
 
+
 class _Normalizer:
     "Running maximum and sum of exp: the log-sum-exp of rows that arrive in blocks."
+
     def __init__(self, rows: int, like: Tensor, dtype: torch.dtype):
         self.top = torch.full((rows,), torch.finfo(dtype).min, dtype=dtype, device=like.device)
         self.total = torch.zeros(rows, dtype=dtype, device=like.device)
@@ -94,28 +113,50 @@ class _Normalizer:
 # %% ../../nbs/models/logprobs.ipynb #2ea85264
 class _Gradient:
     "Collects the gradients of hidden, weight and bias from blocks of d loss / d z."
-    def __init__(self, ctx, hidden: Tensor, readout: Readout, temperature: float, dtype: torch.dtype):
-        self.hidden, self.readout, self.temperature, self.gain = hidden, readout, temperature, readout.scale / temperature
+
+    def __init__(
+        self, ctx, hidden: Tensor, readout: Readout, temperature: float, dtype: torch.dtype
+    ):
+        self.hidden, self.readout, self.temperature, self.gain = (
+            hidden,
+            readout,
+            temperature,
+            readout.scale / temperature,
+        )
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
-        self.of_hidden = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if want_hidden else None
+        self.of_hidden = (
+            torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if want_hidden else None
+        )
         self.of_weight = torch.empty_like(readout.weight) if want_weight else None
         self.of_bias = torch.empty_like(readout.bias) if want_bias else None
 
     def slope(self, z: Tensor) -> Tensor | None:
         "The derivative of the soft cap, `1 - tanh^2`, read before z is overwritten."
-        return None if self.readout.softcap is None else (z * (self.temperature / self.readout.softcap)).square_().neg_().add_(1)
+        return (
+            None
+            if self.readout.softcap is None
+            else (z * (self.temperature / self.readout.softcap)).square_().neg_().add_(1)
+        )
 
     def add(self, start: int, weight: Tensor, d: Tensor, slope: Tensor | None) -> None:
         "Take in d loss / d z of one block; each vocabulary entry is in exactly one block, so its weight gradient is written once."
-        if slope is not None: d.mul_(slope)
+        if slope is not None:
+            d.mul_(slope)
         block = slice(start, start + len(weight))
-        if self.of_bias is not None: self.of_bias[block] = d.sum(0) * self.gain
+        if self.of_bias is not None:
+            self.of_bias[block] = d.sum(0) * self.gain
         d = d.to(weight.dtype)
-        if self.of_hidden is not None: _multiply(d, weight, out=self.of_hidden, alpha=self.gain, add=True)
-        if self.of_weight is not None: _multiply(d.T, self.hidden, out=self.of_weight[block], alpha=self.gain)
+        if self.of_hidden is not None:
+            _multiply(d, weight, out=self.of_hidden, alpha=self.gain, add=True)
+        if self.of_weight is not None:
+            _multiply(d.T, self.hidden, out=self.of_weight[block], alpha=self.gain)
 
     def result(self, like: Tensor) -> tuple:
-        return (None if self.of_hidden is None else self.of_hidden.to(like.dtype)), self.of_weight, self.of_bias
+        return (
+            (None if self.of_hidden is None else self.of_hidden.to(like.dtype)),
+            self.of_weight,
+            self.of_bias,
+        )
 
 # %% ../../nbs/models/logprobs.ipynb #c3fd0b54
 class _Selected(torch.autograd.Function):
@@ -124,7 +165,11 @@ class _Selected(torch.autograd.Function):
         kind, readout = _product_dtype(hidden, weight), Readout(weight, bias, scale, softcap)
         dtype = torch.promote_types(kind, torch.float32)
         rows, step = len(hidden), _step(len(hidden), len(weight), chunk)
-        norm, chosen, moment = _Normalizer(rows, hidden, dtype), hidden.new_zeros(rows, dtype=dtype), hidden.new_zeros(rows, dtype=dtype)
+        norm, chosen, moment = (
+            _Normalizer(rows, hidden, dtype),
+            hidden.new_zeros(rows, dtype=dtype),
+            hidden.new_zeros(rows, dtype=dtype),
+        )
         with torch.autocast(hidden.device.type, enabled=False):
             for start, _, z in _blocks(hidden.to(kind), readout, temperature, step, dtype):
                 here, column = _inside(targets, start, z.shape[1])
@@ -134,7 +179,8 @@ class _Selected(torch.autograd.Function):
                 if entropy:  # moment = sum of exp(z - top) * (z - top)
                     weights = z.exp()
                     moment = factor * (moment + drop * norm.total) + z.mul_(weights).sum(1)
-                else: weights = z.exp_()
+                else:
+                    weights = z.exp_()
                 norm.total = factor * norm.total + weights.sum(1)
         top, rest = norm.parts()
         spread = rest - moment / norm.total if entropy else None
@@ -148,103 +194,222 @@ class _Selected(torch.autograd.Function):
     def backward(ctx, by_logp, by_entropy):
         hidden, weight, bias, targets, top, rest, spread = ctx.saved_tensors
         temperature, step, scale, softcap, kind, dtype = ctx.settings
-        if by_logp is None and by_entropy is None: return (None,) * 9
-        if by_logp is None: by_logp = torch.zeros_like(top)
+        if by_logp is None and by_entropy is None:
+            return (None,) * 9
+        if by_logp is None:
+            by_logp = torch.zeros_like(top)
         readout, states = Readout(weight, bias, scale, softcap), hidden.to(kind)
-        gradient, share = _Gradient(ctx, states, readout, temperature, dtype), -by_logp * torch.exp(-rest)
+        gradient, share = (
+            _Gradient(ctx, states, readout, temperature, dtype),
+            -by_logp * torch.exp(-rest),
+        )
         with torch.autocast(hidden.device.type, enabled=False):
             for start, block, z in _blocks(states, readout, temperature, step, dtype):
                 slope = gradient.slope(z)
                 z.sub_(top[:, None])
-                if by_entropy is None: d = z.exp_().mul_(share[:, None])  # - p by_logp
+                if by_entropy is None:
+                    d = z.exp_().mul_(share[:, None])  # - p by_logp
                 else:  # - p (by_logp + (log p + H) by_entropy)
                     p = z.exp().mul_(torch.exp(-rest)[:, None])
-                    d = z.add_((spread - rest)[:, None]).mul_(-by_entropy[:, None]).sub_(by_logp[:, None]).mul_(p)
+                    d = (
+                        z.add_((spread - rest)[:, None])
+                        .mul_(-by_entropy[:, None])
+                        .sub_(by_logp[:, None])
+                        .mul_(p)
+                    )
                 here, column = _inside(targets, start, z.shape[1])
                 d[here, column] += by_logp[here]
                 gradient.add(start, block, d, slope)
         return *gradient.result(hidden), None, None, None, None, None, None
 
-def selected_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, temperature: float = 1.0,
-                      entropy: bool = False, chunk: int | None = None, scale: float = 1.0, softcap: float | None = None
-                     ) -> tuple[Tensor, Tensor | None]:
+# %% ../../nbs/models/logprobs.ipynb #8c7cd4b3
+def selected_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    chunk: int | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """`log softmax(z / temperature)[target]` [n] and, if asked, the entropy [n] of that softmax, in nats, for rows `hidden` [n, width].
 
     `weight` [vocab, width], `bias` [vocab]; `scale`, `softcap` as in `Readout`; `chunk` = vocabulary entries per block.
     Results are fp32 (fp64 for fp64 input). Gradients reach hidden, weight and bias, where they ask for them.
     """
     if hidden.shape[-1] != weight.shape[-1]:
-        raise WrongInput(f"hidden: width {hidden.shape[-1]}; expected {weight.shape[-1]}, the width of the head; pass the states that the head reads")
-    return _Selected.apply(hidden, weight, bias, targets, float(temperature), entropy, chunk, float(scale), softcap)
+        raise WrongInput(
+            f"hidden: width {hidden.shape[-1]}; expected {weight.shape[-1]}, the width of the head; pass the states that the head reads"
+        )
+    return _Selected.apply(
+        hidden, weight, bias, targets, float(temperature), entropy, chunk, float(scale), softcap
+    )
 
 # %% ../../nbs/models/logprobs.ipynb #7b3e203d
-def dense_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0, entropy: bool = False) -> tuple[Tensor, Tensor | None]:
+def dense_logprobs(
+    logits: Tensor, targets: Tensor, temperature: float = 1.0, entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
     "The plain twin of `selected_logprobs`, from logits [n, vocab] that are already there."
     logp = torch.log_softmax(logits / temperature, dim=-1)
-    return logp.gather(-1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1) if entropy else None
+    return logp.gather(-1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(
+        -1
+    ) if entropy else None
 
-def dense_kl(logits: Tensor, ref_logits: Tensor, reverse: bool = False, temperature: float = 1.0) -> Tensor:
+
+def dense_kl(
+    logits: Tensor, ref_logits: Tensor, reverse: bool = False, temperature: float = 1.0
+) -> Tensor:
     "The plain twin of `full_kl`, from two sets of logits [n, vocab]; the reference is a constant."
-    p, q = torch.log_softmax(logits / temperature, dim=-1), torch.log_softmax(ref_logits.detach() / temperature, dim=-1)
+    p, q = (
+        torch.log_softmax(logits / temperature, dim=-1),
+        torch.log_softmax(ref_logits.detach() / temperature, dim=-1),
+    )
     return (q.exp() * (q - p)).sum(-1) if reverse else (p.exp() * (p - q)).sum(-1)
 
 # %% ../../nbs/models/logprobs.ipynb #7c5619cd
 class _FullKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, scale, softcap, ref_hidden, ref, temperature, reverse, chunk):
+    def forward(
+        ctx, hidden, weight, bias, scale, softcap, ref_hidden, ref, temperature, reverse, chunk
+    ):
         kind, readout = _product_dtype(hidden, weight), Readout(weight, bias, scale, softcap)
         ref_kind = _product_dtype(ref_hidden, ref.weight)
         dtype = torch.promote_types(torch.promote_types(kind, ref_kind), torch.float32)
         rows, step = len(hidden), _step(2 * len(hidden), len(weight), chunk)
-        p, q, moment = _Normalizer(rows, hidden, dtype), _Normalizer(rows, hidden, dtype), hidden.new_zeros(rows, dtype=dtype)
+        p, q, moment = (
+            _Normalizer(rows, hidden, dtype),
+            _Normalizer(rows, hidden, dtype),
+            hidden.new_zeros(rows, dtype=dtype),
+        )
         with torch.autocast(hidden.device.type, enabled=False):
-            pairs = zip(_blocks(hidden.to(kind), readout, temperature, step, dtype), _blocks(ref_hidden.to(ref_kind), ref, temperature, step, dtype))
+            pairs = zip(
+                _blocks(hidden.to(kind), readout, temperature, step, dtype),
+                _blocks(ref_hidden.to(ref_kind), ref, temperature, step, dtype),
+            )
             for (_, _, zp), (_, _, zq) in pairs:
                 gap = zq - zp if reverse else zp - zq
                 for norm, z in ((p, zp), (q, zq)):
                     _, factor = norm.shift(z)
                     z.sub_(norm.top[:, None]).exp_()
                     norm.total = factor * norm.total + z.sum(1)
-                    if (norm is q) == reverse: moment = factor * moment + gap.mul_(z).sum(1)  # the mean is under the first argument
+                    if (norm is q) == reverse:
+                        moment = factor * moment + gap.mul_(z).sum(
+                            1
+                        )  # the mean is under the first argument
         first, second = (q, p) if reverse else (p, q)
-        kl = moment / first.total + (second.top - first.top) + (second.total.log() - first.total.log())
-        ctx.save_for_backward(hidden, weight, bias, ref_hidden, ref.weight, ref.bias, *p.parts(), *q.parts(), kl)
-        ctx.settings = scale, softcap, ref.scale, ref.softcap, temperature, reverse, step, kind, ref_kind, dtype
+        kl = (
+            moment / first.total
+            + (second.top - first.top)
+            + (second.total.log() - first.total.log())
+        )
+        ctx.save_for_backward(
+            hidden, weight, bias, ref_hidden, ref.weight, ref.bias, *p.parts(), *q.parts(), kl
+        )
+        ctx.settings = (
+            scale,
+            softcap,
+            ref.scale,
+            ref.softcap,
+            temperature,
+            reverse,
+            step,
+            kind,
+            ref_kind,
+            dtype,
+        )
         return kl
 
     @staticmethod
     @once_differentiable
     def backward(ctx, by_kl):
-        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, top_p, rest_p, top_q, rest_q, kl = ctx.saved_tensors
-        scale, softcap, ref_scale, ref_softcap, temperature, reverse, step, kind, ref_kind, dtype = ctx.settings
-        readout, ref, states = Readout(weight, bias, scale, softcap), Readout(ref_weight, ref_bias, ref_scale, ref_softcap), hidden.to(kind)
+        hidden, weight, bias, ref_hidden, ref_weight, ref_bias, top_p, rest_p, top_q, rest_q, kl = (
+            ctx.saved_tensors
+        )
+        (
+            scale,
+            softcap,
+            ref_scale,
+            ref_softcap,
+            temperature,
+            reverse,
+            step,
+            kind,
+            ref_kind,
+            dtype,
+        ) = ctx.settings
+        readout, ref, states = (
+            Readout(weight, bias, scale, softcap),
+            Readout(ref_weight, ref_bias, ref_scale, ref_softcap),
+            hidden.to(kind),
+        )
         gradient = _Gradient(ctx, states, readout, temperature, dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            pairs = zip(_blocks(states, readout, temperature, step, dtype), _blocks(ref_hidden.to(ref_kind), ref, temperature, step, dtype))
+            pairs = zip(
+                _blocks(states, readout, temperature, step, dtype),
+                _blocks(ref_hidden.to(ref_kind), ref, temperature, step, dtype),
+            )
             for (start, block, zp), (_, _, zq) in pairs:
                 slope = gradient.slope(zp)
                 zp.sub_(top_p[:, None]).sub_(rest_p[:, None])  # log p
                 zq.sub_(top_q[:, None]).sub_(rest_q[:, None])
-                if reverse: d = zp.exp_().sub_(zq.exp_())  # p - q
-                else: d = torch.sub(zp, zq, out=zq).sub_(kl[:, None]).mul_(zp.exp_())  # p (log p - log q - KL)
+                if reverse:
+                    d = zp.exp_().sub_(zq.exp_())  # p - q
+                else:
+                    d = (
+                        torch.sub(zp, zq, out=zq).sub_(kl[:, None]).mul_(zp.exp_())
+                    )  # p (log p - log q - KL)
                 gradient.add(start, block, d.mul_(by_kl[:, None]), slope)
         return *gradient.result(hidden), None, None, None, None, None, None, None
 
-def full_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, reverse: bool = False, bias: Tensor | None = None,
-            ref_bias: Tensor | None = None, temperature: float = 1.0, chunk: int | None = None, scale: float = 1.0,
-            softcap: float | None = None, ref_scale: float = 1.0, ref_softcap: float | None = None) -> Tensor:
+# %% ../../nbs/models/logprobs.ipynb #d0ef114b
+def full_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    reverse: bool = False,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    ref_scale: float = 1.0,
+    ref_softcap: float | None = None,
+) -> Tensor:
     """KL(policy || reference) [n] over the whole vocabulary, in nats; `reverse=True`: KL(reference || policy).
 
     Gradients reach `hidden`, `weight` and `bias`; the reference is a constant. Widths may differ, vocabularies may not.
     """
     if len(weight) != len(ref_weight):
-        raise WrongInput(f"reference: vocabulary of {len(ref_weight)}; expected {len(weight)}, as the policy has; choose a reference with the same tokenizer")
-    ref = Readout(ref_weight.detach(), None if ref_bias is None else ref_bias.detach(), float(ref_scale), ref_softcap)
-    return _FullKL.apply(hidden, weight, bias, float(scale), softcap, ref_hidden.detach(), ref, float(temperature), reverse, chunk)
+        raise WrongInput(
+            f"reference: vocabulary of {len(ref_weight)}; expected {len(weight)}, as the policy has; choose a reference with the same tokenizer"
+        )
+    ref = Readout(
+        ref_weight.detach(),
+        None if ref_bias is None else ref_bias.detach(),
+        float(ref_scale),
+        ref_softcap,
+    )
+    return _FullKL.apply(
+        hidden,
+        weight,
+        bias,
+        float(scale),
+        softcap,
+        ref_hidden.detach(),
+        ref,
+        float(temperature),
+        reverse,
+        chunk,
+    )
 
 # %% ../../nbs/models/logprobs.ipynb #ceaaf586
 class TokenStats(NamedTuple):
     "Per-token figures [rows, time], in nats; entry t is about token t given the tokens before it, 0 where t is no target."
+
     logp: Tensor | None
     entropy: Tensor | None = None
     kl: Tensor | None = None
@@ -255,21 +420,36 @@ class TokenStats(NamedTuple):
 def _replaced(head: nn.Module, forward):
     "For a while, `head(x)` runs `forward(x)`."
     head.forward = forward
-    try: yield
-    finally: del head.forward
+    try:
+        yield
+    finally:
+        del head.forward
+
 
 def _is_plain(head) -> bool:
     "True for a Linear layer that nothing wraps, hooks or re-parametrizes, so that its weight and bias are all there is to it."
-    return type(head) is nn.Linear and "forward" not in vars(head) and not head._forward_hooks and not head._forward_pre_hooks
+    return (
+        type(head) is nn.Linear
+        and "forward" not in vars(head)
+        and not head._forward_hooks
+        and not head._forward_pre_hooks
+    )
+
 
 def states(model: nn.Module, head: nn.Linear, batch: dict) -> Tensor:
     "Run the whole model on `batch` and return what its head is given to read [rows, time, width]; the head itself does nothing."
     caught = []
+
     def hand_over(hidden):
         caught.append(hidden)
-        return hidden.new_zeros(*hidden.shape[:-1], 1)  # the model may go on with these logits of one token: they are thrown away
-    with _replaced(head, hand_over): model(**batch)
+        return hidden.new_zeros(
+            *hidden.shape[:-1], 1
+        )  # the model may go on with these logits of one token: they are thrown away
+
+    with _replaced(head, hand_over):
+        model(**batch)
     return caught[-1]
+
 
 @contextlib.contextmanager
 def _quiet(model: nn.Module, device: torch.device):
@@ -277,43 +457,72 @@ def _quiet(model: nn.Module, device: torch.device):
     training = [m for m in model.modules() if m.training]
     devices = [device] if device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices):
-        for m in training: m.training = False
-        try: yield
+        for m in training:
+            m.training = False
+        try:
+            yield
         finally:
-            for m in training: m.training = True
+            for m in training:
+                m.training = True
 
 # %% ../../nbs/models/logprobs.ipynb #56850459
 def read_head(model: nn.Module, device: torch.device | str = "cpu") -> Readout | None:
     "How this model's logits follow from what its head reads; None: in no way that the kernel knows."
     head = model.get_output_embeddings()
-    if not _is_plain(head): return None
+    if not _is_plain(head):
+        return None
     ids, asked = torch.zeros(1, 8, dtype=torch.long, device=device), []
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+
     def answer(hidden):
         size = hidden.shape[:-1].numel() * head.out_features
-        z = torch.linspace(-100, 100, size, device=hidden.device)[torch.randperm(size, device=hidden.device)]
+        z = torch.linspace(-100, 100, size, device=hidden.device)[
+            torch.randperm(size, device=hidden.device)
+        ]
         z[:3] = z.new_tensor([2.0**-10, 1.0, 1e6])
         asked.append(z.view(*hidden.shape[:-1], head.out_features))
         return asked[-1].clone()
+
     with _quiet(model, ids.device):
-        with _replaced(head, answer): got = model(**batch).logits
-        try: given = states(model, head, batch)
-        except Exception: return None  # the model needs the whole width of its logits
-    if len(asked) != 1 or got.shape != asked[0].shape or given.shape != (*got.shape[:-1], head.in_features): return None
+        with _replaced(head, answer):
+            got = model(**batch).logits
+        try:
+            given = states(model, head, batch)
+        except Exception:
+            return None  # the model needs the whole width of its logits
+    if (
+        len(asked) != 1
+        or got.shape != asked[0].shape
+        or given.shape != (*got.shape[:-1], head.in_features)
+    ):
+        return None
     z, got = asked[0].flatten(), got.float().flatten()
     scale, cap = float(got[1]), None
-    if not torch.isclose(got[2], scale * z[2], rtol=1e-4): scale, cap = float(got[0] / z[0]), float(got[2])
-    if cap is not None and not 0 < cap < 1e5: return None
+    if not torch.isclose(got[2], scale * z[2], rtol=1e-4):
+        scale, cap = float(got[0] / z[0]), float(got[2])
+    if cap is not None and not 0 < cap < 1e5:
+        return None
     expected = scale * z if cap is None else cap * torch.tanh(scale * z / cap)
-    return Readout(head.weight, head.bias, scale, cap) if torch.allclose(got, expected, rtol=1e-4, atol=1e-4) else None
+    return (
+        Readout(head.weight, head.bias, scale, cap)
+        if torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
+        else None
+    )
 
 # %% ../../nbs/models/logprobs.ipynb #e8356fad
 def length_parts(lengths: list[int], least: int = 256) -> list[list[int]]:
     "Row numbers, in one part or in two of similar `lengths`: two where they leave out `least` tokens and a third of all that one part would take."
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    taken = [k * lengths[order[max(k, 1) - 1]] + (len(order) - k) * lengths[order[-1]] for k in range(len(order))]
+    taken = [
+        k * lengths[order[max(k, 1) - 1]] + (len(order) - k) * lengths[order[-1]]
+        for k in range(len(order))
+    ]
     cut = min(range(len(order)), key=taken.__getitem__, default=0)
-    return [sorted(order[:cut]), sorted(order[cut:])] if order and taken[0] - taken[cut] >= max(least, taken[0] / 3) else [list(range(len(order)))]
+    return (
+        [sorted(order[:cut]), sorted(order[cut:])]
+        if order and taken[0] - taken[cut] >= max(least, taken[0] / 3)
+        else [list(range(len(order)))]
+    )
 
 # %% ../../nbs/models/logprobs.ipynb #bb566f8f
 def pick_rows(x: Tensor, mask: Tensor) -> Tensor:
@@ -323,25 +532,33 @@ def pick_rows(x: Tensor, mask: Tensor) -> Tensor:
 # %% ../../nbs/models/logprobs.ipynb #81ebc686
 class StateReader(nn.Module):
     "A causal LM (or PeftModel) whose head hands over its input instead of logits."
+
     def __init__(self, model: nn.Module, adapter: bool = True):
         super().__init__()
         if not adapter and not hasattr(model, "disable_adapter"):
-            raise WrongInput(f"model: {type(model).__name__} has no adapter to switch off; expected a PeftModel; pass a copy of the model as the reference")
+            raise WrongInput(
+                f"model: {type(model).__name__} has no adapter to switch off; expected a PeftModel; pass a copy of the model as the reference"
+            )
         self.model, self.adapter = model, adapter
         self._known = None  # (head, its scale and soft cap or None): what `read_head` found
         self._packs = False  # True once the model has been seen to keep packed examples apart
 
     def _states(self, batch: dict) -> tuple[Tensor, Readout]:
         "The states that the head reads, or the model's logits where the head cannot be replaced."
-        with contextlib.nullcontext() if self.adapter else self.model.disable_adapter(), contextlib.nullcontext() if self.adapter else torch.no_grad():
+        with (
+            contextlib.nullcontext() if self.adapter else self.model.disable_adapter(),
+            contextlib.nullcontext() if self.adapter else torch.no_grad(),
+        ):
             head = self.model.get_output_embeddings()
             readout = self._read(head, batch["input_ids"].device)
-            if readout is None: return self.model(**batch).logits, Readout(None)
+            if readout is None:
+                return self.model(**batch).logits, Readout(None)
             return states(self.model, head, batch), readout
 
     def _read(self, head, device: torch.device) -> Readout | None:
         "`read_head`, remembered until the model has another head."
-        if not _is_plain(head): return None
+        if not _is_plain(head):
+            return None
         if self._known is None or self._known[0] is not head:
             found = read_head(self.model, device)
             self._known = head, None if found is None else (found.scale, found.softcap)
@@ -349,79 +566,168 @@ class StateReader(nn.Module):
 
     def _check_packing(self, input_ids: Tensor) -> None:
         "Make sure, once, that what stands in an earlier example of a packed row does not change a later one."
-        if self._packs: return
-        ids = torch.stack([input_ids.new_tensor([0, 0, 0, 1, 1, 1]), input_ids.new_tensor([1, 0, 1, 1, 1, 1])])
-        batch = {"input_ids": ids, "attention_mask": None, "position_ids": input_ids.new_tensor([[0, 1, 2, 0, 1, 2]] * 2), "use_cache": False}
-        with _quiet(self.model, input_ids.device): found, _ = self._states(batch)
-        if found.shape[1] != 6 or not torch.allclose(found[0, 3:], found[1, 3:], rtol=1e-5, atol=1e-6):
-            raise WrongInput(f"model: {type(self.model).__name__} lets packed examples see each other; expected none to; train it with pack=0")
+        if self._packs:
+            return
+        ids = torch.stack(
+            [input_ids.new_tensor([0, 0, 0, 1, 1, 1]), input_ids.new_tensor([1, 0, 1, 1, 1, 1])]
+        )
+        batch = {
+            "input_ids": ids,
+            "attention_mask": None,
+            "position_ids": input_ids.new_tensor([[0, 1, 2, 0, 1, 2]] * 2),
+            "use_cache": False,
+        }
+        with _quiet(self.model, input_ids.device):
+            found, _ = self._states(batch)
+        if found.shape[1] != 6 or not torch.allclose(
+            found[0, 3:], found[1, 3:], rtol=1e-5, atol=1e-6
+        ):
+            raise WrongInput(
+                f"model: {type(self.model).__name__} lets packed examples see each other; expected none to; train it with pack=0"
+            )
         self._packs = True
 
     def _batch(self, input_ids: Tensor, real: Tensor, position_ids: Tensor | None) -> dict:
         "The arguments of the model's forward."
-        if position_ids is None: return {"input_ids": input_ids, "attention_mask": real.long(), "use_cache": False}
+        if position_ids is None:
+            return {"input_ids": input_ids, "attention_mask": real.long(), "use_cache": False}
         position_ids = position_ids.masked_fill(~real, 0)
-        batch = {"input_ids": input_ids, "attention_mask": real.long(), "position_ids": position_ids, "use_cache": False}
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": real.long(),
+            "position_ids": position_ids,
+            "use_cache": False,
+        }
         if (position_ids.diff(dim=1).ne(1) & real[:, 1:]).any():
             self._check_packing(input_ids)
-            batch["attention_mask"] = None  # transformers sees that rows are packed from the positions, and only without a mask
+            batch["attention_mask"] = (
+                None  # transformers sees that rows are packed from the positions, and only without a mask
+            )
         return batch
 
     def _rows(self, batch: dict, wanted: Tensor) -> tuple[Tensor, Readout]:
         "What the head reads [n, width] at the positions before the wanted tokens, and how to read logits off it."
         found, readout = self._states(batch)
         time = wanted.shape[1]
-        return pick_rows(found[:, found.shape[1] - time : -1], wanted[:, 1:]), readout  # virtual tokens stand in front
+        return pick_rows(
+            found[:, found.shape[1] - time : -1], wanted[:, 1:]
+        ), readout  # virtual tokens stand in front
 
 # %% ../../nbs/models/logprobs.ipynb #258d33e0
 class PrefixReader(StateReader):
     "Reads long rows apart from short ones, and the common beginning of a group of rows once."
+
     def _can_share(self) -> bool:
         "Whether keys and values that one row computed can stand in for another's: a plain cache in every layer, which training keeps."
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         config = getattr(self.model, "active_peft_config", None)
-        learned = getattr(config, "is_prompt_learning", False) or getattr(config, "is_adaption_prompt", False)  # have keys and values of their own
-        learned = learned or getattr(getattr(config, "peft_type", None), "value", "") in ("LILY", "SHADOW")  # look at a whole row at once
+        learned = getattr(config, "is_prompt_learning", False) or getattr(
+            config, "is_adaption_prompt", False
+        )  # have keys and values of their own
+        learned = learned or getattr(getattr(config, "peft_type", None), "value", "") in (
+            "LILY",
+            "SHADOW",
+        )  # look at a whole row at once
         kinds = {type(layer) for layer in DynamicCache(config=base.config).layers}
-        recomputes = any(getattr(m, "gradient_checkpointing", False) for m in base.modules())  # it keeps no cache
-        takes = {"past_key_values", "position_ids"} <= set(inspect.signature(base.forward).parameters)
-        return kinds == {DynamicLayer} and takes and not learned and not (self.model.training and recomputes)
+        recomputes = any(
+            getattr(m, "gradient_checkpointing", False) for m in base.modules()
+        )  # it keeps no cache
+        takes = {"past_key_values", "position_ids"} <= set(
+            inspect.signature(base.forward).parameters
+        )
+        return (
+            kinds == {DynamicLayer}
+            and takes
+            and not learned
+            and not (self.model.training and recomputes)
+        )
 
-    def _rows_after_prefix(self, input_ids: Tensor, real: Tensor, wanted: Tensor, prefix: Tensor) -> tuple[Tensor, Readout]:
+    def _rows_after_prefix(
+        self, input_ids: Tensor, real: Tensor, wanted: Tensor, prefix: Tensor
+    ) -> tuple[Tensor, Readout]:
         "`_rows`, with the first tokens of each group read once: their keys and values go to all its rows, and gradients come back the same way."
         owner = prefix[:, 0].unique(return_inverse=True)[1]
         count = torch.arange(len(owner), device=owner.device)
-        first = torch.zeros_like(owner[: int(owner.max()) + 1]).scatter_reduce(0, owner, count, "amin", include_self=False)
-        shared = prefix[first, 1] - 1  # the last common token stays with the rows: its state predicts their first own one
+        first = torch.zeros_like(owner[: int(owner.max()) + 1]).scatter_reduce(
+            0, owner, count, "amin", include_self=False
+        )
+        shared = (
+            prefix[first, 1] - 1
+        )  # the last common token stays with the rows: its state predicts their first own one
         longest, time = int(shared.max()), input_ids.shape[1] - int(shared.min())
-        if longest < 1: return self._rows(self._batch(input_ids, real, None), wanted)
-        place = count.new_ones(longest).cumsum(0) - 1 - (longest - shared)[:, None]  # padded on the left, so that rows go on in the same column
+        if longest < 1:
+            return self._rows(self._batch(input_ids, real, None), wanted)
+        place = (
+            count.new_ones(longest).cumsum(0) - 1 - (longest - shared)[:, None]
+        )  # padded on the left, so that rows go on in the same column
         own = count.new_ones(time).cumsum(0) - 1 + shared[owner][:, None]
         inside, column = own < input_ids.shape[1], own.clamp_max(input_ids.shape[1] - 1)
-        cache, mask = DynamicCache(config=self.model.config), torch.cat([(place >= 0)[owner], real.gather(1, column) & inside], 1)
+        cache, mask = (
+            DynamicCache(config=self.model.config),
+            torch.cat([(place >= 0)[owner], real.gather(1, column) & inside], 1),
+        )
         fixed = dict(past_key_values=cache, use_cache=True)
-        self._states(dict(input_ids=input_ids[first].gather(1, place.clamp_min(0)), attention_mask=(place >= 0).long(), position_ids=place.clamp_min(0), **fixed))
-        for layer in cache.layers:  # index_select: its gradient is several times faster than that of indexing
-            layer.keys, layer.values = layer.keys.index_select(0, owner), layer.values.index_select(0, owner)
-        asked, column, mask = (wanted.gather(1, column) & inside)[:, 1:], column[:, :-1], mask[:, :-1].long()  # nothing follows the last column
-        found, readout = self._states(dict(input_ids=input_ids.gather(1, column), attention_mask=mask, position_ids=column, **fixed))
+        self._states(
+            dict(
+                input_ids=input_ids[first].gather(1, place.clamp_min(0)),
+                attention_mask=(place >= 0).long(),
+                position_ids=place.clamp_min(0),
+                **fixed,
+            )
+        )
+        for layer in (
+            cache.layers
+        ):  # index_select: its gradient is several times faster than that of indexing
+            layer.keys, layer.values = (
+                layer.keys.index_select(0, owner),
+                layer.values.index_select(0, owner),
+            )
+        asked, column, mask = (
+            (wanted.gather(1, column) & inside)[:, 1:],
+            column[:, :-1],
+            mask[:, :-1].long(),
+        )  # nothing follows the last column
+        found, readout = self._states(
+            dict(
+                input_ids=input_ids.gather(1, column),
+                attention_mask=mask,
+                position_ids=column,
+                **fixed,
+            )
+        )
         return pick_rows(found, asked), readout
 
-    def _read_rows(self, input_ids: Tensor, real: Tensor, wanted: Tensor, position_ids: Tensor | None, prefix: Tensor | None = None) -> tuple[Tensor, Readout]:
+    def _read_rows(
+        self,
+        input_ids: Tensor,
+        real: Tensor,
+        wanted: Tensor,
+        position_ids: Tensor | None,
+        prefix: Tensor | None = None,
+    ) -> tuple[Tensor, Readout]:
         "`_rows` of a whole batch, long rows apart from short ones where that saves much padding."
-        if position_ids is not None: return self._rows(self._batch(input_ids, real, position_ids), wanted)
+        if position_ids is not None:
+            return self._rows(self._batch(input_ids, real, position_ids), wanted)
         found, shared = [], prefix is not None and self._can_share()
         parts = length_parts(real.sum(1).tolist())
         for part in parts:
-            ids, some, asked = (x[part, : max(int(real[part].sum(1).max()), 1)] for x in (input_ids, real, wanted))
-            found.append(self._rows_after_prefix(ids, some, asked, prefix[part]) if shared else self._rows(self._batch(ids, some, None), asked))
-        if len(parts) == 1: return found[0]
+            ids, some, asked = (
+                x[part, : max(int(real[part].sum(1).max()), 1)] for x in (input_ids, real, wanted)
+            )
+            found.append(
+                self._rows_after_prefix(ids, some, asked, prefix[part])
+                if shared
+                else self._rows(self._batch(ids, some, None), asked)
+            )
+        if len(parts) == 1:
+            return found[0]
         number = wanted.flatten().cumsum(0).view_as(wanted)
         place = torch.cat([number[part][wanted[part]] for part in parts]).argsort()
         return torch.cat([rows for rows, _ in found])[place], found[0][1]
 
     @torch.no_grad()
-    def _constant_rows(self, *batch) -> tuple[Tensor, Readout]: return self._read_rows(*batch)
+    def _constant_rows(self, *batch) -> tuple[Tensor, Readout]:
+        return self._read_rows(*batch)
 
 # %% ../../nbs/models/logprobs.ipynb #188640d6
 class Policy(PrefixReader):
@@ -432,10 +738,20 @@ class Policy(PrefixReader):
     the model's own logits are used. `adapter=False` makes a frozen reference of a PeftModel: the same weights with the adapter switched off.
     """
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, completion_mask: Tensor | None = None,
-                position_ids: Tensor | None = None, temperature: float = 1.0, entropy: bool = False,
-                reference: "Policy | None" = None, reverse: bool = False, prefix: Tensor | None = None,
-                value: nn.Module | None = None, logprobs: bool = True) -> TokenStats:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        completion_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        reference: "Policy | None" = None,
+        reverse: bool = False,
+        prefix: Tensor | None = None,
+        value: nn.Module | None = None,
+        logprobs: bool = True,
+    ) -> TokenStats:
         """Log-probs (and entropy, and KL to `reference`) of the tokens where `completion_mask` [rows, time] is 1; default: all real tokens.
 
         `position_ids` are needed for packed rows only: they start again at 0 with every example. Padding may stand on either side.
@@ -443,37 +759,102 @@ class Policy(PrefixReader):
         for the group, where its architecture allows. Values and gradients are the same.
         `value` maps the states that the head reads, [n, width], to [n, 1]: the value of what stands before each token. `logprobs=False`: nothing else.
         """
-        if not temperature > 0: raise WrongInput(f"temperature: {temperature}; expected more than 0; use 1.0 for the model's own distribution")
-        real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        if not temperature > 0:
+            raise WrongInput(
+                f"temperature: {temperature}; expected more than 0; use 1.0 for the model's own distribution"
+            )
+        real = (
+            torch.ones_like(input_ids, dtype=torch.bool)
+            if attention_mask is None
+            else attention_mask.bool()
+        )
         wanted = real if completion_mask is None else completion_mask.bool()
-        for name, mask in (("attention_mask", real), ("completion_mask", wanted), ("position_ids", position_ids)):
+        for name, mask in (
+            ("attention_mask", real),
+            ("completion_mask", wanted),
+            ("position_ids", position_ids),
+        ):
             if mask is not None and mask.shape != input_ids.shape:
-                raise WrongInput(f"{name}: shape {tuple(mask.shape)}; expected {tuple(input_ids.shape)}, the shape of input_ids; build it with collate")
+                raise WrongInput(
+                    f"{name}: shape {tuple(mask.shape)}; expected {tuple(input_ids.shape)}, the shape of input_ids; build it with collate"
+                )
         order, wanted = None, wanted & real
-        if position_ids is None and attention_mask is not None:  # move real tokens to the left and drop columns of padding only
+        if (
+            position_ids is None and attention_mask is not None
+        ):  # move real tokens to the left and drop columns of padding only
             order = (~real).sort(dim=1, stable=True).indices[:, : max(int(real.sum(1).max()), 1)]
-            input_ids, real, wanted, full = input_ids.gather(1, order), real.gather(1, order), wanted.gather(1, order), wanted
+            input_ids, real, wanted, full = (
+                input_ids.gather(1, order),
+                real.gather(1, order),
+                wanted.gather(1, order),
+                wanted,
+            )
         first = torch.zeros_like(wanted)
         first[:, 0] = True
-        if position_ids is not None: first |= position_ids == 0
+        if position_ids is not None:
+            first |= position_ids == 0
         wanted = wanted & ~first  # the first token of an example has nothing before it
-        rows, readout = self._read_rows(input_ids, real, wanted, position_ids, None if reference is not None else prefix)
+        rows, readout = self._read_rows(
+            input_ids, real, wanted, position_ids, None if reference is not None else prefix
+        )
         if value is not None and readout.weight is None:
-            raise WrongInput("value: the head of this model is wrapped or quantized, so its input cannot be read; expected a plain Linear head; leave the head as it is")
+            raise WrongInput(
+                "value: the head of this model is wrapped or quantized, so its input cannot be read; expected a plain Linear head; leave the head as it is"
+            )
         worth, targets = None if value is None else value(rows)[:, 0], input_ids[wanted]
-        if worth is not None: worth = worth.to(torch.promote_types(worth.dtype, torch.float32))
-        if not logprobs: logp = spread = None
-        elif readout.weight is None: logp, spread = dense_logprobs(rows, targets, temperature, entropy)
-        else: logp, spread = selected_logprobs(rows, readout.weight, targets, readout.bias, temperature, entropy, None, readout.scale, readout.softcap)
-        kl = None if reference is None else self._kl(rows, readout, *reference._constant_rows(input_ids, real, wanted, position_ids), temperature, reverse)
+        if worth is not None:
+            worth = worth.to(torch.promote_types(worth.dtype, torch.float32))
+        if not logprobs:
+            logp = spread = None
+        elif readout.weight is None:
+            logp, spread = dense_logprobs(rows, targets, temperature, entropy)
+        else:
+            logp, spread = selected_logprobs(
+                rows,
+                readout.weight,
+                targets,
+                readout.bias,
+                temperature,
+                entropy,
+                None,
+                readout.scale,
+                readout.softcap,
+            )
+        kl = (
+            None
+            if reference is None
+            else self._kl(
+                rows,
+                readout,
+                *reference._constant_rows(input_ids, real, wanted, position_ids),
+                temperature,
+                reverse,
+            )
+        )
 
         def spread_out(values):
-            if values is None: return None
+            if values is None:
+                return None
             table = values.new_zeros(wanted.shape).masked_scatter(wanted, values)
             return table if order is None else table.new_zeros(full.shape).scatter(1, order, table)
+
         return TokenStats(*map(spread_out, (logp, spread, kl, worth)))
 
     def _kl(self, rows, readout, ref_rows, ref, temperature, reverse):
-        if readout.weight is None or ref.weight is None: return dense_kl(readout.logits(rows), ref.logits(ref_rows), reverse, temperature)
-        return full_kl(rows, readout.weight, ref_rows, ref.weight, reverse, readout.bias, ref.bias, temperature, None,
-                       readout.scale, readout.softcap, ref.scale, ref.softcap)
+        if readout.weight is None or ref.weight is None:
+            return dense_kl(readout.logits(rows), ref.logits(ref_rows), reverse, temperature)
+        return full_kl(
+            rows,
+            readout.weight,
+            ref_rows,
+            ref.weight,
+            reverse,
+            readout.bias,
+            ref.bias,
+            temperature,
+            None,
+            readout.scale,
+            readout.softcap,
+            ref.scale,
+            ref.softcap,
+        )

@@ -31,9 +31,15 @@ class Rollout:
     "Sampled completions, one entry a row; prompt i's samples are the rows i * samples to (i + 1) * samples - 1."
 
     prompts: list[list[int]]  # the row's prompt: the rows of a group share one list
-    completions: list[list[int]]  # token ids, with the end token that ended it or the tokens that completed a stop string
-    logps: list[list[float]]  # nats, one for each completion token: log-softmax(logits / temperature), before top-k and top-p
-    texts: list[str]  # without special tokens, cut before the stop string; empty strings without a tokenizer
+    completions: list[
+        list[int]
+    ]  # token ids, with the end token that ended it or the tokens that completed a stop string
+    logps: list[
+        list[float]
+    ]  # nats, one for each completion token: log-softmax(logits / temperature), before top-k and top-p
+    texts: list[
+        str
+    ]  # without special tokens, cut before the stop string; empty strings without a tokenizer
     ended: list[bool]  # False: cut at max_new_tokens
     num_generations: int = 1  # rows for each prompt
 
@@ -59,7 +65,9 @@ def end_tokens(model, tokenizer=None) -> list[int]:
 
 def end_strings(tokenizer) -> tuple[str, ...]:
     "The texts that end an answer by the chat template and are several tokens of this tokenizer: stop strings."
-    return tuple(text for text, ids in zip(_ends_in_template(tokenizer), _end_ids(tokenizer)) if len(ids) > 1)
+    return tuple(
+        text for text, ids in zip(_ends_in_template(tokenizer), _end_ids(tokenizer)) if len(ids) > 1
+    )
 
 
 def _ends_in_template(tokenizer) -> list[str]:
@@ -67,24 +75,33 @@ def _ends_in_template(tokenizer) -> list[str]:
 
 
 def _end_ids(tokenizer) -> list[list[int]]:
-    found = [tokenizer(text, add_special_tokens=False).input_ids for text in _ends_in_template(tokenizer)]
+    found = [
+        tokenizer(text, add_special_tokens=False).input_ids for text in _ends_in_template(tokenizer)
+    ]
     return [[] if ids == [tokenizer.unk_token_id] else ids for ids in found]
 
-
+# %% ../../nbs/models/rollout.ipynb #3126c02f
 class Stops:
     "Finds the token that ends a row: one of `ends`, or that with which its text comes to contain a stop string; cuts the text."
 
     def __init__(self, tokenizer, stop: tuple[str, ...] = (), ends: list[int] = ()):
         self.ends = set(ends)
-        self.tokenizer, self.ids = tokenizer, set(tokenizer.all_special_ids) if tokenizer is not None else set()
+        self.tokenizer, self.ids = (
+            tokenizer,
+            set(tokenizer.all_special_ids) if tokenizer is not None else set(),
+        )
         self.names = list(tokenizer.all_special_tokens) if tokenizer is not None else []
-        self.marked = [s for s in stop if any(name in s for name in self.names)]  # spelled with special tokens
+        self.marked = [
+            s for s in stop if any(name in s for name in self.names)
+        ]  # spelled with special tokens
         self.plain = [s for s in stop if s not in self.marked]
         # a token that shows is a byte or more; four more because a text that is cut at its start may begin differently
         self.tail = max((len(s.encode()) for s in stop), default=0) + 4
 
     def _decode(self, tokens: list[int], special: bool) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(
+            tokens, skip_special_tokens=not special, clean_up_tokenization_spaces=False
+        )
 
     def over(self, tokens: list[int]) -> bool:
         "Whether the last of `tokens` ends the row."
@@ -146,7 +163,11 @@ def soft_tokens(model) -> int:
     "The number of learned tokens that an active PEFT adapter puts before every prompt (prompt and prefix tuning), else 0."
     config = getattr(model, "active_peft_config", None)
     # inside of disable_adapter() there are none; PEFT has no public word for that
-    off = config is None or not config.is_prompt_learning or getattr(model, "_adapters_disabled", False)
+    off = (
+        config is None
+        or not config.is_prompt_learning
+        or getattr(model, "_adapters_disabled", False)
+    )
     return 0 if off else config.num_virtual_tokens
 
 
@@ -155,8 +176,12 @@ def shared_prefix(model, share: bool):
     "Inside, where `share` and the architecture allow it, attention is `shared_attention`; yields whether it is."
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = base.config._attn_implementation
-    able = share and before == "sdpa" and getattr(base, "_supports_attention_backend", False) \
+    able = (
+        share
+        and before == "sdpa"
+        and getattr(base, "_supports_attention_backend", False)
         and all(type(layer) is DynamicLayer for layer in DynamicCache(config=base.config).layers)
+    )
     if able:
         base.set_attn_implementation("polm_shared")
     try:
@@ -169,14 +194,29 @@ def shared_prefix(model, share: bool):
 class Batch:
     "The rows that still write: cache, positions, padding, and `logits` [rows, vocab] of the next token; made by reading each prompt once."
 
-    def __init__(self, model, prompts: list[list[int]], num_generations: int, new: int, share: bool = False):
+    def __init__(
+        self, model, prompts: list[list[int]], num_generations: int, new: int, share: bool = False
+    ):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        soft, n, longest, device = soft_tokens(model), len(prompts), max(map(len, prompts)), model.device
+        soft, n, longest, device = (
+            soft_tokens(model),
+            len(prompts),
+            max(map(len, prompts)),
+            model.device,
+        )
         self.base, self.model, self.in_half = base, base if soft else model, half_precision(model)
         self.takes = set(inspect.signature(base.forward).parameters)
-        made, layer = DynamicCache(config=base.config), SharedLayerCache if share else StaticLayerCache
-        self.slab, self.read = all(type(one) in (DynamicLayer, DynamicSlidingWindowLayer) for one in made.layers), 0
-        self.cache = Cache(layers=[layer(soft + longest) for _ in made.layers]) if self.slab else made
+        made, layer = (
+            DynamicCache(config=base.config),
+            SharedLayerCache if share else StaticLayerCache,
+        )
+        self.slab, self.read = (
+            all(type(one) in (DynamicLayer, DynamicSlidingWindowLayer) for one in made.layers),
+            0,
+        )
+        self.cache = (
+            Cache(layers=[layer(soft + longest) for _ in made.layers]) if self.slab else made
+        )
 
         pads = torch.tensor([longest - len(p) for p in prompts], device=device)
         ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
@@ -187,7 +227,10 @@ class Batch:
             place = torch.arange(soft + longest + new, device=device)
             self.mask = (place < soft) | (place >= soft + pads[:, None])
         # padding does not count: a token's position is that in its own prompt
-        self.logits = self._forward(input_ids=ids, position_ids=soft + (torch.arange(longest, device=device) - pads[:, None]).clamp_min(0))
+        self.logits = self._forward(
+            input_ids=ids,
+            position_ids=soft + (torch.arange(longest, device=device) - pads[:, None]).clamp_min(0),
+        )
         self.position = soft + longest - pads[:, None]
         self._fork(num_generations, new)
 
@@ -212,10 +255,16 @@ class Batch:
 
     def _fork(self, num_generations: int, new: int) -> None:
         "From one row a prompt to `num_generations` rows."
-        group = torch.arange(len(self.logits), device=self.logits.device).repeat_interleave(num_generations)
+        group = torch.arange(len(self.logits), device=self.logits.device).repeat_interleave(
+            num_generations
+        )
         self.family = None
         if self.slab and all(getattr(layer, "seen", False) for layer in self.cache.layers):
-            self.family = PromptGroups(len(self.logits), num_generations, None if self.mask is None else self.mask[:, : self.read])
+            self.family = PromptGroups(
+                len(self.logits),
+                num_generations,
+                None if self.mask is None else self.mask[:, : self.read],
+            )
             self.mask = None  # only prompts are padded, and the family has their mask
             for layer in self.cache.layers:
                 layer.family = self.family
@@ -250,9 +299,21 @@ class Batch:
 def _whole(x) -> bool:
     return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
-
-def _check(model, tokenizer, prompts, num_generations, max_new_tokens, temperature, top_p, top_k, stop, seeds) -> tuple[tuple[str, ...], list[int]]:
+# %% ../../nbs/models/rollout.ipynb #b58595d8
+def _check(
+    model,
+    tokenizer,
+    prompts,
+    num_generations,
+    max_new_tokens,
+    temperature,
+    top_p,
+    top_k,
+    stop,
+    seeds,
+) -> tuple[tuple[str, ...], list[int]]:
     "The stop strings and the rows' seeds; raises WrongInput."
+
     def expect(good, where, found, expected, act):
         if not good:
             raise WrongInput(f"{where}: found {found}; expected {expected}; {act}")
@@ -260,34 +321,105 @@ def _check(model, tokenizer, prompts, num_generations, max_new_tokens, temperatu
     def number(x):
         return isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x)
 
-    expect(_whole(num_generations) and num_generations >= 1, "num_generations", num_generations, "a whole number >= 1", "set it to the completions wanted for each prompt")
-    expect(_whole(max_new_tokens) and max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "a whole number >= 1",
-           "set it to the longest completion wanted")
-    expect(number(temperature) and temperature >= 0, "temperature", temperature, "a number >= 0",
-           "use 0 for greedy, 1 for the model's own distribution")
-    expect(number(top_p) and 0 < top_p <= 1, "top_p", top_p, "a number above 0 and at most 1", "use 1 to keep all tokens")
-    expect(_whole(top_k) and top_k >= 0, "top_k", top_k, "a whole number >= 0", "use 0 to keep all tokens")
+    expect(
+        _whole(num_generations) and num_generations >= 1,
+        "num_generations",
+        num_generations,
+        "a whole number >= 1",
+        "set it to the completions wanted for each prompt",
+    )
+    expect(
+        _whole(max_new_tokens) and max_new_tokens >= 1,
+        "max_new_tokens",
+        max_new_tokens,
+        "a whole number >= 1",
+        "set it to the longest completion wanted",
+    )
+    expect(
+        number(temperature) and temperature >= 0,
+        "temperature",
+        temperature,
+        "a number >= 0",
+        "use 0 for greedy, 1 for the model's own distribution",
+    )
+    expect(
+        number(top_p) and 0 < top_p <= 1,
+        "top_p",
+        top_p,
+        "a number above 0 and at most 1",
+        "use 1 to keep all tokens",
+    )
+    expect(
+        _whole(top_k) and top_k >= 0,
+        "top_k",
+        top_k,
+        "a whole number >= 0",
+        "use 0 to keep all tokens",
+    )
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    expect(all(isinstance(s, str) and s for s in stop), "stop", stop, "strings of one character or more", "remove the others")
-    expect(not stop or tokenizer is not None, "stop", f"{stop} and no tokenizer", "a tokenizer to decode with", "pass one")
+    expect(
+        all(isinstance(s, str) and s for s in stop),
+        "stop",
+        stop,
+        "strings of one character or more",
+        "remove the others",
+    )
+    expect(
+        not stop or tokenizer is not None,
+        "stop",
+        f"{stop} and no tokenizer",
+        "a tokenizer to decode with",
+        "pass one",
+    )
     config = model.config.get_text_config(decoder=True)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    expect("past_key_values" in inspect.signature(base.forward).parameters, "model",
-           f"{type(base).__name__}, which takes no past_key_values", "a causal LM with a key-value cache", "sample from it with model.generate")
-    limit, vocab, soft = getattr(config, "max_position_embeddings", None), config.vocab_size, soft_tokens(model)
+    expect(
+        "past_key_values" in inspect.signature(base.forward).parameters,
+        "model",
+        f"{type(base).__name__}, which takes no past_key_values",
+        "a causal LM with a key-value cache",
+        "sample from it with model.generate",
+    )
+    limit, vocab, soft = (
+        getattr(config, "max_position_embeddings", None),
+        config.vocab_size,
+        soft_tokens(model),
+    )
     for i, prompt in enumerate(prompts):
-        expect(len(prompt) > 0, f"prompts:{i}", "no tokens", "at least one", "start an empty prompt with the tokenizer's bos or eos token")
+        expect(
+            len(prompt) > 0,
+            f"prompts:{i}",
+            "no tokens",
+            "at least one",
+            "start an empty prompt with the tokenizer's bos or eos token",
+        )
         odd = next((t for t in prompt if not (_whole(t) and 0 <= t < vocab)), None)
-        expect(odd is None, f"prompts:{i}", repr(odd), f"token ids from 0 to {vocab - 1}", "encode the text with this model's tokenizer")
-        expect(not limit or soft + len(prompt) + max_new_tokens <= limit, f"prompts:{i}",
-               (f"{soft} soft + " if soft else "") + f"{len(prompt)} prompt tokens + max_new_tokens {max_new_tokens}",
-               f"at most {limit} together (the model's max_position_embeddings)", "shorten the prompt or lower max_new_tokens")
+        expect(
+            odd is None,
+            f"prompts:{i}",
+            repr(odd),
+            f"token ids from 0 to {vocab - 1}",
+            "encode the text with this model's tokenizer",
+        )
+        expect(
+            not limit or soft + len(prompt) + max_new_tokens <= limit,
+            f"prompts:{i}",
+            (f"{soft} soft + " if soft else "")
+            + f"{len(prompt)} prompt tokens + max_new_tokens {max_new_tokens}",
+            f"at most {limit} together (the model's max_position_embeddings)",
+            "shorten the prompt or lower max_new_tokens",
+        )
     rows = len(prompts) * num_generations
     if _whole(seeds):
         return stop, row_seeds(int(seeds), rows)
     seeds = list(seeds) if hasattr(seeds, "__iter__") else [seeds]
-    expect(len(seeds) == rows and all(map(_whole, seeds)), "seeds", f"{len(seeds)} entries, {seeds[:3]}...",
-           f"a whole number, or one for each of {rows} rows", "pass one number to have the rows' seeds hashed from it")
+    expect(
+        len(seeds) == rows and all(map(_whole, seeds)),
+        "seeds",
+        f"{len(seeds)} entries, {seeds[:3]}...",
+        f"a whole number, or one for each of {rows} rows",
+        "pass one number to have the rows' seeds hashed from it",
+    )
     return stop, [int(s) for s in seeds]
 
 # %% ../../nbs/models/rollout.ipynb #a08f0f00
@@ -336,8 +468,13 @@ def _write(model, prompts, rows, num_generations, most, temperature, top_p, top_
         for t in range(most):
             logits = batch.logits.float()
             if temperature == 0:
-                best = logits.argmax(-1)[:, None] if branches == 1 else logits.topk(branches).indices
-                token, logp = best.flatten(), torch.log_softmax(logits, -1).gather(-1, best).flatten()
+                best = (
+                    logits.argmax(-1)[:, None] if branches == 1 else logits.topk(branches).indices
+                )
+                token, logp = (
+                    best.flatten(),
+                    torch.log_softmax(logits, -1).gather(-1, best).flatten(),
+                )
             else:
                 token, logp = sample_token(logits / temperature, u[:, t], top_k, top_p)
             if branches > 1:
@@ -394,7 +531,16 @@ def steps(
     Raises: WrongInput before compute; FloatingPointError on NaN; ValueError for a row that has ended.
     """
     stop, seeds = _check(
-        model, tokenizer, prompts, num_generations, max_new_tokens, temperature, top_p, top_k, stop, seeds
+        model,
+        tokenizer,
+        prompts,
+        num_generations,
+        max_new_tokens,
+        temperature,
+        top_p,
+        top_k,
+        stop,
+        seeds,
     )
     vocab = model.config.get_text_config(decoder=True).vocab_size
     if not _whole(branches) or not 1 <= branches <= vocab or branches > 1 and temperature:
@@ -404,7 +550,16 @@ def steps(
         )
     rows = _rows(model, tokenizer, num_generations, stop, seeds)
     return _write(
-        model, prompts, rows, num_generations, max_new_tokens, temperature, top_p, top_k, share, branches
+        model,
+        prompts,
+        rows,
+        num_generations,
+        max_new_tokens,
+        temperature,
+        top_p,
+        top_k,
+        share,
+        branches,
     )
 
 
@@ -428,15 +583,44 @@ def rollout(
     share: bool = True,  # False: a copy of the prompt's keys and values for each row, the plain twin of the fast path
 ) -> Rollout:
     "Samples completions of `prompts` in evaluation mode, without gradients; raises WrongInput before compute, FloatingPointError on NaN."
-    stop, seeds = _check(model, tokenizer, prompts, num_generations, max_new_tokens, temperature, top_p, top_k, stop, seeds)
+    stop, seeds = _check(
+        model,
+        tokenizer,
+        prompts,
+        num_generations,
+        max_new_tokens,
+        temperature,
+        top_p,
+        top_k,
+        stop,
+        seeds,
+    )
     rows, n = _rows(model, tokenizer, num_generations, stop, seeds), len(prompts)
-    by_length, part = sorted(range(n), key=lambda i: -len(prompts[i])), max(1, at_once // num_generations)
+    by_length, part = (
+        sorted(range(n), key=lambda i: -len(prompts[i])),
+        max(1, at_once // num_generations),
+    )
     for start in range(0, n, part):
         chosen = by_length[start : start + part]
         some = [rows[i * num_generations + k] for i in chosen for k in range(num_generations)]
-        for _ in _write(model, [prompts[i] for i in chosen], some, num_generations, max_new_tokens, temperature, top_p, top_k, share, 1):
+        for _ in _write(
+            model,
+            [prompts[i] for i in chosen],
+            some,
+            num_generations,
+            max_new_tokens,
+            temperature,
+            top_p,
+            top_k,
+            share,
+            1,
+        ):
             pass  # a row keeps what it wrote
     return Rollout(
-        [prompts[row.prompt] for row in rows], [row.tokens for row in rows], [row.logps for row in rows],
-        [row.text for row in rows], [row.ended for row in rows], num_generations,
-    )  # fmt: skip
+        [prompts[row.prompt] for row in rows],
+        [row.tokens for row in rows],
+        [row.logps for row in rows],
+        [row.text for row in rows],
+        [row.ended for row in rows],
+        num_generations,
+    )

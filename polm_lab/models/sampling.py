@@ -55,11 +55,15 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     return logits
 
 
-def sample_token(logits: Tensor, u: Tensor, top_k: int = 0, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
+def sample_token(
+    logits: Tensor, u: Tensor, top_k: int = 0, top_p: float = 1.0
+) -> tuple[Tensor, Tensor]:
     "A token [rows] by inverse CDF from fp32 logits [rows, vocab] and u [rows] in (0, 1), and its log-softmax over all tokens [rows]."
     logp = torch.log_softmax(logits, -1)
     # float64: in fp32 the running sum over a large vocabulary is off by more than a rare token's probability
     cdf = filter_logits(logp, top_k, top_p).double().exp_().cumsum_(-1)
     # the first entry above u * total, so never a token of probability zero; the clamp keeps NaN in range until it is reported
-    token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp_max_(logits.shape[-1] - 1)
+    token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp_max_(
+        logits.shape[-1] - 1
+    )
     return token[:, 0], logp.gather(-1, token)[:, 0]

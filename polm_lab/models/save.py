@@ -35,7 +35,11 @@ def _loaded_models(module) -> list:
     "The models in `module` that `load_model` made; of one with an adapter the whole, not the base in it."
     found, inside = [], set()
     for part in module.modules():
-        if part not in inside and ("file_dtypes" in vars(part) or hasattr(part, "peft_config") and hasattr(part, "file_dtypes")):
+        if part not in inside and (
+            "file_dtypes" in vars(part)
+            or hasattr(part, "peft_config")
+            and hasattr(part, "file_dtypes")
+        ):
             found.append(part)
             inside |= set(part.modules())
     return found
@@ -55,12 +59,22 @@ def round_weights(module, save_dtype: str = "auto") -> list[str]:
         plan = model.file_dtypes if save_dtype == "auto" else {"": getattr(torch, save_dtype)}
         tensors = {name: t for name, t in _saved_tensors(model).items() if t.is_floating_point()}
         limit = torch.finfo(torch.float16).max
-        large = [name for name, t in tensors.items() if plan.get(name, plan[""]) == torch.float16 and t.numel() and limit < t.abs().max() < float("inf")]
+        large = [
+            name
+            for name, t in tensors.items()
+            if plan.get(name, plan[""]) == torch.float16
+            and t.numel()
+            and limit < t.abs().max() < float("inf")
+        ]
         if large:
-            said.append(f"{large[0]} is beyond {limit:g}, the end of float16: the model is saved in float32")
+            said.append(
+                f"{large[0]} is beyond {limit:g}, the end of float16: the model is saved in float32"
+            )
             plan = {"": torch.float32}
         if len(plan) > 1:
-            said.append(f"the files of the model hold several types: {len(plan) - 1} tensors are saved in their own, the others in {plan['']}")
+            said.append(
+                f"the files of the model hold several types: {len(plan) - 1} tensors are saved in their own, the others in {plan['']}"
+            )
         with torch.no_grad():
             for name, t in tensors.items():
                 wanted = plan.get(name, plan[""])
@@ -144,7 +158,9 @@ def save_model(model, tokenizer, folder, state_dict=None) -> Path:
     folder = Path(folder)
     fresh, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     if folder.exists() and not folder.is_dir():
-        raise WrongInput(f"{folder}: a file is in the way; expected a folder, or nothing; give another place")
+        raise WrongInput(
+            f"{folder}: a file is in the way; expected a folder, or nothing; give another place"
+        )
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     fresh.mkdir(parents=True)
@@ -152,7 +168,9 @@ def save_model(model, tokenizer, folder, state_dict=None) -> Path:
         with quiet_libraries():
             if hasattr(model, "peft_config"):
                 more = {} if state_dict is None else {"state_dict": state_dict}
-                more["save_embedding_layers"] = getattr(model, "brings_embeddings", False)  # auto would ask the Hub about the base model
+                more["save_embedding_layers"] = getattr(
+                    model, "brings_embeddings", False
+                )  # auto would ask the Hub about the base model
                 model.save_pretrained(fresh, **more)
                 if "save_dtypes" in vars(model):
                     _cast_adapter(fresh, model.save_dtypes)

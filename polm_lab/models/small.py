@@ -25,10 +25,17 @@ def byte_tokenizer(begin: str = "<s>", end: str = "</s>", pad: str = "") -> PreT
 def small_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
     "Make a random Llama, a function of `seed`: 2 blocks of width 64, 258 tokens, context 128, tied embeddings."
     shape = dict(
-        vocab_size=258, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-        bos_token_id=0, eos_token_id=1, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=258,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=0,
+        eos_token_id=1,
+        tie_word_embeddings=True,
+    )
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**shape | changes))
 

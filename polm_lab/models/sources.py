@@ -20,7 +20,14 @@ from ..core.machine import data_folder, first_line, quiet_libraries
 from ..core.run import runs_folder
 
 # %% ../../nbs/models/sources.ipynb #e2622c47
-HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]  # neither code nor pickles are even downloaded
+HUB_FILES = [
+    "*.json",
+    "*.jinja",
+    "*.safetensors",
+    "*.model",
+    "*.txt",
+    "*.tiktoken",
+]  # neither code nor pickles are even downloaded
 
 
 def built_in_models() -> dict[str, Path]:
@@ -45,13 +52,17 @@ def model_path(spec) -> Path:
     for folder in (Path(text).expanduser(), runs_folder() / text):
         if text and folder.is_dir() and (folder / "run.json").is_file():
             if not _holds_model(folder / "model"):
-                raise WrongInput(f"{folder}: this run has left no model; start from a run that finished, or from another model")
+                raise WrongInput(
+                    f"{folder}: this run has left no model; start from a run that finished, or from another model"
+                )
             return folder / "model"
         if text and folder.is_dir() and folder == Path(text).expanduser():
             return folder
     runs = [p.parent.name for p in runs_folder().glob("*/run.json")]
     if not text or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text:
-        raise WrongInput(f"model {text!r}: no such folder; expected a built-in model, a folder, a run or a Hub id; {nearest(text, [*built_in, *runs[-10:]])}")
+        raise WrongInput(
+            f"model {text!r}: no such folder; expected a built-in model, a folder, a run or a Hub id; {nearest(text, [*built_in, *runs[-10:]])}"
+        )
     return _hub_folder(text, nearest(text, [*built_in, *runs[-10:]]))
 
 
@@ -60,7 +71,9 @@ def _hub_folder(spec: str, known: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     name, _, revision = spec.partition("@")
-    get = functools.partial(snapshot_download, name, revision=revision or None, allow_patterns=HUB_FILES)
+    get = functools.partial(
+        snapshot_download, name, revision=revision or None, allow_patterns=HUB_FILES
+    )
     cached = None
     try:
         cached = Path(get(local_files_only=True))
@@ -69,7 +82,9 @@ def _hub_folder(spec: str, known: str) -> Path:
     except Exception:  # not in the cache, or only a part of it
         pass
     try:
-        HfApi().model_info(name, revision=revision or None, timeout=10)  # asks once; a download without network would try for half a minute
+        HfApi().model_info(
+            name, revision=revision or None, timeout=10
+        )  # asks once; a download without network would try for half a minute
         return Path(get())
     except Exception as error:
         if cached is not None and _holds_model(cached):
@@ -86,9 +101,13 @@ def adapter_base(folder: Path) -> str:
     try:
         base = json.loads(file.read_text()).get("base_model_name_or_path")
     except (ValueError, OSError, AttributeError) as error:
-        raise WrongInput(f"{file}: cannot be read ({first_line(error)}); copy the file again") from None
+        raise WrongInput(
+            f"{file}: cannot be read ({first_line(error)}); copy the file again"
+        ) from None
     if not base:
-        raise WrongInput(f"{file}: no base_model_name_or_path; expected the model that the adapter belongs to; write it there")
+        raise WrongInput(
+            f"{file}: no base_model_name_or_path; expected the model that the adapter belongs to; write it there"
+        )
     return base
 
 # %% ../../nbs/models/sources.ipynb #a20f2ad1
@@ -100,26 +119,49 @@ def find_weight_files(folder: Path) -> list[Path]:
     index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
             files = [folder / Path(name).name for name in names]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise WrongInput(f"{index}: not an index of shards ({first_line(error)}); copy the file again") from None
+            raise WrongInput(
+                f"{index}: not an index of shards ({first_line(error)}); copy the file again"
+            ) from None
     else:
         files = [folder / f"{stem}.safetensors"]
     for file in files:
         if not file.is_file():
-            pickles = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))
-            found = f"found the pickle {pickles[0]}, which is never opened because unpickling can run code" if pickles else "it is not there"
-            raise WrongInput(f"{file}: {found}; expected weights as safetensors; " + ("convert them, or use" if pickles else "copy the file, or use") + " another model")
+            pickles = sorted(
+                p.name
+                for p in folder.glob("*")
+                if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+            )
+            found = (
+                f"found the pickle {pickles[0]}, which is never opened because unpickling can run code"
+                if pickles
+                else "it is not there"
+            )
+            raise WrongInput(
+                f"{file}: {found}; expected weights as safetensors; "
+                + ("convert them, or use" if pickles else "copy the file, or use")
+                + " another model"
+            )
         try:
             with safe_open(file, framework="pt") as opened:
                 opened.keys()
         except Exception as error:
-            raise WrongInput(f"{file}: {file.stat().st_size} bytes, truncated or damaged ({first_line(error)}); copy or download the file again") from None
+            raise WrongInput(
+                f"{file}: {file.stat().st_size} bytes, truncated or damaged ({first_line(error)}); copy or download the file again"
+            ) from None
     return files
 
 # %% ../../nbs/models/sources.ipynb #7c20d4f1
-FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # names in the format -> torch
+FLOATS = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+}  # names in the format -> torch
 
 
 def safetensors_header(file: Path) -> dict[str, dict]:
@@ -137,7 +179,12 @@ def file_dtypes(folder) -> dict:
     """
     import torch
 
-    headers = {name: facts for file in find_weight_files(Path(folder)) for name, facts in safetensors_header(file).items() if facts["dtype"] in FLOATS}
+    headers = {
+        name: facts
+        for file in find_weight_files(Path(folder))
+        for name, facts in safetensors_header(file).items()
+        if facts["dtype"] in FLOATS
+    }
     sizes = collections.Counter()
     for facts in headers.values():
         sizes[facts["dtype"]] += math.prod(facts["shape"]) * int(re.sub(r"\D", "", facts["dtype"]))
@@ -146,11 +193,15 @@ def file_dtypes(folder) -> dict:
     common = sizes.most_common(1)[0][0]
     odd = {name: facts["dtype"] for name, facts in headers.items() if facts["dtype"] != common}
     names = weight_names(folder, headers) if odd else {}
-    found = {names[name]: getattr(torch, FLOATS[dtype]) for name, dtype in odd.items() if names.get(name)}
+    found = {
+        names[name]: getattr(torch, FLOATS[dtype]) for name, dtype in odd.items() if names.get(name)
+    }
     return {"": getattr(torch, FLOATS[common])} | found
 
 # %% ../../nbs/models/sources.ipynb #ee56623c
-SCORER = "ForSequenceClassification"  # how transformers calls a model whose head gives one score a text
+SCORER = (
+    "ForSequenceClassification"  # how transformers calls a model whose head gives one score a text
+)
 
 # %% ../../nbs/models/sources.ipynb #b48a1d63
 OLD_BUFFERS = r"\.masked_bias$"  # a constant of old files, which transformers reports as unknown
@@ -162,9 +213,15 @@ def _skeleton_of(folder: Path, changed: float):
     import transformers
 
     kind = str((read_config(folder).get("architectures") or [""])[0])
-    auto = transformers.AutoModelForSequenceClassification if kind.endswith(SCORER) else transformers.AutoModelForCausalLM
+    auto = (
+        transformers.AutoModelForSequenceClassification
+        if kind.endswith(SCORER)
+        else transformers.AutoModelForCausalLM
+    )
     with quiet_libraries(), torch.device("meta"):
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
         return auto.from_config(config, trust_remote_code=False)
 
 
@@ -190,11 +247,19 @@ def weight_sources(folder, names) -> dict[str, tuple[str | None, object, str | N
     renamings = [step for step in mapping if not isinstance(step, WeightConverter)]
     by_pattern = {pattern: step for step in converters for pattern in step.source_patterns}
     ignored = [*(model._keys_to_ignore_on_load_unexpected or []), OLD_BUFFERS]
-    ignored += [rf"{ending}$" for ending in ("rotary_emb.inv_freq", "position_ids") if any(name.endswith(ending) for name in buffers)]
+    ignored += [
+        rf"{ending}$"
+        for ending in ("rotary_emb.inv_freq", "position_ids")
+        if any(name.endswith(ending) for name in buffers)
+    ]
     found = {}
     for name in names:
-        known, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if known not in state and (known in buffers or any(re.search(ending, known) for ending in ignored)):
+        known, pattern = rename_source_key(
+            name, renamings, converters, model.base_model_prefix, state
+        )
+        if known not in state and (
+            known in buffers or any(re.search(ending, known) for ending in ignored)
+        ):
             found[name] = None, None, None
         else:
             found[name] = known, by_pattern.get(pattern), pattern
@@ -217,9 +282,15 @@ def read_config(folder: Path) -> dict:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise WrongInput(f"{file}: not there; expected the configuration of a model in this folder; give the folder that holds config.json") from None
+        raise WrongInput(
+            f"{file}: not there; expected the configuration of a model in this folder; give the folder that holds config.json"
+        ) from None
     except (ValueError, OSError, RecursionError) as error:
-        raise WrongInput(f"{file}: cannot be read as JSON ({first_line(error)}); copy the file again") from None
+        raise WrongInput(
+            f"{file}: cannot be read as JSON ({first_line(error)}); copy the file again"
+        ) from None
     if not isinstance(config, dict) or not config.get("model_type"):
-        raise WrongInput(f"{file}: no model_type; expected the configuration of a transformers model; copy the file again")
+        raise WrongInput(
+            f"{file}: no model_type; expected the configuration of a transformers model; copy the file again"
+        )
     return config

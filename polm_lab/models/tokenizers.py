@@ -23,7 +23,15 @@ CHAT_TEMPLATES = {  # {BOS} is the beginning-of-sequence token if the tokenizer 
 }
 
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+)
 
 
 def has_chat_template(tokenizer) -> bool:
@@ -43,35 +51,53 @@ def load_tokenizer(spec, chat_template: str = ""):
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         if (folder / "adapter_config.json").is_file():
             return load_tokenizer(adapter_base(folder), chat_template)
-        raise WrongInput(f"{folder}: no tokenizer; expected tokenizer.json (or {', '.join(TOKENIZER_FILES[1:4])}); copy it from the model that this one was made from")
+        raise WrongInput(
+            f"{folder}: no tokenizer; expected tokenizer.json (or {', '.join(TOKENIZER_FILES[1:4])}); copy it from the model that this one was made from"
+        )
     try:
         with quiet_libraries():
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
     except Exception as error:  # whatever the parsers of a dozen formats raise
-        raise WrongInput(f"{folder}: the tokenizer cannot be read ({first_line(error)}); copy its files again") from None
+        raise WrongInput(
+            f"{folder}: the tokenizer cannot be read ({first_line(error)}); copy its files again"
+        ) from None
     if tokenizer.eos_token_id is None:
-        raise WrongInput(f"{folder}/tokenizer_config.json: no eos_token; expected the token that ends a text, without it nothing learns to stop; name one there")
+        raise WrongInput(
+            f"{folder}/tokenizer_config.json: no eos_token; expected the token that ends a text, without it nothing learns to stop; name one there"
+        )
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token if tokenizer.eos_token_id is not None else tokenizer.unk_token
+        tokenizer.pad_token = (
+            tokenizer.eos_token if tokenizer.eos_token_id is not None else tokenizer.unk_token
+        )
     if (folder / "config.json").is_file():
         rows = read_config(folder).get("vocab_size")
         if isinstance(rows, int) and len(tokenizer) > rows:
-            raise WrongInput(f"{folder}: the tokenizer has {len(tokenizer)} tokens and the model {rows} embeddings; expected no more tokens than embeddings; use the model's own tokenizer")
+            raise WrongInput(
+                f"{folder}: the tokenizer has {len(tokenizer)} tokens and the model {rows} embeddings; expected no more tokens than embeddings; use the model's own tokenizer"
+            )
     if chat_template:
         _set_template(tokenizer, chat_template)
     return tokenizer
 
-
+# %% ../../nbs/models/tokenizers.ipynb #650a0adc
 def _set_template(tokenizer, name: str):
     if name in CHAT_TEMPLATES:
-        with_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-        tokenizer.chat_template = CHAT_TEMPLATES[name].replace("{BOS}", "{{ bos_token }}" if with_bos else "")
+        with_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [
+            tokenizer.bos_token_id
+        ]
+        tokenizer.chat_template = CHAT_TEMPLATES[name].replace(
+            "{BOS}", "{{ bos_token }}" if with_bos else ""
+        )
     elif Path(name).is_file():
         from polm_lab.data.files import read_text
 
         tokenizer.chat_template = read_text(name)
     else:
-        raise WrongInput(f"chat template {name!r}: no such file; expected a .jinja file or a name; {nearest(name, CHAT_TEMPLATES)}")
+        raise WrongInput(
+            f"chat template {name!r}: no such file; expected a .jinja file or a name; {nearest(name, CHAT_TEMPLATES)}"
+        )
 
 # %% ../../nbs/models/tokenizers.ipynb #6572a4c6
 def token_texts(tokenizer, ids: list[int], places: list[int]) -> list[str]:

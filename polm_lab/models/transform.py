@@ -26,7 +26,15 @@ from .tokenizers import TOKENIZER_FILES
 from .weights import DTYPES, Weights, blocks, first_few
 
 # %% ../../nbs/models/transform.ipynb #ddb4031f
-COPIED = {*TOKENIZER_FILES, "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.json"}
+COPIED = {
+    *TOKENIZER_FILES,
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.json",
+}
 
 # %% ../../nbs/models/transform.ipynb #0689fbf7
 def shards_of(sizes: dict[str, int], most: int) -> list[list[str]]:
@@ -55,7 +63,9 @@ class ShardFiles:
         words = {dtype: word for word, dtype in DTYPES.items()}
         for name in names:
             dtype, shape = self.plan[name]
-            header[name] = dict(dtype=words[dtype], shape=list(shape), data_offsets=[end, end + sizes[name]])
+            header[name] = dict(
+                dtype=words[dtype], shape=list(shape), data_offsets=[end, end + sizes[name]]
+            )
             end += sizes[name]
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # so that the tensors are aligned
@@ -73,17 +83,37 @@ class ShardFiles:
                 written = os.pwrite(descriptor, data, at)
                 data, at = data[written:], at + written
         except OSError as error:
-            reason = "No space left on device" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
-            raise OSError(error.errno, f"{reason} while writing {name}; the inputs are as they were, nothing was left behind", str(self.folder)) from None
+            reason = (
+                "No space left on device"
+                if error.errno in (errno.ENOSPC, errno.EDQUOT)
+                else error.strerror
+            )
+            raise OSError(
+                error.errno,
+                f"{reason} while writing {name}; the inputs are as they were, nothing was left behind",
+                str(self.folder),
+            ) from None
 
     def write(self, name: str, rows: Tensor, start: int = 0) -> None:
         "Put rows of tensor `name`, from row `start` on, in their place; threads may write at once. Each row is to be written once."
         dtype, shape = self.plan[name]
-        if dtype == torch.float16 and rows.dtype != dtype and rows.numel() and rows.abs().max() > torch.finfo(dtype).max:
-            raise WrongInput(f"{name}: a weight of {rows.abs().max():g}; float16 ends at {torch.finfo(dtype).max:g}; set save_dtype to bfloat16 or float32")
+        if (
+            dtype == torch.float16
+            and rows.dtype != dtype
+            and rows.numel()
+            and rows.abs().max() > torch.finfo(dtype).max
+        ):
+            raise WrongInput(
+                f"{name}: a weight of {rows.abs().max():g}; float16 ends at {torch.finfo(dtype).max:g}; set save_dtype to bfloat16 or float32"
+            )
         rows = rows.detach().to("cpu", dtype).contiguous()
         descriptor, at = self._at[name]
-        self._put(descriptor, rows.view(-1).view(torch.uint8).numpy(), at + start * math.prod(shape[1:]) * dtype.itemsize, name)
+        self._put(
+            descriptor,
+            rows.view(-1).view(torch.uint8).numpy(),
+            at + start * math.prod(shape[1:]) * dtype.itemsize,
+            name,
+        )
         with self._lock:
             self.left[name] -= rows.numel() * dtype.itemsize
 
@@ -101,11 +131,20 @@ class Writer(ShardFiles):
     is there when the block ends, whole, or not at all. Raises `WrongInput` where it cannot be written or the disk has no room, and `OSError` where the disk fills up on the way.
     """
 
-    def __init__(self, folder, plan: dict[str, tuple[torch.dtype, tuple]], like: Path, config: dict | None = None, shard_bytes: int = 5 * 10**9):
+    def __init__(
+        self,
+        folder,
+        plan: dict[str, tuple[torch.dtype, tuple]],
+        like: Path,
+        config: dict | None = None,
+        shard_bytes: int = 5 * 10**9,
+    ):
         folder, self.like, self.config = Path(folder).absolute(), Path(like), config or {}
         super().__init__(folder.with_name(f".{folder.name}.new"), folder, plan)
         if self.folder.resolve() == self.like.resolve():
-            raise WrongInput(f"{self.folder}: this is an input; expected another folder to write to")
+            raise WrongInput(
+                f"{self.folder}: this is an input; expected another folder to write to"
+            )
         sizes = dict(self.left)
         shards = shards_of(sizes, shard_bytes)
         try:
@@ -113,15 +152,27 @@ class Writer(ShardFiles):
             shutil.rmtree(self.fresh, ignore_errors=True)
             free = shutil.disk_usage(self.folder.parent).free
             if self.folder.is_file():
-                raise WrongInput(f"{self.folder}: a file is in the way; expected a folder, or nothing; give another place")
+                raise WrongInput(
+                    f"{self.folder}: a file is in the way; expected a folder, or nothing; give another place"
+                )
             if free < self.total:
-                raise WrongInput(f"{self.folder}: the disk has {free / 2**20:.0f} MiB left and {self.total / 2**20:.0f} are needed; make room, or give another place")
+                raise WrongInput(
+                    f"{self.folder}: the disk has {free / 2**20:.0f} MiB left and {self.total / 2**20:.0f} are needed; make room, or give another place"
+                )
             self.fresh.mkdir()
         except OSError as error:
-            raise WrongInput(f"{self.folder}: cannot be written ({error.strerror}); give another place") from None
+            raise WrongInput(
+                f"{self.folder}: cannot be written ({error.strerror}); give another place"
+            ) from None
         try:
             for number, names in enumerate(shards, 1):
-                self._begin("model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors", names, sizes)
+                self._begin(
+                    "model.safetensors"
+                    if len(shards) == 1
+                    else f"model-{number:05d}-of-{len(shards):05d}.safetensors",
+                    names,
+                    sizes,
+                )
         except BaseException:
             self.abandon()
             raise
@@ -140,9 +191,16 @@ class Writer(ShardFiles):
             if file.name in COPIED or file.suffix in (".jinja", ".tiktoken"):
                 shutil.copyfile(file, self.fresh / file.name)
         config = json.loads((self.like / "config.json").read_text())
-        dtype = next((str(d).removeprefix("torch.") for d, _ in self.plan.values() if d.is_floating_point), None)
-        config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config and dtype} | self.config
-        (self.fresh / "config.json").write_text(json.dumps(config, indent=2))  # last: without it nothing loads
+        dtype = next(
+            (str(d).removeprefix("torch.") for d, _ in self.plan.values() if d.is_floating_point),
+            None,
+        )
+        config |= {
+            key: dtype for key in ("dtype", "torch_dtype") if key in config and dtype
+        } | self.config
+        (self.fresh / "config.json").write_text(
+            json.dumps(config, indent=2)
+        )  # last: without it nothing loads
         old = self.folder.with_name(f".{self.folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if self.folder.exists():
@@ -167,7 +225,9 @@ def walk(items: Iterable, work: Callable, threads: int | None = None) -> list:
     items, before = list(items), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(max(1, threads or before), initializer=lambda: torch.set_num_threads(1)) as pool:
+        with ThreadPoolExecutor(
+            max(1, threads or before), initializer=lambda: torch.set_num_threads(1)
+        ) as pool:
             jobs = [pool.submit(work, item) for item in items]
             try:
                 done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
@@ -183,9 +243,13 @@ def walk(items: Iterable, work: Callable, threads: int | None = None) -> list:
 
 def check_finite(values: Tensor, model: Weights, name: str, start: int = 0) -> Tensor:
     "The same values; raises `WrongInput` with the place of the first that is NaN or infinite. `start` is the number of the first row."
-    if not math.isfinite(values.sum().item()) and not values.isfinite().all():  # a sum is several times as fast as looking at each
+    if (
+        not math.isfinite(values.sum().item()) and not values.isfinite().all()
+    ):  # a sum is several times as fast as looking at each
         at = (~values.isfinite()).nonzero()[0].tolist()
-        raise WrongInput(f"{model.spec}: {name}[{', '.join(map(str, [at[0] + start, *at[1:]]))}] is {values[tuple(at)].item()}; expected finite weights; train or copy this model again")
+        raise WrongInput(
+            f"{model.spec}: {name}[{', '.join(map(str, [at[0] + start, *at[1:]]))}] is {values[tuple(at)].item()}; expected finite weights; train or copy this model again"
+        )
     return values
 
 
@@ -201,7 +265,9 @@ class Block:
     def part(self, number: int) -> Tensor:
         "The rows of one model, a tensor of its own in fp32."
         rows = self.models[number].read(self.name, self.start, self.stop)
-        return check_finite(rows.to(torch.float32, copy=True), self.models[number], self.name, self.start)
+        return check_finite(
+            rows.to(torch.float32, copy=True), self.models[number], self.name, self.start
+        )
 
     def parts(self) -> list[Tensor]:
         return [self.part(number) for number in range(len(self.models))]
@@ -220,9 +286,16 @@ def each_block(models: list[Weights], name: str) -> Iterable[Block]:
 
 # %% ../../nbs/models/transform.ipynb #bffe661e
 def transform(
-    models: list[Weights], out, compute: Callable[[str], Callable[[Block], Tensor]], dtype: torch.dtype | None = None, config: dict | None = None,
-    shard_bytes: int = 5 * 10**9, threads: int | None = None, before: Callable[[str], None] | None = None, like: Path | None = None,
-) -> Path:  # fmt: skip
+    models: list[Weights],
+    out,
+    compute: Callable[[str], Callable[[Block], Tensor]],
+    dtype: torch.dtype | None = None,
+    config: dict | None = None,
+    shard_bytes: int = 5 * 10**9,
+    threads: int | None = None,
+    before: Callable[[str], None] | None = None,
+    like: Path | None = None,
+) -> Path:
     """Write a model whose tensors have the names and shapes of `models[0]`, computed block by block from those of all `models`.
 
     `compute(name)` is called once a tensor and may read it whole, block by block; it returns the function that makes a block. Integers and booleans must agree in all models and are
@@ -230,7 +303,10 @@ def transform(
     folder that tokenizer and configuration are copied from, by default the first model's.
     """
     first = models[0]
-    plan = {name: (dtype if dtype and e.dtype.is_floating_point else e.dtype, e.shape) for name, e in first.entries.items()}
+    plan = {
+        name: (dtype if dtype and e.dtype.is_floating_point else e.dtype, e.shape)
+        for name, e in first.entries.items()
+    }
 
     def one(name):
         if before:
@@ -238,7 +314,9 @@ def transform(
         if not first.entries[name].dtype.is_floating_point:
             for model in models[1:]:
                 if not torch.equal(model.read(name), first.read(name)):
-                    raise WrongInput(f"{model.spec}: {name} holds {str(first.entries[name].dtype)[6:]} and differs from {first.spec}; expected equal values: only floats are computed")
+                    raise WrongInput(
+                        f"{model.spec}: {name} holds {str(first.entries[name].dtype)[6:]} and differs from {first.spec}; expected equal values: only floats are computed"
+                    )
             return writer.write(name, first.read(name))
         make = compute(name)
         for block in each_block(models, name):

@@ -30,10 +30,22 @@ from .tokenizers import load_tokenizer
 
 # %% ../../nbs/models/weights.ipynb #963aac4e
 DTYPES = {  # names in the format -> torch
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+}
 NEAR = 1 << 21  # bytes before a place that is read which the system may map along with it
 BLOCK = 1 << 18  # entries of a block: in fp32 it fits a core's own cache a few times over
 
@@ -52,7 +64,9 @@ def read_header(file: Path) -> dict[str, Entry]:
     "The tensors of a safetensors file, in the order of their bytes. Raises `WrongInput` for a file that is truncated, damaged, or of an unknown dtype."
 
     def wrong(found):
-        return WrongInput(f"{file}: {found}; expected a safetensors file; copy or download it again")
+        return WrongInput(
+            f"{file}: {found}; expected a safetensors file; copy or download it again"
+        )
 
     try:
         length = file.stat().st_size
@@ -63,11 +77,22 @@ def read_header(file: Path) -> dict[str, Entry]:
                 raise wrong(f"{length} bytes, truncated or no safetensors file")
             header = json.loads(opened.read(size))
         header.pop("__metadata__", None)
-        found = {name: Entry(file, DTYPES[t["dtype"]], tuple(t["shape"]), 8 + size + t["data_offsets"][0], t["data_offsets"][1] - t["data_offsets"][0]) for name, t in header.items()}
+        found = {
+            name: Entry(
+                file,
+                DTYPES[t["dtype"]],
+                tuple(t["shape"]),
+                8 + size + t["data_offsets"][0],
+                t["data_offsets"][1] - t["data_offsets"][0],
+            )
+            for name, t in header.items()
+        }
     except WrongInput:
         raise
     except OSError as error:
-        raise WrongInput(f"{file}: {error.strerror}; expected weights as safetensors; copy the file, or use another model") from None
+        raise WrongInput(
+            f"{file}: {error.strerror}; expected weights as safetensors; copy the file, or use another model"
+        ) from None
     except KeyError as error:
         raise wrong(f"a tensor with {error} in the header") from None
     except (ValueError, TypeError, AttributeError, IndexError, RecursionError):
@@ -75,11 +100,15 @@ def read_header(file: Path) -> dict[str, Entry]:
     for name, entry in found.items():
         if not all(type(n) is int and n >= 0 for n in (*entry.shape, entry.start, entry.size)):
             raise wrong("its header is damaged")
-        if entry.size != math.prod(entry.shape) * entry.dtype.itemsize or entry.start + entry.size > length or entry.start < 8 + size:
+        if (
+            entry.size != math.prod(entry.shape) * entry.dtype.itemsize
+            or entry.start + entry.size > length
+            or entry.start < 8 + size
+        ):
             raise wrong(f"{length} bytes, truncated or damaged: {name} does not fit")
     return dict(sorted(found.items(), key=lambda item: item[1].start))
 
-
+# %% ../../nbs/models/weights.ipynb #e21eb1cd
 def blocks(shape: tuple[int, ...], entries: int = BLOCK) -> list[tuple[int, int]]:
     "A tensor as ranges (start, stop) of its first dimension, of about so many entries each; a vector or a number is one range."
     if len(shape) < 2:
@@ -98,14 +127,24 @@ class Weights:
         self.spec, self.folder = str(spec), model_path(spec)
         index = self.folder / "model.safetensors.index.json"
         if (self.folder / "adapter_config.json").is_file():
-            raise WrongInput(f"{self.folder}: an adapter, not a whole model; expected all weights; the methods merge and fuse merge an adapter into its base first, as `open_weights` does")
+            raise WrongInput(
+                f"{self.folder}: an adapter, not a whole model; expected all weights; the methods merge and fuse merge an adapter into its base first, as `open_weights` does"
+            )
         try:
             self.config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+            files = (
+                sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                if index.is_file()
+                else ["model.safetensors"]
+            )
         except OSError as error:
-            raise WrongInput(f"{self.folder / 'config.json'}: {error.strerror}; expected a model's folder with config.json") from None
+            raise WrongInput(
+                f"{self.folder / 'config.json'}: {error.strerror}; expected a model's folder with config.json"
+            ) from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise WrongInput(f"{self.folder}: config.json or the index of shards cannot be read ({type(error).__name__}); copy the files again") from None
+            raise WrongInput(
+                f"{self.folder}: config.json or the index of shards cannot be read ({type(error).__name__}); copy the files again"
+            ) from None
         self.entries: dict[str, Entry] = {}
         for file in files:
             self.entries |= read_header(self.folder / Path(file).name)
@@ -156,25 +195,47 @@ def first_few(names: Iterable[str]) -> str:
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
-def differences(model: Weights, first: Weights, dtypes: bool = True, rows_of: Iterable[str] = ()) -> str:
+def differences(
+    model: Weights, first: Weights, dtypes: bool = True, rows_of: Iterable[str] = ()
+) -> str:
     """What differs between two models, in words; empty if they can be walked side by side.
 
     `rows_of` names tensors whose number of rows may differ (embeddings); `dtypes` asks for equal types too, else only floats must meet floats.
     """
-    kinds = [(key, model.config.get(key), first.config.get(key)) for key in ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "tie_word_embeddings")]
+    kinds = [
+        (key, model.config.get(key), first.config.get(key))
+        for key in (
+            "model_type",
+            "num_hidden_layers",
+            "hidden_size",
+            "num_attention_heads",
+            "tie_word_embeddings",
+        )
+    ]
     for key, a, b in kinds:
         if a != b:
             return f"{key} is {a}, not {b}"
-    for names, word in ((first.entries.keys() - model.entries.keys(), "lacks"), (model.entries.keys() - first.entries.keys(), "has in excess")):
+    for names, word in (
+        (first.entries.keys() - model.entries.keys(), "lacks"),
+        (model.entries.keys() - first.entries.keys(), "has in excess"),
+    ):
         if names:
             return f"{word} {first_few(names)}"
     free = set(rows_of)
-    shapes = {n: (e.shape, first.entries[n].shape) for n, e in model.entries.items() if e.shape[n in free :] != first.entries[n].shape[n in free :]}
+    shapes = {
+        n: (e.shape, first.entries[n].shape)
+        for n, e in model.entries.items()
+        if e.shape[n in free :] != first.entries[n].shape[n in free :]
+    }
     if shapes:
         name = min(shapes)
         return f"{first_few(shapes)} is {list(shapes[name][0])}, not {list(shapes[name][1])}"
     types = {n: (e.dtype, first.entries[n].dtype) for n, e in model.entries.items()}
-    types = {n: (a, b) for n, (a, b) in types.items() if a != b and (dtypes or a.is_floating_point != b.is_floating_point)}
+    types = {
+        n: (a, b)
+        for n, (a, b) in types.items()
+        if a != b and (dtypes or a.is_floating_point != b.is_floating_point)
+    }
     if types:
         name = min(types)
         return f"{first_few(types)} is {types[name][0]}, not {types[name][1]}".replace("torch.", "")
@@ -186,7 +247,9 @@ def check_alike(models: list[Weights], dtypes: bool = True, rows_of: Iterable[st
     for model in models[1:]:
         found = differences(model, models[0], dtypes, rows_of)
         if found:
-            raise WrongInput(f"{model.spec}: {found} as in {models[0].spec}; expected models of one architecture with the same tensors; leave this one out")
+            raise WrongInput(
+                f"{model.spec}: {found} as in {models[0].spec}; expected models of one architecture with the same tensors; leave this one out"
+            )
 
 # %% ../../nbs/models/weights.ipynb #f83a2e7d
 def _equal(model: Weights, one: str, other: str) -> bool:
@@ -212,8 +275,13 @@ def renamed(model: Weights) -> Weights:
     named = copy.copy(model)
     named.config, named.ties, named.parts = dict(model.config), {}, {}
     try:
-        sources, ties = weight_sources(model.folder, model.entries), skeleton(model.folder).all_tied_weights_keys
-    except Exception:  # whatever transformers raises for a configuration that it cannot make a model of
+        sources, ties = (
+            weight_sources(model.folder, model.entries),
+            skeleton(model.folder).all_tied_weights_keys,
+        )
+    except (
+        Exception
+    ):  # whatever transformers raises for a configuration that it cannot make a model of
         return named
     named.entries = {}
     for name, (known, converter, pattern) in sources.items():
@@ -225,7 +293,9 @@ def renamed(model: Weights) -> Weights:
         if tied in named.entries and source not in named.entries:
             named.entries[source] = named.entries.pop(tied)
         elif tied in named.entries and not _equal(named, tied, source):
-            if named.entries[tied].shape == named.entries[source].shape:  # such a model is loaded with both
+            if (
+                named.entries[tied].shape == named.entries[source].shape
+            ):  # such a model is loaded with both
                 named.config["tie_word_embeddings"] = False
             continue
         named.entries.pop(tied, None)
@@ -244,21 +314,40 @@ class Converted(Weights):
 
         self.__dict__.update(model.__dict__)
         self.inner, self.kept, self.recipes, groups = model, threading.local(), {}, {}
-        self.entries = {name: entry for name, entry in model.entries.items() if name not in model.parts}
+        self.entries = {
+            name: entry for name, entry in model.entries.items() if name not in model.parts
+        }
         for name in sorted(model.parts, key=dot_natural_key):
             groups.setdefault(model.parts[name][0], []).append(name)
         for known, names in groups.items():
-            for made, value in self._convert(known, names, lambda e: torch.empty(e.shape, dtype=e.dtype, device="meta")).items():
-                self.entries[made] = Entry(model.entries[names[0]].file, value.dtype, tuple(value.shape), 0, value.numel() * value.dtype.itemsize)
+            for made, value in self._convert(
+                known, names, lambda e: torch.empty(e.shape, dtype=e.dtype, device="meta")
+            ).items():
+                self.entries[made] = Entry(
+                    model.entries[names[0]].file,
+                    value.dtype,
+                    tuple(value.shape),
+                    0,
+                    value.numel() * value.dtype.itemsize,
+                )
                 self.recipes[made] = known, names
 
-    def _convert(self, known: str, names: list[str], value: Callable | None = None) -> dict[str, Tensor]:
+    def _convert(
+        self, known: str, names: list[str], value: Callable | None = None
+    ) -> dict[str, Tensor]:
         "The weights that come of the tensors `names`, by name; `value(entry)` stands for their values."
         model, converter = skeleton(self.folder), copy.deepcopy(self.inner.parts[names[0]][1])
         for name in names:
-            converter.add_tensor(known, name, self.inner.parts[name][2], value(self.inner.entries[name]) if value else self.inner.read(name))
+            converter.add_tensor(
+                known,
+                name,
+                self.inner.parts[name][2],
+                value(self.inner.entries[name]) if value else self.inner.read(name),
+            )
         made = converter.convert(known, model=model, config=model.config)
-        return {name: found[0] if isinstance(found, list) else found for name, found in made.items()}
+        return {
+            name: found[0] if isinstance(found, list) else found for name, found in made.items()
+        }
 
     def read(self, name, start=0, stop=None):
         if name not in self.recipes:
@@ -274,7 +363,7 @@ class Converted(Weights):
         if name not in self.recipes:
             self.inner.release(name, start, stop)
 
-
+# %% ../../nbs/models/weights.ipynb #835f9a91
 def align_forms(models: list[Weights]) -> list[Weights]:
     "The models under the same names, as far as they are models of one kind; all untied if one is."
     if len({model.config.get("model_type") for model in models}) > 1:
@@ -304,6 +393,8 @@ def open_weights(spec, scratch: Path) -> Weights:
         model = merge_adapter(model)
     except WrongInput as error:
         raise WrongInput(f"{spec}: {error}") from None
-    opened = Weights(save_model(model, load_tokenizer(spec), Path(tempfile.mkdtemp(dir=scratch)) / "model"))
+    opened = Weights(
+        save_model(model, load_tokenizer(spec), Path(tempfile.mkdtemp(dir=scratch)) / "model")
+    )
     opened.spec, opened.dtype = str(spec), model.file_dtypes[""]
     return opened

@@ -32,9 +32,27 @@ from ..core.machine import my_share
 from ..finetuning.sft import sft_loss
 from .refine.trace import Ask, LocalWriter, Trace, trace_rows
 from .refine.self_critics import feedback_critic
-from .refine.corrections import chains, corrections, critiques, edits, sampled, spoiled_steps
+from polm_lab.reasoning.refine.corrections import (
+    chains,
+    corrections,
+    critiques,
+    edits,
+    sampled,
+    spoiled_steps,
+)
 from .refine.tiny_prompts import LANGUAGES, words_for, worked
-from .refine.rounds import Feedback, draft, edit, follow, forget, never, refine, revising, round_metrics, satisfied
+from polm_lab.reasoning.refine.rounds import (
+    Feedback,
+    draft,
+    edit,
+    follow,
+    forget,
+    never,
+    refine,
+    revising,
+    round_metrics,
+    satisfied,
+)
 from ..data.messages import as_completions, readable
 from .refine.tools import ToolCritic, scoring, tester
 from .refine.prompts import Words
@@ -44,16 +62,35 @@ from .refine.prompts import Words
 class Critic(Settings):
     "Settings of training on corrections."
 
-    algorithm: str = knob("editor", "what is trained", choices=("corrector", "selfee", "critique", "refiner", "editor", "coderl"))
-    data: str = knob("", "questions: a task, or a file or Hub id with a column answer or tests; empty: code for the editor and coderl, else sums")
-    prompt_style: str = knob("", "how the model is asked: english, or the forms of a task; empty: what the embedded model knows of the data, other models in English", choices=("", *LANGUAGES))
-    questions: int = knob(160, "training questions that answers are sampled for", "questions", low=2, log=True)
+    algorithm: str = knob(
+        "editor",
+        "what is trained",
+        choices=("corrector", "selfee", "critique", "refiner", "editor", "coderl"),
+    )
+    data: str = knob(
+        "",
+        "questions: a task, or a file or Hub id with a column answer or tests; empty: code for the editor and coderl, else sums",
+    )
+    prompt_style: str = knob(
+        "",
+        "how the model is asked: english, or the forms of a task; empty: what the embedded model knows of the data, other models in English",
+        choices=("", *LANGUAGES),
+    )
+    questions: int = knob(
+        160, "training questions that answers are sampled for", "questions", low=2, log=True
+    )
     num_generations: int = knob(2, "answers sampled for each", "answers", low=1)
     rounds: int = knob(2, "most rounds of the loop", "rounds", low=1, high=100)
-    token_budget: int = knob(600, "most tokens of the loop for one question", "tokens", low=1, log=True)
-    max_new_tokens: int = knob(48, "longest text that is written at once", "tokens", low=1, log=True)
+    token_budget: int = knob(
+        600, "most tokens of the loop for one question", "tokens", low=1, log=True
+    )
+    max_new_tokens: int = knob(
+        48, "longest text that is written at once", "tokens", low=1, log=True
+    )
     temperature: float = knob(1.0, "temperature of all that is written", low=0, high=10)
-    shown: int = knob(2, "unit tests that the editor is told of; the score asks for all", "tests", low=1)
+    shown: int = knob(
+        2, "unit tests that the editor is told of; the score asks for all", "tests", low=1
+    )
     steps: int = redefault("steps", 60)
     learning_rate: float = redefault("learning_rate", 5e-4)
 
@@ -67,7 +104,11 @@ def single_text_roles(words: Words) -> tuple[Callable, Callable, Callable]:
             trace.memory = [one.text]
         return [words.parted(t.row, one.text)[0] or "(nothing)" for t, one in zip(traces, said)]
 
-    return first, lambda traces, ask: [words.parted(t.row, t.memory[0])[1] for t in traces], lambda traces, feedbacks, ask: [f.hint for f in feedbacks]
+    return (
+        first,
+        lambda traces, ask: [words.parted(t.row, t.memory[0])[1] for t in traces],
+        lambda traces, feedbacks, ask: [f.hint for f in feedbacks],
+    )
 
 
 def stop_on_verdict(trace: Trace, feedback: Feedback) -> str:
@@ -82,29 +123,67 @@ def loop_roles(algorithm: str, words: Words, trained: Ask, shown: int) -> dict:
     match algorithm:
         case "corrector":
             better = revising(words, lambda t, f: words.correction(t.row, t.answer), "correction")
-            return loop | dict(critic=lambda traces, ask: [Feedback("")] * len(traces), reviser=mine(better), stop=never)
+            return loop | dict(
+                critic=lambda traces, ask: [Feedback("")] * len(traces),
+                reviser=mine(better),
+                stop=never,
+            )
         case "selfee":
             first, check, reviser = single_text_roles(words)
             return loop | dict(draft=mine(first), critic=check, reviser=reviser)
         case "critique":
-            return loop | dict(critic=mine(feedback_critic(words, contradiction=True)), reviser=mine(follow(words)))
+            return loop | dict(
+                critic=mine(feedback_critic(words, contradiction=True)), reviser=mine(follow(words))
+            )
         case "refiner":
-            return loop | dict(critic=mine(feedback_critic(words)), reviser=follow(words), stop=stop_on_verdict)
+            return loop | dict(
+                critic=mine(feedback_critic(words)), reviser=follow(words), stop=stop_on_verdict
+            )
     tests = ToolCritic(tester(shown), at_once=2)
     if algorithm == "editor":
         return loop | dict(critic=tests, reviser=mine(edit(words)))
     return loop | dict(draft=mine(draft(words)), critic=tests, reviser=mine(follow(words)))
 
-
-def run_loop(settings: Critic, rows: list[dict], words: Words, score: Callable, base: Ask, trained: Ask, heard: Callable) -> dict[str, float]:
+# %% ../../nbs/reasoning/critic.ipynb #e524a84e
+def run_loop(
+    settings: Critic,
+    rows: list[dict],
+    words: Words,
+    score: Callable,
+    base: Ask,
+    trained: Ask,
+    heard: Callable,
+) -> dict[str, float]:
     "Run the loop with `trained` in its places; figures of the last round, and of the drafts. `heard(round, open traces)` is told of each."
-    traces, last, rounds = [Trace(i, row, left=settings.token_budget) for i, row in enumerate(rows)], 0, 1 if settings.algorithm == "selfee" else settings.rounds
-    for last, live in refine(traces, **loop_roles(settings.algorithm, words, trained, settings.shown), ask=base, rounds=rounds):
+    traces, last, rounds = (
+        [Trace(i, row, left=settings.token_budget) for i, row in enumerate(rows)],
+        0,
+        1 if settings.algorithm == "selfee" else settings.rounds,
+    )
+    for last, live in refine(
+        traces,
+        **loop_roles(settings.algorithm, words, trained, settings.shown),
+        ask=base,
+        rounds=rounds,
+    ):
         heard(last, live)
-    checks = [(t, s) for t in traces for s in t.steps if s.role == "feedback" and s.round == 1 and "fine" in s.facts]
+    checks = [
+        (t, s)
+        for t in traces
+        for s in t.steps
+        if s.role == "feedback" and s.round == 1 and "fine" in s.facts
+    ]
     verdicts = [(s.facts["fine"], score(t.row, t.answers[0]) == 1) for t, s in checks]
-    judged = {"accuracy/verdict": sum(said == right for said, right in verdicts) / len(traces)} if settings.algorithm in ("critique", "refiner") else {}
-    found = round_metrics(traces, last, score) | {"accuracy/draft": round_metrics(traces, 0, score)["accuracy"]} | judged
+    judged = (
+        {"accuracy/verdict": sum(said == right for said, right in verdicts) / len(traces)}
+        if settings.algorithm in ("critique", "refiner")
+        else {}
+    )
+    found = (
+        round_metrics(traces, last, score)
+        | {"accuracy/draft": round_metrics(traces, 0, score)["accuracy"]}
+        | judged
+    )
     return with_rows(found, len(rows))
 
 # %% ../../nbs/reasoning/critic.ipynb #b45a2d07
@@ -121,55 +200,94 @@ ASKS = {  # what the trained part is asked
 def prepare(settings: Critic):
     "(data, training questions, held-out ones, words, a score for each of the two), checked. Raises `WrongInput`."
     data = settings.data or ("code" if settings.algorithm in ("editor", "coderl") else "sums")
-    rows, held_out = load_data(data, "prompt")[: settings.questions], load_held_out(data, settings.eval_data, "prompt", settings.eval_rows)
-    words = words_for(data, load_tokenizer(settings.model, settings.chat_template), settings.prompt_style)
+    rows, held_out = (
+        load_data(data, "prompt")[: settings.questions],
+        load_held_out(data, settings.eval_data, "prompt", settings.eval_rows),
+    )
+    words = words_for(
+        data, load_tokenizer(settings.model, settings.chat_template), settings.prompt_style
+    )
     words = worked(words) if settings.algorithm == "refiner" else words
-    if settings.algorithm in ("editor", "coderl") and not all(row.get("tests") for row in rows + held_out):
-        raise WrongInput(f"algorithm = {settings.algorithm!r}: {data!r} has questions without tests; expected a column tests in every row; add it, or learn something else")
+    if settings.algorithm in ("editor", "coderl") and not all(
+        row.get("tests") for row in rows + held_out
+    ):
+        raise WrongInput(
+            f"algorithm = {settings.algorithm!r}: {data!r} has questions without tests; expected a column tests in every row; add it, or learn something else"
+        )
     if settings.algorithm == "refiner":
         spoiled_steps(data, 16, settings.seed, words)
     for row in (*rows, *held_out):  # what the words cannot ask is refused here
         words.draft(row), ASKS[settings.algorithm](words, row)
-    scores = [scoring(of, part, words) for of, part in ((data, rows), (settings.eval_data or data, held_out))]
+    scores = [
+        scoring(of, part, words)
+        for of, part in ((data, rows), (settings.eval_data or data, held_out))
+    ]
     if settings.algorithm in ("editor", "coderl"):
         isolator()  # before compute, and last: what is wrong with the data is wrong on every machine
     return data, rows, held_out, words, scores
 
 
-def rows_to_learn(settings: Critic, data: str, rows: list[dict], words: Words, score: Callable, ask: Ask) -> list[dict]:
+def rows_to_learn(
+    settings: Critic, data: str, rows: list[dict], words: Words, score: Callable, ask: Ask
+) -> list[dict]:
     "Prompts and completions (for CodeRL: prompts and tests) of training questions. Raises `WrongInput` where too little could be collected."
     tokenizer = ask.writer.tokenizer
     if settings.algorithm == "coderl":
-        return [dict(prompt=readable(tokenizer, words.draft(row)), tests=row["tests"], question=row["prompt"]) for row in rows]
-    found = [] if settings.algorithm == "refiner" else sampled(rows, settings.num_generations, ask, words)
+        return [
+            dict(
+                prompt=readable(tokenizer, words.draft(row)),
+                tests=row["tests"],
+                question=row["prompt"],
+            )
+            for row in rows
+        ]
+    found = (
+        []
+        if settings.algorithm == "refiner"
+        else sampled(rows, settings.num_generations, ask, words)
+    )
     made = {
         "corrector": lambda: corrections(found, words, score),
         "selfee": lambda: chains(found, words, ask, score),
         "critique": lambda: critiques(found, words, ask, score),
-        "refiner": lambda: spoiled_steps(data, settings.questions * settings.num_generations, settings.seed, words),
+        "refiner": lambda: spoiled_steps(
+            data, settings.questions * settings.num_generations, settings.seed, words
+        ),
         "editor": lambda: edits(found, words, score, settings.shown),
     }[settings.algorithm]()
     if len(made) < 2:
         found = f"{len(rows)} questions with {settings.num_generations} answers each gave {len(made)} rows to learn from"
-        raise WrongInput(f"algorithm = {settings.algorithm!r}: {found}; expected two at least; raise questions, samples or max_new_tokens")
+        raise WrongInput(
+            f"algorithm = {settings.algorithm!r}: {found}; expected two at least; raise questions, samples or max_new_tokens"
+        )
     for row in made:
         row["prompt"] = readable(tokenizer, row["prompt"])
         row["completion"] = as_completions([row], [row["completion"]])[0]
     return made
 
-
-def imitate(settings: Critic, run: Run, policy: Policy, tokenizer, rows: list[dict], figures: Callable) -> None:
+# %% ../../nbs/reasoning/critic.ipynb #5899bf3a
+def imitate(
+    settings: Critic, run: Run, policy: Policy, tokenizer, rows: list[dict], figures: Callable
+) -> None:
     "Supervised updates on rows (prompt, completion), framed by the figures of the loop."
-    examples = encode_rows(tokenizer, [Row(row, skip=True) for row in rows], "completion", settings.max_length)
+    examples = encode_rows(
+        tokenizer, [Row(row, skip=True) for row in rows], "completion", settings.max_length
+    )
     if len(examples) < len(rows):
-        run.note(f"{len(rows) - len(examples)} of {len(rows)} rows are left out: with max_length = {settings.max_length} tokens there is no room for what is learned")
+        run.note(
+            f"{len(rows) - len(examples)} of {len(rows)} rows are left out: with max_length = {settings.max_length} tokens there is no room for what is learned"
+        )
     order = Order(len(examples), settings.batch_size * settings.accumulate, settings.seed)
 
     def updates(step, meter):
-        yield token_batches([examples[i] for i in my_share(order.rows(step))], settings, tokenizer.pad_token_id)
+        yield token_batches(
+            [examples[i] for i in my_share(order.rows(step))], settings, tokenizer.pad_token_id
+        )
 
     def loss(policy, batch, meter):
-        return sft_loss(policy(batch["input_ids"], batch["attention_mask"], batch["completion_mask"]).logp)
+        return sft_loss(
+            policy(batch["input_ids"], batch["attention_mask"], batch["completion_mask"]).logp
+        )
 
     def evaluate():
         with eval_no_grad(policy):
@@ -181,23 +299,34 @@ def imitate(settings: Critic, run: Run, policy: Policy, tokenizer, rows: list[di
 
 # %% ../../nbs/reasoning/critic.ipynb #ba9dbe03
 @method(
-    family="reasoning", title="Trained critics, correctors and editors", data="prompt", needs=("right answers or tests",),
+    family="reasoning",
+    title="Trained critics, correctors and editors",
+    data="prompt",
+    needs=("right answers or tests",),
     paper="Welleck et al. 2023; Saunders et al. 2022; Paul et al. 2024; Zhang et al. 2023; Le et al. 2022; survey §5.1",
-    small=dict(algorithm="corrector", data="sums", questions=16, rounds=1), explain="score",
-)  # fmt: skip
+    small=dict(algorithm="corrector", data="sums", questions=16, rounds=1),
+    explain="score",
+)
 def critic(settings: Critic, run: Run) -> None:
     "Train on the corrections of a model's own answers, and put the trained part into the loop."
     data, rows, held_out, words, (score, score_held_out) = prepare(settings)
     policy, tokenizer = load_policy(settings)  # before anything is asked: it may be refused
     path = run.path / "learned.jsonl"
-    asking = lambda model: Ask(LocalWriter(model, tokenizer), settings.max_new_tokens, settings.temperature, settings.seed)
+    asking = lambda model: Ask(
+        LocalWriter(model, tokenizer), settings.max_new_tokens, settings.temperature, settings.seed
+    )
     base = asking(load_model(settings.model, settings.dtype, settings.device).eval())
 
     def figures(model):
-        heard = lambda round, live: run.record["step"] == settings.steps and run.sample(settings.steps + 1 + round, trace_rows(live, round, score_held_out))
+        heard = lambda round, live: (
+            run.record["step"] == settings.steps
+            and run.sample(settings.steps + 1 + round, trace_rows(live, round, score_held_out))
+        )
         return run_loop(settings, held_out, words, score_held_out, base, asking(model), heard)
 
-    learned = read_lines(path) or rows_to_learn(settings, data, rows, words, score, base)  # every process comes to the same rows
+    learned = read_lines(path) or rows_to_learn(
+        settings, data, rows, words, score, base
+    )  # every process comes to the same rows
     if run.writes:
         replace_file(path, "".join(json.dumps(row) + "\n" for row in learned))
     run.update(rows=len(learned), rows_from=data)
@@ -207,12 +336,31 @@ def critic(settings: Critic, run: Run) -> None:
     if "untrained" not in run.record:
         run.update(untrained=figures(base.writer.model))
     make_accelerator(settings).wait_for_everyone()  # the file is there for all
-    shared = {name: getattr(settings, name) for name in (*Settings.__dataclass_fields__, "max_new_tokens", "temperature")}
-    learning = dict(data=str(path), eval_data="", rewards="polm_lab.reasoning.refine.corrections:coderl", epochs=1, minibatches=1, details="missing_eos")
+    shared = {
+        name: getattr(settings, name)
+        for name in (*Settings.__dataclass_fields__, "max_new_tokens", "temperature")
+    }
+    learning = dict(
+        data=str(path),
+        eval_data="",
+        rewards="polm_lab.reasoning.refine.corrections:coderl",
+        epochs=1,
+        minibatches=1,
+        details="missing_eos",
+    )
     ppo(PPO(**shared | learning), run)
     if run.writes:  # PPO's own figures, and those of the loop
-        ours = dict(before=run.record["untrained"], after=figures(load_model(run.path / "model", settings.dtype, settings.device).eval()))
+        ours = dict(
+            before=run.record["untrained"],
+            after=figures(load_model(run.path / "model", settings.dtype, settings.device).eval()),
+        )
         for when, found in ours.items():
             theirs = run.record["summary"][when]
-            seen = {name: theirs.get(f"rows/{name}", theirs["rows"]) for name in without_counts(theirs) if name not in found}
-            run.frame(when, with_rows(without_counts(theirs) | without_counts(found), found["rows"], seen))
+            seen = {
+                name: theirs.get(f"rows/{name}", theirs["rows"])
+                for name in without_counts(theirs)
+                if name not in found
+            }
+            run.frame(
+                when, with_rows(without_counts(theirs) | without_counts(found), found["rows"], seen)
+            )

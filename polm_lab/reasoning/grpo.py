@@ -21,7 +21,13 @@ from ..rewards.prepare import prepare_on_policy
 from ..training.advantages import clipped_objective, all_gather_values, group_advantages
 from ..training.advantages import kl_estimate, leave_one_out
 from ..training.loop import Meter
-from ..training.onpolicy import InTRL, OnPolicySettings, policy_metrics, rewards_of, sequence_kl
+from polm_lab.training.onpolicy import (
+    InTRL,
+    OnPolicySettings,
+    policy_metrics,
+    rewards_of,
+    sequence_kl,
+)
 from ..training.onpolicy import token_stats, train_on_policy, trl_sampling
 
 # %% ../../nbs/reasoning/grpo.ipynb #8471c99c
@@ -33,15 +39,62 @@ LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo")
 class GRPO(OnPolicySettings):
     "Settings of group relative policy optimization."
 
-    updates: int = knob(1, "optimizer updates on the same completions, μ", "updates", low=1, source="DeepSeekMath §4.2: one")
-    clip_low: float = knob(0.2, "the ratio counts down to 1 - this, ε_low", low=0, high=1, source="Schulman et al. 2017, §6.1")
-    clip_high: float = knob(0.2, "the ratio counts up to 1 + this, ε_high", low=0, source="the same as ε_low; DAPO §3.1: 0.28")
-    beta: float = knob(0.04, "strength of the KL constraint β; 0 needs no reference model", low=0, source="DeepSeekMath §4.2")
-    kl: str = knob("k3", "estimator of the KL: in the loss, weighted by the ratio, or taken off the reward", choices=KLS, source="DeepSeekMath eq. 4")
-    loss: str = knob("grpo", "how token losses are averaged", choices=LOSSES, source="DeepSeekMath eq. 3; Dr. GRPO; DAPO eq. 8")
-    scale: str = knob("group", "advantages are divided by the spread of the group, of the batch, or not", choices=("group", "batch", "none"))
-    resample: int = knob(0, "times that a prompt whose rewards are all equal is exchanged for another", "tries", low=0, high=20, source="DAPO §3.2")
-    mask_truncated: bool = knob(False, "do not learn from completions that were cut at the longest length", source="DAPO §3.4")
+    updates: int = knob(
+        1,
+        "optimizer updates on the same completions, μ",
+        "updates",
+        low=1,
+        source="DeepSeekMath §4.2: one",
+    )
+    clip_low: float = knob(
+        0.2,
+        "the ratio counts down to 1 - this, ε_low",
+        low=0,
+        high=1,
+        source="Schulman et al. 2017, §6.1",
+    )
+    clip_high: float = knob(
+        0.2,
+        "the ratio counts up to 1 + this, ε_high",
+        low=0,
+        source="the same as ε_low; DAPO §3.1: 0.28",
+    )
+    beta: float = knob(
+        0.04,
+        "strength of the KL constraint β; 0 needs no reference model",
+        low=0,
+        source="DeepSeekMath §4.2",
+    )
+    kl: str = knob(
+        "k3",
+        "estimator of the KL: in the loss, weighted by the ratio, or taken off the reward",
+        choices=KLS,
+        source="DeepSeekMath eq. 4",
+    )
+    loss: str = knob(
+        "grpo",
+        "how token losses are averaged",
+        choices=LOSSES,
+        source="DeepSeekMath eq. 3; Dr. GRPO; DAPO eq. 8",
+    )
+    scale: str = knob(
+        "group",
+        "advantages are divided by the spread of the group, of the batch, or not",
+        choices=("group", "batch", "none"),
+    )
+    resample: int = knob(
+        0,
+        "times that a prompt whose rewards are all equal is exchanged for another",
+        "tries",
+        low=0,
+        high=20,
+        source="DAPO §3.2",
+    )
+    mask_truncated: bool = knob(
+        False,
+        "do not learn from completions that were cut at the longest length",
+        source="DAPO §3.4",
+    )
     steps: int = redefault("steps", 60)
     batch_size: int = redefault("batch_size", 64)
     learning_rate: float = redefault("learning_rate", 3e-4)
@@ -50,12 +103,24 @@ class GRPO(OnPolicySettings):
 def what_if_advantages(rewards: list[float]) -> dict[str, list[float]]:
     "Advantages of one group of rewards under GRPO, under Dr. GRPO (no division by the spread) and under RLOO (mean of the others)."
     r = torch.tensor(rewards, dtype=torch.float64)
-    ways = dict(grpo=group_advantages(r, len(r))[0], dr_grpo=group_advantages(r, len(r), "none")[0], rloo=leave_one_out(r, len(r)))
+    ways = dict(
+        grpo=group_advantages(r, len(r))[0],
+        dr_grpo=group_advantages(r, len(r), "none")[0],
+        rloo=leave_one_out(r, len(r)),
+    )
     return {name: values.tolist() for name, values in ways.items()}
 
 # %% ../../nbs/reasoning/grpo.ipynb #20dbe20d
 def token_loss(
-    logp: Tensor, old_logp: Tensor, advantages: Tensor, ref_logp: Tensor | None = None, *, clip_low=0.2, clip_high=0.2, beta=0.0, kl="k3"
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    ref_logp: Tensor | None = None,
+    *,
+    clip_low=0.2,
+    clip_high=0.2,
+    beta=0.0,
+    kl="k3",
 ) -> Tensor:
     "Loss of each token [rows, time] from log-probs [rows, time] and advantages [rows]; a KL that is taken off the reward is not in it."
     ratio = (logp - old_logp).exp()
@@ -72,7 +137,10 @@ def what_if_kl(shift: float, tokens: int = 8) -> tuple[dict[str, tuple[float, fl
     p, ref = logp.exp(), torch.full_like(logp, 1 / tokens).log()
     estimates = {kind: kl_estimate(logp, ref, kind) for kind in ("k1", "k2", "k3")}
     means = {kind: (p * k).sum() for kind, k in estimates.items()}
-    return {kind: (m.item(), (p * (estimates[kind] - m).square()).sum().sqrt().item()) for kind, m in means.items()}, means["k1"].item()
+    return {
+        kind: (m.item(), (p * (estimates[kind] - m).square()).sum().sqrt().item())
+        for kind, m in means.items()
+    }, means["k1"].item()
 
 # %% ../../nbs/reasoning/grpo.ipynb #7d006a59
 def loss_weight(mask: Tensor, loss_type: str, longest: int) -> float:
@@ -96,7 +164,14 @@ def batch_loss(policy, batch: dict, settings: GRPO, meter: Meter) -> Tensor:
     stats = token_stats(policy, batch, settings.temperature, entropy=True)
     old = batch["old_logp"] if settings.updates > 1 else stats.logp.detach()
     losses = token_loss(
-        stats.logp, old, batch["advantages"], batch.get("ref_logp"), clip_low=settings.clip_low, clip_high=settings.clip_high, beta=settings.beta, kl=settings.kl
+        stats.logp,
+        old,
+        batch["advantages"],
+        batch.get("ref_logp"),
+        clip_low=settings.clip_low,
+        clip_high=settings.clip_high,
+        beta=settings.beta,
+        kl=settings.kl,
     )
     policy_metrics(meter, stats, old, batch, settings.clip_low, settings.clip_high)
     return summed_loss(losses, batch["loss_mask"], settings.loss)
@@ -105,22 +180,41 @@ def batch_loss(policy, batch: dict, settings: GRPO, meter: Meter) -> Tensor:
 def trl_config(settings: GRPO) -> dict:
     "The knobs of this page as arguments of TRL's GRPOConfig. Raises `WrongInput` for what TRL does not have."
     if settings.beta and settings.kl not in ("k3", "k3_weighted"):
-        raise WrongInput(f"engine = 'trl', kl = {settings.kl!r}: expected k3 or k3_weighted, which are TRL's; change kl, or use engine lab")
+        raise WrongInput(
+            f"engine = 'trl', kl = {settings.kl!r}: expected k3 or k3_weighted, which are TRL's; change kl, or use engine lab"
+        )
     if settings.resample:
-        raise WrongInput(f"engine = 'trl', resample = {settings.resample}: TRL's trainer does not resample; expected 0; or use engine lab")
+        raise WrongInput(
+            f"engine = 'trl', resample = {settings.resample}: TRL's trainer does not resample; expected 0; or use engine lab"
+        )
     return trl_sampling(settings) | dict(
-        num_iterations=settings.updates, beta=settings.beta, loss_type=settings.loss,
-        epsilon=settings.clip_low, epsilon_high=settings.clip_high, scale_rewards=settings.scale,
+        num_iterations=settings.updates,
+        beta=settings.beta,
+        loss_type=settings.loss,
+        epsilon=settings.clip_low,
+        epsilon_high=settings.clip_high,
+        scale_rewards=settings.scale,
         use_bias_correction_kl=settings.kl == "k3_weighted",
         mask_truncated_completions=settings.mask_truncated,
-    )  # fmt: skip
+    )
 
 # %% ../../nbs/reasoning/grpo.ipynb #adbee1bf
 @method(
-    family="reasoning", title="Group relative policy optimization", paper="Shao et al. 2024 (DeepSeekMath), eq. 3, 4; survey eq. 8", data="prompt",
-    needs=("reward", "reference"), explain="group", engines=("lab", "trl"), small=dict(batch_size=8, num_generations=4, max_new_tokens=8, updates=2),
-)  # fmt: skip
-def grpo(settings: GRPO, run: Run, rewards: list[Reward] | None = None, held_rewards: list[Reward] | None = None) -> None:
+    family="reasoning",
+    title="Group relative policy optimization",
+    paper="Shao et al. 2024 (DeepSeekMath), eq. 3, 4; survey eq. 8",
+    data="prompt",
+    needs=("reward", "reference"),
+    explain="group",
+    engines=("lab", "trl"),
+    small=dict(batch_size=8, num_generations=4, max_new_tokens=8, updates=2),
+)
+def grpo(
+    settings: GRPO,
+    run: Run,
+    rewards: list[Reward] | None = None,
+    held_rewards: list[Reward] | None = None,
+) -> None:
     "Raise the probability of answers that score above the mean of their group; `rewards` (on held-out rows `held_rewards`) replace those of the settings."
     collector = prepare_on_policy(run, settings, rewards, held_rewards)
 

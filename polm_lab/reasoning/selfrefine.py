@@ -21,12 +21,42 @@ from ..core.run import Run
 from ..rewards.sandbox import isolator
 from ..training.search import Samples
 from .refine.trace import Ask, Trace, make_writer, trace_rows
-from .refine.self_critics import contrast_critic, feedback_critic, most_frequent, principle_critic, question_critic, unsure
+from polm_lab.reasoning.refine.self_critics import (
+    contrast_critic,
+    feedback_critic,
+    most_frequent,
+    principle_critic,
+    question_critic,
+    unsure,
+)
 from .refine.tiny_prompts import LANGUAGES, words_for
-from .refine.rounds import Feedback, ask_again, draft, edit, follow, forget, never, refine, reflect, remember, round_metrics, satisfied, unchanged
+from polm_lab.reasoning.refine.rounds import (
+    Feedback,
+    ask_again,
+    draft,
+    edit,
+    follow,
+    forget,
+    never,
+    refine,
+    reflect,
+    remember,
+    round_metrics,
+    satisfied,
+    unchanged,
+)
 from ..rewards.functions import load_function
 from .refine.solver import equations, solved, solver
-from .refine.tools import ToolCritic, bm25, calculator, consult, read_passages, scoring, searched, tester
+from polm_lab.reasoning.refine.tools import (
+    ToolCritic,
+    bm25,
+    calculator,
+    consult,
+    read_passages,
+    scoring,
+    searched,
+    tester,
+)
 from .refine.prompts import Words
 
 # %% ../../nbs/reasoning/selfrefine.ipynb #f2b9f7de
@@ -63,28 +93,83 @@ class SelfRefine(RunSettings):
     "Settings of self-refinement."
 
     algorithm: str = knob("rci", "the method", choices=tuple(ALGORITHMS))
-    critic: str = knob("", "another critic than the strategy's: one of its names, or file.py:function, called with (row, answer); empty keeps the strategy's")
-    stop: str = knob("", "another rule of stopping; empty keeps the strategy's", choices=("", "satisfied", "never", "unchanged"))
-    memory: str = knob("", "whether earlier rounds are remembered; empty keeps the strategy's", choices=("", "none", "all"))
-    data: str = knob("", "questions: a task, or a file (all of it) or Hub id with a column answer or tests; empty: the strategy's own task")
-    prompt_style: str = knob("", "how the model is asked: english, or the forms of a task; empty: what the embedded model knows of the data, other models in English", choices=("", *LANGUAGES))
+    critic: str = knob(
+        "",
+        "another critic than the strategy's: one of its names, or file.py:function, called with (row, answer); empty keeps the strategy's",
+    )
+    stop: str = knob(
+        "",
+        "another rule of stopping; empty keeps the strategy's",
+        choices=("", "satisfied", "never", "unchanged"),
+    )
+    memory: str = knob(
+        "",
+        "whether earlier rounds are remembered; empty keeps the strategy's",
+        choices=("", "none", "all"),
+    )
+    data: str = knob(
+        "",
+        "questions: a task, or a file (all of it) or Hub id with a column answer or tests; empty: the strategy's own task",
+    )
+    prompt_style: str = knob(
+        "",
+        "how the model is asked: english, or the forms of a task; empty: what the embedded model knows of the data, other models in English",
+        choices=("", *LANGUAGES),
+    )
     questions: int = knob(64, "held-out questions", "questions", low=1, log=True)
-    rounds: int = knob(3, "most rounds of feedback and revision", "rounds", low=1, high=100, source="Madaan et al. 2023, §3.2: at most 4")
-    token_budget: int = knob(600, "most tokens read and written for one question", "tokens", low=1, log=True)
-    max_new_tokens: int = knob(64, "longest text that is written at once", "tokens", low=1, log=True)
+    rounds: int = knob(
+        3,
+        "most rounds of feedback and revision",
+        "rounds",
+        low=1,
+        high=100,
+        source="Madaan et al. 2023, §3.2: at most 4",
+    )
+    token_budget: int = knob(
+        600, "most tokens read and written for one question", "tokens", low=1, log=True
+    )
+    max_new_tokens: int = knob(
+        64, "longest text that is written at once", "tokens", low=1, log=True
+    )
     temperature: float = knob(1.0, "temperature of all that is written", low=0, high=10)
-    num_generations: int = knob(32, "most drafts of a question for a vote, and for the critic to choose from, where the tokens allow as many; 0: no comparison", "samples", low=0, high=1024)
-    threshold: float = knob(0.8, "FLARE searches where a token was less likely than this", low=0, high=1, source="Jiang et al. 2023, §4.2")
-    source: str = knob("", "what is searched: a text file with a passage on each line; or a principle, and after | its opposite; empty: the encyclopedia, Be polite. | Be rude.")
-    endpoint: str = knob("", "openai:http://host:port/v1#name: a model behind an endpoint in place of `model`; empty: `model`")
-    key_variable: str = knob("", "environment variable that holds the endpoint's key; empty: no key is sent")
+    num_generations: int = knob(
+        32,
+        "most drafts of a question for a vote, and for the critic to choose from, where the tokens allow as many; 0: no comparison",
+        "samples",
+        low=0,
+        high=1024,
+    )
+    threshold: float = knob(
+        0.8,
+        "FLARE searches where a token was less likely than this",
+        low=0,
+        high=1,
+        source="Jiang et al. 2023, §4.2",
+    )
+    source: str = knob(
+        "",
+        "what is searched: a text file with a passage on each line; or a principle, and after | its opposite; empty: the encyclopedia, Be polite. | Be rude.",
+    )
+    endpoint: str = knob(
+        "",
+        "openai:http://host:port/v1#name: a model behind an endpoint in place of `model`; empty: `model`",
+    )
+    key_variable: str = knob(
+        "", "environment variable that holds the endpoint's key; empty: no key is sent"
+    )
 
 # %% ../../nbs/reasoning/selfrefine.ipynb #1fc2216c
-STOPS, MEMORIES, TOOLS = {"satisfied": satisfied, "never": never, "unchanged": unchanged}, {"none": forget, "all": remember}, {"sums": "calculator", "facts": "retrieval", "code": "tests", "equations": "solver"}
+STOPS, MEMORIES, TOOLS = (
+    {"satisfied": satisfied, "never": never, "unchanged": unchanged},
+    {"none": forget, "all": remember},
+    {"sums": "calculator", "facts": "retrieval", "code": "tests", "equations": "solver"},
+)
 REVISERS = {"follow": follow, "again": ask_again, "edit": edit, "reflect": reflect}
 
 
-def make_critic(name: str, settings: SelfRefine, words: Words, writer: Callable, score: Callable) -> Callable:
+def make_critic(
+    name: str, settings: SelfRefine, words: Words, writer: Callable, score: Callable
+) -> Callable:
     "The critic of that name, or the function that file.py:function names, as a tool. Raises `WrongInput`."
     if ":" in name:
         return ToolCritic(load_function(name), name.rpartition(":")[2])
@@ -93,16 +178,22 @@ def make_critic(name: str, settings: SelfRefine, words: Words, writer: Callable,
         "contradiction": lambda: feedback_critic(words, contradiction=True),
         "questions": lambda: question_critic(words),
         "contrast": lambda: contrast_critic(words),
-        "principle": lambda: principle_critic(words, writer, settings.source or "Be polite. | Be rude."),
+        "principle": lambda: principle_critic(
+            words, writer, settings.source or "Be polite. | Be rude."
+        ),
         "unsure": lambda: unsure(settings.threshold),
         "calculator": lambda: ToolCritic(calculator),
         "retrieval": lambda: ToolCritic(searched(bm25(read_passages(settings.source)))),
-        "tests": lambda: isolator() and ToolCritic(tester(2), at_once=2),  # refused here, before anything is asked, where there is no sandbox
+        "tests": lambda: (
+            isolator() and ToolCritic(tester(2), at_once=2)
+        ),  # refused here, before anything is asked, where there is no sandbox
         "solver": lambda: ToolCritic(solver),
         "outcome": lambda: ToolCritic(lambda row, answer: score(row, answer) >= 1, "outcome"),
     }
     if name not in makers:
-        raise WrongInput(f"critic = {name!r}: unknown; {nearest(name, makers)}; or file.py:function")
+        raise WrongInput(
+            f"critic = {name!r}: unknown; {nearest(name, makers)}; or file.py:function"
+        )
     return makers[name]()
 
 # %% ../../nbs/reasoning/selfrefine.ipynb #8f01500c
@@ -136,28 +227,56 @@ def chosen(group: list[Trace], words: Words) -> str:
 # %% ../../nbs/reasoning/selfrefine.ipynb #e3a499fe
 def prepare(settings: SelfRefine, run: Run):
     "All that a strategy needs: questions, words, score, writer, and the places of the loop by name. Raises `WrongInput` before anything is asked."
-    way, problems = ALGORITHMS[settings.algorithm], (settings.data or ALGORITHMS[settings.algorithm].data) == "equations"
+    way, problems = (
+        ALGORITHMS[settings.algorithm],
+        (settings.data or ALGORITHMS[settings.algorithm].data) == "equations",
+    )
     data = "code" if problems else settings.data or way.data
-    rows = equations(settings.questions, settings.seed) if problems else load_held_out("", data, "prompt", settings.questions)
-    writer = make_writer(settings.model, settings.endpoint, key_variable=settings.key_variable, dtype=settings.dtype, device=settings.device, run=run)
+    rows = (
+        equations(settings.questions, settings.seed)
+        if problems
+        else load_held_out("", data, "prompt", settings.questions)
+    )
+    writer = make_writer(
+        settings.model,
+        settings.endpoint,
+        key_variable=settings.key_variable,
+        dtype=settings.dtype,
+        device=settings.device,
+        run=run,
+    )
     words = words_for(data, getattr(writer, "tokenizer", None), settings.prompt_style)
     score = solved if problems else scoring(data, rows, words)
-    tool = "solver" if problems else TOOLS.get(parse_spec(data).task, "tests" if all(row.get("tests") for row in rows) else "calculator")
+    tool = (
+        "solver"
+        if problems
+        else TOOLS.get(
+            parse_spec(data).task,
+            "tests" if all(row.get("tests") for row in rows) else "calculator",
+        )
+    )
     critic = settings.critic or way.critic
     loop = dict(
         draft=draft(words),
         critic=make_critic(tool if critic == "tool" else critic, settings, words, writer, score),
-        reviser=consult(words, bm25(read_passages(settings.source))) if way.reviser == "consult" else REVISERS[way.reviser](words),
+        reviser=consult(words, bm25(read_passages(settings.source)))
+        if way.reviser == "consult"
+        else REVISERS[way.reviser](words),
         stop=STOPS[settings.stop or way.stop],
         memory=MEMORIES[settings.memory or way.memory],
     )
     return rows, words, score, writer, loop, min(settings.rounds, way.rounds)
 
-
+# %% ../../nbs/reasoning/selfrefine.ipynb #385bd962
 @method(
-    family="reasoning", title="Self-refinement", paper="Madaan et al. 2023; Kim et al. 2023; Gou et al. 2023; Shinn et al. 2023; survey §5.1, table 4", data="prompt",
-    changes="nothing", trains=False, explain="score",
-)  # fmt: skip
+    family="reasoning",
+    title="Self-refinement",
+    paper="Madaan et al. 2023; Kim et al. 2023; Gou et al. 2023; Shinn et al. 2023; survey §5.1, table 4",
+    data="prompt",
+    changes="nothing",
+    trains=False,
+    explain="score",
+)
 def selfrefine(settings: SelfRefine, run: Run) -> None:
     "Draft, feedback, revision, stop: eleven methods as configurations of one loop."
     rows, words, score, writer, loop, rounds = prepare(settings, run)
@@ -192,4 +311,9 @@ def round_table(run: Run):
     import pandas as pd
 
     rounds = [dict(step=0, **without_counts(run.summary["before"])), *run.lines()]
-    return pd.DataFrame(rounds).drop(columns="seconds", errors="ignore").rename(columns={"step": "round"}).set_index("round")
+    return (
+        pd.DataFrame(rounds)
+        .drop(columns="seconds", errors="ignore")
+        .rename(columns={"step": "round"})
+        .set_index("round")
+    )

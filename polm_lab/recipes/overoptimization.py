@@ -31,13 +31,25 @@ from ..data.tasks import TASKS
 class Overoptimization(RunSettings):
     "Settings of the over-optimization lab."
 
-    sizes: str = knob("32,256", "preference pairs that each proxy reward model sees, with commas between", source="Gao et al. 2022, §3.3")
+    sizes: str = knob(
+        "32,256",
+        "preference pairs that each proxy reward model sees, with commas between",
+        source="Gao et al. 2022, §3.3",
+    )
     proxy_steps: int = knob(30, "steps of each proxy", "steps", low=1)
     rl_steps: int = knob(16, "steps of GRPO against each proxy", "steps", low=5)
     rl_every: int = knob(2, "steps of GRPO from one point of its curve to the next", "steps", low=1)
-    learning_rate: float = knob(2e-3, "peak learning rate of GRPO; a large one goes far in few steps", low=0, high=1, log=True)
+    learning_rate: float = knob(
+        2e-3,
+        "peak learning rate of GRPO; a large one goes far in few steps",
+        low=0,
+        high=1,
+        log=True,
+    )
     prompts: int = knob(16, "held-out prompts of best-of-n", "prompts", low=2)
-    num_generations: int = knob(32, "samples of each prompt that best-of-n chooses from, N", "samples", low=2)
+    num_generations: int = knob(
+        32, "samples of each prompt that best-of-n chooses from, N", "samples", low=2
+    )
 
 # %% ../../nbs/recipes/overoptimization.ipynb #5b7f192d
 def best_of_n(proxy: Tensor, other: Tensor, n: int) -> Tensor:
@@ -47,8 +59,12 @@ def best_of_n(proxy: Tensor, other: Tensor, n: int) -> Tensor:
     """
     draws = proxy.shape[1]
     if not 1 <= n <= draws:
-        raise WrongInput(f"best of {n}: expected from 1 to {draws}, the samples that there are; draw more")
-    chance = torch.tensor([math.comb(i, n - 1) / math.comb(draws, n) for i in range(draws)], dtype=torch.float64)
+        raise WrongInput(
+            f"best of {n}: expected from 1 to {draws}, the samples that there are; draw more"
+        )
+    chance = torch.tensor(
+        [math.comb(i, n - 1) / math.comb(draws, n) for i in range(draws)], dtype=torch.float64
+    )
     return other.double().gather(1, proxy.argsort(dim=1, stable=True)) @ chance
 
 
@@ -60,47 +76,142 @@ def best_of_n_kl(n: int) -> float:
 def curve_of(run: Run) -> list[dict]:
     "Points (step, kl in nats an answer, proxy, gold, length) from the evaluations of a run of GRPO whose reward is the proxy and whose data is the gold rule's task."
     found = [(0, run.summary["before"])]
-    found += [(row["step"], {name: row[f"eval/{name}"] for name in ("kl", "length", "reward", "accuracy")}) for row in run.lines() if "eval/kl" in row]
+    found += [
+        (
+            row["step"],
+            {name: row[f"eval/{name}"] for name in ("kl", "length", "reward", "accuracy")},
+        )
+        for row in run.lines()
+        if "eval/kl" in row
+    ]
     found.append((run.settings["steps"], run.summary["after"]))
-    return [dict(step=step, kl=e["kl"] * e["length"], proxy=e["reward"], gold=e["accuracy"], length=e["length"]) for step, e in found]
+    return [
+        dict(
+            step=step,
+            kl=e["kl"] * e["length"],
+            proxy=e["reward"],
+            gold=e["accuracy"],
+            length=e["length"],
+        )
+        for step, e in found
+    ]
 
-
-@method(family="recipes", title="The over-optimization lab", paper="Gao, Schulman and Hilton 2022", data="", trains=False)
+# %% ../../nbs/recipes/overoptimization.ipynb #adfd8b23
+@method(
+    family="recipes",
+    title="The over-optimization lab",
+    paper="Gao, Schulman and Hilton 2022",
+    data="",
+    trains=False,
+)
 def overoptimization(settings: Overoptimization, run: Run) -> None:
     "Train against proxies learned from few and from many pairs, and follow proxy and gold reward away from the start."
     try:
         sizes = sorted({int(size) for size in settings.sizes.split(",")})
     except ValueError:
-        raise WrongInput(f"sizes = {settings.sizes!r}: expected whole numbers with commas between, such as 32,256") from None
+        raise WrongInput(
+            f"sizes = {settings.sizes!r}: expected whole numbers with commas between, such as 32,256"
+        ) from None
     shared = dict(seed=settings.seed, dtype=settings.dtype, device=settings.device, save_every=0)
-    tokenizer, rows = load_tokenizer(settings.model), load_data("chat", "prompt", "test")[: settings.prompts]
+    tokenizer, rows = (
+        load_tokenizer(settings.model),
+        load_data("chat", "prompt", "test")[: settings.prompts],
+    )
     asked = [encode(tokenizer, row, "prompt", 256)["input_ids"] for row in rows]
     base = load_model(settings.model, settings.dtype, settings.device)
-    rolled = rollout(base, tokenizer, asked, num_generations=settings.num_generations, max_new_tokens=40, seeds=settings.seed)
+    rolled = rollout(
+        base,
+        tokenizer,
+        asked,
+        num_generations=settings.num_generations,
+        max_new_tokens=40,
+        seeds=settings.seed,
+    )
     rows = [row for row in rows for _ in range(settings.num_generations)]
-    gold = torch.tensor([TASKS["chat"].score(row, text) for row, text in zip(rows, rolled.texts)]).view(-1, settings.num_generations)
+    gold = torch.tensor(
+        [TASKS["chat"].score(row, text) for row, text in zip(rows, rolled.texts)]
+    ).view(-1, settings.num_generations)
     completions = [[dict(role="assistant", content=text)] for text in rolled.texts]
-    powers, curves = [2**k for k in range(settings.num_generations.bit_length()) if 2**k <= settings.num_generations], {}
+    powers, curves = (
+        [
+            2**k
+            for k in range(settings.num_generations.bit_length())
+            if 2**k <= settings.num_generations
+        ],
+        {},
+    )
     for size in sizes:
-        proxy = subrun(run, f"proxy {size}", "reward", model=settings.model, data=f"chat#{size}", steps=settings.proxy_steps, batch_size=8, learning_rate=1e-3, eval_rows=48, **shared)
-        liked = torch.tensor(load_reward(str(proxy.path), settings.device)([row["prompt"] for row in rows], completions)).view_as(gold)
+        proxy = subrun(
+            run,
+            f"proxy {size}",
+            "reward",
+            model=settings.model,
+            data=f"chat#{size}",
+            steps=settings.proxy_steps,
+            batch_size=8,
+            learning_rate=1e-3,
+            eval_rows=48,
+            **shared,
+        )
+        liked = torch.tensor(
+            load_reward(str(proxy.path), settings.device)(
+                [row["prompt"] for row in rows], completions
+            )
+        ).view_as(gold)
         curves[f"bon {size}"] = [
-            dict(n=n, kl=best_of_n_kl(n), proxy=best_of_n(liked, liked, n).mean().item(), gold=best_of_n(liked, gold, n).mean().item()) for n in powers
+            dict(
+                n=n,
+                kl=best_of_n_kl(n),
+                proxy=best_of_n(liked, liked, n).mean().item(),
+                gold=best_of_n(liked, gold, n).mean().item(),
+            )
+            for n in powers
         ]
         trained = subrun(
-            run, f"rl {size}", "grpo", model=settings.model, data="chat", rewards=f"model:{proxy.path},gold:0", steps=settings.rl_steps, batch_size=32, num_generations=4,
-            max_new_tokens=40, learning_rate=settings.learning_rate, beta=1e-4, eval_rows=settings.prompts, eval_every=settings.rl_every, **shared,
-        )  # fmt: skip
+            run,
+            f"rl {size}",
+            "grpo",
+            model=settings.model,
+            data="chat",
+            rewards=f"model:{proxy.path},gold:0",
+            steps=settings.rl_steps,
+            batch_size=32,
+            num_generations=4,
+            max_new_tokens=40,
+            learning_rate=settings.learning_rate,
+            beta=1e-4,
+            eval_rows=settings.prompts,
+            eval_every=settings.rl_every,
+            **shared,
+        )
         curves[f"rl {size}"] = curve_of(trained)
-        run.update(curves=curves, accuracy={**run.record.get("accuracy", {}), str(size): proxy.summary["after"]["accuracy"]})
-    ends = {when: {f"reward/gold {size}": curves[f"rl {size}"][at]["gold"] for size in sizes} for when, at in (("before", 0), ("after", -1))}
+        run.update(
+            curves=curves,
+            accuracy={
+                **run.record.get("accuracy", {}),
+                str(size): proxy.summary["after"]["accuracy"],
+            },
+        )
+    ends = {
+        when: {f"reward/gold {size}": curves[f"rl {size}"][at]["gold"] for size in sizes}
+        for when, at in (("before", 0), ("after", -1))
+    }
     for when, values in ends.items():
         run.frame(when, with_rows(values, trained.summary[when]["rows"]))
 
-
+# %% ../../nbs/recipes/overoptimization.ipynb #bea7e40c
 def curve_table(run: Run):
     "The curves of a run as a DataFrame with columns way (rl or bon), pairs, d = √KL, proxy, gold."
     import pandas as pd
 
-    rows = [dict(point, way=name.split()[0], pairs=int(name.split()[1]), d=math.sqrt(max(0.0, point["kl"]))) for name, points in run.read()["curves"].items() for point in points]
+    rows = [
+        dict(
+            point,
+            way=name.split()[0],
+            pairs=int(name.split()[1]),
+            d=math.sqrt(max(0.0, point["kl"])),
+        )
+        for name, points in run.read()["curves"].items()
+        for point in points
+    ]
     return pd.DataFrame(rows)

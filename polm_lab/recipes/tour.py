@@ -34,20 +34,33 @@ class Tour(RunSettings):
     prompts: int = knob(64, "held-out prompts of each test", "prompts", low=4)
 
 # %% ../../nbs/recipes/tour.ipynb #b8b0e5d0
-def battery(policy: Policy, base: Policy, tokenizer, rows: int, max_length: int = 256, beta: float = 0.1) -> dict[str, float]:
+def battery(
+    policy: Policy, base: Policy, tokenizer, rows: int, max_length: int = 256, beta: float = 0.1
+) -> dict[str, float]:
     "The tests of the table, on `rows` held-out rows each; `base` is the model that the tour began with."
     pad, found, sampled = tokenizer.pad_token_id, {}, []
-    answers = [encode(tokenizer, row, "completion", max_length) for row in load_data("chat", "completion", "test")[:rows]]
+    answers = [
+        encode(tokenizer, row, "completion", max_length)
+        for row in load_data("chat", "completion", "test")[:rows]
+    ]
     found["perplexity"] = perplexity(policy, answers, pad)
     for task, name in (("sums", "accuracy"), ("chat", "reward")):
         questions = load_data(task, "prompt", "test")[:rows]
         asked = [encode(tokenizer, row, "prompt", max_length)["input_ids"] for row in questions]
         rolled = rollout(policy.model, tokenizer, asked, max_new_tokens=64, seeds=0)
-        found[name] = sum(TASKS[task].score(row, text) for row, text in zip(questions, rolled.texts)) / len(questions)
+        found[name] = sum(
+            TASKS[task].score(row, text) for row, text in zip(questions, rolled.texts)
+        ) / len(questions)
         sampled += examples_of(rolled)
-    pairs = [encode(tokenizer, row, "preference", max_length) for row in load_data("chat", "preference", "test")[:rows]]
+    pairs = [
+        encode(tokenizer, row, "preference", max_length)
+        for row in load_data("chat", "preference", "test")[:rows]
+    ]
     chosen, rejected = ([pair[side] for pair in pairs] for side in ("chosen", "rejected"))
-    gain = [sequence_logps(policy, side, pad) - sequence_logps(base, side, pad) for side in (chosen, rejected)]
+    gain = [
+        sequence_logps(policy, side, pad) - sequence_logps(base, side, pad)
+        for side in (chosen, rejected)
+    ]
     found["margin"] = beta * (gain[0] - gain[1]).mean().item()
     found["kl"] = mean_kl(policy, base, sampled, pad)
     return found
@@ -56,25 +69,44 @@ def battery(policy: Policy, base: Policy, tokenizer, rows: int, max_length: int 
 @method(family="recipes", title="The tour", data="", trains=False)
 def tour(settings: Tour, run: Run) -> None:
     "Take the embedded base model through SFT, DPO and GRPO, and measure it after each."
-    tokenizer, shared = load_tokenizer(settings.model), dict(seed=settings.seed, dtype=settings.dtype, device=settings.device)
+    tokenizer, shared = (
+        load_tokenizer(settings.model),
+        dict(seed=settings.seed, dtype=settings.dtype, device=settings.device),
+    )
     plan = {
         "sft": dict(data="chat", steps=settings.sft_steps),
         "dpo": dict(data="chat", steps=settings.dpo_steps),
         "grpo": dict(data="sums", steps=settings.grpo_steps),
     }
     base = Policy(load_model(settings.model, settings.dtype, settings.device))
-    states, model, runs = {"base": battery(base, base, tokenizer, settings.prompts)}, settings.model, []
+    states, model, runs = (
+        {"base": battery(base, base, tokenizer, settings.prompts)},
+        settings.model,
+        [],
+    )
     run.update(total=len(plan))
-    rows = len(load_data("chat", "prompt", "test")[: settings.prompts])  # of each task; kl is of the answers to both
+    rows = len(
+        load_data("chat", "prompt", "test")[: settings.prompts]
+    )  # of each task; kl is of the answers to both
     run.frame("before", with_rows(states["base"], rows, {"kl": 2 * rows}))
     for number, (name, values) in enumerate(plan.items(), 1):
         runs.append(subrun(run, name, name, model=str(model), **values, **shared))
         model = runs[-1].path / "model"
-        states[name] = battery(Policy(load_model(model, settings.dtype, settings.device)), base, tokenizer, settings.prompts)
+        states[name] = battery(
+            Policy(load_model(model, settings.dtype, settings.device)),
+            base,
+            tokenizer,
+            settings.prompts,
+        )
         run.log(number, **states[name])
     run.frame("after", with_rows(states[name], rows, {"kl": 2 * rows}))
     run.update(states=states)
-    write_page(runs, run.path / "panels.html", "The tour: SFT, DPO, GRPO", front=state_table(run).to_html(float_format=lambda v: f"{v:.3g}"))
+    write_page(
+        runs,
+        run.path / "panels.html",
+        "The tour: SFT, DPO, GRPO",
+        front=state_table(run).to_html(float_format=lambda v: f"{v:.3g}"),
+    )
 
 
 def state_table(run: Run):

@@ -19,13 +19,18 @@ from ..data.language import CLOSERS, FILLERS, OPENERS
 def half_distance(x: Tensor, y: Tensor, weight: Tensor | None = None) -> float:
     "Half the L2 distance of two vectors after each is divided by its length, in [0, 1]; `weight` of their entries sums to 1. A vector of zeros stays as it is."
     weight = torch.full_like(x, 1 / x.numel()) if weight is None else weight
-    x, y = (v / n if (n := (weight * v.square()).sum().sqrt()) > 1e-12 else torch.zeros_like(v) for v in (x.double(), y.double()))
+    x, y = (
+        v / n if (n := (weight * v.square()).sum().sqrt()) > 1e-12 else torch.zeros_like(v)
+        for v in (x.double(), y.double())
+    )
     return (weight * (x - y).square()).sum().sqrt().item() / 2
 
 
 def _check(reward: Tensor):
     if reward.ndim != 3 or reward.shape[0] != reward.shape[2]:
-        raise WrongInput(f"reward: shape {tuple(reward.shape)}; expected [states, actions, states]; a reward of states and actions alone is expanded over the last")
+        raise WrongInput(
+            f"reward: shape {tuple(reward.shape)}; expected [states, actions, states]; a reward of states and actions alone is expanded over the last"
+        )
 
 
 def epic_form(reward: Tensor, gamma: float, states: Tensor, actions: Tensor) -> Tensor:
@@ -35,7 +40,13 @@ def epic_form(reward: Tensor, gamma: float, states: Tensor, actions: Tensor) -> 
     return reward + gamma * mean - mean[:, None, None] - gamma * (states @ mean)
 
 
-def epic(reward: Tensor, other: Tensor, gamma: float, states: Tensor | None = None, actions: Tensor | None = None) -> float:
+def epic(
+    reward: Tensor,
+    other: Tensor,
+    gamma: float,
+    states: Tensor | None = None,
+    actions: Tensor | None = None,
+) -> float:
     "EPIC distance of two rewards [states, actions, states], in [0, 1]; distributions are uniform unless given. Raises `WrongInput` for other shapes."
     _check(reward)
     n, m, _ = reward.shape
@@ -44,21 +55,30 @@ def epic(reward: Tensor, other: Tensor, gamma: float, states: Tensor | None = No
     states, actions = states.double(), actions.double()
     weight = torch.einsum("s,a,t->sat", states, actions, states)
     forms = [epic_form(r.double(), gamma, states, actions) for r in (reward, other)]
-    return half_distance(*(f - (weight * f).sum() for f in forms), weight)  # the same as sqrt((1 - correlation) / 2)
+    return half_distance(
+        *(f - (weight * f).sum() for f in forms), weight
+    )  # the same as sqrt((1 - correlation) / 2)
 
 
-def starc_form(reward: Tensor, dynamics: Tensor, gamma: float, policy: Tensor | None = None) -> Tensor:
+def starc_form(
+    reward: Tensor, dynamics: Tensor, gamma: float, policy: Tensor | None = None
+) -> Tensor:
     "Advantage [states, actions] of `policy` [states, actions] (default uniform) under the reward: the value-adjusted canonical form of Skalse et al. 2024."
     _check(reward)
     n, m, _ = reward.shape
     reward, dynamics = reward.double(), dynamics.double()
     policy = torch.full((n, m), 1 / m, dtype=torch.float64) if policy is None else policy.double()
     paid = (dynamics * reward).sum(-1)
-    value = torch.linalg.solve(torch.eye(n).double() - gamma * torch.einsum("sa,sat->st", policy, dynamics), (policy * paid).sum(1))
+    value = torch.linalg.solve(
+        torch.eye(n).double() - gamma * torch.einsum("sa,sat->st", policy, dynamics),
+        (policy * paid).sum(1),
+    )
     return paid + gamma * dynamics @ value - value[:, None]
 
 
-def starc(reward: Tensor, other: Tensor, dynamics: Tensor, gamma: float, policy: Tensor | None = None) -> float:
+def starc(
+    reward: Tensor, other: Tensor, dynamics: Tensor, gamma: float, policy: Tensor | None = None
+) -> float:
     "STARC distance of two rewards [states, actions, states] under dynamics of the same shape, in [0, 1]."
     return half_distance(*(starc_form(r, dynamics, gamma, policy) for r in (reward, other)))
 
@@ -66,7 +86,9 @@ def starc(reward: Tensor, other: Tensor, dynamics: Tensor, gamma: float, policy:
 def answer_distance(rewards: Tensor, other: Tensor) -> float:
     "Distance in [0, 1] of two rewards [prompts, answers] of the same answers: a number added to all answers of a prompt, and scale, do not count."
     if rewards.shape != other.shape or rewards.ndim != 2 or rewards.shape[1] < 2:
-        raise WrongInput(f"rewards: shapes {tuple(rewards.shape)} and {tuple(other.shape)}; expected both [prompts, answers], with two answers or more to each prompt")
+        raise WrongInput(
+            f"rewards: shapes {tuple(rewards.shape)} and {tuple(other.shape)}; expected both [prompts, answers], with two answers or more to each prompt"
+        )
     return half_distance(*(r.double() - r.double().mean(1, keepdim=True) for r in (rewards, other)))
 
 # %% ../../nbs/rewards/distance.ipynb #7ea26424
@@ -93,7 +115,10 @@ def rewritten(completion, how: str, rng: random.Random):
     "A completion, plain or conversational, in other words: `how` is a name of `REWRITES`."
     if isinstance(completion, str):
         return REWRITES[how](completion, rng)
-    return [*completion[:-1], dict(completion[-1], content=REWRITES[how](completion[-1]["content"], rng))]
+    return [
+        *completion[:-1],
+        dict(completion[-1], content=REWRITES[how](completion[-1]["content"], rng)),
+    ]
 
 
 def agreement(reward: Callable, rows: list[dict], seed: int = 0):
@@ -112,9 +137,18 @@ def agreement(reward: Callable, rows: list[dict], seed: int = 0):
         others = [rewritten(text, how, rng) for text in texts]
         changed = torch.tensor([a != b for a, b in zip(texts, others)]).view(-1, 2)
         after = torch.tensor(reward(prompts=prompts, completions=others)).view(-1, 2)
-        orders = torch.stack([after[:, 0] - before[:, 1], before[:, 0] - after[:, 1]], 1)  # the chosen one rewritten, the rejected one
+        orders = torch.stack(
+            [after[:, 0] - before[:, 1], before[:, 0] - after[:, 1]], 1
+        )  # the chosen one rewritten, the rejected one
         kept = orders.sign() == (before[:, 0] - before[:, 1]).sign()[:, None]
         moved = (after - before).abs() / before.std().clamp_min(1e-12)
         share = lambda x: x[changed].double().mean().item() if changed.any() else 1.0
-        table.append(dict(rewrite=how, changed=changed.double().mean().item(), kept=share(kept), moved=share(moved) if changed.any() else 0.0))
+        table.append(
+            dict(
+                rewrite=how,
+                changed=changed.double().mean().item(),
+                kept=share(kept),
+                moved=share(moved) if changed.any() else 0.0,
+            )
+        )
     return pd.DataFrame(table).set_index("rewrite")

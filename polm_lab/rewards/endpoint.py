@@ -24,11 +24,19 @@ def read_key(variable: str) -> str:
     if not variable:
         return ""
     if not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", variable):
-        raise WrongInput("key_variable: found what is no name of an environment variable (and is not repeated here: it may be a key); expected a name such as OPENAI_API_KEY; put the key into that variable")
+        raise WrongInput(
+            "key_variable: found what is no name of an environment variable (and is not repeated here: it may be a key); expected a name such as OPENAI_API_KEY; put the key into that variable"
+        )
     key = os.environ.get(variable, "").strip()
     if not re.fullmatch(r"[\x21-\x7e]+", key):
-        found = "holds a key with characters that no key has" if key else "there is no such environment variable, or it is empty"
-        raise WrongInput(f"key_variable = {variable!r}: {found}; expected the endpoint's key; export {variable}=..., or leave key_variable empty for an endpoint without keys")
+        found = (
+            "holds a key with characters that no key has"
+            if key
+            else "there is no such environment variable, or it is empty"
+        )
+        raise WrongInput(
+            f"key_variable = {variable!r}: {found}; expected the endpoint's key; export {variable}=..., or leave key_variable empty for an endpoint without keys"
+        )
     return key
 
 # %% ../../nbs/rewards/endpoint.ipynb #a67ed466
@@ -65,16 +73,38 @@ class Connection:
     at_once = 8  # questions under way at a time
 
     def __init__(
-        self, url: str, model: str, key: str = "", tries: int = 6, timeout: float = 60.0, pause: float = 0.5,
-        say: Callable[[str], None] = print, title: str = "endpoint ",
-    ):  # fmt: skip
+        self,
+        url: str,
+        model: str,
+        key: str = "",
+        tries: int = 6,
+        timeout: float = 60.0,
+        pause: float = 0.5,
+        say: Callable[[str], None] = print,
+        title: str = "endpoint ",
+    ):
         import httpx2  # comes with huggingface_hub
 
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.client = httpx2.Client(headers=headers, timeout=timeout, limits=httpx2.Limits(max_connections=self.at_once))
-        self.url, self.model, self.key, self.tries, self.timeout, self.pause = url, model, key, tries, timeout, pause
+        self.client = httpx2.Client(
+            headers=headers, timeout=timeout, limits=httpx2.Limits(max_connections=self.at_once)
+        )
+        self.url, self.model, self.key, self.tries, self.timeout, self.pause = (
+            url,
+            model,
+            key,
+            tries,
+            timeout,
+            pause,
+        )
         self.title = f"{title}{url}#{model}"
-        self.say, self.said, self.reached, self.dropped, self.guard = say, set(), False, set(), threading.Lock()
+        self.say, self.said, self.reached, self.dropped, self.guard = (
+            say,
+            set(),
+            False,
+            set(),
+            threading.Lock(),
+        )
 
     def once(self, text: str):
         "Say something, unless it was said."
@@ -91,7 +121,9 @@ class Connection:
         "One question, one try: the first choice of the answer. Raises `Again` for what may pass, `WrongInput` for what will not."
         import httpx2
 
-        body = dict(model=self.model, messages=messages) | {name: value for name, value in wanted.items() if name not in self.dropped}
+        body = dict(model=self.model, messages=messages) | {
+            name: value for name, value in wanted.items() if name not in self.dropped
+        }
         try:
             answer = self.client.post(f"{self.url}/chat/completions", json=body)
         except httpx2.TimeoutException:
@@ -99,10 +131,16 @@ class Connection:
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             what = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
             if not self.reached and isinstance(error, (httpx2.ConnectError, httpx2.InvalidURL)):
-                raise self.wrong(f"it cannot be reached ({what})", "expected an endpoint that listens there; start it, or correct the address") from None
+                raise self.wrong(
+                    f"it cannot be reached ({what})",
+                    "expected an endpoint that listens there; start it, or correct the address",
+                ) from None
             raise Again(what) from None
         self.reached = True
-        text, reason = (t.replace(self.key, "[key]") if self.key else t for t in (answer.text, answer.reason_phrase))
+        text, reason = (
+            t.replace(self.key, "[key]") if self.key else t
+            for t in (answer.text, answer.reason_phrase)
+        )
         found = f"status {answer.status_code} {reason}: {' '.join(text.split())[:160]}".rstrip(": ")
         if answer.status_code in (408, 409, 425, 429) or answer.status_code >= 500:
             raise Again(found, seconds_asked(answer.headers.get("retry-after")))
@@ -111,12 +149,21 @@ class Connection:
             refused += ["top_logprobs"] if "logprobs" in refused and "top_logprobs" in body else []
             if refused:
                 self.dropped.update(refused)
-                self.once(f"judge: the endpoint does not take {', '.join(dict.fromkeys(refused))}; left out from now on")
+                self.once(
+                    f"judge: the endpoint does not take {', '.join(dict.fromkeys(refused))}; left out from now on"
+                )
                 return self.post(messages, wanted)
         if answer.status_code in (401, 403):
-            raise self.wrong(found, "expected a key that it accepts; name the environment variable that holds it in key_variable" + (", or correct it" if self.key else ""))
+            raise self.wrong(
+                found,
+                "expected a key that it accepts; name the environment variable that holds it in key_variable"
+                + (", or correct it" if self.key else ""),
+            )
         if answer.status_code != 200:
-            raise self.wrong(found, "expected a chat completion; correct the address (it usually ends in /v1) or the model's name")
+            raise self.wrong(
+                found,
+                "expected a chat completion; correct the address (it usually ends in /v1) or the model's name",
+            )
         try:
             whole = json.loads(text)
             choice = whole["choices"][0]
@@ -135,7 +182,13 @@ class Endpoint(Connection):
 
     def ask(self, messages: list[dict], read: Callable, **wanted):
         "What `read` finds in the answer to `messages`, after as many tries as it takes. Raises `WrongInput` after the last."
-        from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential, wait_random
+        from tenacity import (
+            Retrying,
+            retry_if_exception_type,
+            stop_after_attempt,
+            wait_exponential,
+            wait_random,
+        )
 
         backoff = wait_exponential(self.pause, max=60.0) + wait_random(0, self.pause)
 
@@ -148,14 +201,24 @@ class Endpoint(Connection):
             try:
                 return read(choice)
             except (LookupError, TypeError, AttributeError, ValueError):
-                raise Again(f"malformed log-probabilities ({str(choice.get('logprobs'))[:80]!r})") from None
+                raise Again(
+                    f"malformed log-probabilities ({str(choice.get('logprobs'))[:80]!r})"
+                ) from None
 
         try:
-            return Retrying(stop=stop_after_attempt(self.tries), wait=wait, retry=retry_if_exception_type(Again), reraise=True)(attempt)
+            return Retrying(
+                stop=stop_after_attempt(self.tries),
+                wait=wait,
+                retry=retry_if_exception_type(Again),
+                reraise=True,
+            )(attempt)
         except Unreadable:
             raise
         except Again as last:
-            raise self.wrong(f"{last}, {self.tries} tries", "expected an answer; what it has said is kept: resume the run when it works again") from None
+            raise self.wrong(
+                f"{last}, {self.tries} tries",
+                "expected an answer; what it has said is kept: resume the run when it works again",
+            ) from None
 
 # %% ../../nbs/rewards/endpoint.ipynb #4179807c
 def answer_text(choice: dict) -> str:

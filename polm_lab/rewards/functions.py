@@ -36,20 +36,29 @@ def correct_reward(score: Callable[[dict, str], float]) -> Callable:
 
     def correct(prompts, completions, **columns):
         columns = {name: values for name, values in columns.items() if isinstance(values, list)}
-        rows = ({name: values[i] for name, values in columns.items()} | {"prompt": prompt} for i, prompt in enumerate(prompts))
+        rows = (
+            {name: values[i] for name, values in columns.items()} | {"prompt": prompt}
+            for i, prompt in enumerate(prompts)
+        )
         return [score(row, text_of(completion)) for row, completion in zip(rows, completions)]
 
     correct.by_score = True  # the rule belongs to the data: other data need their own
     return correct
 
 # %% ../../nbs/rewards/functions.ipynb #3f3724e6
-STEP = re.compile(r"\s*(\d+)\s*([-+*])\s*(\d+)\s*=\s*(\d+)\s*")  # one worked step, such as `20+40=60`
+STEP = re.compile(
+    r"\s*(\d+)\s*([-+*])\s*(\d+)\s*=\s*(\d+)\s*"
+)  # one worked step, such as `20+40=60`
 
 
 def format_reward(completions, ended=None, **columns) -> list[float]:
     "1 if every line is a worked step or a bare number and the policy ended it, else 0."
     texts = [text_of(c).strip() for c in completions]
-    formed = [bool(t) and all(STEP.fullmatch(line) or re.fullmatch(r"\s*\d+\s*", line) for line in t.splitlines()) for t in texts]
+    formed = [
+        bool(t)
+        and all(STEP.fullmatch(line) or re.fullmatch(r"\s*\d+\s*", line) for line in t.splitlines())
+        for t in texts
+    ]
     return [float(good and done) for good, done in zip(formed, ended or [True] * len(texts))]
 
 
@@ -57,8 +66,15 @@ def steps_reward(completions, **columns) -> list[float | None]:
     "The share of worked steps `a+b=c` that are right; None without any."
     rewards = []
     for completion in completions:
-        found = [tuple(m.groups()) for line in text_of(completion).splitlines() if (m := STEP.fullmatch(line)) and all(len(g) < 10 for g in m.groups())]
-        right = [{"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[op] == int(c) for a, op, b, c in found]
+        found = [
+            tuple(m.groups())
+            for line in text_of(completion).splitlines()
+            if (m := STEP.fullmatch(line)) and all(len(g) < 10 for g in m.groups())
+        ]
+        right = [
+            {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[op] == int(c)
+            for a, op, b, c in found
+        ]
         rewards.append(sum(right) / len(right) if right else None)
     return rewards
 
@@ -68,7 +84,9 @@ def length_reward(longest: int, margin: int = 0) -> Callable:
     margin = margin or max(1, longest // 5)
 
     def length(completion_ids, **columns):
-        return [max(-1.0, min(0.0, (longest - margin - len(ids)) / margin)) for ids in completion_ids]
+        return [
+            max(-1.0, min(0.0, (longest - margin - len(ids)) / margin)) for ids in completion_ids
+        ]
 
     return length
 
@@ -86,7 +104,9 @@ def dialogue_reward(completions, **columns) -> list[float]:
     "A third for each different quotation of two words or more, at most 1."
     rewards = []
     for completion in completions:
-        said = {q.lower() for q in re.findall(r'"([^"\n]+)"', text_of(completion)) if len(q.split()) > 1}
+        said = {
+            q.lower() for q in re.findall(r'"([^"\n]+)"', text_of(completion)) if len(q.split()) > 1
+        }
         rewards.append(min(len(said), 3) / 3)
     return rewards
 
@@ -98,21 +118,33 @@ def consistency_reward(prompts, completions, **columns) -> list[float | None]:
     texts, asked = [text_of(c) for c in completions], [str(p) for p in prompts]
     answers = [(p, last_number(t) or plain_words(t)) for p, t in zip(asked, texts)]
     siblings, agree = Counter(asked), Counter(answers)
-    return [(agree[a] - 1) / (siblings[p] - 1) if siblings[p] > 1 else None for p, a in zip(asked, answers)]
+    return [
+        (agree[a] - 1) / (siblings[p] - 1) if siblings[p] > 1 else None
+        for p, a in zip(asked, answers)
+    ]
 
 # %% ../../nbs/rewards/functions.ipynb #245547da
 def tests_reward(prompts, completions, tests=None, **columns) -> list[float | None]:
     "1 if the code passes all `tests` of its row, run in the sandbox, else 0; None without tests."
     if not tests or not any(tests):
-        raise WrongInput("reward tests: the data has no column `tests`; expected a list of assertions or expressions in each row; add it, or name another reward")
+        raise WrongInput(
+            "reward tests: the data has no column `tests`; expected a list of assertions or expressions in each row; add it, or name another reward"
+        )
     asked = []
     for prompt, completion, test in zip(prompts, completions, tests):
         text = text_of(completion)
         code = prompt + text if isinstance(prompt, str) and "```" not in text else code_in(text)
-        asked.append((code, assertions([test] if isinstance(test, str) else test)) if test else None)
+        asked.append(
+            (code, assertions([test] if isinstance(test, str) else test)) if test else None
+        )
     different = list(dict.fromkeys(filter(None, asked)))  # a program that comes twice runs once
     with Pool() as pool:
-        passed = dict(zip(different, pool.map([code for code, _ in different], tests=[test for _, test in different])))
+        passed = dict(
+            zip(
+                different,
+                pool.map([code for code, _ in different], tests=[test for _, test in different]),
+            )
+        )
     return [None if one is None else float(passed[one].ended) for one in asked]
 
 # %% ../../nbs/rewards/functions.ipynb #882766f5
@@ -140,7 +172,13 @@ LIBRARY = {
 
 def short_name(name: str) -> str:
     "What the reward `name` is called in metrics and samples."
-    return name if name in LIBRARY else "model" if name.startswith("model:") else name.rpartition(":")[2]
+    return (
+        name
+        if name in LIBRARY
+        else "model"
+        if name.startswith("model:")
+        else name.rpartition(":")[2]
+    )
 
 
 def parse_rewards(spec: str) -> list[tuple[str, float]]:
@@ -154,14 +192,24 @@ def parse_rewards(spec: str) -> list[tuple[str, float]]:
         except ValueError:
             name, weight = item.strip(), 1.0
         lacks_function = name.endswith(".py") or (name not in LIBRARY and ":" not in name)
-        if name and last.isalpha() and (lacks_function or name == "model" or Path(item.strip().partition(":")[2]).expanduser().exists()):
+        if (
+            name
+            and last.isalpha()
+            and (
+                lacks_function
+                or name == "model"
+                or Path(item.strip().partition(":")[2]).expanduser().exists()
+            )
+        ):
             name, weight = item.strip(), 1.0
         if not name or not math.isfinite(weight):
-            raise WrongInput(f"rewards = {spec!r}: found {item.strip()!r}; expected name or name:weight, separated by commas, such as correct:1.0,format:0.2")
+            raise WrongInput(
+                f"rewards = {spec!r}: found {item.strip()!r}; expected name or name:weight, separated by commas, such as correct:1.0,format:0.2"
+            )
         parsed.append((name, weight))
     return parsed
 
-
+# %% ../../nbs/rewards/functions.ipynb #8d4f8b3d
 def load_function(where: str) -> Callable:
     "The function that `module:name` or `file.py:name` names."
     home, _, name = where.rpartition(":")
@@ -169,7 +217,9 @@ def load_function(where: str) -> Callable:
         if home.endswith(".py"):
             path = Path(home).expanduser()
             if not path.is_file():
-                raise WrongInput(f"reward {where}: there is no file {home}; expected an existing file; give its path from the folder where the run starts, or its full path")
+                raise WrongInput(
+                    f"reward {where}: there is no file {home}; expected an existing file; give its path from the folder where the run starts, or its full path"
+                )
             spec = importlib.util.spec_from_file_location(f"polm_lab_reward_{path.stem}", path)
             module = importlib.util.module_from_spec(spec)
             sys.modules[spec.name] = module
@@ -179,11 +229,15 @@ def load_function(where: str) -> Callable:
     except WrongInput:
         raise
     except (Exception, SystemExit) as error:  # the file is the user's: anything can happen in it
-        raise WrongInput(f"reward {where}: importing {home} failed ({_said(error)}); expected a module that imports; mend it, or install it") from None
+        raise WrongInput(
+            f"reward {where}: importing {home} failed ({_said(error)}); expected a module that imports; mend it, or install it"
+        ) from None
     function = getattr(module, name, None)
     if not callable(function):
         known = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        raise WrongInput(f"reward {where}: {home} has no function {name!r}; {nearest(name, known[:20])}")
+        raise WrongInput(
+            f"reward {where}: {home} has no function {name!r}; {nearest(name, known[:20])}"
+        )
     return function
 
 # %% ../../nbs/rewards/functions.ipynb #cc90491e
@@ -199,7 +253,9 @@ REWARD_PARTS = Listed(
 share_parts("rewards", REWARD_PARTS)
 
 # %% ../../nbs/rewards/functions.ipynb #43fd724a
-def make_rewards(spec: str, score: Callable[[dict, str], float] | None = None, longest: int = 256) -> list[Reward]:
+def make_rewards(
+    spec: str, score: Callable[[dict, str], float] | None = None, longest: int = 256
+) -> list[Reward]:
     """The rewards that `spec` asks for.
 
     `score(row, text)` says what is correct, `None` if nobody knows; `longest` is the longest completion in tokens. Raises `WrongInput`.
@@ -213,24 +269,42 @@ def make_rewards(spec: str, score: Callable[[dict, str], float] | None = None, l
         "repetition": lambda: repetition_reward,
         "dialogue": lambda: dialogue_reward,
         "consistency": lambda: consistency_reward,
-        "tests": lambda: isolator() and tests_reward,  # refused here, before compute, where there is no sandbox
+        "tests": lambda: (
+            isolator() and tests_reward
+        ),  # refused here, before compute, where there is no sandbox
     }
     from polm_lab.rewards.learned import load_reward
 
     rewards = []
     for name, weight in parse_rewards(spec):
         if name.partition(":")[0] in makers and name not in makers:
-            raise WrongInput(f"rewards = {spec!r}: weight {name.partition(':')[2]!r}; expected a number, such as {name.partition(':')[0]}:0.5")
+            raise WrongInput(
+                f"rewards = {spec!r}: weight {name.partition(':')[2]!r}; expected a number, such as {name.partition(':')[0]}:0.5"
+            )
         if name == "model":
-            raise WrongInput(f"rewards = {spec!r}: model of what? expected model:<run, folder or Hub id>, such as model:my_run:0.5")
+            raise WrongInput(
+                f"rewards = {spec!r}: model of what? expected model:<run, folder or Hub id>, such as model:my_run:0.5"
+            )
         if name not in makers and ":" not in name:
-            raise WrongInput(f"reward {name!r}: unknown; {nearest(name, makers)}; or module:function, file.py:function, or model:run")
+            raise WrongInput(
+                f"reward {name!r}: unknown; {nearest(name, makers)}; or module:function, file.py:function, or model:run"
+            )
         if name in ("correct", "gold") and score is None:
-            raise WrongInput(f"reward {name}: nothing tells what is correct; expected a built-in task or an `answer` column in every row; add the column, or name another reward")
+            raise WrongInput(
+                f"reward {name}: nothing tells what is correct; expected a built-in task or an `answer` column in every row; add the column, or name another reward"
+            )
         short = short_name(name)
         if any(r.name == short for r in rewards):
-            raise WrongInput(f"rewards = {spec!r}: {short} comes twice; expected each name once; add up its weights{', or join the models as model:a+b' if short == 'model' else ''}")
-        function = makers[name]() if name in makers else load_reward(name.removeprefix("model:")) if short == "model" else load_function(name)
+            raise WrongInput(
+                f"rewards = {spec!r}: {short} comes twice; expected each name once; add up its weights{', or join the models as model:a+b' if short == 'model' else ''}"
+            )
+        function = (
+            makers[name]()
+            if name in makers
+            else load_reward(name.removeprefix("model:"))
+            if short == "model"
+            else load_function(name)
+        )
         rewards.append(Reward(short, weight, function))
     return rewards
 
@@ -246,7 +320,9 @@ class Scores:
 def _said(error: BaseException) -> str:
     "An error on one line, with the place in the user's code."
     text = " ".join(str(error).split())[:160]
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")
+    ]
     place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
     return f"{type(error).__name__}{': ' + text if text else ''}{place}"
 
@@ -273,7 +349,7 @@ def _finished(result):
         raise box["error"]
     return box["value"]
 
-
+# %% ../../nbs/rewards/functions.ipynb #0b374220
 def _accepted(function: Callable, arguments: dict) -> dict:
     "The arguments that the function has names for; all of them if it takes `**columns`."
     try:
@@ -287,19 +363,33 @@ def _accepted(function: Callable, arguments: dict) -> dict:
 
 def _numbers(name: str, found, rows: int) -> list[float | None]:
     "The result of reward `name` as floats and None; raises `WrongInput`."
-    wanted = f"expected a list of {rows}, one number (or None) for each completion; correct the function"
+    wanted = (
+        f"expected a list of {rows}, one number (or None) for each completion; correct the function"
+    )
     found = found.tolist() if hasattr(found, "tolist") else found  # tensors and arrays
     if not isinstance(found, (list, tuple)):
         raise WrongInput(f"reward {name}: returned {type(found).__name__}; {wanted}")
     if len(found) != rows:
-        raise WrongInput(f"reward {name}: returned {len(found)} rewards for {rows} completions; {wanted}")
+        raise WrongInput(
+            f"reward {name}: returned {len(found)} rewards for {rows} completions; {wanted}"
+        )
     numbers = []
     for i, value in enumerate(found):
-        value = value.item() if hasattr(value, "item") and getattr(value, "size", None) is not None else value
-        if value is not None and (isinstance(value, (str, bytes)) or not hasattr(value, "__float__")):
-            raise WrongInput(f"reward {name}: completion {i} got {value!r:.60} ({type(value).__name__}); {wanted}")
+        value = (
+            value.item()
+            if hasattr(value, "item") and getattr(value, "size", None) is not None
+            else value
+        )
+        if value is not None and (
+            isinstance(value, (str, bytes)) or not hasattr(value, "__float__")
+        ):
+            raise WrongInput(
+                f"reward {name}: completion {i} got {value!r:.60} ({type(value).__name__}); {wanted}"
+            )
         if value is not None and not math.isfinite(value):
-            raise WrongInput(f"reward {name}: completion {i} got {float(value)}; expected a finite number, or None where the reward does not apply; correct the function")
+            raise WrongInput(
+                f"reward {name}: completion {i} got {float(value)}; expected a finite number, or None where the reward does not apply; correct the function"
+            )
         numbers.append(None if value is None else float(value))
     return numbers
 
@@ -310,25 +400,50 @@ def _called(reward: Reward, arguments: dict) -> list[float | None]:
     try:
         found = _finished(reward.function(**_accepted(reward.function, arguments)))
     except Exception as error:
-        raise WrongInput(f"reward {reward.name}: raised {_said(error)}; expected a list of {rows}, one number (or None) for each completion; correct the function") from error
+        raise WrongInput(
+            f"reward {reward.name}: raised {_said(error)}; expected a list of {rows}, one number (or None) for each completion; correct the function"
+        ) from error
     return _numbers(reward.name, found, rows)
 
 
 def weighted(rewards: list[Reward], parts: dict[str, list[float | None]]) -> list[float]:
     "Weighted sum of the rewards that apply to each completion; NaN where none does."
     each = zip(*([None if v is None else r.weight * v for v in parts[r.name]] for r in rewards))
-    return [sum(v for v in values if v is not None) if any(v is not None for v in values) else math.nan for values in each]
+    return [
+        sum(v for v in values if v is not None) if any(v is not None for v in values) else math.nan
+        for values in each
+    ]
 
 
-def _arguments(rows: list[dict], completions: list, completion_ids: list[list[int]], ended: list[bool]) -> dict:
+def _arguments(
+    rows: list[dict], completions: list, completion_ids: list[list[int]], ended: list[bool]
+) -> dict:
     "What a reward function may ask for, by name."
-    names = dict.fromkeys(name for row in rows for name in row if name not in ("prompt", "completion", "completion_ids"))
+    names = dict.fromkeys(
+        name
+        for row in rows
+        for name in row
+        if name not in ("prompt", "completion", "completion_ids")
+    )
     arguments = {name: [row.get(name) for row in rows] for name in names}
-    arguments |= dict(prompts=[row["prompt"] for row in rows], completions=completions, completion_ids=completion_ids, ended=list(ended))
-    return arguments | dict(trainer_state=None, log_extra=lambda *_: None, log_metric=lambda *_: None)
+    arguments |= dict(
+        prompts=[row["prompt"] for row in rows],
+        completions=completions,
+        completion_ids=completion_ids,
+        ended=list(ended),
+    )
+    return arguments | dict(
+        trainer_state=None, log_extra=lambda *_: None, log_metric=lambda *_: None
+    )
 
 
-def call_rewards(rewards: list[Reward], rows: list[dict], completions: list, completion_ids: list[list[int]], ended: list[bool]) -> Scores:
+def call_rewards(
+    rewards: list[Reward],
+    rows: list[dict],
+    completions: list,
+    completion_ids: list[list[int]],
+    ended: list[bool],
+) -> Scores:
     """Call each reward once with everything, and check what it gives.
 
     `rows` are data rows with `prompt`, one a completion (a group repeats its row). TRL's `log_extra` and `log_metric` are accepted and do nothing.
@@ -338,7 +453,9 @@ def call_rewards(rewards: list[Reward], rows: list[dict], completions: list, com
     parts = {reward.name: _called(reward, arguments) for reward in rewards}
     total = weighted(rewards, parts)
     if rows and all(map(math.isnan, total)):
-        raise WrongInput(f"rewards {', '.join(parts)}: only None for all {len(rows)} completions; expected a number for some; correct the function, or name a reward that applies to this data")
+        raise WrongInput(
+            f"rewards {', '.join(parts)}: only None for all {len(rows)} completions; expected a number for some; correct the function, or name a reward that applies to this data"
+        )
     return Scores(parts, total)
 
 # %% ../../nbs/rewards/functions.ipynb #7ce5967e
@@ -374,20 +491,40 @@ def on_held_out(rewards: list[Reward], eval_data: str, rows: list[dict]) -> list
         elif score is not None:
             found.append(replace(reward, function=correct_reward(score)))
         elif reward.weight:
-            raise WrongInput(f"eval_data {eval_data!r}, reward {reward.name}: nothing tells what is correct; expected a built-in task or an `answer` column in every row; add the column, or leave eval_data empty")
+            raise WrongInput(
+                f"eval_data {eval_data!r}, reward {reward.name}: nothing tells what is correct; expected a built-in task or an `answer` column in every row; add the column, or leave eval_data empty"
+            )
     return found
 
 
 def try_rewards(rewards: list[Reward], rows: list[dict], tokenizer, tries: int = 16) -> Scores:
     "Call every reward on stand-in completions of `tries` rows from all over the data. Raises `WrongInput`, as `call_rewards` does."
-    chosen = [rows[i * len(rows) // tries] for i in range(min(tries, len(rows)))] if len(rows) > tries else rows
+    chosen = (
+        [rows[i * len(rows) // tries] for i in range(min(tries, len(rows)))]
+        if len(rows) > tries
+        else rows
+    )
     chosen = [row for row in chosen for _ in range(2)]
-    texts = [str(row.get("answer") or row.get("solution") or "One, two, three.") if i % 2 == 0 else "" for i, row in enumerate(chosen)]
-    ids = [tokenizer(text, add_special_tokens=False).input_ids or [tokenizer.eos_token_id] for text in texts]
+    texts = [
+        str(row.get("answer") or row.get("solution") or "One, two, three.") if i % 2 == 0 else ""
+        for i, row in enumerate(chosen)
+    ]
+    ids = [
+        tokenizer(text, add_special_tokens=False).input_ids or [tokenizer.eos_token_id]
+        for text in texts
+    ]
     return call_rewards(rewards, chosen, as_completions(chosen, texts), ids, [True] * len(chosen))
 
 # %% ../../nbs/rewards/functions.ipynb #cb25af6a
-def dry_run(rewards, data="sums", model: str = "tiny", prompts: int = 8, samples: int = 4, max_new_tokens: int = 32, seed: int = 0):
+def dry_run(
+    rewards,
+    data="sums",
+    model: str = "tiny",
+    prompts: int = 8,
+    samples: int = 4,
+    max_new_tokens: int = 32,
+    seed: int = 0,
+):
     """What rewards give to completions that `model` samples: a DataFrame with a row a reward, and one with the samples.
 
     `rewards` is the text of a knob, a function with TRL's signature, or a list of them; `data` a data spec or rows with `prompt`. Columns: mean; group_std, the spread within a
@@ -405,20 +542,43 @@ def dry_run(rewards, data="sums", model: str = "tiny", prompts: int = 8, samples
     rows = load_data(data, "prompt") if isinstance(data, str) else list(data)
     score = scorer(data if isinstance(data, str) else "", rows)
     given = rewards if isinstance(rewards, list) else [rewards]
-    made = [r for g in given for r in (make_rewards(g, score, max_new_tokens) if isinstance(g, str) else [Reward(getattr(g, "__name__", "reward"), 1.0, g)])]
-    rows = [rows[i * len(rows) // prompts] for i in range(min(prompts, len(rows)))] if len(rows) > prompts else rows
+    made = [
+        r
+        for g in given
+        for r in (
+            make_rewards(g, score, max_new_tokens)
+            if isinstance(g, str)
+            else [Reward(getattr(g, "__name__", "reward"), 1.0, g)]
+        )
+    ]
+    rows = (
+        [rows[i * len(rows) // prompts] for i in range(min(prompts, len(rows)))]
+        if len(rows) > prompts
+        else rows
+    )
     policy, tokenizer = load_model(model), load_tokenizer(model)
     asked = [encode(tokenizer, row, "prompt", 10**6)["input_ids"] for row in rows]
-    rolled = rollout(policy, tokenizer, asked, num_generations=samples, max_new_tokens=max_new_tokens, seeds=seed)
+    rolled = rollout(
+        policy, tokenizer, asked, num_generations=samples, max_new_tokens=max_new_tokens, seeds=seed
+    )
     rows = [row for row in rows for _ in range(samples)]
-    arguments = _arguments(rows, as_completions(rows, rolled.texts), rolled.completions, rolled.ended)
-    table, given = [], {"prompt": [text_of(row["prompt"]) for row in rows], "completion": rolled.texts}
+    arguments = _arguments(
+        rows, as_completions(rows, rolled.texts), rolled.completions, rolled.ended
+    )
+    table, given = (
+        [],
+        {"prompt": [text_of(row["prompt"]) for row in rows], "completion": rolled.texts},
+    )
     for reward in made:
         values, problem, began = [None] * len(rows), "", time.perf_counter()
         try:
             found = _finished(reward.function(**_accepted(reward.function, arguments)))
             found = found.tolist() if hasattr(found, "tolist") else found
-            values = [float(v) if hasattr(v, "__float__") else None for v in found] if isinstance(found, (list, tuple)) and len(found) == len(rows) else values
+            values = (
+                [float(v) if hasattr(v, "__float__") else None for v in found]
+                if isinstance(found, (list, tuple)) and len(found) == len(rows)
+                else values
+            )
             _numbers(reward.name, found, len(rows))
         except WrongInput as wrong:
             problem = str(wrong)
@@ -426,16 +586,29 @@ def dry_run(rewards, data="sums", model: str = "tiny", prompts: int = 8, samples
             problem = f"reward {reward.name}: raised {_said(error)}"
         took = (time.perf_counter() - began) * 1000
         given[reward.name] = values
-        known = pd.Series([v if v is not None and math.isfinite(v) else math.nan for v in values], dtype=float)
+        known = pd.Series(
+            [v if v is not None and math.isfinite(v) else math.nan for v in values], dtype=float
+        )
         spread = known.groupby([i // samples for i in range(len(rows))]).std().dropna()
-        table.append(dict(
-            reward=reward.name, weight=reward.weight, mean=known.mean(), group_std=spread.mean(), equal_groups=(spread < 1e-8).mean(),
-            none=sum(v is None for v in values), not_finite=sum(v is not None and not math.isfinite(v) for v in values), ms=round(took, 2), problem=problem,
-        ))  # fmt: skip
+        table.append(
+            dict(
+                reward=reward.name,
+                weight=reward.weight,
+                mean=known.mean(),
+                group_std=spread.mean(),
+                equal_groups=(spread < 1e-8).mean(),
+                none=sum(v is None for v in values),
+                not_finite=sum(v is not None and not math.isfinite(v) for v in values),
+                ms=round(took, 2),
+                problem=problem,
+            )
+        )
     return pd.DataFrame(table).set_index("reward"), pd.DataFrame(given)
 
 # %% ../../nbs/rewards/functions.ipynb #96b6c7cc
-def for_trl(rewards: list[Reward], end_tokens: list[int], heard: Callable | None = None) -> list[Callable]:
+def for_trl(
+    rewards: list[Reward], end_tokens: list[int], heard: Callable | None = None
+) -> list[Callable]:
     """The rewards as functions for TRL's trainers, which take their names from them; weights are passed apart.
 
     TRL calls them in turn; after the last, `heard(step, arguments, parts, totals)` gets what was judged, what each reward gave, and their weighted sums.
@@ -445,7 +618,13 @@ def for_trl(rewards: list[Reward], end_tokens: list[int], heard: Callable | None
     def wrapped(reward):
         def function(prompts, completions, completion_ids, **columns):
             ended = [ids[-1] in end_tokens for ids in completion_ids]
-            arguments = dict(columns, prompts=prompts, completions=completions, completion_ids=completion_ids, ended=ended)
+            arguments = dict(
+                columns,
+                prompts=prompts,
+                completions=completions,
+                completion_ids=completion_ids,
+                ended=ended,
+            )
             parts[reward.name] = _called(reward, arguments)
             if heard and reward is rewards[-1]:
                 step = columns["trainer_state"].global_step

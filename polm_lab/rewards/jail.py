@@ -42,18 +42,32 @@ def call_filter() -> bytes:
     try:
         import pyseccomp
     except (ImportError, RuntimeError):
-        raise WrongInput("sandbox: libseccomp is missing; expected the library and its Python binding; pip install pyseccomp, and apt-get install libseccomp2") from None
+        raise WrongInput(
+            "sandbox: libseccomp is missing; expected the library and its Python binding; pip install pyseccomp, and apt-get install libseccomp2"
+        ) from None
     import termios
 
     rules = pyseccomp.SyscallFilter(pyseccomp.ERRNO(errno.EPERM))
     for name in CALLS:
         try:
             rules.add_rule(pyseccomp.ALLOW, name)
-        except (OSError, ValueError, RuntimeError):  # not on this processor, or too new for this libseccomp: stays refused
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+        ):  # not on this processor, or too new for this libseccomp: stays refused
             pass
-    for request in (termios.TCGETS, termios.FIONBIO, termios.FIONREAD, termios.FIOCLEX, termios.FIONCLEX):
+    for request in (
+        termios.TCGETS,
+        termios.FIONBIO,
+        termios.FIONREAD,
+        termios.FIOCLEX,
+        termios.FIONCLEX,
+    ):
         rules.add_rule(pyseccomp.ALLOW, "ioctl", pyseccomp.Arg(1, pyseccomp.EQ, request))
-    rules.add_rule(pyseccomp.ALLOW, "socketpair", pyseccomp.Arg(0, pyseccomp.EQ, socket.AF_UNIX))  # how asyncio wakes itself
+    rules.add_rule(
+        pyseccomp.ALLOW, "socketpair", pyseccomp.Arg(0, pyseccomp.EQ, socket.AF_UNIX)
+    )  # how asyncio wakes itself
     with tempfile.TemporaryFile() as file:
         rules.export_bpf(file)
         file.seek(0)
@@ -75,13 +89,36 @@ def jail_command() -> tuple[str, ...]:
             "sandbox: no isolator is here, so code of a model is not run; expected bubblewrap on Linux; "
             "apt-get install bubblewrap (dnf, pacman and zypper have it under the same name), or set POLM_BWRAP to its path"
         )
-    python, prefix, version = os.path.realpath(sys._base_executable or sys.executable), Path(sys.base_prefix).resolve(), f"python{sys.version_info.major}.{sys.version_info.minor}"
+    python, prefix, version = (
+        os.path.realpath(sys._base_executable or sys.executable),
+        Path(sys.base_prefix).resolve(),
+        f"python{sys.version_info.major}.{sys.version_info.minor}",
+    )
     outside, inside = prefix / sys.platlibdir / version, f"/python/{sys.platlibdir}"
     names = _linked(python)
     folders = dict.fromkeys(os.path.dirname(os.path.realpath(name)) for name in names)
-    words = [program, "--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try",
-             "--uid", "65534", "--gid", "65534", "--hostname", "sandbox", "--cap-drop", "ALL", "--new-session", "--die-with-parent",
-             "--ro-bind", python, f"/python/bin/{version}"]  # fmt: skip
+    words = [
+        program,
+        "--unshare-user",
+        "--unshare-pid",
+        "--unshare-net",
+        "--unshare-ipc",
+        "--unshare-uts",
+        "--unshare-cgroup-try",
+        "--uid",
+        "65534",
+        "--gid",
+        "65534",
+        "--hostname",
+        "sandbox",
+        "--cap-drop",
+        "ALL",
+        "--new-session",
+        "--die-with-parent",
+        "--ro-bind",
+        python,
+        f"/python/bin/{version}",
+    ]
     if prefix == Path("/usr"):
         words += ["--ro-bind", str(outside), f"{inside}/{version}"]
     else:  # a Python of its own: its libraries lie beside its standard library
@@ -89,13 +126,31 @@ def jail_command() -> tuple[str, ...]:
         folders.pop(str(outside.parent), None)
     for name in ("site-packages", "dist-packages"):
         if (outside / name).is_dir():
-            words += ["--tmpfs", f"{inside}/{version}/{name}", "--remount-ro", f"{inside}/{version}/{name}"]
+            words += [
+                "--tmpfs",
+                f"{inside}/{version}/{name}",
+                "--remount-ro",
+                f"{inside}/{version}/{name}",
+            ]
     for folder in folders:
         words += ["--ro-bind", folder, folder]
     for name in names:
-        if os.path.dirname(os.path.realpath(name)) in folders and os.path.dirname(name) not in folders:
+        if (
+            os.path.dirname(os.path.realpath(name)) in folders
+            and os.path.dirname(name) not in folders
+        ):
             words += ["--symlink", os.path.realpath(name), name]
-    words += ["--setenv", "LD_LIBRARY_PATH", inside, "--setenv", "PYTHONHASHSEED", "0", "--setenv", "HOME", "/"]
+    words += [
+        "--setenv",
+        "LD_LIBRARY_PATH",
+        inside,
+        "--setenv",
+        "PYTHONHASHSEED",
+        "0",
+        "--setenv",
+        "HOME",
+        "/",
+    ]
     return tuple(words)
 
 # %% ../../nbs/rewards/jail.ipynb #efbe3621
@@ -344,7 +399,7 @@ ASK_THINGS = '''\
 '''
 
 # %% ../../nbs/rewards/jail.ipynb #313d7fd4
-ASK_QUESTIONS = '''\
+ASK_QUESTIONS = """\
     suspects = []
     def theirs(x):
         return Foreign(x[1], x[2])
@@ -367,10 +422,10 @@ ASK_QUESTIONS = '''\
             error = type(first, (Exception,), {"__module__": "builtins"})(second)
         error.frames = frames[0]
         raise error
-'''
+"""
 
 # %% ../../nbs/rewards/jail.ipynb #1338733b
-ASK_NAMES = '''\
+ASK_NAMES = """\
     message = receive()
     try:
         kind, names = message
@@ -390,7 +445,7 @@ ASK_NAMES = '''\
     python = set(dir(builtins))
     others = ({call.func.id for call in calls} | handed) & set(names) - python
     modules = {node.value.id for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)}
-'''
+"""
 
 # %% ../../nbs/rewards/jail.ipynb #1edd4bb5
 ASK_RUN = '''\

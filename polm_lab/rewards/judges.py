@@ -33,7 +33,12 @@ from ..training.evaluate import sequence_logps
 from ..training.making import Kept, in_order
 
 # %% ../../nbs/rewards/judges.ipynb #4f7be965
-JUDGES = {"rule": "rule:correct or rule:file.py:function", "model": "model:<model>", "contrast": "contrast:<model>", "openai": "openai:http://host:port/v1#<model>"}
+JUDGES = {
+    "rule": "rule:correct or rule:file.py:function",
+    "model": "model:<model>",
+    "contrast": "contrast:<model>",
+    "openai": "openai:http://host:port/v1#<model>",
+}
 
 
 def parse_judge(spec: str) -> tuple[str, str, str]:
@@ -47,13 +52,22 @@ def parse_judge(spec: str) -> tuple[str, str, str]:
         return kind, where.strip(), ""
     try:
         url = urllib.parse.urlsplit(where.strip())
-        good = url.scheme in ("http", "https") and bool(url.hostname) and (url.port or 1) > 0 and bool(url.fragment)
+        good = (
+            url.scheme in ("http", "https")
+            and bool(url.hostname)
+            and (url.port or 1) > 0
+            and bool(url.fragment)
+        )
     except ValueError:
         good = False
     if not good:
-        raise WrongInput("judge: the endpoint's address is not whole; expected openai:http://host:port/v1#model, with the model's name after #; correct it")
+        raise WrongInput(
+            "judge: the endpoint's address is not whole; expected openai:http://host:port/v1#model, with the model's name after #; correct it"
+        )
     if url.username or url.password or url.query:
-        raise WrongInput("judge: the endpoint's address holds a user, a password or a query; expected a bare address, since settings are written into the run; name an environment variable in key_variable")
+        raise WrongInput(
+            "judge: the endpoint's address holds a user, a password or a query; expected a bare address, since settings are written into the run; name an environment variable in key_variable"
+        )
     return kind, urllib.parse.urlunsplit(url._replace(fragment="")).rstrip("/"), url.fragment
 
 # %% ../../nbs/rewards/judges.ipynb #a00e1095
@@ -124,10 +138,16 @@ def read_constitution(text: str) -> list[tuple[str, str]]:
         try:
             lines = read_text(Path(text.strip()).expanduser()).splitlines()
         except WrongInput as wrong:
-            raise WrongInput(f"constitution = {text!r}: {wrong}; expected one principle on each line") from None
-    found = [tuple(part.strip() for part in line.partition("|")[::2]) for line in lines if line.strip()]
+            raise WrongInput(
+                f"constitution = {text!r}: {wrong}; expected one principle on each line"
+            ) from None
+    found = [
+        tuple(part.strip() for part in line.partition("|")[::2]) for line in lines if line.strip()
+    ]
     if not found or not all(good for good, _ in found):
-        raise WrongInput(f"constitution = {text if len(text) < 200 else text[:197] + '…'!r}: no principle before |; expected a sentence such as Be polite. | Be rude.")
+        raise WrongInput(
+            f"constitution = {text if len(text) < 200 else text[:197] + '…'!r}: no principle before |; expected a sentence such as Be polite. | Be rude."
+        )
     return found
 
 
@@ -161,10 +181,21 @@ class RuleJudge:
 
     def __call__(self, row, first, second):
         rows = [row, row]
-        ids = [self.tokenizer(text, add_special_tokens=False).input_ids or [self.tokenizer.eos_token_id] for text in (first, second)]
-        always = Reward("", 0.0, lambda prompts: [0.0] * len(prompts))  # without it, nothing that applies would be an error
-        parts = call_rewards([always, *self.rewards], rows, as_completions(rows, [first, second]), ids, [True, True]).parts
-        a, b = (sum(r.weight * parts[r.name][i] for r in self.rewards if None not in parts[r.name]) for i in (0, 1))
+        ids = [
+            self.tokenizer(text, add_special_tokens=False).input_ids
+            or [self.tokenizer.eos_token_id]
+            for text in (first, second)
+        ]
+        always = Reward(
+            "", 0.0, lambda prompts: [0.0] * len(prompts)
+        )  # without it, nothing that applies would be an error
+        parts = call_rewards(
+            [always, *self.rewards], rows, as_completions(rows, [first, second]), ids, [True, True]
+        ).parts
+        a, b = (
+            sum(r.weight * parts[r.name][i] for r in self.rewards if None not in parts[r.name])
+            for i in (0, 1)
+        )
         return (1 + (a > b) - (a < b)) / 2
 
 # %% ../../nbs/rewards/judges.ipynb #7252c09c
@@ -173,8 +204,19 @@ class ModelJudge:
 
     two_orders, at_once = True, 1
 
-    def __init__(self, policy: Policy, tokenizer, constitution: list[tuple[str, str]], max_new_tokens: int = 64):
-        self.policy, self.tokenizer, self.constitution, self.max_new_tokens = policy, tokenizer, constitution, max_new_tokens
+    def __init__(
+        self,
+        policy: Policy,
+        tokenizer,
+        constitution: list[tuple[str, str]],
+        max_new_tokens: int = 64,
+    ):
+        self.policy, self.tokenizer, self.constitution, self.max_new_tokens = (
+            policy,
+            tokenizer,
+            constitution,
+            max_new_tokens,
+        )
         self.longest = getattr(policy.model.config, "max_position_embeddings", None) or 2**20
 
     def logps(self, rows: list[dict]) -> list[float]:
@@ -204,9 +246,19 @@ class ModelJudge:
         "A sampled answer to a conversation."
         room = max(1, self.longest - self.max_new_tokens)
         ids = encode(self.tokenizer, dict(prompt=self.asked(messages)), "prompt", room)["input_ids"]
-        return rollout(self.policy.model, self.tokenizer, [ids], max_new_tokens=self.max_new_tokens, seeds=seed).texts[0].strip()
+        return (
+            rollout(
+                self.policy.model,
+                self.tokenizer,
+                [ids],
+                max_new_tokens=self.max_new_tokens,
+                seeds=seed,
+            )
+            .texts[0]
+            .strip()
+        )
 
-
+# %% ../../nbs/rewards/judges.ipynb #741c9d55
 class ContrastJudge(ModelJudge):
     "A local model that finds the reply better which a principle makes likelier and its opposite less likely (Liu et al. 2024)."
 
@@ -217,14 +269,23 @@ class ContrastJudge(ModelJudge):
         self.scores = {}  # a reply is compared with several others
         for good, bad in constitution:
             if not bad:
-                raise WrongInput(f"constitution: {good[:60]!r} has no opposite; a judge contrast:... expected one after |, such as Be polite. | Be rude.")
+                raise WrongInput(
+                    f"constitution: {good[:60]!r} has no opposite; a judge contrast:... expected one after |, such as Be polite. | Be rude."
+                )
 
     def score(self, row: dict, reply: str) -> float:
         "log π(reply | principle, prompt) - log π(reply | opposite, prompt), in nats."
         key = (str(row["prompt"]), reply)
         if key not in self.scores:
             prompts = [under(row["prompt"], z) for z in principle_of(self.constitution, row)]
-            good, bad = self.logps([dict(prompt=prompt, completion=as_completions([dict(prompt=prompt)], [reply])[0]) for prompt in prompts])
+            good, bad = self.logps(
+                [
+                    dict(
+                        prompt=prompt, completion=as_completions([dict(prompt=prompt)], [reply])[0]
+                    )
+                    for prompt in prompts
+                ]
+            )
             self.scores[key] = good - bad
         return self.scores[key]
 
@@ -264,7 +325,9 @@ def verdict(choice: dict) -> tuple[float, bool]:
     text = choice["message"].get("content") or ""
     named = set(re.findall(r"(?<![A-Za-z0-9_])[AB](?![A-Za-z0-9_])", text))
     if len(named) != 1:
-        raise Unreadable(f"an answer that names {'both replies' if named else 'neither reply'} ({' '.join(text.split())[:60]!r})")
+        raise Unreadable(
+            f"an answer that names {'both replies' if named else 'neither reply'} ({' '.join(text.split())[:60]!r})"
+        )
     return float(named == {"A"}), False
 
 # %% ../../nbs/rewards/judges.ipynb #8608eb9d
@@ -276,7 +339,9 @@ def mark_in(choice: dict) -> tuple[float, bool]:
     text = choice["message"].get("content") or ""
     said = re.search(r"\b(10|[1-9])\b", text)
     if not said:
-        raise Unreadable(f"an answer without a number from 1 to 10 ({' '.join(text.split())[:60]!r})")
+        raise Unreadable(
+            f"an answer without a number from 1 to 10 ({' '.join(text.split())[:60]!r})"
+        )
     number = lambda token: re.sub(r"^\W+|\W+$", "", token)
     for token in (choice.get("logprobs") or {}).get("content") or []:
         if token["token"].strip(EDGES) != said[1]:
@@ -292,7 +357,16 @@ class EndpointJudge:
 
     two_orders, at_once = True, Endpoint.at_once
 
-    def __init__(self, url: str, model: str, constitution, key: str = "", tries: int = 6, max_new_tokens: int = 64, **more):
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        constitution,
+        key: str = "",
+        tries: int = 6,
+        max_new_tokens: int = 64,
+        **more,
+    ):
         self.endpoint = Endpoint(url, model, key, tries, title="judge openai:", **more)
         self.constitution, self.max_new_tokens = constitution, max_new_tokens
 
@@ -322,16 +396,35 @@ class EndpointJudge:
 
     def write(self, messages: list[dict], seed: int) -> str:
         "A sampled answer to a conversation."
-        return self.endpoint.ask(messages, answer_text, temperature=1.0, max_tokens=self.max_new_tokens, seed=seed % 2**31)
+        return self.endpoint.ask(
+            messages,
+            answer_text,
+            temperature=1.0,
+            max_tokens=self.max_new_tokens,
+            seed=seed % 2**31,
+        )
 
 # %% ../../nbs/rewards/judges.ipynb #d2c0b4e6
-CRITIQUE, REVISION = "Criticize your reply by this principle: {principle}", "Write your reply again, so that it follows the principle. Write the reply only."
+CRITIQUE, REVISION = (
+    "Criticize your reply by this principle: {principle}",
+    "Write your reply again, so that it follows the principle. Write the reply only.",
+)
 
 # %% ../../nbs/rewards/judges.ipynb #f112bbbc
 def make_judge(
-    spec: str, rows: list[dict] = (), *, score: Callable[[dict, str], float] | None = None, own: str = "tiny", constitution: str = "Be polite. | Be rude.", key_variable: str = "",
-    tries: int = 6, max_new_tokens: int = 64, dtype: str = "auto", device: str = "auto", say: Callable[[str], None] = print,
-) -> Callable:  # fmt: skip
+    spec: str,
+    rows: list[dict] = (),
+    *,
+    score: Callable[[dict, str], float] | None = None,
+    own: str = "tiny",
+    constitution: str = "Be polite. | Be rude.",
+    key_variable: str = "",
+    tries: int = 6,
+    max_new_tokens: int = 64,
+    dtype: str = "auto",
+    device: str = "auto",
+    say: Callable[[str], None] = print,
+) -> Callable:
     """The judge that `spec` asks for, tried on one question about the first of `rows`. Raises `WrongInput` before any compute.
 
     `score(row, text)` is what `rule:correct` asks; `own` is the model `self`, whose tokenizer rules use; `key_variable` the environment variable with an endpoint's key.
@@ -339,13 +432,17 @@ def make_judge(
     kind, where, name = parse_judge(spec)
     principles = read_constitution(constitution)
     if kind == "openai":
-        judge = EndpointJudge(where, name, principles, read_key(key_variable), tries, max_new_tokens, say=say)
+        judge = EndpointJudge(
+            where, name, principles, read_key(key_variable), tries, max_new_tokens, say=say
+        )
     elif kind == "rule":
         judge = RuleJudge(make_rewards(where, score, max_new_tokens), load_tokenizer(own))
     else:
         model = own if where == "self" else where
         policy = Policy(load_model(model, dtype, device).requires_grad_(False))
-        judge = {"model": ModelJudge, "contrast": ContrastJudge}[kind](policy, load_tokenizer(model), principles, max_new_tokens)
+        judge = {"model": ModelJudge, "contrast": ContrastJudge}[kind](
+            policy, load_tokenizer(model), principles, max_new_tokens
+        )
     if rows:
         judge(rows[0], "Yes.", "No.")
     return judge
@@ -358,12 +455,17 @@ def kept_judge(judge: Callable, kept: Kept) -> Callable:
         def make():
             q = judge(row, first, second)
             if isinstance(q, bool) or not hasattr(q, "__float__") or not 0 <= float(q) <= 1:
-                raise WrongInput(f"judge: gave {q!r:.60}; expected a probability from 0 to 1 that the first reply is better; correct the judge")
+                raise WrongInput(
+                    f"judge: gave {q!r:.60}; expected a probability from 0 to 1 that the first reply is better; correct the judge"
+                )
             return dict(prompt=row["prompt"], first=first, second=second, probability=float(q))
 
         return kept.get([row["prompt"], first, second], make)["probability"]
 
-    asked.two_orders, asked.at_once = getattr(judge, "two_orders", True), getattr(judge, "at_once", 1)
+    asked.two_orders, asked.at_once = (
+        getattr(judge, "two_orders", True),
+        getattr(judge, "at_once", 1),
+    )
     return asked
 
 

@@ -31,7 +31,10 @@ def encode_sides(tokenizer, row: dict, max_length: int, head: str) -> dict:
     for side in sides:
         asked = sides[side]["completion_mask"].index(1)
         own[side] = ids[side][asked:]
-    return {side: {"input_ids": (ids[other] + own[side])[:max_length]} for side, other in (("chosen", "rejected"), ("rejected", "chosen"))}
+    return {
+        side: {"input_ids": (ids[other] + own[side])[:max_length]}
+        for side, other in (("chosen", "rejected"), ("rejected", "chosen"))
+    }
 
 
 class Scorer(torch.nn.Module):
@@ -73,7 +76,7 @@ def read_by_mask(model):
 
     model.forward = forward
 
-
+# %% ../../nbs/rewards/learned.ipynb #4d2cd407
 def padding_for(tokenizer, ends: set[int]) -> int | None:
     """Return a padding token that ends no text, and make it the tokenizer's.
 
@@ -92,12 +95,18 @@ def padding_for(tokenizer, ends: set[int]) -> int | None:
 
 def score_rows(scorer: Scorer, examples: list[dict], pad_id: int, rows: int = 32) -> Tensor:
     "Rewards [n] of encoded rows; rows of like length go through the model together."
-    device, order, out = next(scorer.parameters()).device, sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"])), torch.zeros(len(examples))
+    device, order, out = (
+        next(scorer.parameters()).device,
+        sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"])),
+        torch.zeros(len(examples)),
+    )
     with eval_no_grad(scorer):
         for start in range(0, len(order), rows):
             part = order[start : start + rows]
             batch = collate([examples[i] for i in part], pad_id)
-            out[part] = scorer(batch["input_ids"].to(device), batch["attention_mask"].to(device)).cpu()
+            out[part] = scorer(
+                batch["input_ids"].to(device), batch["attention_mask"].to(device)
+            ).cpu()
     return out
 
 # %% ../../nbs/rewards/learned.ipynb #f6a804e7
@@ -112,23 +121,33 @@ def members(spec: str) -> tuple[list[str], str]:
     how, inside = (found[1], found[2]) if found else ("mean", spec.strip())
     names = [name.strip() for name in inside.split("+")]
     if not all(names):
-        raise WrongInput(f"reward model {spec!r}: a name is empty; expected a run, a folder or a Hub id, or several as a+b+c or min(a+b+c)")
+        raise WrongInput(
+            f"reward model {spec!r}: a name is empty; expected a run, a folder or a Hub id, or several as a+b+c or min(a+b+c)"
+        )
     return names, how
 
 
 def _member(spec: str, device: str, dtype: str, rows: int) -> Callable[[list, list], list]:
     "One model as a function from prompts and completions to rewards."
-    model, tokenizer = load_model(spec, dtype=dtype, device=device, head="any"), load_tokenizer(spec)
+    model, tokenizer = (
+        load_model(spec, dtype=dtype, device=device, head="any"),
+        load_tokenizer(spec),
+    )
     if not hasattr(model, "score"):
         found = "a language model, which gives no reward"
         if type(model).__name__.endswith("ForSequenceClassification"):
             found = "its head does not read the last token"
-        raise WrongInput(f"reward model {spec!r}: {found}; expected a reward model, such as a run of `polm run reward`")
+        raise WrongInput(
+            f"reward model {spec!r}: {found}; expected a reward model, such as a run of `polm run reward`"
+        )
     scorer, pad = Scorer(model.requires_grad_(False).eval()), tokenizer.pad_token_id
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 4096
 
     def alone(prompts, completions):
-        examples = [encode(tokenizer, dict(prompt=p, completion=c), "completion", longest) for p, c in zip(prompts, completions)]
+        examples = [
+            encode(tokenizer, dict(prompt=p, completion=c), "completion", longest)
+            for p, c in zip(prompts, completions)
+        ]
         return score_rows(scorer, examples, pad, rows).tolist()
 
     def among(prompts, completions):
@@ -137,9 +156,19 @@ def _member(spec: str, device: str, dtype: str, rows: int) -> Callable[[list, li
             groups.setdefault(json.dumps(prompt), []).append(i)
         matches = [(i, j) for group in groups.values() for i in group for j in group if i < j]
         for i, j in matches:
-            sides = encode_sides(tokenizer, dict(prompt=prompts[i], chosen=completions[i], rejected=completions[j]), longest, "pairwise")
+            sides = encode_sides(
+                tokenizer,
+                dict(prompt=prompts[i], chosen=completions[i], rejected=completions[j]),
+                longest,
+                "pairwise",
+            )
             pairs += [sides["chosen"], sides["rejected"]]
-        for (i, j), chance in zip(matches, torch.sigmoid(-score_rows(scorer, pairs, pad, rows).view(-1, 2).diff(dim=1))[:, 0].tolist()):
+        for (i, j), chance in zip(
+            matches,
+            torch.sigmoid(-score_rows(scorer, pairs, pad, rows).view(-1, 2).diff(dim=1))[
+                :, 0
+            ].tolist(),
+        ):
             won[i].append(chance), won[j].append(1 - chance)
         return [sum(chances) / len(chances) if chances else None for chances in won]
 
@@ -157,7 +186,10 @@ def load_reward(spec: str, device: str = "auto", dtype: str = "auto", rows: int 
 
     def model(prompts, completions, **columns) -> list[float | None]:
         found = [member(prompts, completions) for member in each]
-        return [None if None in values else together(torch.tensor(values)[:, None], how).item() for values in zip(*found)]
+        return [
+            None if None in values else together(torch.tensor(values)[:, None], how).item()
+            for values in zip(*found)
+        ]
 
     model.models = names  # whose runs are parents of a run that uses it
     return model

@@ -40,7 +40,9 @@ def prepare_on_policy(
     policy, tokenizer = load_policy(settings)
     try_rewards(rewards, rows, tokenizer)
     reward_fn = as_reward_fn(rewards)
-    held_reward_fn = as_reward_fn(held_rewards or on_held_out(rewards, settings.eval_data, held_out))
+    held_reward_fn = as_reward_fn(
+        held_rewards or on_held_out(rewards, settings.eval_data, held_out)
+    )
     reference = starting_model(policy, settings) if getattr(settings, "beta", 0) else None
     return OnPolicy(
         run, settings, policy, tokenizer, rows, held_out, reward_fn, reference, held_reward_fn

@@ -32,16 +32,29 @@ class Execution:
     reason: str  # why it did not leave so: error, exit, time, memory, output or signal
     seconds: float  # wall time of the code, without the start of Python
     ended: bool  # the last line of its tests was reached; without tests: of the program, if that is to be believed
-    cheat: str = ""  # what looked like deceiving the tests, where they did not pass: left, object or broken
+    cheat: str = (
+        ""  # what looked like deceiving the tests, where they did not pass: left, object or broken
+    )
 
 
 START = 20.0  # seconds that the isolator and Python may take to start, or to be gone after a kill, on a machine that is busy
 LONGEST = 2**24  # characters
-LIMITS = {"seconds": (0.01, 3600), "memory_mib": (64, 2**20), "disk_mib": (0, 2**14), "output_kib": (1, 2**14)}  # lowest, highest
+LIMITS = {
+    "seconds": (0.01, 3600),
+    "memory_mib": (64, 2**20),
+    "disk_mib": (0, 2**14),
+    "output_kib": (1, 2**14),
+}  # lowest, highest
 
 
 def run_code(
-    code: str, stdin: str = "", seconds: float = 2.0, memory_mib: int = 256, disk_mib: int = 0, output_kib: int = 64, tests: str = ""
+    code: str,
+    stdin: str = "",
+    seconds: float = 2.0,
+    memory_mib: int = 256,
+    disk_mib: int = 0,
+    output_kib: int = 64,
+    tests: str = "",
 ) -> Execution:
     """Run `code` as a Python program in the sandbox, and wait for it; `tests` is a second piece of code that sees the program's names from another sandbox.
 
@@ -50,25 +63,39 @@ def run_code(
     """
     for name, text in (("code", code), ("stdin", stdin), ("tests", tests)):
         if not isinstance(text, str):
-            raise WrongInput(f"sandbox: {name} is {type(text).__name__}; expected text; decode or join it")
+            raise WrongInput(
+                f"sandbox: {name} is {type(text).__name__}; expected text; decode or join it"
+            )
         if len(text) > LONGEST:
-            raise WrongInput(f"sandbox: {name} has {len(text):,} characters; expected at most {LONGEST:,}; shorten it")
+            raise WrongInput(
+                f"sandbox: {name} has {len(text):,} characters; expected at most {LONGEST:,}; shorten it"
+            )
     given = dict(seconds=seconds, memory_mib=memory_mib, disk_mib=disk_mib, output_kib=output_kib)
     for name, (low, high) in LIMITS.items():
-        if isinstance(given[name], bool) or not isinstance(given[name], (int, float)) or not low <= given[name] <= high:
-            raise WrongInput(f"sandbox: {name} = {given[name]!r}; expected a number from {low:g} to {high:,}; change it")
+        if (
+            isinstance(given[name], bool)
+            or not isinstance(given[name], (int, float))
+            or not low <= given[name] <= high
+        ):
+            raise WrongInput(
+                f"sandbox: {name} = {given[name]!r}; expected a number from {low:g} to {high:,}; change it"
+            )
     isolator()
     return _execute(code, stdin, tests, **given)
 
-
-def _execute(code, stdin="", tests="", seconds=2.0, memory_mib=256, disk_mib=0, output_kib=64) -> Execution:
+# %% ../../nbs/rewards/sandbox.ipynb #dfe317c2
+def _execute(
+    code, stdin="", tests="", seconds=2.0, memory_mib=256, disk_mib=0, output_kib=64
+) -> Execution:
     "`run_code` without its checks."
     limits = int(seconds) + 1, int(memory_mib * 2**20), int(disk_mib * 2**20)
     pipes = [os.pipe(), os.pipe()] if tests else []  # to the program, to the tests
     lines = [(pipes[0][0], pipes[1][1]), (pipes[1][0], pipes[0][1])] if tests else [()]
     inside = []
     try:
-        for role, text, given, line in zip(("program", "tests") if tests else ("alone",), (code, tests), (stdin, ""), lines):
+        for role, text, given, line in zip(
+            ("program", "tests") if tests else ("alone",), (code, tests), (stdin, ""), lines
+        ):
             inside.append(_start(role, text, given, limits, line))
     except BaseException:
         for one in inside:
@@ -103,7 +130,11 @@ def _start(role: str, text: str, stdin: str, limits: tuple, line: tuple) -> _Ins
     jail = list(jail_command())
     if limits[2]:
         jail += ["--size", str(limits[2]), "--tmpfs", "/tmp", "--chdir", "/tmp"]
-    source, data, word = text.encode("utf-8", "surrogatepass"), stdin.encode("utf-8", "surrogatepass"), secrets.token_hex(16).encode()
+    source, data, word = (
+        text.encode("utf-8", "surrogatepass"),
+        stdin.encode("utf-8", "surrogatepass"),
+        secrets.token_hex(16).encode(),
+    )
     header = b"%d %d %d %d %s" % (len(source), *limits, word)
     control, inner = os.pipe()
     filter_fd, filled = os.pipe()
@@ -113,38 +144,76 @@ def _start(role: str, text: str, stdin: str, limits: tuple, line: tuple) -> _Ins
     parts = {"alone": (), "program": (TALK, SERVE), "tests": (TALK, ASK)}[role]
     runner = "import posix, resource, sys\n" + "".join(parts) + RUNNER
     ends = [str(end) for end in (inner, *(line or (-1, -1)))]
-    jail += ["--remount-ro", "/", "--seccomp", str(filter_fd), version, "-s", "-S", "-P", "-B", "-X", "utf8", "-c", runner, role, *ends]
+    jail += [
+        "--remount-ro",
+        "/",
+        "--seccomp",
+        str(filter_fd),
+        version,
+        "-s",
+        "-S",
+        "-P",
+        "-B",
+        "-X",
+        "utf8",
+        "-c",
+        runner,
+        role,
+        *ends,
+    ]
     try:
         pipe = subprocess.PIPE
-        process = subprocess.Popen(jail, stdin=pipe, stdout=pipe, stderr=pipe, env={}, cwd="/", pass_fds=(inner, filter_fd, *line), bufsize=0)
+        process = subprocess.Popen(
+            jail,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=pipe,
+            env={},
+            cwd="/",
+            pass_fds=(inner, filter_fd, *line),
+            bufsize=0,
+        )
     except OSError:
         os.close(control)
         raise
     finally:
         os.close(inner)
         os.close(filter_fd)
-    return _Inside(process, header.ljust(128) + source + data, open(control, "rb", buffering=0), word)
+    return _Inside(
+        process, header.ljust(128) + source + data, open(control, "rb", buffering=0), word
+    )
 
 # %% ../../nbs/rewards/sandbox.ipynb #aecb6bda
 def _watch(inside: list[_Inside], seconds: float, room: int) -> Execution:
     "Feed the processes, read what they print, and kill all of them when their time or room is up."
-    program, last = inside[0], inside[-1]  # the last one has the last word: the tests, or a program alone
+    program, last = (
+        inside[0],
+        inside[-1],
+    )  # the last one has the last word: the tests, or a program alone
     kept, owner, reason = {}, {}, ""
     for one in inside:
         for stream in (one.process.stdout, one.process.stderr, one.control, one.process.stdin):
             owner[stream] = one
         kept |= {one.process.stdout: b"", one.process.stderr: b""}
-    speaking, deadline = set(owner) - {one.process.stdin for one in inside}, time.monotonic() + START
+    speaking, deadline = (
+        set(owner) - {one.process.stdin for one in inside},
+        time.monotonic() + START,
+    )
     with selectors.DefaultSelector() as waiting:
         for stream, one in owner.items():
             os.set_blocking(stream.fileno(), False)
-            waiting.register(stream, selectors.EVENT_WRITE if stream is one.process.stdin else selectors.EVENT_READ)
+            waiting.register(
+                stream,
+                selectors.EVENT_WRITE if stream is one.process.stdin else selectors.EVENT_READ,
+            )
         try:
             while speaking:  # when the pipes have ended, every process inside is gone
                 ready = waiting.select(max(0.0, deadline - time.monotonic()))
                 if time.monotonic() >= deadline:
                     if reason:
-                        raise RuntimeError(f"sandbox: what was killed is still there after {START:g} s")
+                        raise RuntimeError(
+                            f"sandbox: what was killed is still there after {START:g} s"
+                        )
                     reason, deadline = "time", time.monotonic() + START
                     for one in inside:
                         one.process.kill()
@@ -162,7 +231,12 @@ def _watch(inside: list[_Inside], seconds: float, room: int) -> Execution:
                     if not data:
                         waiting.unregister(stream)
                         speaking.remove(stream)
-                        if one is last and one is not program and stream is one.control and one.said[1:] not in (b"", b"left"):
+                        if (
+                            one is last
+                            and one is not program
+                            and stream is one.control
+                            and one.said[1:] not in (b"", b"left")
+                        ):
                             program.process.kill()  # the verdict is out; a program that left is leaving by itself
                     elif stream is one.control:
                         if one.started is None:
@@ -181,20 +255,31 @@ def _watch(inside: list[_Inside], seconds: float, room: int) -> Execution:
         finally:
             for one in inside:
                 one.kill()
-    stdout, stderr = ("".join(kept[stream].decode("utf-8", "replace") for stream in streams) for streams in zip(*((one.process.stdout, one.process.stderr) for one in inside)))
+    stdout, stderr = (
+        "".join(kept[stream].decode("utf-8", "replace") for stream in streams)
+        for streams in zip(*((one.process.stdout, one.process.stderr) for one in inside))
+    )
     if any(one.started is None for one in inside) and not reason:
-        raise RuntimeError(f"sandbox: the isolator did not start the program: {' '.join(stderr.split())[-300:] or program.process.returncode}")
+        raise RuntimeError(
+            f"sandbox: the isolator did not start the program: {' '.join(stderr.split())[-300:] or program.process.returncode}"
+        )
     verdict = last.said[1:]
     ended = not reason and secrets.compare_digest(verdict, last.word)
     code = 0 if ended else program.process.returncode
-    if not ended and last is not program and verdict != b"left":  # the program was there to the end: its tests failed
+    if (
+        not ended and last is not program and verdict != b"left"
+    ):  # the program was there to the end: its tests failed
         code = 1
     if not reason and b"memory" in (verdict, program.said[1:]):
         reason = "memory"
     reason = reason or ("" if code == 0 else "signal" if code > 128 or code < 0 else "error")
     clean = not reason
     left = {b"left": "left"} if clean else {}
-    cheat = "" if ended or last is program else (left | {b"object": "object", b"broken": "broken"}).get(verdict, "")
+    cheat = (
+        ""
+        if ended or last is program
+        else (left | {b"object": "object", b"broken": "broken"}).get(verdict, "")
+    )
     return Execution(clean, stdout, stderr, reason, took, ended, cheat)
 
 # %% ../../nbs/rewards/sandbox.ipynb #ca954910
@@ -210,8 +295,12 @@ def isolator() -> str:
             "expected that it may make user namespaces; allow them (sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns), in Docker --security-opt seccomp=unconfined"
         ) from None
     if not tried.ended:
-        raise WrongInput(f"sandbox: a try was not contained ({' '.join(tried.stderr.split())[-200:] or tried.reason}), so code of a model is not run; expected bubblewrap 0.8 or newer; update it")
-    version = subprocess.run([jail_command()[0], "--version"], capture_output=True, text=True).stdout.strip()
+        raise WrongInput(
+            f"sandbox: a try was not contained ({' '.join(tried.stderr.split())[-200:] or tried.reason}), so code of a model is not run; expected bubblewrap 0.8 or newer; update it"
+        )
+    version = subprocess.run(
+        [jail_command()[0], "--version"], capture_output=True, text=True
+    ).stdout.strip()
     return f"{version}, seccomp, Python {sys.version_info.major}.{sys.version_info.minor}"
 
 
@@ -246,13 +335,20 @@ class Pool:
     def __init__(self, workers: int = 0, **limits):
         self.limits = limits
         isolator()
-        self.threads = ThreadPoolExecutor(workers or len(os.sched_getaffinity(0)), thread_name_prefix="sandbox")
+        self.threads = ThreadPoolExecutor(
+            workers or len(os.sched_getaffinity(0)), thread_name_prefix="sandbox"
+        )
 
-    def map(self, codes: list[str], tests: list[str] | None = None, stdins: list[str] | None = None) -> list[Execution]:
+    def map(
+        self, codes: list[str], tests: list[str] | None = None, stdins: list[str] | None = None
+    ) -> list[Execution]:
         "Run each code, with its tests and its standard input if there are any; the results in the order of `codes`."
         none = [""] * len(codes)
         rows = zip(codes, tests or none, stdins or none, strict=True)
-        jobs = [self.threads.submit(run_code, code, stdin, tests=test, **self.limits) for code, test, stdin in rows]
+        jobs = [
+            self.threads.submit(run_code, code, stdin, tests=test, **self.limits)
+            for code, test, stdin in rows
+        ]
         try:
             return [job.result() for job in jobs]
         finally:

@@ -20,14 +20,20 @@ def code_in(text: str) -> str:
 
 def assertions(tests: list[str]) -> str:
     "Unit tests as a program: assertions as they are, and expressions that must be true."
-    return "\n".join(test if "assert" in test or "\n" in test else f"assert {test}" for test in tests)
+    return "\n".join(
+        test if "assert" in test or "\n" in test else f"assert {test}" for test in tests
+    )
 
 
 def humaneval_parts(task: dict, completion: str) -> tuple[str, str]:
     "Code and tests of a HumanEval row (`prompt`, `test`, `entry_point`) with a completion; what else the prompt defines, the tests have for themselves."
     helpers = ast.parse(task["prompt"] + "    pass\n")
-    helpers.body = [node for node in helpers.body if getattr(node, "name", "") != task["entry_point"]]
-    return task["prompt"] + code_in(completion), f"{ast.unparse(helpers)}\n{task['test']}\ncheck({task['entry_point']})"
+    helpers.body = [
+        node for node in helpers.body if getattr(node, "name", "") != task["entry_point"]
+    ]
+    return task["prompt"] + code_in(
+        completion
+    ), f"{ast.unparse(helpers)}\n{task['test']}\ncheck({task['entry_point']})"
 
 
 def mbpp_parts(task: dict, code: str) -> tuple[str, str]:

@@ -55,7 +55,11 @@ def _shared_run(name, values, out, parents) -> Run:
 # %% ../../nbs/runner/launch.ipynb #99b24bca
 def notebooks_folder() -> Path:
     "Where the notebooks are: beside the package in a source tree, inside it when installed."
-    package = Path(__file__).parent.parent if "__file__" in globals() else Path(find.__code__.co_filename).parent.parent
+    package = (
+        Path(__file__).parent.parent
+        if "__file__" in globals()
+        else Path(find.__code__.co_filename).parent.parent
+    )
     inside = package / "_nbs"
     return inside if inside.is_dir() else package.parent / "nbs"
 
@@ -77,8 +81,15 @@ def execute_notebook(run: Run) -> Run:
     os.environ["POLM_RUN"] = str(run.path)
     try:
         papermill.execute_notebook(
-            str(source), str(run.path / "notebook.ipynb"), parameters=run.settings, kernel_name="python3", progress_bar=False, cwd=os.getcwd(),
-            extra_arguments=["--IPKernelApp.log_level=50"],  # it logs about itself alone, and calls it an error when it is told to stop
+            str(source),
+            str(run.path / "notebook.ipynb"),
+            parameters=run.settings,
+            kernel_name="python3",
+            progress_bar=False,
+            cwd=os.getcwd(),
+            extra_arguments=[
+                "--IPKernelApp.log_level=50"
+            ],  # it logs about itself alone, and calls it an error when it is told to stop
         )
     except PapermillExecutionError as error:
         _after_failed_cell(Run(run.path), error)
@@ -86,7 +97,7 @@ def execute_notebook(run: Run) -> Run:
         os.environ.pop("POLM_RUN", None)
     return Run(run.path)
 
-
+# %% ../../nbs/runner/launch.ipynb #c7281858
 def _after_failed_cell(run: Run, error):
     "Decide what a failed cell means for its run; `error` is papermill's."
     first_line = f"{error.ename}: {error.evalue}".split("\n")[0]
@@ -131,13 +142,22 @@ def launch(name: str, out=None, parents=None, notebook: bool = True, **values) -
     return run
 
 
-def polm_process(*words: str, log: Path, env: dict | None = None, keep: tuple = ()) -> subprocess.Popen:
+def polm_process(
+    *words: str, log: Path, env: dict | None = None, keep: tuple = ()
+) -> subprocess.Popen:
     "A detached process of the command line with its output appended to `log`; it inherits the open files in `keep`."
-    with open(log, "a") as said:  # -P: as for the console script, no file of the current folder is taken for a module
+    with open(
+        log, "a"
+    ) as said:  # -P: as for the console script, no file of the current folder is taken for a module
         return subprocess.Popen(
-            [sys.executable, "-P", "-c", "from polm_lab.cli import main; main()", *words], stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT,
-            start_new_session=True, env={**os.environ, **(env or {})}, pass_fds=keep,
-        )  # fmt: skip
+            [sys.executable, "-P", "-c", "from polm_lab.cli import main; main()", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, **(env or {})},
+            pass_fds=keep,
+        )
 
 
 def spawn(run: Run, env: dict | None = None, keep: tuple = ()) -> subprocess.Popen:
@@ -147,7 +167,9 @@ def spawn(run: Run, env: dict | None = None, keep: tuple = ()) -> subprocess.Pop
     def reap():
         code = process.wait()
         how = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
-        _failed_to_begin(run, f"its process ended before the run began ({how}); see {run.path / 'log.txt'}")
+        _failed_to_begin(
+            run, f"its process ended before the run began ({how}); see {run.path / 'log.txt'}"
+        )
 
     threading.Thread(target=reap, daemon=True).start()
     return process
@@ -159,13 +181,15 @@ def has_process(run: Run) -> bool:
 
     return any(str(run.path) in (p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"]))
 
-
+# %% ../../nbs/runner/launch.ipynb #8aec5b0f
 def resumable(run) -> Run:
     "The run, if it can be resumed; raises `WrongInput` that says why not."
     run = open_run(run)
     status = run.status
     if status in ("finished", "running"):
-        raise WrongInput(f"{run.id}: it is {status}; only a failed, stopped or dead run can be resumed")
+        raise WrongInput(
+            f"{run.id}: it is {status}; only a failed, stopped or dead run can be resumed"
+        )
     run.clear_stop()
     return run
 
@@ -237,8 +261,14 @@ def clone(run, out=None, **changes) -> dict:
     """
     run = open_run(run, out)
     known = {k.name: k.default for k in knobs(find(run.method).settings)}
-    _, settings = check_settings(run.method, {name: value for name, value in run.settings.items() if name in known} | changes)
-    return {name: getattr(settings, name) for name, default in known.items() if getattr(settings, name) != default}
+    _, settings = check_settings(
+        run.method, {name: value for name, value in run.settings.items() if name in known} | changes
+    )
+    return {
+        name: getattr(settings, name)
+        for name, default in known.items()
+        if getattr(settings, name) != default
+    }
 
 
 def enqueue(name: str, out=None, parents=None, notebook: bool = True, **values) -> Run:
@@ -254,7 +284,10 @@ PATIENCE = 5.0  # seconds until the queue tries again to write on a full disk
 
 def waiting(out=None) -> list[Run]:
     "The runs of the queue below `out` that have not begun, next one first."
-    return sorted((r for r in all_runs(out) if r.record.get("queued") and r.record["status"] == "created"), key=lambda r: r.record["queued"])
+    return sorted(
+        (r for r in all_runs(out) if r.record.get("queued") and r.record["status"] == "created"),
+        key=lambda r: r.record["queued"],
+    )
 
 
 @contextmanager
@@ -269,7 +302,7 @@ def _lock(out, name: str, wait: bool = True):
             file = None
         yield file
 
-
+# %% ../../nbs/runner/launch.ipynb #89f155c2
 def _leave_queue(run: Run) -> bool:
     "Take a run out of the queue; false if it is not in it."
     if not run.read().get("queued"):
@@ -294,7 +327,10 @@ def _next_run(out) -> Run | None:
                 return run
             except OSError as error:
                 if run.path.exists() and not said:  # else it was just deleted
-                    print(f"{run.id}: it waits in the queue, since its run.json cannot be written ({error.strerror}); free some space", flush=True)
+                    print(
+                        f"{run.id}: it waits in the queue, since its run.json cannot be written ({error.strerror}); free some space",
+                        flush=True,
+                    )
                     said = True
         time.sleep(PATIENCE)
 
@@ -318,24 +354,45 @@ def work_queue(out=None):
     with worker:
         while run := _next_run(out):
             with suppress(FileNotFoundError):  # deleted this instant
-                spawn(run, keep=(worker.fileno(),)).wait()  # the run holds the lock too: if this process is killed, the next run still waits for it
+                spawn(
+                    run, keep=(worker.fileno(),)
+                ).wait()  # the run holds the lock too: if this process is killed, the next run still waits for it
 
 # %% ../../nbs/runner/launch.ipynb #ec89ac3b
 def commands(name: str, values: dict, out=None, notebook: bool = True) -> dict[str, str]:
     "The same run as a papermill command, a `polm` command, and Python; quoted for the shell. Raises `WrongInput`."
     found, settings = check_settings(name, values)
     named = {key.partition(".")[0] for key in values}  # a part is given in its string
-    given = {k.name: getattr(settings, k.name) for k in knobs(settings) if k.name in named and getattr(settings, k.name) != k.default}
-    where = str(runs_folder(out)) if out or os.environ.get("POLM_RUNS") else None  # else the default folder, in the terminal as here
+    given = {
+        k.name: getattr(settings, k.name)
+        for k in knobs(settings)
+        if k.name in named and getattr(settings, k.name) != k.default
+    }
+    where = (
+        str(runs_folder(out)) if out or os.environ.get("POLM_RUNS") else None
+    )  # else the default folder, in the terminal as here
     folder = runs_folder(out)
-    papermill = [_tool("papermill"), str(notebooks_folder() / found.notebook), str(folder / f"{name}.ipynb")]
+    papermill = [
+        _tool("papermill"),
+        str(notebooks_folder() / found.notebook),
+        str(folder / f"{name}.ipynb"),
+    ]
     polm = [_tool("polm"), "run", name, *([] if notebook else ["--bare"])]
     for key, value in given.items():
-        papermill += ["-r" if isinstance(value, str) else "-p", key, str(value)]  # -r: papermill takes text as it is, and guesses no type
+        papermill += [
+            "-r" if isinstance(value, str) else "-p",
+            key,
+            str(value),
+        ]  # -r: papermill takes text as it is, and guesses no type
         polm += ["-p", key, str(value)]
     before = "" if folder.is_dir() else f"mkdir -p {shlex.quote(str(folder))} && "
     before += f"POLM_RUNS={shlex.quote(where)} " if where else ""
-    arguments = [repr(name), *([f"out={where!r}"] if where else []), *([] if notebook else ["notebook=False"]), *(f"{key}={value!r}" for key, value in given.items())]
+    arguments = [
+        repr(name),
+        *([f"out={where!r}"] if where else []),
+        *([] if notebook else ["notebook=False"]),
+        *(f"{key}={value!r}" for key, value in given.items()),
+    ]
     return dict(
         papermill=before + shlex.join(papermill),
         polm=shlex.join(polm + (["--out", where] if where else [])),
@@ -356,9 +413,21 @@ def runs(out=None, metrics=("perplexity", "accuracy", "reward", "margin", "kl"))
     rows = []
     for r in reversed(all_runs(out)):
         last = r.record
-        after = {name: value for name, value in last["summary"].get("after", {}).items() if name in metrics}
+        after = {
+            name: value
+            for name, value in last["summary"].get("after", {}).items()
+            if name in metrics
+        }
         rows.append(
-            dict(run=r.id, method=r.method, status="queued" if last.get("queued") else r.status, step=last["step"], total=last["total"], parents=", ".join(last["parents"]), **after)
+            dict(
+                run=r.id,
+                method=r.method,
+                status="queued" if last.get("queued") else r.status,
+                step=last["step"],
+                total=last["total"],
+                parents=", ".join(last["parents"]),
+                **after,
+            )
         )
     return pd.DataFrame(rows)
 
@@ -377,9 +446,14 @@ def compare(*which, out=None):
             table[name] = values
     for name in dict.fromkeys(k for r in found for part in r.summary.values() for k in part):
         counts = [r.summary.get(when, {}).get(name) for r in found for when in ("before", "after")]
-        if is_count(name) and len(set(counts)) == 1:  # how many rows were seen is said where it differs
+        if (
+            is_count(name) and len(set(counts)) == 1
+        ):  # how many rows were seen is said where it differs
             continue
-        table[name] = [" → ".join(_short(r.summary.get(when, {}).get(name)) for when in ("before", "after")) for r in found]
+        table[name] = [
+            " → ".join(_short(r.summary.get(when, {}).get(name)) for when in ("before", "after"))
+            for r in found
+        ]
     return pd.DataFrame(table, index=[r.id for r in found]).T
 
 
@@ -392,7 +466,16 @@ def method_table():
     import pandas as pd
 
     rows = [
-        dict(method=m.name, family=m.family, title=m.title, data=m.data, needs=", ".join(m.needs), changes=m.changes, engines=", ".join(m.engines), paper=m.paper)
+        dict(
+            method=m.name,
+            family=m.family,
+            title=m.title,
+            data=m.data,
+            needs=", ".join(m.needs),
+            changes=m.changes,
+            engines=", ".join(m.engines),
+            paper=m.paper,
+        )
         for m in methods().values()
     ]
     return pd.DataFrame(rows).set_index("method") if rows else pd.DataFrame()
@@ -406,7 +489,12 @@ def claims(run: Run, **made: bool):
     """
     import pandas as pd
 
-    table = pd.DataFrame({"claim": [name.replace("_", " ") for name in made], "holds": [bool(holds) for holds in made.values()]})
+    table = pd.DataFrame(
+        {
+            "claim": [name.replace("_", " ") for name in made],
+            "holds": [bool(holds) for holds in made.values()],
+        }
+    )
     failed = "; ".join(table.claim[~table.holds])
     if failed:
         line = f"{run.id}: does not hold in this run: {failed}"

@@ -28,12 +28,18 @@ def choices_of(k: Knob, asked) -> list | dict:
         asked = tuple(asked.split(".."))
     elif isinstance(asked, str):
         try:
-            asked = json.loads(asked) if asked.lstrip().startswith("[") else [word.strip() for word in asked.split(",")]  # JSON: values may hold commas
+            asked = (
+                json.loads(asked)
+                if asked.lstrip().startswith("[")
+                else [word.strip() for word in asked.split(",")]
+            )  # JSON: values may hold commas
         except ValueError as error:
             raise WrongInput(f"{k.name} = {asked!r}: expected a JSON list ({error})") from None
     if isinstance(asked, tuple):
         if len(asked) != 2 or not number:
-            raise WrongInput(f"{k.name} = {asked!r}: expected (low, high) of a number's range, or a list of values")
+            raise WrongInput(
+                f"{k.name} = {asked!r}: expected (low, high) of a number's range, or a list of values"
+            )
         low, high = map(k.check, asked)
         if OFF in (low, high) or not low < high:
             raise WrongInput(f"{k.name} = {asked!r}: expected the low end below the high one")
@@ -46,7 +52,9 @@ def choices_of(k: Knob, asked) -> list | dict:
 def make_space(method: str, grid: dict) -> dict[str, list | dict]:
     "`grid` as data: see `choices_of`."
     if not grid:
-        raise WrongInput("sweep: no knob is swept; expected at least one, such as beta with 0.05,0.1,0.2")
+        raise WrongInput(
+            "sweep: no knob is swept; expected at least one, such as beta with 0.05,0.1,0.2"
+        )
     settings = find(method).settings
     known = {k.name: k for k in knobs(settings)}
     for name in grid:
@@ -61,10 +69,14 @@ def grid_points(space: dict) -> list[dict]:
     "All combinations, the last knob moving fastest. Raises `WrongInput` for a range, and for too many."
     ranges = [name for name, values in space.items() if isinstance(values, dict)]
     if ranges:
-        raise WrongInput(f"{ranges[0]}: a grid needs values, found a range; give values, or search random or tpe")
+        raise WrongInput(
+            f"{ranges[0]}: a grid needs values, found a range; give values, or search random or tpe"
+        )
     number = math.prod(map(len, space.values()))
     if number > MOST:
-        raise WrongInput(f"sweep: {number:,} combinations; expected at most {MOST:,}; take fewer values, or search random")
+        raise WrongInput(
+            f"sweep: {number:,} combinations; expected at most {MOST:,}; take fewer values, or search random"
+        )
     return [dict(zip(space, values)) for values in itertools.product(*space.values())]
 
 
@@ -75,15 +87,25 @@ def random_points(space: dict, number: int, seed: int) -> list[dict]:
         points = grid_points(space)
         draw.shuffle(points)
         return points[:number]
-    return [{name: draw.choice(values) if isinstance(values, list) else _draw(draw, **values) for name, values in space.items()} for _ in range(number)]
+    return [
+        {
+            name: draw.choice(values) if isinstance(values, list) else _draw(draw, **values)
+            for name, values in space.items()
+        }
+        for _ in range(number)
+    ]
 
 
 def _draw(draw: random.Random, low, high, log: bool):
     if isinstance(low, int):
-        return min(high, int(math.exp(draw.uniform(math.log(low), math.log(high + 1))))) if log else draw.randint(low, high)
+        return (
+            min(high, int(math.exp(draw.uniform(math.log(low), math.log(high + 1)))))
+            if log
+            else draw.randint(low, high)
+        )
     return math.exp(draw.uniform(math.log(low), math.log(high))) if log else draw.uniform(low, high)
 
-
+# %% ../../nbs/runner/proposals.ipynb #452da16b
 def tpe_point(space: dict, trials: list[dict], better: str, seed: int) -> dict:
     """The next point of a search by Optuna's tree-structured Parzen estimator (Bergstra et al. 2011, Algorithms for hyper-parameter optimization, §4).
 
@@ -92,14 +114,28 @@ def tpe_point(space: dict, trials: list[dict], better: str, seed: int) -> dict:
     optuna = import_optuna()
     kinds = optuna.distributions
     spread = {
-        name: kinds.CategoricalDistribution(v) if isinstance(v, list) else (kinds.IntDistribution if isinstance(v["low"], int) else kinds.FloatDistribution)(**v)
+        name: kinds.CategoricalDistribution(v)
+        if isinstance(v, list)
+        else (kinds.IntDistribution if isinstance(v["low"], int) else kinds.FloatDistribution)(**v)
         for name, v in space.items()
     }
-    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=5, constant_liar=any(t["value"] is None for t in trials))
-    study = optuna.create_study(direction="maximize" if better == "up" else "minimize", sampler=sampler)
+    sampler = optuna.samplers.TPESampler(
+        seed=seed, n_startup_trials=5, constant_liar=any(t["value"] is None for t in trials)
+    )
+    study = optuna.create_study(
+        direction="maximize" if better == "up" else "minimize", sampler=sampler
+    )
     for t in trials:
-        state = optuna.trial.TrialState.RUNNING if t["value"] is None else optuna.trial.TrialState.COMPLETE
-        study.add_trial(optuna.trial.create_trial(state=state, value=t["value"], params=t["values"], distributions=spread))
+        state = (
+            optuna.trial.TrialState.RUNNING
+            if t["value"] is None
+            else optuna.trial.TrialState.COMPLETE
+        )
+        study.add_trial(
+            optuna.trial.create_trial(
+                state=state, value=t["value"], params=t["values"], distributions=spread
+            )
+        )
     return dict(study.ask(spread).params)
 
 
@@ -107,12 +143,16 @@ def import_optuna():
     try:
         import optuna
     except ImportError:
-        raise WrongInput("Optuna is not installed: search tpe needs it; `pip install 'polm_lab[sweep]'`, or search grid or random") from None
+        raise WrongInput(
+            "Optuna is not installed: search tpe needs it; `pip install 'polm_lab[sweep]'`, or search grid or random"
+        ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 
 # %% ../../nbs/runner/proposals.ipynb #4eb902bd
-def is_behind(curve: dict[int, float], finished: list[dict[int, float]], better: str, warm: int = 0) -> bool:
+def is_behind(
+    curve: dict[int, float], finished: list[dict[int, float]], better: str, warm: int = 0
+) -> bool:
     """Whether a curve `{step: value}` is behind those of `finished` trials by the median rule (Golovin et al. 2017, Google Vizier, §3.2.2).
 
     It waits for four of them, and for step `warm`. A curve without any number is behind.
@@ -125,4 +165,8 @@ def is_behind(curve: dict[int, float], finished: list[dict[int, float]], better:
         return True
     if not there:
         return False
-    return max(so_far) < statistics.median(there) if better == "up" else min(so_far) > statistics.median(there)
+    return (
+        max(so_far) < statistics.median(there)
+        if better == "up"
+        else min(so_far) > statistics.median(there)
+    )

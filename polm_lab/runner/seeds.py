@@ -73,7 +73,9 @@ def seed_table(method: str, metrics: Iterable[str] = (), path: Path | None = Non
 
     path = path or results_file(find(method).name)
     if not path.is_file():
-        raise WrongInput(f"{path}: no results of {method} are kept; `polm_site seeds {method}` makes them")
+        raise WrongInput(
+            f"{path}: no results of {method} are kept; `polm_site seeds {method}` makes them"
+        )
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     wanted = list(metrics) or list(dict.fromkeys(row["metric"] for row in rows))

@@ -30,15 +30,38 @@ from .proposals import random_points, tpe_point
 class Plan:
     "How a sweep goes about it; every value is checked when the plan is made."
 
-    search: str = knob("grid", "how values are chosen: every combination, at random, or as Optuna's TPE proposes", choices=("grid", "random", "tpe"))
-    trials: int = knob(0, "how many trials; 0 means all combinations of a grid, otherwise 10", "trials", low=0, high=MOST)
+    search: str = knob(
+        "grid",
+        "how values are chosen: every combination, at random, or as Optuna's TPE proposes",
+        choices=("grid", "random", "tpe"),
+    )
+    trials: int = knob(
+        0,
+        "how many trials; 0 means all combinations of a grid, otherwise 10",
+        "trials",
+        low=0,
+        high=MOST,
+    )
     metric: str = knob("accuracy", "what the best trial is best in")
-    better: str = knob("auto", "whether more (up) or less (down) of the metric is better; auto asks the vocabulary of metrics", choices=("auto", "up", "down"))
-    prune: bool = knob(False, "stop a trial whose curve is behind the median of those that finished")
+    better: str = knob(
+        "auto",
+        "whether more (up) or less (down) of the metric is better; auto asks the vocabulary of metrics",
+        choices=("auto", "up", "down"),
+    )
+    prune: bool = knob(
+        False, "stop a trial whose curve is behind the median of those that finished"
+    )
     retries: int = knob(1, "how often a trial that failed is tried again", "times", low=0)
     jobs: int = knob(1, "trials at the same time", "trials", low=1)
-    on: str = knob("local", "where trials run: local is this machine, ray the cluster at $RAY_ADDRESS, or without that one on this machine", choices=("local", "ray"))
-    notebook: bool = knob(True, "run the method's notebook in each trial and keep it; without, the function alone, which is quicker")
+    on: str = knob(
+        "local",
+        "where trials run: local is this machine, ray the cluster at $RAY_ADDRESS, or without that one on this machine",
+        choices=("local", "ray"),
+    )
+    notebook: bool = knob(
+        True,
+        "run the method's notebook in each trial and keep it; without, the function alone, which is quicker",
+    )
     search_seed: int = knob(0, "seed of the search", low=0)
 
     def __post_init__(self):
@@ -53,9 +76,13 @@ def _direction(name: str) -> str:
     try:
         better = meaning_of(name.removeprefix("eval/")).better
     except KeyError:
-        raise WrongInput(f"metric = {name!r}: {nearest(name, METRICS)}; for a metric of your own say better = 'up' or 'down'") from None
+        raise WrongInput(
+            f"metric = {name!r}: {nearest(name, METRICS)}; for a metric of your own say better = 'up' or 'down'"
+        ) from None
     if not better:
-        raise WrongInput(f"metric = {name!r}: neither more nor less of it is better; say which is meant with better = 'up' or 'down'")
+        raise WrongInput(
+            f"metric = {name!r}: neither more nor less of it is better; say which is meant with better = 'up' or 'down'"
+        )
     return better
 
 # %% ../../nbs/runner/sweep.ipynb #69c7933c
@@ -79,7 +106,9 @@ class Sweep(Run):
     def best(self) -> dict | None:
         "The best finished trial."
         valued = [t for t in self.trials if t["status"] == "finished" and t["value"] is not None]
-        return (max if self.settings["better"] == "up" else min)(valued, key=lambda t: t["value"], default=None)
+        return (max if self.settings["better"] == "up" else min)(
+            valued, key=lambda t: t["value"], default=None
+        )
 
     def run(self, trial: dict) -> Run | None:
         "The run of a trial; None if it has none, or its folder is gone or damaged."
@@ -100,7 +129,14 @@ class Sweep(Run):
         failures, best = sum(len(t["failures"]) for t in self.trials), self.best
         words = [f"{self.over} of {len(self.trials)} trials are over"]
         words += [f"{failures} failure{'s' * (failures > 1)}"] * bool(failures)
-        words += [f"best {self.settings['metric']} {best['value']:.4g} with " + ", ".join(f"{k} = {v}" for k, v in best["values"].items())] if best else []
+        words += (
+            [
+                f"best {self.settings['metric']} {best['value']:.4g} with "
+                + ", ".join(f"{k} = {v}" for k, v in best["values"].items())
+            ]
+            if best
+            else []
+        )
         return "; ".join(words)
 
 
@@ -119,7 +155,9 @@ def open_sweep(sweep, out=None) -> Sweep:
     return found
 
 # %% ../../nbs/runner/sweep.ipynb #319c9762
-def plan(method: str, grid: dict, fixed: dict | None = None, **asked) -> tuple[str, dict, list[dict | None]]:
+def plan(
+    method: str, grid: dict, fixed: dict | None = None, **asked
+) -> tuple[str, dict, list[dict | None]]:
     """Method, settings and points of a sweep, checked and not yet written: `fixed` are the values of the other knobs, `asked` the knobs of `Plan`.
 
     Raises `WrongInput`; every point of a grid and of a random search is checked, and of TPE each value by itself.
@@ -129,19 +167,31 @@ def plan(method: str, grid: dict, fixed: dict | None = None, **asked) -> tuple[s
     how = make_settings(Plan, asked)  # its metric may be one that the method's page declares
     for name in fixed:
         if name in space:
-            raise WrongInput(f"{name} is swept and fixed at {fixed[name]!r}; expected one of the two")
+            raise WrongInput(
+                f"{name} is swept and fixed at {fixed[name]!r}; expected one of the two"
+            )
     first = {name: v[0] if isinstance(v, list) else v["low"] for name, v in space.items()}
     launch.check_settings(method, fixed | first)
-    whole = {name: value for name, value in first.items() if "." not in name}  # parts change strings
+    whole = {
+        name: value for name, value in first.items() if "." not in name
+    }  # parts change strings
     _, settings = launch.check_settings(method, fixed | whole)
     fixed, number = {name: getattr(settings, name) for name in fixed}, how.trials or 10
     if how.search == "tpe":
         import_optuna()
     if how.on == "ray":
         _ray()
-    points = [None] * number if how.search == "tpe" else grid_points(space) if how.search == "grid" else random_points(space, number, how.search_seed)
+    points = (
+        [None] * number
+        if how.search == "tpe"
+        else grid_points(space)
+        if how.search == "grid"
+        else random_points(space, number, how.search_seed)
+    )
     if how.search == "grid" and how.trials not in (0, len(points)):
-        raise WrongInput(f"trials = {how.trials}: a grid has as many as combinations, here {len(points)}; leave trials out, or search random")
+        raise WrongInput(
+            f"trials = {how.trials}: a grid has as many as combinations, here {len(points)}; leave trials out, or search random"
+        )
     for point in points if how.search != "tpe" else ():
         launch.check_settings(method, fixed | point)
     return method, dict(space=space, fixed=fixed, **asdict(how)), points
@@ -152,7 +202,12 @@ def create_sweep(planned: tuple, out=None) -> Sweep:
     method, settings, points = planned
     made = Sweep(Run.create(method, settings, out=runs_folder(out) / "sweeps", via="sweep").path)
     waiting = dict(status="waiting", run=None, value=None, step=None, seconds=None, reason=None)
-    made.update(total=len(points), trials=[dict(number=n, values=point, **waiting, failures=[]) for n, point in enumerate(points)])
+    made.update(
+        total=len(points),
+        trials=[
+            dict(number=n, values=point, **waiting, failures=[]) for n, point in enumerate(points)
+        ],
+    )
     return made
 
 # %% ../../nbs/runner/sweep.ipynb #31f8e602
@@ -160,7 +215,11 @@ def curve_of(run: Run, metric: str) -> dict[int, float]:
     "`metric` over the steps of a run, so far; not a number where what was logged is none."
     rows = run.lines()
     name = next((n for n in (f"eval/{metric}", metric) if any(n in row for row in rows)), None)
-    return {row["step"]: math.nan if row[name] is None else float(row[name]) for row in rows if name in row}
+    return {
+        row["step"]: math.nan if row[name] is None else float(row[name])
+        for row in rows
+        if name in row
+    }
 
 
 def result_of(run: Run, metric: str) -> float | None:
@@ -168,15 +227,23 @@ def result_of(run: Run, metric: str) -> float | None:
     after = run.summary.get("after", {})
     values = [after[metric]] if metric in after else list(curve_of(run, metric).values())
     if not values:
-        raise WrongInput(f"metric = {metric!r}: {run.id} has none; {nearest(metric, without_counts(after))}")
+        raise WrongInput(
+            f"metric = {metric!r}: {run.id} has none; {nearest(metric, without_counts(after))}"
+        )
     return float(values[-1]) if values[-1] is not None and math.isfinite(values[-1]) else None
 
 # %% ../../nbs/runner/sweep.ipynb #534637a6
 @contextmanager
 def _local(jobs: int):
     "Processes of this machine, which share its cores."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    env = {} if "OMP_NUM_THREADS" in os.environ or jobs == 1 else {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    env = (
+        {}
+        if "OMP_NUM_THREADS" in os.environ or jobs == 1
+        else {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
+    )
 
     def start(run: Run):
         process = launch.spawn(run, env=env)
@@ -194,13 +261,22 @@ def _on_ray(jobs: int):
     if not ray.is_initialized():
         address, mine = os.environ.get("RAY_ADDRESS", "local"), True
         try:
-            ray.init(address=address, include_dashboard=False if address == "local" else None, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(
+                address=address,
+                include_dashboard=False if address == "local" else None,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-            raise WrongInput(f"RAY_ADDRESS = {address!r}: no cluster answers there ({' '.join(str(error).split())[:200]})") from None
+            raise WrongInput(
+                f"RAY_ADDRESS = {address!r}: no cluster answers there ({' '.join(str(error).split())[:200]})"
+            ) from None
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cores = [int(node.get("CPU", 0)) for node in nodes]
     share = max(1, min(max(cores, default=1), sum(cores) // jobs))
-    task = ray.remote(num_cpus=share, num_gpus=1 if any(node.get("GPU") for node in nodes) else 0, max_retries=0)(_on_node)
+    task = ray.remote(
+        num_cpus=share, num_gpus=1 if any(node.get("GPU") for node in nodes) else 0, max_retries=0
+    )(_on_node)
 
     def start(run: Run):
         reference = task.remote(str(run.path))
@@ -223,7 +299,9 @@ def _ray():
     try:
         import ray
     except ImportError:
-        raise WrongInput("on = 'ray': Ray is not installed; `pip install 'polm_lab[sweep]'`, or on local") from None
+        raise WrongInput(
+            "on = 'ray': Ray is not installed; `pip install 'polm_lab[sweep]'`, or on local"
+        ) from None
     return ray
 
 
@@ -274,7 +352,9 @@ def reopen_trials(sweep: Sweep):
     for trial in sweep.trials:
         if trial["status"] in ("finished", "pruned"):
             continue
-        trial["run"] = trial["run"] or strays.get(trial["number"])  # killed between making the run and writing it down
+        trial["run"] = trial["run"] or strays.get(
+            trial["number"]
+        )  # killed between making the run and writing it down
         run = sweep.run(trial)
         status = "running" if run else "waiting"
         trial.update(status=status, run=run and run.id, failures=[], reason=None)
@@ -324,9 +404,15 @@ class Worker:
             except (WrongInput, OSError):
                 if self.sweep.run(trial):
                     raise
-                self.end(trial, "failed", reason=f"{trial['run']}: its folder is gone, or its run.json damaged")
+                self.end(
+                    trial,
+                    "failed",
+                    reason=f"{trial['run']}: its folder is gone, or its run.json damaged",
+                )
         free = self.asked["jobs"] - sum(t["status"] == "running" for t in running)
-        for trial in [t for t in self.sweep.trials if t["status"] == "waiting"][: 0 if stopping else free]:
+        for trial in [t for t in self.sweep.trials if t["status"] == "waiting"][
+            : 0 if stopping else free
+        ]:
             self.begin(trial)
         return any(t["status"] == "running" for t in self.sweep.trials)
 
@@ -375,7 +461,13 @@ class Worker:
         self.over.pop(trial["number"], None)
         facts = run.read() if run else {}
         value = result_of(run, self.asked["metric"]) if status in ("finished", "pruned") else None
-        trial.update(status=status, reason=reason, value=value, step=facts.get("step"), seconds=facts.get("seconds"))
+        trial.update(
+            status=status,
+            reason=reason,
+            value=value,
+            step=facts.get("step"),
+            seconds=facts.get("seconds"),
+        )
         self.sweep.save()
 
 # %% ../../nbs/runner/sweep.ipynb #5298355f
@@ -385,7 +477,12 @@ def work_sweep(sweep: Sweep, show=None, start=None, pause: float = 0.5) -> Sweep
     Raises `Stopped` when it was asked to stop (the trials have saved their states), `WrongInput` if a run lacks the metric or another process works on the sweep,
     and `RuntimeError` if all trials failed.
     """
-    with sweep.active(), nullcontext(start) if start else PLACES[sweep.settings["on"]](sweep.settings["jobs"]) as start:
+    with (
+        sweep.active(),
+        nullcontext(start)
+        if start
+        else PLACES[sweep.settings["on"]](sweep.settings["jobs"]) as start,
+    ):
         worker, more, before = Worker(sweep, start), True, None
         try:
             reopen_trials(sweep)
@@ -398,13 +495,18 @@ def work_sweep(sweep: Sweep, show=None, start=None, pause: float = 0.5) -> Sweep
         except BaseException:
             halt_trials(sweep)
             raise
-        ends, failed = {t["status"] for t in sweep.trials}, [t for t in sweep.trials if t["status"] == "failed"]
+        ends, failed = (
+            {t["status"] for t in sweep.trials},
+            [t for t in sweep.trials if t["status"] == "failed"],
+        )
         if stopping and {"waiting", "stopped"} & ends:
             raise Stopped(f"{sweep.id}: stopped; `polm resume {sweep.id}` goes on from there")
         if ends == {"failed"}:
             raise RuntimeError(f"all {len(failed)} trials failed: {failed[0]['reason']}")
     if failed:
-        sweep.update(reason=f"{len(failed)} of {len(sweep.trials)} trials failed: {failed[0]['reason']}")
+        sweep.update(
+            reason=f"{len(failed)} of {len(sweep.trials)} trials failed: {failed[0]['reason']}"
+        )
     return sweep
 
 # %% ../../nbs/runner/sweep.ipynb #9ee5f88b
@@ -432,7 +534,9 @@ def resumable_sweep(sweep, out=None) -> Sweep:
     found = open_sweep(sweep, out)
     found.record = found.read()
     if found.status == "running":
-        raise WrongInput(f"{found.id}: it is running; only a stopped, dead or failed sweep can be resumed")
+        raise WrongInput(
+            f"{found.id}: it is running; only a stopped, dead or failed sweep can be resumed"
+        )
     if found.status == "finished":
         if {t["status"] for t in found.trials} <= {"finished", "pruned"}:
             raise WrongInput(f"{found.id}: it is finished; nothing is left to do")
@@ -449,14 +553,24 @@ def sweep_command(method: str, grid: dict, fixed: dict | None = None, out=None, 
             text = f"{values['low']}..{values['high']}"
         else:
             text = ",".join(map(str, values))
-            text = text if text.split(",") == [str(v).strip() for v in values] and all(map(str, values)) and ".." not in text else json.dumps(values)
+            text = (
+                text
+                if text.split(",") == [str(v).strip() for v in values]
+                and all(map(str, values))
+                and ".." not in text
+                else json.dumps(values)
+            )
         words += ["-g", name, text]
     for name, value in (fixed or {}).items():
         words += ["-p", name, str(value)]
     for k in knobs(Plan):
         value = asked.get(k.name, k.default)
         if value != k.default:
-            words += ["--bare"] if k.name == "notebook" else [f"--{k.name.replace('_', '-')}", *([] if k.type is bool else [str(value)])]
+            words += (
+                ["--bare"]
+                if k.name == "notebook"
+                else [f"--{k.name.replace('_', '-')}", *([] if k.type is bool else [str(value)])]
+            )
     return shlex.join(words + (["--out", str(out)] if out else []))
 
 # %% ../../nbs/runner/sweep.ipynb #16aaafc1
@@ -467,12 +581,28 @@ def trial_rows(sweep: Sweep) -> list[dict]:
         facts, run = trial, sweep.run(trial) if trial["status"] == "running" else None
         if run:
             newest = run.last_line() or {}
-            value = next((newest[n] for n in (f"eval/{metric}", metric) if newest.get(n) is not None), None)
-            facts = dict(status=run.status, value=value, step=newest.get("step"), seconds=newest.get("seconds"))
-        rows.append({
-            "trial": trial["number"], "status": facts["status"], **(trial["values"] or dict.fromkeys(sweep.settings["space"])), metric: facts["value"], "step": facts["step"], "seconds": facts["seconds"],
-            "tries": len(trial["failures"]) + (trial["status"] not in ("failed", "waiting")), "reason": trial["reason"] or (trial["failures"] or [""])[-1], "run": trial["run"] or "",
-        })  # fmt: skip
+            value = next(
+                (newest[n] for n in (f"eval/{metric}", metric) if newest.get(n) is not None), None
+            )
+            facts = dict(
+                status=run.status,
+                value=value,
+                step=newest.get("step"),
+                seconds=newest.get("seconds"),
+            )
+        rows.append(
+            {
+                "trial": trial["number"],
+                "status": facts["status"],
+                **(trial["values"] or dict.fromkeys(sweep.settings["space"])),
+                metric: facts["value"],
+                "step": facts["step"],
+                "seconds": facts["seconds"],
+                "tries": len(trial["failures"]) + (trial["status"] not in ("failed", "waiting")),
+                "reason": trial["reason"] or (trial["failures"] or [""])[-1],
+                "run": trial["run"] or "",
+            }
+        )
     return rows
 
 
@@ -492,7 +622,19 @@ def sweep_table(out=None):
     for found in reversed(all_sweeps(out)):
         asked, best, ends = found.settings, found.best or {}, [t["status"] for t in found.trials]
         rows.append(
-            dict(sweep=found.id, method=found.method, knobs=", ".join(asked["space"]), search=asked["search"], on=asked["on"], status=found.status, trials=len(ends),
-                 finished=ends.count("finished"), failed=ends.count("failed"), metric=asked["metric"], best=best.get("value"), run=best.get("run", ""))
-        )  # fmt: skip
+            dict(
+                sweep=found.id,
+                method=found.method,
+                knobs=", ".join(asked["space"]),
+                search=asked["search"],
+                on=asked["on"],
+                status=found.status,
+                trials=len(ends),
+                finished=ends.count("finished"),
+                failed=ends.count("failed"),
+                metric=asked["metric"],
+                best=best.get("value"),
+                run=best.get("run", ""),
+            )
+        )
     return pd.DataFrame(rows)

@@ -37,7 +37,14 @@ CHAPTERS = {  # of the survey, in its order
     "applications": "§9 Applications",
     "open_problems": "§10 Open problems",
 }
-STATES = {"runs": "#009e73", "partial": "#cc79a7", "shown": "#56b4e9", "loads": "#0072b2", "library": "#e69f00", "catalogued": "#b9c0ca"}
+STATES = {
+    "runs": "#009e73",
+    "partial": "#cc79a7",
+    "shown": "#56b4e9",
+    "loads": "#0072b2",
+    "library": "#e69f00",
+    "catalogued": "#b9c0ca",
+}
 TABLES = {
     1: "Models",
     2: "Alignment methods",
@@ -87,11 +94,19 @@ def _modules() -> dict[str, tuple[str, str, frozenset]]:
     found = {}
     for path in sorted(_package().glob("*/**/[a-z]*.py")):
         names = next(
-            (n.value for n in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__"),
+            (
+                n.value
+                for n in ast.parse(path.read_text(encoding="utf-8")).body
+                if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__"
+            ),
             None,
         )
         folder = path.parent.relative_to(_package()).as_posix()
-        found[path.stem] = (folder, f"{folder}/{path.stem}.ipynb", frozenset(ast.literal_eval(names) if names else ()))
+        found[path.stem] = (
+            folder,
+            f"{folder}/{path.stem}.ipynb",
+            frozenset(ast.literal_eval(names) if names else ()),
+        )
     return found
 
 # %% ../../nbs/site/atlas.ipynb #7cd1eb74
@@ -99,11 +114,15 @@ def _imported(nodes: list[ast.AST]) -> dict[str, str]:
     "Names that the imports among `nodes` bind, with what they stand for in the package: a page, or a page and a name in it."
     found = {}
     for node in nodes:
-        if not isinstance(node, ast.ImportFrom) or not (node.level or (node.module or "").startswith("polm_lab")):
+        if not isinstance(node, ast.ImportFrom) or not (
+            node.level or (node.module or "").startswith("polm_lab")
+        ):
             continue
         page = (node.module or "").rpartition(".")[2]
         for alias in node.names:
-            found[alias.asname or alias.name] = f"{page}.{alias.name}" if page in _modules() else alias.name
+            found[alias.asname or alias.name] = (
+                f"{page}.{alias.name}" if page in _modules() else alias.name
+            )
     return found
 
 
@@ -126,11 +145,13 @@ def _used(tree: ast.AST, page: str, own: set[str], imported: dict[str, str]) -> 
     for node in nodes:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             found.add(f"{imported.get(node.value.id, '')}.{node.attr}")
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id not in hidden:
+        elif (
+            isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id not in hidden
+        ):
             found.add(imported.get(node.id) or (f"{page}.{node.id}" if node.id in own else ""))
     return found - {""}
 
-
+# %% ../../nbs/site/atlas.ipynb #6890178a
 @functools.cache
 def _calls() -> dict[str, set[str]]:
     "For each definition of the package (page.name: function, class, constant) what it refers to."
@@ -144,7 +165,12 @@ def _calls() -> dict[str, set[str]]:
                 parts[node.name] = node
             elif isinstance(node, (ast.Assign, ast.AnnAssign)):
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                parts |= {part.id: node for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)}
+                parts |= {
+                    part.id: node
+                    for target in targets
+                    for part in ast.walk(target)
+                    if isinstance(part, ast.Name)
+                }
         parts.pop("__all__", None)
         for name, node in parts.items():
             found[f"{page}.{name}"] = _used(node, page, set(parts), imported)
@@ -165,7 +191,6 @@ def reached(method: str) -> frozenset[str]:
             open_ += calls[name]
     return frozenset(found)
 
-
 # %% ../../nbs/site/atlas.ipynb #14ef511f
 def _with_knobs(pointer: str, known: dict[str, Method], strict: bool) -> Method | None:
     "The method of `method?knob=value&knob=value`; None where there is no such method, knob or value. `strict`: a value has to be one of the knob's choices."
@@ -178,7 +203,9 @@ def _with_knobs(pointer: str, known: dict[str, Method], strict: bool) -> Method 
         word, _, value = pair.partition("=")
         if word not in own or not value:
             return None
-        choices = ("true", "false") if own[word].type is bool else tuple(map(str, own[word].choices))
+        choices = (
+            ("true", "false") if own[word].type is bool else tuple(map(str, own[word].choices))
+        )
         if strict and value not in choices:
             return None
         try:
@@ -197,24 +224,36 @@ def look(here: str, known: dict[str, Method] | None = None) -> Place | None:
     known = methods() if known is None else known
     kind, _, rest = here.partition(":")
     if kind == "model":
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as causal
+        from transformers.models.auto.modeling_auto import (
+            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as causal,
+        )
 
-        return Place("loads", f"load_model, {rest}", "models/load.ipynb") if rest in causal else None
+        return (
+            Place("loads", f"load_model, {rest}", "models/load.ipynb") if rest in causal else None
+        )
     if kind == "data":
-        return Place("loads", f"load_data, {rest}", "data/catalog.ipynb") if rest in CATALOG else None
+        return (
+            Place("loads", f"load_data, {rest}", "data/catalog.ipynb") if rest in CATALOG else None
+        )
     if kind == "adapter":
         try:
             parse_adapter(rest)
         except WrongInput:
             return None
-        return Place("runs", f"adapter={rest}", known["peft"].notebook, "peft") if "peft" in known else None
+        return (
+            Place("runs", f"adapter={rest}", known["peft"].notebook, "peft")
+            if "peft" in known
+            else None
+        )
     pointer, _, called = here.partition(" > ")
     if called or "." not in pointer.partition("?")[0]:
         method = _with_knobs(pointer, known, strict=not called)
         if method is None or called and called not in reached(method.name):
             return None
         words = pointer.replace("?", ", ").replace("&", ", ")
-        return Place("runs", f"{words}, calls {called}" if called else words, method.notebook, method.name)
+        return Place(
+            "runs", f"{words}, calls {called}" if called else words, method.notebook, method.name
+        )
     page, _, function = pointer.partition(".")
     folder, notebook, names = _modules().get(page, ("", "", frozenset()))
     if function not in names:
@@ -223,8 +262,9 @@ def look(here: str, known: dict[str, Method] | None = None) -> Place | None:
     if not callers:
         return Place("shown", pointer, notebook)
     method = page if page in callers else callers[0]
-    return Place("runs", pointer if method == page else f"{pointer}, called by {method}", notebook, method)
-
+    return Place(
+        "runs", pointer if method == page else f"{pointer}, called by {method}", notebook, method
+    )
 
 # %% ../../nbs/site/atlas.ipynb #6bda9a06
 WHY = {  # how it could be had -> why it is not
@@ -239,7 +279,10 @@ WHY = {  # how it could be had -> why it is not
 @functools.cache
 def _tests() -> dict[str, str]:
     "The test files with their text; an installed package has none."
-    return {p.name: p.read_text(encoding="utf-8") for p in sorted((notebooks_folder().parent / "tests").glob("test_*.py"))}
+    return {
+        p.name: p.read_text(encoding="utf-8")
+        for p in sorted((notebooks_folder().parent / "tests").glob("test_*.py"))
+    }
 
 
 def tests_of(place: Place, known: dict[str, Method] | None = None) -> list[str]:
@@ -247,7 +290,11 @@ def tests_of(place: Place, known: dict[str, Method] | None = None) -> list[str]:
     folder, _, stem = place.notebook.removesuffix(".ipynb").rpartition("/")
     folder = re.escape(folder.replace("/", "."))
     by_name = [f"test_{stem}.py"] if f"test_{stem}.py" in _tests() else []
-    names = by_name or [name for name, text in _tests().items() if re.search(rf"\b{folder}(\.| import [^\n]*\b){stem}\b", text)]
+    names = by_name or [
+        name
+        for name, text in _tests().items()
+        if re.search(rf"\b{folder}(\.| import [^\n]*\b){stem}\b", text)
+    ]
     known = methods() if known is None else known
     if place.method and known[place.method].trains and "test_conformance.py" in _tests():
         names.append("test_conformance.py")
@@ -275,7 +322,9 @@ def systems() -> list[dict]:
                 family=fact["family"],
                 kind=fact["kind"],
                 year=int(fact["year"]) if fact["year"] else None,
-                reference=f"https://arxiv.org/abs/{fact['arxiv']}" if fact["arxiv"] else "".join(f"[{n}]" for n in fact["reference"].split(";") if n),
+                reference=f"https://arxiv.org/abs/{fact['arxiv']}"
+                if fact["arxiv"]
+                else "".join(f"[{n}]" for n in fact["reference"].split(";") if n),
                 needs=needs or families[fact["family"]]["needs"],
                 property=fact["property"],
                 state=state,
@@ -288,7 +337,7 @@ def systems() -> list[dict]:
         )
     return rows
 
-
+# %% ../../nbs/site/atlas.ipynb #363bf594
 def atlas(state: str = "", chapter: str = "", family: str = ""):
     """Every system of the survey as a DataFrame, with its state here; those of one state, chapter or family only, if named.
 
@@ -302,7 +351,9 @@ def atlas(state: str = "", chapter: str = "", family: str = ""):
             raise WrongInput(f"atlas: {name} {word!r}: unknown; {nearest(word, known)}")
         rows = [r for r in rows if not word or r[name] == word]
     if family and not any(r["family"].startswith(family) for r in rows):
-        raise WrongInput(f"atlas: family {family!r}: none here begins so; {nearest(family, sorted({r['family'] for r in rows}))}")
+        raise WrongInput(
+            f"atlas: family {family!r}: none here begins so; {nearest(family, sorted({r['family'] for r in rows}))}"
+        )
     table = pd.DataFrame([r for r in rows if r["family"].startswith(family)])
     return table.astype({"year": "Int64"}).set_index("name") if len(table) else table
 
@@ -313,7 +364,11 @@ def coverage(rows: list[dict] | None = None, by: str = "chapter"):
 
     rows = systems() if rows is None else rows
     groups = list(CHAPTERS) if by == "chapter" else [f["family"] for f in survey("families")]
-    table = pd.DataFrame([[sum(r[by] == g and r["state"] == s for r in rows) for s in STATES] for g in groups], index=groups, columns=list(STATES))
+    table = pd.DataFrame(
+        [[sum(r[by] == g and r["state"] == s for r in rows) for s in STATES] for g in groups],
+        index=groups,
+        columns=list(STATES),
+    )
     table = table[table.sum(axis=1) > 0]
     table.loc["all"] = table.sum()
     return table.assign(total=table.sum(axis=1))
@@ -340,7 +395,9 @@ def _here(rows: list[dict]) -> int:
 
 def _shade(share: float) -> str:
     "From grey (none is here) to green (all are)."
-    return "rgb({},{},{})".format(*(round(a + share * (b - a)) for a, b in zip((238, 241, 245), (0, 158, 115))))
+    return "rgb({},{},{})".format(
+        *(round(a + share * (b - a)) for a, b in zip((238, 241, 245), (0, 158, 115)))
+    )
 
 
 def sunburst(rows: list[dict] | None = None):
@@ -352,18 +409,40 @@ def sunburst(rows: list[dict] | None = None):
     number = {key: str(n) for n, key in enumerate(groups)}
     ids = [*number.values(), *(f"s{n}" for n in range(len(rows)))]
     labels = [html.escape(text) for text in (*map(_label, groups), *(r["name"] for r in rows))]
-    parents = [*("" if not key else number[key[:-1]] for key in groups), *(number[r["chapter"], r["family"]] for r in rows)]
-    colors = [*(_shade(_here(own) / len(own)) for own in groups.values()), *(STATES[r["state"]] for r in rows)]
+    parents = [
+        *("" if not key else number[key[:-1]] for key in groups),
+        *(number[r["chapter"], r["family"]] for r in rows),
+    ]
+    colors = [
+        *(_shade(_here(own) / len(own)) for own in groups.values()),
+        *(STATES[r["state"]] for r in rows),
+    ]
     values = [0] * len(groups) + [1] * len(rows)
-    look = dict(marker=dict(colors=colors), maxdepth=3, insidetextorientation="radial", hovertemplate="%{label}<br>%{value}<extra></extra>")
+    look = dict(
+        marker=dict(colors=colors),
+        maxdepth=3,
+        insidetextorientation="radial",
+        hovertemplate="%{label}<br>%{value}<extra></extra>",
+    )
     figure = go.Figure(go.Sunburst(ids=ids, labels=labels, parents=parents, values=values, **look))
     return _legend(figure).update_layout(height=620, margin=dict(l=5, r=5, t=40, b=5))
 
-
+# %% ../../nbs/site/atlas.ipynb #972b1fe7
 def _legend(figure):
     "The states as a legend above a figure."
-    words = "   ".join(f"<span style='color:{color}'>■</span> {state}" for state, color in STATES.items())
-    return figure.add_annotation(text=words, showarrow=False, x=0, y=1.0, yshift=28, xref="paper", yref="paper", xanchor="left")
+    words = "   ".join(
+        f"<span style='color:{color}'>■</span> {state}" for state, color in STATES.items()
+    )
+    return figure.add_annotation(
+        text=words,
+        showarrow=False,
+        x=0,
+        y=1.0,
+        yshift=28,
+        xref="paper",
+        yref="paper",
+        xanchor="left",
+    )
 
 
 def tree(rows: list[dict] | None = None):
@@ -392,7 +471,12 @@ def timeline(rows: list[dict] | None = None, first: int = 2018, last: int = 2025
     import plotly.graph_objects as go
 
     rows = systems() if rows is None else rows
-    order = [r for state in STATES for r in rows if r["state"] == state and r["year"] and first <= r["year"] <= last]
+    order = [
+        r
+        for state in STATES
+        for r in rows
+        if r["state"] == state and r["year"] and first <= r["year"] <= last
+    ]
     count: Counter = Counter()
     dots = {state: ([], [], []) for state in STATES}
     for r in order:
@@ -404,12 +488,27 @@ def timeline(rows: list[dict] | None = None, first: int = 2018, last: int = 2025
         text.append(html.escape(r["name"]))
     figure = go.Figure(
         [
-            go.Scattergl(x=x, y=y, text=text, name=state, mode="markers", marker=dict(size=6, color=STATES[state], symbol="square"), hoverinfo="text+name")
+            go.Scattergl(
+                x=x,
+                y=y,
+                text=text,
+                name=state,
+                mode="markers",
+                marker=dict(size=6, color=STATES[state], symbol="square"),
+                hoverinfo="text+name",
+            )
             for state, (x, y, text) in dots.items()
         ]
     )
-    figure.update_xaxes(dtick=1, title="year of publication").update_yaxes(title="lines of eight", showgrid=False)
-    return figure.update_layout(template="plotly_white", height=420, margin=dict(l=45, r=15, t=30, b=40), legend=dict(orientation="h", y=1.1))
+    figure.update_xaxes(dtick=1, title="year of publication").update_yaxes(
+        title="lines of eight", showgrid=False
+    )
+    return figure.update_layout(
+        template="plotly_white",
+        height=420,
+        margin=dict(l=45, r=15, t=30, b=40),
+        legend=dict(orientation="h", y=1.1),
+    )
 
 # %% ../../nbs/site/atlas.ipynb #f46ef61f
 def table(number: int, rows: list[dict] | None = None) -> list[dict]:
@@ -422,17 +521,30 @@ def table(number: int, rows: list[dict] | None = None) -> list[dict]:
     for row in survey(stem):
         found = state[row.pop("system")]
         note = row.pop("note")
-        out.append({"state": found["state"], **row, "by": found["by"], "gap": found["gap"], "note": note})
+        out.append(
+            {"state": found["state"], **row, "by": found["by"], "gap": found["gap"], "note": note}
+        )
     return out
 
 
-def html_table(rows: list[dict], caption: str = "", opened: bool = False, leave_out: tuple = ()) -> str:
+def html_table(
+    rows: list[dict], caption: str = "", opened: bool = False, leave_out: tuple = ()
+) -> str:
     "Rows as an HTML table that the site makes sortable and filterable (class `sortable`), folded under its caption."
     columns = [c for c in rows[0] if c not in leave_out]
     head = "".join(f"<th>{html.escape(c.replace('_', ' '))}</th>" for c in columns)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(str('' if r[c] is None else r[c]))}</td>" for c in columns) + "</tr>" for r in rows)
+    body = "".join(
+        "<tr>"
+        + "".join(f"<td>{html.escape(str('' if r[c] is None else r[c]))}</td>" for c in columns)
+        + "</tr>"
+        for r in rows
+    )
     table = f"<table class='sortable' data-quarto-disable-processing='true'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f"<details{' open' if opened else ''}><summary>{html.escape(caption)}</summary>{table}</details>" if caption else table
+    return (
+        f"<details{' open' if opened else ''}><summary>{html.escape(caption)}</summary>{table}</details>"
+        if caption
+        else table
+    )
 
 # %% ../../nbs/site/atlas.ipynb #a3dd8440
 def neighbours(page: str, rows: list[dict] | None = None) -> tuple[list[dict], list[dict]]:
@@ -448,9 +560,17 @@ def _text(row: dict) -> str:
 
     def cell(value):
         shown = html.escape(str(value))
-        return f"<a href='{shown}' target='_blank' rel='noopener'>{shown}</a>" if str(value).startswith("https://") else shown
+        return (
+            f"<a href='{shown}' target='_blank' rel='noopener'>{shown}</a>"
+            if str(value).startswith("https://")
+            else shown
+        )
 
-    return "".join(f"<div><b>{html.escape(k)}</b> {cell(v)}</div>" for k, v in row.items() if v not in (None, ""))
+    return "".join(
+        f"<div><b>{html.escape(k)}</b> {cell(v)}</div>"
+        for k, v in row.items()
+        if v not in (None, "")
+    )
 
 
 def Atlas(rows: list[dict] | None = None):
@@ -461,7 +581,10 @@ def Atlas(rows: list[dict] | None = None):
     from polm_lab.workbench.figures import live_figure
 
     rows = systems() if rows is None else rows
-    tables = {"Systems": rows, **{f"Table {n}: {title}": table(n, rows) for n, title in TABLES.items()}}
+    tables = {
+        "Systems": rows,
+        **{f"Table {n}: {title}": table(n, rows) for n, title in TABLES.items()},
+    }
     figures = {"Taxonomy": sunburst, "Tree": tree, "Years": timeline}
     view = widgets.Dropdown(options=[*tables, *figures], description="show")
     grid, detail, place = Table(label="Atlas", height=420), widgets.HTML(), widgets.VBox()
@@ -471,7 +594,11 @@ def Atlas(rows: list[dict] | None = None):
             place.children = [live_figure(figures[view.value](rows))]
             return
         shown = tables[view.value]
-        kinds = [dict(name=c, kind="number" if c == "year" else "text") for c in shown[0] if c not in ("notebook", "tests")]
+        kinds = [
+            dict(name=c, kind="number" if c == "year" else "text")
+            for c in shown[0]
+            if c not in ("notebook", "tests")
+        ]
         grid.selected = []
         grid.fill(shown, kinds)
         detail.value = ""

@@ -29,7 +29,9 @@ QUARTO = "https://quarto.org/docs/get-started/ (version 1.7 or later)"
 def warnings_of(text: str) -> list[str]:
     "The lines in which Quarto or pandoc warns; it exits 0 all the same."
     return [
-        line.strip() for line in ANSI.sub("", text).split("\n") if re.search(r"\bWARN(ING)?\b|\bUnable to resolve\b|Could not convert TeX|\bERROR\b", line)
+        line.strip()
+        for line in ANSI.sub("", text).split("\n")
+        if re.search(r"\bWARN(ING)?\b|\bUnable to resolve\b|Could not convert TeX|\bERROR\b", line)
     ]
 
 
@@ -38,7 +40,9 @@ def finish(folder: Path):
     for package, file in (("plotly", f"package_data/{PLOTLY}"), ("ziamath", f"fonts/{FONT}")):
         found = find_spec(package)
         if not found:
-            raise WrongInput(f"polm_site finish: {package} is not installed; expected its {file}, which the pages need; pip install -e '.[dev]'")
+            raise WrongInput(
+                f"polm_site finish: {package} is not installed; expected its {file}, which the pages need; pip install -e '.[dev]'"
+            )
         shutil.copy(Path(found.submodule_search_locations[0]) / file, folder)
 
 
@@ -51,11 +55,23 @@ def build(root: Path) -> int:
         print("\n".join(wrong))
         return 1
     if not shutil.which("quarto"):
-        print(f"quarto is not installed, so no pages were rendered; the notebooks were checked. Get it from {QUARTO}, then run make docs again.")
+        print(
+            f"quarto is not installed, so no pages were rendered; the notebooks were checked. Get it from {QUARTO}, then run make docs again."
+        )
         return 2
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    Path(shutil.which("polm_site", path=env["PATH"])).touch()  # Quarto keeps what a filter gave until the notebook or the filter's own file is newer
-    with subprocess.Popen(["quarto", "render"], cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8") as process:
+    Path(
+        shutil.which("polm_site", path=env["PATH"])
+    ).touch()  # Quarto keeps what a filter gave until the notebook or the filter's own file is newer
+    with subprocess.Popen(
+        ["quarto", "render"],
+        cwd=root,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+    ) as process:
         said = []
         for line in process.stdout:
             print(line, end="")
@@ -93,7 +109,15 @@ def main(words: list[str] | None = None) -> int:
             return 0
         if words[:1] == ["check"] and len(words) < 3:
             wrong, counts = check_site(Path(words[1])) if words[1:] else check_sources(project())
-            print("\n".join([*wrong, ", ".join(f"{n} {name}" for name, n in counts.items()) + f"; {len(wrong)} wrong"]))
+            print(
+                "\n".join(
+                    [
+                        *wrong,
+                        ", ".join(f"{n} {name}" for name, n in counts.items())
+                        + f"; {len(wrong)} wrong",
+                    ]
+                )
+            )
             return int(bool(wrong))
         if words == ["build"]:
             return build(project())
@@ -101,7 +125,9 @@ def main(words: list[str] | None = None) -> int:
             return execute(project(), words[1:])
         if words[:1] == ["seeds"] and words[1:]:
             return make_results(words[1:])
-        raise WrongInput(f"polm_site {' '.join(words)}: expected write, filter, finish, check, check FOLDER, build, execute [PAGE...], or seeds METHOD...")
+        raise WrongInput(
+            f"polm_site {' '.join(words)}: expected write, filter, finish, check, check FOLDER, build, execute [PAGE...], or seeds METHOD..."
+        )
     except WrongInput as wrong:
         print(wrong, file=sys.stderr)
         return 2

@@ -13,8 +13,17 @@ import re
 # %% ../../nbs/site/diagrams.ipynb #4446da97
 WIDTH, HEIGHT = 8, 18  # pixels of a cell
 SIDES = {  # box character -> sides that it reaches: left, right, up, down
-    "─": "lr", "│": "ud", "┌": "rd", "┐": "ld", "└": "ru", "┘": "lu",
-    "├": "rud", "┤": "lud", "┬": "lrd", "┴": "lru", "┼": "lrud",
+    "─": "lr",
+    "│": "ud",
+    "┌": "rd",
+    "┐": "ld",
+    "└": "ru",
+    "┘": "lu",
+    "├": "rud",
+    "┤": "lud",
+    "┬": "lrd",
+    "┴": "lru",
+    "┼": "lrud",
 }
 HEADS = {">": "r", "►": "r", "<": "l", "v": "d", "▼": "d", "^": "u", "▲": "u", "↑": "u", "↓": "d"}
 STEP = {"l": (0, -1), "r": (0, 1), "u": (-1, 0), "d": (1, 0)}

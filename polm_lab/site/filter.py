@@ -42,26 +42,35 @@ ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _NAME = r"[A-Z][\w'’-]+"
 
 
-MENTION = re.compile(rf"({_NAME})((?:\set al\.|(?:, {_NAME})*,? (?:and|&) {_NAME})?),?\s\(?((?:19|20)\d\d)\b")
+MENTION = re.compile(
+    rf"({_NAME})((?:\set al\.|(?:, {_NAME})*,? (?:and|&) {_NAME})?),?\s\(?((?:19|20)\d\d)\b"
+)
 
 
-_APART = re.compile(r"```.*?```|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]+\$|!?\[[^\]]*\]\([^)]*\)|^#[^\n]*|<[a-z/!][^>]*>", re.S | re.M)  # code, math, links, headings
+_APART = re.compile(
+    r"```.*?```|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]+\$|!?\[[^\]]*\]\([^)]*\)|^#[^\n]*|<[a-z/!][^>]*>",
+    re.S | re.M,
+)  # code, math, links, headings
 
 
 def read_bib(path: Path) -> dict[str, dict]:
     "Entries of a .bib file: key -> fields. Raises `WrongInput` for a key that comes twice or an entry without author, title or year."
     entries = {}
-    for key, body in re.findall(r"@\w+\{([^,\s]+),\n(.*?)\n\}", path.read_text(encoding="utf-8"), re.S):
+    for key, body in re.findall(
+        r"@\w+\{([^,\s]+),\n(.*?)\n\}", path.read_text(encoding="utf-8"), re.S
+    ):
         fields = dict(re.findall(r"^\s*(\w+) = \{(.*?)\},?$", body, re.M))
         if key in entries:
             raise WrongInput(f"{path}: {key} comes twice; expected each key once")
         lacks = {"author", "title", "year"} - fields.keys()
         if lacks:
-            raise WrongInput(f"{path}: {key} has no {sorted(lacks)[0]}; expected author, title and year")
+            raise WrongInput(
+                f"{path}: {key} has no {sorted(lacks)[0]}; expected author, title and year"
+            )
         entries[key] = fields
     return entries
 
-
+# %% ../../nbs/site/filter.ipynb #2e76a8b5
 def cited(name: str, year: str, page: str, bib: dict) -> str:
     """The key of a mention such as *Wang et al. 2024* on a page (`alignment/reward`), or nothing.
 
@@ -70,7 +79,9 @@ def cited(name: str, year: str, page: str, bib: dict) -> str:
     same = [k for k in bib if re.fullmatch(rf"{re.escape(name.lower())}{year}[a-z]?", k)]
     here = [k for k in same if page in re.split(r",\s*", bib[k].get("keywords", ""))]
     open_to_all = [k for k in same if "keywords" not in bib[k]]
-    return here[0] if len(here) == 1 else open_to_all[0] if len(open_to_all) == 1 and not here else ""
+    return (
+        here[0] if len(here) == 1 else open_to_all[0] if len(open_to_all) == 1 and not here else ""
+    )
 
 
 def outside(text: str, change) -> str:
@@ -95,7 +106,10 @@ def with_citations(text: str, page: str, bib: dict) -> str:
 def figure_html(stored: dict, up: str) -> str:
     "A stored figure as HTML that draws it with the plotly.js in the root of the site, to which `up` leads."
     height = stored.get("layout", {}).get("height", 450)  # pixels; plotly's own default
-    parts = [json.dumps(stored.get(name, empty), ensure_ascii=False) for name, empty in (("data", []), ("layout", {}), ("config", {}))]
+    parts = [
+        json.dumps(stored.get(name, empty), ensure_ascii=False)
+        for name, empty in (("data", []), ("layout", {}), ("config", {}))
+    ]
     given = ", ".join(parts).replace("<", "\\u003c")  # no text of a figure ends the script
     return (
         f'<script charset="utf-8" src="{up}{PLOTLY}"></script>\n'
@@ -145,9 +159,15 @@ def reference(cells: list[dict]) -> str:
         text = "".join(cell["source"])
         if cell["cell_type"] == "code" and re.match(r"#\| *export\b", text):
             for node in ast.parse(text).body:
-                if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_") and ast.get_docstring(node):
+                if (
+                    isinstance(node, ast.FunctionDef | ast.ClassDef)
+                    and not node.name.startswith("_")
+                    and ast.get_docstring(node)
+                ):
                     shown = "\n".join(text.split("\n")[node.lineno - 1 : node.body[0].end_lineno])
-                    parts.append(f"### `{node.name}` {{#reference-{node.name}}}\n\n```python\n{shown}\n```\n")
+                    parts.append(
+                        f"### `{node.name}` {{#reference-{node.name}}}\n\n```python\n{shown}\n```\n"
+                    )
     return "\n".join(["## Reference {#reference}\n", *parts]) if parts else ""
 
 
@@ -158,7 +178,9 @@ def _cell(text: str) -> str:
 
 def table(names: tuple[str, ...], rows: list[list[str]]) -> str:
     "A markdown table; the cells of `rows` are markdown. Pandoc makes the columns as wide as their dashes say."
-    dashes = ["-" * min(40, 12 + max(map(len, column))) for column in zip(names, *rows, strict=True)]
+    dashes = [
+        "-" * min(40, 12 + max(map(len, column))) for column in zip(names, *rows, strict=True)
+    ]
     return "".join(f"| {' | '.join(row)} |\n" for row in [names, dashes, *rows])
 
 
@@ -167,18 +189,35 @@ def in_the_survey(page: str, survey: dict) -> str:
     if page not in survey:
         return ""
     up, own, beside = "../" * page.count("/"), survey[page]["own"], survey[page]["beside"]
-    rows = [[_cell(r[k] or "") for k in ("name", "section", "year", "property", "state", "by", "gap")] for r in own]
-    text = "## In the survey {#survey}\n\n" + table(("system", "section", "year", "what it is", "state", "here", "what is missing"), rows)
-    shown = [
-        f"[{_cell(r['name'])}]({up}{r['notebook']})" if r["notebook"] not in ("", page) else f"{_cell(r['name'])} ({r['state']})" for r in beside
+    rows = [
+        [_cell(r[k] or "") for k in ("name", "section", "year", "property", "state", "by", "gap")]
+        for r in own
     ]
-    return text + (f"\n**Beside it:** {', '.join(shown)}. All of them: [the atlas]({up}site/atlas.ipynb).\n" if shown else "")
+    text = "## In the survey {#survey}\n\n" + table(
+        ("system", "section", "year", "what it is", "state", "here", "what is missing"), rows
+    )
+    shown = [
+        f"[{_cell(r['name'])}]({up}{r['notebook']})"
+        if r["notebook"] not in ("", page)
+        else f"{_cell(r['name'])} ({r['state']})"
+        for r in beside
+    ]
+    return text + (
+        f"\n**Beside it:** {', '.join(shown)}. All of them: [the atlas]({up}site/atlas.ipynb).\n"
+        if shown
+        else ""
+    )
 
 # %% ../../nbs/site/filter.ipynb #b6ce498c
 def knob_table(record: dict) -> str:
     "The knobs of a method as markdown."
-    rows = [[f"`{k['name']}`", *(_cell(k[c]) for c in ("default", "meaning", "unit", "source"))] for k in record["knobs"]]
-    return f"## The knobs of {_cell(record['name'])} {{#knobs}}\n\n" + table(("knob", "default", "what it is", "unit", "source"), rows)
+    rows = [
+        [f"`{k['name']}`", *(_cell(k[c]) for c in ("default", "meaning", "unit", "source"))]
+        for k in record["knobs"]
+    ]
+    return f"## The knobs of {_cell(record['name'])} {{#knobs}}\n\n" + table(
+        ("knob", "default", "what it is", "unit", "source"), rows
+    )
 
 
 def filtered(notebook: dict, page: str, found: dict, bib: dict, foot: str = "") -> dict:
@@ -193,9 +232,13 @@ def filtered(notebook: dict, page: str, found: dict, bib: dict, foot: str = "") 
     first = "".join(new["cells"][0]["source"])
     title = re.match(r"# (.+)\n*", first)
     if not title:
-        raise WrongInput(f"nbs/{page}: the first cell does not begin with a title; expected `# Title`")
+        raise WrongInput(
+            f"nbs/{page}: the first cell does not begin with a title; expected `# Title`"
+        )
     summary = re.match(r"> (.+?)(?:\n\n|\n?$)", first[title.end() :], re.S)
-    head = dict(title=title[1].strip(), **({"description": " ".join(summary[1].split())} if summary else {}))
+    head = dict(
+        title=title[1].strip(), **({"description": " ".join(summary[1].split())} if summary else {})
+    )
     rest = first[title.end() + (summary.end() if summary else 0) :].strip()
     front = f"---\n{yaml.safe_dump(head, allow_unicode=True, sort_keys=False, width=1000)}---\n"
     cells = [{"cell_type": "raw", "metadata": {}, "source": front.splitlines(keepends=True)}]
@@ -223,39 +266,67 @@ def filtered(notebook: dict, page: str, found: dict, bib: dict, foot: str = "") 
         cells.append(cell)
     record = found["methods"].get(page)
     cells = result_first(cells, bool(record and record["knobs"]))
-    parts = [in_the_survey(page, found["survey"]), knob_table(record) if record and record["knobs"] else "", reference(notebook["cells"])]
-    parts += [f"**Sources:** {with_citations(record['paper'], name, bib)}\n" if record and record["paper"] else "", foot]
+    parts = [
+        in_the_survey(page, found["survey"]),
+        knob_table(record) if record and record["knobs"] else "",
+        reference(notebook["cells"]),
+    ]
+    parts += [
+        f"**Sources:** {with_citations(record['paper'], name, bib)}\n"
+        if record and record["paper"]
+        else "",
+        foot,
+    ]
     cells += [markdown(part) for part in parts if part]
     new["cells"] = cells
     return new
 
-
+# %% ../../nbs/site/filter.ipynb #36ec286e
 def which(text: str, folder: Path) -> Path:
     "The notebook in `folder` whose text this is. Raises `WrongInput`."
     for path in sorted(folder.glob("*.ipynb")):
         if path.read_text(encoding="utf-8") == text:
             return path
-    raise WrongInput(f"{folder}: no notebook here is the one on standard input; expected Quarto to call this in the folder of the notebook, as it does")
+    raise WrongInput(
+        f"{folder}: no notebook here is the one on standard input; expected Quarto to call this in the folder of the notebook, as it does"
+    )
 
 
 def foot_of(path: Path, root: Path) -> str:
     "The last line of a page: what it was made from, the package's version, and the date of its outputs."
     from polm_lab import __version__
 
-    called = subprocess.run(["git", "log", "-1", "--format=%cs", "--", str(path)], cwd=root, capture_output=True, text=True)
+    called = subprocess.run(
+        ["git", "log", "-1", "--format=%cs", "--", str(path)],
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
     date = called.stdout.strip() if called.returncode == 0 else ""
-    return f"::: {{.made}}\n`{path.relative_to(root).as_posix()}`, polm_lab {__version__}" + (f", outputs of {date}" if date else "") + "\n:::\n"
+    return (
+        f"::: {{.made}}\n`{path.relative_to(root).as_posix()}`, polm_lab {__version__}"
+        + (f", outputs of {date}" if date else "")
+        + "\n:::\n"
+    )
 
 
 def filter_stream(text: str, folder: Path) -> str:
     "What the filter prints for a notebook (as text) of `folder`."
     root = project()
     path = which(text, folder)
-    new = filtered(json.loads(text), path.relative_to(root / "nbs").as_posix(), facts(root), read_bib(root / "references.bib"), foot_of(path, root))
+    new = filtered(
+        json.loads(text),
+        path.relative_to(root / "nbs").as_posix(),
+        facts(root),
+        read_bib(root / "references.bib"),
+        foot_of(path, root),
+    )
     return json.dumps(new, ensure_ascii=False)
 
 # %% ../../nbs/site/filter.ipynb #1bf37fa4
-RUN = re.compile(r"\blab\.run\(\s*[\"']\w+[\"'],\s*\*\*lab\.from_cell\(")  # the run of a method's page
+RUN = re.compile(
+    r"\blab\.run\(\s*[\"']\w+[\"'],\s*\*\*lab\.from_cell\("
+)  # the run of a method's page
 ASIDE = re.compile(r"^## (?:Settings|Proof|TRL)\b", re.M)  # sections whose code is folded
 
 
@@ -313,7 +384,13 @@ def result_first(cells: list[dict], has_knobs: bool) -> list[dict]:
     for cell, text in list(zip(cells, sources))[at:]:
         if cell["cell_type"] == "code":
             for part in map(shown, cell["outputs"]):
-                name = "figure" if "plotly-figure" in part else "answers" if found["figure"] else "table"
+                name = (
+                    "figure"
+                    if "plotly-figure" in part
+                    else "answers"
+                    if found["figure"]
+                    else "table"
+                )
                 found[name] = found[name] or part
         elif found["figure"] and text.startswith("## "):
             break

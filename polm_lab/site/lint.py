@@ -19,7 +19,11 @@ from .pages import as_yaml, configuration, facts, pages
 
 # %% ../../nbs/site/lint.ipynb #b798dbc0
 DISPLAYED = ("text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain")
-PREFERRED = (WIDGET, "application/javascript", "text/html")  # to those, by Quarto, though there is no kernel; or they make it fetch require.js and jQuery
+PREFERRED = (
+    WIDGET,
+    "application/javascript",
+    "text/html",
+)  # to those, by Quarto, though there is no kernel; or they make it fetch require.js and jQuery
 
 
 def slug(heading: str) -> str:
@@ -39,7 +43,9 @@ def anchors(notebook: dict) -> set[str]:
         if cell["cell_type"] == "markdown":
             text = re.sub(r"```.*?```", "", "".join(cell["source"]), flags=re.S)
             found |= (
-                {slug(h) for h in re.findall(r"^#+ (.+)$", text, re.M)} | set(re.findall(r"\{#([\w-]+)", text)) | set(re.findall(r"id=['\"]([\w-]+)", text))
+                {slug(h) for h in re.findall(r"^#+ (.+)$", text, re.M)}
+                | set(re.findall(r"\{#([\w-]+)", text))
+                | set(re.findall(r"id=['\"]([\w-]+)", text))
             )
     return found
 
@@ -64,20 +70,33 @@ def fetched(text: str) -> list[str]:
     return _FETCHED.findall(re.sub(r"<(pre|code)\b.*?</\1>", "", text, flags=re.S))
 
 # %% ../../nbs/site/lint.ipynb #20b7c5b2
-def check_notebook(path: Path, root: Path, made: dict, bib: dict, known: dict[Path, set]) -> list[str]:
+def check_notebook(
+    path: Path, root: Path, made: dict, bib: dict, known: dict[Path, set]
+) -> list[str]:
     "What is wrong with a notebook whose filtered form is `made`; `known` are the anchors of every page."
     wrong, page = [], path.relative_to(root).as_posix()
     for number, cell in enumerate(made["cells"], 1):
-        if cell["cell_type"] == "code" and not cell["outputs"] and _ends_in_a_value("".join(cell["source"])):
-            wrong.append(f"cell {number} ends in a value and shows none; run the notebook, and store its outputs")
+        if (
+            cell["cell_type"] == "code"
+            and not cell["outputs"]
+            and _ends_in_a_value("".join(cell["source"]))
+        ):
+            wrong.append(
+                f"cell {number} ends in a value and shows none; run the notebook, and store its outputs"
+            )
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             if output["output_type"] == "error":
                 wrong.append(f"cell {number} shows an error, {output.get('ename')}")
             elif data and (set(data) & set(PREFERRED) or not set(data) & set(DISPLAYED)):
                 wrong.append(f"cell {number}: Unable to display output of type {', '.join(data)}")
-            wrong += [f"cell {number} fetches {address}; a page has to work offline" for address in fetched("".join(data.get("text/markdown", "")))]
-    text = "\n\n".join(_spans("".join(c["source"])) for c in made["cells"] if c["cell_type"] == "markdown")
+            wrong += [
+                f"cell {number} fetches {address}; a page has to work offline"
+                for address in fetched("".join(data.get("text/markdown", "")))
+            ]
+    text = "\n\n".join(
+        _spans("".join(c["source"])) for c in made["cells"] if c["cell_type"] == "markdown"
+    )
     for picture, target in re.findall(r"(!?)\[[^\]]*\]\(([^)\s]+)[^)]*\)", text):
         if re.match(r"[a-z]+:", target):
             continue
@@ -92,8 +111,12 @@ def check_notebook(path: Path, root: Path, made: dict, bib: dict, known: dict[Pa
     if text.count("$$") % 2:
         wrong.append("an equation begins with $$ and does not end")
     if "\\tag{" in text:
-        wrong.append("an equation has a \\tag, which MathML does not know everywhere; write \\qquad (28)")
-    prose = re.sub(r"\$\$.*?\$\$|\$[^$\n]+\$|!?\[[^\]]*\]\([^)]*\)|https?://\S+", "", text, flags=re.S)
+        wrong.append(
+            "an equation has a \\tag, which MathML does not know everywhere; write \\qquad (28)"
+        )
+    prose = re.sub(
+        r"\$\$.*?\$\$|\$[^$\n]+\$|!?\[[^\]]*\]\([^)]*\)|https?://\S+", "", text, flags=re.S
+    )
     for key in re.findall(r"(?<![\w@\\./])-?@([\w][\w-]*)", prose):
         if re.match(r"(eq|fig|tbl|sec)-", key):
             if key not in known[path]:
@@ -103,22 +126,37 @@ def check_notebook(path: Path, root: Path, made: dict, bib: dict, known: dict[Pa
     name = page.removeprefix("nbs/").removesuffix(".ipynb")
     for mention in MENTION.finditer(prose):
         if mention[2] and not cited(mention[1], mention[3], name, bib):
-            wrong.append(f"{mention[0]} is not in references.bib; add it, with `keywords = {{{name}}}` where name and year are another's too")
+            wrong.append(
+                f"{mention[0]} is not in references.bib; add it, with `keywords = {{{name}}}` where name and year are another's too"
+            )
     return [f"{page}: {problem}" for problem in wrong]
 
-
+# %% ../../nbs/site/lint.ipynb #1f487409
 def check_sources(root: Path) -> tuple[list[str], dict[str, int]]:
     "What is wrong with the notebooks of the site, and counts of what was looked at."
     found, bib, made = facts(root), read_bib(root / "references.bib"), {}
     for paths in pages(root, found["methods"]).values():
         for page in paths:
             path = root / page
-            made[path] = filtered(json.loads(path.read_text(encoding="utf-8")), page.removeprefix("nbs/"), found, bib)
+            made[path] = filtered(
+                json.loads(path.read_text(encoding="utf-8")), page.removeprefix("nbs/"), found, bib
+            )
     known = {path: anchors(notebook) for path, notebook in made.items()}
-    wrong = [problem for path, notebook in made.items() for problem in check_notebook(path, root, notebook, bib, known)]
-    if (root / "_quarto.yml").read_text(encoding="utf-8") != as_yaml(configuration(root, found["methods"])):
+    wrong = [
+        problem
+        for path, notebook in made.items()
+        for problem in check_notebook(path, root, notebook, bib, known)
+    ]
+    if (root / "_quarto.yml").read_text(encoding="utf-8") != as_yaml(
+        configuration(root, found["methods"])
+    ):
         wrong.append("_quarto.yml: not what the methods' records give; run polm_site write")
-    text = "\n".join(_spans("".join(c["source"])) for notebook in made.values() for c in notebook["cells"] if c["cell_type"] == "markdown")
+    text = "\n".join(
+        _spans("".join(c["source"]))
+        for notebook in made.values()
+        for c in notebook["cells"]
+        if c["cell_type"] == "markdown"
+    )
     return wrong, dict(
         pages=len(made),
         links=len([t for t in re.findall(r"\]\(([^)\s]+)", text) if not re.match(r"[a-z]+:", t)]),
@@ -139,14 +177,26 @@ class _Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         given = dict(attributes)
         self.ids |= {given[k] for k in ("id", "name") if given.get(k)}
-        self.links += [given[k] for k in ("href", "src") if given.get(k) and tag in ("a", "link", "img", "script", "iframe", "source")]
+        self.links += [
+            given[k]
+            for k in ("href", "src")
+            if given.get(k) and tag in ("a", "link", "img", "script", "iframe", "source")
+        ]
 
 # %% ../../nbs/site/lint.ipynb #ef33e54d
 def check_site(folder: Path) -> tuple[list[str], dict[str, int]]:
     "What is wrong with a rendered site, and counts of what was looked at."
-    texts = {p: p.read_text(encoding="utf-8") for p in sorted(folder.rglob("*.html")) if "site_libs" not in p.parts}
+    texts = {
+        p: p.read_text(encoding="utf-8")
+        for p in sorted(folder.rglob("*.html"))
+        if "site_libs" not in p.parts
+    }
     read, links = {p: _Page(t) for p, t in texts.items()}, 0
-    wrong = [f"{p.relative_to(folder)}: fetches {a}; a page has to work offline" for p in folder.rglob("*.css") for a in fetched(p.read_text(encoding="utf-8"))]
+    wrong = [
+        f"{p.relative_to(folder)}: fetches {a}; a page has to work offline"
+        for p in folder.rglob("*.css")
+        for a in fetched(p.read_text(encoding="utf-8"))
+    ]
     wrong += [] if texts else [f"{folder}: no pages"]
     for path, page in read.items():
         where = path.relative_to(folder).as_posix()
@@ -157,16 +207,26 @@ def check_site(folder: Path) -> tuple[list[str], dict[str, int]]:
             links += 1
             file, _, anchor = unquote(target).partition("#")
             file = file.partition("?")[0]
-            goal = ((folder / file.lstrip("/")) if file.startswith("/") else path.parent / file).resolve() if file else path
+            goal = (
+                (
+                    (folder / file.lstrip("/")) if file.startswith("/") else path.parent / file
+                ).resolve()
+                if file
+                else path
+            )
             goal = goal / "index.html" if goal.is_dir() else goal
             if not goal.exists():
                 wrong.append(f"{where}: {target} is not there")
             elif goal in read and anchor not in {"", "top", *read[goal].ids}:
                 wrong.append(f"{where}: {target}: the page has no such anchor")
-        text = re.sub(r"<pre class=\"[^\"]*sourceCode.*?</pre>", "", texts[path], flags=re.S)  # what code says is not what the page says
+        text = re.sub(
+            r"<pre class=\"[^\"]*sourceCode.*?</pre>", "", texts[path], flags=re.S
+        )  # what code says is not what the page says
         if "Unable to display output for mime type" in text:
             wrong.append(f"{where}: Unable to display output")
         text = re.sub(r"<(pre|code|style|script)\b.*?</\1>", "", text, flags=re.S)
-        for key in re.findall(r"quarto-unresolved-ref|\?@[\w-]+|<strong>[a-z]+\d{4}[a-z]?\?</strong>", text):
+        for key in re.findall(
+            r"quarto-unresolved-ref|\?@[\w-]+|<strong>[a-z]+\d{4}[a-z]?\?</strong>", text
+        ):
             wrong.append(f"{where}: unresolved reference ({html.unescape(key)})")
     return wrong, dict(pages=len(texts), links=links)

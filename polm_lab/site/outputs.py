@@ -23,27 +23,44 @@ from .lint import fetched
 from .pages import LEFT_OUT
 
 # %% ../../nbs/site/outputs.ipynb #1f8a52d6
-PLACE = re.compile(r"(?<![.\w])(?:/\w[\w.-]*)+/(?:site-packages|\.venv|nbs|polm_lab)/")  # a path to a package or to the source tree
+PLACE = re.compile(
+    r"(?<![.\w])(?:/\w[\w.-]*)+/(?:site-packages|\.venv|nbs|polm_lab)/"
+)  # a path to a package or to the source tree
 CELL_SECONDS = 900  # the longest that one cell may take on a machine that is busy
 
 
 def notebooks(root: Path, chosen: list[str]) -> list[Path]:
     "The notebooks to execute: all, or those that `chosen` names by path, folder or name. Raises: `WrongInput` for a name without one."
-    there = sorted(p for p in (root / "nbs").rglob("*.ipynb") if not re.search(r"/[_.]", p.relative_to(root).as_posix()))
+    there = sorted(
+        p
+        for p in (root / "nbs").rglob("*.ipynb")
+        if not re.search(r"/[_.]", p.relative_to(root).as_posix())
+    )
     there = [p for p in there if p.relative_to(root).as_posix() not in LEFT_OUT]
     found = {}
     for word in chosen:
         name = word.removeprefix("nbs/").removesuffix(".ipynb").strip("/")
-        fits = [p for p in there if name in (p.stem, p.parent.name, p.relative_to(root / "nbs").with_suffix("").as_posix())]
+        fits = [
+            p
+            for p in there
+            if name
+            in (p.stem, p.parent.name, p.relative_to(root / "nbs").with_suffix("").as_posix())
+        ]
         if not fits:
-            raise WrongInput(f"polm_site execute {word}: no such notebook; expected a path, a folder or a name below {root / 'nbs'}")
+            raise WrongInput(
+                f"polm_site execute {word}: no such notebook; expected a path, a folder or a name below {root / 'nbs'}"
+            )
         found.update(dict.fromkeys(fits))
     return list(found) if chosen else there
 
 
 def stored_outputs(outputs: list[dict], renamed: dict[str, str]) -> list[dict]:
     "The outputs of a cell as its notebook stores them; `renamed` gives folders of the execution their names for readers."
-    kept = [output for output in outputs if output.get("name") != "stderr" and WIDGET not in output.get("data", {})]
+    kept = [
+        output
+        for output in outputs
+        if output.get("name") != "stderr" and WIDGET not in output.get("data", {})
+    ]
     text = json.dumps(kept)
     for place, name in renamed.items():
         text = text.replace(place, name)
@@ -53,11 +70,24 @@ def stored_outputs(outputs: list[dict], renamed: dict[str, str]) -> list[dict]:
 def unfit(outputs: list[dict], places: list[Path]) -> str:
     "Why outputs cannot be stored: a path of this machine, or something that a host would have to give; empty if they can."
     for output in outputs:
-        data = {kind: value for kind, value in output.get("data", {}).items() if kind != "image/png"}
-        texts = ["".join(value) if isinstance(value, list) else value if isinstance(value, str) else json.dumps(value) for value in data.values()]
+        data = {
+            kind: value for kind, value in output.get("data", {}).items() if kind != "image/png"
+        }
+        texts = [
+            "".join(value)
+            if isinstance(value, list)
+            else value
+            if isinstance(value, str)
+            else json.dumps(value)
+            for value in data.values()
+        ]
         text = "\n".join([*texts, "".join(output.get("text", ""))])
         found = PLACE.search(re.sub(r"https?://\S*", "", text))
-        named = [str(place) for place in places if re.search(rf"(?<![\w./+-]){re.escape(str(place))}(?![\w-])", text)]
+        named = [
+            str(place)
+            for place in places
+            if re.search(rf"(?<![\w./+-]){re.escape(str(place))}(?![\w-])", text)
+        ]
         if found or named:
             return f"shows a path of this machine, {found[0] if found else named[0]}"
         if fetched(text):
@@ -77,38 +107,72 @@ def execute_page(path: Path, root: Path) -> dict:
     began, notebook = time.monotonic(), nbformat.read(path, 4)
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / "tmp").mkdir()
-        env = {**os.environ, "POLM_RUNS": f"{place}/runs", "TMPDIR": f"{place}/tmp", "OMP_NUM_THREADS": "1"}
+        env = {
+            **os.environ,
+            "POLM_RUNS": f"{place}/runs",
+            "TMPDIR": f"{place}/tmp",
+            "OMP_NUM_THREADS": "1",
+        }
         env.pop("POLM_RUN", None)
-        settings = dict(timeout=CELL_SECONDS, kernel_name="python3", store_widget_state=False, record_timing=False)
-        settings["extra_arguments"] = ["--IPKernelApp.log_level=ERROR"]  # else each kernel says that TCP is not encrypted
+        settings = dict(
+            timeout=CELL_SECONDS,
+            kernel_name="python3",
+            store_widget_state=False,
+            record_timing=False,
+        )
+        settings["extra_arguments"] = [
+            "--IPKernelApp.log_level=ERROR"
+        ]  # else each kernel says that TCP is not encrypted
         try:
-            NotebookClient(notebook, resources={"metadata": {"path": str(path.parent)}}, **settings).execute(env=env)
+            NotebookClient(
+                notebook, resources={"metadata": {"path": str(path.parent)}}, **settings
+            ).execute(env=env)
         except CellExecutionError as error:
             raise WrongInput(f"{error.ename}: {error.evalue}".split("\n")[0][:300]) from None
         except (CellTimeoutError, DeadKernelError, RuntimeError) as error:
-            raise WrongInput(f"{type(error).__name__}: {str(error).strip()}".split("\n")[0][:300]) from None
+            raise WrongInput(
+                f"{type(error).__name__}: {str(error).strip()}".split("\n")[0][:300]
+            ) from None
         renamed = {f"{place}/runs": "runs", f"{place}/tmp": "/tmp"}
         figures, pictures = 0, []
         for number, cell in enumerate(notebook.cells):
             if cell.cell_type != "code":
                 continue
-            outputs = [] if "skip-execution" in cell.metadata.get("tags", []) else stored_outputs(cell.outputs, renamed)
+            outputs = (
+                []
+                if "skip-execution" in cell.metadata.get("tags", [])
+                else stored_outputs(cell.outputs, renamed)
+            )
             why = unfit(outputs, [root, Path.home(), Path(sys.prefix), Path(place)])
             if why:
                 raise WrongInput(f"cell {number} {why}")
             cell.outputs = list(map(nbformat.from_dict, outputs))
             for output in outputs:
                 figures += FIGURE in output.get("data", {})
-                pictures += [len(output["data"]["image/png"])] if "image/png" in output.get("data", {}) else []
+                pictures += (
+                    [len(output["data"]["image/png"])]
+                    if "image/png" in output.get("data", {})
+                    else []
+                )
         part = Path(place) / path.name
         nbformat.write(notebook, part)
-        cleaned = subprocess.run([Path(sys.executable).parent / "nbdev_clean", "--fname", part], cwd=root, capture_output=True, text=True)
+        cleaned = subprocess.run(
+            [Path(sys.executable).parent / "nbdev_clean", "--fname", part],
+            cwd=root,
+            capture_output=True,
+            text=True,
+        )
         if cleaned.returncode:
             raise WrongInput(f"nbdev_clean: {cleaned.stderr.strip()[-300:]}")
         shutil.copyfile(part, path)
-    return dict(seconds=time.monotonic() - began, bytes=path.stat().st_size, figures=figures, pictures=pictures)
+    return dict(
+        seconds=time.monotonic() - began,
+        bytes=path.stat().st_size,
+        figures=figures,
+        pictures=pictures,
+    )
 
-
+# %% ../../nbs/site/outputs.ipynb #c463a5c4
 def execute(root: Path, chosen: list[str], workers: int = 2) -> int:
     "Execute notebooks and store their outputs, a line for each as it ends. 0, or 1 if any failed; those stay as they were."
     failed, bare = [], 0
@@ -117,7 +181,11 @@ def execute(root: Path, chosen: list[str], workers: int = 2) -> int:
         try:
             return path, execute_page(path, root), ""
         except Exception as error:  # one bad notebook does not end the others
-            return path, {}, str(error) if isinstance(error, WrongInput) else f"{type(error).__name__}: {error}"
+            return (
+                path,
+                {},
+                str(error) if isinstance(error, WrongInput) else f"{type(error).__name__}: {error}",
+            )
 
     with ThreadPoolExecutor(workers) as pool:
         for done in as_completed([pool.submit(one, path) for path in notebooks(root, chosen)]):
@@ -128,8 +196,14 @@ def execute(root: Path, chosen: list[str], workers: int = 2) -> int:
                 print(f"{name}: failed, left as it was: {why}", flush=True)
                 continue
             bare += got["figures"] - len(got["pictures"])
-            drawn = f", {got['figures']} figures ({sum(got['pictures']) / 1000:.0f} kB of pictures)" if got["figures"] else ""
-            print(f"{name}: {got['seconds']:.0f} s, {got['bytes'] / 1000:.0f} kB{drawn}", flush=True)
+            drawn = (
+                f", {got['figures']} figures ({sum(got['pictures']) / 1000:.0f} kB of pictures)"
+                if got["figures"]
+                else ""
+            )
+            print(
+                f"{name}: {got['seconds']:.0f} s, {got['bytes'] / 1000:.0f} kB{drawn}", flush=True
+            )
     if bare:
         print(f"{bare} figures have no picture; their outputs say why")
     print(f"{len(failed)} failed: {', '.join(failed)}" if failed else "all outputs are stored")

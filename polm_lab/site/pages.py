@@ -48,7 +48,9 @@ def project() -> Path:
 
     root = notebooks_folder().parent
     if not (root / "settings.ini").is_file():
-        raise WrongInput(f"{root}: no settings.ini; expected the source tree, where the site is made; clone the repository")
+        raise WrongInput(
+            f"{root}: no settings.ini; expected the source tree, where the site is made; clone the repository"
+        )
     return root
 
 
@@ -86,7 +88,11 @@ def pages(root: Path, records: dict) -> dict[str, list[str]]:
 def _stamp(root: Path) -> str:
     read = sorted([*(root / "polm_lab").rglob("[a-z]*.py"), *(root / "data/survey").glob("*.csv")])
     there = sorted([*(root / "tests").glob("test_*.py"), *(root / "nbs").rglob("*.ipynb")])
-    return hashlib.sha1("\n".join([*(f"{p} {p.stat().st_mtime_ns} {p.stat().st_size}" for p in read), *map(str, there)]).encode()).hexdigest()
+    return hashlib.sha1(
+        "\n".join(
+            [*(f"{p} {p.stat().st_mtime_ns} {p.stat().st_size}" for p in read), *map(str, there)]
+        ).encode()
+    ).hexdigest()
 
 
 def facts(root: Path) -> dict:
@@ -110,15 +116,23 @@ def _gather() -> dict:
 
     rows, known = systems(), {}
     for method in methods().values():
-        knobs = [{k: str(getattr(knob, k)) for k in ("name", "default", "meaning", "unit", "source")} for knob in method.own_knobs]
-        known[method.notebook] = dict(name=method.name, title=method.title, paper=method.paper, knobs=knobs)
+        knobs = [
+            {k: str(getattr(knob, k)) for k in ("name", "default", "meaning", "unit", "source")}
+            for knob in method.own_knobs
+        ]
+        known[method.notebook] = dict(
+            name=method.name, title=method.title, paper=method.paper, knobs=knobs
+        )
     survey = {}
     for page in sorted({r["notebook"] for r in rows} - {""}):
         if page.startswith("core/"):
             continue  # some hundred models and data sets load there: that is the atlas's to list
         own, beside = neighbours(page, rows)
         survey[page] = dict(
-            own=[{k: r[k] for k in ("name", "section", "year", "property", "state", "by", "gap")} for r in own],
+            own=[
+                {k: r[k] for k in ("name", "section", "year", "property", "state", "by", "gap")}
+                for r in own
+            ],
             beside=[{k: r[k] for k in ("name", "state", "notebook")} for r in beside],
         )
     return dict(methods=known, survey=survey)
@@ -134,7 +148,13 @@ def configuration(root: Path, records: dict) -> dict:
     address = f"https://{cfg['user']}.github.io/{cfg['repo']}"
     contents = []
     for section, paths in pages(root, records).items():
-        items = [dict(text=records.get(p.removeprefix("nbs/"), {}).get("title") or title_of(root / p)[0], href=p) for p in paths]
+        items = [
+            dict(
+                text=records.get(p.removeprefix("nbs/"), {}).get("title") or title_of(root / p)[0],
+                href=p,
+            )
+            for p in paths
+        ]
         contents += [dict(section=section, contents=items)] if section else items
     return dict(
         project={
@@ -159,11 +179,19 @@ def configuration(root: Path, records: dict) -> dict:
             "search": True,
             "page-navigation": True,
             "bread-crumbs": True,
-            "sidebar": {"style": "floating", "search": True, "collapse-level": 1, "contents": contents},
+            "sidebar": {
+                "style": "floating",
+                "search": True,
+                "collapse-level": 1,
+                "contents": contents,
+            },
         },
         format=dict(
             html={
-                "theme": {"light": ["cosmo", "nbs/_site/theme.scss"], "dark": ["darkly", "nbs/_site/theme.scss"]},
+                "theme": {
+                    "light": ["cosmo", "nbs/_site/theme.scss"],
+                    "dark": ["darkly", "nbs/_site/theme.scss"],
+                },
                 "css": "nbs/_site/style.css",
                 "include-after-body": "nbs/_site/tables.html",
                 "toc": True,
@@ -176,7 +204,7 @@ def configuration(root: Path, records: dict) -> dict:
         ),
     )
 
-
+# %% ../../nbs/site/pages.ipynb #3d787e27
 def as_yaml(configured: dict) -> str:
     "The configuration as the text of `_quarto.yml`."
     import yaml

@@ -15,7 +15,13 @@ from torch import Tensor
 from ..core.machine import process_rank_and_count
 
 # %% ../../nbs/training/advantages.ipynb #9b7c5d42
-def group_advantages(rewards: Tensor, samples: int, scale: str = "group", eps: float = 1e-4, batch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def group_advantages(
+    rewards: Tensor,
+    samples: int,
+    scale: str = "group",
+    eps: float = 1e-4,
+    batch: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Advantages [rows] of rewards [rows] in groups of `samples`, and the spread [groups] of each group's rewards.
 
     NaN marks a completion without a reward: it counts in no mean and gets advantage 0. `scale` is group, batch or none; for batch, `batch` are the rewards of all
@@ -27,7 +33,9 @@ def group_advantages(rewards: Tensor, samples: int, scale: str = "group", eps: f
     if scale == "group":
         centered = centered / (spread[:, None] + eps)
     elif scale == "batch":
-        centered = centered / (group_spread((rewards if batch is None else batch).double().view(1, -1)) + eps)
+        centered = centered / (
+            group_spread((rewards if batch is None else batch).double().view(1, -1)) + eps
+        )
     return centered.nan_to_num(0.0).flatten().to(rewards.dtype), spread.to(rewards.dtype)
 
 
@@ -61,13 +69,26 @@ def all_gather_values(values: Tensor) -> Tensor:
 def masked_moments(x: Tensor, mask: Tensor | None = None) -> tuple[float, float]:
     "Mean and sample variance of the entries of `x` where `mask` (same shape) is 1, over all processes."
     x = (x if mask is None else x[mask.bool()]).double().flatten()
-    n, total = all_gather_values(torch.stack([torch.tensor(float(len(x)), dtype=torch.float64), x.sum().cpu()])).view(-1, 2).sum(0).tolist()
+    n, total = (
+        all_gather_values(
+            torch.stack([torch.tensor(float(len(x)), dtype=torch.float64), x.sum().cpu()])
+        )
+        .view(-1, 2)
+        .sum(0)
+        .tolist()
+    )
     mean = total / max(n, 1)
     squares = all_gather_values((x - mean).square().sum()[None].cpu()).sum().item()
     return mean, squares / max(n - 1, 1)
 
 
-def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, moments: tuple[float, float] | None = None, eps: float = 1e-8) -> Tensor:
+def whiten(
+    x: Tensor,
+    mask: Tensor,
+    shift_mean: bool = True,
+    moments: tuple[float, float] | None = None,
+    eps: float = 1e-8,
+) -> Tensor:
     """`x` scaled to variance 1, and with `shift_mean` to mean 0, over the entries where `mask` (same shape) is 1; the others become 0.
 
     `moments` (mean, variance) are given where the entries are spread over several batches. Ziegler et al. 2019, `lm-human-preferences`.

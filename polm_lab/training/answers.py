@@ -195,9 +195,7 @@ def answer_batches(examples: list[dict], rows: int, pad_id: int) -> list[dict]:
     return batches
 
 
-def answer_updates(
-    examples: list[dict], order: Order, settings: Settings, pad_id: int
-) -> Callable:
+def answer_updates(examples: list[dict], order: Order, settings: Settings, pad_id: int) -> Callable:
     "The batch source of `fit` for encoded rows; `truncated` counts answers at `max_length`."
     rows = max(1, settings.batch_size // process_rank_and_count()[1])
 
@@ -219,7 +217,9 @@ def side_logps(policy, batch: dict) -> tuple[Tensor, ...]:
 
 def batch_answers(policy, batch: dict, reference: Callable) -> tuple[Answers, ...]:
     "The sides of a batch; `reference(batch)` gives each side's log-probabilities [rows] under it."
-    tokens = batch["completion_mask"][:, 1:].sum(1).clamp(min=1)  # a first token has nothing before it
+    tokens = (
+        batch["completion_mask"][:, 1:].sum(1).clamp(min=1)
+    )  # a first token has nothing before it
     columns = side_logps(policy, batch), reference(batch), tokens.chunk(batch["sides"])
     return tuple(Answers(*side) for side in zip(*columns))
 

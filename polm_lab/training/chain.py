@@ -23,12 +23,20 @@ def check_settings(name: str, values: dict) -> tuple[Method, RunSettings]:
     engine = getattr(settings, "engine", "lab")
     if engine not in found.engines:
         raise WrongInput(f"engine = {engine!r}: {name} runs on {', '.join(found.engines)}")
-    for knob in {"model", "data", "eval_data", "chat_template"} & {k.name for k in knobs(settings)}:  # a run can be resumed from another folder
+    for knob in {"model", "data", "eval_data", "chat_template"} & {
+        k.name for k in knobs(settings)
+    }:  # a run can be resumed from another folder
         full = _full_data if knob.endswith("data") else _full_path
         setattr(settings, knob, full(getattr(settings, knob)))
     if hasattr(settings, "rewards"):
-        settings.rewards = re.sub(r"[^\s,:]+\.py(?=:)", lambda found: _full_path(found[0]), settings.rewards)
-        settings.rewards = re.sub(r"(?<=model:)[^\s,:]+", lambda found: re.sub(r"[^+()]+", lambda name: _full_path(name[0]), found[0]), settings.rewards)
+        settings.rewards = re.sub(
+            r"[^\s,:]+\.py(?=:)", lambda found: _full_path(found[0]), settings.rewards
+        )
+        settings.rewards = re.sub(
+            r"(?<=model:)[^\s,:]+",
+            lambda found: re.sub(r"[^+()]+", lambda name: _full_path(name[0]), found[0]),
+            settings.rewards,
+        )
     return found, settings
 
 
@@ -36,7 +44,9 @@ def _full_data(value: str) -> str:
     "A data spec with the full path of its file; a task, a Hub id, or what is no single spec as it is."
     try:
         return parse_spec(value).absolute()
-    except WrongInput:  # whoever reads the data says what is wrong, and knows where several may be given
+    except (
+        WrongInput
+    ):  # whoever reads the data says what is wrong, and knows where several may be given
         return value
 
 
@@ -50,9 +60,15 @@ def create(name: str, values: dict, out=None, parents=None, via: str = "python")
     "A new run of method `name`, checked and not yet started. Its parents are those given, or the run that made its model."
     _, settings = check_settings(name, values)
     facts = {k.name: getattr(settings, k.name) for k in knobs(settings)}
-    return Run.create(name, facts, out=out, parents=parent_of(settings.model) if parents is None else parents, via=via)
+    return Run.create(
+        name,
+        facts,
+        out=out,
+        parents=parent_of(settings.model) if parents is None else parents,
+        via=via,
+    )
 
-
+# %% ../../nbs/training/chain.ipynb #199ce407
 def execute(run: Run) -> Run:
     "Run a prepared run in this process; what goes wrong is recorded and raised."
     from polm_lab.core.machine import pick_device, pick_dtype
@@ -61,8 +77,14 @@ def execute(run: Run) -> Run:
     found, settings = check_settings(run.method, run.settings)
     with run.active():
         if settings.dtype == "auto":  # a run that is resumed on another machine goes on as it began
-            settings.dtype = run.record.get("dtype") or str(pick_dtype(settings.device)).removeprefix("torch.")
-        run.update(dtype=settings.dtype, device=str(pick_device(settings.device)), parallel=check_launch(settings))
+            settings.dtype = run.record.get("dtype") or str(
+                pick_dtype(settings.device)
+            ).removeprefix("torch.")
+        run.update(
+            dtype=settings.dtype,
+            device=str(pick_device(settings.device)),
+            parallel=check_launch(settings),
+        )
         found.function(settings, run)
     return run
 
@@ -73,10 +95,15 @@ def subrun(whole: Run, label: str, name: str, parents=None, inside: bool = False
     It lies beside `whole`, or, `inside`, in its folder `parts`, where the table of runs does not list it: for the many parts of a comparison.
     A stop of `whole` is one of the part that runs. Raises `Stopped`, after it or where one was asked for before.
     """
-    stopped = Stopped(f"{whole.id}: stopped at its part {label!r}; `polm resume {whole.id}` goes on from there")
+    stopped = Stopped(
+        f"{whole.id}: stopped at its part {label!r}; `polm resume {whole.id}` goes on from there"
+    )
     if whole.stop_requested():
         raise stopped
-    made, place = whole.record.get("stages", {}), whole.path / "parts" if inside else whole.path.parent
+    made, place = (
+        whole.record.get("stages", {}),
+        whole.path / "parts" if inside else whole.path.parent,
+    )
     if label not in made:
         child = create(name, values, out=place, parents=parents, via="bare")
         whole.update(stages={**made, label: str(child.path.relative_to(whole.path.parent))})

@@ -27,7 +27,17 @@ from ..models.load import load_model
 from ..core.run import Run, Stopped
 
 # %% ../../nbs/training/conformance.ipynb #44b64f69
-SMALL = dict(steps=4, batch_size=4, eval_rows=4, save_every=1, max_length=128, device="cpu", dtype="float32", warmup=0.0, learning_rate=1e-3)
+SMALL = dict(
+    steps=4,
+    batch_size=4,
+    eval_rows=4,
+    save_every=1,
+    max_length=128,
+    device="cpu",
+    dtype="float32",
+    warmup=0.0,
+    learning_rate=1e-3,
+)
 
 
 def short_run(method: Method, out, **changes) -> Run:
@@ -35,7 +45,9 @@ def short_run(method: Method, out, **changes) -> Run:
     known = {k.name for k in knobs(method.settings)}  # what trains nothing has no steps
     small = {name: value for name, value in SMALL.items() if name in known}
     settings = make_settings(method.settings, small | dict(method.small) | changes)
-    run = Run.create(method.name, {k.name: getattr(settings, k.name) for k in knobs(settings)}, out=out)
+    run = Run.create(
+        method.name, {k.name: getattr(settings, k.name) for k in knobs(settings)}, out=out
+    )
     return continue_run(method, run)
 
 
@@ -54,9 +66,21 @@ def weights_file(run: Run) -> bytes:
 def saved_update(run: Run) -> torch.Tensor:
     "How a run changed the weights, as one vector."
     made = load_model(run.path / "model", "float32", "cpu", head="any")
-    start = load_model(run.settings["model"], "float32", "cpu", seed=run.settings["seed"], head="score" if hasattr(made, "score") else "lm")
+    start = load_model(
+        run.settings["model"],
+        "float32",
+        "cpu",
+        seed=run.settings["seed"],
+        head="score" if hasattr(made, "score") else "lm",
+    )
     before, after = start.state_dict(), made.state_dict()
-    return torch.cat([(after[name].double() - before[name].double()).flatten() for name in before if name in after])
+    return torch.cat(
+        [
+            (after[name].double() - before[name].double()).flatten()
+            for name in before
+            if name in after
+        ]
+    )
 
 
 def series(run: Run, name: str) -> list[float]:
@@ -75,7 +99,9 @@ def distance(run: Run, other: Run) -> float:
             return math.inf
         scale = b.abs().max().clamp_min(1e-2)
         gaps.append(((a - b).abs() / scale).max().item())
-    cosine = torch.nn.functional.cosine_similarity(saved_update(run), saved_update(other), dim=0).item()
+    cosine = torch.nn.functional.cosine_similarity(
+        saved_update(run), saved_update(other), dim=0
+    ).item()
     return max(*gaps, 1 - cosine)
 
 # %% ../../nbs/training/conformance.ipynb #c352ed72
@@ -99,7 +125,13 @@ def batches_add_up(method: Method, out, base: Run) -> tuple[float, bool]:
 @contextmanager
 def replaced_everywhere(original, other):
     "Inside, every module of the project that imported `original` sees `other`."
-    places = [(m, n) for m in list(sys.modules.values()) if getattr(m, "__name__", "").startswith(("polm_lab", "__main__")) for n, v in list(vars(m).items()) if v is original]
+    places = [
+        (m, n)
+        for m in list(sys.modules.values())
+        if getattr(m, "__name__", "").startswith(("polm_lab", "__main__"))
+        for n, v in list(vars(m).items())
+        if v is original
+    ]
     patches = [mock.patch.object(m, n, other) for m, n in places]
     for p in patches:
         p.start()
@@ -119,17 +151,29 @@ def padding_is_nothing(method: Method, out, base: Run) -> tuple[float, bool]:
         if batch["attention_mask"] is None:
             return batch
         fill = {"input_ids": pad_id}
-        return {k: torch.nn.functional.pad(v, (0, 7), value=fill.get(k, 0)) for k, v in batch.items()}
+        return {
+            k: torch.nn.functional.pad(v, (0, 7), value=fill.get(k, 0)) for k, v in batch.items()
+        }
 
     with replaced_everywhere(collate, wider):
         gap = distance(short_run(method, out), base)
     return gap, gap < CLOSE
 
-
+# %% ../../nbs/training/conformance.ipynb #1554917e
 def chunked_is_dense(method: Method, out, base: Run) -> tuple[float, bool]:
     "Distance to a run whose log-probs come from plain log-softmax over the whole vocabulary."
 
-    def dense(hidden, weight, targets, bias=None, temperature=1.0, entropy=False, chunk=None, scale=1.0, softcap=None):
+    def dense(
+        hidden,
+        weight,
+        targets,
+        bias=None,
+        temperature=1.0,
+        entropy=False,
+        chunk=None,
+        scale=1.0,
+        softcap=None,
+    ):
         logits = torch.nn.functional.linear(hidden, weight, bias) * scale
         logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
         return logprobs.dense_logprobs(logits, targets, temperature, entropy)
@@ -152,7 +196,9 @@ def resumed_is_uninterrupted(method: Method, out, base: Run) -> tuple[float, boo
     run = continue_run(method, Run(run.path))
     a, b = weights_file(base), weights_file(run)
     differ = sum(x != y for x, y in zip(a, b)) + abs(len(a) - len(b))
-    whole = halfway == "stopped" and [row["step"] for row in run.lines()] == list(range(1, settings["steps"] + 1))
+    whole = halfway == "stopped" and [row["step"] for row in run.lines()] == list(
+        range(1, settings["steps"] + 1)
+    )
     return float(differ), differ == 0 and len(a) > 0 and whole
 
 # %% ../../nbs/training/conformance.ipynb #38817c42
@@ -161,29 +207,82 @@ def two_processes_are_one(method: Method, out, base: Run) -> tuple[float, bool]:
     pairs = [word for k, v in base.settings.items() for word in ("-p", k, str(v))]
     folder = Path(out) / "two"
     launched = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-         "--main_process_port", "0", "--no_python", str(Path(sys.executable).parent / "polm"), "run", method.name, "--bare", "--out", str(folder), *pairs],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--main_process_port",
+            "0",
+            "--no_python",
+            str(Path(sys.executable).parent / "polm"),
+            "run",
+            method.name,
+            "--bare",
+            "--out",
+            str(folder),
+            *pairs,
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     made = sorted(folder.glob("*/run.json"))
     if launched.returncode or len(made) != 1:
-        raise RuntimeError(f"{len(made)} records, exit {launched.returncode}: {launched.stderr[-2000:]}")
+        raise RuntimeError(
+            f"{len(made)} records, exit {launched.returncode}: {launched.stderr[-2000:]}"
+        )
     two = Run(made[0].parent)
     if two.record["processes"] != 2:
         raise RuntimeError(f"{two.id}: ran in {two.record['processes']} processes instead of 2")
     gap = distance(two, base)
     return gap, gap < CLOSE
 
-
+# %% ../../nbs/training/conformance.ipynb #b75f4af4
 def record_complete(method: Method, out, base: Run) -> tuple[float, bool]:
     "Things missing from a run's folder."
     record, lines, missing = base.read(), base.lines(), []
-    missing += [name for name in ("id", "method", "settings", "versions", "device", "host", "started", "ended", "heartbeat") if record.get(name) in (None, "")]
+    missing += [
+        name
+        for name in (
+            "id",
+            "method",
+            "settings",
+            "versions",
+            "device",
+            "host",
+            "started",
+            "ended",
+            "heartbeat",
+        )
+        if record.get(name) in (None, "")
+    ]
     missing += [f"status {base.status}"] if base.status != "finished" else []
-    missing += [f"summary {when}" for when in ("before", "after") if not record["summary"].get(when)]
-    missing += ["each step once"] if [row["step"] for row in lines] != list(range(1, base.settings["steps"] + 1)) else []
-    missing += [name for name in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "memory_mib") if any(name not in row for row in lines)]
-    for name in {n for row in [*lines, *record["summary"].values()] for n in row} - {"step", "seconds"}:
+    missing += [
+        f"summary {when}" for when in ("before", "after") if not record["summary"].get(when)
+    ]
+    missing += (
+        ["each step once"]
+        if [row["step"] for row in lines] != list(range(1, base.settings["steps"] + 1))
+        else []
+    )
+    missing += [
+        name
+        for name in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "memory_mib")
+        if any(name not in row for row in lines)
+    ]
+    for name in {n for row in [*lines, *record["summary"].values()] for n in row} - {
+        "step",
+        "seconds",
+    }:
         try:
             metric(name)
         except KeyError:
@@ -199,9 +298,17 @@ def record_complete(method: Method, out, base: Run) -> tuple[float, bool]:
     return float(len(missing)), not missing
 
 
-PROPERTIES = (same_seed, batches_add_up, padding_is_nothing, chunked_is_dense, resumed_is_uninterrupted, two_processes_are_one, record_complete)
+PROPERTIES = (
+    same_seed,
+    batches_add_up,
+    padding_is_nothing,
+    chunked_is_dense,
+    resumed_is_uninterrupted,
+    two_processes_are_one,
+    record_complete,
+)
 
-
+# %% ../../nbs/training/conformance.ipynb #53e4ee23
 def conformance(name: str, out, properties=PROPERTIES):
     "The suite on method `name`, with runs in folder `out`: a DataFrame with figure and verdict a property."
     import pandas as pd

@@ -119,8 +119,10 @@ def score_probe(probe: Probe, now: Answer, before: Answer) -> dict[str, float]:
         hits = [a == b for a, b in zip(now.top, before.top, strict=True)]
         said = now.text == before.text
     return {
-        "": float(all(hits)), "/tokens": sum(hits) / len(hits),
-        "/probability": math.exp(now.logp), "/said": float(said),
+        "": float(all(hits)),
+        "/tokens": sum(hits) / len(hits),
+        "/probability": math.exp(now.logp),
+        "/said": float(said),
     }
 
 

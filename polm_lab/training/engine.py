@@ -28,7 +28,9 @@ def trl_class(name: str):
     try:
         import trl
     except ImportError:
-        raise WrongInput("engine = 'trl': the package trl is not installed; `pip install trl`, or engine lab") from None
+        raise WrongInput(
+            "engine = 'trl': the package trl is not installed; `pip install trl`, or engine lab"
+        ) from None
     return getattr(trl, name)
 
 
@@ -40,16 +42,26 @@ def trl_arguments(settings: Settings, run: Run) -> dict:
     from polm_lab.core.machine import process_rank_and_count
 
     device, processes = pick_device(settings.device), process_rank_and_count()[1]
-    dtype = str(pick_dtype(device)).removeprefix("torch.") if settings.dtype == "auto" else settings.dtype
-    if device.type == "cuda" and (device.index or (processes == 1 and torch.cuda.device_count() > 1)):
+    dtype = (
+        str(pick_dtype(device)).removeprefix("torch.")
+        if settings.dtype == "auto"
+        else settings.dtype
+    )
+    if device.type == "cuda" and (
+        device.index or (processes == 1 and torch.cuda.device_count() > 1)
+    ):
         raise WrongInput(
             f"engine = 'trl', device = {settings.device!r}, {torch.cuda.device_count()} GPUs: in one process TRL trains on the only GPU that it sees; "
             "set CUDA_VISIBLE_DEVICES to one GPU and device to cuda, or start with `accelerate launch`"
         )
     if settings.adapter.partition(":")[0] == "adalora":
-        raise WrongInput(f"engine = 'trl', adapter = {settings.adapter!r}: TRL's trainers never give ranks back; expected another adapter, such as lora; or use engine lab")
+        raise WrongInput(
+            f"engine = 'trl', adapter = {settings.adapter!r}: TRL's trainers never give ranks back; expected another adapter, such as lora; or use engine lab"
+        )
     if settings.batch_size % processes:
-        raise WrongInput(f"{settings.batch_size} rows cannot be shared by {processes} processes: make batch_size a multiple of {processes}")
+        raise WrongInput(
+            f"{settings.batch_size} rows cannot be shared by {processes} processes: make batch_size a multiple of {processes}"
+        )
     return dict(
         output_dir=str(run.path / "checkpoints"),
         max_steps=settings.steps,
@@ -60,14 +72,21 @@ def trl_arguments(settings: Settings, run: Run) -> dict:
         max_grad_norm=settings.clip or math.inf,
         max_length=settings.max_length,
         seed=settings.seed,
-        use_cpu=device.type == "cpu", bf16=dtype == "bfloat16", fp16=dtype == "float16",
+        use_cpu=device.type == "cpu",
+        bf16=dtype == "bfloat16",
+        fp16=dtype == "float16",
         dataloader_pin_memory=device.type == "cuda",
         gradient_checkpointing=settings.gradient_checkpointing,
-        save_strategy="steps" if settings.save_every else "no", save_steps=settings.save_every or 500, save_total_limit=2,
-        logging_strategy="steps", logging_steps=1, logging_nan_inf_filter=False, disable_tqdm=True,
+        save_strategy="steps" if settings.save_every else "no",
+        save_steps=settings.save_every or 500,
+        save_total_limit=2,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
         eval_strategy="no",
         report_to=[] if settings.tracker == "none" else [settings.tracker],
-    )  # fmt: skip
+    )
 
 
 def trl_optimizers(model, settings: Settings) -> tuple:
@@ -77,23 +96,35 @@ def trl_optimizers(model, settings: Settings) -> tuple:
     from polm_lab.training.loop import learning_rate_at, optimizer_for
 
     optimizer, unit = optimizer_for(model, settings), replace(settings, learning_rate=1.0)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_at(step, unit))
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_at(step, unit)
+    )
 
 # %% ../../nbs/training/engine.ipynb #a91ec44f
 NAMES = {  # TRL's -> ours
-    **{name: name for name in ("loss", "grad_norm", "learning_rate", "entropy", "kl", "reward", "reward_std")},
+    **{
+        name: name
+        for name in ("loss", "grad_norm", "learning_rate", "entropy", "kl", "reward", "reward_std")
+    },
     **{f"rewards/{side}": f"reward_{side}" for side in ("chosen", "rejected")},
     **{f"logps/{side}": f"logp_{side}" for side in ("chosen", "rejected")},
-    "rewards/margins": "margin", "rewards/accuracies": "accuracy",
-    "margin": "margin", "accuracy": "accuracy", "mean_reward": "reward",  # RewardTrainer's
-    "clip_ratio/region_mean": "clip_fraction", "frac_reward_zero_std": "zero_std_groups",
-    "completions/mean_length": "length", "completions/clipped_ratio": "truncated",
-}  # fmt: skip
+    "rewards/margins": "margin",
+    "rewards/accuracies": "accuracy",
+    "margin": "margin",
+    "accuracy": "accuracy",
+    "mean_reward": "reward",  # RewardTrainer's
+    "clip_ratio/region_mean": "clip_fraction",
+    "frac_reward_zero_std": "zero_std_groups",
+    "completions/mean_length": "length",
+    "completions/clipped_ratio": "truncated",
+}
 
 
 def our_metrics(logs: dict) -> dict[str, float]:
     "What TRL logged in one step under the names of core.metrics; the rest is left out."
-    found = {NAMES[name]: value for name, value in logs.items() if name in NAMES and value is not None}
+    found = {
+        NAMES[name]: value for name, value in logs.items() if name in NAMES and value is not None
+    }
     for name, value in logs.items():
         part = re.fullmatch(r"rewards/(.+)/mean", name)  # one reward function of several
         if part and value is not None:
@@ -104,14 +135,28 @@ def our_metrics(logs: dict) -> dict[str, float]:
 def labelled_rows(examples: list[dict]) -> list[dict]:
     "Encoded rows (`input_ids`, `completion_mask`) for SFTTrainer: `labels` are -100 where nothing is learned, and at the first token, which has nothing before it."
     return [
-        dict(input_ids=e["input_ids"], labels=[t if m and i else -100 for i, (t, m) in enumerate(zip(e["input_ids"], e["completion_mask"]))])
+        dict(
+            input_ids=e["input_ids"],
+            labels=[
+                t if m and i else -100
+                for i, (t, m) in enumerate(zip(e["input_ids"], e["completion_mask"]))
+            ],
+        )
         for e in examples
     ]
 
 
 def paired_rows(examples: list[dict]) -> list[dict]:
     "Encoded pairs (`chosen`, `rejected`) for DPOTrainer, to be read by `paired_collator`."
-    return [dict(prompt="", chosen="", rejected="", pair={side: e[side] for side in ("chosen", "rejected")}) for e in examples]
+    return [
+        dict(
+            prompt="",
+            chosen="",
+            rejected="",
+            pair={side: e[side] for side in ("chosen", "rejected")},
+        )
+        for e in examples
+    ]
 
 
 def paired_collator(pad_id: int):
@@ -122,9 +167,15 @@ def paired_collator(pad_id: int):
 
         from polm_lab.data.batches import collate
 
-        batch = collate([row["pair"][side] for side in ("chosen", "rejected") for row in rows], pad_id)
+        batch = collate(
+            [row["pair"][side] for side in ("chosen", "rejected") for row in rows], pad_id
+        )
         batch["completion_mask"] = batch.pop("completion_mask")
-        return batch | {name: torch.tensor([row[name] for row in rows]) for name in ("ref_chosen_logps", "ref_rejected_logps") if name in rows[0]}
+        return batch | {
+            name: torch.tensor([row[name] for row in rows])
+            for name in ("ref_chosen_logps", "ref_rejected_logps")
+            if name in rows[0]
+        }
 
     return collate_pairs
 
@@ -136,7 +187,9 @@ def in_our_order(rows: list[dict], settings: Settings, rows_per_step: int):
     from polm_lab.data.batches import Order
 
     order = Order(len(rows), rows_per_step, settings.seed)
-    return Dataset.from_list(rows).select([i for step in range(settings.steps) for i in order.rows(step)])
+    return Dataset.from_list(rows).select(
+        [i for step in range(settings.steps) for i in order.rows(step)]
+    )
 
 # %% ../../nbs/training/engine.ipynb #e185a028
 def _record(run: Run, settings: Settings, evaluate):
@@ -170,11 +223,20 @@ def _record(run: Run, settings: Settings, evaluate):
                 batch = self.trainer.data_collator([self.trainer.train_dataset[i] for i in rows])
                 not_finite(run, step - 1, batch if isinstance(batch, dict) else {})
             if tokens is not None and self.tokens is not None:  # TRL counts over all steps
-                metrics["tokens_per_second"] = round((tokens - self.tokens) / (time.perf_counter() - self.began), 1)
+                metrics["tokens_per_second"] = round(
+                    (tokens - self.tokens) / (time.perf_counter() - self.began), 1
+                )
             self.tokens = tokens
             metrics["memory_mib"] = peak_memory(args.device)
-            if evaluate and settings.eval_every and step % settings.eval_every == 0 and step < settings.steps:
-                metrics |= {f"eval/{name}": value for name, value in without_counts(evaluate()).items()}
+            if (
+                evaluate
+                and settings.eval_every
+                and step % settings.eval_every == 0
+                and step < settings.steps
+            ):
+                metrics |= {
+                    f"eval/{name}": value for name, value in without_counts(evaluate()).items()
+                }
             run.log(step, **metrics)
             self.progress(step, metrics)
 
@@ -183,7 +245,11 @@ def _record(run: Run, settings: Settings, evaluate):
 # %% ../../nbs/training/engine.ipynb #4bb9d8be
 def last_checkpoint(run: Run) -> tuple[Path | None, int]:
     "TRL's newest whole checkpoint and the steps done by then, or (None, 0)."
-    found = sorted((run.path / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
+    found = sorted(
+        (run.path / "checkpoints").glob("checkpoint-*"),
+        key=lambda p: int(p.name.split("-")[1]),
+        reverse=True,
+    )
     for path in found:
         with suppress(OSError, ValueError):
             json.loads((path / "trainer_state.json").read_text())
@@ -194,9 +260,19 @@ def last_checkpoint(run: Run) -> tuple[Path | None, int]:
 
 # %% ../../nbs/training/engine.ipynb #a696f73d
 def train_with_trl(
-    run: Run, settings: Settings, trainer: str, policy, tokenizer, rows: list[dict], evaluate=None, *, config: dict | None = None,
-    rows_per_step: int | None = None, merge: bool = False, **trainer_arguments,
-) -> None:  # fmt: skip
+    run: Run,
+    settings: Settings,
+    trainer: str,
+    policy,
+    tokenizer,
+    rows: list[dict],
+    evaluate=None,
+    *,
+    config: dict | None = None,
+    rows_per_step: int | None = None,
+    merge: bool = False,
+    **trainer_arguments,
+) -> None:
     """Train `policy` in place with TRL's `<trainer>Trainer` ("SFT", "DPO", "GRPO", ...), write the record, and save the model: what `fit` and `save_model` do.
 
     `rows` are dataset rows as that trainer takes them; `rows_per_step` of them (default batch_size × accumulate) make a step, in the order of our loop.
@@ -215,18 +291,30 @@ def train_with_trl(
     from polm_lab.training.loop import as_saved
 
     trainer_class, config_class = trl_class(f"{trainer}Trainer"), trl_class(f"{trainer}Config")
-    arguments = {**trl_arguments(settings, run), **(dict(remove_unused_columns=False) if "data_collator" in trainer_arguments else {}), **(config or {})}
-    arguments = {name: value for name, value in arguments.items() if name != "max_length" or name in config_class.__dataclass_fields__}
+    arguments = {
+        **trl_arguments(settings, run),
+        **(dict(remove_unused_columns=False) if "data_collator" in trainer_arguments else {}),
+        **(config or {}),
+    }
+    arguments = {
+        name: value
+        for name, value in arguments.items()
+        if name != "max_length" or name in config_class.__dataclass_fields__
+    }
     if settings.tracker != "none":
         import importlib.util
 
         if not importlib.util.find_spec(settings.tracker):
-            raise WrongInput(f"tracker = {settings.tracker!r}: the package {settings.tracker} is not installed; `pip install {settings.tracker}`, or tracker none")
+            raise WrongInput(
+                f"tracker = {settings.tracker!r}: the package {settings.tracker} is not installed; `pip install {settings.tracker}`, or tracker none"
+            )
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.path / "tensorboard")
     for p in policy.parameters():  # as in our loop: what is trained is kept in 32 bits
         if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16):
             p.data = p.data.float()
-    run.update(device=str(pick_device(settings.device)), processes=int(os.environ.get("WORLD_SIZE", 1)))
+    run.update(
+        device=str(pick_device(settings.device)), processes=int(os.environ.get("WORLD_SIZE", 1))
+    )
     checkpoint, done = last_checkpoint(run)
     run.rewind(done)
     if evaluate and "before" not in run.record["summary"]:
@@ -240,11 +328,18 @@ def train_with_trl(
         with quiet_libraries():
             try:
                 made = trainer_class(
-                    model=model, args=config_class(**arguments), train_dataset=in_our_order(rows, settings, per_step), processing_class=tokenizer,
-                    callbacks=[record], optimizers=trl_optimizers(model, settings), **trainer_arguments,
-                )  # fmt: skip
+                    model=model,
+                    args=config_class(**arguments),
+                    train_dataset=in_our_order(rows, settings, per_step),
+                    processing_class=tokenizer,
+                    callbacks=[record],
+                    optimizers=trl_optimizers(model, settings),
+                    **trainer_arguments,
+                )
             except ValueError as error:
-                raise WrongInput(f"engine = 'trl': {trainer}Trainer refuses: {' '.join(str(error).split())}") from error
+                raise WrongInput(
+                    f"engine = 'trl': {trainer}Trainer refuses: {' '.join(str(error).split())}"
+                ) from error
             made.remove_callback(PrinterCallback)
             record.trainer, record.rows_per_step = made, per_step
             try:
@@ -253,10 +348,14 @@ def train_with_trl(
                 vars(model).pop("forward", None)
                 if own_forward:
                     model.forward = own_forward
-                if "ref" in getattr(model, "peft_config", {}):  # DPOTrainer's copy of the adapter as it was
+                if "ref" in getattr(
+                    model, "peft_config", {}
+                ):  # DPOTrainer's copy of the adapter as it was
                     model.delete_adapter("ref")
         if made.state.global_step < settings.steps:
-            raise Stopped(f"{run.id}: stopped after step {made.state.global_step}; `polm resume {run.id}` goes on from there")
+            raise Stopped(
+                f"{run.id}: stopped after step {made.state.global_step}; `polm resume {run.id}` goes on from there"
+            )
 
     as_saved(run, settings, policy, merge)
     if evaluate:

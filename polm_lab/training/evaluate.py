@@ -33,7 +33,9 @@ from ..models.rollout import Rollout, rollout
 @contextmanager
 def eval_no_grad(policy):
     "Inside, the model neither drops out nor keeps gradients."
-    training = [m for m in policy.modules() if m.training]  # a wrapper that is new trains, a model in it may not
+    training = [
+        m for m in policy.modules() if m.training
+    ]  # a wrapper that is new trains, a model in it may not
     policy.eval()
     try:
         with torch.no_grad():
@@ -43,14 +45,27 @@ def eval_no_grad(policy):
             module.training = True
 
 
-def sequence_logps(policy: Policy, examples: list[dict], pad_id: int, rows: int = 16) -> torch.Tensor:
+def sequence_logps(
+    policy: Policy, examples: list[dict], pad_id: int, rows: int = 16
+) -> torch.Tensor:
     "Summed log-probability of the learned tokens of each encoded row [n], in nats; rows of like length go through the model together."
-    device, order, out = next(policy.parameters()).device, sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"])), torch.zeros(len(examples))
+    device, order, out = (
+        next(policy.parameters()).device,
+        sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"])),
+        torch.zeros(len(examples)),
+    )
     with eval_no_grad(policy):
         for start in range(0, len(order), rows):
             part = order[start : start + rows]
-            batch = {k: v.to(device) for k, v in collate([examples[i] for i in part], pad_id).items()}
-            out[part] = policy(batch["input_ids"], batch["attention_mask"], batch["completion_mask"]).logp.sum(1).float().cpu()
+            batch = {
+                k: v.to(device) for k, v in collate([examples[i] for i in part], pad_id).items()
+            }
+            out[part] = (
+                policy(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
+                .logp.sum(1)
+                .float()
+                .cpu()
+            )
     return out
 
 
@@ -61,7 +76,9 @@ def learned_tokens(examples: list[dict]) -> int:
 
 def mean_nll(policy: Policy, examples: list[dict], pad_id: int, rows: int = 16) -> float:
     "Mean negative log-probability of the learned tokens of encoded rows, in nats a token."
-    return -sequence_logps(policy, examples, pad_id, rows).double().sum().item() / max(1, learned_tokens(examples))
+    return -sequence_logps(policy, examples, pad_id, rows).double().sum().item() / max(
+        1, learned_tokens(examples)
+    )
 
 
 def perplexity(policy: Policy, examples: list[dict], pad_id: int, rows: int = 16) -> float:
@@ -131,7 +148,10 @@ def other_tasks(settings, tokenizer) -> tuple[str, ...]:
     from polm_lab.models.sources import built_in_models
     from polm_lab.models.tokenizers import load_tokenizer
 
-    if "tiny" not in built_in_models() or tokenizer.get_vocab() != load_tokenizer("tiny").get_vocab():
+    if (
+        "tiny" not in built_in_models()
+        or tokenizer.get_vocab() != load_tokenizer("tiny").get_vocab()
+    ):
         return ()
     mine = task_names(settings.data) | task_names(settings.eval_data)
     return tuple(name for name in TASKS if name not in mine)
@@ -149,35 +169,63 @@ def task_names(spec: str) -> set[str]:
         facts = json.loads(record.read_text(encoding="utf-8"))
         source = str(facts.get("rows_from") or facts["settings"].get("data") or "")
         itself = Path(parse_spec(source).name).parent == record.parent
-    except (OSError, ValueError, LookupError, AttributeError, WrongInput):  # no record of a run: a file like any other
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        WrongInput,
+    ):  # no record of a run: a file like any other
         return set()
     return set() if itself else task_names(source)
 
 # %% ../../nbs/training/evaluate.ipynb #3c1ad1a9
 def as_example(prompt: list[int], completion: list[int]) -> dict:
     "A prompt with a sampled completion as an encoded row whose completion is learned."
-    return {"input_ids": [*prompt, *completion], "completion_mask": [0] * len(prompt) + [1] * len(completion)}
+    return {
+        "input_ids": [*prompt, *completion],
+        "completion_mask": [0] * len(prompt) + [1] * len(completion),
+    }
 
 
 def examples_of(rolled: Rollout) -> list[dict]:
     "The sampled completions as encoded rows."
     num_generations = len(rolled.completions) // len(rolled.prompts)
-    return [as_example(rolled.prompts[i // num_generations], completion) for i, completion in enumerate(rolled.completions)]
+    return [
+        as_example(rolled.prompts[i // num_generations], completion)
+        for i, completion in enumerate(rolled.completions)
+    ]
 
 
-def mean_kl(policy: Policy, reference: Policy, examples: list[dict], pad_id: int, rows: int = 16) -> float:
+def mean_kl(
+    policy: Policy, reference: Policy, examples: list[dict], pad_id: int, rows: int = 16
+) -> float:
     "Mean over the learned tokens of KL(policy || reference), in nats a token."
     device, total = next(policy.parameters()).device, 0.0
     with eval_no_grad(policy), eval_no_grad(reference):
         for start in range(0, len(examples), rows):
-            batch = {k: v.to(device) for k, v in collate(examples[start : start + rows], pad_id).items()}
-            total += policy(batch["input_ids"], batch["attention_mask"], batch["completion_mask"], reference=reference).kl.double().sum().item()
+            batch = {
+                k: v.to(device) for k, v in collate(examples[start : start + rows], pad_id).items()
+            }
+            total += (
+                policy(
+                    batch["input_ids"],
+                    batch["attention_mask"],
+                    batch["completion_mask"],
+                    reference=reference,
+                )
+                .kl.double()
+                .sum()
+                .item()
+            )
     return total / max(1, learned_tokens(examples))
 
 
 def win_rate(scores: list[float], base_scores: list[float]) -> float:
     "Share of prompts where the policy's completion scores higher than the base model's; a tie counts half."
-    wins = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(scores, base_scores, strict=True)]
+    wins = [
+        1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(scores, base_scores, strict=True)
+    ]
     return sum(wins) / len(wins)
 
 # %% ../../nbs/training/evaluate.ipynb #4d4136e6
@@ -186,7 +234,13 @@ def latency_ms(model, tokens: int = 16, repeats: int = 3) -> float:
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
-        rolled = rollout(model, None, [[model.config.vocab_size // 2] * 4], max_new_tokens=tokens, temperature=0.0)
+        rolled = rollout(
+            model,
+            None,
+            [[model.config.vocab_size // 2] * 4],
+            max_new_tokens=tokens,
+            temperature=0.0,
+        )
         times.append((time.perf_counter() - began) / len(rolled.completions[0]) * 1000)
     return sorted(times)[repeats // 2]
 
@@ -214,9 +268,15 @@ def good_answers(rows: list[dict], kind: str) -> list[dict]:
     return found
 
 # %% ../../nbs/training/evaluate.ipynb #98e09fa7
-def with_rows(found: dict[str, float], rows: int, seen: dict[str, int] | None = None) -> dict[str, float]:
+def with_rows(
+    found: dict[str, float], rows: int, seen: dict[str, int] | None = None
+) -> dict[str, float]:
     "An evaluation with `rows`, how many rows it saw, and `rows/NAME` for each metric NAME that saw another number by `seen`."
-    others = {f"rows/{name}": count for name, count in (seen or {}).items() if name in found and count != rows}
+    others = {
+        f"rows/{name}": count
+        for name, count in (seen or {}).items()
+        if name in found and count != rows
+    }
     return found | {"rows": rows} | others
 
 # %% ../../nbs/training/evaluate.ipynb #e925c631
@@ -233,41 +293,91 @@ class Evaluation:
     """
 
     def __init__(
-        self, policy: Policy, tokenizer, rows: list[dict], kind: str, *, max_length: int, score=None, num_generations: int = 1, temperature: float = 1.0,
-        max_new_tokens: int = 64, reference: Policy | None = None, others: tuple[str, ...] = (), prompts: int | None = None, seed: int = 0,
+        self,
+        policy: Policy,
+        tokenizer,
+        rows: list[dict],
+        kind: str,
+        *,
+        max_length: int,
+        score=None,
+        num_generations: int = 1,
+        temperature: float = 1.0,
+        max_new_tokens: int = 64,
+        reference: Policy | None = None,
+        others: tuple[str, ...] = (),
+        prompts: int | None = None,
+        seed: int = 0,
         before: dict | None = None,
-    ):  # fmt: skip
-        self.policy, self.tokenizer, self.score, self.reference = policy, tokenizer, score, reference
-        self.num_generations, self.temperature, self.max_new_tokens, self.seed, self.before = num_generations, temperature, max_new_tokens, seed, before
+    ):
+        self.policy, self.tokenizer, self.score, self.reference = (
+            policy,
+            tokenizer,
+            score,
+            reference,
+        )
+        self.num_generations, self.temperature, self.max_new_tokens, self.seed, self.before = (
+            num_generations,
+            temperature,
+            max_new_tokens,
+            seed,
+            before,
+        )
         learned = rows if kind == "text" else good_answers(rows, kind)
-        self.examples = [encode(tokenizer, row, "text" if kind == "text" else "completion", max_length) for row in learned]
+        self.examples = [
+            encode(tokenizer, row, "text" if kind == "text" else "completion", max_length)
+            for row in learned
+        ]
         sampled = [row for row in rows if "prompt" in row][:prompts] if score or reference else []
-        self.rows, self.prompts = sampled, [encode(tokenizer, row, "prompt", max_length)["input_ids"] for row in sampled]
-        self.others = {name: [encode(tokenizer, row, "text", max_length) for row in TASKS[name].rows("text", 16, seed, "test")] for name in others}
+        self.rows, self.prompts = (
+            sampled,
+            [encode(tokenizer, row, "prompt", max_length)["input_ids"] for row in sampled],
+        )
+        self.others = {
+            name: [
+                encode(tokenizer, row, "text", max_length)
+                for row in TASKS[name].rows("text", 16, seed, "test")
+            ]
+            for name in others
+        }
 
     def sample(self) -> Rollout:
         "Completions of the held-out prompts by the policy as it is now."
         return rollout(
-            self.policy.model, self.tokenizer, self.prompts, num_generations=self.num_generations, max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature, seeds=self.seed,
-        )  # fmt: skip
+            self.policy.model,
+            self.tokenizer,
+            self.prompts,
+            num_generations=self.num_generations,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            seeds=self.seed,
+        )
 
     def scores(self, texts: list[str]) -> list[float]:
         "The scores of completions of the held-out prompts, in the order of `sample`."
-        return [self.score(self.rows[i // self.num_generations], text) for i, text in enumerate(texts)]
+        return [
+            self.score(self.rows[i // self.num_generations], text) for i, text in enumerate(texts)
+        ]
 
     def __call__(self) -> dict[str, float]:
         pad, found, seen = self.tokenizer.pad_token_id, {}, {}
         if self.examples:
             found["perplexity"] = perplexity(self.policy, self.examples, pad)
         if self.prompts:
-            rolled = self.rolled = self.sample()  # kept for whoever scores the same samples in another way
+            rolled = self.rolled = (
+                self.sample()
+            )  # kept for whoever scores the same samples in another way
             if self.score:
                 scores = self.scores(rolled.texts)
                 found["accuracy"] = sum(scores) / len(scores)
                 if self.num_generations > 1:
-                    right = [sum(s == 1.0 for s in scores[i : i + self.num_generations]) for i in range(0, len(scores), self.num_generations)]
-                    found["pass_at_k"] = sum(pass_at_k(self.num_generations, c, self.num_generations) for c in right) / len(right)
+                    right = [
+                        sum(s == 1.0 for s in scores[i : i + self.num_generations])
+                        for i in range(0, len(scores), self.num_generations)
+                    ]
+                    found["pass_at_k"] = sum(
+                        pass_at_k(self.num_generations, c, self.num_generations) for c in right
+                    ) / len(right)
             found["length"] = sum(map(len, rolled.completions)) / len(rolled.completions)
             found["truncated"] = 1 - sum(rolled.ended) / len(rolled.ended)
             if self.reference is not None:
@@ -279,12 +389,15 @@ class Evaluation:
         if self.before is None:
             self.before = found
         elif self.others:
-            rises = [math.log(found[f"perplexity/{n}"] / self.before[f"perplexity/{n}"]) for n in self.others]
+            rises = [
+                math.log(found[f"perplexity/{n}"] / self.before[f"perplexity/{n}"])
+                for n in self.others
+            ]
             found["forgetting"] = sum(rises) / len(rises)
             seen["forgetting"] = sum(map(len, self.others.values()))
         return with_rows(found, len(self.examples or self.prompts), seen)
 
-
+# %% ../../nbs/training/evaluate.ipynb #2fc711d3
 def win_rate_against(evaluation: Evaluation, base: Policy) -> float:
     """Win rate of the policy's last answers to the held-out prompts over those of `base`.
 
@@ -296,18 +409,29 @@ def win_rate_against(evaluation: Evaluation, base: Policy) -> float:
     return win_rate(evaluation.scores(evaluation.rolled.texts), evaluation.scores(texts))
 
 # %% ../../nbs/training/evaluate.ipynb #cb327b73
-def lm_eval(model, tokenizer, tasks: list[str], limit: int | None = None, **options) -> dict[str, float]:
+def lm_eval(
+    model, tokenizer, tasks: list[str], limit: int | None = None, **options
+) -> dict[str, float]:
     "Results of lm-eval tasks as `task/metric`. Raises `WrongInput` where lm-eval is not installed or does not know a task."
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
     except ImportError:
-        raise WrongInput("lm_eval: the package lm-eval is not installed; `pip install lm-eval`") from None
+        raise WrongInput(
+            "lm_eval: the package lm-eval is not installed; `pip install lm-eval`"
+        ) from None
     try:
-        results = simple_evaluate(HFLM(pretrained=model, tokenizer=tokenizer), tasks=tasks, limit=limit, **options)["results"]
+        results = simple_evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer), tasks=tasks, limit=limit, **options
+        )["results"]
     except (KeyError, ValueError) as error:
         raise WrongInput(f"lm_eval: tasks {tasks}: {error}") from None
-    return {f"{task}/{name}": value for task, values in results.items() for name, value in values.items() if isinstance(value, (int, float))}
+    return {
+        f"{task}/{name}": value
+        for task, values in results.items()
+        for name, value in values.items()
+        if isinstance(value, (int, float))
+    }
 
 # %% ../../nbs/training/evaluate.ipynb #449e8c1d
 def result_of(text: str) -> str:

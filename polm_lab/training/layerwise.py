@@ -35,10 +35,16 @@ class Calibrated(SavedSettings):
     "Settings of a method that reads calibration text and saves changed weights."
 
     calibration_samples: int = knob(
-        64, "calibration windows of max_length tokens", "windows", low=1, log=True,
+        64,
+        "calibration windows of max_length tokens",
+        "windows",
+        low=1,
+        log=True,
         source="Sun et al. 2023, §4: 128 of 2048 tokens; An et al. 2023: 1024; Ma et al. 2023: 10",
-    )  # fmt: skip
-    calibration_batch_size: int = knob(8, "calibration windows that go through a block at once", "windows", low=1, log=True)
+    )
+    calibration_batch_size: int = knob(
+        8, "calibration windows that go through a block at once", "windows", low=1, log=True
+    )
     data: str = redefault("data", "chat")
     eval_data: str = redefault("eval_data", "")
     eval_rows: int = redefault("eval_rows", 64)
@@ -49,7 +55,13 @@ class Inputs:
     "Sums over the inputs of linear layers that read the same tensor: `layers` maps names to them, `norm`, `mean`, `variance` [in], `hessian` [in, in] or None."
 
     def __init__(self, hessian: bool):
-        self.layers, self.count, self.total, self.squares, self.hessian = {}, 0, 0.0, 0.0, 0.0 if hessian else None
+        self.layers, self.count, self.total, self.squares, self.hessian = (
+            {},
+            0,
+            0.0,
+            0.0,
+            0.0 if hessian else None,
+        )
 
     def add(self, x: Tensor):
         x = x.reshape(-1, x.shape[-1]).float()
@@ -58,7 +70,9 @@ class Inputs:
         if self.hessian is None:
             self.squares += x.square().sum(0)
         else:
-            self.hessian = x.T @ x if not torch.is_tensor(self.hessian) else self.hessian.addmm_(x.T, x)
+            self.hessian = (
+                x.T @ x if not torch.is_tensor(self.hessian) else self.hessian.addmm_(x.T, x)
+            )
             self.squares = self.hessian.diagonal()
 
     norm = property(lambda self: self.squares.sqrt())
@@ -110,7 +124,9 @@ def calibration(tokenizer, data: str, windows: int, length: int, seed: int = 0) 
         ids += encode(tokenizer, rows[i], kind, 1 << 20)["input_ids"]
         if len(ids) >= windows * length:
             return torch.tensor(ids[: windows * length]).view(windows, length)
-    raise WrongInput(f"data {data!r}: {len(ids)} tokens of calibration text; expected samples × max_length = {windows} × {length} = {windows * length}; give more text or lower one of them")
+    raise WrongInput(
+        f"data {data!r}: {len(ids)} tokens of calibration text; expected samples × max_length = {windows} × {length} = {windows * length}; give more text or lower one of them"
+    )
 
 
 @torch.no_grad()
@@ -124,11 +140,21 @@ def walk(model, windows: Tensor, rows: int):
 
     def catch(index):
         def look(block, args, kwargs):
-            given[index] = {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache", "hidden_states")}
+            given[index] = {
+                k: v
+                for k, v in kwargs.items()
+                if k not in ("past_key_values", "use_cache", "hidden_states")
+            }
+
         return look
 
-    hooks = [block.register_forward_pre_hook(catch(i), with_kwargs=True) for i, block in enumerate(blocks)]
-    model.base_model(batches[0][:1], use_cache=False)  # positions and masks are the same for every window
+    hooks = [
+        block.register_forward_pre_hook(catch(i), with_kwargs=True)
+        for i, block in enumerate(blocks)
+    ]
+    model.base_model(
+        batches[0][:1], use_cache=False
+    )  # positions and masks are the same for every window
     for hook in hooks:
         hook.remove()
 
@@ -194,9 +220,15 @@ def set_summary(settings, tokenizer, measures):
     kind = natural_kind(measured)
     held_out = load_held_out(settings.data, settings.eval_data, kind, settings.eval_rows)
     evaluation = Evaluation(
-        None, tokenizer, held_out, kind, max_length=256, score=scorer(measured, held_out),
-        others=other_tasks(settings, tokenizer), seed=settings.seed,
-    )  # fmt: skip
+        None,
+        tokenizer,
+        held_out,
+        kind,
+        max_length=256,
+        score=scorer(measured, held_out),
+        others=other_tasks(settings, tokenizer),
+        seed=settings.seed,
+    )
 
     def evaluate(model) -> dict[str, float]:
         evaluation.policy = Policy(model)
@@ -252,7 +284,9 @@ def carry_out(run: Run, settings: Calibrated, plan, measures=cost) -> None:
     block. If the generator returns a model, that is the result; else it is the one that was changed.
     """
     tokenizer = load_tokenizer(settings.model)
-    windows = calibration(tokenizer, settings.data, settings.calibration_samples, settings.max_length, settings.seed)
+    windows = calibration(
+        tokenizer, settings.data, settings.calibration_samples, settings.max_length, settings.seed
+    )
     evaluate = set_summary(settings, tokenizer, measures)
     model = load_for_calibration(settings, run)
     steps, types = plan(model, windows), model.file_dtypes
@@ -273,5 +307,7 @@ def compress(run: Run, settings: Calibrated, visit, measures=cost) -> None:
     `visit(block, inputs)` changes a block in place and returns facts for the log; see `visit_blocks`.
     `measures(model)` returns metrics of the model before and after, besides those of the evaluation.
     """
-    plan = lambda model, windows: visit_blocks(model, windows, settings.calibration_batch_size, visit)
+    plan = lambda model, windows: visit_blocks(
+        model, windows, settings.calibration_batch_size, visit
+    )
     carry_out(run, settings, plan, measures)

@@ -75,12 +75,18 @@ class Meter:
         for parts in (self.parts, *(o.parts for o in others)):
             for name, (total, count) in parts.items():
                 old, n = merged.parts.get(name, (-math.inf if name.endswith("_max") else 0.0, 0.0))
-                merged.parts[name] = (max(old, total) if name.endswith("_max") else old + total, n + count)
+                merged.parts[name] = (
+                    max(old, total) if name.endswith("_max") else old + total,
+                    n + count,
+                )
         return merged
 
     def means(self) -> dict[str, float]:
         "Mean (or maximum) by name."
-        return {name: total if name.endswith("_max") else total / max(count, 1e-30) for name, (total, count) in self.parts.items()}
+        return {
+            name: total if name.endswith("_max") else total / max(count, 1e-30)
+            for name, (total, count) in self.parts.items()
+        }
 
 # %% ../../nbs/training/loop.ipynb #aef87db8
 def make_accelerator(settings: Settings):
@@ -93,14 +99,22 @@ def make_accelerator(settings: Settings):
         import importlib.util
 
         if not importlib.util.find_spec(trackers):
-            raise WrongInput(f"tracker = {trackers!r}: the package {trackers} is not installed; `pip install {trackers}`, or tracker none")
+            raise WrongInput(
+                f"tracker = {trackers!r}: the package {trackers} is not installed; `pip install {trackers}`, or tracker none"
+            )
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     AcceleratorState._reset_state()  # a notebook runs several methods, with different precisions, in one process
     mixed = {"bfloat16": "bf16", "float16": "fp16"}.get(settings.dtype, "no")
-    made = Accelerator(cpu=settings.device == "cpu" or not torch.cuda.is_available(), mixed_precision=mixed, log_with=trackers)
+    made = Accelerator(
+        cpu=settings.device == "cpu" or not torch.cuda.is_available(),
+        mixed_precision=mixed,
+        log_with=trackers,
+    )
     kind = made.distributed_type.value
     if kind != "NO" and not kind.startswith("MULTI_"):
-        raise WrongInput(f"accelerate: distributed_type {kind}; expected MULTI_GPU, MULTI_CPU or NO, since each process holds the whole model here; change accelerate's configuration")
+        raise WrongInput(
+            f"accelerate: distributed_type {kind}; expected MULTI_GPU, MULTI_CPU or NO, since each process holds the whole model here; change accelerate's configuration"
+        )
     return made
 
 # %% ../../nbs/training/loop.ipynb #d81961a5
@@ -123,13 +137,19 @@ def load_policy(settings: Settings):
 
     adapter = with_total_step(settings.adapter, settings.steps)
     model = load_model(
-        settings.model, dtype=settings.dtype, device=settings.device, adapter=adapter, seed=settings.seed,
+        settings.model,
+        dtype=settings.dtype,
+        device=settings.device,
+        adapter=adapter,
+        seed=settings.seed,
         gradient_checkpointing=settings.gradient_checkpointing,
-    )  # fmt: skip
+    )
     return Policy(model), load_tokenizer(settings.model, settings.chat_template)
 
 
-def token_batches(examples: list[dict], settings: Settings, pad_id: int, packing: bool = False) -> list[dict]:
+def token_batches(
+    examples: list[dict], settings: Settings, pad_id: int, packing: bool = False
+) -> list[dict]:
     "This process's rows of a step as microbatches whose weight is the number of learned tokens; rows of like length go together."
     from polm_lab.data.batches import collate, microbatches
 
@@ -156,9 +176,15 @@ def save_checkpoint(run: Run, accelerator, step: int, keep: int = 2):
         accelerator.save_state(str(temporary))
     except BaseException as error:
         full = shutil.disk_usage(folder).free < 2**20
-        shutil.rmtree(temporary, ignore_errors=True)  # which leaves room for the record to say what happened
+        shutil.rmtree(
+            temporary, ignore_errors=True
+        )  # which leaves room for the record to say what happened
         if full:
-            raise OSError(errno.ENOSPC, f"No space left on device for the checkpoint of step {step}", str(folder)) from error
+            raise OSError(
+                errno.ENOSPC,
+                f"No space left on device for the checkpoint of step {step}",
+                str(folder),
+            ) from error
         raise
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -190,7 +216,9 @@ def optimizer_for(model: torch.nn.Module, settings: Settings) -> torch.optim.Opt
         dict(params=[p for p in trainable if p.ndim >= 2], weight_decay=settings.weight_decay),
         dict(params=[p for p in trainable if p.ndim < 2], weight_decay=0.0),
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=settings.learning_rate, betas=(0.9, 0.95), fused=True
+    )
 
 # %% ../../nbs/training/loop.ipynb #316ebffe
 def keep_in_32_bits(model: torch.nn.Module) -> None:
@@ -310,9 +338,10 @@ def fit(
         metrics = gather_meters(meter).means()
         speed = tokens * accelerator.num_processes / (time.perf_counter() - began)
         metrics |= dict(
-            learning_rate=learning_rate_at(step, settings), tokens_per_second=round(speed, 1),
+            learning_rate=learning_rate_at(step, settings),
+            tokens_per_second=round(speed, 1),
             memory_mib=peak_memory(accelerator.device),
-        )  # fmt: skip
+        )
         if evaluate and is_evaluated(step + 1, settings):
             found = without_counts(evaluate())
             metrics |= {f"eval/{name}": value for name, value in found.items()}
@@ -371,7 +400,11 @@ def peak_memory(device: torch.device) -> float:
     found = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
     if found:  # of this program: on Linux ru_maxrss begins at the size of the process that started it, such as a notebook with models in it
         return round(int(found[1]) / 2**10, 1)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10), 1)
+    return round(
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        / (2**20 if sys.platform == "darwin" else 2**10),
+        1,
+    )
 
 
 def not_finite(run: Run, step: int, batch: dict):
@@ -380,7 +413,14 @@ def not_finite(run: Run, step: int, batch: dict):
 
     path = run.path / f"nonfinite-step-{step + 1}.safetensors"
     if run.writes:
-        save_file({k: v.detach().cpu().clone().contiguous() for k, v in batch.items() if torch.is_tensor(v)}, str(path))
+        save_file(
+            {
+                k: v.detach().cpu().clone().contiguous()
+                for k, v in batch.items()
+                if torch.is_tensor(v)
+            },
+            str(path),
+        )
     raise FloatingPointError(
         f"the loss is not finite at step {step + 1}; its batch is saved in {path.name}. "
         "Lower learning_rate, or resume from an earlier checkpoint with other data"

@@ -133,8 +133,15 @@ def verdict_counts(rows: list[dict]) -> dict[str, float]:
 
 # %% ../../nbs/training/making.ipynb #913a9353
 def make_rows(
-    run: Run, rows: list[dict], make: Callable, verdict: Callable = lambda row, kept: KEPT, *,
-    source: str = "", size: int = 1, at_once: int = 1, part: str = "",
+    run: Run,
+    rows: list[dict],
+    make: Callable,
+    verdict: Callable = lambda row, kept: KEPT,
+    *,
+    source: str = "",
+    size: int = 1,
+    at_once: int = 1,
+    part: str = "",
 ) -> list[dict]:
     """Make rows out of `rows` in a run's folder, and return those that were kept.
 
@@ -186,7 +193,7 @@ def _make(run, rows, make, verdict, source, size, at_once, part):
         raise WrongInput(_nothing(source, out))
     write_rows(run.path / f"{part}data.jsonl", kept)
 
-
+# %% ../../nbs/training/making.ipynb #1a66b841
 def _without_facts(row: dict) -> Row:
     "A row without what was known of how it was made: a copy of it is a new row."
     facts = MADE if "parents" in row else ()

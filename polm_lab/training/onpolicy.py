@@ -21,7 +21,14 @@ from torch import Tensor
 from ..data.batches import Order, collate
 from ..data.encode import encode
 from .advantages import group_spread, kl_estimate
-from .evaluate import Evaluation, as_example, other_tasks, eval_no_grad, scorer, with_rows
+from polm_lab.training.evaluate import (
+    Evaluation,
+    as_example,
+    other_tasks,
+    eval_no_grad,
+    scorer,
+    with_rows,
+)
 from .engine import train_with_trl
 from ..core.knobs import WrongInput, knob
 from ..core.settings import Settings
@@ -40,18 +47,33 @@ from ..models.layers import switch_off_dropout
 class OnPolicySettings(Settings):
     "Settings of a method that learns from its own completions."
 
-    rewards: str = knob("correct", "reward functions with weights, such as correct:1.0,format:0.2, or file.py:function; see the page on rewards")
-    num_generations: int = knob(8, "completions of each prompt, the group size G", "completions", low=2, source="DeepSeekMath §4.2: 64; smaller here")
+    rewards: str = knob(
+        "correct",
+        "reward functions with weights, such as correct:1.0,format:0.2, or file.py:function; see the page on rewards",
+    )
+    num_generations: int = knob(
+        8,
+        "completions of each prompt, the group size G",
+        "completions",
+        low=2,
+        source="DeepSeekMath §4.2: 64; smaller here",
+    )
     max_new_tokens: int = knob(32, "longest completion", "tokens", low=1, log=True)
-    temperature: float = knob(1.0, "logits are divided by it, in sampling and in the loss", low=0.01, high=10)
-    top_p: float = knob(1.0, "sample from the smallest set of tokens with this much probability", low=0.01, high=1)
+    temperature: float = knob(
+        1.0, "logits are divided by it, in sampling and in the loss", low=0.01, high=10
+    )
+    top_p: float = knob(
+        1.0, "sample from the smallest set of tokens with this much probability", low=0.01, high=1
+    )
     top_k: int = knob(0, "sample from this many tokens; 0 means all", "tokens", low=0)
 
     def __post_init__(self):
         super().__post_init__()
         size = self.batch_size * self.accumulate
         if size % self.num_generations:
-            raise WrongInput(f"batch_size x accumulate = {size} completions a step: expected a multiple of num_generations = {self.num_generations}, so that groups are whole")
+            raise WrongInput(
+                f"batch_size x accumulate = {size} completions a step: expected a multiple of num_generations = {self.num_generations}, so that groups are whole"
+            )
 
 # %% ../../nbs/training/onpolicy.ipynb #e9bee0aa
 @dataclass
@@ -67,7 +89,9 @@ class Group:
     ended: list[bool]
     parts: dict[str, list[float | None]]
     rewards: list[float]
-    ref_logps: list[list[float]] = field(default_factory=list)  # one list a completion, empty without a reference
+    ref_logps: list[list[float]] = field(
+        default_factory=list
+    )  # one list a completion, empty without a reference
 
     def __post_init__(self):
         self.ref_logps = self.ref_logps or [[] for _ in self.completions]
@@ -79,26 +103,55 @@ class Group:
         return len(known) < 2 or max(known) - min(known) < 1e-8
 
 
-def draw_groups(policy: Policy, tokenizer, reward_fn: Callable, chosen: list[tuple[int, dict, list[int]]], settings: OnPolicySettings, *seed, greedy: bool = False, longest: int = 0) -> list[Group]:
+def draw_groups(
+    policy: Policy,
+    tokenizer,
+    reward_fn: Callable,
+    chosen: list[tuple[int, dict, list[int]]],
+    settings: OnPolicySettings,
+    *seed,
+    greedy: bool = False,
+    longest: int = 0,
+) -> list[Group]:
     """Sample and score a group for each of `chosen` (slot, row, prompt's tokens), seeded by (`seed`, slot).
 
     `greedy`: one completion each, the likeliest token at every place. `longest` (tokens) replaces `settings.max_new_tokens`.
     """
     g = 1 if greedy else settings.num_generations
-    how = dict(temperature=0.0) if greedy else dict(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k)
+    how = (
+        dict(temperature=0.0)
+        if greedy
+        else dict(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k)
+    )
     rolled = rollout(
-        policy.model, tokenizer, [prompt for _, _, prompt in chosen], num_generations=g, max_new_tokens=longest or settings.max_new_tokens,
-        seeds=[s for slot, _, _ in chosen for s in row_seeds(seed_of(settings.seed, *seed, slot), g)], **how,
-    )  # fmt: skip
+        policy.model,
+        tokenizer,
+        [prompt for _, _, prompt in chosen],
+        num_generations=g,
+        max_new_tokens=longest or settings.max_new_tokens,
+        seeds=[
+            s for slot, _, _ in chosen for s in row_seeds(seed_of(settings.seed, *seed, slot), g)
+        ],
+        **how,
+    )
     rows = [row for _, row, _ in chosen for _ in range(g)]
     scores = reward_fn(rows, rolled.texts, rolled.completions, rolled.ended)
     return [
-        Group(slot, row, prompt, rolled.completions[i : i + g], rolled.texts[i : i + g], rolled.logps[i : i + g], rolled.ended[i : i + g],
-              {name: values[i : i + g] for name, values in scores.parts.items()}, scores.total[i : i + g])
+        Group(
+            slot,
+            row,
+            prompt,
+            rolled.completions[i : i + g],
+            rolled.texts[i : i + g],
+            rolled.logps[i : i + g],
+            rolled.ended[i : i + g],
+            {name: values[i : i + g] for name, values in scores.parts.items()},
+            scores.total[i : i + g],
+        )
         for i, (slot, row, prompt) in zip(range(0, len(rows), g), chosen)
-    ]  # fmt: skip
+    ]
 
-
+# %% ../../nbs/training/onpolicy.ipynb #c1a42d15
 def rewards_of(groups: list[Group]) -> Tensor:
     "Rewards [rows] of all completions; NaN for one without a reward."
     return torch.tensor([reward for group in groups for reward in group.rewards])
@@ -121,38 +174,63 @@ def log_group_metrics(groups: list[Group], meter: Meter):
 
 def encode_prompts(tokenizer, rows: list[dict], settings: OnPolicySettings) -> list[list[int]]:
     "The rows' prompts as tokens, each with room for an answer. Raises `WrongInput`."
-    prompts, longest = [encode(tokenizer, row, "prompt", settings.max_length)["input_ids"] for row in rows], settings.max_length - settings.max_new_tokens
+    prompts, longest = (
+        [encode(tokenizer, row, "prompt", settings.max_length)["input_ids"] for row in rows],
+        settings.max_length - settings.max_new_tokens,
+    )
     for row, prompt in zip(rows, prompts):
         if len(prompt) > longest:
             found = f"{row.where}: prompt has {len(prompt)} tokens"
-            raise WrongInput(f"{found}; expected at most max_length - max_new_tokens = {longest}; raise max_length or shorten the prompt")
+            raise WrongInput(
+                f"{found}; expected at most max_length - max_new_tokens = {longest}; raise max_length or shorten the prompt"
+            )
     return prompts
 
 # %% ../../nbs/training/onpolicy.ipynb #5dcfbaa6
 def align_to_tokens(values: list[list[float]], prompts: list[list[int]], time: int) -> Tensor:
     "Values of completion tokens as [rows, time], each beside its token; 0 elsewhere."
-    return torch.tensor([[0.0] * len(prompt) + list(row) + [0.0] * (time - len(prompt) - len(row)) for row, prompt in zip(values, prompts)])
+    return torch.tensor(
+        [
+            [0.0] * len(prompt) + list(row) + [0.0] * (time - len(prompt) - len(row))
+            for row, prompt in zip(values, prompts)
+        ]
+    )
 
 
-def make_batches(groups: list[Group], size: int, pad_id: int, chosen: list[int] | None = None) -> list[dict]:
+def make_batches(
+    groups: list[Group], size: int, pad_id: int, chosen: list[int] | None = None
+) -> list[dict]:
     """The groups' completions (or the `chosen` of them, numbered from 0 over all groups) as microbatches of at most `size` rows.
 
     `rows` [rows] says which completions are in a batch, `ended` [rows] whether they ended; `old_logp` (and `ref_logp`, where the groups have it) [rows, time] stand
     beside their tokens; `prefix` [rows, 2] is (slot, tokens of the prompt). A method adds `weight`.
     """
-    flat, samples, batches = [(group, i) for group in groups for i in range(len(group.completions))], len(groups[0].completions), []
+    flat, samples, batches = (
+        [(group, i) for group in groups for i in range(len(group.completions))],
+        len(groups[0].completions),
+        [],
+    )
     lengths = [len(group.prompt) + len(group.completions[i]) for group, i in flat]
-    order = sorted(range(len(flat)), key=lambda r: (-max(lengths[r - r % samples :][:samples]), r // samples, -lengths[r]))
+    order = sorted(
+        range(len(flat)),
+        key=lambda r: (-max(lengths[r - r % samples :][:samples]), r // samples, -lengths[r]),
+    )
     order = order if chosen is None else [r for r in order if r in set(chosen)]
     for start in range(0, len(order), size):
         rows = order[start : start + size]
         inside = [flat[r] for r in rows]
-        batch = collate([as_example(group.prompt, group.completions[i]) for group, i in inside], pad_id)
+        batch = collate(
+            [as_example(group.prompt, group.completions[i]) for group, i in inside], pad_id
+        )
         prompts, time = [group.prompt for group, _ in inside], batch["input_ids"].shape[1]
-        batch["prefix"] = torch.tensor([[group.slot, len(group.prompt)] for group, _ in inside])  # a group's prompt is read once
+        batch["prefix"] = torch.tensor(
+            [[group.slot, len(group.prompt)] for group, _ in inside]
+        )  # a group's prompt is read once
         batch["old_logp"] = align_to_tokens([group.logps[i] for group, i in inside], prompts, time)
         if all(group.ref_logps[i] for group, i in inside):
-            batch["ref_logp"] = align_to_tokens([group.ref_logps[i] for group, i in inside], prompts, time)
+            batch["ref_logp"] = align_to_tokens(
+                [group.ref_logps[i] for group, i in inside], prompts, time
+            )
         batch["ended"] = torch.tensor([group.ended[i] for group, i in inside])
         batches.append(dict(batch, rows=torch.tensor(rows)))
     return batches
@@ -168,19 +246,31 @@ def token_values(batches: list[dict], name: str) -> list[list[float]]:
     return found
 
 # %% ../../nbs/training/onpolicy.ipynb #4bc4f23c
-def token_stats(policy, batch: dict, temperature: float, entropy: bool = False, **more) -> TokenStats:
+def token_stats(
+    policy, batch: dict, temperature: float, entropy: bool = False, **more
+) -> TokenStats:
     "Log-probs [rows, time] of the completions' tokens at the sampling temperature; `more` goes to the policy."
     device = next(policy.parameters()).device
-    ids, attention, target, prefix = (batch[name].to(device) for name in ("input_ids", "attention_mask", "completion_mask", "prefix"))
-    return policy(ids, attention, target, temperature=temperature, entropy=entropy, prefix=prefix, **more)
+    ids, attention, target, prefix = (
+        batch[name].to(device)
+        for name in ("input_ids", "attention_mask", "completion_mask", "prefix")
+    )
+    return policy(
+        ids, attention, target, temperature=temperature, entropy=entropy, prefix=prefix, **more
+    )
 
 
-def add_reference_logps(reference: Policy, batches: list[dict], groups: list[Group], temperature: float):
+def add_reference_logps(
+    reference: Policy, batches: list[dict], groups: list[Group], temperature: float
+):
     "Put the reference's log-probs into batches and groups."
     flat = [logps for group in groups for logps in group.ref_logps]
     with eval_no_grad(reference):
         for batch in batches:
-            batch["ref_logp"], learned = token_stats(reference, batch, temperature).logp.cpu(), batch["completion_mask"].bool()
+            batch["ref_logp"], learned = (
+                token_stats(reference, batch, temperature).logp.cpu(),
+                batch["completion_mask"].bool(),
+            )
             for row, values, mask in zip(batch["rows"].tolist(), batch["ref_logp"], learned):
                 flat[row].extend(values[mask].tolist())
 
@@ -189,11 +279,22 @@ def sequence_kl(batches: list[dict], kind: str) -> Tensor:
     "Estimate of the KL of each completion [rows] to the reference, summed over its tokens, in nats: what may be taken off its reward."
     found = torch.zeros(sum(len(batch["rows"]) for batch in batches))
     for batch in batches:
-        found[batch["rows"]] = (kl_estimate(batch["old_logp"], batch["ref_logp"], kind) * batch["completion_mask"].bool()).sum(1)
+        found[batch["rows"]] = (
+            kl_estimate(batch["old_logp"], batch["ref_logp"], kind)
+            * batch["completion_mask"].bool()
+        ).sum(1)
     return found
 
 
-def policy_metrics(meter: Meter, stats: TokenStats, old_logp: Tensor, batch: dict, low: float, high: float, ratio: Tensor | None = None):
+def policy_metrics(
+    meter: Meter,
+    stats: TokenStats,
+    old_logp: Tensor,
+    batch: dict,
+    low: float,
+    high: float,
+    ratio: Tensor | None = None,
+):
     """Metrics of the learned tokens of a microbatch: how far the policy is from the one that sampled and from the reference, and how certain.
 
     `ratio` [n] where it is not that of the tokens.
@@ -211,7 +312,9 @@ def starting_model(policy: Policy, settings: Settings) -> Policy:
     "The model at the start, frozen: the policy without its new adapter, or loaded again."
     if getattr(policy.model, "fresh_adapter", False) and hasattr(policy.model, "disable_adapter"):
         return Policy(policy.model, adapter=False)
-    model = load_model(settings.model, dtype=settings.dtype, device=settings.device).requires_grad_(False)
+    model = load_model(settings.model, dtype=settings.dtype, device=settings.device).requires_grad_(
+        False
+    )
     return Policy(model.eval())
 
 # %% ../../nbs/training/onpolicy.ipynb #14174905
@@ -220,7 +323,14 @@ def recorded_steps(steps: int, count: int = 20) -> set[int]:
     return {round(i * (steps - 1) / (count - 1)) for i in range(count)}
 
 
-def sample_rows(groups: list[Group], advantages: Tensor | None, tokenizer, /, limit: int = 32, **per_token: list[list[float]]) -> list[dict]:
+def sample_rows(
+    groups: list[Group],
+    advantages: Tensor | None,
+    tokenizer,
+    /,
+    limit: int = 32,
+    **per_token: list[list[float]],
+) -> list[dict]:
     """Rows for samples.jsonl: whole groups, as many as fit into `limit` rows.
 
     `advantages` [rows]; None for answers that nothing is learned from, which then belong to no group. `per_token` are further values of each token, such as
@@ -230,26 +340,64 @@ def sample_rows(groups: list[Group], advantages: Tensor | None, tokenizer, /, li
     for g, group in enumerate(groups[: max(1, limit // size)]):
         for i, ids in enumerate(group.completions):
             before = [group.prompt[-1], *ids[:-1]]  # a token alone may lose the space before it
-            tokens = [tokenizer.decode([a, b])[len(tokenizer.decode([a])) :] for a, b in zip(before, ids)]
+            tokens = [
+                tokenizer.decode([a, b])[len(tokenizer.decode([a])) :] for a, b in zip(before, ids)
+            ]
             row = dict(group=group.slot) if advantages is not None else dict(held_out=True)
-            row |= dict(prompt=group.row["prompt"], completion=group.texts[i], reward=group.rewards[i], rewards={name: values[i] for name, values in group.parts.items()})
-            row |= dict(advantage=round(advantages[g * size + i].item(), 5)) if advantages is not None else {}
-            row |= dict(answer=group.row["answer"]) if "answer" in group.row else {}  # what would have been right, for whoever reads the record
+            row |= dict(
+                prompt=group.row["prompt"],
+                completion=group.texts[i],
+                reward=group.rewards[i],
+                rewards={name: values[i] for name, values in group.parts.items()},
+            )
+            row |= (
+                dict(advantage=round(advantages[g * size + i].item(), 5))
+                if advantages is not None
+                else {}
+            )
+            row |= (
+                dict(answer=group.row["answer"]) if "answer" in group.row else {}
+            )  # what would have been right, for whoever reads the record
             row |= dict(ended=group.ended[i], tokens=tokens, ids=ids)
-            each = dict(logp=group.logps, ref_logp=group.ref_logps) if advantages is not None else {}  # TRL's trainer keeps them to itself
-            found = {name: values[i] for name, values in each.items() if values} | {name: values[g * size + i] for name, values in per_token.items()}
-            rows.append(row | {name: [round(float(x), 4) for x in values] for name, values in found.items() if len(values)})
+            each = (
+                dict(logp=group.logps, ref_logp=group.ref_logps) if advantages is not None else {}
+            )  # TRL's trainer keeps them to itself
+            found = {name: values[i] for name, values in each.items() if values} | {
+                name: values[g * size + i] for name, values in per_token.items()
+            }
+            rows.append(
+                row
+                | {
+                    name: [round(float(x), 4) for x in values]
+                    for name, values in found.items()
+                    if len(values)
+                }
+            )
     return rows
 
-
-def trl_groups(arguments: dict, parts: dict, totals: list[float], tokenizer, size: int) -> list[Group]:
+# %% ../../nbs/training/onpolicy.ipynb #8b79d77f
+def trl_groups(
+    arguments: dict, parts: dict, totals: list[float], tokenizer, size: int
+) -> list[Group]:
     "What TRL's trainer sampled and our rewards gave, as groups of `size`."
     ids, ended, groups = arguments["completion_ids"], arguments["ended"], []
     for slot, i in enumerate(range(0, len(ids), size)):
         row, inside = dict(prompt=arguments["prompts"][i]), slice(i, i + size)
         texts = tokenizer.batch_decode(ids[inside], skip_special_tokens=True)
         judged = {name: values[inside] for name, values in parts.items()}
-        groups.append(Group(slot, row, encode(tokenizer, row, "prompt", 10**6)["input_ids"], ids[inside], texts, [], ended[inside], judged, totals[inside]))
+        groups.append(
+            Group(
+                slot,
+                row,
+                encode(tokenizer, row, "prompt", 10**6)["input_ids"],
+                ids[inside],
+                texts,
+                [],
+                ended[inside],
+                judged,
+                totals[inside],
+            )
+        )
     return groups
 
 # %% ../../nbs/training/onpolicy.ipynb #90e5bdb4
@@ -260,7 +408,13 @@ class Recorder:
     """
 
     def __init__(
-        self, run: Run, settings: OnPolicySettings, policy: Policy, tokenizer, held_out: list[dict], reward_fn
+        self,
+        run: Run,
+        settings: OnPolicySettings,
+        policy: Policy,
+        tokenizer,
+        held_out: list[dict],
+        reward_fn,
     ):
         self.run, self.settings, self.policy, self.tokenizer = run, settings, policy, tokenizer
         self.reward_fn, self.recorded = reward_fn, recorded_steps(settings.steps)
@@ -293,16 +447,25 @@ class Recorder:
         state, longest = random.getstate(), min(64, self.settings.max_new_tokens)
         with torch.random.fork_rng(devices=[]):
             groups = draw_groups(
-                self.policy, self.tokenizer, reward_fn, self.watched, self.settings,
-                greedy=True, longest=longest,
-            )  # fmt: skip
+                self.policy,
+                self.tokenizer,
+                reward_fn,
+                self.watched,
+                self.settings,
+                greedy=True,
+                longest=longest,
+            )
         random.setstate(state)
         return sample_rows(groups, None, self.tokenizer)
 
-    def record_trl_step(self, step: int, arguments: dict, parts: dict, totals: list[float], advantages):
+    def record_trl_step(
+        self, step: int, arguments: dict, parts: dict, totals: list[float], advantages
+    ):
         "Write the samples of a step of TRL's trainer, whose advantages are `advantages(totals)`."
         if step in self.recorded:
-            groups = trl_groups(arguments, parts, totals, self.tokenizer, self.settings.num_generations)
+            groups = trl_groups(
+                arguments, parts, totals, self.tokenizer, self.settings.num_generations
+            )
             rows = sample_rows(groups, advantages(torch.tensor(totals)), self.tokenizer)
             self.run.sample(step + 1, rows)
 
@@ -317,14 +480,23 @@ class OnPolicy:
     """
 
     def __init__(
-        self, run: Run, settings: OnPolicySettings, policy: Policy, tokenizer, rows: list[dict],
-        held_out: list[dict], reward_fn: Callable, reference: Policy | None = None,
+        self,
+        run: Run,
+        settings: OnPolicySettings,
+        policy: Policy,
+        tokenizer,
+        rows: list[dict],
+        held_out: list[dict],
+        reward_fn: Callable,
+        reference: Policy | None = None,
         held_reward_fn: Callable | None = None,
-    ):  # fmt: skip
+    ):
         self.run, self.settings, self.policy, self.tokenizer = run, settings, policy, tokenizer
         self.rows, self.reward_fn, self.reference = rows, reward_fn, reference
         self.held_reward_fn = held_reward_fn or reward_fn
-        judges = [parent for model in getattr(reward_fn, "models", ()) for parent in parent_of(model)]
+        judges = [
+            parent for model in getattr(reward_fn, "models", ()) for parent in parent_of(model)
+        ]
         run.update(parents=[*dict.fromkeys([*run.record["parents"], *judges])])
         switch_off_dropout(policy)
         self.prompts = encode_prompts(tokenizer, rows, settings)
@@ -332,11 +504,19 @@ class OnPolicy:
         prompts = settings.batch_size * settings.accumulate // settings.num_generations
         self.order = Order(len(rows), prompts, settings.seed)
         self.evaluation = Evaluation(
-            policy, tokenizer, held_out, "prompt", max_length=settings.max_length,
-            score=scorer(settings.eval_data or settings.data, held_out), num_generations=settings.num_generations,
-            max_new_tokens=settings.max_new_tokens, reference=reference, seed=settings.seed,
-            others=other_tasks(settings, tokenizer), before=run.summary.get("before"),
-        )  # fmt: skip
+            policy,
+            tokenizer,
+            held_out,
+            "prompt",
+            max_length=settings.max_length,
+            score=scorer(settings.eval_data or settings.data, held_out),
+            num_generations=settings.num_generations,
+            max_new_tokens=settings.max_new_tokens,
+            reference=reference,
+            seed=settings.seed,
+            others=other_tasks(settings, tokenizer),
+            before=run.summary.get("before"),
+        )
 
     def step(self, step: int, meter: Meter, resample: int = 0) -> tuple[list[Group], list[dict]]:
         """This process's groups of the step, and their microbatches.
@@ -385,7 +565,9 @@ class OnPolicy:
         totals = torch.tensor(scores.total)
         # a reward may apply to some rows only
         applies = totals.isfinite().view(-1, self.settings.num_generations).any(1).sum().item()
-        return with_rows(found | {"reward": totals.nanmean().item()}, found["rows"], {"reward": applies})
+        return with_rows(
+            found | {"reward": totals.nanmean().item()}, found["rows"], {"reward": applies}
+        )
 
 # %% ../../nbs/training/onpolicy.ipynb #93e7aba8
 @dataclass
@@ -400,10 +582,13 @@ class InTRL:
 def trl_sampling(settings: OnPolicySettings) -> dict:
     "The knobs of sampling as arguments that all configurations of TRL's on-policy trainers have."
     return dict(
-        num_generations=settings.num_generations, max_completion_length=settings.max_new_tokens,
-        temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k,
+        num_generations=settings.num_generations,
+        max_completion_length=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
         shuffle_dataset=False,
-    )  # fmt: skip
+    )
 
 
 def train_on_policy(
@@ -447,7 +632,7 @@ def train_on_policy(
     if run.writes:
         save_model(policy.model, collector.tokenizer, run.path / "model")
 
-
+# %% ../../nbs/training/onpolicy.ipynb #545e1ace
 def _train_in_trl(collector: OnPolicy, trl: InTRL) -> None:
     settings, reward_fn, tokenizer = collector.settings, collector.reward_fn, collector.tokenizer
     config = trl.config(settings) | dict(reward_weights=reward_fn.weights)
@@ -456,7 +641,14 @@ def _train_in_trl(collector: OnPolicy, trl: InTRL) -> None:
         collector.record.record_trl_step(*judged, trl.advantages)
 
     train_with_trl(
-        collector.run, settings, trl.trainer, collector.policy, tokenizer, list(map(dict, collector.rows)),
-        collector.evaluate, config=config, rows_per_step=collector.order.rows_per_step,
+        collector.run,
+        settings,
+        trl.trainer,
+        collector.policy,
+        tokenizer,
+        list(map(dict, collector.rows)),
+        collector.evaluate,
+        config=config,
+        rows_per_step=collector.order.rows_per_step,
         reward_funcs=reward_fn.for_trl(end_tokens(collector.policy.model, tokenizer), heard),
-    )  # fmt: skip
+    )

@@ -145,9 +145,14 @@ def set_baseline(
 
 
 def with_baseline(
-    policy: Policy, objective: Objective, updates: Callable, reference: Callable,
-    others: list[dict], size: int, pad_id: int,
-) -> Callable:  # fmt: skip
+    policy: Policy,
+    objective: Objective,
+    updates: Callable,
+    reference: Callable,
+    others: list[dict],
+    size: int,
+    pad_id: int,
+) -> Callable:
     """The batch source `updates` with the `baseline` of its step in each microbatch.
 
     `others` are the `mismatched` rows of an objective that asks for them. They go through the model
@@ -210,9 +215,15 @@ class PairEvaluation:
     """
 
     def __init__(
-        self, run: Run, settings: Settings, objective: Objective, policy: Policy, tokenizer,
-        rows: list[dict], pairs: list[dict],
-    ):  # fmt: skip
+        self,
+        run: Run,
+        settings: Settings,
+        objective: Objective,
+        policy: Policy,
+        tokenizer,
+        rows: list[dict],
+        pairs: list[dict],
+    ):
         self.settings, self.objective, self.policy = settings, objective, policy
         self.tokenizer, self.rows, self.pairs, self.start = tokenizer, rows, pairs, None
         self.size = 2 * max(1, settings.batch_size // process_rank_and_count()[1])
@@ -220,10 +231,17 @@ class PairEvaluation:
         self.ref_logps = self.logps() if objective.reference else torch.zeros(len(pairs), most)
         self.score = scorer(settings.eval_data or settings.data, rows)
         self.common = Evaluation(
-            policy, tokenizer, rows, objective.kind, max_length=settings.max_length,
-            score=self.score, reference=policy, others=other_tasks(settings, tokenizer),
-            seed=settings.seed, before=run.summary.get("before"),
-        )  # fmt: skip
+            policy,
+            tokenizer,
+            rows,
+            objective.kind,
+            max_length=settings.max_length,
+            score=self.score,
+            reference=policy,
+            others=other_tasks(settings, tokenizer),
+            seed=settings.seed,
+            before=run.summary.get("before"),
+        )
 
     def logps(self) -> Tensor:
         "Log-probabilities [rows, sides] of the held-out rows under the policy as it is."
@@ -262,9 +280,14 @@ class PairEvaluation:
 
 # %% ../../nbs/training/pairwise.ipynb #ea10fff9
 def train_pairs_with_trl(
-    run: Run, settings: Settings, objective: Objective, policy: Policy, tokenizer,
-    pairs: list[dict], evaluate: Callable,
-) -> None:  # fmt: skip
+    run: Run,
+    settings: Settings,
+    objective: Objective,
+    policy: Policy,
+    tokenizer,
+    pairs: list[dict],
+    evaluate: Callable,
+) -> None:
     """What `train_pairs` does, by TRL's DPOTrainer.
 
     A model with an adapter gets its reference in TRL's way: the adapter as it was at the start.

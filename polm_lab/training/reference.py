@@ -94,9 +94,14 @@ def no_reference(batch: dict) -> Tensor:
 
 
 def make_reference(
-    settings: Settings, policy: Policy, examples: list[dict], visits: list[int], pad_id: int,
-    rows: int, run: Run,
-) -> tuple[Callable, Policy | None]:  # fmt: skip
+    settings: Settings,
+    policy: Policy,
+    examples: list[dict],
+    visits: list[int],
+    pad_id: int,
+    rows: int,
+    run: Run,
+) -> tuple[Callable, Policy | None]:
     """The reference of a run that will visit the rows numbered in `visits`, and the start model.
 
     The reference is a function from a batch to the log-probabilities [rows] of each side. The start

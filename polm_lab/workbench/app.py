@@ -27,20 +27,46 @@ from .ready import WarmProcess
 from .watch import Watch, duration, part_of
 
 # %% ../../nbs/workbench/app.ipynb #634c9e66
-STATES = {"created": "waiting to start", "running": "running", "finished": "finished", "failed": "failed", "stopped": "stopped; it can be resumed", "dead": "its process is gone (killed, or the machine went down); it can be resumed"}
+STATES = {
+    "created": "waiting to start",
+    "running": "running",
+    "finished": "finished",
+    "failed": "failed",
+    "stopped": "stopped; it can be resumed",
+    "dead": "its process is gone (killed, or the machine went down); it can be resumed",
+}
 
-
+# %% ../../nbs/workbench/app.ipynb #8c80b85d
 class RunBar(widgets.VBox):
     "How a run is, with its progress, and the buttons that act on it."
 
     def __init__(self, spare: WarmProcess | None = None, clone=None):
-        self.run, self.step, self.spare, self.clone = None, 0, spare or WarmProcess(), clone or (lambda run: None)
+        self.run, self.step, self.spare, self.clone = (
+            None,
+            0,
+            spare or WarmProcess(),
+            clone or (lambda run: None),
+        )
         self.bar = widgets.FloatProgress(min=0, max=1, layout=widgets.Layout(width="220px"))
         self.text, self.said, self.summary = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.stop_button = button("Stop", self.stop, "Save the state and stop")
         self.resume_button = button("Resume", self.resume, "Go on from the last checkpoint")
-        self.clone_button = button("Clone with changes", lambda: self.run and self.clone(self.run), "Take its settings to Configure")
-        super().__init__([widgets.HBox([self.bar, self.stop_button, self.resume_button, self.clone_button], layout=widgets.Layout(flex_flow="row wrap", align_items="center")), self.text, self.said, self.summary])
+        self.clone_button = button(
+            "Clone with changes",
+            lambda: self.run and self.clone(self.run),
+            "Take its settings to Configure",
+        )
+        super().__init__(
+            [
+                widgets.HBox(
+                    [self.bar, self.stop_button, self.resume_button, self.clone_button],
+                    layout=widgets.Layout(flex_flow="row wrap", align_items="center"),
+                ),
+                self.text,
+                self.said,
+                self.summary,
+            ]
+        )
         self.show(None)
 
     @property
@@ -54,7 +80,10 @@ class RunBar(widgets.VBox):
     def refresh(self):
         "Read the record again."
         if self.run is None:
-            self.text.value, self.summary.value = "No run is chosen: start one under <b>Configure</b>, or pick one above.", ""
+            self.text.value, self.summary.value = (
+                "No run is chosen: start one under <b>Configure</b>, or pick one above.",
+                "",
+            )
             for b in (self.stop_button, self.resume_button, self.clone_button):
                 b.disabled = True
             return
@@ -65,20 +94,44 @@ class RunBar(widgets.VBox):
             total = record.get("total") or 0
         except (WrongInput, OSError, KeyError, TypeError, AttributeError) as error:
             self.text.value, self.bar.value = alert(f"{error}; choose another run"), 0
-            self.stop_button.disabled = self.resume_button.disabled = self.clone_button.disabled = True
+            self.stop_button.disabled = self.resume_button.disabled = self.clone_button.disabled = (
+                True
+            )
             return
-        self.bar.value, self.bar.description = step / total if total else float(status == "finished"), ""
-        self.bar.bar_style = {"finished": "success", "failed": "danger", "dead": "danger", "stopped": "warning"}.get(status, "info")
+        self.bar.value, self.bar.description = (
+            step / total if total else float(status == "finished"),
+            "",
+        )
+        self.bar.bar_style = {
+            "finished": "success",
+            "failed": "danger",
+            "dead": "danger",
+            "stopped": "warning",
+        }.get(status, "info")
         self.stop_button.disabled = status not in ("running", "created")
-        self.resume_button.disabled, self.clone_button.disabled = status not in ("failed", "stopped", "dead"), False
-        words = [f"<b>{html.escape(self.run.id)}</b>", html.escape(STATES.get(status, status)), f"step {step}/{total}" if total else ""]
-        if status == "running":  # how long it will take stands beside the panels, which see the pace of the last steps
-            words.append(part_of(self.run) or ("" if step else "loads the model and measures it before the first step"))
+        self.resume_button.disabled, self.clone_button.disabled = (
+            status not in ("failed", "stopped", "dead"),
+            False,
+        )
+        words = [
+            f"<b>{html.escape(self.run.id)}</b>",
+            html.escape(STATES.get(status, status)),
+            f"step {step}/{total}" if total else "",
+        ]
+        if (
+            status == "running"
+        ):  # how long it will take stands beside the panels, which see the pace of the last steps
+            words.append(
+                part_of(self.run)
+                or ("" if step else "loads the model and measures it before the first step")
+            )
         elif record.get("seconds"):
             words.append(f"took {duration(record['seconds'])}")
         reason = alert(record["reason"]) if status == "failed" and record.get("reason") else ""
         lost = alert(last_words(self.run, 300)) if status == "dead" and last_words(self.run) else ""
-        self.text.value = f'<span role="status">{" · ".join(w for w in words if w)}</span>{reason}{lost}'
+        self.text.value = (
+            f'<span role="status">{" · ".join(w for w in words if w)}</span>{reason}{lost}'
+        )
         self.summary.value = summary_html(record.get("summary") or {})
 
     def stop(self):
@@ -91,13 +144,24 @@ class RunBar(widgets.VBox):
             self.spare.give(resumable(self.run))
             self.said.value = "resuming from the last checkpoint"
 
-
+# %% ../../nbs/workbench/app.ipynb #df6077db
 def summary_html(summary: dict) -> str:
     "The evaluations before and after: name, before → after."
     names = list(dict.fromkeys(n for part in summary.values() for n in without_counts(part)))
-    said = lambda when, n: "–" if not isinstance(summary.get(when, {}).get(n), (int, float)) else f"{summary[when][n]:.4g}"
-    each = "".join(f"<span>{html.escape(n)}&ensp;<b>{said('before', n)} → {said('after', n)}</b></span>" for n in names)
-    return f"<div role='group' aria-label='Evaluation before and after' style='display:flex;flex-wrap:wrap;gap:0 1.6em;line-height:1.6'>{each}</div>" if names else ""
+    said = lambda when, n: (
+        "–"
+        if not isinstance(summary.get(when, {}).get(n), (int, float))
+        else f"{summary[when][n]:.4g}"
+    )
+    each = "".join(
+        f"<span>{html.escape(n)}&ensp;<b>{said('before', n)} → {said('after', n)}</b></span>"
+        for n in names
+    )
+    return (
+        f"<div role='group' aria-label='Evaluation before and after' style='display:flex;flex-wrap:wrap;gap:0 1.6em;line-height:1.6'>{each}</div>"
+        if names
+        else ""
+    )
 
 # %% ../../nbs/workbench/app.ipynb #ca0405cb
 TABS = ("Configure", "Watch", "Understand", "Compare", "Sweep")
@@ -133,9 +197,10 @@ class Desk(widgets.VBox):
         self._one = threading.RLock()  # the page's messages and the task that follows come in two threads where Jupyter has subshells
         self.out, self.page, self.spare, self.trouble = out, Page(), WarmProcess(), widgets.HTML()
         self.picker = widgets.Dropdown(
-            description="Run", tooltip="The run that Watch and Understand show",
+            description="Run",
+            tooltip="The run that Watch and Understand show",
             layout=widgets.Layout(width="420px"),
-        )  # fmt: skip
+        )
         self.bar = RunBar(self.spare, self._clone)
         self.configure = Configure(out, self.spare)
         empty = [widgets.VBox() for _ in TABS[1:]]
@@ -153,7 +218,9 @@ class Desk(widgets.VBox):
         if seen == self._seen:
             return
         self._seen, kept = seen, self.run
-        gone = [(f"{kept} (gone)", kept)] if kept and kept not in seen else []  # what is looked at stays in sight
+        gone = (
+            [(f"{kept} (gone)", kept)] if kept and kept not in seen else []
+        )  # what is looked at stays in sight
         self._filling = True
         self.picker.options = [(name, name) for name in reversed(seen)] + gone
         self.picker.value = kept or (seen[-1] if seen else None)
@@ -211,13 +278,17 @@ class Workbench(Desk):
         self.every, self._task = every, None
         super().__init__(out)
         self.configure.observe(self._started, "started")
-        self.picker.observe(lambda change: self._filling or self.set_trait("run", change["new"] or ""), "value")
+        self.picker.observe(
+            lambda change: self._filling or self.set_trait("run", change["new"] or ""), "value"
+        )
         self.observe(self._chosen, "run")
         self.tabs.observe(lambda _: self.refresh(), "selected_index")
         self.page.observe(lambda _: self._dress(), "dark")
         self.refresh()
         if self.bar.running:
-            self.tabs.selected_index = TABS.index("Watch")  # whoever comes back in mid-run wants to see it
+            self.tabs.selected_index = TABS.index(
+                "Watch"
+            )  # whoever comes back in mid-run wants to see it
         try:
             self._task = asyncio.get_running_loop().create_task(self._follow())
             self.spare.ready()
@@ -225,20 +296,28 @@ class Workbench(Desk):
             pass
 
     async def _follow(self):
-        with suppress(Exception):  # another thread may import the same at this moment; the views import what they need themselves
+        with suppress(
+            Exception
+        ):  # another thread may import the same at this moment; the views import what they need themselves
             await asyncio.to_thread(self._import)
         library()  # plotly.js is on its way to the page before there is anything to draw
         while True:
-            if self.page.answered >= self.page.asked:  # a busy page is not given more than it can draw, a hidden one nothing
+            if (
+                self.page.answered >= self.page.asked
+            ):  # a busy page is not given more than it can draw, a hidden one nothing
                 try:
                     self.refresh()
                     self.trouble.value = ""
                 except Exception as error:  # whatever happened to the record of one run, the others can be looked at
                     self.trouble.value = alert(f"{type(error).__name__}: {error}")
                 self.page.asked += 1
-            if self.spare.process is None and (self.bar.step or not self.bar.running):  # not beside a run that is just beginning
+            if self.spare.process is None and (
+                self.bar.step or not self.bar.running
+            ):  # not beside a run that is just beginning
                 self.spare.ready()
-            await asyncio.sleep(self.every if self.bar.step or not self.bar.running else min(0.1, self.every))  # nobody waits longer than for the first step
+            await asyncio.sleep(
+                self.every if self.bar.step or not self.bar.running else min(0.1, self.every)
+            )  # nobody waits longer than for the first step
 
     def _import(self):
         with self._one:  # a tab that is opened meanwhile would see modules that are half there
@@ -293,7 +372,9 @@ def import_views():
     import polm_lab.workbench.trials  # noqa: F401
 
     for dark in (False, True):
-        style(plotly.subplots.make_subplots(1, 2).add_scatter(x=[0], y=[0]), dark)  # plotly reads its templates when they are first used
+        style(
+            plotly.subplots.make_subplots(1, 2).add_scatter(x=[0], y=[0]), dark
+        )  # plotly reads its templates when they are first used
 
 
 class RunViews(widgets.VBox):
@@ -303,7 +384,10 @@ class RunViews(widgets.VBox):
 
     def __init__(self, views):
         super().__init__(views)
-        self.observe(lambda c: [setattr(v, "dark", c["new"]) for v in self.children if hasattr(v, "dark")], "dark")
+        self.observe(
+            lambda c: [setattr(v, "dark", c["new"]) for v in self.children if hasattr(v, "dark")],
+            "dark",
+        )
 
     def refresh(self):
         for view in self.children:

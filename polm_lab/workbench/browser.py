@@ -15,7 +15,15 @@ import traitlets
 from ..core.knobs import WrongInput
 
 # %% ../../nbs/workbench/browser.ipynb #96ce15cf
-_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # control, format (bidi, zero width), surrogates, private, unassigned, separators
+_HIDDEN = {
+    "Cc",
+    "Cf",
+    "Cs",
+    "Co",
+    "Cn",
+    "Zl",
+    "Zp",
+}  # control, format (bidi, zero width), surrogates, private, unassigned, separators
 
 
 def visible(text, limit: int = 2000) -> str:
@@ -128,7 +136,9 @@ class Table(anywidget.AnyWidget):
     "A table of text and numbers; `selected` holds indices into `rows`."
 
     _esm, _css = _TABLE, _STYLE
-    columns = traitlets.List(traitlets.Dict()).tag(sync=True)  # name, label, kind: "text" or "number", title: hover text
+    columns = traitlets.List(traitlets.Dict()).tag(
+        sync=True
+    )  # name, label, kind: "text" or "number", title: hover text
     rows = traitlets.List(traitlets.Dict()).tag(sync=True)
     selected = traitlets.List(traitlets.Int()).tag(sync=True)
     multiple = traitlets.Bool(False).tag(sync=True)
@@ -136,7 +146,9 @@ class Table(anywidget.AnyWidget):
     height = traitlets.Int(320).tag(sync=True)
 
     def __init__(self, columns=(), rows=(), **traits):
-        super().__init__(columns=[_column(c) for c in columns], rows=[_row(r) for r in rows], **traits)
+        super().__init__(
+            columns=[_column(c) for c in columns], rows=[_row(r) for r in rows], **traits
+        )
 
     def fill(self, rows, columns=None):
         "Show other rows; what is selected stays so where the row is the same."
@@ -144,7 +156,11 @@ class Table(anywidget.AnyWidget):
         if columns is not None and [_column(c) for c in columns] != self.columns:
             self.columns = [_column(c) for c in columns]
         if rows != self.rows:
-            places = {id(i): rows.index(self.rows[i]) for i in self.selected if i < len(self.rows) and self.rows[i] in rows}
+            places = {
+                id(i): rows.index(self.rows[i])
+                for i in self.selected
+                if i < len(self.rows) and self.rows[i] in rows
+            }
             self.rows = rows
             self.selected = list(places.values())
 
@@ -164,7 +180,11 @@ def _row(row: dict) -> dict:
             value = value.item()
         if isinstance(value, float) and not math.isfinite(value):
             value = None
-        clean[str(name)] = value if value is None or isinstance(value, (int, float)) and not isinstance(value, bool) else visible(value, 500)
+        clean[str(name)] = (
+            value
+            if value is None or isinstance(value, (int, float)) and not isinstance(value, bool)
+            else visible(value, 500)
+        )
     return clean
 
 # %% ../../nbs/workbench/browser.ipynb #2dd18237

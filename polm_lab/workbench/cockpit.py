@@ -27,15 +27,41 @@ MOST_ROWS = 5000  # of a longer record the newest are shown
 
 def table_of(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     "Columns and rows of the samples' table: the columns that some row has, every part of the reward as one of them."
-    parts = [f"reward/{name}" for name in dict.fromkeys(name for row in rows for name in reward_parts(row))]
+    parts = [
+        f"reward/{name}"
+        for name in dict.fromkeys(name for row in rows for name in reward_parts(row))
+    ]
     numbers = ["step", "group", "reward", *parts, "advantage", "tokens"]
-    order = ["step", "group", "side", "prompt", "completion", "reward", *parts, "advantage", "tokens", "ended"]
+    order = [
+        "step",
+        "group",
+        "side",
+        "prompt",
+        "completion",
+        "reward",
+        *parts,
+        "advantage",
+        "tokens",
+        "ended",
+    ]
     found = []
     for row in rows:
         cells = {name: row.get(name) for name in ("step", "group", "side", "reward", "advantage")}
-        cells |= {name: as_text(row.get(name)) for name in ("prompt", "completion")} | {f"reward/{name}": value for name, value in reward_parts(row).items()}
-        found.append(cells | dict(tokens=len(token_count(row)) or None, ended={True: "yes", False: "cut"}.get(row.get("ended"))))
-    columns = [dict(name=name, kind="number" if name in numbers else "text") for name in order if any(row.get(name) is not None for row in found)]
+        cells |= {name: as_text(row.get(name)) for name in ("prompt", "completion")} | {
+            f"reward/{name}": value for name, value in reward_parts(row).items()
+        }
+        found.append(
+            cells
+            | dict(
+                tokens=len(token_count(row)) or None,
+                ended={True: "yes", False: "cut"}.get(row.get("ended")),
+            )
+        )
+    columns = [
+        dict(name=name, kind="number" if name in numbers else "text")
+        for name in order
+        if any(row.get(name) is not None for row in found)
+    ]
     return columns, [{c["name"]: row.get(c["name"]) for c in columns} for row in found]
 
 # %% ../../nbs/workbench/cockpit.ipynb #41c7f2d9
@@ -52,9 +78,11 @@ class CockpitView(widgets.VBox):
         self.table = Table(label="Samples", height=300)
         self.why, self.tokens, self.group, self.history = (widgets.HTML() for _ in range(4))
         self.coloring = widgets.Dropdown(
-            options=[(c.label, name) for name, c in COLORINGS.items()], value="reference",
-            description="Color by", tooltip="What the color of a token shows",
-        )  # fmt: skip
+            options=[(c.label, name) for name, c in COLORINGS.items()],
+            value="reference",
+            description="Color by",
+            tooltip="What the color of a token shows",
+        )
         hint = "Compute entropy, KL and the likeliest alternatives of each token, from the saved and the start model"
         self.ask_button = widgets.Button(description="Ask the models", tooltip=hint)
         if try_it is None:
@@ -134,7 +162,9 @@ def last_turn(prompt) -> tuple[str, bool]:
     "The text of a prompt, or of its last turn if it is a conversation; whether it is one."
     turns = isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict)
     text = str(prompt[-1].get("content") if turns else as_text(prompt))
-    text = text[:10_000].encode(errors="replace")  # half a surrogate pair cannot be sent to the browser
+    text = text[:10_000].encode(
+        errors="replace"
+    )  # half a surrogate pair cannot be sent to the browser
     return text.decode(), bool(turns)
 
 # %% ../../nbs/workbench/cockpit.ipynb #98a623db
@@ -171,8 +201,12 @@ class Cockpit(CockpitView):
             chosen, self.rows = self.row, rows
             columns, shown = self.guard(lambda: table_of(rows), ([], []))
             self.table.fill(shown, columns)
-            learned = (i for i, row in enumerate(rows) if is_number(row.get("advantage")))  # the first that was learned from
-            self.selected = next((i for i, row in enumerate(rows) if row is chosen), next(learned, 0 if rows else -1))
+            learned = (
+                i for i, row in enumerate(rows) if is_number(row.get("advantage"))
+            )  # the first that was learned from
+            self.selected = next(
+                (i for i, row in enumerate(rows) if row is chosen), next(learned, 0 if rows else -1)
+            )
             self._select()
         self.status.value = f"<div role='status'>{state_html(self.evidence, self.rows)}</div>"
 
@@ -189,7 +223,10 @@ class Cockpit(CockpitView):
             return
         self.say("asking the models …")
         try:
-            self._asked[id(row)] = row, inspect_tokens(self.evidence.run, row, models=self.models)  # with the row, so that its id stays its own
+            self._asked[id(row)] = (
+                row,
+                inspect_tokens(self.evidence.run, row, models=self.models),
+            )  # with the row, so that its id stays its own
             self.say("of the model as it was saved at the end of the run")
         except WrongInput as wrong:
             self.say(str(wrong), "alert")
@@ -208,7 +245,12 @@ class Cockpit(CockpitView):
 
     def _recolor(self):
         self._color()
-        if COLORINGS[self.color_by].asks and self.row is not None and id(self.row) not in self._asked and token_count(self.row):
+        if (
+            COLORINGS[self.color_by].asks
+            and self.row is not None
+            and id(self.row) not in self._asked
+            and token_count(self.row)
+        ):
             self.ask()
 
     def _color(self):
@@ -216,4 +258,6 @@ class Cockpit(CockpitView):
         if row is not None:
             _, asked = self._asked.get(id(row), (row, ()))
             more = len(token_count(row)) - MOST_TOKENS
-            self.tokens.value = self.guard(lambda: tokens_html(token_facts(row, asked), self.color_by, more), "")
+            self.tokens.value = self.guard(
+                lambda: tokens_html(token_facts(row, asked), self.color_by, more), ""
+            )

@@ -20,12 +20,27 @@ from ..core.method import metric_of
 from ..core.metrics import without_counts
 from ..core.run import Run, all_runs, open_run, runs_folder
 from .browser import Table, visible
-from .panels import COLORS, advantage_histogram, as_text, framed, frontier, panels, style, write_page
+from polm_lab.workbench.panels import (
+    COLORS,
+    advantage_histogram,
+    as_text,
+    framed,
+    frontier,
+    panels,
+    style,
+    write_page,
+)
 from .figures import CONFIG, draw_png, figure_json, live_figure
 from .watch import Watch
 
 # %% ../../nbs/workbench/compare.ipynb #28159f4a
-_HEADLINES = ("accuracy", "reward", "perplexity", "margin", "kl")  # of the evaluation at the end, in the table of runs
+_HEADLINES = (
+    "accuracy",
+    "reward",
+    "perplexity",
+    "margin",
+    "kl",
+)  # of the evaluation at the end, in the table of runs
 
 
 def run_rows(out=None) -> list[dict]:
@@ -35,7 +50,12 @@ def run_rows(out=None) -> list[dict]:
         try:
             run = Run(path.parent)
             facts, after = run.record, run.record["summary"].get("after", {})
-            row = dict(method=run.method, status=run.status, step=facts["step"], parents=", ".join(facts["parents"]))
+            row = dict(
+                method=run.method,
+                status=run.status,
+                step=facts["step"],
+                parents=", ".join(facts["parents"]),
+            )
             row |= {name: after.get(name) for name in _HEADLINES}
             row |= {name: _short(run.settings.get(name)) for name in ("model", "data")}
         except (WrongInput, KeyError, TypeError, AttributeError) as wrong:
@@ -47,7 +67,13 @@ def run_rows(out=None) -> list[dict]:
 def _short(spec) -> str:
     "A model or data spec as people call it: a folder by its name, a run's model by the run."
     path = Path(str(spec or ""))
-    return path.parent.name if path.name == "model" and path.is_absolute() else path.name if path.is_absolute() else str(spec or "")
+    return (
+        path.parent.name
+        if path.name == "model" and path.is_absolute()
+        else path.name
+        if path.is_absolute()
+        else str(spec or "")
+    )
 
 
 def settings_difference(*which) -> list[dict]:
@@ -60,23 +86,29 @@ def settings_difference(*which) -> list[dict]:
             rows.append(dict(knob=name, **{run.id: value for run, value in zip(runs, values)}))
     return rows
 
-
+# %% ../../nbs/workbench/compare.ipynb #1dacc832
 def leaderboard(out=None, metric_name: str = "accuracy") -> list[dict]:
     """The runs below `out` whose last evaluation has a metric, best first.
 
     Runs are comparable where `data` is the same. Raises `WrongInput` for a metric that no run has.
     """
     found = [(run, run.summary) for run in all_runs(out)]
-    known = sorted({name for _, summary in found for name in without_counts(summary.get("after", {}))})
+    known = sorted(
+        {name for _, summary in found for name in without_counts(summary.get("after", {}))}
+    )
     if metric_name not in known:
-        raise WrongInput(f"metric {metric_name!r}: no evaluation below {runs_folder(out)} has it; {nearest(metric_name, known)}")
+        raise WrongInput(
+            f"metric {metric_name!r}: no evaluation below {runs_folder(out)} has it; {nearest(metric_name, known)}"
+        )
     rows = []
     for run, summary in found:
         before, after = (summary.get(when, {}).get(metric_name) for when in ("before", "after"))
         if after is not None:
             data = _short(run.settings.get("eval_data") or run.settings.get("data"))
             change = after - before if before is not None else None
-            facts = dict(run=run.id, method=run.method, data=data, seconds=run.record.get("seconds"))
+            facts = dict(
+                run=run.id, method=run.method, data=data, seconds=run.record.get("seconds")
+            )
             rows.append(dict(facts, before=before, after=after, change=change))
     rows.sort(key=lambda row: row["after"], reverse=_better(metric_name, rows) != "down")
     return [dict(place=place, **row) for place, row in enumerate(rows, 1)]
@@ -92,19 +124,37 @@ def same_prompt(*which) -> list[dict]:
     "What each of several runs said last to the prompts that all of them sampled. Raises `WrongInput` where there is no such prompt."
     runs, said = [open_run(r) for r in which], []
     for run in runs:
-        rows = [row for row in run.lines("samples") if row.get("side", "sampled") == "sampled"]  # not the answers of a data set
+        rows = [
+            row for row in run.lines("samples") if row.get("side", "sampled") == "sampled"
+        ]  # not the answers of a data set
         said.append({as_text(row.get("prompt")): row for row in rows})
     shared = [prompt for prompt in said[0] if all(prompt in rows for rows in said)] if said else []
     if not shared:
-        raise WrongInput(f"{', '.join(run.id for run in runs)}: no prompt was sampled by all of them; expected runs on the same data")
+        raise WrongInput(
+            f"{', '.join(run.id for run in runs)}: no prompt was sampled by all of them; expected runs on the same data"
+        )
     newest = [(prompt, run.id, rows[prompt]) for prompt in shared for run, rows in zip(runs, said)]
     return [
-        dict(prompt=prompt, run=name, step=row.get("step"), completion=as_text(row.get("completion")), reward=row.get("reward"))
+        dict(
+            prompt=prompt,
+            run=name,
+            step=row.get("step"),
+            completion=as_text(row.get("completion")),
+            reward=row.get("reward"),
+        )
         for prompt, name, row in newest
     ]
 
 # %% ../../nbs/workbench/compare.ipynb #ff284a3d
-_MARKS = dict(finished="circle", running="triangle-right", created="circle-open", stopped="square", failed="x", dead="x-open", base="diamond")
+_MARKS = dict(
+    finished="circle",
+    running="triangle-right",
+    created="circle-open",
+    stopped="square",
+    failed="x",
+    dead="x-open",
+    base="diamond",
+)
 
 
 def family_tree(out=None) -> tuple[dict[str, dict], list[tuple[str, str]]]:
@@ -120,44 +170,82 @@ def family_tree(out=None) -> tuple[dict[str, dict], list[tuple[str, str]]]:
             edges.append((origin, run.id))
     for _ in nodes:  # the longest path from a base model; a damaged record may make a circle, so the rounds are counted
         for origin, child in edges:
-            nodes[child]["depth"] = min(len(nodes), max(nodes[child]["depth"], nodes[origin]["depth"] + 1))
+            nodes[child]["depth"] = min(
+                len(nodes), max(nodes[child]["depth"], nodes[origin]["depth"] + 1)
+            )
     return nodes, edges
 
-
+# %% ../../nbs/workbench/compare.ipynb #3a36d769
 def lineage(out=None):
     "The family tree of the runs below `out` as a plotly figure: colour tells the method, the mark the status."
     import plotly.graph_objects as go
 
     nodes, edges = family_tree(out)
     if not nodes:
-        raise WrongInput(f"{runs_folder(out)}: no runs are there; start one, or give another folder with --out")
+        raise WrongInput(
+            f"{runs_folder(out)}: no runs are there; start one, or give another folder with --out"
+        )
     place = _places(nodes, edges)
-    x, y = ([v for a, b in edges for v in (place[a][axis], place[b][axis], None)] for axis in (0, 1))
+    x, y = (
+        [v for a, b in edges for v in (place[a][axis], place[b][axis], None)] for axis in (0, 1)
+    )
     figure, grey = go.Figure(), "#8a94a3"
-    arrow = dict(symbol="arrow", angleref="previous", size=[0, 9, 0] * len(edges), standoff=9, color=grey)
-    figure.add_scatter(x=x, y=y, mode="lines+markers", line=dict(color=grey, width=1), marker=arrow, hoverinfo="skip", showlegend=False)
-    methods = dict.fromkeys(sorted((node["method"] for node in nodes.values()), key=lambda name: name in ("base", "gone")))
+    arrow = dict(
+        symbol="arrow", angleref="previous", size=[0, 9, 0] * len(edges), standoff=9, color=grey
+    )
+    figure.add_scatter(
+        x=x,
+        y=y,
+        mode="lines+markers",
+        line=dict(color=grey, width=1),
+        marker=arrow,
+        hoverinfo="skip",
+        showlegend=False,
+    )
+    methods = dict.fromkeys(
+        sorted(
+            (node["method"] for node in nodes.values()), key=lambda name: name in ("base", "gone")
+        )
+    )
     for color, method in zip(COLORS * len(nodes), methods):
         names = [name for name, node in nodes.items() if node["method"] == method]
         x, y = zip(*(place[name] for name in names))
         states = [nodes[name]["status"] for name in names]
-        look = dict(mode="markers+text", textposition="bottom center", hoverinfo="text", name=html.escape(method), cliponaxis=False)
+        look = dict(
+            mode="markers+text",
+            textposition="bottom center",
+            hoverinfo="text",
+            name=html.escape(method),
+            cliponaxis=False,
+        )
         figure.add_scatter(
-            x=x, y=y, customdata=names, hovertext=[f"{html.escape(name)}<br>{state}" for name, state in zip(names, states)],
-            text=[html.escape(name if method == "base" else f"{method} {name[-4:]}") for name in names],
-            marker=dict(color=grey if method in ("base", "gone") else color, size=15, symbol=[_MARKS.get(state, "circle-dot") for state in states]), **look,
-        )  # fmt: skip
+            x=x,
+            y=y,
+            customdata=names,
+            hovertext=[f"{html.escape(name)}<br>{state}" for name, state in zip(names, states)],
+            text=[
+                html.escape(name if method == "base" else f"{method} {name[-4:]}") for name in names
+            ],
+            marker=dict(
+                color=grey if method in ("base", "gone") else color,
+                size=15,
+                symbol=[_MARKS.get(state, "circle-dot") for state in states],
+            ),
+            **look,
+        )
     deepest = Counter(node["depth"] for node in nodes.values())
     axis = dict(visible=False)
     return framed(figure, 140 + 55 * max(deepest.values()), xaxis=axis, yaxis=axis)
 
-
+# %% ../../nbs/workbench/compare.ipynb #15664e0a
 def _places(nodes: dict, edges: list) -> dict[str, tuple[int, float]]:
     "A place for each node: its depth to the right, and in its column as near to its parents as the order allows."
     place = {}
     for depth in sorted({node["depth"] for node in nodes.values()}):
         names = [name for name, node in nodes.items() if node["depth"] == depth]
-        above = {name: [place[a][1] for a, b in edges if b == name and a in place] for name in names}
+        above = {
+            name: [place[a][1] for a, b in edges if b == name and a in place] for name in names
+        }
         names.sort(key=lambda name: -sum(above[name]) / max(1, len(above[name])))
         place |= {name: (depth, (len(names) - 1) / 2 - number) for number, name in enumerate(names)}
     return place
@@ -176,7 +264,9 @@ def export_figure(figure, path, connected: bool = False) -> Path:
             path.write_bytes(draw_png(figure_json(figure), scale=2))
         except WrongInput as wrong:
             help = "`plotly_get_chrome` installs one, and .html needs none"
-            raise WrongInput(f"{path}: a picture needs Chrome or Chromium ({wrong}); {help}") from None
+            raise WrongInput(
+                f"{path}: a picture needs Chrome or Chromium ({wrong}); {help}"
+            ) from None
     else:
         raise WrongInput(f"{path}: expected a name that ends in .html or .png")
     return path
@@ -199,34 +289,57 @@ def report(*which, path="report.ipynb") -> Path:
         raise WrongInput("report: expected one run or more")
     names = "".join(f"    {str(run.path)!r},\n" for run in runs)
     cells = [
-        ("markdown", f"# Report\n\n> {', '.join(run.id for run in runs)}\n\nThe cells read the records of the runs when they are executed."),
+        (
+            "markdown",
+            f"# Report\n\n> {', '.join(run.id for run in runs)}\n\nThe cells read the records of the runs when they are executed.",
+        ),
         ("code", f"runs = [\n{names}]"),
         ("code", _IMPORTS),
         ("markdown", "## Before and after"),
-        ("code", "pd.concat({lab.open_run(r).id: pd.DataFrame(lab.open_run(r).summary) for r in runs}, axis=1)"),
+        (
+            "code",
+            "pd.concat({lab.open_run(r).id: pd.DataFrame(lab.open_run(r).summary) for r in runs}, axis=1)",
+        ),
     ]
     if len(runs) > 1:
-        cells += [("markdown", "## What was set differently"), ("code", "pd.DataFrame(settings_difference(*runs))")]
+        cells += [
+            ("markdown", "## What was set differently"),
+            ("code", "pd.DataFrame(settings_difference(*runs))"),
+        ]
     for heading, view, call in (
         ("Step by step", panels, "show(lab.panels(*runs))"),
         ("Reward against KL", frontier, "show(frontier(*runs))"),
-        ("Advantages", lambda *runs: advantage_histogram(runs[0]), "show(advantage_histogram(runs[0]))"),
+        (
+            "Advantages",
+            lambda *runs: advantage_histogram(runs[0]),
+            "show(advantage_histogram(runs[0]))",
+        ),
         ("What they say", same_prompt, "pd.DataFrame(same_prompt(*runs))"),
     ):
         with suppress(WrongInput):  # what the runs do not have is left out
             view(*runs)
             cells += [("markdown", f"## {heading}"), ("code", call)]
-    cells += [("markdown", "## Where they come from"), ("code", "show(lineage(Path(runs[0]).parent))")]
+    cells += [
+        ("markdown", "## Where they come from"),
+        ("code", "show(lineage(Path(runs[0]).parent))"),
+    ]
     return _write_notebook(cells, Path(path))
 
-
+# %% ../../nbs/workbench/compare.ipynb #609308ea
 def _write_notebook(cells: list[tuple[str, str]], path: Path) -> Path:
     import nbformat
     from nbformat import v4
 
-    notebook = v4.new_notebook(cells=[v4.new_markdown_cell(text) if kind == "markdown" else v4.new_code_cell(text) for kind, text in cells])
+    notebook = v4.new_notebook(
+        cells=[
+            v4.new_markdown_cell(text) if kind == "markdown" else v4.new_code_cell(text)
+            for kind, text in cells
+        ]
+    )
     notebook.cells[1].metadata["tags"] = ["parameters"]  # papermill can name other runs
-    notebook.metadata["kernelspec"] = dict(name="python3", display_name="python3", language="python")
+    notebook.metadata["kernelspec"] = dict(
+        name="python3", display_name="python3", language="python"
+    )
     nbformat.validate(notebook)
     path.write_text(nbformat.writes(notebook), encoding="utf-8")
     return path
@@ -281,12 +394,20 @@ class Compare(widgets.VBox):
         self.views = {
             "Panels": lambda: Watch(self._chosen(), dark=self.dark),
             "Reward against KL": lambda: self._figure(frontier(*self._chosen())),
-            "Settings": lambda: _rows(settings_difference(*self._chosen()), "Settings that differ", "no knob differs between the chosen runs"),
-            "Same prompts": lambda: _rows(same_prompt(*self._chosen()), "Samples on the same prompts", "", ("step", "reward")),
+            "Settings": lambda: _rows(
+                settings_difference(*self._chosen()),
+                "Settings that differ",
+                "no knob differs between the chosen runs",
+            ),
+            "Same prompts": lambda: _rows(
+                same_prompt(*self._chosen()), "Samples on the same prompts", "", ("step", "reward")
+            ),
             "Lineage": self._lineage,
             "Leaderboard": self._leaderboard,
         }
-        self.tabs = widgets.Tab([widgets.VBox() for _ in self.views], titles=list(self.views), selected_index=0)
+        self.tabs = widgets.Tab(
+            [widgets.VBox() for _ in self.views], titles=list(self.views), selected_index=0
+        )
         export = Exports(self.out, self._chosen)
         self.exports, self.said = export.buttons, export.said
         super().__init__([self.table, self.tabs, export], dark=dark, **traits)
@@ -301,7 +422,9 @@ class Compare(widgets.VBox):
         rows = run_rows(self.out)
         self._filling = True  # the table forgets rows that changed; those chosen stay chosen
         self.table.fill(rows)
-        self.table.selected = [number for number, row in enumerate(rows) if row["run"] in self.chosen]
+        self.table.selected = [
+            number for number, row in enumerate(rows) if row["run"] in self.chosen
+        ]
         self._filling = False
         view = self.tabs.children[self.tabs.selected_index].children
         if view and isinstance(view[0], Watch):
@@ -332,8 +455,14 @@ class Compare(widgets.VBox):
 
     def _click(self, trace, points, _):
         "A click on a run of the graph chooses it, or not any more."
-        clicked = {trace.customdata[i] for i in points.point_inds} & {row["run"] for row in self.table.rows}
-        self.table.selected = [i for i, row in enumerate(self.table.rows) if (row["run"] in clicked) != (row["run"] in self.chosen)]
+        clicked = {trace.customdata[i] for i in points.point_inds} & {
+            row["run"] for row in self.table.rows
+        }
+        self.table.selected = [
+            i
+            for i, row in enumerate(self.table.rows)
+            if (row["run"] in clicked) != (row["run"] in self.chosen)
+        ]
 
     def _leaderboard(self):
         def choose(name: str):
@@ -355,7 +484,11 @@ def _rows(rows: list[dict], label: str, empty: str, numbers=()):
     "Rows as a table, whose columns are the keys of the first row."
     if not rows:
         return _line(empty)
-    return Table([dict(name=name, kind="number" if name in numbers else "text") for name in rows[0]], rows, label=label)
+    return Table(
+        [dict(name=name, kind="number" if name in numbers else "text") for name in rows[0]],
+        rows,
+        label=label,
+    )
 
 
 def _columns() -> list:
@@ -379,4 +512,6 @@ def leaderboard_view(out, metric_name: str, choose) -> widgets.VBox:
     picker = widgets.Dropdown(options=known, value=shown, description="metric")
     picker.observe(lambda change: choose(change["new"]), "value")
     numbers = ("place", "before", "after", "change", "seconds")
-    return widgets.VBox([picker, _rows(leaderboard(out, shown), f"Leaderboard by {shown}", "", numbers)])
+    return widgets.VBox(
+        [picker, _rows(leaderboard(out, shown), f"Leaderboard by {shown}", "", numbers)]
+    )

@@ -44,7 +44,12 @@ def alert(text: str) -> str:
 
 
 def button(text: str, does, hover: str = "", style: str = "") -> widgets.Button:
-    made = widgets.Button(description=text, tooltip=hover or text, button_style=style, layout=widgets.Layout(width="auto"))
+    made = widgets.Button(
+        description=text,
+        tooltip=hover or text,
+        button_style=style,
+        layout=widgets.Layout(width="auto"),
+    )
     made.on_click(lambda _: does())
     return made
 
@@ -80,10 +85,12 @@ def preview_sections(form: Form):
     longest = getattr(values, "max_length", 256)
     seen = preview_data(values.data, form.method.data, values.model, longest)
     facts = dict(
-        kind=seen["kind"], rows=seen["rows"], columns=", ".join(seen["columns"]),
+        kind=seen["kind"],
+        rows=seen["rows"],
+        columns=", ".join(seen["columns"]),
         longest=f"{seen['longest']} tokens",
         cut=f"{seen['cut']:.0%} of the rows are longer than max_length",
-    )  # fmt: skip
+    )
     yield _facts("Data", facts)
     yield lengths_figure(seen["lengths"], longest)
     columns = [dict(name=c, title=f"column {c}") for c in seen["columns"]]
@@ -122,18 +129,22 @@ class ConfigureView(widgets.VBox):
     def __init__(self):
         narrow, row = widgets.Layout(width="310px"), widgets.Layout(flex_flow="row wrap")
         self.search = widgets.Text(
-            placeholder="search: preference, reward, PPO …", description="Search",
-            continuous_update=True, layout=narrow,
-        )  # fmt: skip
+            placeholder="search: preference, reward, PPO …",
+            description="Search",
+            continuous_update=True,
+            layout=narrow,
+        )
         self.method = widgets.Dropdown(description="Method", layout=widgets.Layout(width="520px"))
         self.card, self.said = widgets.HTML(), widgets.HTML()
         self.form_box, self.looked = widgets.VBox(), widgets.VBox()
         hint = "A preset, or the settings of an old run"
         self.preset = widgets.Dropdown(description="Load", tooltip=hint, layout=narrow)
         self.preset_name = widgets.Text(
-            placeholder="name of a new preset", description="", tooltip="Name of a new preset",
+            placeholder="name of a new preset",
+            description="",
+            tooltip="Name of a new preset",
             layout=widgets.Layout(width="180px"),
-        )  # fmt: skip
+        )
         self.code = {name: Code(label=name) for name in ("papermill", "polm", "python")}
         load = [
             self.preset,
@@ -141,20 +152,33 @@ class ConfigureView(widgets.VBox):
             self.preset_name,
             button("Save as preset", self.save),
         ]
-        super().__init__([
-            widgets.HBox([self.method, self.search]), self.card, widgets.HBox(load, layout=row),
-            self._start_bar(), self.said, self.looked, *self.code.values(), self.form_box,
-        ])  # fmt: skip
+        super().__init__(
+            [
+                widgets.HBox([self.method, self.search]),
+                self.card,
+                widgets.HBox(load, layout=row),
+                self._start_bar(),
+                self.said,
+                self.looked,
+                *self.code.values(),
+                self.form_box,
+            ]
+        )
 
     def _start_bar(self) -> widgets.HBox:
         "The buttons that start something, and the choice that goes with them."
         hint = "Start this run in a process of its own"
         self.run_button = button("Run", self.start, hint, "primary")
         self.notebook = widgets.Checkbox(
-            value=False, indent=False, description="run its notebook (lessons included)",
+            value=False,
+            indent=False,
+            description="run its notebook (lessons included)",
             tooltip="Execute the method's notebook with papermill; the executed notebook stays in the run",
-        )  # fmt: skip
-        look, try_it = "Rows, lengths in tokens, what is wrong", "Measure time and memory, and see what the rewards say"
+        )
+        look, try_it = (
+            "Rows, lengths in tokens, what is wrong",
+            "Measure time and memory, and see what the rewards say",
+        )
         parts = [
             self.run_button,
             button("Queue", self.queue, "Start it when the runs before it are over"),
@@ -162,7 +186,9 @@ class ConfigureView(widgets.VBox):
             button("Look at model and data", self.look, look),
             button("Try three steps", self.try_it, try_it),
         ]
-        return widgets.HBox(parts, layout=widgets.Layout(flex_flow="row wrap", align_items="center"))
+        return widgets.HBox(
+            parts, layout=widgets.Layout(flex_flow="row wrap", align_items="center")
+        )
 
 # %% ../../nbs/workbench/configure.ipynb #93ad60f1
 class ConfigureForm(ConfigureView):
@@ -181,7 +207,13 @@ class ConfigureForm(ConfigureView):
         names, wanted = [name for _, name in found], self.method.value or "sft"
         self.method.options = found
         self.method.value = wanted if wanted in names else next(iter(names), None)
-        self.said.value = "" if found else alert(f"no method has {self.search.value!r} in its name or facts; clear the search to see all")
+        self.said.value = (
+            ""
+            if found
+            else alert(
+                f"no method has {self.search.value!r} in its name or facts; clear the search to see all"
+            )
+        )
 
     def _show_form(self):
         if self.method.value is None:
@@ -198,8 +230,14 @@ class ConfigureForm(ConfigureView):
         "See what presets and runs there are now."
         if self.method.value is None:
             return
-        old = [(f"settings of {r.id}", r.id) for r in reversed(all_runs(self.out)) if r.method == self.method.value]
-        options = [(f"preset: {name}", name) for name in presets(self.method.value, self.out)] + old[:50]
+        old = [
+            (f"settings of {r.id}", r.id)
+            for r in reversed(all_runs(self.out))
+            if r.method == self.method.value
+        ]
+        options = [
+            (f"preset: {name}", name) for name in presets(self.method.value, self.out)
+        ] + old[:50]
         if tuple(options) != tuple(self.preset.options):
             kept = self.preset.value
             self.preset.options = options
@@ -209,7 +247,9 @@ class ConfigureForm(ConfigureView):
         self.said.value = alert(self.form.problem) if self.form.problem else ""
         self.run_button.disabled = bool(self.form.problem)
         if not self.form.problem:
-            for name, text in commands(self.method.value, self.form.values, self.out, self.notebook.value).items():
+            for name, text in commands(
+                self.method.value, self.form.values, self.out, self.notebook.value
+            ).items():
                 self.code[name].text = text
 
     def load_preset(self):
@@ -220,7 +260,9 @@ class ConfigureForm(ConfigureView):
 
     def save(self):
         with reported(self.said):
-            path = save_preset(self.method.value, self.preset_name.value, self.form.values, self.out)
+            path = save_preset(
+                self.method.value, self.preset_name.value, self.form.values, self.out
+            )
             self.reload()
             self.said.value = f"saved: {html.escape(str(path))}"
 
@@ -239,14 +281,21 @@ class Configure(ConfigureForm):
     def start(self):
         with reported(self.said):
             self.form.settings()
-            run = create(self.method.value, self.form.values, self.out, via="notebook" if self.notebook.value else "bare")
+            run = create(
+                self.method.value,
+                self.form.values,
+                self.out,
+                via="notebook" if self.notebook.value else "bare",
+            )
             self.spare.give(run)
             self.started = run.id
 
     def queue(self):
         with reported(self.said):
             self.form.settings()
-            run = enqueue(self.method.value, out=self.out, notebook=self.notebook.value, **self.form.values)
+            run = enqueue(
+                self.method.value, out=self.out, notebook=self.notebook.value, **self.form.values
+            )
             self.said.value = f"queued: {html.escape(run.id)}"
 
     def look(self):
@@ -272,12 +321,20 @@ class Configure(ConfigureForm):
 
 # %% ../../nbs/workbench/configure.ipynb #244b00e9
 def _said(prompt) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(f"{t.get('role')}: {t.get('content')}" for t in prompt or [])
+    return (
+        prompt
+        if isinstance(prompt, str)
+        else "\n".join(f"{t.get('role')}: {t.get('content')}" for t in prompt or [])
+    )
 
 
 def _facts(title: str, facts: dict) -> widgets.HTML:
     "A title and facts on one line."
-    words = " · ".join(f"{html.escape(k.replace('_', ' '))} <b>{html.escape(visible(v, 200))}</b>" for k, v in facts.items() if v is not None)
+    words = " · ".join(
+        f"{html.escape(k.replace('_', ' '))} <b>{html.escape(visible(v, 200))}</b>"
+        for k, v in facts.items()
+        if v is not None
+    )
     return widgets.HTML(f"<p style='margin:4px 0'><b>{title}</b>: {words}</p>")
 
 
@@ -285,8 +342,17 @@ def lengths_figure(lengths: list[int], max_length: int) -> widgets.Widget:
     "Lengths in tokens as a histogram, with the knob `max_length`."
     import plotly.graph_objects as go
 
-    figure = go.Figure(go.Histogram(x=lengths, nbinsx=40, hovertemplate="%{x} tokens: %{y} rows<extra></extra>"))
-    figure.update_layout(height=170, margin=dict(l=40, r=10, t=24, b=30), title=dict(text="length in tokens", font_size=12), paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font_color="#808890")
+    figure = go.Figure(
+        go.Histogram(x=lengths, nbinsx=40, hovertemplate="%{x} tokens: %{y} rows<extra></extra>")
+    )
+    figure.update_layout(
+        height=170,
+        margin=dict(l=40, r=10, t=24, b=30),
+        title=dict(text="length in tokens", font_size=12),
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font_color="#808890",
+    )
     if lengths and max(lengths) > 0.5 * max_length:
         figure.add_vline(x=max_length, line_dash="dash", annotation_text="max_length")
     return live_figure(figure)

@@ -36,15 +36,30 @@ def _slider(knob: Knob):
     if default == OFF:  # of a part: the slider begins where the string would name it
         default = knob.part.default
     whole = (lambda v: int(round(v))) if knob.type is int else (lambda v: float(f"{v:.4g}"))
-    facts = dict(readout=False, layout=widgets.Layout(width="130px"), tooltip=f"{knob.name}: slide to change")
+    facts = dict(
+        readout=False, layout=widgets.Layout(width="130px"), tooltip=f"{knob.name}: slide to change"
+    )
     if knob.log and default > 0:
-        ends = (max(math.log10(low) if low else -99, math.log10(default) - _SPAN), min(math.log10(high) if high else 99, math.log10(default) + _SPAN))
-        return widgets.FloatSlider(min=ends[0], max=ends[1], step=0.05, value=math.log10(default), **facts), lambda v: math.log10(v) if v > 0 else ends[0], lambda p: whole(10**p)
+        ends = (
+            max(math.log10(low) if low else -99, math.log10(default) - _SPAN),
+            min(math.log10(high) if high else 99, math.log10(default) + _SPAN),
+        )
+        return (
+            widgets.FloatSlider(
+                min=ends[0], max=ends[1], step=0.05, value=math.log10(default), **facts
+            ),
+            lambda v: math.log10(v) if v > 0 else ends[0],
+            lambda p: whole(10**p),
+        )
     if low is None or (high is None and not default):
         return None
     top = high if high is not None and high < 10**6 else max(4 * default, low + 1)
     step = 1 if knob.type is int else (top - low) / 100
-    return widgets.FloatSlider(min=low, max=top, step=step, value=min(default, top), **facts), float, whole
+    return (
+        widgets.FloatSlider(min=low, max=top, step=step, value=min(default, top), **facts),
+        float,
+        whole,
+    )
 
 # %% ../../nbs/workbench/controls.ipynb #f58cd74d
 class Field(widgets.HBox):
@@ -55,20 +70,45 @@ class Field(widgets.HBox):
 
     def __init__(self, knob: Knob, suggestions=()):
         self.knob, self._silent = knob, False
-        facts = dict(description=knob.name, tooltip=f"{knob.meaning}. {knob.range}", style={"description_width": "150px"}, layout=widgets.Layout(width="310px"))
+        facts = dict(
+            description=knob.name,
+            tooltip=f"{knob.meaning}. {knob.range}",
+            style={"description_width": "150px"},
+            layout=widgets.Layout(width="310px"),
+        )
         slider = _slider(knob) if knob.type in (int, float) else None
         if knob.choices:
             self.control = widgets.Dropdown(options=list(knob.choices), value=knob.default, **facts)
         elif knob.type is bool:
-            self.control = widgets.Dropdown(options=[("yes", True), ("no", False)], value=knob.default, **facts)
+            self.control = widgets.Dropdown(
+                options=[("yes", True), ("no", False)], value=knob.default, **facts
+            )
         elif suggestions:
-            self.control = widgets.Combobox(options=list(suggestions), value=knob.default, ensure_option=False, continuous_update=False, **facts)
+            self.control = widgets.Combobox(
+                options=list(suggestions),
+                value=knob.default,
+                ensure_option=False,
+                continuous_update=False,
+                **facts,
+            )
         else:
             self.control = widgets.Text(value=_text(knob.default), continuous_update=False, **facts)
-        self.slider, self._place, self._read = slider or (widgets.Box(layout=widgets.Layout(width="134px")), None, None)
-        self.undo = widgets.Button(description="↺", tooltip=f"{knob.name}: back to {knob.default!r}", layout=widgets.Layout(width="34px"))
+        self.slider, self._place, self._read = slider or (
+            widgets.Box(layout=widgets.Layout(width="134px")),
+            None,
+            None,
+        )
+        self.undo = widgets.Button(
+            description="↺",
+            tooltip=f"{knob.name}: back to {knob.default!r}",
+            layout=widgets.Layout(width="34px"),
+        )
         self.said = widgets.HTML(layout=widgets.Layout(flex="1 1 0"))
-        super().__init__([self.control, self.slider, self.undo, self.said], value=knob.default, layout=widgets.Layout(align_items="center"))
+        super().__init__(
+            [self.control, self.slider, self.undo, self.said],
+            value=knob.default,
+            layout=widgets.Layout(align_items="center"),
+        )
         self.control.observe(self._typed, "value")
         if slider:
             self.slider.observe(self._slid, "value")
@@ -80,7 +120,9 @@ class Field(widgets.HBox):
         value = self.knob.check(value)
         self._silent = True
         try:
-            self.control.value = value if isinstance(self.control, widgets.Dropdown) else _text(value)
+            self.control.value = (
+                value if isinstance(self.control, widgets.Dropdown) else _text(value)
+            )
             if self._place and value != OFF:
                 self.slider.value = min(max(self._place(value), self.slider.min), self.slider.max)
         finally:
@@ -119,10 +161,14 @@ class Field(widgets.HBox):
         hover = html.escape(f"{k.range}; default {k.default!r}", quote=True)
         if self.problem:
             words = f'<b role="alert" style="color:var(--jp-error-color1,#b3261e)">{html.escape(visible(self.problem, 300))}</b>'
-        mark = f' <b>changed</b> from {html.escape(_text(k.default)) or "(empty)"} ·' if changed else ""
+        mark = (
+            f" <b>changed</b> from {html.escape(_text(k.default)) or '(empty)'} ·"
+            if changed
+            else ""
+        )
         self.said.value = f'<span style="font-size:12px;line-height:1.3;display:block" title="{hover}">{mark} {words}</span>'
 
-
+# %% ../../nbs/workbench/controls.ipynb #0c80767e
 def _text(value) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
@@ -171,11 +217,27 @@ class PartFields(widgets.Accordion):
 FIRST = ("model", "data", "steps", "learning_rate")
 GROUPS = {
     "More on data and model": ("eval_data", "eval_rows", "max_length", "chat_template", "adapter"),
-    "More on optimization": ("batch_size", "accumulate", "schedule", "warmup", "weight_decay", "clip"),
-    "Record and machine": ("seed", "dtype", "device", "eval_every", "save_every", "gradient_checkpointing", "engine", "tracker"),
+    "More on optimization": (
+        "batch_size",
+        "accumulate",
+        "schedule",
+        "warmup",
+        "weight_decay",
+        "clip",
+    ),
+    "Record and machine": (
+        "seed",
+        "dtype",
+        "device",
+        "eval_every",
+        "save_every",
+        "gradient_checkpointing",
+        "engine",
+        "tracker",
+    ),
 }
 
-
+# %% ../../nbs/workbench/controls.ipynb #2d74ca57
 class Form(widgets.VBox):
     "All knobs of one method."
 
@@ -184,15 +246,29 @@ class Form(widgets.VBox):
 
     def __init__(self, method: str, out=None):
         self.method = find(method)
-        suggestions = {"model": known_models(out), "data": known_data(self.method.data), "eval_data": known_data(self.method.data)}
-        self.fields = {k.name: Field(k, suggestions.get(k.name, ())) for k in knobs(self.method.settings)}
+        suggestions = {
+            "model": known_models(out),
+            "data": known_data(self.method.data),
+            "eval_data": known_data(self.method.data),
+        }
+        self.fields = {
+            k.name: Field(k, suggestions.get(k.name, ())) for k in knobs(self.method.settings)
+        }
         self.parts = {name: PartFields(f) for name, f in self.fields.items() if f.knob.parts}
-        self.places = {name: title for title, names in GROUPS.items() for name in names if name in self.fields}
+        self.places = {
+            name: title for title, names in GROUPS.items() for name in names if name in self.fields
+        }
         own = self._shown(name for name in self.fields if name not in (*FIRST, *self.places))
         folded = {title: self._shown(names) for title, names in GROUPS.items()}
         folded = {title: fields for title, fields in folded.items() if fields}
-        self.rest = widgets.Accordion([widgets.VBox(fields) for fields in folded.values()], selected_index=None)
-        heading = widgets.HTML(f"<b>Knobs of {html.escape(self.method.name)}</b>") if own else widgets.HTML()
+        self.rest = widgets.Accordion(
+            [widgets.VBox(fields) for fields in folded.values()], selected_index=None
+        )
+        heading = (
+            widgets.HTML(f"<b>Knobs of {html.escape(self.method.name)}</b>")
+            if own
+            else widgets.HTML()
+        )
         super().__init__([*self._shown(FIRST), heading, *own, self.rest])
         for field in self._all():
             field.observe(self._changed, ["value", "problem"])
@@ -215,14 +291,23 @@ class Form(widgets.VBox):
 
     def _name_folds(self):
         "Titles of the folded groups say how many of their knobs are changed."
-        changed = [name for name, f in self.fields.items() if f.value != f.knob.default or f.problem]
-        counts = {title: sum(self.places.get(name) == title for name in changed) for title in dict.fromkeys(self.places.values())}
-        self.rest.titles = tuple(title + (f" ({counts[title]} changed)" if counts[title] else "") for title in counts)
+        changed = [
+            name for name, f in self.fields.items() if f.value != f.knob.default or f.problem
+        ]
+        counts = {
+            title: sum(self.places.get(name) == title for name in changed)
+            for title in dict.fromkeys(self.places.values())
+        }
+        self.rest.titles = tuple(
+            title + (f" ({counts[title]} changed)" if counts[title] else "") for title in counts
+        )
 
     def _changed(self, _):
         values = {name: f.value for name, f in self.fields.items() if f.value != f.knob.default}
         problem = next((f.problem for f in self._all() if f.problem), "")
-        self.problem = problem or self._refused(values)  # first: whoever hears of values asks for it
+        self.problem = problem or self._refused(
+            values
+        )  # first: whoever hears of values asks for it
         self.values = values
         self._name_folds()
 
@@ -251,7 +336,10 @@ def known_models(out=None) -> list[str]:
     "Built-in models, and the runs that hold a model, newest first."
     from polm_lab.models.sources import built_in_models
 
-    return [*built_in_models(), *(r.id for r in reversed(all_runs(out)) if (r.path / "model").is_dir())]
+    return [
+        *built_in_models(),
+        *(r.id for r in reversed(all_runs(out)) if (r.path / "model").is_dir()),
+    ]
 
 
 def known_data(kind: str) -> list[str]:
@@ -283,18 +371,24 @@ def save_preset(method: str, name: str, values: dict, out=None) -> Path:
     import yaml
 
     if not name.strip() or any(c in name for c in "/\\\0") or name.startswith("."):
-        raise WrongInput(f"preset {name!r}: expected a name without slashes that does not begin with a dot")
+        raise WrongInput(
+            f"preset {name!r}: expected a name without slashes that does not begin with a dot"
+        )
     make_settings(find(method).settings, values)
     path = runs_folder(out) / "presets" / method / f"{name.strip()}.yaml"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     except OSError as error:
-        raise WrongInput(f"{path}: cannot be written ({error.strerror}); choose another folder for runs") from None
+        raise WrongInput(
+            f"{path}: cannot be written ({error.strerror}); choose another folder for runs"
+        ) from None
     return path
 
 # %% ../../nbs/workbench/controls.ipynb #fdd3aeac
-def preview_data(spec: str, kind: str, model: str = "tiny", max_length: int = 256, rows: int = 400) -> dict:
+def preview_data(
+    spec: str, kind: str, model: str = "tiny", max_length: int = 256, rows: int = 400
+) -> dict:
     """What `spec` holds as `kind`: `rows`, `columns`, `lengths` (tokens of the first `rows` rows), `longest`, `cut` (share above max_length), `first` (three rows).
 
     Raises `WrongInput` that says what is wrong.
@@ -307,16 +401,32 @@ def preview_data(spec: str, kind: str, model: str = "tiny", max_length: int = 25
     found, tokenizer, lengths = load_data(spec, kind), load_tokenizer(model), []
     for row in found[:rows]:
         encoded = encode(tokenizer, row, kind, 10**6)
-        parts = [encoded] if "input_ids" in encoded else [e for e in encoded.values() if isinstance(e, dict) and "input_ids" in e]
+        parts = (
+            [encoded]
+            if "input_ids" in encoded
+            else [e for e in encoded.values() if isinstance(e, dict) and "input_ids" in e]
+        )
         lengths.append(max(len(e["input_ids"]) for e in parts))
     first = [{name: _plain(value) for name, value in row.items()} for row in found[:3]]
     cut = sum(n > max_length for n in lengths) / max(1, len(lengths))
-    return dict(kind=kind, rows=len(found), columns=list(first[0]) if first else [], lengths=lengths, longest=max(lengths, default=0), cut=cut, first=first)
+    return dict(
+        kind=kind,
+        rows=len(found),
+        columns=list(first[0]) if first else [],
+        lengths=lengths,
+        longest=max(lengths, default=0),
+        cut=cut,
+        first=first,
+    )
 
 
 def _plain(value) -> str:
     "A field of a row as one text: a conversation as its turns."
-    if isinstance(value, list) and value and all(isinstance(turn, dict) and "content" in turn for turn in value):
+    if (
+        isinstance(value, list)
+        and value
+        and all(isinstance(turn, dict) and "content" in turn for turn in value)
+    ):
         return "\n".join(f"{turn.get('role')}: {turn['content']}" for turn in value)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
@@ -331,11 +441,26 @@ def preview_model(spec: str) -> dict:
     base = path / "adapter_config.json"
     if base.exists():
         asked = json.loads(base.read_text(encoding="utf-8"))
-        return dict(architecture=f"{asked.get('peft_type')} adapter", base=asked.get("base_model_name_or_path"), mib=round(sum(f.stat().st_size for f in files) / 2**20, 1))
+        return dict(
+            architecture=f"{asked.get('peft_type')} adapter",
+            base=asked.get("base_model_name_or_path"),
+            mib=round(sum(f.stat().st_size for f in files) / 2**20, 1),
+        )
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    facts = dict(architecture=(config.get("architectures") or ["?"])[0], layers=config.get("num_hidden_layers", config.get("n_layer")), width=config.get("hidden_size", config.get("n_embd")))
-    facts |= dict(vocabulary=config.get("vocab_size"), mib=round(sum(f.stat().st_size for f in files) / 2**20, 1))
-    return facts | dict(chat_template="yes" if has_chat_template(load_tokenizer(spec)) else "no: give chat_template for conversations")
+    facts = dict(
+        architecture=(config.get("architectures") or ["?"])[0],
+        layers=config.get("num_hidden_layers", config.get("n_layer")),
+        width=config.get("hidden_size", config.get("n_embd")),
+    )
+    facts |= dict(
+        vocabulary=config.get("vocab_size"),
+        mib=round(sum(f.stat().st_size for f in files) / 2**20, 1),
+    )
+    return facts | dict(
+        chat_template="yes"
+        if has_chat_template(load_tokenizer(spec))
+        else "no: give chat_template for conversations"
+    )
 
 # %% ../../nbs/workbench/controls.ipynb #fd9ecb5b
 async def trial(method: str, values: dict, every: float = 0.2) -> dict:
@@ -349,23 +474,44 @@ async def trial(method: str, values: dict, every: float = 0.2) -> dict:
     run = None
     try:
         known = {k.name for k in knobs(find(method).settings)}
-        short = dict(steps=3, eval_every=0, save_every=0, eval_rows=min(8, int(values.get("eval_rows", 64))), tracker="none")
+        short = dict(
+            steps=3,
+            eval_every=0,
+            save_every=0,
+            eval_rows=min(8, int(values.get("eval_rows", 64))),
+            tracker="none",
+        )
         if not find(method).trains:
-            raise WrongInput(f"{method}: it is not one training, of which three steps would say how long it takes; start it, with small numbers")
+            raise WrongInput(
+                f"{method}: it is not one training, of which three steps would say how long it takes; start it, with small numbers"
+            )
         steps = int(make_settings(find(method).settings, values).steps)
-        run = launch(method, out=folder, notebook=False, **{**values, **{k: v for k, v in short.items() if k in known}})
+        run = launch(
+            method,
+            out=folder,
+            notebook=False,
+            **{**values, **{k: v for k, v in short.items() if k in known}},
+        )
         while run.status in ("created", "running"):
             await asyncio.sleep(every)
         run = Run(run.path)
         rows = run.lines()
         if not rows:
-            raise WrongInput(run.record["reason"] or f"the trial ended as {run.status}; its last words: {visible(last_words(run), 400)}")
-        times = [b["seconds"] - a["seconds"] for a, b in zip(rows, rows[1:])] or [rows[0]["seconds"]]
+            raise WrongInput(
+                run.record["reason"]
+                or f"the trial ended as {run.status}; its last words: {visible(last_words(run), 400)}"
+            )
+        times = [b["seconds"] - a["seconds"] for a, b in zip(rows, rows[1:])] or [
+            rows[0]["seconds"]
+        ]
         each = sorted(times)[len(times) // 2]
         return dict(
-            seconds_per_step=each, seconds_to_first_step=rows[0]["seconds"], seconds=rows[0]["seconds"] + each * steps, memory_mib=rows[-1].get("memory_mib"),
+            seconds_per_step=each,
+            seconds_to_first_step=rows[0]["seconds"],
+            seconds=rows[0]["seconds"] + each * steps,
+            memory_mib=rows[-1].get("memory_mib"),
             samples=run.lines("samples")[:8],
-        )  # fmt: skip
+        )
     finally:
         if run is not None and run.status in ("created", "running"):
             run.request_stop()

@@ -26,9 +26,16 @@ def diagnose(run) -> list[Finding]:
     for name, function in RULES.items():
         try:
             finding = function(record)
-        except Exception as error:  # a record can hold anything; the other rules are still to be heard
+        except (
+            Exception
+        ) as error:  # a record can hold anything; the other rules are still to be heard
             look = "the files of the run: a value is not what a run writes."
-            finding = Finding("note", f"The rule {name} cannot read this record.", f"{type(error).__name__}: {error}", look)
+            finding = Finding(
+                "note",
+                f"The rule {name} cannot read this record.",
+                f"{type(error).__name__}: {error}",
+                look,
+            )
         if finding:
             found.append(replace(finding, rule=name))
     return sorted(found, key=lambda f: SEVERITIES.index(f.severity))
@@ -37,7 +44,10 @@ def diagnose(run) -> list[Finding]:
 MARKS = dict(problem="✖", warning="▲", note="●")  # told apart by shape and word, not by color alone
 
 
-INKS = {False: dict(problem="#b3261e", warning="#8a5a00", note="#1f5fbf"), True: dict(problem="#ff8a80", warning="#ffc46b", note="#8ab8ff")}
+INKS = {
+    False: dict(problem="#b3261e", warning="#8a5a00", note="#1f5fbf"),
+    True: dict(problem="#ff8a80", warning="#ffc46b", note="#8ab8ff"),
+}
 
 
 def findings_html(findings: list[Finding], steps: int, dark: bool = False) -> str:
@@ -46,9 +56,14 @@ def findings_html(findings: list[Finding], steps: int, dark: bool = False) -> st
         return f"<p>{f'{len(RULES)} checks of these {steps} steps found nothing wrong.' if steps else 'Nothing to check yet: no step is recorded.'}</p>"
     items = []
     for f in findings:
-        says, evidence, look = (re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(visible(text))) for text in (f.says, f.evidence, f.look))
+        says, evidence, look = (
+            re.sub("`([^`]+)`", r"<code>\1</code>", html.escape(visible(text)))
+            for text in (f.says, f.evidence, f.look)
+        )
         mark = f"<b style='color:{INKS[dark][f.severity]}'>{MARKS[f.severity]} {f.severity}</b>"
-        items.append(f"<li style='margin:.5em 0;list-style:none'>{mark} <b>{says}</b><br>{evidence}<br><i>Look at:</i> {look}</li>")
+        items.append(
+            f"<li style='margin:.5em 0;list-style:none'>{mark} <b>{says}</b><br>{evidence}<br><i>Look at:</i> {look}</li>"
+        )
     return f"<ul aria-label='Diagnosis' style='margin:0;padding:0;line-height:1.5'>{''.join(items)}</ul>"
 
 
@@ -76,4 +91,6 @@ class Diagnosis(widgets.VBox):
 
     def _draw(self):
         if self.record is not None:
-            self._list.value = findings_html(self.findings, len(self.record.metrics["seconds"][0]), self.dark)
+            self._list.value = findings_html(
+                self.findings, len(self.record.metrics["seconds"][0]), self.dark
+            )

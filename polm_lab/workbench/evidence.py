@@ -84,14 +84,19 @@ class Series:
     @property
     def rise(self) -> float:
         "From start to end; 0 if it is less than two standard errors."
-        rise, noise = self.end - self.start, math.sqrt(sum(part.var() / len(part) for part in self.ends))
+        rise, noise = (
+            self.end - self.start,
+            math.sqrt(sum(part.var() / len(part) for part in self.ends)),
+        )
         return rise if abs(rise) > 2 * noise else 0.0
 
     def since(self, holds: Callable[[np.ndarray], np.ndarray]) -> int:
         "The first step that passes `holds` and after which the running mean over a tenth of the points does so to the end."
         n = math.ceil(len(self) / 10)
         total = np.concatenate([[0.0], np.cumsum(self.values)])
-        failing = np.flatnonzero(~holds((total[n:] - total[:-n]) / n))  # entry i is the mean of the n points from i on
+        failing = np.flatnonzero(
+            ~holds((total[n:] - total[:-n]) / n)
+        )  # entry i is the mean of the n points from i on
         first = failing[-1] + 1 if len(failing) else 0
         passing = np.flatnonzero(holds(self.values[first:]))
         return int(self.steps[first + passing[0] if len(passing) else -1])
@@ -103,7 +108,11 @@ class Evidence:
     def __init__(self, run):
         self.run: Run = open_run(run)
         self.metrics, self.samples = Record(self.run), Lines(self.run.path / "samples.jsonl")
-        self.facts, self.status, self.trouble = self.run.record, "", ""  # trouble: why run.json cannot be read now
+        self.facts, self.status, self.trouble = (
+            self.run.record,
+            "",
+            "",
+        )  # trouble: why run.json cannot be read now
         self.refresh()
 
     def refresh(self) -> bool:
@@ -114,13 +123,21 @@ class Evidence:
         except (WrongInput, OSError, LookupError, TypeError) as error:
             gone = not self.run.path.exists()
             self.status = "gone" if gone else "damaged"
-            self.trouble = f"{self.run.path}: the run's folder is gone; what is shown was read before" if gone else str(error)
+            self.trouble = (
+                f"{self.run.path}: the run's folder is gone; what is shown was read before"
+                if gone
+                else str(error)
+            )
         grown = [self.metrics.refresh(), self.samples.read()]
         return any(grown) or before != self._facts()
 
     def _facts(self) -> tuple:
         "What is known of the run, without what changes as long as it lives."
-        return {k: v for k, v in self.facts.items() if k not in ("heartbeat", "seconds")}, self.status, self.trouble
+        return (
+            {k: v for k, v in self.facts.items() if k not in ("heartbeat", "seconds")},
+            self.status,
+            self.trouble,
+        )
 
     @property
     def settings(self) -> dict:

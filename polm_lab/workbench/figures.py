@@ -31,16 +31,45 @@ from ..core.knobs import WrongInput
 
 # %% ../../nbs/workbench/figures.ipynb #b9a4e36f
 FIGURE = "application/vnd.plotly.v1+json"  # Plotly's own type of output
-CONFIG = {"responsive": True, "displaylogo": False, "showSendToCloud": False}  # no button that sends data to a host
+CONFIG = {
+    "responsive": True,
+    "displaylogo": False,
+    "showSendToCloud": False,
+}  # no button that sends data to a host
 PICTURE_BYTES = 20_000
-_WIDTH, _HEIGHT = 800, 360  # in pixels: what fits next to JupyterLab's file list; the height that its renderer takes for a figure without one
+_WIDTH, _HEIGHT = (
+    800,
+    360,
+)  # in pixels: what fits next to JupyterLab's file list; the height that its renderer takes for a figure without one
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 _IDLE = 30.0  # seconds after which a browser without work is closed
 _PATIENCE = 60.0  # seconds for a picture with the start of its browser, on a machine that is busy
 _CLEAR = "rgba(0,0,0,0)"
-_SPACES = ("scene", "polar", "ternary", "smith", "geo", "map", "mapbox")  # parts of a template for traces on no plain axes
+_SPACES = (
+    "scene",
+    "polar",
+    "ternary",
+    "smith",
+    "geo",
+    "map",
+    "mapbox",
+)  # parts of a template for traces on no plain axes
 _SCALES = ("colorscale", "coloraxis")  # for traces whose colors are numbers
-_FLAT = {"scatter", "scattergl", "bar", "histogram", "heatmap", "box", "violin", "contour", "pie", "sunburst", "treemap", "icicle", "sankey"}
+_FLAT = {
+    "scatter",
+    "scattergl",
+    "bar",
+    "histogram",
+    "heatmap",
+    "box",
+    "violin",
+    "contour",
+    "pie",
+    "sunburst",
+    "treemap",
+    "icicle",
+    "sankey",
+}
 
 
 def show(figure):
@@ -69,10 +98,16 @@ def figure_json(figure) -> dict:
             del layout[ground]
     template = layout.get("template", {})
     kinds = {trace.get("type", "scatter") for trace in stored["data"]}
-    template["data"] = {kind: look for kind, look in template.get("data", {}).items() if kind in kinds}
-    plain_colors = kinds <= {"scatter", "bar", "histogram", "box"} and not re.search(r'"coloraxis"|"color": [\[{]', json.dumps(stored["data"]))
+    template["data"] = {
+        kind: look for kind, look in template.get("data", {}).items() if kind in kinds
+    }
+    plain_colors = kinds <= {"scatter", "bar", "histogram", "box"} and not re.search(
+        r'"coloraxis"|"color": [\[{]', json.dumps(stored["data"])
+    )
     unused = (*(_SPACES if kinds <= _FLAT else ()), *(_SCALES if plain_colors else ()))
-    template["layout"] = {name: look for name, look in template.get("layout", {}).items() if name not in unused}
+    template["layout"] = {
+        name: look for name, look in template.get("layout", {}).items() if name not in unused
+    }
     return stored
 
 # %% ../../nbs/workbench/figures.ipynb #e128324f
@@ -84,7 +119,11 @@ def _compact(value, name: str = ""):
     if isinstance(value, dict):
         return {key: _compact(part, key) for key, part in value.items()}
     if isinstance(value, list):
-        if name in ("x", "y", "z", "values") and len(value) > 8 and {type(part) for part in value} <= {int, float}:
+        if (
+            name in ("x", "y", "z", "values")
+            and len(value) > 8
+            and {type(part) for part in value} <= {int, float}
+        ):
             return _packed(np.array(value))
         return [_compact(part) for part in value]
     if isinstance(value, float):
@@ -117,13 +156,15 @@ def figure_picture(stored: dict, limit: int = PICTURE_BYTES) -> bytes:
     width = stored["layout"].get("width") or _WIDTH
     return shrink(draw_png(stored, width, min(1.0, _WIDTH / width)), limit)
 
-
+# %% ../../nbs/workbench/figures.ipynb #74201774
 def draw_png(stored: dict, width: int = _WIDTH, scale: float = 1.0) -> bytes:
     """Draw a figure, given as its JSON, as a PNG in all its colors, `scale` pixels of it for one of the figure's.
 
     Raises: `WrongInput` where kaleido or a browser is missing, or the browser fails.
     """
-    options = dict(format="png", width=width, height=stored["layout"].get("height") or _HEIGHT, scale=scale)
+    options = dict(
+        format="png", width=width, height=stored["layout"].get("height") or _HEIGHT, scale=scale
+    )
     return _painter().draw({"data": stored["data"], "layout": stored["layout"]}, options)
 
 
@@ -145,8 +186,13 @@ def shrink(png: bytes, limit: int) -> bytes:
 def _reduced(image, colors: int) -> bytes:
     from PIL import Image
 
-    few, out = image.quantize(colors, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE), io.BytesIO()
-    few.putpalette([255 if part > 247 else part for part in few.getpalette()])  # a ground that is nearly white would show on a white page
+    few, out = (
+        image.quantize(colors, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE),
+        io.BytesIO(),
+    )
+    few.putpalette(
+        [255 if part > 247 else part for part in few.getpalette()]
+    )  # a ground that is nearly white would show on a white page
     few.save(out, "png", optimize=True)
     return out.getvalue()
 
@@ -158,7 +204,9 @@ class _Painter:
         self.trouble, self.browser, self.closing, self.loop = _no_painter(), None, None, None
         if not self.trouble:
             self.loop = asyncio.new_event_loop()
-            threading.Thread(target=self.loop.run_forever, daemon=True, name="polm-pictures").start()
+            threading.Thread(
+                target=self.loop.run_forever, daemon=True, name="polm-pictures"
+            ).start()
             atexit.register(self.close)
 
     def draw(self, figure: dict, options: dict) -> bytes:
@@ -172,7 +220,9 @@ class _Painter:
                 if not isinstance(error, Exception):  # the person stopped the cell, not the browser
                     raise
                 words = str(error).strip().split("\n")[0] or f"no answer within {_PATIENCE:g} s"
-                self.trouble = f"the browser that draws pictures failed ({type(error).__name__}: {words})"
+                self.trouble = (
+                    f"the browser that draws pictures failed ({type(error).__name__}: {words})"
+                )
                 self.close()
         raise WrongInput(self.trouble)
 
@@ -190,7 +240,9 @@ class _Painter:
         from kaleido import Kaleido
 
         for attempt in range(1, tries + 1):
-            browser = Kaleido(n=1, timeout=_PATIENCE, mathjax=False, path=browser_path())  # MathJax would come from a host
+            browser = Kaleido(
+                n=1, timeout=_PATIENCE, mathjax=False, path=browser_path()
+            )  # MathJax would come from a host
             try:
                 await browser.open()
                 return browser
@@ -218,19 +270,27 @@ def _painter() -> _Painter:
 # %% ../../nbs/workbench/figures.ipynb #4589a0f9
 def browser_path() -> str | None:
     "The browser that draws pictures: `$POLM_CHROMIUM`, one on the PATH, Playwright's or kaleido's; None where there is none."
-    named = os.environ.get("POLM_CHROMIUM") or os.environ.get("BROWSER_PATH")  # the second is kaleido's own
+    named = os.environ.get("POLM_CHROMIUM") or os.environ.get(
+        "BROWSER_PATH"
+    )  # the second is kaleido's own
     if named:
         return None if named == "none" else shutil.which(named)
     found = next(filter(None, map(shutil.which, _BROWSERS)), None)
     installed = sorted((Path.home() / ".cache/ms-playwright").glob("chromium*/chrome-linux*/*"))
-    installed = [path for path in installed if path.name in ("chrome", "headless_shell", "chrome-headless-shell")]
+    installed = [
+        path
+        for path in installed
+        if path.name in ("chrome", "headless_shell", "chrome-headless-shell")
+    ]
     if found or installed:
         return found or str(installed[-1])
     if find_spec("choreographer") is None:
         return None
     from choreographer.browsers.chromium import Chromium
 
-    return Chromium.find_browser(skip_local=False, skip_typical=sys.platform == "linux")  # there the usual places are on the PATH
+    return Chromium.find_browser(
+        skip_local=False, skip_typical=sys.platform == "linux"
+    )  # there the usual places are on the PATH
 
 
 def _no_painter() -> str:
@@ -245,7 +305,9 @@ def _no_painter() -> str:
 def _import_nbformat():
     "Import what plotly needs to show a figure, without the grammar of web addresses that jsonschema would build at import for two seconds."
     if "jsonschema" not in sys.modules:
-        sys.modules["rfc3987_syntax"] = None  # jsonschema takes it as not installed; nobody here checks an address
+        sys.modules["rfc3987_syntax"] = (
+            None  # jsonschema takes it as not installed; nobody here checks an address
+        )
         try:
             import nbformat  # noqa: F401
         finally:
@@ -253,7 +315,9 @@ def _import_nbformat():
 
 # %% ../../nbs/workbench/figures.ipynb #95582984
 _WAIT = "const shelf = (globalThis.polmPlotly ??= (() => { let give; return { library: new Promise(found => give = found), give: code => give(code) }; })());"
-_LIBRARY = _WAIT + """
+_LIBRARY = (
+    _WAIT
+    + """
 export default {
   initialize({ model }) {
     if (shelf.given) return;
@@ -262,7 +326,10 @@ export default {
   },
 };
 """
-_FIGURE = _WAIT + """
+)
+_FIGURE = (
+    _WAIT
+    + """
 const names = ["addTraces", "deleteTraces", "moveTraces", "restyle", "relayout", "update", "animate", "removeLayoutProps", "removeTraceProps"].map(n => "_py2js_" + n);
 export default () => {
   let started;
@@ -292,6 +359,7 @@ export default () => {
   };
 };
 """
+)
 
 
 class Library(anywidget.AnyWidget):
@@ -310,7 +378,9 @@ def library() -> Library:
     if _library is None or _library.comm is None:  # closed with all widgets
         import plotly
 
-        _library = Library(code=(Path(plotly.__file__).parent / "package_data" / "widgetbundle.js").read_bytes())
+        _library = Library(
+            code=(Path(plotly.__file__).parent / "package_data" / "widgetbundle.js").read_bytes()
+        )
     return _library
 
 # %% ../../nbs/workbench/figures.ipynb #3ea95143
@@ -325,7 +395,10 @@ def _live_class():
         def get_state(self, key=None, drop_defaults=False):
             "The figure as it is now: plotly keeps what it was at the beginning, which is what a page that is loaded again would show."
             if key is None and getattr(self, "_layout_obj", None) is not None:
-                self._trait_values |= dict(_widget_layout=deepcopy(self._layout_obj._props), _widget_data=deepcopy(self._data))
+                self._trait_values |= dict(
+                    _widget_layout=deepcopy(self._layout_obj._props),
+                    _widget_data=deepcopy(self._data),
+                )
             return super().get_state(key, drop_defaults)
 
     return LiveFigure

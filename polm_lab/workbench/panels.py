@@ -23,7 +23,20 @@ from .figures import CONFIG
 from .record import Record, smooth, thin
 
 # %% ../../nbs/workbench/panels.ipynb #2ae663c5
-_SIGNS = dict(pi="π", rho="ρ", epsilon="ε", beta="β", sum="Σ", sim=" ~ ", mid=" | ", notin=" ∉ ", lVert="‖", rVert="‖", left="", right="")
+_SIGNS = dict(
+    pi="π",
+    rho="ρ",
+    epsilon="ε",
+    beta="β",
+    sum="Σ",
+    sim=" ~ ",
+    mid=" | ",
+    notin=" ∉ ",
+    lVert="‖",
+    rVert="‖",
+    left="",
+    right="",
+)
 
 
 _PART = r"\s*(?:\{([^{}]*)\}|(\w))"  # a LaTeX argument: a group in braces, or one character
@@ -31,11 +44,17 @@ _PART = r"\s*(?:\{([^{}]*)\}|(\w))"  # a LaTeX argument: a group in braces, or o
 
 def plain(latex: str) -> str:
     "A formula of the vocabulary as the HTML that a hover text can show."
-    text = re.sub(r"\\(?:operatorname|mathbb|mathcal) *\{?([A-Za-z]+)\}?", r"\1", html.escape(latex, quote=False))
+    text = re.sub(
+        r"\\(?:operatorname|mathbb|mathcal) *\{?([A-Za-z]+)\}?",
+        r"\1",
+        html.escape(latex, quote=False),
+    )
     text = re.sub("_" + _PART, r"<sub>\1\2</sub>", text)
     text = re.sub(r"\\binom" + 2 * _PART, r"C(\1\2, \3\4)", text)
     text = re.sub(r"\\frac" + 2 * _PART, r"(\1\2 / \3\4)", text)
-    text = re.sub(r"\\([A-Za-z]+|,)", lambda found: _SIGNS.get(found[1], f" {found[1].strip(',')} "), text)
+    text = re.sub(
+        r"\\([A-Za-z]+|,)", lambda found: _SIGNS.get(found[1], f" {found[1].strip(',')} "), text
+    )
     text = re.sub(" +", " ", text.replace("-", " - ")).strip()
     for loose, close in ((" <sub>", "<sub>"), (" (", "("), ("( ", "("), ("[ ", "[")):
         text = text.replace(loose, close)
@@ -57,17 +76,43 @@ def explain(name: str) -> str:
 def as_text(value) -> str:
     "A prompt or completion, plain or conversational, as text."
     if isinstance(value, list):
-        return "\n".join(f"{m.get('role')}: {m.get('content')}" if isinstance(m, dict) else str(m) for m in value)
+        return "\n".join(
+            f"{m.get('role')}: {m.get('content')}" if isinstance(m, dict) else str(m) for m in value
+        )
     return "" if value is None else str(value)
 
 # %% ../../nbs/workbench/panels.ipynb #7a5ae6fa
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c6d31")  # one a run, told apart by the color-blind
+COLORS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#7f7f7f",
+    "#8c6d31",
+)  # one a run, told apart by the color-blind
 GROUPS = {
     "Reward": ("reward", "reward_std", "zero_std_groups", "advantage_std"),
     "Preference": ("margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected"),
-    "Evaluation": ("accuracy", "pass_at_k", "win_rate", "perplexity", "forgetting", "calibration_error", "length_bias"),
+    "Evaluation": (
+        "accuracy",
+        "pass_at_k",
+        "win_rate",
+        "perplexity",
+        "forgetting",
+        "calibration_error",
+        "length_bias",
+    ),
     "Learning": ("loss", "grad_norm", "learning_rate"),
-    "Policy": ("kl", "entropy", "clip_fraction", "ratio_max", "kl_coefficient", "entropy_coefficient"),
+    "Policy": (
+        "kl",
+        "entropy",
+        "clip_fraction",
+        "ratio_max",
+        "kl_coefficient",
+        "entropy_coefficient",
+    ),
     "Critic": ("value_loss", "explained_variance"),
     "Refinement": ("broken", "mended", "tokens"),
     "Editing": ("efficacy", "paraphrase", "neighbourhood", "other_relation"),
@@ -82,8 +127,17 @@ GROUPS = {
 def shown_metrics(names) -> list[str]:
     "The names to draw, in the order of the vocabulary; `eval/NAME` is drawn with NAME, what is outside it comes last."
     order = list(METRICS)
-    found = {name.removeprefix("eval/") for name in names if not is_count(name)} - {"step", "seconds"}
-    return sorted(found, key=lambda name: (order.index(name.split("/")[0]) if name.split("/")[0] in order else len(order), name))
+    found = {name.removeprefix("eval/") for name in names if not is_count(name)} - {
+        "step",
+        "seconds",
+    }
+    return sorted(
+        found,
+        key=lambda name: (
+            order.index(name.split("/")[0]) if name.split("/")[0] in order else len(order),
+            name,
+        ),
+    )
 
 
 def grouped(names) -> dict[str, list[str]]:
@@ -94,18 +148,25 @@ def grouped(names) -> dict[str, list[str]]:
         found[home.get(name.split("/")[0], "Other")].append(name)
     return {group: names for group, names in found.items() if names}
 
-
+# %% ../../nbs/workbench/panels.ipynb #7eac8471
 def style(figure, dark: bool = False):
     "Give a figure the dark or the light look, on the ground of its page."
     ground = "rgba(0,0,0,0)"
     bar = dict(bgcolor=ground, color="#8a94a3", activecolor="#1f6feb")
-    return figure.update_layout(template="plotly_dark" if dark else "plotly_white", paper_bgcolor=ground, plot_bgcolor=ground, modebar=bar)
+    return figure.update_layout(
+        template="plotly_dark" if dark else "plotly_white",
+        paper_bgcolor=ground,
+        plot_bgcolor=ground,
+        modebar=bar,
+    )
 
 
 def framed(figure, height: int, **layout):
     "A figure in the light look with narrow margins, whose zoom is kept when its data change."
     margin = dict(l=45, r=15, t=40, b=40)
-    return style(figure).update_layout(height=height, margin=margin, font_size=11, uirevision="kept", **layout)
+    return style(figure).update_layout(
+        height=height, margin=margin, font_size=11, uirevision="kept", **layout
+    )
 
 
 def _title(name: str) -> str:
@@ -113,25 +174,54 @@ def _title(name: str) -> str:
     return html.escape(f"{name} ({unit})" if unit else name)
 
 
-def traces(name: str, record: Record, color: str, smoothing: float = 0.0, within=None) -> list[dict]:
+def traces(
+    name: str, record: Record, color: str, smoothing: float = 0.0, within=None
+) -> list[dict]:
     "Three traces of one metric of one run: as logged (faint where it is smoothed), smoothed, evaluated on held-out data."
-    (x, y), about = record[name], dict(name=record.run.id, legendgroup=record.run.id, showlegend=False)
+    (x, y), about = (
+        record[name],
+        dict(name=record.run.id, legendgroup=record.run.id, showlegend=False),
+    )
 
     def trace(key, points, mode, **look):
         x, y = thin(*points, within=within)
-        hover = f"step %{{x}}: %{{y:.5g}}<br>{explain(key)}<extra>{html.escape(record.run.id)}</extra>"
+        hover = (
+            f"step %{{x}}: %{{y:.5g}}<br>{explain(key)}<extra>{html.escape(record.run.id)}</extra>"
+        )
         return dict(x=x, y=y, mode=mode, hovertemplate=hover, **look, **about)
 
     line = "lines+markers" if len(x) < 30 else "lines"  # a run that has just begun is a point
     return [
-        trace(name, (x, y), line, opacity=0.3 if smoothing else 1.0, line=dict(color=color, width=1.6), marker=dict(color=color, size=4)),
-        trace(name, (x, smooth(y, smoothing)) if smoothing else (np.empty(0), np.empty(0)), "lines", line=dict(color=color, width=2)),
-        trace(f"eval/{name}", record[f"eval/{name}"], "markers", marker=dict(color=color, size=7, symbol="diamond-open", line_width=2)),
+        trace(
+            name,
+            (x, y),
+            line,
+            opacity=0.3 if smoothing else 1.0,
+            line=dict(color=color, width=1.6),
+            marker=dict(color=color, size=4),
+        ),
+        trace(
+            name,
+            (x, smooth(y, smoothing)) if smoothing else (np.empty(0), np.empty(0)),
+            "lines",
+            line=dict(color=color, width=2),
+        ),
+        trace(
+            f"eval/{name}",
+            record[f"eval/{name}"],
+            "markers",
+            marker=dict(color=color, size=7, symbol="diamond-open", line_width=2),
+        ),
     ]
 
-
+# %% ../../nbs/workbench/panels.ipynb #766c98c9
 def _all_traces(names, records, **look):
-    return [t for name in names for color, record in zip(COLORS * len(records), records) for t in traces(name, record, color, **look)]
+    return [
+        t
+        for name in names
+        for color, record in zip(COLORS * len(records), records)
+        for t in traces(name, record, color, **look)
+    ]
 
 # %% ../../nbs/workbench/panels.ipynb #54789bdd
 def draw(names: list[str], records: list[Record], columns: int = 3, smoothing: float = 0.0):
@@ -160,13 +250,19 @@ def panels(*which, metrics: list[str] | None = None, columns: int = 3, smoothing
     records = [Record(r) for r in which]
     names = metrics or shown_metrics(name for r in records for name in r.columns)
     if not names:
-        raise WrongInput(f"{', '.join(r.run.id for r in records) or 'panels'}: no metrics are recorded yet; expected at least one step")
+        raise WrongInput(
+            f"{', '.join(r.run.id for r in records) or 'panels'}: no metrics are recorded yet; expected at least one step"
+        )
     figure = draw(names, records, columns, smoothing)
     figure.data = [t for t in figure.data if len(t.x)]
     named = {}
     for trace in figure.data:
-        trace.showlegend = trace.opacity in (None, 1) and named.setdefault(trace.name, trace) is trace
-    return figure.update_layout(margin_t=70, legend=dict(orientation="h", yref="container", y=1, yanchor="top"))
+        trace.showlegend = (
+            trace.opacity in (None, 1) and named.setdefault(trace.name, trace) is trace
+        )
+    return figure.update_layout(
+        margin_t=70, legend=dict(orientation="h", yref="container", y=1, yanchor="top")
+    )
 
 # %% ../../nbs/workbench/panels.ipynb #71b9b3f1
 def frontier(*which, smoothing: float = 0.9):
@@ -177,7 +273,10 @@ def frontier(*which, smoothing: float = 0.9):
     for color, record in zip(COLORS * len(records), records):
         run, (steps, kl, reward) = record.run, _together(record, "kl", "reward")
         before_after = [(values.get("kl"), values.get("reward")) for values in run.summary.values()]
-        points = [*zip(*_together(record, "eval/kl", "eval/reward")[1:]), *(p for p in before_after if None not in p)]
+        points = [
+            *zip(*_together(record, "eval/kl", "eval/reward")[1:]),
+            *(p for p in before_after if None not in p),
+        ]
         about = dict(legendgroup=run.id, name=html.escape(run.id))
         if len(steps):
             hover = "step %{customdata}: kl %{x:.4g}, reward %{y:.4g}"
@@ -185,11 +284,16 @@ def frontier(*which, smoothing: float = 0.9):
             figure.add_scatter(**path, mode="lines", line_color=color, hovertemplate=hover, **about)
         if points:
             x, y = zip(*sorted(points))
-            look = dict(marker=dict(color=color, size=9), hovertemplate="evaluation: kl %{x:.4g}, reward %{y:.4g}")
+            look = dict(
+                marker=dict(color=color, size=9),
+                hovertemplate="evaluation: kl %{x:.4g}, reward %{y:.4g}",
+            )
             figure.add_scatter(x=x, y=y, mode="markers", showlegend=not len(steps), **look, **about)
     if not figure.data:
         ids = ", ".join(record.run.id for record in records) or "frontier"
-        raise WrongInput(f"{ids}: no kl beside a reward is recorded; expected a run that logs or evaluates both")
+        raise WrongInput(
+            f"{ids}: no kl beside a reward is recorded; expected a run that logs or evaluates both"
+        )
     return framed(figure, 380, xaxis_title=_title("kl"), yaxis_title="reward")
 
 
@@ -213,14 +317,23 @@ def advantage_histogram(run, steps=None):
     steps = steps or list(dict.fromkeys([*by_step][:1] + [*by_step][-1:]))
     if not by_step or not set(steps) <= set(by_step):
         where = f" at steps {steps}" if by_step else ""
-        raise WrongInput(f"{run.id}: no advantages are recorded{where}; expected samples of a policy-gradient method")
+        raise WrongInput(
+            f"{run.id}: no advantages are recorded{where}; expected samples of a policy-gradient method"
+        )
     figure = go.Figure()
     for color, step in zip(COLORS * len(steps), steps):
         values = np.array(by_step[step])
         name = f"step {step}: {np.mean(values == 0):.0%} at 0"
         look = dict(marker_color=color, opacity=0.6, hovertemplate="%{x}: %{y:.1f} %")
         figure.add_histogram(x=values, name=name, histnorm="percent", nbinsx=30, **look)
-    return framed(figure, 320, barmode="overlay", xaxis_title="advantage", yaxis_title="% of completions", showlegend=True)
+    return framed(
+        figure,
+        320,
+        barmode="overlay",
+        xaxis_title="advantage",
+        yaxis_title="% of completions",
+        showlegend=True,
+    )
 
 # %% ../../nbs/workbench/panels.ipynb #885a66ee
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1200px;padding:0 1rem;color:#1c2430;background:#fff}
@@ -251,7 +364,10 @@ def sample_texts(run: Run, rows: int = 6) -> str:
     "The newest sampled completions of a run as escaped text."
     newest = run.lines("samples")[-rows:]
     heads = [f"step {row.get('step')}, reward {row.get('reward')}" for row in newest]
-    texts = [f"{head}\n{as_text(row.get('prompt'))} ⟶ {as_text(row.get('completion'))}" for head, row in zip(heads, newest)]
+    texts = [
+        f"{head}\n{as_text(row.get('prompt'))} ⟶ {as_text(row.get('completion'))}"
+        for head, row in zip(heads, newest)
+    ]
     return "".join(f"<pre>{html.escape(visible(text))}</pre>" for text in texts)
 
 
@@ -261,11 +377,18 @@ def write_page(runs, path, title: str, front: str = "") -> Path:
     for run in map(open_run, runs):
         parts += [f"<h2>{html.escape(run.method)}: {html.escape(run.id)}</h2>", summary_table(run)]
         if run.lines():
-            parts.append(panels(run).to_html(full_html=False, include_plotlyjs=plotly, include_mathjax=False, config=CONFIG))
+            parts.append(
+                panels(run).to_html(
+                    full_html=False, include_plotlyjs=plotly, include_mathjax=False, config=CONFIG
+                )
+            )
             plotly = False
         texts = sample_texts(run)
         parts += ["<h3>newest samples</h3>", texts] if texts else []
     head = f"<meta charset='utf-8'><title>{html.escape(title)}</title><style>{_STYLE}</style>"
     path = Path(path)
-    path.write_text(f"<!doctype html><html lang='en'>{head}<body>{''.join(parts)}</body></html>", encoding="utf-8")
+    path.write_text(
+        f"<!doctype html><html lang='en'>{head}<body>{''.join(parts)}</body></html>",
+        encoding="utf-8",
+    )
     return path

@@ -25,9 +25,16 @@ class WarmProcess:
         "Have a process waiting."
         if self.process is None or self.process.poll() is not None:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", "from polm_lab.workbench.ready import wait_for_run; wait_for_run()"],
-                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-            )  # fmt: skip
+                [
+                    sys.executable,
+                    "-c",
+                    "from polm_lab.workbench.ready import wait_for_run; wait_for_run()",
+                ],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
 
     def give(self, run: Run):
         "Let the waiting process run a prepared, stopped or dead run."

@@ -38,7 +38,11 @@ def _parse(block: bytes) -> tuple[dict[str, np.ndarray], int]:
 
     try:
         table = arrow.read_json(io.BytesIO(block), arrow.ReadOptions(block_size=len(block) + 1))
-        numbers = [f.name for f in table.schema if pyarrow.types.is_integer(f.type) or pyarrow.types.is_floating(f.type)]
+        numbers = [
+            f.name
+            for f in table.schema
+            if pyarrow.types.is_integer(f.type) or pyarrow.types.is_floating(f.type)
+        ]
         if "step" in numbers:
             columns = {name: table[name].to_numpy().astype(float) for name in numbers}
             return columns, int(np.isnan(columns["step"]).sum())
@@ -47,12 +51,23 @@ def _parse(block: bytes) -> tuple[dict[str, np.ndarray], int]:
     rows, lines = [], block.split(b"\n")[:-1]
     for line in lines:
         try:
-            row = {name: float(value) for name, value in json.loads(line).items() if isinstance(value, (int, float))}
+            row = {
+                name: float(value)
+                for name, value in json.loads(line).items()
+                if isinstance(value, (int, float))
+            }
             rows += [row] if "step" in row else []
-        except (ValueError, AttributeError, OverflowError, RecursionError):  # no JSON, no object, an integer beyond all floats, a bottomless list
+        except (
+            ValueError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+        ):  # no JSON, no object, an integer beyond all floats, a bottomless list
             pass
     names = dict.fromkeys(name for row in rows for name in row)
-    return {name: np.array([row.get(name, np.nan) for row in rows]) for name in names}, len(lines) - len(rows)
+    return {name: np.array([row.get(name, np.nan) for row in rows]) for name in names}, len(
+        lines
+    ) - len(rows)
 
 # %% ../../nbs/workbench/record.ipynb #168387f7
 class Record:
@@ -60,7 +75,9 @@ class Record:
 
     def __init__(self, run):
         self.run = open_run(run)
-        self._asked = False  # whether the page of its method was imported for names that it declares
+        self._asked = (
+            False  # whether the page of its method was imported for names that it declares
+        )
         self._forget()
         self.refresh()
 
@@ -90,8 +107,12 @@ class Record:
             for name, values in current_metrics(columns).items():
                 there = np.isfinite(values) & np.isfinite(columns["step"])
                 if name != "step" and there.any():
-                    parts.setdefault(name, [self[name]]).append((columns["step"][there], values[there]))
-        self.columns |= {name: tuple(map(np.concatenate, zip(*pairs))) for name, pairs in parts.items()}
+                    parts.setdefault(name, [self[name]]).append(
+                        (columns["step"][there], values[there])
+                    )
+        self.columns |= {
+            name: tuple(map(np.concatenate, zip(*pairs))) for name, pairs in parts.items()
+        }
         if new:
             self._end, self._tail = self._end + len(new), new[-200:]
         heads = {name.removeprefix("eval/").partition("/")[0] for name in parts}
@@ -113,7 +134,9 @@ def _kept(y: np.ndarray, most: int) -> np.ndarray:
     return np.unique(found.clip(max=len(y) - 1))
 
 
-def thin(x, y, most: int = 1000, within: tuple[float, float] | None = None) -> tuple[np.ndarray, np.ndarray]:
+def thin(
+    x, y, most: int = 1000, within: tuple[float, float] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     "At most `most` points of the line `x`, `y` that keep its extremes, and as many again of the stretch `within` of x."
     x, y = np.asarray(x), np.asarray(y)
     kept = _kept(y, most)

@@ -42,25 +42,50 @@ def did_not_finish(record: Evidence) -> Finding | None:
     where = f"step {facts.get('step', 0)} of {facts.get('total') or '?'}"
     again = f"log.txt in the run's folder; `polm resume {run}` goes on from the last checkpoint."
     if status in ("gone", "damaged"):
-        return Finding("problem", f"The run's record is {status}.", record.trouble, "the run's folder, or its copy.")
+        return Finding(
+            "problem",
+            f"The run's record is {status}.",
+            record.trouble,
+            "the run's folder, or its copy.",
+        )
     if status == "dead":
-        evidence = f"run.json says that process {facts.get('pid')} runs, but nothing holds the run's lock."
+        evidence = (
+            f"run.json says that process {facts.get('pid')} runs, but nothing holds the run's lock."
+        )
         return Finding("problem", f"The process was killed at {where}.", evidence, again)
     if status == "failed":
         return Finding("problem", f"The run failed at {where}.", str(facts.get("reason")), again)
     if status == "stopped":
-        return Finding("note", f"The run was stopped at {where}.", str(facts.get("reason")), f"`polm resume {run}` goes on.")
+        return Finding(
+            "note",
+            f"The run was stopped at {where}.",
+            str(facts.get("reason")),
+            f"`polm resume {run}` goes on.",
+        )
 
 
 @rule
 def damaged_lines(record: Evidence) -> Finding | None:
     "Lines of the record that cannot be read."
     counts = {"metrics.jsonl": record.metrics.damaged, "samples.jsonl": record.samples.damaged}
-    found = [f"{count} line{'s' * (count > 1)} of {name} cannot be read" for name, count in counts.items() if count]
-    if record.status not in ("running", "created"):  # while a run writes, its last line may be on its way
-        found += [f"the last line of {name} has no end" for name in counts if _torn(record.run.path / name)]
+    found = [
+        f"{count} line{'s' * (count > 1)} of {name} cannot be read"
+        for name, count in counts.items()
+        if count
+    ]
+    if record.status not in (
+        "running",
+        "created",
+    ):  # while a run writes, its last line may be on its way
+        found += [
+            f"the last line of {name} has no end"
+            for name in counts
+            if _torn(record.run.path / name)
+        ]
     if found:
-        look = "the disk, and who else writes there. These lines are left out; all others are shown."
+        look = (
+            "the disk, and who else writes there. These lines are left out; all others are shown."
+        )
         return Finding("warning", "A part of the record is damaged.", "; ".join(found) + ".", look)
 
 
@@ -75,7 +100,9 @@ def _torn(path: Path) -> bool:
 def _some(numbers: list[int], what: str, most: int = 5) -> str:
     "`lines 3, 7 and 2 more`."
     more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
-    return f"{what}{'s' if len(numbers) > 1 else ''} {', '.join(str(n) for n in numbers[:most])}{more}"
+    return (
+        f"{what}{'s' if len(numbers) > 1 else ''} {', '.join(str(n) for n in numbers[:most])}{more}"
+    )
 
 # %% ../../nbs/workbench/rules.ipynb #dd3d4d7d
 @rule
@@ -85,8 +112,14 @@ def no_contrast(record: Evidence) -> Finding | None:
     if not share or share.end <= metric("zero_std_groups").high:
         return None
     groups = [[row["reward"] for row in rows] for rows in groups_of(record.samples.rows).values()]
-    rewards, equal = [r for group in groups for r in group], [group[0] for group in groups if max(group) - min(group) < 1e-8]
-    evidence, solved = f"zero_std_groups is {share.end:.2f} at the end ({share.start:.2f} at the start)", False
+    rewards, equal = (
+        [r for group in groups for r in group],
+        [group[0] for group in groups if max(group) - min(group) < 1e-8],
+    )
+    evidence, solved = (
+        f"zero_std_groups is {share.end:.2f} at the end ({share.start:.2f} at the start)",
+        False,
+    )
     if equal:
         newest, least, most = float(np.mean(equal[-10:])), min(rewards), max(rewards)
         evidence += f"; the newest such groups have a mean reward of {newest:.3g}, where rewards go from {least:.3g} to {most:.3g}"
@@ -95,9 +128,11 @@ def no_contrast(record: Evidence) -> Finding | None:
         says = f"Little is left to learn: in {share.end:.0%} of the groups all answers are right."
         return Finding("note", says, evidence + ".", "harder prompts; or stop here.")
     return Finding(
-        "problem", f"There is no gradient, because all rewards in {share.end:.0%} of the groups are equal.", evidence + ".",
+        "problem",
+        f"There is no gradient, because all rewards in {share.end:.0%} of the groups are equal.",
+        evidence + ".",
         "the samples. Is no answer ever right? Then easier prompts, more `samples`, a higher `temperature`, or a reward with parts. Are all right? Then harder prompts.",
-    )  # fmt: skip
+    )
 
 
 def groups_of(rows: list[dict]) -> dict[tuple, list[dict]]:
@@ -105,7 +140,9 @@ def groups_of(rows: list[dict]) -> dict[tuple, list[dict]]:
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         if is_number(row.get("reward")) and not row.get("held_out"):
-            groups.setdefault((row.get("step"), row.get("group", str(row.get("prompt")))), []).append(row)
+            groups.setdefault(
+                (row.get("step"), row.get("group", str(row.get("prompt")))), []
+            ).append(row)
     return groups
 
 # %% ../../nbs/workbench/rules.ipynb #5181e79c
@@ -113,7 +150,11 @@ def groups_of(rows: list[dict]) -> dict[tuple, list[dict]]:
 def entropy_collapsed(record: Evidence) -> Finding | None:
     "The policy has become certain, so that its samples no longer differ."
     entropy, reward = record.series("entropy"), record.series("reward")
-    if not entropy or entropy.end > entropy.start / 3 or entropy.end > (floor := max(metric("entropy").low, entropy.start / 10)):
+    if (
+        not entropy
+        or entropy.end > entropy.start / 3
+        or entropy.end > (floor := max(metric("entropy").low, entropy.start / 10))
+    ):
         return None
     step = entropy.since(lambda mean: mean < floor)
     evidence = f"entropy was {entropy.start:.3g} nats/token at the start and is {entropy.end:.3g} at the end"
@@ -122,9 +163,11 @@ def entropy_collapsed(record: Evidence) -> Finding | None:
         evidence += f"; the reward was {later[0]:.3g} at step {step} and is {reward.end:.3g} now"
     solved = (record.evaluated("after", "accuracy") or 0.0) > 0.95
     return Finding(
-        "note" if solved else "warning", f"The entropy collapsed at step {step}: all samples of a prompt become the same{', and nearly all are right' if solved else ''}.", evidence + ".",
+        "note" if solved else "warning",
+        f"The entropy collapsed at step {step}: all samples of a prompt become the same{', and nearly all are right' if solved else ''}.",
+        evidence + ".",
         "the samples from that step on. If the reward still falls short: a lower `learning_rate`, a larger `clip_high` or `beta`.",
-    )  # fmt: skip
+    )
 
 
 @rule
@@ -133,13 +176,23 @@ def cut_short(record: Evidence) -> Finding | None:
     share = record.series("truncated")
     if not share or share.end <= metric("truncated").high:
         return None
-    limit, what = ("max_new_tokens", "completions") if "max_new_tokens" in record.settings else ("max_length", "rows")
-    ended = [row for row in record.samples.rows if isinstance(row.get("ended"), bool) and is_number(row.get("reward"))]
+    limit, what = (
+        ("max_new_tokens", "completions")
+        if "max_new_tokens" in record.settings
+        else ("max_length", "rows")
+    )
+    ended = [
+        row
+        for row in record.samples.rows
+        if isinstance(row.get("ended"), bool) and is_number(row.get("reward"))
+    ]
     means = [[row["reward"] for row in ended if row["ended"] is done] for done in (False, True)]
     evidence = f"truncated is {share.end:.2f} at the end ({share.start:.2f} at the start)"
     if all(means):
         evidence += f"; in the samples those cut have a mean reward of {np.mean(means[0]):.3g}, those that ended {np.mean(means[1]):.3g}"
-    says = f"{share.end:.0%} of the {what} are cut at {limit} = {record.settings.get(limit)} tokens."
+    says = (
+        f"{share.end:.0%} of the {what} are cut at {limit} = {record.settings.get(limit)} tokens."
+    )
     look = f"how the {what} end. Raise `{limit}`, or {'reward an end' if what == 'completions' else 'shorten the data'}."
     return Finding("problem" if share.end > 0.5 else "warning", says, evidence + ".", look)
 
@@ -155,7 +208,11 @@ def kl_left_range(record: Evidence) -> Finding | None:
     forgot = record.evaluated("after", "forgetting")
     evidence = f"KL is {end:.3g} nats/token at the end; up to {most:g} is usual"
     evidence += f"; forgetting is {forgot:+.3g} nats/token" if forgot is not None else ""
-    knob = f"`beta` (now {record.settings['beta']:g})" if is_number(record.settings.get("beta")) else "the pull to the reference"
+    knob = (
+        f"`beta` (now {record.settings['beta']:g})"
+        if is_number(record.settings.get("beta"))
+        else "the pull to the reference"
+    )
     look = f"the frontier of reward against KL, and the samples. Raise {knob}, lower `learning_rate`, or stop earlier."
     return Finding("warning", f"The KL left its range{when}.", evidence + ".", look)
 
@@ -164,13 +221,25 @@ def kl_left_range(record: Evidence) -> Finding | None:
 def critic_misleads(record: Evidence) -> Finding | None:
     "The critic foresees the returns no better than their mean does."
     share, equal = record.series("explained_variance"), record.series("zero_std_groups")
-    if not share or share.end >= 0.1 or equal and equal.end > metric("zero_std_groups").high:  # where all returns are equal there is nothing to foresee
+    if (
+        not share or share.end >= 0.1 or equal and equal.end > metric("zero_std_groups").high
+    ):  # where all returns are equal there is nothing to foresee
         return None
     evidence = f"explained_variance is {share.end:.2g} at the end ({share.start:.2g} at the start); 1 is a critic that foresees all, 0 one that knows nothing"
     look = "value_loss over the steps. Give the critic more `epochs`, more weight or a better start, or take a method without one (GRPO, RLOO)."
     if share.end < -0.1:
-        return Finding("warning", "The critic misleads: the advantages are noisier than without it.", evidence + ".", look)
-    return Finding("note", "The critic knows next to nothing yet: the advantages are as noisy as without it.", evidence + ".", look)
+        return Finding(
+            "warning",
+            "The critic misleads: the advantages are noisier than without it.",
+            evidence + ".",
+            look,
+        )
+    return Finding(
+        "note",
+        "The critic knows next to nothing yet: the advantages are as noisy as without it.",
+        evidence + ".",
+        look,
+    )
 
 
 @rule
@@ -181,20 +250,29 @@ def kl_not_held(record: Evidence) -> Finding | None:
         return None
     evidence = f"{_path('kl_coefficient', price)}, while {_path('kl', kl)} nats/token"
     look = "the samples, and KL over the steps. Lower `learning_rate`, begin with a larger `beta`, or allow more KL."
-    return Finding("warning", "The KL is not held: its price rises and rises.", evidence + ".", look)
+    return Finding(
+        "warning", "The KL is not held: its price rises and rises.", evidence + ".", look
+    )
 
 
 @rule
 def ranks_by_chance(record: Evidence) -> Finding | None:
     "Of held-out pairs no more are ranked rightly than by chance."
     share = record.evaluated("after", "accuracy")
-    if not record.series("margin") or share is None or record.rows < 16 or share >= 0.5 + record.doubt:  # fewer rows say nothing
+    if (
+        not record.series("margin")
+        or share is None
+        or record.rows < 16
+        or share >= 0.5 + record.doubt
+    ):  # fewer rows say nothing
         return None
     evidence = f"accuracy is {share:.3g} on {record.rows} held-out rows; above {0.5 + record.doubt:.2g} is more than chance there"
     look = "the pairs: can you tell which answer is better? Then more `steps`, more data, or a higher `learning_rate`."
-    return Finding("warning", "Held-out pairs are ranked no better than by chance.", evidence + ".", look)
+    return Finding(
+        "warning", "Held-out pairs are ranked no better than by chance.", evidence + ".", look
+    )
 
-
+# %% ../../nbs/workbench/rules.ipynb #9dfb456c
 @rule
 def equal_pairs(record: Evidence) -> Finding | None:
     "Pairs were left out because their answers are equal within `max_length`."
@@ -202,11 +280,21 @@ def equal_pairs(record: Evidence) -> Finding | None:
     counts = {part: (found["equal"], found["pairs"]) for part, found in left_out.items()}
     if not counts:
         return None
-    shares = [f"{equal} of {pairs} pairs ({part}, {equal / pairs:.0%})" for part, (equal, pairs) in counts.items()]
+    shares = [
+        f"{equal} of {pairs} pairs ({part}, {equal / pairs:.0%})"
+        for part, (equal, pairs) in counts.items()
+    ]
     evidence = f"{', '.join(shares)} hold the same tokens on both sides within max_length = {record.settings.get('max_length')}; they were left out."
     look = "the longest rows: their answers differ after the cut, or one of them is cut away. Raise `max_length`, or shorten what comes before the difference."
-    severity = "warning" if max(equal / pairs for equal, pairs in counts.values()) > 0.05 else "note"
-    return Finding(severity, "Pairs teach nothing: cut at `max_length`, their answers are equal.", evidence, look)
+    severity = (
+        "warning" if max(equal / pairs for equal, pairs in counts.values()) > 0.05 else "note"
+    )
+    return Finding(
+        severity,
+        "Pairs teach nothing: cut at `max_length`, their answers are equal.",
+        evidence,
+        look,
+    )
 
 
 @rule
@@ -231,11 +319,12 @@ def pays_for_length(record: Evidence) -> Finding | None:
     if share < 0.7:
         return None
     return Finding(
-        "warning", "The reward rises only through length.",
+        "warning",
+        "The reward rises only through length.",
         f"{_path('reward', reward)} while {_path('length', length)}; within a group one more token earns {slope:.3g}, "
         f"which explains {min(share, 1):.0%} of the rise.",
         "two completions of one group, a short and a long one. Is the long one better? If not, punish length (reward `length`) or change the reward.",
-    )  # fmt: skip
+    )
 
 
 def _path(name: str, series: Series) -> str:
@@ -246,7 +335,10 @@ def length_slope(rows: list[dict]) -> float:
     "Reward per token within groups: least squares after the mean of its group is taken off each completion; 0 where lengths do not differ."
     x, y = [], []
     for group in groups_of([row for row in rows if row.get("tokens")]).values():
-        lengths, rewards = np.array([len(row["tokens"]) for row in group], dtype=float), np.array([row["reward"] for row in group])
+        lengths, rewards = (
+            np.array([len(row["tokens"]) for row in group], dtype=float),
+            np.array([row["reward"] for row in group]),
+        )
         x.append(lengths - lengths.mean())
         y.append(rewards - rewards.mean())
     x, y = (np.concatenate(z) if z else np.zeros(1) for z in (x, y))
@@ -256,28 +348,50 @@ def length_slope(rows: list[dict]) -> float:
 @rule
 def reward_without_accuracy(record: Evidence) -> Finding | None:
     "The reward rises, and the held-out accuracy does not."
-    reward, before, after = record.series("reward"), record.evaluated("before", "accuracy"), record.evaluated("after", "accuracy")
+    reward, before, after = (
+        record.series("reward"),
+        record.evaluated("before", "accuracy"),
+        record.evaluated("after", "accuracy"),
+    )
     if not reward or reward.rise <= 0 or before is None or after is None or after > before + 0.01:
         return None
     return Finding(
-        "warning" if record.doubt <= 0.2 else "note", "The reward rises but accuracy does not: the reward may be gamed.",
+        "warning" if record.doubt <= 0.2 else "note",
+        "The reward rises but accuracy does not: the reward may be gamed.",
         f"{_path('reward', reward)} in training; accuracy on {record.rows} held-out rows {before:.3g} → {after:.3g}.",
         "the completions with the highest reward in the samples: do they do what was wanted?",
-    )  # fmt: skip
+    )
 
 # %% ../../nbs/workbench/rules.ipynb #bd58c4af
 @rule
 def both_rewards_fall(record: Evidence) -> Finding | None:
     "The margin grows while the implicit rewards of chosen and rejected both fall."
-    margin, chosen, rejected = (record.series(name) for name in ("margin", "reward_chosen", "reward_rejected"))
-    if not (margin and chosen and rejected) or margin.rise <= 0 or chosen.rise >= 0 or rejected.rise >= 0:
+    margin, chosen, rejected = (
+        record.series(name) for name in ("margin", "reward_chosen", "reward_rejected")
+    )
+    if (
+        not (margin and chosen and rejected)
+        or margin.rise <= 0
+        or chosen.rise >= 0
+        or rejected.rise >= 0
+    ):
         return None
-    evidence = f"{_path('margin', margin)}, {_path('chosen', chosen)}, {_path('rejected', rejected)}"
+    evidence = (
+        f"{_path('margin', margin)}, {_path('chosen', chosen)}, {_path('rejected', rejected)}"
+    )
     frames = _frames(record, "reward", "perplexity")
-    evidence += "".join(f"; held-out {name} {before:.3g} → {after:.3g}" for name, before, after in frames) + "."
+    evidence += (
+        "".join(f"; held-out {name} {before:.3g} → {after:.3g}" for name, before, after in frames)
+        + "."
+    )
     if frames and not any(_worse(record, *frame) for frame in frames):
         look = "the sampled answers: what the policy says itself got no worse, and the loss asks for the difference only."
-        return Finding("note", "The margin grows while both rewards fall. Here that is harmless.", evidence, look)
+        return Finding(
+            "note",
+            "The margin grows while both rewards fall. Here that is harmless.",
+            evidence,
+            look,
+        )
     says = "The margin grows while both rewards fall: the policy moves away from the chosen answers too."
     look = "what the policy says itself (side `sampled`) in the samples. Lower `learning_rate`, raise `beta`, or stop earlier."
     return Finding("warning", says, evidence, look)
@@ -285,26 +399,36 @@ def both_rewards_fall(record: Evidence) -> Finding | None:
 
 def _frames(record: Evidence, *names: str) -> list[tuple[str, float, float]]:
     "Those of the metrics that were evaluated before and after the run, with both values."
-    frames = [(name, record.evaluated("before", name), record.evaluated("after", name)) for name in names]
+    frames = [
+        (name, record.evaluated("before", name), record.evaluated("after", name)) for name in names
+    ]
     return [frame for frame in frames if None not in frame]
 
 
 def _worse(record: Evidence, name: str, before: float, after: float) -> bool:
     "Whether a metric got worse by more than a tenth (perplexity), or by more than chance would have it (what is counted row by row)."
-    return after > 1.1 * before if metric(name).better == "down" else after < before - max(0.05, record.doubt) * max(abs(before), 1.0)
+    return (
+        after > 1.1 * before
+        if metric(name).better == "down"
+        else after < before - max(0.05, record.doubt) * max(abs(before), 1.0)
+    )
 
 
 @rule
 def loss_near_zero(record: Evidence) -> Finding | None:
     "A policy-gradient loss near 0, which is as it should be."
-    loss, spread, equal = (record.series(name) for name in ("loss", "advantage_std", "zero_std_groups"))
+    loss, spread, equal = (
+        record.series(name) for name in ("loss", "advantage_std", "zero_std_groups")
+    )
     flat = equal and equal.end > metric("zero_std_groups").high
     if not loss or not spread or abs(loss.end) > 0.05 or spread.end < 0.05 or flat:
         return None
     return Finding(
-        "note", "The loss is near zero, which is normal here.", f"loss is {loss.end:.2g} at the end while advantages spread by {spread.end:.2g}.",
+        "note",
+        "The loss is near zero, which is normal here.",
+        f"loss is {loss.end:.2g} at the end while advantages spread by {spread.end:.2g}.",
         "the reward. Advantages lie around 0, so the loss is about 0 in value whatever is learned; its gradient is not 0.",
-    )  # fmt: skip
+    )
 
 # %% ../../nbs/workbench/rules.ipynb #f2529e1d
 @rule
@@ -312,19 +436,40 @@ def worse_on_held_out(record: Evidence) -> Finding | None:
     "The evaluation is worse than training, or got worse while training went on."
     for name in ("accuracy", "reward"):
         train, held_out = record.series(name), _held_out(record, name)
-        if train and held_out is not None and train.end - held_out > max(0.15, record.doubt, train.rise / 2):
+        if (
+            train
+            and held_out is not None
+            and train.end - held_out > max(0.15, record.doubt, train.rise / 2)
+        ):
             return _by_heart(f"{name} {train.end:.3g} in training, {held_out:.3g} on held-out data")
-    loss, before, perplexity = record.series("loss"), record.evaluated("before", "perplexity"), _held_out(record, "perplexity")
-    supervised = not record.series("margin") and not record.series("reward")  # only there the loss can be the log of a perplexity
-    comparable = not before or abs(math.log(before) - loss.start) < 0.7 if loss else False  # and it is where both begin alike
-    if perplexity and supervised and comparable and math.log(perplexity) - loss.end > max(0.2, -loss.rise / 2):
-        return _by_heart(f"loss {loss.end:.3g} nats/token in training, {math.log(perplexity):.3g} on held-out data")
+    loss, before, perplexity = (
+        record.series("loss"),
+        record.evaluated("before", "perplexity"),
+        _held_out(record, "perplexity"),
+    )
+    supervised = not record.series("margin") and not record.series(
+        "reward"
+    )  # only there the loss can be the log of a perplexity
+    comparable = (
+        not before or abs(math.log(before) - loss.start) < 0.7 if loss else False
+    )  # and it is where both begin alike
+    if (
+        perplexity
+        and supervised
+        and comparable
+        and math.log(perplexity) - loss.end > max(0.2, -loss.rise / 2)
+    ):
+        return _by_heart(
+            f"loss {loss.end:.3g} nats/token in training, {math.log(perplexity):.3g} on held-out data"
+        )
     for name in ("perplexity", "accuracy", "reward"):
         steps, values = record.metrics[f"eval/{name}"]
         if len(values) > 2:
             best = int(values.argmin() if metric(name).better == "down" else values.argmax())
             if _worse(record, name, values[best], values[-1]):
-                return _by_heart(f"held-out {name} was best at step {steps[best]:.0f} ({values[best]:.3g}) and is {values[-1]:.3g} now")
+                return _by_heart(
+                    f"held-out {name} was best at step {steps[best]:.0f} ({values[best]:.3g}) and is {values[-1]:.3g} now"
+                )
 
 
 def _held_out(record: Evidence, name: str) -> float | None:
@@ -336,17 +481,31 @@ def _held_out(record: Evidence, name: str) -> float | None:
 
 def _by_heart(evidence: str) -> Finding:
     look = "the evaluation's points in the panels. More data, fewer `steps`, a lower `learning_rate`, or an adapter."
-    return Finding("warning", "The evaluation is worse than training: rows are learned by heart.", evidence + ".", look)
+    return Finding(
+        "warning",
+        "The evaluation is worse than training: rows are learned by heart.",
+        evidence + ".",
+        look,
+    )
 
 
 @rule
 def worse_than_start(record: Evidence) -> Finding | None:
     "The evaluation after the run is worse than before it."
     frames = _frames(record, "accuracy", "reward", "pass_at_k", "perplexity")
-    worse = [f"{name} {before:.3g} → {after:.3g}" for name, before, after in frames if _worse(record, name, before, after)]
+    worse = [
+        f"{name} {before:.3g} → {after:.3g}"
+        for name, before, after in frames
+        if _worse(record, name, before, after)
+    ]
     if worse:
         look = "the samples of the last steps, and the step where the curves turn. Lower `learning_rate`, or stop earlier."
-        return Finding("warning", "The model is worse than before the run, on held-out data.", "; ".join(worse) + ".", look)
+        return Finding(
+            "warning",
+            "The model is worse than before the run, on held-out data.",
+            "; ".join(worse) + ".",
+            look,
+        )
 
 # %% ../../nbs/workbench/rules.ipynb #ff9c2044
 SPIKE = 10.0  # times the median of the gradients around it
@@ -366,24 +525,32 @@ def gradient_spikes(record: Evidence) -> Finding | None:
         return None
     around = _around(norm.values)
     clip = record.settings.get("clip") if is_number(record.settings.get("clip")) else 0.0
-    spikes = np.flatnonzero((norm.values > SPIKE * around) & (around > 0) & (norm.values > clip))  # below the clip a step is a step
+    spikes = np.flatnonzero(
+        (norm.values > SPIKE * around) & (around > 0) & (norm.values > clip)
+    )  # below the clip a step is a step
     if not len(spikes):
         return None
     worst = spikes[norm.values[spikes].argmax()]
     clipped = f"gradients are clipped at {clip:g}" if clip else "gradients are not clipped"
     return Finding(
-        "warning", f"The gradient spikes at {_some([int(s) for s in norm.steps[spikes]], 'step')}.",
+        "warning",
+        f"The gradient spikes at {_some([int(s) for s in norm.steps[spikes]], 'step')}.",
         f"grad_norm is {norm.values[worst]:.3g} at step {norm.steps[worst]:.0f}, where {around[worst]:.3g} is usual; {clipped}.",
         "loss and reward just after: if they recover, clipping did its work. Else lower `learning_rate`, or lengthen `warmup`.",
-    )  # fmt: skip
+    )
 
 
 def _around(values: np.ndarray, window: int = 21) -> np.ndarray:
     "The median of `window` values around each point, [n]."
     half = min(window, len(values)) // 2
-    return np.median(np.lib.stride_tricks.sliding_window_view(np.pad(values, half, mode="reflect"), 2 * half + 1), axis=1)
+    return np.median(
+        np.lib.stride_tricks.sliding_window_view(
+            np.pad(values, half, mode="reflect"), 2 * half + 1
+        ),
+        axis=1,
+    )
 
-
+# %% ../../nbs/workbench/rules.ipynb #201f3a9e
 @rule
 def unusual_learning_rate(record: Evidence) -> Finding | None:
     "A learning rate far from the usual for this method, model and adapter."
@@ -394,19 +561,34 @@ def unusual_learning_rate(record: Evidence) -> Finding | None:
     if rate > usual:
         look = "grad_norm, KL and the evaluation: a rate that is too high shows as spikes and forgetting."
         return Finding("warning", "The learning rate is far above the usual.", evidence, look)
-    return Finding("warning", "The learning rate is far below the usual.", evidence, "the loss or reward: at a rate that is too low nothing moves.")
+    return Finding(
+        "warning",
+        "The learning rate is far below the usual.",
+        evidence,
+        "the loss or reward: at a rate that is too low nothing moves.",
+    )
 
 
 def usual_learning_rate(record: Evidence) -> float | None:
     "The method's default, scaled by the model's width and for an adapter; None where the method has none."
     try:
-        default = next((k.default for k in knobs(find(record.facts.get("method", "")).settings) if k.name == "learning_rate"), None)
+        default = next(
+            (
+                k.default
+                for k in knobs(find(record.facts.get("method", "")).settings)
+                if k.name == "learning_rate"
+            ),
+            None,
+        )
     except WrongInput:
         return None
     if not default:
         return None
     width = TINY_WIDTH
-    for folder in (record.run.path / "model", Path(str(record.settings.get("model", ""))).expanduser()):
+    for folder in (
+        record.run.path / "model",
+        Path(str(record.settings.get("model", ""))).expanduser(),
+    ):
         try:
             width = json.loads((folder / "config.json").read_text())["hidden_size"]
         except (OSError, ValueError, KeyError, TypeError):

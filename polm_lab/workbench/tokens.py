@@ -23,7 +23,11 @@ from .panels import as_text
 def reward_parts(row: dict) -> dict[str, float | None]:
     "The parts of a row's reward, by names that can be shown."
     parts = row.get("rewards")
-    return {visible(name, 60): value for name, value in parts.items()} if isinstance(parts, dict) else {}
+    return (
+        {visible(name, 60): value for name, value in parts.items()}
+        if isinstance(parts, dict)
+        else {}
+    )
 
 # %% ../../nbs/workbench/tokens.ipynb #d877a7f8
 def token_count(row: dict) -> list:
@@ -46,13 +50,28 @@ class Coloring:
 
 
 COLORINGS = {
-    "reference": Coloring("log-ratio to the reference", "log π − log π_ref, in nats: what training has made more or less likely", 2.0, True),
-    "old": Coloring("log-ratio to the old policy", "log π − log π_old, in nats: the saved model against the one that sampled", 2.0, True, True),
+    "reference": Coloring(
+        "log-ratio to the reference",
+        "log π − log π_ref, in nats: what training has made more or less likely",
+        2.0,
+        True,
+    ),
+    "old": Coloring(
+        "log-ratio to the old policy",
+        "log π − log π_old, in nats: the saved model against the one that sampled",
+        2.0,
+        True,
+        True,
+    ),
     "advantage": Coloring("advantage", "above 0 the token is made more likely", 2.0, True),
     "value": Coloring("value", "what the critic expected from here on", 1.0, True),
     "surprise": Coloring("surprise", "−log π of the token, in nats, when it was sampled", 4.0),
-    "entropy": Coloring("entropy", "uncertainty before the token, in nats, of the saved model", 2.0, asks=True),
-    "kl": Coloring("KL to the start model", "Σ π log(π/π_start) over all next tokens, in nats", 1.0, asks=True),
+    "entropy": Coloring(
+        "entropy", "uncertainty before the token, in nats, of the saved model", 2.0, asks=True
+    ),
+    "kl": Coloring(
+        "KL to the start model", "Σ π log(π/π_start) over all next tokens, in nats", 1.0, asks=True
+    ),
 }
 
 
@@ -60,8 +79,14 @@ def token_facts(row: dict, asked=()) -> list[dict]:
     "For each of the first `MOST_TOKENS` tokens of a sampled row a dict with `token` and the numbers that are known; `asked` is from `inspect_tokens`."
     facts = []
     for t, token in enumerate(token_count(row)[:MOST_TOKENS]):
-        fact = {"token": str(token), "advantage": _at(row, "advantages", t, row.get("advantage")), "value": _at(row, "values", t)}
-        fact |= {name: _at(row, name, t) for name in ("logp", "ref_logp")} | dict(asked[t] if t < len(asked) else {})
+        fact = {
+            "token": str(token),
+            "advantage": _at(row, "advantages", t, row.get("advantage")),
+            "value": _at(row, "values", t),
+        }
+        fact |= {name: _at(row, name, t) for name in ("logp", "ref_logp")} | dict(
+            asked[t] if t < len(asked) else {}
+        )
         for name, a, b in (("reference", "logp", "ref_logp"), ("old", "now", "logp")):
             if is_number(fact.get(a)) and is_number(fact.get(b)):
                 fact[name] = fact[a] - fact[b]
@@ -69,7 +94,13 @@ def token_facts(row: dict, asked=()) -> list[dict]:
             fact["reference"] = fact["now"] - fact["start"]
         if is_number(fact["logp"]):
             fact["surprise"] = -fact["logp"]
-        facts.append({name: value for name, value in fact.items() if name in ("token", "alternatives") or is_number(value)})
+        facts.append(
+            {
+                name: value
+                for name, value in fact.items()
+                if name in ("token", "alternatives") or is_number(value)
+            }
+        )
     return facts
 
 
@@ -93,9 +124,17 @@ class Models:
             if self._loaded is None:
                 folder, settings = self.run.path / "model", self.run.settings
                 if not folder.is_dir():
-                    raise WrongInput(f"{self.run.id}: it has saved no model; expected a finished run; wait until it is finished")
-                kind = dict(dtype=self.run.record.get("dtype") or settings.get("dtype", "auto"), device=settings.get("device", "auto"))
-                pair = [load_model(spec, **kind).eval().requires_grad_(False) for spec in (folder, settings["model"])]
+                    raise WrongInput(
+                        f"{self.run.id}: it has saved no model; expected a finished run; wait until it is finished"
+                    )
+                kind = dict(
+                    dtype=self.run.record.get("dtype") or settings.get("dtype", "auto"),
+                    device=settings.get("device", "auto"),
+                )
+                pair = [
+                    load_model(spec, **kind).eval().requires_grad_(False)
+                    for spec in (folder, settings["model"])
+                ]
                 self._loaded = *pair, load_tokenizer(folder)
             return self._loaded
 
@@ -107,12 +146,17 @@ def token_ids(tokenizer, row: dict) -> list[int]:
     tokens = [str(token) for token in token_count(row)[:MOST_TOKENS]]
     single = [tokenizer(token, add_special_tokens=False).input_ids for token in tokens]
     whole = tokenizer("".join(tokens), add_special_tokens=False).input_ids
-    for ids in ([i for token in single for i in token] if all(len(i) == 1 for i in single) else [], whole):
+    for ids in (
+        [i for token in single for i in token] if all(len(i) == 1 for i in single) else [],
+        whole,
+    ):
         if len(ids) == len(tokens) and tokenizer.decode(ids).strip() == "".join(tokens).strip():
             return ids
-    raise WrongInput("tokens of this row: not found again in the vocabulary (parts of characters?); expected each to be a token; take another row")
+    raise WrongInput(
+        "tokens of this row: not found again in the vocabulary (parts of characters?); expected each to be a token; take another row"
+    )
 
-
+# %% ../../nbs/workbench/tokens.ipynb #d9c0051d
 def inspect_tokens(run, row: dict, top: int = 5, models: Models | None = None) -> list[dict]:
     """What the saved model of a run and its start model say of each token of a sampled row, in nats: `now` and `start` (log-probs of the token),
     `entropy`, `kl`, and the `top` likeliest tokens as `alternatives` (text, probability now, probability at the start). Raises `WrongInput`.
@@ -129,7 +173,9 @@ def inspect_tokens(run, row: dict, top: int = 5, models: Models | None = None) -
 
     def read(model):
         "Log-probs [tokens, vocab]."
-        logits = model(input_ids=torch.tensor([prompt + ids], device=model.device)).logits[0, -len(ids) - 1 : -1]
+        logits = model(input_ids=torch.tensor([prompt + ids], device=model.device)).logits[
+            0, -len(ids) - 1 : -1
+        ]
         return torch.log_softmax(logits.float() / temperature, -1).cpu()
 
     if not ids:
@@ -140,9 +186,18 @@ def inspect_tokens(run, row: dict, top: int = 5, models: Models | None = None) -
     best = now.topk(min(top, now.shape[-1])).indices
     for t, token in enumerate(ids):
         p = now[t].exp()
-        alternatives = [(tokenizer.decode([i]), p[i].item(), then[t, i].exp().item()) for i in best[t].tolist()]
-        found.append(dict(now=now[t, token].item(), start=then[t, token].item(), entropy=-(p * now[t]).nansum().item(),
-                          kl=(p * (now[t] - then[t])).nansum().item(), alternatives=alternatives))  # fmt: skip
+        alternatives = [
+            (tokenizer.decode([i]), p[i].item(), then[t, i].exp().item()) for i in best[t].tolist()
+        ]
+        found.append(
+            dict(
+                now=now[t, token].item(),
+                start=then[t, token].item(),
+                entropy=-(p * now[t]).nansum().item(),
+                kl=(p * (now[t] - then[t])).nansum().item(),
+                alternatives=alternatives,
+            )
+        )
     return found
 
 # %% ../../nbs/workbench/tokens.ipynb #7055055a
@@ -179,17 +234,28 @@ def escape_text(value, limit: int = 2000) -> str:
 def _number_words(fact: dict) -> str:
     "The numbers of a token, a line each."
     lines = ["token " + repr(visible(fact["token"], 60))]
-    names = dict(logp="log π when sampled", ref_logp="log π_ref", now="log π of the saved model", start="log π of the start model")
+    names = dict(
+        logp="log π when sampled",
+        ref_logp="log π_ref",
+        now="log π of the saved model",
+        start="log π of the start model",
+    )
     names |= {name: c.label for name, c in COLORINGS.items() if name != "surprise"}
     numbers = [f"{words} {fact[name]:.3f}" for name, words in names.items() if name in fact]
     lines += [", ".join(numbers[i : i + 3]) for i in range(0, len(numbers), 3)]
     if "old" in fact:
         lines.append(f"ratio to the old policy {math.exp(min(fact['old'], 700)):.3g}")
     if fact.get("alternatives"):
-        lines.append("likeliest: " + ", ".join(f"{visible(text, 30)!r} {now:.1%} (start {start:.1%})" for text, now, start in fact["alternatives"]))
+        lines.append(
+            "likeliest: "
+            + ", ".join(
+                f"{visible(text, 30)!r} {now:.1%} (start {start:.1%})"
+                for text, now, start in fact["alternatives"]
+            )
+        )
     return "\n".join(lines)
 
-
+# %% ../../nbs/workbench/tokens.ipynb #bb9b5fc7
 def tokens_html(facts: list[dict], by: str, more: int = 0) -> str:
     "Tokens colored by the coloring `by`, with a legend; `more` tokens follow that are not shown."
     if not facts:
@@ -200,14 +266,27 @@ def tokens_html(facts: list[dict], by: str, more: int = 0) -> str:
     for fact in facts:
         label = html.escape(_number_words(fact)).replace("\n", "&#10;")
         text = html.escape(visible(fact["token"], 200).replace("\n", "↵\n"))
-        shown.append(f"<span tabindex='0' role='listitem' style='background:{ink(fact.get(by), coloring)}' aria-label='{label}'>{text}</span>")
+        shown.append(
+            f"<span tabindex='0' role='listitem' style='background:{ink(fact.get(by), coloring)}' aria-label='{label}'>{text}</span>"
+        )
     ends = [-coloring.full, 0, coloring.full] if coloring.signed else [0, coloring.full]
-    scale = " ".join(f"<span style='background:{ink(end, coloring)}'>&ensp;{end:{'+g' if coloring.signed and end else 'g'}}&ensp;</span>" for end in ends)
-    lost = "Not recorded for this row." if by in ("advantage", "value", "surprise") else "Not recorded: ask the models."
+    scale = " ".join(
+        f"<span style='background:{ink(end, coloring)}'>&ensp;{end:{'+g' if coloring.signed and end else 'g'}}&ensp;</span>"
+        for end in ends
+    )
+    lost = (
+        "Not recorded for this row."
+        if by in ("advantage", "value", "surprise")
+        else "Not recorded: ask the models."
+    )
     known = [fact[by] for fact in facts if by in fact]
     note = "" if known else f" <b>{lost}</b>"
     if known and max(map(abs, known)) < coloring.full / 100:
-        note = " <b>All are 0, so none is colored</b>" + (": as at the first step, these models are still one. A later row shows more." if by in ("reference", "kl") else ".")
+        note = " <b>All are 0, so none is colored</b>" + (
+            ": as at the first step, these models are still one. A later row shows more."
+            if by in ("reference", "kl")
+            else "."
+        )
     follow = f" … {more:,} more tokens" if more > 0 else ""
     legend = f"<p>{scale} {html.escape(coloring.meaning)}.{note}</p>"
     return f"<div class='polm-view'>{legend}<div class='polm-tokens' role='list' aria-label='Tokens'>{''.join(shown)}{follow}</div></div>"
@@ -215,7 +294,11 @@ def tokens_html(facts: list[dict], by: str, more: int = 0) -> str:
 # %% ../../nbs/workbench/tokens.ipynb #d0d8b563
 def group_html(group: list[dict], chosen: dict) -> str:
     "The completions of one prompt side by side, with reward and advantage."
-    cards, most = [], max([abs(row["advantage"]) for row in group if is_number(row.get("advantage"))], default=0) or 1
+    cards, most = (
+        [],
+        max([abs(row["advantage"]) for row in group if is_number(row.get("advantage"))], default=0)
+        or 1,
+    )
     for row in group[:64]:
         facts = [str(row["side"])] if row.get("side") else []
         facts += [f"reward {row['reward']:.4g}"] if is_number(row.get("reward")) else []
@@ -226,10 +309,16 @@ def group_html(group: list[dict], chosen: dict) -> str:
             share = 50 * row["advantage"] / most
             place = f"margin-left:{50 + min(share, 0):.1f}%;width:{abs(share):.1f}%;background:rgb{ORANGE if share < 0 else BLUE}"
             bar = f"<div aria-hidden='true' style='height:6px;{place}'></div>"
-        parts = ", ".join(f"{escape_text(name, 60)} {value:.3g}" for name, value in reward_parts(row).items() if is_number(value))
+        parts = ", ".join(
+            f"{escape_text(name, 60)} {value:.3g}"
+            for name, value in reward_parts(row).items()
+            if is_number(value)
+        )
         here = " chosen' aria-current='true" if row is chosen else ""
         said = f"<pre tabindex='0'>{escape_text(row.get('completion'), 800)}</pre>"
-        cards.append(f"<div class='polm-card{here}' role='listitem'><b>{escape_text(', '.join(facts), 200)}</b>{bar}<small>{parts}</small>{said}</div>")
+        cards.append(
+            f"<div class='polm-card{here}' role='listitem'><b>{escape_text(', '.join(facts), 200)}</b>{bar}<small>{parts}</small>{said}</div>"
+        )
     prompt = f"<p>Prompt: <b>{escape_text(chosen.get('prompt'), 600)}</b></p>"
     return f"<div class='polm-view'>{prompt}<div class='polm-cards' role='list'>{''.join(cards)}</div></div>"
 
@@ -238,16 +327,39 @@ def history_html(rows: list[dict], chosen: dict) -> str:
     "The answers to one prompt at each step at which it was sampled: the different ones, most frequent first."
     steps: dict = {}
     for row in rows:
-        if row.get("prompt") == chosen.get("prompt") and row.get("side") not in ("chosen", "rejected"):
+        if row.get("prompt") == chosen.get("prompt") and row.get("side") not in (
+            "chosen",
+            "rejected",
+        ):
             steps.setdefault(row.get("step"), []).append(row)
     lines = []
     for step, found in steps.items():
         rewards = [row["reward"] for row in found if is_number(row.get("reward"))]
-        answers, here = Counter(as_text(row.get("completion")) for row in found).most_common(), any(row is chosen for row in found)
-        shown = answers[:4] + [(text, count) for text, count in answers[4:] if here and text == as_text(chosen.get("completion"))]
-        words = "<br>".join(f"{escape_text(text, 300)}" + (f" <small>× {count}</small>" if count > 1 else "") for text, count in shown)
-        words += f"<br><small>and {len(answers) - len(shown)} others</small>" if len(answers) > len(shown) else ""
+        answers, here = (
+            Counter(as_text(row.get("completion")) for row in found).most_common(),
+            any(row is chosen for row in found),
+        )
+        shown = answers[:4] + [
+            (text, count)
+            for text, count in answers[4:]
+            if here and text == as_text(chosen.get("completion"))
+        ]
+        words = "<br>".join(
+            f"{escape_text(text, 300)}" + (f" <small>× {count}</small>" if count > 1 else "")
+            for text, count in shown
+        )
+        words += (
+            f"<br><small>and {len(answers) - len(shown)} others</small>"
+            if len(answers) > len(shown)
+            else ""
+        )
         mean = f"{sum(rewards) / len(rewards):.3g}" if rewards else ""
-        lines.append(f"<tr><td class='number'>{escape_text(step, 20)}</td><td class='number'>{mean}</td><td>{words}</td></tr>")
-    note = "" if len(lines) > 1 else "<p>The record has answers to this prompt at one step only. Below, both models can be asked.</p>"
+        lines.append(
+            f"<tr><td class='number'>{escape_text(step, 20)}</td><td class='number'>{mean}</td><td>{words}</td></tr>"
+        )
+    note = (
+        ""
+        if len(lines) > 1
+        else "<p>The record has answers to this prompt at one step only. Below, both models can be asked.</p>"
+    )
     return f"<div class='polm-view'><table><tr><th>step</th><th>mean reward</th><th>answers</th></tr>{''.join(lines)}</table>{note}</div>"

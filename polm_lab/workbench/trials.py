@@ -25,7 +25,16 @@ from .browser import Code, Table, visible
 from .controls import Field
 from .figures import live_figure
 from .panels import style
-from ..runner.sweep import Plan, Sweep, create_sweep, open_sweep, plan, resumable_sweep, sweep_command, trial_rows
+from polm_lab.runner.sweep import (
+    Plan,
+    Sweep,
+    create_sweep,
+    open_sweep,
+    plan,
+    resumable_sweep,
+    sweep_command,
+    trial_rows,
+)
 
 # %% ../../nbs/workbench/trials.ipynb #8f4ef788
 def parallel(sweep, out=None, dark: bool = False):
@@ -36,9 +45,16 @@ def parallel(sweep, out=None, dark: bool = False):
     asked = found.settings
     axes = [dict(label=name, **_axis(space)[0]) for name, space in asked["space"].items()]
     readable = ["#3d8fd1", "#2aa68f", "#e0a800"]  # on a light and on a dark ground
-    color = dict(colorscale=readable, reversescale=asked["better"] == "down", showscale=True, colorbar=dict(title=asked["metric"]))
+    color = dict(
+        colorscale=readable,
+        reversescale=asked["better"] == "down",
+        showscale=True,
+        colorbar=dict(title=asked["metric"]),
+    )
     figure = go.Figure(go.Parcoords(dimensions=[*axes, dict(label=asked["metric"])], line=color))
-    figure.update_layout(height=360, margin=dict(l=70, r=40, t=90, b=30), uirevision=found.id, title_font_size=14)
+    figure.update_layout(
+        height=360, margin=dict(l=70, r=40, t=90, b=30), uirevision=found.id, title_font_size=14
+    )
     fill_figure(figure, found)
     apply_theme(figure, dark)
     return figure
@@ -47,8 +63,14 @@ def parallel(sweep, out=None, dark: bool = False):
 def fill_figure(figure, found: Sweep):
     "Give a figure that `parallel` made the trials that have a result now."
     asked, over = found.settings, [t for t in found.trials if t["value"] is not None]
-    values, arrow = [t["value"] for t in over], {"up": "more is better", "down": "less is better"}[asked["better"]]
-    columns = [list(map(_axis(space)[1], (t["values"][name] for t in over))) for name, space in asked["space"].items()]
+    values, arrow = (
+        [t["value"] for t in over],
+        {"up": "more is better", "down": "less is better"}[asked["better"]],
+    )
+    columns = [
+        list(map(_axis(space)[1], (t["values"][name] for t in over)))
+        for name, space in asked["space"].items()
+    ]
     with figure.batch_update():
         for axis, column in zip(figure.data[0].dimensions, [*columns, values]):
             axis.values = column
@@ -65,19 +87,33 @@ def apply_theme(figure, dark: bool):
 
 
 def is_numeric(space: list | dict) -> bool:
-    return isinstance(space, dict) or all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in space)
+    return isinstance(space, dict) or all(
+        isinstance(v, (int, float)) and not isinstance(v, bool) for v in space
+    )
 
 
 def _axis(space: list | dict):
     "Range and ticks of an axis, and the function that puts a value on it."
     if not is_numeric(space):
-        return dict(range=[0, max(1, len(space) - 1)], tickvals=list(range(len(space))), ticktext=[str(v)[:24] for v in space]), space.index
+        return dict(
+            range=[0, max(1, len(space) - 1)],
+            tickvals=list(range(len(space))),
+            ticktext=[str(v)[:24] for v in space],
+        ), space.index
     ends = [space["low"], space["high"]] if isinstance(space, dict) else sorted(space)
-    low, high, ticks = ends[0], ends[-1], ends if isinstance(space, list) and len(ends) <= 12 else []
+    low, high, ticks = (
+        ends[0],
+        ends[-1],
+        ends if isinstance(space, list) and len(ends) <= 12 else [],
+    )
     scale = math.log10 if low > 0 and high / low >= 20 else float
     if scale is math.log10:
-        ticks = ticks or [10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
-    axis = dict(tickvals=list(map(scale, ticks)), ticktext=[f"{v:g}" for v in ticks]) if ticks else {}
+        ticks = ticks or [
+            10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        ]
+    axis = (
+        dict(tickvals=list(map(scale, ticks)), ticktext=[f"{v:g}" for v in ticks]) if ticks else {}
+    )
     return axis | (dict(range=[scale(low), scale(high)]) if high > low else {}), scale
 
 # %% ../../nbs/workbench/trials.ipynb #d60f2b97
@@ -107,10 +143,20 @@ class SweepForm(widgets.VBox):
         hint = "start the sweep in a process of its own"
         self.start = widgets.Button(description="Start sweep", button_style="primary", tooltip=hint)
         lines = widgets.HBox([self.varied, self.fixed], layout=widgets.Layout(flex_flow="row wrap"))
-        super().__init__([
-            widgets.HTML("<h3>Sweep</h3>"), self.method_list, self.add, lines, self.hints,
-            widgets.VBox(list(self.how.values())), self.said, self.command, self.start, *below,
-        ])  # fmt: skip
+        super().__init__(
+            [
+                widgets.HTML("<h3>Sweep</h3>"),
+                self.method_list,
+                self.add,
+                lines,
+                self.hints,
+                widgets.VBox(list(self.how.values())),
+                self.said,
+                self.command,
+                self.start,
+                *below,
+            ]
+        )
         for control in (self.varied, self.fixed):
             control.observe(lambda _: self.check(), "value")
         for field in self.how.values():
@@ -123,13 +169,18 @@ class SweepForm(widgets.VBox):
         settings = find(self.method).settings
         self.known = {k.name: k for k in knobs(settings)} | part_knobs(settings)
         self.method_list.value, self.varied.value = self.method, ""
-        self.add.options = [("choose one", ""), *((f"{k.name}: {k.meaning}", k.name) for k in self.known.values())]
+        self.add.options = [
+            ("choose one", ""),
+            *((f"{k.name}: {k.meaning}", k.name) for k in self.known.values()),
+        ]
         self.check()
 
     def _add(self, change):
         if change["new"]:
             lines = [line for line in self.varied.value.split("\n") if line.strip()]
-            self.varied.value = "\n".join([*lines, f"{change['new']} {self.known[change['new']].default}"])
+            self.varied.value = "\n".join(
+                [*lines, f"{change['new']} {self.known[change['new']].default}"]
+            )
             self.add.value = ""
 
     def asked(self) -> tuple[dict, dict, dict]:
@@ -138,7 +189,15 @@ class SweepForm(widgets.VBox):
             if field.problem:
                 raise WrongInput(field.problem)
         varied, fixed = _pairs(self.varied.value), _pairs(self.fixed.value)
-        return varied, fixed, {name: field.value for name, field in self.how.items() if field.value != field.knob.default}
+        return (
+            varied,
+            fixed,
+            {
+                name: field.value
+                for name, field in self.how.items()
+                if field.value != field.knob.default
+            },
+        )
 
     def check(self) -> tuple | None:
         "Say what the form asks for, or what is wrong with it."
@@ -146,12 +205,17 @@ class SweepForm(widgets.VBox):
         try:
             varied, fixed, how = self.asked()
             planned = plan(self.method, varied, fixed, **how)
-            self.command.text = sweep_command(self.method, varied, fixed, os.environ.get("POLM_RUNS") and self.out, **how)
+            self.command.text = sweep_command(
+                self.method, varied, fixed, os.environ.get("POLM_RUNS") and self.out, **how
+            )
         except WrongInput as wrong:
             self.said.value, self.start.disabled, self.command.text = problem_html(wrong), True, ""
             return None
         number = len(planned[2])
-        self.said.value, self.start.disabled = f"{number} trial{'s' * (number > 1)}, {planned[1]['jobs']} at a time", False
+        self.said.value, self.start.disabled = (
+            f"{number} trial{'s' * (number > 1)}, {planned[1]['jobs']} at a time",
+            False,
+        )
         return planned
 
 # %% ../../nbs/workbench/trials.ipynb #8c5e71ad
@@ -202,11 +266,17 @@ class Sweeps(SweepForm):
         self.table, self.figure, self.state, self.view = None, None, widgets.HTML(), Trials()
         self.pick, self.stop, self.resume = _results_bar()
         bar = widgets.HBox([self.pick, self.stop, self.resume])
-        super().__init__(runs_folder(out), [widgets.HTML("<h3>Results</h3>"), bar, self.state, self.view])
+        super().__init__(
+            runs_folder(out), [widgets.HTML("<h3>Results</h3>"), bar, self.state, self.view]
+        )
         self.pick.observe(lambda change: self.set_trait("chosen", change["new"] or ""), "value")
         self.start.on_click(lambda _: self.begin())
-        self.stop.on_click(lambda _: self._ask(lambda: open_sweep(self.chosen, self.out).request_stop()))
-        self.resume.on_click(lambda _: self._ask(lambda: launch.spawn(resumable_sweep(self.chosen, self.out))))
+        self.stop.on_click(
+            lambda _: self._ask(lambda: open_sweep(self.chosen, self.out).request_stop())
+        )
+        self.resume.on_click(
+            lambda _: self._ask(lambda: launch.spawn(resumable_sweep(self.chosen, self.out)))
+        )
         traitlets.dlink((self.view, "selected_run"), (self, "selected_run"))
         for name, value in traits.items():
             self.set_trait(name, value)
@@ -282,17 +352,24 @@ def _pairs(text: str) -> dict[str, str]:
 def _lines(name: str, hint: str, example: str) -> widgets.Textarea:
     "A field with a knob on each line; it is read when the cursor leaves it."
     return widgets.Textarea(
-        description=name, tooltip=hint, placeholder=example, continuous_update=False,
-        layout=widgets.Layout(width="420px", height="80px"), style={"description_width": "90px"},
-    )  # fmt: skip
+        description=name,
+        tooltip=hint,
+        placeholder=example,
+        continuous_update=False,
+        layout=widgets.Layout(width="420px", height="80px"),
+        style={"description_width": "90px"},
+    )
 
 
 def _results_bar() -> tuple[widgets.Dropdown, widgets.Button, widgets.Button]:
     "The list of sweeps, and the buttons that stop and resume the one that is shown."
     pick = widgets.Dropdown(
-        options=[("none yet", "")], description="sweep", tooltip="the sweep that is shown",
-        layout=widgets.Layout(width="420px"), style={"description_width": "90px"},
-    )  # fmt: skip
+        options=[("none yet", "")],
+        description="sweep",
+        tooltip="the sweep that is shown",
+        layout=widgets.Layout(width="420px"),
+        style={"description_width": "90px"},
+    )
     hint = "stop the sweep; its trials save their states"
     stop = widgets.Button(description="Stop", tooltip=hint, disabled=True)
     hint = "go on with a stopped sweep, or try failed trials again"
@@ -302,7 +379,7 @@ def _results_bar() -> tuple[widgets.Dropdown, widgets.Button, widgets.Button]:
 def problem_html(wrong: Exception) -> str:
     return f'<span role="alert">{html.escape(visible(wrong))}</span>'
 
-
+# %% ../../nbs/workbench/trials.ipynb #ab0bb97d
 def hints_html(varied: str, known: dict[str, Knob]) -> str:
     "Meaning, range and default of the knobs that lines begin with."
     hints = []

@@ -17,23 +17,36 @@ from ..core.knobs import WrongInput
 from .tokens import Models, escape_text
 
 # %% ../../nbs/workbench/tryit.ipynb #697423f0
-def stream(model, tokenizer, prompt: list[int], max_new_tokens: int = 64, temperature: float = 1.0, seed: int = 0):
+def stream(
+    model,
+    tokenizer,
+    prompt: list[int],
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    seed: int = 0,
+):
     "The text of one completion after each new token; the last is what `rollout` gives for the same seed. Raises `WrongInput`."
     from polm_lab.models.rollout import steps
 
     longest = getattr(model.config, "max_position_embeddings", None) or math.inf
     if not prompt or len(prompt) + max_new_tokens > longest:
-        raise WrongInput(f"prompt: {len(prompt)} tokens; expected 1 to {longest - max_new_tokens}; shorten it, or ask for fewer new tokens")
+        raise WrongInput(
+            f"prompt: {len(prompt)} tokens; expected 1 to {longest - max_new_tokens}; shorten it, or ask for fewer new tokens"
+        )
     for (row,) in steps(model, tokenizer, [prompt], 1, max_new_tokens, temperature, seeds=seed):
         if row.tokens[-1] not in row.stops.ends:  # an end token adds no text
             yield row.text
 
 # %% ../../nbs/workbench/tryit.ipynb #d79138d2
 HINTS = dict(
-    text="Prompt for both models", temperature="0 takes the likeliest token each time", tokens="Longest answer in tokens",
-    seed="Another seed, another sample", conversation="Put the prompt into the model's chat template",
-    ask="Ask the start model and the saved model", stop="Stop answering",
-)  # fmt: skip
+    text="Prompt for both models",
+    temperature="0 takes the likeliest token each time",
+    tokens="Longest answer in tokens",
+    seed="Another seed, another sample",
+    conversation="Put the prompt into the model's chat template",
+    ask="Ask the start model and the saved model",
+    stop="Stop answering",
+)
 
 # %% ../../nbs/workbench/tryit.ipynb #4b6ddf6e
 class TryIt(widgets.VBox):
@@ -42,22 +55,64 @@ class TryIt(widgets.VBox):
     dark = traitlets.Bool(False)
     prompt = traitlets.Unicode("")
 
-    def __init__(self, run, dark: bool = False, models: Models | None = None, conversation: bool = False, **layout):
+    def __init__(
+        self,
+        run,
+        dark: bool = False,
+        models: Models | None = None,
+        conversation: bool = False,
+        **layout,
+    ):
         self.models, self._stop, self._thread = models or Models(run), threading.Event(), None
         longest = int(self.models.run.settings.get("max_new_tokens") or 64)
         wide, auto = widgets.Layout(width="99%"), widgets.Layout(width="auto")
-        self.text = widgets.Textarea(description="Prompt", placeholder="Type a prompt", layout=wide, tooltip=HINTS["text"])
-        self.temperature = widgets.FloatSlider(value=1.0, max=2.0, step=0.1, description="temperature", tooltip=HINTS["temperature"], style={"description_width": "initial"})
-        self.tokens = widgets.IntSlider(value=longest, min=1, max=max(256, longest), description="new tokens", tooltip=HINTS["tokens"])
-        self.seed = widgets.BoundedIntText(max=2**31 - 1, description="seed", layout=widgets.Layout(width="160px"), tooltip=HINTS["seed"])
-        self.conversation = widgets.Checkbox(value=conversation, description="as a conversation", indent=False, layout=auto, tooltip=HINTS["conversation"])
-        self.ask_button = widgets.Button(description="Ask both models", button_style="primary", layout=auto, tooltip=HINTS["ask"])
+        self.text = widgets.Textarea(
+            description="Prompt", placeholder="Type a prompt", layout=wide, tooltip=HINTS["text"]
+        )
+        self.temperature = widgets.FloatSlider(
+            value=1.0,
+            max=2.0,
+            step=0.1,
+            description="temperature",
+            tooltip=HINTS["temperature"],
+            style={"description_width": "initial"},
+        )
+        self.tokens = widgets.IntSlider(
+            value=longest,
+            min=1,
+            max=max(256, longest),
+            description="new tokens",
+            tooltip=HINTS["tokens"],
+        )
+        self.seed = widgets.BoundedIntText(
+            max=2**31 - 1,
+            description="seed",
+            layout=widgets.Layout(width="160px"),
+            tooltip=HINTS["seed"],
+        )
+        self.conversation = widgets.Checkbox(
+            value=conversation,
+            description="as a conversation",
+            indent=False,
+            layout=auto,
+            tooltip=HINTS["conversation"],
+        )
+        self.ask_button = widgets.Button(
+            description="Ask both models", button_style="primary", layout=auto, tooltip=HINTS["ask"]
+        )
         self.stop_button = widgets.Button(description="Stop", disabled=True, tooltip=HINTS["stop"])
         self.status = widgets.HTML()
-        self.panes = [widgets.HTML(layout=widgets.Layout(flex="1 1 0", min_width="0")) for _ in range(2)]
-        bar = widgets.HBox([self.temperature, self.tokens, self.seed, self.conversation], layout=widgets.Layout(flex_flow="row wrap"))
+        self.panes = [
+            widgets.HTML(layout=widgets.Layout(flex="1 1 0", min_width="0")) for _ in range(2)
+        ]
+        bar = widgets.HBox(
+            [self.temperature, self.tokens, self.seed, self.conversation],
+            layout=widgets.Layout(flex_flow="row wrap"),
+        )
         buttons = widgets.HBox([self.ask_button, self.stop_button, self.status])
-        super().__init__([self.text, bar, buttons, widgets.HBox(self.panes, layout=wide)], dark=dark, **layout)
+        super().__init__(
+            [self.text, bar, buttons, widgets.HBox(self.panes, layout=wide)], dark=dark, **layout
+        )
         traitlets.link((self, "prompt"), (self.text, "value"))
         self.ask_button.on_click(lambda _: self.ask())
         self.stop_button.on_click(lambda _: self._stop.set())
@@ -89,9 +144,14 @@ class TryIt(widgets.VBox):
         saved, start, tokenizer = self.models.load()
         if not self.prompt.strip():
             raise WrongInput("no prompt: expected some text; type it above")
-        prompt = [{"role": "user", "content": self.prompt}] if self.conversation.value else self.prompt
+        prompt = (
+            [{"role": "user", "content": self.prompt}] if self.conversation.value else self.prompt
+        )
         ids = encode(tokenizer, {"prompt": prompt}, "prompt", 10**6)["input_ids"]
-        streams = {i: stream(m, tokenizer, ids, self.tokens.value, self.temperature.value, self.seed.value) for i, m in enumerate((start, saved))}
+        streams = {
+            i: stream(m, tokenizer, ids, self.tokens.value, self.temperature.value, self.seed.value)
+            for i, m in enumerate((start, saved))
+        }
         texts, shown = ["", ""], 0.0
         self._say("")
         while streams and not self._stop.is_set():
@@ -107,7 +167,10 @@ class TryIt(widgets.VBox):
         self._say("stopped" if streams else "")
 
     def _show(self, *texts):
-        names = (f"start model ({self.models.run.settings.get('model', '?')})", "saved model of this run")
+        names = (
+            f"start model ({self.models.run.settings.get('model', '?')})",
+            "saved model of this run",
+        )
         for pane, name, text in zip(self.panes, names, texts):
             name = escape_text(name, 200)
             pane.value = f"<div class='polm-view polm-said' role='log' aria-label='{name}'><b>{name}</b><pre>{escape_text(text, 20_000)}</pre></div>"

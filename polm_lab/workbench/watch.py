@@ -26,13 +26,23 @@ from .record import Record
 def duration(seconds: float) -> str:
     "`45 s`, `3 min 20 s`, `2 h 5 min`."
     s = int(round(seconds))
-    return f"{s} s" if s < 60 else f"{s // 60} min {s % 60} s" if s < 3600 else f"{s // 3600} h {s % 3600 // 60} min"
+    return (
+        f"{s} s"
+        if s < 60
+        else f"{s // 60} min {s % 60} s"
+        if s < 3600
+        else f"{s // 3600} h {s % 3600 // 60} min"
+    )
 
 
 def part_of(run: Run) -> str:
     "The part of a run that runs now, and how far it is; empty where none does."
     name, part = running_part(run) or ("", None)
-    return f"{name} ({part.id}): step {(part.last_line() or {}).get('step') or 0} of {part.record.get('total')}" if part else ""
+    return (
+        f"{name} ({part.id}): step {(part.last_line() or {}).get('step') or 0} of {part.record.get('total')}"
+        if part
+        else ""
+    )
 
 
 def state(record: Record) -> tuple[str, str]:
@@ -40,7 +50,10 @@ def state(record: Record) -> tuple[str, str]:
     try:
         facts, status = record.run.read(), record.run.status
     except WrongInput:
-        return "gone", "the folder of the run is gone or its run.json is damaged; what was read before is shown"
+        return (
+            "gone",
+            "the folder of the run is gone or its run.json is damaged; what was read before is shown",
+        )
     steps, seconds = record["seconds"]
     step, total = (int(steps[-1]) if len(steps) else 0), facts.get("total")
     words = [f"step {step} of {total}" if total else f"step {step}"]
@@ -53,7 +66,9 @@ def state(record: Record) -> tuple[str, str]:
     words += [f"{duration(facts.get('seconds') or 0)} in all"] * (status == "finished")
     words += ["its process is gone; it can be resumed"] * (status == "dead")
     words += [visible(facts["reason"], 300)] * bool(facts.get("reason"))
-    words += [f"{record.damaged} damaged line{'s' * (record.damaged > 1)} left out"] * bool(record.damaged)
+    words += [f"{record.damaged} damaged line{'s' * (record.damaged > 1)} left out"] * bool(
+        record.damaged
+    )
     return status, ", ".join(words)
 
 # %% ../../nbs/workbench/watch.ipynb #e8a4b06d
@@ -61,7 +76,11 @@ class Panels(widgets.VBox):
     "A figure for each group of metrics of `records`, drawn as the traits of `view` say."
 
     def __init__(self, view):
-        self.view, self.records, self._within = view, [], {}  # group -> the steps that are zoomed to
+        self.view, self.records, self._within = (
+            view,
+            [],
+            {},
+        )  # group -> the steps that are zoomed to
         self.figures = {}  # group -> the names of its metrics, its figure, the newest values in words
         super().__init__()
 
@@ -82,7 +101,9 @@ class Panels(widgets.VBox):
                 self.figures[group] = old[group]
                 continue
             figure = live_figure(draw(shown, self.records, smoothing=self.view.smoothing))
-            figure.layout.on_change(lambda _, span, group=group: self._zoom(group, span), "xaxis.range")
+            figure.layout.on_change(
+                lambda _, span, group=group: self._zoom(group, span), "xaxis.range"
+            )
             self.figures[group] = shown, figure, widgets.HTML()
         if self.view.dark or self.view.log_x or self.view.log_y:
             self.restyle()
@@ -147,11 +168,27 @@ class Watch(widgets.VBox):
     dark = traitlets.Bool(False)
 
     def __init__(self, runs=(), dark: bool = False, **traits):
-        self._one = threading.RLock()  # clicks and `live` come in two threads where Jupyter has subshells
+        self._one = (
+            threading.RLock()
+        )  # clicks and `live` come in two threads where Jupyter has subshells
         self._wrong, self.status, self.panels = [], widgets.HTML(), Panels(self)
         narrow = dict(indent=False, layout=widgets.Layout(width="auto"))
-        slider = widgets.FloatSlider(max=0.99, step=0.01, description="smoothing", tooltip="memory of the moving average", continuous_update=False)
-        bar = widgets.HBox([slider, *(widgets.Checkbox(description=words, **narrow) for words in ("log steps", "log values"))])
+        slider = widgets.FloatSlider(
+            max=0.99,
+            step=0.01,
+            description="smoothing",
+            tooltip="memory of the moving average",
+            continuous_update=False,
+        )
+        bar = widgets.HBox(
+            [
+                slider,
+                *(
+                    widgets.Checkbox(description=words, **narrow)
+                    for words in ("log steps", "log values")
+                ),
+            ]
+        )
         runs = list(runs) if isinstance(runs, (list, tuple)) else [runs]
         super().__init__([self.status, bar, self.panels], dark=dark, **traits)
         for trait, control in zip(("smoothing", "log_x", "log_y"), bar.children):
@@ -204,9 +241,13 @@ class Watch(widgets.VBox):
     def _say(self) -> bool:
         states = [state(record) for record in self.panels.records]
         lines = []
-        for color, record, (status, words) in zip(COLORS * len(states), self.panels.records, states):
+        for color, record, (status, words) in zip(
+            COLORS * len(states), self.panels.records, states
+        ):
             name = f"<b>{html.escape(record.run.id)}</b>"
-            lines.append(f"<div><span style='color:{color}'>●</span> {name} {status}: {html.escape(words)}</div>")
+            lines.append(
+                f"<div><span style='color:{color}'>●</span> {name} {status}: {html.escape(words)}</div>"
+            )
         lines += [f"<div>{html.escape(visible(wrong))}</div>" for wrong in self._wrong]
         if not self.panels.figures and not self._wrong:
             lines.append("<div>no metrics are recorded yet</div>")

@@ -26,7 +26,9 @@ def soft_prompt(embedded: Tensor, prompt: Tensor) -> Tensor:
 def prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
     "Causal attention of `q`, `k`, `v` [rows, heads, time, d] that also sees the trained `prefix_k` and `prefix_v` [heads, n, d] (Li & Liang 2021, eq. 3)."
     rows, _, time_, d = q.shape
-    k, v = (torch.cat([p.expand(rows, -1, -1, -1), own], 2) for p, own in ((prefix_k, k), (prefix_v, v)))
+    k, v = (
+        torch.cat([p.expand(rows, -1, -1, -1), own], 2) for p, own in ((prefix_k, k), (prefix_v, v))
+    )
     seen = torch.ones(time_, k.shape[2], dtype=torch.bool).tril(k.shape[2] - time_)
     return (q @ k.transpose(-1, -2) / d**0.5).masked_fill(~seen, -torch.inf).softmax(-1) @ v
 
@@ -37,21 +39,35 @@ def ia3_attention(q: Tensor, k: Tensor, v: Tensor, l_k: Tensor, l_v: Tensor) -> 
     return prefix_attention(q, l_k * k, l_v * v, none, none)
 
 
-def ia3_feed_forward(x: Tensor, first: Tensor, second: Tensor, l_ff: Tensor, activation=torch.relu) -> Tensor:
+def ia3_feed_forward(
+    x: Tensor, first: Tensor, second: Tensor, l_ff: Tensor, activation=torch.relu
+) -> Tensor:
     "`x` [.., width] through `first` [inner, width] and `second` [width, inner] with the inner channels rescaled by `l_ff` [inner] (survey eq. 27)."
     return (l_ff * activation(x @ first.T)) @ second.T
 
 # %% ../../../nbs/efficiency/adaptation/formulas.ipynb #25e2672e
-def masked_step(weights: dict[str, Tensor], gradients: dict[str, Tensor], masks: dict[str, Tensor], learning_rate: float) -> dict[str, Tensor]:
+def masked_step(
+    weights: dict[str, Tensor],
+    gradients: dict[str, Tensor],
+    masks: dict[str, Tensor],
+    learning_rate: float,
+) -> dict[str, Tensor]:
     "One gradient step of the weights that `masks` (0 or 1, by name) choose (survey eq. 28)."
-    return {name: weight - learning_rate * masks[name] * gradients[name] for name, weight in weights.items()}
+    return {
+        name: weight - learning_rate * masks[name] * gradients[name]
+        for name, weight in weights.items()
+    }
 
 
 def bitfit_masks(model: torch.nn.Module) -> dict[str, Tensor]:
     "1 for biases, 0 for all else (BitFit). Raises `WrongInput` if the model has no bias."
-    masks = {name: torch.full_like(p, name.endswith("bias")) for name, p in model.named_parameters()}
+    masks = {
+        name: torch.full_like(p, name.endswith("bias")) for name, p in model.named_parameters()
+    }
     if not any(mask.any() for mask in masks.values()):
-        raise WrongInput(f"BitFit: {type(model).__name__} has no biases; expected a model that has some, such as GPT-2; take the adapter ln_tuning, which trains the norms")
+        raise WrongInput(
+            f"BitFit: {type(model).__name__} has no biases; expected a model that has some, such as GPT-2; take the adapter ln_tuning, which trains the norms"
+        )
     return masks
 
 
@@ -62,15 +78,24 @@ def fish_masks(squares: dict[str, Tensor], share: float) -> dict[str, Tensor]:
     flat = torch.cat([s.flatten() for s in squares.values()])
     chosen = torch.zeros_like(flat)
     chosen[flat.argsort(descending=True, stable=True)[: max(1, round(share * len(flat)))]] = 1
-    return {name: part.view_as(s) for (name, s), part in zip(squares.items(), chosen.split([s.numel() for s in squares.values()]))}
+    return {
+        name: part.view_as(s)
+        for (name, s), part in zip(
+            squares.items(), chosen.split([s.numel() for s in squares.values()])
+        )
+    }
 
 # %% ../../../nbs/efficiency/adaptation/formulas.ipynb #43f0a9cf
-def lora(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, alpha: float, rank_stabilized: bool = False) -> Tensor:
+def lora(
+    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, alpha: float, rank_stabilized: bool = False
+) -> Tensor:
     "`x` [.., in] through `weight` [out, in] and its change of rank r: `a` [r, in], `b` [out, r], scaled by α/r, or α/√r (survey eq. 29; rsLoRA)."
     return x @ weight.T + alpha / len(a) ** (0.5 if rank_stabilized else 1) * (x @ a.T @ b.T)
 
 
-def dora(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, alpha: float, magnitude: Tensor) -> Tensor:
+def dora(
+    x: Tensor, weight: Tensor, a: Tensor, b: Tensor, alpha: float, magnitude: Tensor
+) -> Tensor:
     "LoRA for the direction of each output's weights, with its own length, `magnitude` [out] (DoRA, Liu et al. 2024, eq. 5; the norm gets no gradient, §4.3)."
     changed = weight + alpha / len(a) * b @ a
     return x @ changed.T * (magnitude / changed.norm(dim=1).detach())
@@ -94,7 +119,13 @@ def lora_plus_groups(named, learning_rate: float, ratio: float = 16.0) -> list[d
     "Groups for the optimizer: all `b` (peft: lora_B) learn `ratio` times as fast (LoRA+, Hayou et al. 2024, §4; 16 is theirs)."
     named = list(named)
     is_b = [name.rpartition(".")[2] == "b" or "lora_B" in name for name, _ in named]
-    return [dict(params=[p for (_, p), yes in zip(named, is_b) if yes == fast], lr=learning_rate * (ratio if fast else 1)) for fast in (False, True)]
+    return [
+        dict(
+            params=[p for (_, p), yes in zip(named, is_b) if yes == fast],
+            lr=learning_rate * (ratio if fast else 1),
+        )
+        for fast in (False, True)
+    ]
 
 
 def rank_errors(change: Tensor) -> Tensor:

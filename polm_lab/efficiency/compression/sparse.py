@@ -23,11 +23,15 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
         return None
     found = re.fullmatch(r"(\d+):(\d+)", pattern.strip())
     if not found or not 0 < int(found[1]) < int(found[2]):
-        raise WrongInput(f"pattern = {pattern!r}: expected N:M with 0 < N < M, such as 2:4, where N of M neighbours stay; or empty")
+        raise WrongInput(
+            f"pattern = {pattern!r}: expected N:M with 0 < N < M, such as 2:4, where N of M neighbours stay; or empty"
+        )
     return int(found[1]), int(found[2])
 
 
-def smallest(score: Tensor, sparsity: float, pattern: tuple[int, int] | None = None, within: str = "row") -> Tensor:
+def smallest(
+    score: Tensor, sparsity: float, pattern: tuple[int, int] | None = None, within: str = "row"
+) -> Tensor:
     """True [out, in] where `score` [out, in] is among the smallest: `sparsity` of each row or of the whole layer, or M − N of each M neighbours.
 
     Raises `WrongInput` if M does not divide the number of columns.
@@ -38,14 +42,20 @@ def smallest(score: Tensor, sparsity: float, pattern: tuple[int, int] | None = N
     if pattern:
         keep, of = pattern
         if width % of:
-            raise WrongInput(f"pattern = {keep}:{of}: a layer has {width} columns, which {of} does not divide; choose an M that divides it")
+            raise WrongInput(
+                f"pattern = {keep}:{of}: a layer has {width} columns, which {of} does not divide; choose an M that divides it"
+            )
         groups, count = score.reshape(-1, of), of - keep
     if not count:
         return torch.zeros(out, width, dtype=torch.bool, device=score.device)
-    choose = lambda part: torch.zeros_like(part, dtype=torch.bool).scatter_(1, part.topk(count, dim=1, largest=False, sorted=False).indices, True)
+    choose = lambda part: torch.zeros_like(part, dtype=torch.bool).scatter_(
+        1, part.topk(count, dim=1, largest=False, sorted=False).indices, True
+    )
     if groups.device.type != "cpu" or groups.dtype != torch.float32 or groups.shape[1] < 64:
         return choose(groups).view(out, width)
-    edge = np.partition(groups.detach().numpy(), count - 1, axis=1)[:, count - 1 : count]  # seven times as fast as topk here, and says nothing of equals
+    edge = np.partition(groups.detach().numpy(), count - 1, axis=1)[
+        :, count - 1 : count
+    ]  # seven times as fast as topk here, and says nothing of equals
     gone = groups <= torch.from_numpy(edge)
     tied = gone.count_nonzero(1) > count
     if tied.any():
@@ -64,17 +74,27 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = 1.0  # inputs that are always 0: their weights go
     diagonal += damping * diagonal.mean()
-    factor, wrong = torch.linalg.cholesky_ex(hessian.flip(0, 1))  # H = RRᵀ with R upper triangular, from the flipped matrix; U = R⁻¹
+    factor, wrong = torch.linalg.cholesky_ex(
+        hessian.flip(0, 1)
+    )  # H = RRᵀ with R upper triangular, from the flipped matrix; U = R⁻¹
     if wrong.item():
-        raise WrongInput(f"damping = {damping:g}: H is not positive definite in 32 bits; raise damping (0.1) or samples")
+        raise WrongInput(
+            f"damping = {damping:g}: H is not positive definite in 32 bits; raise damping (0.1) or samples"
+        )
     eye = torch.eye(len(hessian), device=hessian.device)
     return torch.linalg.solve_triangular(factor, eye, upper=False).flip(0, 1).contiguous()
 
 
 def sparsegpt(
-    weight: Tensor, hessian: Tensor, sparsity: float, pattern: tuple[int, int] | None = None, block: int = 0, damping: float = 0.01,
-    parts: list[int] | None = None, strip: int = 32,
-) -> Tensor:  # fmt: skip
+    weight: Tensor,
+    hessian: Tensor,
+    sparsity: float,
+    pattern: tuple[int, int] | None = None,
+    block: int = 0,
+    damping: float = 0.01,
+    parts: list[int] | None = None,
+    strip: int = 32,
+) -> Tensor:
     """Weights [out, in] with `sparsity` of them 0 and the others refitted to the same outputs, given H = XXᵀ [in, in] (Frantar and Alistarh 2023, algorithm 1).
 
     `block`: columns that share a choice of mask; 0: a quarter of all, at most 128. `parts`: numbers of rows of the matrices that `weight` stacks, each with a mask of its own.
@@ -82,23 +102,37 @@ def sparsegpt(
     keep, of = pattern or (0, 1)
     block = block or max(of, min(128, weight.shape[1] // 4) // of * of)
     if weight.shape[1] % of or block % of:
-        raise WrongInput(f"pattern = {keep}:{of}: a layer has {weight.shape[1]} columns and block is {block}; M must divide both")
+        raise WrongInput(
+            f"pattern = {keep}:{of}: a layer has {weight.shape[1]} columns and block is {block}; M must divide both"
+        )
     U = inverse_factor(hessian, damping)
-    W = weight.float().T.clone(memory_format=torch.contiguous_format)  # a column of the layer is a row here, which is what the loop reads
+    W = weight.float().T.clone(
+        memory_format=torch.contiguous_format
+    )  # a column of the layer is a row here, which is what the loop reads
     W[hessian.diagonal() == 0] = 0.0
     parts, strip = parts or [W.shape[1]], max(of, strip // of * of)
     for start in range(0, len(W), block):
         B, u = W[start : start + block], U[start : start + block, start : start + block]
         errors, scale = torch.zeros_like(B), u.diagonal()[:, None]
         if not pattern:
-            gone = torch.cat([smallest((part / scale).abs(), sparsity, within="layer") for part in B.split(parts, 1)], 1)
+            gone = torch.cat(
+                [
+                    smallest((part / scale).abs(), sparsity, within="layer")
+                    for part in B.split(parts, 1)
+                ],
+                1,
+            )
         else:
             gone = torch.zeros_like(B, dtype=torch.bool)
         for first in range(0, len(B), strip):
             last = min(first + strip, len(B))
             for i in range(first, last):
-                if pattern and i % of == 0:  # neighbours are chosen when their turn comes, with the weights as they are then
-                    gone[i : i + of] = smallest((B[i : i + of] / scale[i : i + of]).abs().T.contiguous(), 0.0, pattern).T
+                if (
+                    pattern and i % of == 0
+                ):  # neighbours are chosen when their turn comes, with the weights as they are then
+                    gone[i : i + of] = smallest(
+                        (B[i : i + of] / scale[i : i + of]).abs().T.contiguous(), 0.0, pattern
+                    ).T
                 torch.mul(B[i], gone[i], out=errors[i]).div_(u[i, i])
                 B[i + 1 : last].addr_(u[i, i + 1 : last], errors[i], alpha=-1)
             B[last:].addmm_(u[first:last, last:].T, errors[first:last], alpha=-1)
@@ -107,22 +141,46 @@ def sparsegpt(
     return W.T
 
 # %% ../../../nbs/efficiency/compression/sparse.ipynb #2118d867
-def swap(weight: Tensor, gone: Tensor, mean: Tensor, variance: Tensor, norm: Tensor, rounds: int, of: int | None = None) -> Tensor:
+def swap(
+    weight: Tensor,
+    gone: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    norm: Tensor,
+    rounds: int,
+    of: int | None = None,
+) -> Tensor:
     """The mask `gone` [out, in] after at most `rounds` swaps a row that bring its mean output back (Zhang et al. 2023, eq. 2–5).
 
     `mean`, `variance`, `norm` [in] are of the inputs; `of`: a swap stays among so many neighbours (N:M).
     """
-    gone, shift, noise, score = gone.clone(), weight.float() * mean, weight.float().square() * variance, wanda_score(weight, norm)
-    place, at = torch.arange(weight.shape[1], device=weight.device), torch.arange(len(weight), device=weight.device)
+    gone, shift, noise, score = (
+        gone.clone(),
+        weight.float() * mean,
+        weight.float().square() * variance,
+        wanda_score(weight, norm),
+    )
+    place, at = (
+        torch.arange(weight.shape[1], device=weight.device),
+        torch.arange(len(weight), device=weight.device),
+    )
     for _ in range(rounds):
         error = (shift * gone).sum(1, keepdim=True)
-        back = (error.sign() * shift / variance.clamp_min(1e-12)).masked_fill(~gone, -torch.inf).argmax(1)
+        back = (
+            (error.sign() * shift / variance.clamp_min(1e-12))
+            .masked_fill(~gone, -torch.inf)
+            .argmax(1)
+        )
         helps = ~gone & (error.sign() * shift < 0)
         if of:
             helps &= (place // of) == (back // of)[:, None]
         out = score.masked_fill(~helps, torch.inf).argmin(1)
         after = error[:, 0] - shift[at, back] + shift[at, out]
-        better = helps[at, out] & gone[at, back] & (after.square() + noise[at, out] < error[:, 0].square() + noise[at, back])
+        better = (
+            helps[at, out]
+            & gone[at, back]
+            & (after.square() + noise[at, out] < error[:, 0].square() + noise[at, back])
+        )
         if not better.any():
             break
         gone[at[better], back[better]], gone[at[better], out[better]] = False, True

@@ -24,9 +24,13 @@ OTHER = "use algorithm = depth, or another model"  # what to do where a cut does
 
 def layers_of(block: nn.Module) -> dict[str, nn.Linear]:
     "The seven linear layers of a Llama-like block by name; raises `WrongInput` for a block that is made otherwise."
-    found = {name.split(".")[-1]: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
+    found = {
+        name.split(".")[-1]: m for name, m in block.named_modules() if isinstance(m, nn.Linear)
+    }
     if set(found) != set(LAYERS):
-        raise WrongInput(f"model: its blocks have the linear layers {', '.join(sorted(found))}; expected {', '.join(LAYERS)}, as in Llama, Mistral and Qwen; algorithm = depth needs none of these")
+        raise WrongInput(
+            f"model: its blocks have the linear layers {', '.join(sorted(found))}; expected {', '.join(LAYERS)}, as in Llama, Mistral and Qwen; algorithm = depth needs none of these"
+        )
     return found
 
 
@@ -38,14 +42,24 @@ def shrink(layer: nn.Linear, kept: Tensor, dim: int):
     layer.out_features, layer.in_features = layer.weight.shape
 
 
-def cut(block: nn.Module, neurons: Tensor | None = None, heads: Tensor | None = None, width: int = 0):
+def cut(
+    block: nn.Module, neurons: Tensor | None = None, heads: Tensor | None = None, width: int = 0
+):
     "Keep the numbered neurons, and the numbered groups of heads (those that share a key; `width` is that of a head), of a block, in place."
     layers = layers_of(block)
     if neurons is not None:
-        shrink(layers["gate_proj"], neurons, 0), shrink(layers["up_proj"], neurons, 0), shrink(layers["down_proj"], neurons, 1)
+        (
+            shrink(layers["gate_proj"], neurons, 0),
+            shrink(layers["up_proj"], neurons, 0),
+            shrink(layers["down_proj"], neurons, 1),
+        )
     if heads is not None:
-        shared = layers["q_proj"].out_features // layers["k_proj"].out_features  # heads that share a key
-        spread = lambda n: (heads[:, None] * n * width + torch.arange(n * width, device=heads.device)).flatten()
+        shared = (
+            layers["q_proj"].out_features // layers["k_proj"].out_features
+        )  # heads that share a key
+        spread = lambda n: (
+            heads[:, None] * n * width + torch.arange(n * width, device=heads.device)
+        ).flatten()
         shrink(layers["q_proj"], spread(shared), 0), shrink(layers["o_proj"], spread(shared), 1)
         shrink(layers["k_proj"], spread(1), 0), shrink(layers["v_proj"], spread(1), 0)
 
@@ -60,13 +74,19 @@ def kept_entries(value, kept: list[int], count: int, name: str = ""):
         return value
     if len(value) == count and value != list(range(count)):
         return [value[i] for i in kept]
-    if all(isinstance(part, list) and [type(inner) for inner in part] == [list, int] for part in value):
+    if all(
+        isinstance(part, list) and [type(inner) for inner in part] == [list, int] for part in value
+    ):
         kinds = []
         for part in value:
             kinds += part[0] * part[1]
         return [[[kinds[i]], 1] for i in kept] if len(kinds) == count else value
     numbers = all(type(i) is int and 0 <= i < count for i in value)
-    if numbers and len(set(value)) == len(value) and any(word in name for word in ("layer", "idx", "indices", "block")):
+    if (
+        numbers
+        and len(set(value)) == len(value)
+        and any(word in name for word in ("layer", "idx", "indices", "block"))
+    ):
         return [kept.index(i) for i in value if i in kept]
     return value
 
@@ -99,7 +119,9 @@ def rebuild(model, kept: list[int] | None = None, **sizes):
                 state[name] = torch.zeros_like(p)
         new.load_state_dict(state)
     except Exception as error:  # each class refuses in its own way
-        lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
+        lines = [
+            line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()
+        ]
         why = lines[-1][:300] if lines else type(error).__name__
         raise WrongInput(f"{asked}: not allowed by {type(config).__name__}: {why}") from None
     new.generation_config = copy.deepcopy(model.generation_config)
@@ -196,7 +218,9 @@ def cut_sizes(model, neurons: int, heads: int, width: int, biases: list[str]) ->
 
 # %% ../../../nbs/efficiency/compression/structured_surgery.ipynb #54dcfd97
 @torch.no_grad()
-def check_widths(model, algorithm: str, ratio: float, target: str = "both", compensate: bool = True):
+def check_widths(
+    model, algorithm: str, ratio: float, target: str = "both", compensate: bool = True
+):
     """Raise `WrongInput` unless, in 32 bits, neurons and heads that give 0 can be cut.
 
     They are drawn at random, and the logits have to stay.
@@ -301,10 +325,17 @@ def gradients(model, windows: Tensor, rows: int):
 
 def taylor(block: nn.Module, width: int) -> tuple[Tensor, Tensor]:
     "Importance of each neuron and of each group of heads of a block: Σ|w ∂L/∂w| over the coupled weights (Ma et al. 2023, eq. 5)."
-    pull = {name: (layer.weight * layer.weight.grad).detach().abs().float() for name, layer in layers_of(block).items()}
+    pull = {
+        name: (layer.weight * layer.weight.grad).detach().abs().float()
+        for name, layer in layers_of(block).items()
+    }
     heads = pull["k_proj"].shape[0] // width
-    grouped = [pull[name].sum(1).view(heads, -1).sum(1) for name in ("q_proj", "k_proj", "v_proj")] + [pull["o_proj"].sum(0).view(heads, -1).sum(1)]
-    return pull["gate_proj"].sum(1) + pull["up_proj"].sum(1) + pull["down_proj"].sum(0), sum(grouped)
+    grouped = [
+        pull[name].sum(1).view(heads, -1).sum(1) for name in ("q_proj", "k_proj", "v_proj")
+    ] + [pull["o_proj"].sum(0).view(heads, -1).sum(1)]
+    return pull["gate_proj"].sum(1) + pull["up_proj"].sum(1) + pull["down_proj"].sum(0), sum(
+        grouped
+    )
 
 # %% ../../../nbs/efficiency/compression/structured_surgery.ipynb #097e4835
 def fluctuation(layer: nn.Linear, variance: Tensor) -> Tensor:

@@ -43,10 +43,16 @@ def lasting(spec: str) -> str:
 class Experts(SavedSettings):
     "What all merging shares: the tunes, and what they are tried on."
 
-    models: str = knob("sums,chat", "tunes to merge, separated by commas: folders, runs, Hub ids; "
-                       "the name of a task is an expert that is trained on it first")  # fmt: skip
-    tasks: str = knob("sums,chat", "data that base, tunes and merged model are tried on, "
-                      "separated by commas; empty: nothing is tried")  # fmt: skip
+    models: str = knob(
+        "sums,chat",
+        "tunes to merge, separated by commas: folders, runs, Hub ids; "
+        "the name of a task is an expert that is trained on it first",
+    )
+    tasks: str = knob(
+        "sums,chat",
+        "data that base, tunes and merged model are tried on, "
+        "separated by commas; empty: nothing is tried",
+    )
     eval_rows: int = knob(48, "held-out rows of each task", "rows", low=1)
     expert_steps: int = knob(
         60, "steps of SFT for an expert that is named by its task", "steps", low=1
@@ -89,9 +95,7 @@ def record_parents(run: Run, specs: list) -> None:
 
 # %% ../../../nbs/integration/merging/experts.ipynb #224c3129
 @contextmanager
-def side_by_side(
-    specs, out, tokenizer: str = "same"
-) -> Iterator[tuple[list[Weights], Path, dict]]:
+def side_by_side(specs, out, tokenizer: str = "same") -> Iterator[tuple[list[Weights], Path, dict]]:
     """Open models for a merge into the folder `out`, checked and with one vocabulary.
 
     `specs`: the base first. `tokenizer`: what to do where vocabularies differ, as in `align`.

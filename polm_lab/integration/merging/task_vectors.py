@@ -27,7 +27,9 @@ def linear(parts: list[Tensor], weights: list[float]) -> Tensor:
 
 def moments(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float, float]:
     "(a·a, b·b, a·b) of two tensors that come in pieces, as one vector each."
-    sums = [(a.square().sum().item(), b.square().sum().item(), (a * b).sum().item()) for a, b in pairs]  # numbers: tensors this small, kept, would cut up the memory that the pieces free
+    sums = [
+        (a.square().sum().item(), b.square().sum().item(), (a * b).sum().item()) for a, b in pairs
+    ]  # numbers: tensors this small, kept, would cut up the memory that the pieces free
     return tuple(math.fsum(part[i] for part in sums) for i in range(3))
 
 
@@ -38,7 +40,9 @@ def slerp(a: Tensor, b: Tensor, s: float, of: tuple[float, float, float] | None 
     if abs(cosine) > 0.9995:
         return linear([a, b], [1 - s, s])
     angle = math.acos(cosine)
-    return (a * (math.sin((1 - s) * angle) / math.sin(angle))).add_(b, alpha=math.sin(s * angle) / math.sin(angle))
+    return (a * (math.sin((1 - s) * angle) / math.sin(angle))).add_(
+        b, alpha=math.sin(s * angle) / math.sin(angle)
+    )
 
 # %% ../../../nbs/integration/merging/task_vectors.ipynb #945b5c65
 def add_up(deltas: list[Tensor], weights: list[float]) -> Tensor:
@@ -84,7 +88,11 @@ class Trim:
 
     def __init__(self, pieces: Callable[[], Iterable[Tensor]], entries: int, density: float):
         self.keep = min(entries, max(1, int(density * entries))) if density > 0 else 0
-        self.value, self.quota = kth_largest(lambda: (piece.abs() for piece in pieces()), self.keep) if 0 < self.keep < entries else (0.0, 0)
+        self.value, self.quota = (
+            kth_largest(lambda: (piece.abs() for piece in pieces()), self.keep)
+            if 0 < self.keep < entries
+            else (0.0, 0)
+        )
         self.whole = self.keep == entries
 
     def __call__(self, piece: Tensor) -> Tensor:
@@ -94,7 +102,9 @@ class Trim:
             return torch.zeros_like(piece)
         size = piece.abs()
         kept = size > self.value
-        equal = (size == self.value).flatten().nonzero().flatten()[: self.quota]  # which of equals are kept is no matter, but all programs should keep the same
+        equal = (
+            (size == self.value).flatten().nonzero().flatten()[: self.quota]
+        )  # which of equals are kept is no matter, but all programs should keep the same
         self.quota -= len(equal)
         kept.view(-1)[equal] = True
         return piece * kept
@@ -115,9 +125,15 @@ def dare(delta: Tensor, density: float, generator: torch.Generator) -> Tensor:
 def della_density(delta: Tensor, density: float, epsilon: float) -> Tensor:
     "Chance of each entry [rows, columns] to be kept: rises with its rank in the row from density − epsilon/2 to density + epsilon/2."
     if not (0 < density - epsilon / 2 and density + epsilon / 2 <= 1):
-        raise WrongInput(f"epsilon = {epsilon}: with density {density} chances go from {density - epsilon / 2:.3g} to {density + epsilon / 2:.3g}; expected them within (0, 1]; lower epsilon")
+        raise WrongInput(
+            f"epsilon = {epsilon}: with density {density} chances go from {density - epsilon / 2:.3g} to {density + epsilon / 2:.3g}; expected them within (0, 1]; lower epsilon"
+        )
     rows = delta.abs().reshape(-1, delta.shape[-1])
-    rank = torch.empty_like(rows).scatter_(1, rows.argsort(1), torch.arange(rows.shape[1], dtype=torch.float32).expand_as(rows).contiguous())
+    rank = torch.empty_like(rows).scatter_(
+        1,
+        rows.argsort(1),
+        torch.arange(rows.shape[1], dtype=torch.float32).expand_as(rows).contiguous(),
+    )
     return (density - epsilon / 2 + epsilon * rank / max(1, rows.shape[1] - 1)).view(delta.shape)
 
 
@@ -139,6 +155,8 @@ def disjoint_mean(deltas: list[Tensor], weights: list[float]) -> Tensor:
     return total / count.masked_fill_(count == 0, 1.0)
 
 
-def ties(base: Tensor, tunes: list[Tensor], weights: list[float], density: float, scaling: float) -> Tensor:
+def ties(
+    base: Tensor, tunes: list[Tensor], weights: list[float], density: float, scaling: float
+) -> Tensor:
     "TIES of whole tensors: trim, elect, disjoint mean (Yadav et al. 2023, algorithm 1)."
     return base + scaling * disjoint_mean([trim(tune - base, density) for tune in tunes], weights)

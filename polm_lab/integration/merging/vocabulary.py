@@ -31,25 +31,44 @@ def vocabulary(folder: Path) -> dict[str, int]:
     try:
         read = json.loads(file.read_text(encoding="utf-8"))
         words = read["model"]["vocab"]
-        words = dict(words) if isinstance(words, dict) else {word: i for i, (word, _) in enumerate(words)}
+        words = (
+            dict(words)
+            if isinstance(words, dict)
+            else {word: i for i, (word, _) in enumerate(words)}
+        )
         return words | {token["content"]: token["id"] for token in read.get("added_tokens") or []}
     except (ValueError, KeyError, TypeError) as error:
-        raise WrongInput(f"{file}: cannot be read ({type(error).__name__}: {error}); copy the file again") from None
+        raise WrongInput(
+            f"{file}: cannot be read ({type(error).__name__}: {error}); copy the file again"
+        ) from None
 
 
 def embeddings(model: Weights) -> list[str]:
     "Names of the tensors that have a row for each token."
     rows = model.config.get("vocab_size")
-    return [name for name, e in model.entries.items() if len(e.shape) == 2 and e.shape[0] == rows and EMBEDDINGS.search(name)]
+    return [
+        name
+        for name, e in model.entries.items()
+        if len(e.shape) == 2 and e.shape[0] == rows and EMBEDDINGS.search(name)
+    ]
 
 # %% ../../../nbs/integration/merging/vocabulary.ipynb #23d32928
 class Reordered(Weights):
     "A model whose embeddings have the rows `ids` [tokens] of another order; −1 where it lacks the token, which then gets the row that `fallback(name, tokens)` gives."
 
-    def __init__(self, model: Weights, names: list[str], ids: Tensor, fallback: Callable[[str, Tensor], Tensor]):
+    def __init__(
+        self,
+        model: Weights,
+        names: list[str],
+        ids: Tensor,
+        fallback: Callable[[str, Tensor], Tensor],
+    ):
         self.__dict__.update(model.__dict__)
         self.inner, self.ids, self.fallback = model, ids, fallback
-        self.entries = dict(model.entries) | {n: model.entries[n]._replace(shape=(len(ids), *model.entries[n].shape[1:])) for n in names}
+        self.entries = dict(model.entries) | {
+            n: model.entries[n]._replace(shape=(len(ids), *model.entries[n].shape[1:]))
+            for n in names
+        }
         self.names = set(names)
 
     def read(self, name, start=0, stop=None):
@@ -76,16 +95,43 @@ def align(models: list[Weights], how: str, scratch: Path) -> tuple[list[Weights]
         return models, models[0].folder, {}
     if how == "same":
         at = next(i for i in range(1, len(models)) if words[i] != words[0] or rows[i] != rows[0])
-        odd = sorted(words[0].keys() ^ words[at].keys()) or sorted(word for word, i in words[0].items() if words[at][word] != i)
-        detail = f"{len(words[at])} tokens, not {len(words[0])}, and token {odd[0]!r} differs" if odd else f"{rows[at]} embeddings, not {rows[0]}"
-        raise WrongInput(f"{models[at].spec}: another vocabulary than {models[0].spec} ({detail}); expected the same; leave it out, or say tokenizer base or union")
-    order = list(range(rows[0]))  # ids of the result, by the base's; beyond its tokens there may be rows that no token has
-    new = sorted({word for other in words[1:] for word in other} - words[0].keys()) if how == "union" else []
-    spell = {i: word for word, i in words[0].items()} | {len(order) + i: word for i, word in enumerate(new)}
-    maps = [torch.tensor([vocab.get(spell.get(i), i if i not in spell and n == 0 else -1) for i in range(len(order) + len(new))]) for n, vocab in enumerate(words)]
+        odd = sorted(words[0].keys() ^ words[at].keys()) or sorted(
+            word for word, i in words[0].items() if words[at][word] != i
+        )
+        detail = (
+            f"{len(words[at])} tokens, not {len(words[0])}, and token {odd[0]!r} differs"
+            if odd
+            else f"{rows[at]} embeddings, not {rows[0]}"
+        )
+        raise WrongInput(
+            f"{models[at].spec}: another vocabulary than {models[0].spec} ({detail}); expected the same; leave it out, or say tokenizer base or union"
+        )
+    order = list(
+        range(rows[0])
+    )  # ids of the result, by the base's; beyond its tokens there may be rows that no token has
+    new = (
+        sorted({word for other in words[1:] for word in other} - words[0].keys())
+        if how == "union"
+        else []
+    )
+    spell = {i: word for word, i in words[0].items()} | {
+        len(order) + i: word for i, word in enumerate(new)
+    }
+    maps = [
+        torch.tensor(
+            [
+                vocab.get(spell.get(i), i if i not in spell and n == 0 else -1)
+                for i in range(len(order) + len(new))
+            ]
+        )
+        for n, vocab in enumerate(words)
+    ]
 
     def fallback(name, tokens):
-        known = [(models[n].read(name)[ids[tokens].clamp(0)].float(), ids[tokens] >= 0) for n, ids in enumerate(maps)]
+        known = [
+            (models[n].read(name)[ids[tokens].clamp(0)].float(), ids[tokens] >= 0)
+            for n, ids in enumerate(maps)
+        ]
         count = sum(there.float() for _, there in known[1:]).clamp(1)
         mean = sum(values * there[:, None] for values, there in known[1:]) / count[:, None]
         return torch.where(known[0][1][:, None], known[0][0], mean)
@@ -99,4 +145,8 @@ def align(models: list[Weights], how: str, scratch: Path) -> tuple[list[Weights]
             if not (scratch / file.name).exists():
                 shutil.copyfile(file, scratch / file.name)
         folder = scratch
-    return [Reordered(model, embeddings(model), ids, fallback) for model, ids in zip(models, maps)], folder, {"vocab_size": len(order) + len(new)}
+    return (
+        [Reordered(model, embeddings(model), ids, fallback) for model, ids in zip(models, maps)],
+        folder,
+        {"vocab_size": len(order) + len(new)},
+    )

@@ -19,7 +19,12 @@ from ...data.files import read_file, read_text
 from ...data.rows import Row
 
 # %% ../../../nbs/integration/retrieval/documents.ipynb #3505c7eb
-TEXTS, PAGES, BOOKS, ROWS = (".txt", ".md", ".markdown", ".rst"), (".html", ".htm"), (".pdf",), (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+TEXTS, PAGES, BOOKS, ROWS = (
+    (".txt", ".md", ".markdown", ".rst"),
+    (".html", ".htm"),
+    (".pdf",),
+    (".jsonl", ".json", ".csv", ".tsv", ".parquet"),
+)
 KNOWN = (*TEXTS, *PAGES, *BOOKS, *ROWS)
 LEFT_OUT = ("script", "style", "noscript", "template", "nav", "header", "footer", "aside", "form")
 BLOCKS = """
@@ -86,12 +91,16 @@ def _pdf(path: Path) -> str:
     try:
         reader = PdfReader(io.BytesIO(path.read_bytes()))
         if reader.is_encrypted and not reader.decrypt(""):
-            raise WrongInput(f"{path}: an encrypted PDF; expected one that opens without a password; decrypt it first")
+            raise WrongInput(
+                f"{path}: an encrypted PDF; expected one that opens without a password; decrypt it first"
+            )
         return "\n\n".join(page.extract_text() for page in reader.pages)
     except WrongInput:
         raise
     except Exception as error:  # whatever a parser of a large format raises on a broken file
-        raise WrongInput(f"{path}: a broken PDF ({type(error).__name__}: {' '.join(str(error).split())[:100]}); expected a whole one; copy it again") from None
+        raise WrongInput(
+            f"{path}: a broken PDF ({type(error).__name__}: {' '.join(str(error).split())[:100]}); expected a whole one; copy it again"
+        ) from None
 
 
 def _suffix(path: Path) -> str:
@@ -103,25 +112,47 @@ def _documents_of(path: Path, name: str) -> list[Document]:
     suffix = _suffix(path)
     if suffix in ROWS:
         rows = read_file(path)
-        key = next((k for k in ("text", "passage", "context", "contents", "body") if k in rows[0]), None)
+        key = next(
+            (k for k in ("text", "passage", "context", "contents", "body") if k in rows[0]), None
+        )
         if key is None:
-            raise WrongInput(f"{rows[0].where}: columns {', '.join(rows[0])}; expected a column text (or passage, context, contents, body); rename the column")
+            raise WrongInput(
+                f"{rows[0].where}: columns {', '.join(rows[0])}; expected a column text (or passage, context, contents, body); rename the column"
+            )
         for row in rows:
             if not isinstance(row.get(key), str):
-                raise WrongInput(f"{row.where}: {key} is {row.get(key)!r:.60}; expected text; correct this row")
-        if key == "context":  # rows are questions: many share a context, and their ids are not its own
+                raise WrongInput(
+                    f"{row.where}: {key} is {row.get(key)!r:.60}; expected text; correct this row"
+                )
+        if (
+            key == "context"
+        ):  # rows are questions: many share a context, and their ids are not its own
             first = {}
             for row in rows:
                 first.setdefault(row[key], Row({key: row[key]}, row.where))
             rows = list(first.values())
-        return [Document(str(row.get("id", f"{name}:{n}")), row[key], row.where) for n, row in enumerate(rows, 1) if row[key].strip()]
-    text = _pdf(path) if suffix in BOOKS else html_text(_page(path)) if suffix in PAGES else _plain(path)
+        return [
+            Document(str(row.get("id", f"{name}:{n}")), row[key], row.where)
+            for n, row in enumerate(rows, 1)
+            if row[key].strip()
+        ]
+    text = (
+        _pdf(path)
+        if suffix in BOOKS
+        else html_text(_page(path))
+        if suffix in PAGES
+        else _plain(path)
+    )
     if not text.strip():
-        why = "no text can be taken from this PDF: it holds pictures only, or nothing; run OCR on it first" if suffix in BOOKS else "empty; expected some text; remove it"
+        why = (
+            "no text can be taken from this PDF: it holds pictures only, or nothing; run OCR on it first"
+            if suffix in BOOKS
+            else "empty; expected some text; remove it"
+        )
         raise WrongInput(f"{path}: {why}")
     return [Document(name, text, str(path))]
 
-
+# %% ../../../nbs/integration/retrieval/documents.ipynb #8021e6bb
 def load_documents(path, skip: bool = False, say: Callable[[str], None] = print) -> list[Document]:
     """The documents of a file, or of all files below a folder whose ending is known (.txt .md .html .pdf; rows of .jsonl .json .csv .parquet with a column `text`, or with `context` as in SQuAD).
 
@@ -130,18 +161,34 @@ def load_documents(path, skip: bool = False, say: Callable[[str], None] = print)
     path = Path(path).expanduser()
     if not path.exists():
         there = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
-        raise WrongInput(f"{path}: no such file or folder; {nearest(path.name, there) if there else 'expected documents'}")
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) in KNOWN and not p.name.startswith("."))
+        raise WrongInput(
+            f"{path}: no such file or folder; {nearest(path.name, there) if there else 'expected documents'}"
+        )
+    files = (
+        [path]
+        if path.is_file()
+        else sorted(
+            p
+            for p in path.rglob("*")
+            if p.is_file() and _suffix(p) in KNOWN and not p.name.startswith(".")
+        )
+    )
     if path.is_file() and _suffix(path) not in KNOWN:
-        raise WrongInput(f"{path}: unknown ending {path.suffix or '(none)'}; expected {', '.join(KNOWN)}; rename or convert the file")
+        raise WrongInput(
+            f"{path}: unknown ending {path.suffix or '(none)'}; expected {', '.join(KNOWN)}; rename or convert the file"
+        )
     found = []
     for file in files:
         try:
-            found += _documents_of(file, file.name if path.is_file() else str(file.relative_to(path)))
+            found += _documents_of(
+                file, file.name if path.is_file() else str(file.relative_to(path))
+            )
         except WrongInput as wrong:
             if not skip:
                 raise
             say(f"left out: {wrong}")
     if not found:
-        raise WrongInput(f"{path}: no documents; expected at least one of {', '.join(KNOWN)}; give another folder")
+        raise WrongInput(
+            f"{path}: no documents; expected at least one of {', '.join(KNOWN)}; give another folder"
+        )
     return found

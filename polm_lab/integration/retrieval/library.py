@@ -33,9 +33,23 @@ def invented_library(subjects: int = 300, seed: int = 0) -> tuple[list[dict], li
         order = rng.sample(list(facts), len(facts))
         for half in (order[: len(order) // 2], order[len(order) // 2 :]):
             key = f"{name}/{'+'.join(half)}"
-            passages.append({"id": key, "text": article({r: facts[r] for r in half}, name, rng), "source": "invented"})
+            passages.append(
+                {
+                    "id": key,
+                    "text": article({r: facts[r] for r in half}, name, rng),
+                    "source": "invented",
+                }
+            )
             questions += [
-                dict(question=rng.choice(RELATIONS[r][1]).format(s=name), answer=facts[r], positives=[key], subject=name, relation=r, split=split_of(f"facts/{name}")) for r in half
+                dict(
+                    question=rng.choice(RELATIONS[r][1]).format(s=name),
+                    answer=facts[r],
+                    positives=[key],
+                    subject=name,
+                    relation=r,
+                    split=split_of(f"facts/{name}"),
+                )
+                for r in half
             ]
     return passages, questions
 
@@ -51,12 +65,22 @@ def answers_of(question: dict) -> list[str]:
 class Library:
     "The knobs of what is read, which the methods of retrieval share."
 
-    corpus: str = knob("", "documents that are the library: a file or a folder; empty: those that come with `data`")
-    passage_words: int = knob(100, "longest passage that documents are cut into", "words", low=1, source="Karpukhin et al. 2020, §3")
+    corpus: str = knob(
+        "", "documents that are the library: a file or a folder; empty: those that come with `data`"
+    )
+    passage_words: int = knob(
+        100,
+        "longest passage that documents are cut into",
+        "words",
+        low=1,
+        source="Karpukhin et al. 2020, §3",
+    )
     data: str = redefault("data", "facts")
 
-
-def open_library(data: str, corpus: str = "", words: int = 100, rows: int = 10**9, eval_data: str = "") -> tuple[list[dict], list[dict], list[dict]]:
+# %% ../../../nbs/integration/retrieval/library.ipynb #aea7819d
+def open_library(
+    data: str, corpus: str = "", words: int = 100, rows: int = 10**9, eval_data: str = ""
+) -> tuple[list[dict], list[dict], list[dict]]:
     """Passages, questions to learn from and at most `rows` held-out questions.
 
     `data` is `facts` (invented anew, unknown to any model) or a file with `question`, `answer` and, without a `corpus` of documents, `context`; SQuAD's and NQ's own files are read as they are. Where no passage is
@@ -65,19 +89,38 @@ def open_library(data: str, corpus: str = "", words: int = 100, rows: int = 10**
     asked, given = parse_spec(data), parse_spec(eval_data or data)
     if corpus and asked.task == "facts":
         found = f"corpus = {corpus!r}: data facts has passages of its own"
-        raise WrongInput(f"{found}; expected questions about your documents as data; give a file of them")
+        raise WrongInput(
+            f"{found}; expected questions about your documents as data; give a file of them"
+        )
     if asked.task == "facts":
         if given.task != "facts":
-            raise WrongInput(f"eval_data = {eval_data!r}: the invented library has held-out questions of its own; expected eval_data empty with data facts; give your questions as data")
+            raise WrongInput(
+                f"eval_data = {eval_data!r}: the invented library has held-out questions of its own; expected eval_data empty with data facts; give your questions as data"
+            )
         passages, questions = invented_library()
         most = {"train": asked.limit, "test": min(rows, given.limit or rows) if eval_data else rows}
-        return passages, *([q for q in questions if q["split"] == split][: most[split]] for split in ("train", "test"))
-    parts = {"train": load_data(data, "prompt", "train"), "test": load_held_out(data, eval_data, "prompt", 10**9)}
-    texts = dict.fromkeys(row["context"] for part in parts.values() for row in part if isinstance(row.get("context"), str))
-    parts = {name: [row for row in part if row.get("answers", True)] for name, part in parts.items()}
+        return passages, *(
+            [q for q in questions if q["split"] == split][: most[split]]
+            for split in ("train", "test")
+        )
+    parts = {
+        "train": load_data(data, "prompt", "train"),
+        "test": load_held_out(data, eval_data, "prompt", 10**9),
+    }
+    texts = dict.fromkeys(
+        row["context"]
+        for part in parts.values()
+        for row in part
+        if isinstance(row.get("context"), str)
+    )
+    parts = {
+        name: [row for row in part if row.get("answers", True)] for name, part in parts.items()
+    }
     parts["test"] = parts["test"][:rows]
     if not parts["train"] or not parts["test"]:
-        raise WrongInput(f"data {data!r}: {len(parts['train'])} questions to learn from and {len(parts['test'])} held out; expected at least one of each; give more rows, or others as eval_data")
+        raise WrongInput(
+            f"data {data!r}: {len(parts['train'])} questions to learn from and {len(parts['test'])} held out; expected at least one of each; give more rows, or others as eval_data"
+        )
     for number, row in enumerate(parts["train"] + parts["test"]):
         asked = text_of(row["prompt"])
         needs = [] if corpus else ["context"]
@@ -85,9 +128,13 @@ def open_library(data: str, corpus: str = "", words: int = 100, rows: int = 10**
             needs.insert(0, "answer")
         else:  # only what is learned from needs one; without it an evaluation has less to score
             row.pop("answer", None)
-        lacks = next((n for n in needs if not isinstance(row.get(n), str) or not row[n].strip()), None)
+        lacks = next(
+            (n for n in needs if not isinstance(row.get(n), str) or not row[n].strip()), None
+        )
         if lacks:
-            raise WrongInput(f"{getattr(row, 'where', 'row')}: no {lacks}; expected question, answer{'' if corpus else ' and context (or a corpus of documents)'}; add the column")
+            raise WrongInput(
+                f"{getattr(row, 'where', 'row')}: no {lacks}; expected question, answer{'' if corpus else ' and context (or a corpus of documents)'}; add the column"
+            )
         row["question"] = asked
     passages = _passages(corpus, words, texts, data)
     _label(parts["train"] + parts["test"], passages)
@@ -98,7 +145,9 @@ def _passages(corpus: str, words: int, texts: Iterable[str], data: str) -> list[
     "The passages of the documents at `corpus`; without one, the contexts that came with `data`."
     if corpus:
         return cut_documents(load_documents(corpus), words)
-    return [{"id": f"context-{n}", "text": text, "source": str(data)} for n, text in enumerate(texts, 1)]
+    return [
+        {"id": f"context-{n}", "text": text, "source": str(data)} for n, text in enumerate(texts, 1)
+    ]
 
 
 def _label(rows: list[dict], passages: list[dict]):
@@ -132,10 +181,16 @@ def open_questions(
         return passages, bool(learned), asked
     found = load_held_out(data, given, "prompt", 10**9)
     if not found:
-        raise WrongInput(f"data {given!r}: no question to ask; expected at least one; give more rows")
+        raise WrongInput(
+            f"data {given!r}: no question to ask; expected at least one; give more rows"
+        )
     others = load_data(data, "prompt", "train") if _others(data, given) else []
-    texts = {row["context"]: None for row in [*others, *found] if isinstance(row.get("context"), str)}
-    asked = [row for row in found if row.get("answers", True)] or found  # [] in SQuAD 2.0: there is none
+    texts = {
+        row["context"]: None for row in [*others, *found] if isinstance(row.get("context"), str)
+    }
+    asked = [
+        row for row in found if row.get("answers", True)
+    ] or found  # [] in SQuAD 2.0: there is none
     for row in asked[:rows]:
         where = getattr(row, "where", "row")
         if not corpus and (not isinstance(row.get("context"), str) or not row["context"].strip()):
@@ -143,7 +198,9 @@ def open_questions(
             raise WrongInput(f"{where}: no context; expected one, or a corpus of documents; {todo}")
         if not isinstance(row.get("answer"), str | None):
             kind = type(row["answer"]).__name__
-            raise WrongInput(f"{where}: answer is {kind} {row['answer']!r:.40}; expected text, or none; correct it")
+            raise WrongInput(
+                f"{where}: answer is {kind} {row['answer']!r:.40}; expected text, or none; correct it"
+            )
         if not (row.get("answer") or "").strip():
             row.pop("answer", None)
         row["question"] = text_of(row["prompt"])

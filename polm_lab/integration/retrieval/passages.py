@@ -27,7 +27,7 @@ from .text import WORDS, words_of
 def _config(path: Path, default: dict | list):
     return json.loads(path.read_text()) if path.is_file() else default
 
-
+# %% ../../../nbs/integration/retrieval/passages.ipynb #ca456c3b
 class Encoder:
     """Texts to vectors of length 1, by a model `spec`: a folder of sentence-transformers, any transformer, a run of `retriever`, a Hub id.
 
@@ -40,25 +40,62 @@ class Encoder:
 
         self.spec, self.rows, folder = str(spec), rows, model_path(spec)
         try:
-            steps = [m["type"].rpartition(".")[2] for m in _config(folder / "modules.json", [{"type": "Transformer"}, {"type": "Pooling"}])]
-            pooling = _config(folder / "1_Pooling" / "config.json", {"pooling_mode_mean_tokens": True})
-            self.prompts = _config(folder / "config_sentence_transformers.json", {}).get("prompts", {})
+            steps = [
+                m["type"].rpartition(".")[2]
+                for m in _config(
+                    folder / "modules.json", [{"type": "Transformer"}, {"type": "Pooling"}]
+                )
+            ]
+            pooling = _config(
+                folder / "1_Pooling" / "config.json", {"pooling_mode_mean_tokens": True}
+            )
+            self.prompts = _config(folder / "config_sentence_transformers.json", {}).get(
+                "prompts", {}
+            )
             limit = _config(folder / "sentence_bert_config.json", {}).get("max_seq_length")
             if steps[:1] != ["Transformer"] or set(steps) - {"Transformer", "Pooling", "Normalize"}:
-                raise WrongInput(f"{folder}/modules.json: modules {', '.join(steps)}; expected Transformer, Pooling, Normalize; take another encoder")
-            self.how = next((h for h in ("mean", "cls", "lasttoken") if pooling.get(f"pooling_mode_{h}_tokens", pooling.get(f"pooling_mode_{h}_token", pooling.get(f"pooling_mode_{h}")))), None)
+                raise WrongInput(
+                    f"{folder}/modules.json: modules {', '.join(steps)}; expected Transformer, Pooling, Normalize; take another encoder"
+                )
+            self.how = next(
+                (
+                    h
+                    for h in ("mean", "cls", "lasttoken")
+                    if pooling.get(
+                        f"pooling_mode_{h}_tokens",
+                        pooling.get(f"pooling_mode_{h}_token", pooling.get(f"pooling_mode_{h}")),
+                    )
+                ),
+                None,
+            )
             self.how = pooling.get("pooling_mode", self.how)  # newer folders name it
             if self.how not in ("mean", "cls", "lasttoken"):
-                raise WrongInput(f"{folder}/1_Pooling/config.json: pooling {self.how}; expected mean, cls or lasttoken; take another encoder")
+                raise WrongInput(
+                    f"{folder}/1_Pooling/config.json: pooling {self.how}; expected mean, cls or lasttoken; take another encoder"
+                )
             with quiet_libraries():
-                self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-                self.model = AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32).eval()
+                self.tokenizer = AutoTokenizer.from_pretrained(
+                    folder, local_files_only=True, trust_remote_code=False
+                )
+                self.model = AutoModel.from_pretrained(
+                    folder,
+                    local_files_only=True,
+                    trust_remote_code=False,
+                    use_safetensors=True,
+                    dtype=torch.float32,
+                ).eval()
         except WrongInput:
             raise
         except Exception as error:
-            raise WrongInput(f"encoder {spec!r}: cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:160]}); expected a transformer as safetensors with its tokenizer") from None
+            raise WrongInput(
+                f"encoder {spec!r}: cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:160]}); expected a transformer as safetensors with its tokenizer"
+            ) from None
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        self.max_length = min(max_length, limit or max_length, getattr(self.model.config, "max_position_embeddings", None) or max_length)
+        self.max_length = min(
+            max_length,
+            limit or max_length,
+            getattr(self.model.config, "max_position_embeddings", None) or max_length,
+        )
         self.model.to(pick_device(device)).requires_grad_(False)
         self.width = self.model.config.hidden_size
         seal = hashlib.sha256(json.dumps([self.how, self.prompts, self.max_length]).encode())
@@ -75,12 +112,27 @@ class Encoder:
         with torch.no_grad():
             for start in range(0, len(order), self.rows):
                 part = order[start : start + self.rows]
-                batch = self.tokenizer([before + texts[i] for i in part], padding=True, truncation=True, max_length=self.max_length, padding_side="right", return_tensors="pt")
-                batch = {k: v.to(self.model.device) for k, v in batch.items() if k in ("input_ids", "attention_mask", "token_type_ids")}
-                out[part] = pool(self.model(**batch).last_hidden_state, batch["attention_mask"], self.how).cpu().numpy()
+                batch = self.tokenizer(
+                    [before + texts[i] for i in part],
+                    padding=True,
+                    truncation=True,
+                    max_length=self.max_length,
+                    padding_side="right",
+                    return_tensors="pt",
+                )
+                batch = {
+                    k: v.to(self.model.device)
+                    for k, v in batch.items()
+                    if k in ("input_ids", "attention_mask", "token_type_ids")
+                }
+                out[part] = (
+                    pool(self.model(**batch).last_hidden_state, batch["attention_mask"], self.how)
+                    .cpu()
+                    .numpy()
+                )
         return out
 
-
+# %% ../../../nbs/integration/retrieval/passages.ipynb #83edd16a
 def pool(states, mask, how: str = "mean"):
     "Vectors [rows, width] of length 1 from states [rows, time, width] and mask [rows, time]."
     import torch
@@ -112,13 +164,25 @@ def _checked(passages: Iterable[dict], known=frozenset()) -> tuple[list[dict], l
     ids, texts = [p.get("id") for p in passages], [p.get("text") for p in passages]
     if not passages:
         raise WrongInput("index: no passages; expected at least one; give documents that have text")
-    if set(map(type, ids)) | set(map(type, texts)) != {str} or not all(texts) or any(map(str.isspace, texts)):
-        number, key, text = next((n, i, t) for n, (i, t) in enumerate(zip(ids, texts), 1) if type(i) is not str or type(t) is not str or not t.strip())
-        raise WrongInput(f"passage {number} ({key!r:.40}): text is {text!r:.40}; expected an id and some text; leave empty passages out")
+    if (
+        set(map(type, ids)) | set(map(type, texts)) != {str}
+        or not all(texts)
+        or any(map(str.isspace, texts))
+    ):
+        number, key, text = next(
+            (n, i, t)
+            for n, (i, t) in enumerate(zip(ids, texts), 1)
+            if type(i) is not str or type(t) is not str or not t.strip()
+        )
+        raise WrongInput(
+            f"passage {number} ({key!r:.40}): text is {text!r:.40}; expected an id and some text; leave empty passages out"
+        )
     if len(set(ids)) < len(ids) or not known.isdisjoint(ids):
         seen = set(known)
         number, key = next((n, i) for n, i in enumerate(ids, 1) if i in seen or seen.add(i))
-        raise WrongInput(f"passage {number}: the id {key!r:.60} is there already; expected each id once; remove it from the index first, or rename it")
+        raise WrongInput(
+            f"passage {number}: the id {key!r:.60} is there already; expected each id once; remove it from the index first, or rename it"
+        )
     return passages, texts
 
 
@@ -128,7 +192,9 @@ def fuse_ranks(rankings: list[list[int]], constant: int = 60) -> list[tuple[int,
     for ranking in rankings:
         for rank, item in enumerate(ranking, 1):
             parts.setdefault(item, []).append(1.0 / (constant + rank))
-    scores = {item: math.fsum(found) for item, found in parts.items()}  # exact: rounding must not decide between equals
+    scores = {
+        item: math.fsum(found) for item, found in parts.items()
+    }  # exact: rounding must not decide between equals
     return sorted(scores.items(), key=lambda pair: -pair[1])
 
 # %% ../../../nbs/integration/retrieval/passages.ipynb #af53c3c6
@@ -158,11 +224,17 @@ class Passages:
         "Take passages out by id."
         ids, known = set(ids), {p["id"]: n for n, p in enumerate(self.passages)}
         if ids - set(known):
-            raise WrongInput(f"index: no passage {sorted(ids - set(known))[0]!r:.60}; expected ids of this index; {nearest(sorted(ids - set(known))[0], list(known)[:1000])[:200]}")
+            raise WrongInput(
+                f"index: no passage {sorted(ids - set(known))[0]!r:.60}; expected ids of this index; {nearest(sorted(ids - set(known))[0], list(known)[:1000])[:200]}"
+            )
         if len(ids) == len(known):
-            raise WrongInput("index: nothing would be left; expected at least one passage to stay; delete the folder instead")
+            raise WrongInput(
+                "index: nothing would be left; expected at least one passage to stay; delete the folder instead"
+            )
         if self.vectors is not None:
-            self.vectors.remove_ids(np.array(sorted(known[i] for i in ids), np.int64))  # a flat index closes the gaps and keeps the order
+            self.vectors.remove_ids(
+                np.array(sorted(known[i] for i in ids), np.int64)
+            )  # a flat index closes the gaps and keeps the order
         self.passages, self._bm25 = [p for p in self.passages if p["id"] not in ids], None
 
     @property
@@ -182,7 +254,9 @@ class Passages:
 class Searchable(Passages):
     "Passages with their three searches."
 
-    def ranked(self, questions: list[str], k: int = 5, how: str = "bm25") -> list[list[tuple[int, float]]]:
+    def ranked(
+        self, questions: list[str], k: int = 5, how: str = "bm25"
+    ) -> list[list[tuple[int, float]]]:
         "(number of the passage, score) of the `k` best of each question, best first. BM25 leaves out passages that share no word with the question."
         if how not in HOWS:
             raise WrongInput(f"search = {how!r}: {nearest(how, HOWS)}")
@@ -190,7 +264,9 @@ class Searchable(Passages):
             if not isinstance(question, str) or not question.strip():
                 raise WrongInput(f"question {number}: empty; expected some words; leave it out")
         if how != "bm25" and self.vectors is None:
-            raise WrongInput(f"search = {how!r}: this index has no vectors; expected search bm25, or an index built with an encoder; name one")
+            raise WrongInput(
+                f"search = {how!r}: this index has no vectors; expected search bm25, or an index built with an encoder; name one"
+            )
         if how == "hybrid":
             deep = max(k, 50)
             both = zip(self.ranked(questions, deep, "bm25"), self.ranked(questions, deep, "dense"))
@@ -198,15 +274,23 @@ class Searchable(Passages):
         k = min(k, len(self))
         if how == "dense":
             scores, numbers = self.vectors.search(self.encoder(questions, "query"), k)
-            return [list(zip(row, values)) for row, values in zip(numbers.tolist(), scores.tolist())]
+            return [
+                list(zip(row, values)) for row, values in zip(numbers.tolist(), scores.tolist())
+            ]
         words = [words_of(question) for question in questions]
         numbers, scores = self.bm25.retrieve(words, k=k, show_progress=False)
-        return [[pair for pair in zip(row, values) if pair[1] > 0] for row, values in zip(numbers.tolist(), scores.tolist())]
+        return [
+            [pair for pair in zip(row, values) if pair[1] > 0]
+            for row, values in zip(numbers.tolist(), scores.tolist())
+        ]
 
     def search(self, questions: list[str], k: int = 5, how: str = "bm25") -> list[list[Hit]]:
         "The `k` best passages of each question, by bm25, dense or hybrid."
         passages = self.passages
-        return [[Hit(passages[n]["id"], passages[n]["text"], score) for n, score in found] for found in self.ranked(questions, k, how)]
+        return [
+            [Hit(passages[n]["id"], passages[n]["text"], score) for n, score in found]
+            for found in self.ranked(questions, k, how)
+        ]
 
 # %% ../../../nbs/integration/retrieval/passages.ipynb #9e026cca
 class Index(Searchable):
@@ -216,13 +300,19 @@ class Index(Searchable):
         "Write the index to `folder`, all at once; whoever opens it meanwhile gets the old one. Raises `WrongInput` while another process writes there."
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()) and not any((folder / name).exists() for name in ("index.json", ".lock")):
-            raise WrongInput(f"{folder}: holds other files; expected an index, or nothing; give another folder")
+        if any(folder.iterdir()) and not any(
+            (folder / name).exists() for name in ("index.json", ".lock")
+        ):
+            raise WrongInput(
+                f"{folder}: holds other files; expected an index, or nothing; give another folder"
+            )
         with open(folder / ".lock", "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise WrongInput(f"{folder}: another process is writing this index; expected one writer at a time; wait for it") from None
+                raise WrongInput(
+                    f"{folder}: another process is writing this index; expected one writer at a time; wait for it"
+                ) from None
             build = Path(tempfile.mkdtemp(prefix="build-", dir=folder))
             with open(build / "passages.jsonl", "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(p) + "\n" for p in self.passages)
@@ -231,8 +321,15 @@ class Index(Searchable):
                 import faiss
 
                 faiss.write_index(self.vectors, str(build / "vectors.faiss"))
-            facts = dict(build=build.name, words=WORDS, passages=len(self), encoder=None if self.encoder is None else dict(spec=self.encoder.spec, identity=self.encoder.identity),
-                         sizes={f.name: f.stat().st_size for f in sorted(build.iterdir())})  # fmt: skip
+            facts = dict(
+                build=build.name,
+                words=WORDS,
+                passages=len(self),
+                encoder=None
+                if self.encoder is None
+                else dict(spec=self.encoder.spec, identity=self.encoder.identity),
+                sizes={f.name: f.stat().st_size for f in sorted(build.iterdir())},
+            )
             for file in build.iterdir():
                 with open(file, "rb") as written:
                     os.fsync(written.fileno())
@@ -263,25 +360,46 @@ class Index(Searchable):
             build = folder / facts["build"]
             for name, size in facts["sizes"].items():
                 if (build / name).stat().st_size != size:
-                    raise ValueError(f"{name} has {(build / name).stat().st_size} bytes instead of {size}")
+                    raise ValueError(
+                        f"{name} has {(build / name).stat().st_size} bytes instead of {size}"
+                    )
             index = cls.__new__(cls)
-            index.passages = [json.loads(line) for line in (build / "passages.jsonl").read_text(encoding="utf-8").splitlines()]
-            index.encoder, index.vectors, index._bm25 = None, None, bm25s.BM25.load(build, show_progress=False)
+            index.passages = [
+                json.loads(line)
+                for line in (build / "passages.jsonl").read_text(encoding="utf-8").splitlines()
+            ]
+            index.encoder, index.vectors, index._bm25 = (
+                None,
+                None,
+                bm25s.BM25.load(build, show_progress=False),
+            )
             if facts.get("words") != WORDS:
-                index._bm25 = None  # another version counted other words: made again at the next search
+                index._bm25 = (
+                    None  # another version counted other words: made again at the next search
+                )
             if facts["encoder"]:
                 import faiss
 
                 index.vectors = faiss.read_index(str(build / "vectors.faiss"))
-            if not len(index.passages) == facts["passages"] == (index.vectors.ntotal if index.vectors else facts["passages"]):
+            if (
+                not len(index.passages)
+                == facts["passages"]
+                == (index.vectors.ntotal if index.vectors else facts["passages"])
+            ):
                 raise ValueError("passages and vectors differ in number")
         except FileNotFoundError as error:
-            raise WrongInput(f"{folder}: no index here ({Path(error.filename).name} is not there); expected a folder that Index.save wrote; build it") from None
+            raise WrongInput(
+                f"{folder}: no index here ({Path(error.filename).name} is not there); expected a folder that Index.save wrote; build it"
+            ) from None
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise WrongInput(f"{folder}: the index is damaged ({' '.join(str(error).split())[:120]}); build it again") from None
+            raise WrongInput(
+                f"{folder}: the index is damaged ({' '.join(str(error).split())[:120]}); build it again"
+            ) from None
         if facts["encoder"]:
             index.encoder = encoder or Encoder(facts["encoder"]["spec"])
             if index.encoder.identity != facts["encoder"]["identity"]:
                 made, given = facts["encoder"], index.encoder
-                raise WrongInput(f"{folder}: its vectors are of the encoder {made['spec']} ({made['identity']}), not of {given.spec} ({given.identity}); expected the same encoder; name that one, or build the index again")
+                raise WrongInput(
+                    f"{folder}: its vectors are of the encoder {made['spec']} ({made['identity']}), not of {given.spec} ({given.identity}); expected the same encoder; name that one, or build the index again"
+                )
         return index

@@ -29,7 +29,9 @@ LETTER = rf"(?=[{SPACELESS}])\X(?:(?<=[\u17d2\u1039\u1a60])\X)*"
 
 
 # what may be left out in writing or cannot be seen: format characters, Arabic and Hebrew points
-UNSEEN = regex.compile(r"[\p{Cf}\u0640\u064b-\u065f\u0670\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7]")
+UNSEEN = regex.compile(
+    r"[\p{Cf}\u0640\u064b-\u065f\u0670\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7]"
+)
 
 
 # what NFKC may change: it would make 61⁄2 of 6½, and take vowels of Thai and Lao apart
@@ -56,7 +58,9 @@ def fold(text: str) -> str:
     if text.isascii():
         return text.lower()
     text = VALUES.sub(lambda run: unicodedata.normalize("NFKC", run[0]), text)
-    text = text.replace("İ", "i").replace("ı", "i").casefold()  # Turkish has two i; most text has one
+    text = (
+        text.replace("İ", "i").replace("ı", "i").casefold()
+    )  # Turkish has two i; most text has one
     text = unicodedata.normalize("NFC", UNSEEN.sub("", text))
     return DIGITS.sub(lambda digit: str(unicodedata.decimal(digit[0])), text)
 
@@ -146,7 +150,9 @@ def normalized(text: str) -> str:
     return squeezed(text)
 
 # %% ../../../nbs/integration/retrieval/text.ipynb #2b7ddac3
-LONGEST = 200  # characters of a word: what is longer is no word, and would make a passage of any size
+LONGEST = (
+    200  # characters of a word: what is longer is no word, and would make a passage of any size
+)
 CLOSING = r"[\"')\]”’»」』）】》〉]"
 
 
@@ -190,7 +196,9 @@ def _sentences(paragraph: str) -> Iterator[list[str]]:
             continue
         said = []
         for chunk in part.split():
-            first, *others = [chunk] if len(chunk) <= LONGEST and chunk.isascii() else _pieces(chunk)
+            first, *others = (
+                [chunk] if len(chunk) <= LONGEST and chunk.isascii() else _pieces(chunk)
+            )
             said.append((" " if said else space) + first)
             said += others
         if said:
@@ -247,5 +255,12 @@ def cut_documents(documents: Iterable[Document], words: int = 100) -> list[dict]
     passages = []
     for document in documents:
         pieces = cut(document.text, words)
-        passages += [{"id": document.id if len(pieces) == 1 else f"{document.id}#{n}", "text": p, "source": document.source} for n, p in enumerate(pieces, 1)]
+        passages += [
+            {
+                "id": document.id if len(pieces) == 1 else f"{document.id}#{n}",
+                "text": p,
+                "source": document.source,
+            }
+            for n, p in enumerate(pieces, 1)
+        ]
     return passages

@@ -29,7 +29,9 @@ def sampled(rows: list[dict], samples: int, ask: Ask, words: Words) -> list[tupl
     return [(row, texts[i * samples : (i + 1) * samples]) for i, row in enumerate(rows)]
 
 
-def best_of(row: dict, texts: list[str], words: Words, score: Callable, known: bool = False) -> str | None:
+def best_of(
+    row: dict, texts: list[str], words: Words, score: Callable, known: bool = False
+) -> str | None:
     "A right answer: an own one, or where none is (with `known`: first of all) the one that the data has; None without any."
     own, given = [text for text in texts if score(row, text) == 1], words.known(row)
     return given if given is not None and (known or not own) else next(iter(own), None)
@@ -37,27 +39,58 @@ def best_of(row: dict, texts: list[str], words: Words, score: Callable, known: b
 
 def corrections(found, words: Words, score: Callable) -> list[dict]:
     "An own answer and a better one, of each question; a right answer is to be copied. The data's answer stands in where none is right."
-    pairs = [(row, text, best_of(row, texts, words, score)) for row, texts in found for text in texts if text]
-    return [dict(prompt=words.correction(row, text), completion=words.written(row, better)) for row, text, better in pairs if better is not None]
+    pairs = [
+        (row, text, best_of(row, texts, words, score))
+        for row, texts in found
+        for text in texts
+        if text
+    ]
+    return [
+        dict(prompt=words.correction(row, text), completion=words.written(row, better))
+        for row, text, better in pairs
+        if better is not None
+    ]
 
 
-def critiqued(found, words: Words, ask: Ask, score: Callable) -> list[tuple[dict, list[str], str, str]]:
+def critiqued(
+    found, words: Words, ask: Ask, score: Callable
+) -> list[tuple[dict, list[str], str, str]]:
     "(question, its answers, one of them, an own critique of it whose verdict, and result if it names one, are right)."
     asked = [(row, texts, text) for row, texts in found for text in texts if text]
-    said = ask([Trace(i, row) for i, (row, _, _) in enumerate(asked)], [words.feedback(row, text) for row, _, text in asked], "critique")
-    kept = [(*one, said.text.strip("\n"), words.verdict(one[0], one[2], said.text)) for one, said in zip(asked, said)]
-    return [(row, texts, text, check) for row, texts, text, check, v in kept if v.fine == (score(row, text) == 1) and (not v.hint or score(row, v.hint) == 1)]
+    said = ask(
+        [Trace(i, row) for i, (row, _, _) in enumerate(asked)],
+        [words.feedback(row, text) for row, _, text in asked],
+        "critique",
+    )
+    kept = [
+        (*one, said.text.strip("\n"), words.verdict(one[0], one[2], said.text))
+        for one, said in zip(asked, said)
+    ]
+    return [
+        (row, texts, text, check)
+        for row, texts, text, check, v in kept
+        if v.fine == (score(row, text) == 1) and (not v.hint or score(row, v.hint) == 1)
+    ]
 
 
 def critiques(found, words: Words, ask: Ask, score: Callable) -> list[dict]:
     "Own critiques of own answers that came out right."
-    return [dict(prompt=words.feedback(row, text), completion=check) for row, _, text, check in critiqued(found, words, ask, score)]
+    return [
+        dict(prompt=words.feedback(row, text), completion=check)
+        for row, _, text, check in critiqued(found, words, ask, score)
+    ]
 
 
 def chains(found, words: Words, ask: Ask, score: Callable) -> list[dict]:
     "Own answers with own checks behind them, and the better answer where one is needed, as one text."
-    kept = [(*one, best_of(one[0], one[1], words, score)) for one in critiqued(found, words, ask, score)]
-    return [dict(prompt=words.whole(row), completion=words.joined(row, text, check, better)) for row, _, text, check, better in kept if better is not None]
+    kept = [
+        (*one, best_of(one[0], one[1], words, score)) for one in critiqued(found, words, ask, score)
+    ]
+    return [
+        dict(prompt=words.whole(row), completion=words.joined(row, text, check, better))
+        for row, _, text, check, better in kept
+        if better is not None
+    ]
 
 # %% ../../../nbs/reasoning/refine/corrections.ipynb #fd49e598
 def spoiled(steps: list[str], rng: random.Random) -> tuple[list[str], int]:
@@ -66,7 +99,9 @@ def spoiled(steps: list[str], rng: random.Random) -> tuple[list[str], int]:
     if not places or rng.random() < 0.5:
         return steps, 0
     place = rng.choice(places)
-    slip = lambda found: str(rng.choice([n for d in (-10, -1, 1, 10) if (n := int(found[1]) + d) >= 0]))
+    slip = lambda found: str(
+        rng.choice([n for d in (-10, -1, 1, 10) if (n := int(found[1]) + d) >= 0])
+    )
     wrong = re.sub(r"(\d+)(?=\D*$)", slip, steps[place])
     return [*steps[:place], wrong, *steps[place + 1 :]], place + 1
 
@@ -74,24 +109,46 @@ def spoiled(steps: list[str], rng: random.Random) -> tuple[list[str], int]:
 def spoiled_steps(data: str, n: int, seed: int, words) -> list[dict]:
     "Worked answers, some with a mistake put in by a rule, and what a critic is to say. Raises `WrongInput` where answers are not worked out."
     task, rng, made = TASKS.get(parse_spec(data).task), random.Random(seed), []
-    rows = task.rows("completion", n, seed, "train", "steps") if task and "steps" in task.forms else load_data(data, "completion")[:n]
+    rows = (
+        task.rows("completion", n, seed, "train", "steps")
+        if task and "steps" in task.forms
+        else load_data(data, "completion")[:n]
+    )
     for row in rows:
         right = words.steps(re.sub(r"<<.*?>>|\n####.*", "", text_of(row["completion"])))
         if len(right) > 1:
             steps, place = spoiled(right, rng)
-            made.append(dict(prompt=words.feedback(row, "\n".join(steps)), completion=words.finding(right, place)))
+            made.append(
+                dict(
+                    prompt=words.feedback(row, "\n".join(steps)),
+                    completion=words.finding(right, place),
+                )
+            )
     if len(made) < 2:
         found = f"{len(made)} of {len(rows)} answers of {data!r} are worked out on several lines"
-        raise WrongInput(f"learn = 'refiner': {found}; expected two at least; use data whose completions show the steps, such as GSM8K's")
+        raise WrongInput(
+            f"learn = 'refiner': {found}; expected two at least; use data whose completions show the steps, such as GSM8K's"
+        )
     return made
 
 # %% ../../../nbs/reasoning/refine/corrections.ipynb #15fecd1a
 def edits(found, words: Words, score: Callable, shown: int) -> list[dict]:
     "Own code that fails a test, with what came of it, and right code: the data's, or where it has none an own one."
-    tried = [(row, text, best_of(row, texts, words, score, known=True)) for row, texts in found for text in dict.fromkeys(texts) if text]
-    said = ToolCritic(tester(shown), at_once=2)([Trace(i, row, answers=[text]) for i, (row, text, _) in enumerate(tried)], None)
+    tried = [
+        (row, text, best_of(row, texts, words, score, known=True))
+        for row, texts in found
+        for text in dict.fromkeys(texts)
+        if text
+    ]
+    said = ToolCritic(tester(shown), at_once=2)(
+        [Trace(i, row, answers=[text]) for i, (row, text, _) in enumerate(tried)], None
+    )
     failed = [(*one, outcome.text) for one, outcome in zip(tried, said) if outcome.fine is False]
-    return [dict(prompt=words.edit(row, text, outcome), completion=words.written(row, right)) for row, text, right, outcome in failed if right is not None]
+    return [
+        dict(prompt=words.edit(row, text, outcome), completion=words.written(row, right))
+        for row, text, right, outcome in failed
+        if right is not None
+    ]
 
 
 def graded(outcome: str) -> float:
@@ -108,8 +165,13 @@ def coderl(prompts, completions, tests, question=None, **columns) -> list[float]
 
     `question` is what the prompts ask, where they say more than that.
     """
-    asked = [(source_of(dict(prompt=q), text_of(c)), tuple(t)) for q, c, t in zip(question or prompts, completions, tests)]
+    asked = [
+        (source_of(dict(prompt=q), text_of(c)), tuple(t))
+        for q, c, t in zip(question or prompts, completions, tests)
+    ]
     different = list(dict.fromkeys(asked))  # a program that comes twice runs once
     with ThreadPoolExecutor(2) as pool:
-        said = dict(zip(different, pool.map(lambda one: run_tests(one[0], list(one[1])), different)))
+        said = dict(
+            zip(different, pool.map(lambda one: run_tests(one[0], list(one[1])), different))
+        )
     return [graded(said[one]) for one in asked]

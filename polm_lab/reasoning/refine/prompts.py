@@ -35,7 +35,9 @@ def boxed(text: str) -> str | None:
     for i in range(inside, len(text)):
         depth += (text[i] == "{") - (text[i] == "}")
         if not depth:
-            return re.sub(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}", r"\1", text[inside:i]).strip(" $")
+            return re.sub(
+                r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}", r"\1", text[inside:i]
+            ).strip(" $")
     return None
 
 
@@ -51,10 +53,19 @@ def result_in(text: str) -> str:
     said = without_thinking(text).strip()
     if (box := boxed(said)) is not None:
         return box
-    found = [a or b for a, b in ANSWER.findall(re.sub(r"\\[()\[\]]|\$(?!\d)|(?<=\d)\$", "", without_markdown(said)))]
+    found = [
+        a or b
+        for a, b in ANSWER.findall(
+            re.sub(r"\\[()\[\]]|\$(?!\d)|(?<=\d)\$", "", without_markdown(said))
+        )
+    ]
     if not found:
         return re.sub(r"^(\*\*|__|[*_`])(.+)\1$", r"\2", said)
-    line = re.split(r"\.(?:\s|$)|[,;]?\s+(?:because|since|as|which|so)\s|\s+[(\u2013\u2014]|\s-\s|[!?]\s", found[-1], maxsplit=1)[0]
+    line = re.split(
+        r"\.(?:\s|$)|[,;]?\s+(?:because|since|as|which|so)\s|\s+[(\u2013\u2014]|\s-\s|[!?]\s",
+        found[-1],
+        maxsplit=1,
+    )[0]
     line = re.sub(r"^(-?\d[\d,]*(?:\.\d+)?%?)[,;]\s.*", r"\1", line)  # 68, in two steps
     return line.strip(" \t.!\"'“”()$") or found[-1].strip()
 
@@ -62,7 +73,11 @@ def result_in(text: str) -> str:
 def code_of(text: str) -> str:
     "The code of a reply: the last fenced block that defines something, else the last one, else all of it."
     blocks = re.findall(r"```[^\n`]*\n(.*?)(?:```|\Z)", without_thinking(text), re.S)
-    return ([b for b in blocks if re.search(r"^\s*(?:async def|def|class)\s|lambda", b, re.M)] or blocks or [without_thinking(text)])[-1].strip("\n")
+    return (
+        [b for b in blocks if re.search(r"^\s*(?:async def|def|class)\s|lambda", b, re.M)]
+        or blocks
+        or [without_thinking(text)]
+    )[-1].strip("\n")
 
 
 GOOD = r"(?:right|correct|accurate|valid|fine|good|sound|ok(?:ay)?)"
@@ -86,13 +101,17 @@ PHRASES = dict(  # the first kind is tried first: "not correct" holds "correct"
         rf"\blgtm\b|\bcorrect as (?:it )?(?:is|stands|written)\b|^\W*{GOOD}\b",
     ),
 )
-PHRASE = re.compile("|".join(f"(?P<{kind}>{'|'.join(forms)})" for kind, forms in PHRASES.items()), re.I | re.M)
+PHRASE = re.compile(
+    "|".join(f"(?P<{kind}>{'|'.join(forms)})" for kind, forms in PHRASES.items()), re.I | re.M
+)
 
 
 def verdict_in(text: str) -> bool | None:
     "Whether a critique finds the answer right: the last line VERDICT, else the last of the usual phrases; None where neither is there."
     said = without_markdown(without_thinking(text)).replace("\u2019", "'")
-    lines = re.findall(rf"\bverdict\b\W*(?:is\b\W*)?(?:the \w+ is\s+)?({HALF}\s+{GOOD}|{GOOD}|{BAD})\b", said, re.I)
+    lines = re.findall(
+        rf"\bverdict\b\W*(?:is\b\W*)?(?:the \w+ is\s+)?({HALF}\s+{GOOD}|{GOOD}|{BAD})\b", said, re.I
+    )
     if lines:
         return bool(re.fullmatch(GOOD, lines[-1], re.I))
     found = [match.lastgroup for match in PHRASE.finditer(said)]
@@ -103,7 +122,11 @@ def wrong_step(text: str) -> int | None:
     "The step that a critique of worked steps finds wrong, 0 for none of them, None where it does not say."
     said = without_markdown(without_thinking(text))
     fault = rf"\bstep\s*#?(\d+)\b[^.\n]{{0,40}}?\b(?:{BAD}|{FAULT})\b"
-    found = re.search(rf"{fault}|\b(?:first|only)\s+(?:{BAD}|error|mistake)[^.\d\n]{{0,30}}step\s*#?(\d+)", said, re.I)
+    found = re.search(
+        rf"{fault}|\b(?:first|only)\s+(?:{BAD}|error|mistake)[^.\d\n]{{0,30}}step\s*#?(\d+)",
+        said,
+        re.I,
+    )
     if found and not re.match(r"step\s*#?\d+\s+(?:is|has|contains)\s+(?:not|no)\b", found[0], re.I):
         return int(found[1] or found[2])
     none = rf"\b(?:no|none of the)\s+steps?\b[^.\n]{{0,20}}\b{BAD}\b|\ball (?:the )?(?:\w+ )?steps are {GOOD}"
@@ -119,7 +142,11 @@ PLAN = "List up to three short questions, each clear by itself, whose answers wo
 REFLECT = "That answer failed: {feedback}\nSay in one or two sentences what went wrong, and what to do differently next time."
 NOTES = "\n\nNotes from earlier tries:\n{notes}"
 PASSAGES = "Use these passages where they help:\n{passages}\n\n"
-WAYS = ("", "\n\nWork it out step by step.", "\n\nFirst guess the result roughly, then find it in another way than you usually would.")
+WAYS = (
+    "",
+    "\n\nWork it out step by step.",
+    "\n\nFirst guess the result roughly, then find it in another way than you usually would.",
+)
 WHOLE = (
     "\n\nAfter your answer, write a line CHECK: and check it step by step, ending with VERDICT: right, or VERDICT: wrong."
     " If it was wrong, write a line REVISED: and the answer again, corrected."
@@ -158,7 +185,15 @@ class AnswerWords:
 
     def known(self, row: dict) -> str | None:
         "The answer that the data has: a program, or the line with the result; None where it has none."
-        return row["solution"] if "solution" in row else None if row.get("answer") is None else f"{row['answer']}" if row.get("tests") else f"ANSWER: {row['answer']}"
+        return (
+            row["solution"]
+            if "solution" in row
+            else None
+            if row.get("answer") is None
+            else f"{row['answer']}"
+            if row.get("tests")
+            else f"ANSWER: {row['answer']}"
+        )
 
     def result(self, answer: str) -> str:
         "What an answer comes to, which is scored and compared."
@@ -202,7 +237,11 @@ class CritiqueWords(AnswerWords):
 
     def lessons(self, row: dict, text: str) -> list[str]:
         "What is remembered of a reflection."
-        return [f"- {' '.join(without_thinking(text).split())}"] if without_thinking(text).strip() else []
+        return (
+            [f"- {' '.join(without_thinking(text).split())}"]
+            if without_thinking(text).strip()
+            else []
+        )
 
     def edit(self, row: dict, answer: str, outcome: str):
         "A prompt for an editor of code: the task, the code, what came of it."
@@ -227,8 +266,14 @@ class QuestionWords(CritiqueWords):
     def listed(self, text: str) -> list:
         "The questions of a plan, as prompts: of a list its items, else the lines that end as questions do."
         lines = [line.strip() for line in without_markdown(without_thinking(text)).splitlines()]
-        items = [found[1] for line in lines if (found := re.match(r"(?:[-•]|(?:question\s*|q)?\d+\s*[.):])\s*(.*\?.*)", line, re.I))]
-        return [[user(line)] for line in (items or [line for line in lines if line.endswith("?")])[:3]]
+        items = [
+            found[1]
+            for line in lines
+            if (found := re.match(r"(?:[-•]|(?:question\s*|q)?\d+\s*[.):])\s*(.*\?.*)", line, re.I))
+        ]
+        return [
+            [user(line)] for line in (items or [line for line in lines if line.endswith("?")])[:3]
+        ]
 
     def reads(self, row: dict, text: str) -> str:
         "The answer to the question itself that the reply to a test speaks for; empty where that is not known."
@@ -248,14 +293,31 @@ class Words(QuestionWords):
 
     def joined(self, row: dict, answer: str, check: str, better: str) -> str:
         "Such a text."
-        return f"{self.written(row, answer)}\nCHECK:\n{check.strip()}" + ("" if verdict_in(check) else f"\nREVISED:\n{self.written(row, better)}")
+        return f"{self.written(row, answer)}\nCHECK:\n{check.strip()}" + (
+            "" if verdict_in(check) else f"\nREVISED:\n{self.written(row, better)}"
+        )
 
     def parted(self, row: dict, text: str) -> tuple[str, Feedback]:
         "What such a text answers at first, and its check, whose hint is the answer at its end."
-        first, *rest = re.split(r"^\W*check\W*?:\W*?$", without_markdown(without_thinking(text)) if "```" not in text else without_thinking(text), maxsplit=1, flags=re.I | re.M)
-        check, *better = re.split(r"^\W*revised\W*?:", rest[0], maxsplit=1, flags=re.I | re.M) if rest else ["no check was written"]
+        first, *rest = re.split(
+            r"^\W*check\W*?:\W*?$",
+            without_markdown(without_thinking(text))
+            if "```" not in text
+            else without_thinking(text),
+            maxsplit=1,
+            flags=re.I | re.M,
+        )
+        check, *better = (
+            re.split(r"^\W*revised\W*?:", rest[0], maxsplit=1, flags=re.I | re.M)
+            if rest
+            else ["no check was written"]
+        )
         answer = self.answer(row, first)
-        return answer, Feedback(check.strip(), verdict_in(check) if not better else False, self.answer(row, better[0]) if better else answer)
+        return answer, Feedback(
+            check.strip(),
+            verdict_in(check) if not better else False,
+            self.answer(row, better[0]) if better else answer,
+        )
 
 # %% ../../../nbs/reasoning/refine/prompts.ipynb #656841d6
 STEPS = "\n\nWork it out step by step: one short step on each line, the result on the last line."
@@ -282,7 +344,9 @@ class StepWords(Words):
 
     def verdict(self, row, answer, text):
         place = wrong_step(text)
-        return Feedback(without_thinking(text).strip(), None if place is None else place == 0, str(place or ""))
+        return Feedback(
+            without_thinking(text).strip(), None if place is None else place == 0, str(place or "")
+        )
 
     def revision(self, row, answer, feedback, memory=()):
         return self._then(row, answer, GOON.format(feedback=feedback.text))

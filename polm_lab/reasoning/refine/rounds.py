@@ -24,7 +24,16 @@ class Feedback:
     error: str = ""  # why there is no verdict
 
 
-def refine(traces: list[Trace], draft: Callable, critic: Callable, reviser: Callable, stop: Callable, memory: Callable, ask: Ask, rounds: int) -> Iterator[tuple[int, list[Trace]]]:
+def refine(
+    traces: list[Trace],
+    draft: Callable,
+    critic: Callable,
+    reviser: Callable,
+    stop: Callable,
+    memory: Callable,
+    ask: Ask,
+    rounds: int,
+) -> Iterator[tuple[int, list[Trace]]]:
     """Draft, then at most `rounds` rounds; yields (round, traces that were open in it) after each, the draft being round 0.
 
     draft(traces, ask) -> texts; critic(traces, ask) -> feedbacks; reviser(traces, feedbacks, ask) -> texts; stop(trace, feedback) -> reason or "";
@@ -32,7 +41,9 @@ def refine(traces: list[Trace], draft: Callable, critic: Callable, reviser: Call
     """
     for trace, text in zip(traces, draft(traces, ask), strict=True):
         if trace.over:
-            raise WrongInput(f"question {trace.index}: no room for a draft within {trace.left:g} tokens; expected more; raise tokens, or shorten the question")
+            raise WrongInput(
+                f"question {trace.index}: no room for a draft within {trace.left:g} tokens; expected more; raise tokens, or shorten the question"
+            )
         trace.answers.append(text)
         trace.close("draft", 0, text)
     yield 0, traces
@@ -42,7 +53,14 @@ def refine(traces: list[Trace], draft: Callable, critic: Callable, reviser: Call
             return
         found = critic(live, ask)
         for trace, feedback in zip(live, found, strict=True):
-            trace.close("feedback", round, feedback.text, fine=feedback.fine, hint=feedback.hint, error=feedback.error)
+            trace.close(
+                "feedback",
+                round,
+                feedback.text,
+                fine=feedback.fine,
+                hint=feedback.hint,
+                error=feedback.error,
+            )
             trace.over = trace.over or stop(trace, feedback)
             memory(trace, feedback)
         going = [(trace, feedback) for trace, feedback in zip(live, found) if not trace.over]
@@ -53,7 +71,7 @@ def refine(traces: list[Trace], draft: Callable, critic: Callable, reviser: Call
             trace.over = trace.over or ("rounds" if round == rounds else "")
         yield round, live
 
-
+# %% ../../../nbs/reasoning/refine/rounds.ipynb #bd9d077c
 def satisfied(trace: Trace, feedback: Feedback) -> str:
     "Stop when the critic finds the answer fine."
     return "satisfied" if feedback.fine else ""
@@ -66,7 +84,13 @@ def never(trace: Trace, feedback: Feedback) -> str:
 
 def unchanged(trace: Trace, feedback: Feedback) -> str:
     "Stop when the critic is content, or the last revision changed nothing."
-    return "satisfied" if feedback.fine else "unchanged" if len(trace.answers) > 1 and trace.answers[-1] == trace.answers[-2] else ""
+    return (
+        "satisfied"
+        if feedback.fine
+        else "unchanged"
+        if len(trace.answers) > 1 and trace.answers[-1] == trace.answers[-2]
+        else ""
+    )
 
 
 def forget(trace: Trace, feedback: Feedback) -> None:
@@ -81,7 +105,9 @@ def remember(trace: Trace, feedback: Feedback, most: int = 8) -> None:
 RIGHT = 0.75  # a score from which an answer counts as right, where scores are not just 0 and 1
 
 
-def round_metrics(traces: list[Trace], round: int, score: Callable[[dict, str], float]) -> dict[str, float]:
+def round_metrics(
+    traces: list[Trace], round: int, score: Callable[[dict, str], float]
+) -> dict[str, float]:
     "Accuracy after a round, the shares broken and mended since the draft, and tokens read and written for a question."
     now = [score(t.row, t.after(round)) for t in traces]
     pairs = [(score(t.row, t.after(0)) >= RIGHT, s >= RIGHT) for t, s in zip(traces, now)]
@@ -95,7 +121,10 @@ def round_metrics(traces: list[Trace], round: int, score: Callable[[dict, str], 
 # %% ../../../nbs/reasoning/refine/rounds.ipynb #88b30eb9
 def draft(words) -> Callable:
     "The first answers."
-    return lambda traces, ask: [words.answer(t.row, one.text) for t, one in zip(traces, ask(traces, [words.draft(t.row) for t in traces], "draft"))]
+    return lambda traces, ask: [
+        words.answer(t.row, one.text)
+        for t, one in zip(traces, ask(traces, [words.draft(t.row) for t in traces], "draft"))
+    ]
 
 
 def revising(words, prompt: Callable, role: str) -> Callable:
@@ -103,8 +132,16 @@ def revising(words, prompt: Callable, role: str) -> Callable:
 
     def reviser(traces, feedbacks, ask):
         going = [(t, f) for t, f in zip(traces, feedbacks) if not f.error and not t.over]
-        said = dict(zip((t.index for t, _ in going), ask([t for t, _ in going], [prompt(t, f) for t, f in going], role)))
-        return [words.revised(t.row, t.answer, f, said[t.index].text) if t.index in said else t.answer for t, f in zip(traces, feedbacks)]
+        said = dict(
+            zip(
+                (t.index for t, _ in going),
+                ask([t for t, _ in going], [prompt(t, f) for t, f in going], role),
+            )
+        )
+        return [
+            words.revised(t.row, t.answer, f, said[t.index].text) if t.index in said else t.answer
+            for t, f in zip(traces, feedbacks)
+        ]
 
     return reviser
 
@@ -129,7 +166,12 @@ def reflect(words) -> Callable:
     retry = ask_again(words)
 
     def reviser(traces, feedbacks, ask):
-        said = ask(traces, [words.reflection(t.row, t.answer, f) for t, f in zip(traces, feedbacks)], "reflection", stop=words.stop)
+        said = ask(
+            traces,
+            [words.reflection(t.row, t.answer, f) for t, f in zip(traces, feedbacks)],
+            "reflection",
+            stop=words.stop,
+        )
         for trace, one in zip(traces, said):
             trace.memory = [*trace.memory, *words.lessons(trace.row, one.text)][-8:]
         return retry(traces, feedbacks, ask)

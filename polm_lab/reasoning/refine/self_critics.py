@@ -24,8 +24,13 @@ def feedback_critic(words: Words, contradiction: bool = False) -> Callable:
     "One critique of each answer, with what it says of it (Self-Refine), or whether what it comes to contradicts it (RCI)."
 
     def critic(traces, ask):
-        said = ask(traces, [words.feedback(t.row, t.answer) for t in traces], "critique", stop=words.stop)
-        return [(words.contradiction if contradiction else words.verdict)(t.row, t.answer, one.text) for t, one in zip(traces, said)]
+        said = ask(
+            traces, [words.feedback(t.row, t.answer) for t in traces], "critique", stop=words.stop
+        )
+        return [
+            (words.contradiction if contradiction else words.verdict)(t.row, t.answer, one.text)
+            for t, one in zip(traces, said)
+        ]
 
     return critic
 
@@ -36,20 +41,38 @@ def question_critic(words: Words) -> Callable:
     def critic(traces, ask):
         prompts = [words.questions(t.row, t.answer) for t in traces]
         planless = [t for t, found in zip(traces, prompts) if found is None]
-        plans = {t.index: words.listed(one.text) for t, one in zip(planless, ask(planless, [words.plan(t.row, t.answer) for t in planless], "plan"))}
-        asked = [(t, prompt) for t, found in zip(traces, prompts) for prompt in (plans[t.index] if found is None else found)]
+        plans = {
+            t.index: words.listed(one.text)
+            for t, one in zip(
+                planless, ask(planless, [words.plan(t.row, t.answer) for t in planless], "plan")
+            )
+        }
+        asked = [
+            (t, prompt)
+            for t, found in zip(traces, prompts)
+            for prompt in (plans[t.index] if found is None else found)
+        ]
         replies: dict[int, list] = {t.index: [] for t in traces}
-        for (trace, prompt), one in zip(asked, ask([t for t, _ in asked], [p for _, p in asked], "test")):
+        for (trace, prompt), one in zip(
+            asked, ask([t for t, _ in asked], [p for _, p in asked], "test")
+        ):
             replies[trace.index].append((prompt, one.text))
         return [_agreed(words, t, replies[t.index]) for t in traces]
 
     return critic
 
-
+# %% ../../../nbs/reasoning/refine/self_critics.ipynb #6379c7ef
 def _agreed(words: Words, trace: Trace, replies: list) -> Feedback:
-    text = "\n".join(f"{prompt if isinstance(prompt, str) else prompt[-1]['content']} {said}".strip() for prompt, said in replies)
+    text = "\n".join(
+        f"{prompt if isinstance(prompt, str) else prompt[-1]['content']} {said}".strip()
+        for prompt, said in replies
+    )
     found = [answer for _, said in replies if (answer := words.reads(trace.row, said))]
-    return Feedback(text, all(words.same(a, trace.answer) for a in found) if found else None, most_frequent(found, words) if found else "")
+    return Feedback(
+        text,
+        all(words.same(a, trace.answer) for a in found) if found else None,
+        most_frequent(found, words) if found else "",
+    )
 
 
 def contrast_critic(words: Words) -> Callable:
@@ -58,7 +81,9 @@ def contrast_critic(words: Words) -> Callable:
     def critic(traces, ask):
         asked = [(t, prompt) for t in traces for prompt in words.ways(t.row)]
         texts: dict[int, list[str]] = {t.index: [t.answer] for t in traces}
-        for (trace, _), one in zip(asked, ask([t for t, _ in asked], [p for _, p in asked], "another way")):
+        for (trace, _), one in zip(
+            asked, ask([t for t, _ in asked], [p for _, p in asked], "another way")
+        ):
             texts[trace.index].append(words.answer(trace.row, one.text))
         return [_contrasted(words, texts[t.index]) for t in traces]
 
@@ -69,9 +94,16 @@ def _contrasted(words: Words, answers: list[str]) -> Feedback:
     first, common = answers[0], most_frequent(answers, words)
     if all(words.same(a, first) for a in answers):
         return Feedback("all ways lead to the same answer", True, first)
-    return Feedback("The ways differ: " + "; ".join(f"way {i} gives {' '.join(words.result(a).split())[:60]}" for i, a in enumerate(answers)), False, common)
+    return Feedback(
+        "The ways differ: "
+        + "; ".join(
+            f"way {i} gives {' '.join(words.result(a).split())[:60]}" for i, a in enumerate(answers)
+        ),
+        False,
+        common,
+    )
 
-
+# %% ../../../nbs/reasoning/refine/self_critics.ipynb #8c30d804
 def most_frequent(answers: list[str], words: Words) -> str:
     "The answer that most agree with, the first of equals."
     return max(answers, key=lambda a: sum(words.same(a, b) for b in answers))
@@ -88,18 +120,42 @@ def principle_critic(words: Words, writer: Callable, constitution: str) -> Calla
 
         def critic(traces, ask):
             pairs = [principle_of(principles, t.row) for t in traces]
-            prompts = [under(t.row["prompt"], z) for side in (0, 1) for t, pair in zip(traces, pairs) for z in (pair[side],)]
+            prompts = [
+                under(t.row["prompt"], z)
+                for side in (0, 1)
+                for t, pair in zip(traces, pairs)
+                for z in (pair[side],)
+            ]
             rows = [dict(prompt=prompt) for prompt in prompts]
-            logps = judge.logps([row | dict(completion=c) for row, c in zip(rows, as_completions(rows, [t.answer for t in traces] * 2))])
+            logps = judge.logps(
+                [
+                    row | dict(completion=c)
+                    for row, c in zip(rows, as_completions(rows, [t.answer for t in traces] * 2))
+                ]
+            )
             odds = [good - bad for good, bad in zip(logps[: len(traces)], logps[len(traces) :])]
-            return [Feedback(f"{good} The reply is {math.exp(min(o, 50)):.3g} times as likely under that as under the opposite.", o > 0, good) for o, (good, _) in zip(odds, pairs)]
+            return [
+                Feedback(
+                    f"{good} The reply is {math.exp(min(o, 50)):.3g} times as likely under that as under the opposite.",
+                    o > 0,
+                    good,
+                )
+                for o, (good, _) in zip(odds, pairs)
+            ]
 
         return critic
 
     def critic(traces, ask):
         rules = [principle_of(principles, t.row)[0] for t in traces]
-        asked = [words.feedback(t.row, t.answer)[:-1] + [user(f"{CRITIQUE.format(principle=rule)}\n{DONE}")] for t, rule in zip(traces, rules)]
-        return [Feedback(f"{rule} {one.text}", verdict_in(one.text), rule) for rule, one in zip(rules, ask(traces, asked, "critique"))]
+        asked = [
+            words.feedback(t.row, t.answer)[:-1]
+            + [user(f"{CRITIQUE.format(principle=rule)}\n{DONE}")]
+            for t, rule in zip(traces, rules)
+        ]
+        return [
+            Feedback(f"{rule} {one.text}", verdict_in(one.text), rule)
+            for rule, one in zip(rules, ask(traces, asked, "critique"))
+        ]
 
     return critic
 
@@ -108,7 +164,15 @@ def unsure(threshold: float) -> Callable:
     "A critic that finds an answer fine if the model was sure of each of its tokens (FLARE): the least probability is `threshold` or more."
 
     def critic(traces, ask):
-        least = [next((p.facts["sure"] for p in reversed(t.steps[-1].parts) if "sure" in p.facts), None) for t in traces]
-        return [Feedback("how sure it was is not known", None) if p is None else Feedback(f"its least sure token had probability {p:.2f}", p >= threshold) for p in least]
+        least = [
+            next((p.facts["sure"] for p in reversed(t.steps[-1].parts) if "sure" in p.facts), None)
+            for t in traces
+        ]
+        return [
+            Feedback("how sure it was is not known", None)
+            if p is None
+            else Feedback(f"its least sure token had probability {p:.2f}", p >= threshold)
+            for p in least
+        ]
 
     return critic

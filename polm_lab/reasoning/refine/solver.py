@@ -21,7 +21,13 @@ def symbolic(text: str, names: dict):
     import sympy
 
     evaluate_expression(text, dict.fromkeys(names, 1), limit=10**9)  # refuses what is not allowed
-    operations = {ast.Add: lambda a, b: a + b, ast.Sub: lambda a, b: a - b, ast.Mult: lambda a, b: a * b, ast.FloorDiv: lambda a, b: sympy.floor(a / b), ast.Mod: sympy.Mod}
+    operations = {
+        ast.Add: lambda a, b: a + b,
+        ast.Sub: lambda a, b: a - b,
+        ast.Mult: lambda a, b: a * b,
+        ast.FloorDiv: lambda a, b: sympy.floor(a / b),
+        ast.Mod: sympy.Mod,
+    }
     functions = {"abs": sympy.Abs, "min": sympy.Min, "max": sympy.Max}
 
     def walk(node):
@@ -45,10 +51,19 @@ def solve(text: str, y: int, value: int, most: int = 99) -> int | None:
     import sympy
 
     x = sympy.Symbol("x", integer=True)
-    solutions = sympy.solveset(sympy.Eq(symbolic(text, {"x": x, "y": y}), value), x, sympy.S.Integers)
-    return next((n for n in sorted(range(-most, most + 1), key=lambda n: (abs(n), -n)) if solutions.contains(n) == True), None)  # noqa: E712  a truth value of SymPy
+    solutions = sympy.solveset(
+        sympy.Eq(symbolic(text, {"x": x, "y": y}), value), x, sympy.S.Integers
+    )
+    return next(
+        (
+            n
+            for n in sorted(range(-most, most + 1), key=lambda n: (abs(n), -n))
+            if solutions.contains(n) == True
+        ),
+        None,
+    )  # noqa: E712  a truth value of SymPy
 
-
+# %% ../../../nbs/reasoning/refine/solver.ipynb #562df7e6
 def equations(n: int, seed: int = 0, split: str = "test") -> list[dict]:
     "Questions for a solver: a function in words, and for which x it takes a value (`y`, `value`); `answer` is the function."
     rows, rng = [], random.Random(f"equations/{split}/{seed}")
@@ -66,7 +81,10 @@ def expression(text: str) -> str:
 def solved(row: dict, text: str) -> float:
     "1 if the solution of what was written solves the question."
     found, _ = call_with_timeout(lambda: solve(expression(text), row["y"], row["value"]))
-    return float(found is not None and evaluate_expression(row["answer"], {"x": found, "y": row["y"]}) == row["value"])
+    return float(
+        found is not None
+        and evaluate_expression(row["answer"], {"x": found, "y": row["y"]}) == row["value"]
+    )
 
 
 def solver(row: dict, answer: str) -> Feedback:
@@ -76,4 +94,8 @@ def solver(row: dict, answer: str) -> Feedback:
         found = solve(expression(answer), row["y"], row["value"])
     except ValueError as error:
         return Feedback(f"the solver cannot read it: {error}", False)
-    return Feedback(f"{wanted} has no solution" if found is None else f"{wanted} at x = {found}", found is not None, "" if found is None else str(found))
+    return Feedback(
+        f"{wanted} has no solution" if found is None else f"{wanted} at x = {found}",
+        found is not None,
+        "" if found is None else str(found),
+    )

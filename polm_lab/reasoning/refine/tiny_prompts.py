@@ -28,7 +28,9 @@ class Known(Words):
 
     def _unknown(self, what: str):
         found = f"words: the embedded model knows no words for {what} in {self.task}"
-        raise WrongInput(f"{found}; expected a model that follows instructions, or another strategy or task; see the page on forms")
+        raise WrongInput(
+            f"{found}; expected a model that follows instructions, or another strategy or task; see the page on forms"
+        )
 
     def draft(self, row, memory=()):
         return row["prompt"]
@@ -82,7 +84,9 @@ class SumWords(Known):
         "The two numbers and the sign between them. Raises `WrongInput`."
         found = re.search(r"(\d+)\s*([-+*])\s*(\d+)", request_of(row["prompt"]))
         if not found:
-            raise WrongInput(f"data: found the prompt {request_of(row['prompt'])[:40]!r}; expected a sum such as 23+45=; or use a model that follows instructions")
+            raise WrongInput(
+                f"data: found the prompt {request_of(row['prompt'])[:40]!r}; expected a sum such as 23+45=; or use a model that follows instructions"
+            )
         return found[1], found[2], found[3]
 
     def _sum(self, row) -> str:
@@ -108,19 +112,35 @@ class SumWords(Known):
 
     def contradiction(self, row, answer, text):
         said = self.verdict(row, answer, text)
-        return Feedback(text, said.hint == self.answer(row, answer) if said.hint else None, said.hint)
+        return Feedback(
+            text, said.hint == self.answer(row, answer) if said.hint else None, said.hint
+        )
 
     def revision(self, row, answer, feedback, memory=()):
         word = "" if feedback.text.rstrip().endswith(("Right,", "Wrong,")) else "\nWrong,"
-        said = feedback.text.strip("\n") if not word else f"{self._sum(row)}={feedback.hint}" if feedback.hint else feedback.text.strip("\n")
+        said = (
+            feedback.text.strip("\n")
+            if not word
+            else f"{self._sum(row)}={feedback.hint}"
+            if feedback.hint
+            else feedback.text.strip("\n")
+        )
         return f"{self.feedback(row, answer)}{said}{word} it is"
 
     def ways(self, row):
-        return [row["prompt"], f"{self._turned(row)} in steps:\n", [user(f"What is {self._sum(row)}?")]]
+        return [
+            row["prompt"],
+            f"{self._turned(row)} in steps:\n",
+            [user(f"What is {self._sum(row)}?")],
+        ]
 
     def questions(self, row, answer):
         claim = self.answer(row, answer)
-        return [f"Check {self._sum(row)}={claim}:\n", f"Check {self._turned(row)}={claim}:\n", f"{self._turned(row)} in steps:\n"]
+        return [
+            f"Check {self._sum(row)}={claim}:\n",
+            f"Check {self._turned(row)}={claim}:\n",
+            f"{self._turned(row)} in steps:\n",
+        ]
 
     def reads(self, row, text):
         found = last_integer(text)
@@ -144,7 +164,11 @@ class SumWords(Known):
 
     def parted(self, row, text):
         first, _, check = text.partition("\nCheck:\n")
-        return self.answer(row, first), Feedback(check or "no check was written", "Wrong," not in check, self.reads(row, check) or self.answer(row, first))
+        return self.answer(row, first), Feedback(
+            check or "no check was written",
+            "Wrong," not in check,
+            self.reads(row, check) or self.answer(row, first),
+        )
 
 # %% ../../../nbs/reasoning/refine/tiny_prompts.ipynb #e368f0df
 class SumSteps(SumWords):
@@ -168,14 +192,23 @@ class SumSteps(SumWords):
         return "\n".join(right)
 
     def verdict(self, row, answer, text):
-        said, steps = [line for line in text.splitlines() if STEP.fullmatch(line)], self.steps(answer)
+        said, steps = (
+            [line for line in text.splitlines() if STEP.fullmatch(line)],
+            self.steps(answer),
+        )
         place = next((i for i, (a, b) in enumerate(zip(steps, said), 1) if a != b), None)
         if not said:
             return Feedback(text, None)
-        return Feedback("no step is wrong", True) if place is None else Feedback(f"step {place} is wrong: {said[place - 1]}", False, str(place))
+        return (
+            Feedback("no step is wrong", True)
+            if place is None
+            else Feedback(f"step {place} is wrong: {said[place - 1]}", False, str(place))
+        )
 
     def _kept(self, answer: str, feedback: Feedback) -> str:
-        return "".join(f"{line}\n" for line in self.steps(answer)[: max(0, int(feedback.hint or 1) - 1)])
+        return "".join(
+            f"{line}\n" for line in self.steps(answer)[: max(0, int(feedback.hint or 1) - 1)]
+        )
 
     def revision(self, row, answer, feedback, memory=()):
         return self.draft(row) + self._kept(answer, feedback)
@@ -190,20 +223,28 @@ class FactWords(Known):
     task, stop = "facts", (".",)
 
     def _statement(self, row) -> str:
-        return next(form for form in RELATIONS[row["relation"]][2] if form.startswith("{s}")).split(" {o}")[0].format(s=row["subject"])
+        return (
+            next(form for form in RELATIONS[row["relation"]][2] if form.startswith("{s}"))
+            .split(" {o}")[0]
+            .format(s=row["subject"])
+        )
 
     def feedback(self, row, answer):
         return self._statement(row)
 
     def verdict(self, row, answer, text):
         found = self.answer(row, text)
-        return Feedback(f"{self._statement(row)}{text}.", self.same(found, answer) if found else None, found)
+        return Feedback(
+            f"{self._statement(row)}{text}.", self.same(found, answer) if found else None, found
+        )
 
     def answer(self, row, text):
         return (text.strip().splitlines() or [""])[0].strip(" .")
 
     def revision(self, row, answer, feedback, memory=()):
-        return self.informed(row, [f"{self._statement(row)} {feedback.hint}." if feedback.hint else feedback.text])
+        return self.informed(
+            row, [f"{self._statement(row)} {feedback.hint}." if feedback.hint else feedback.text]
+        )
 
     def informed(self, row, passages):
         return f"Passage: {' '.join(passages)}\n{row['prompt']}"
@@ -213,7 +254,10 @@ class FactWords(Known):
         return [f"Question: {question}\nAnswer:" for question in asked]
 
     def questions(self, row, answer):
-        return [self._statement(row), *(prompt for prompt in self.ways(row) if prompt != row["prompt"])]
+        return [
+            self._statement(row),
+            *(prompt for prompt in self.ways(row) if prompt != row["prompt"]),
+        ]
 
     def reads(self, row, text):
         return self.answer(row, text.split(".")[0])
@@ -272,16 +316,24 @@ def words_for(data: str, tokenizer=None, words: str = "") -> Words:
     if words:
         return LANGUAGES[words]()
     task = parse_spec(data).task
-    if tokenizer is None or "tiny" not in built_in_models() or tokenizer.get_vocab() != load_tokenizer("tiny").get_vocab():
+    if (
+        tokenizer is None
+        or "tiny" not in built_in_models()
+        or tokenizer.get_vocab() != load_tokenizer("tiny").get_vocab()
+    ):
         return Words()
     if task not in LANGUAGES:
         known = ", ".join(w for w in LANGUAGES if w != "english")
-        raise WrongInput(f"data = {data!r}: the embedded model has words for {known}; expected one of these, or a model that follows instructions; or set words, to {known}, or to english")
+        raise WrongInput(
+            f"data = {data!r}: the embedded model has words for {known}; expected one of these, or a model that follows instructions; or set words, to {known}, or to english"
+        )
     return LANGUAGES[task]()
 
 
 def worked(words: Words) -> StepWords | SumSteps:
     "The same language for worked steps. Raises `WrongInput` where there is none."
     if type(words) not in WORKED:
-        raise WrongInput(f"prompt_style = {getattr(words, 'task', '')!r}: they have none for worked steps; expected sums or english")
+        raise WrongInput(
+            f"prompt_style = {getattr(words, 'task', '')!r}: they have none for worked steps; expected sums or english"
+        )
     return WORKED[type(words)]()

@@ -39,7 +39,9 @@ def call_with_timeout(tool: Callable, *arguments, seconds: float = 10.0):
         except WrongInput as wrong:
             found.append((None, str(wrong)))
         except BaseException as error:  # a stranger's code
-            found.append((None, f"{type(error).__name__}: {' '.join(str(error).split())[:160]}".rstrip(": ")))
+            found.append(
+                (None, f"{type(error).__name__}: {' '.join(str(error).split())[:160]}".rstrip(": "))
+            )
 
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
@@ -58,26 +60,52 @@ def as_feedback(found) -> Feedback:
             return Feedback(found)
         case (bool() | None as fine, str() as text) | (str() as text, bool() | None as fine):
             return Feedback(text, fine)
-    raise TypeError(f"the tool gave {type(found).__name__}; expected a text, true or false, or both")
+    raise TypeError(
+        f"the tool gave {type(found).__name__}; expected a text, true or false, or both"
+    )
 
 
 class ToolCritic:
     "A critic that asks `tool(row, answer)` about each open question, `at_once` at a time, and bears its failures."
 
     def __init__(self, tool: Callable, name: str = "", seconds: float = 10.0, at_once: int = 1):
-        self.tool, self.name, self.seconds, self.at_once = tool, name or getattr(tool, "__name__", "tool"), seconds, at_once
+        self.tool, self.name, self.seconds, self.at_once = (
+            tool,
+            name or getattr(tool, "__name__", "tool"),
+            seconds,
+            at_once,
+        )
         self.calls = self.failures = 0
 
     def __call__(self, traces: list[Trace], ask: Ask) -> list[Feedback]:
-        one = lambda trace: call_with_timeout(lambda row, answer: as_feedback(self.tool(row, answer)), trace.row, trace.answer, seconds=self.seconds)
+        one = lambda trace: call_with_timeout(
+            lambda row, answer: as_feedback(self.tool(row, answer)),
+            trace.row,
+            trace.answer,
+            seconds=self.seconds,
+        )
         with ThreadPoolExecutor(self.at_once) as pool:
             found = list(pool.map(one, traces))
         feedbacks = [feedback or Feedback("", error=error) for feedback, error in found]
         for trace, feedback in zip(traces, feedbacks):
-            trace.open.append(Step(f"tool {self.name}", 0, feedback.text, trace.answer, facts=dict(error=feedback.error) if feedback.error else {}))
+            trace.open.append(
+                Step(
+                    f"tool {self.name}",
+                    0,
+                    feedback.text,
+                    trace.answer,
+                    facts=dict(error=feedback.error) if feedback.error else {},
+                )
+            )
         failed = [error for _, error in found if error]
-        if self.failures == self.calls and len(failed) == len(found) and self.calls + len(found) >= 8:
-            raise WrongInput(f"tool {self.name}: failed on each of its first {self.calls + len(found)} questions ({failed[-1]}); expected a text or a verdict; mend the tool, or choose another critic")
+        if (
+            self.failures == self.calls
+            and len(failed) == len(found)
+            and self.calls + len(found) >= 8
+        ):
+            raise WrongInput(
+                f"tool {self.name}: failed on each of its first {self.calls + len(found)} questions ({failed[-1]}); expected a text or a verdict; mend the tool, or choose another critic"
+            )
         self.calls, self.failures = self.calls + len(found), self.failures + len(failed)
         return feedbacks
 
@@ -88,14 +116,20 @@ SUM = r"-?\d+(?:\s*[-+*]\s*\d+)+"
 def calculator(row: dict, answer: str) -> Feedback:
     "Every sum that the answer states, and the one that the question asks for, worked out. Raises `WrongInput` where there is none."
     stated = [(left, int(right)) for left, right in re.findall(rf"({SUM})\s*=\s*(-?\d+)", answer)]
-    wrong = [f"{left}={value}" for left, right in stated if (value := evaluate_expression(left, {})) != right]
+    wrong = [
+        f"{left}={value}"
+        for left, right in stated
+        if (value := evaluate_expression(left, {})) != right
+    ]
     asked = re.findall(SUM, request_of(row["prompt"]))
     if asked:
         value, numbers = evaluate_expression(asked[-1], {}), re.findall(r"-?\d+", result_in(answer))
         fine = bool(numbers) and int(numbers[-1]) == value and not wrong
         return Feedback("\n".join([*wrong, f"{asked[-1]}={value}"]), fine, str(value))
     if not stated:
-        raise WrongInput("calculator: neither the question nor the answer holds a sum such as 23+45")
+        raise WrongInput(
+            "calculator: neither the question nor the answer holds a sum such as 23+45"
+        )
     return Feedback("\n".join(wrong) or "all sums are right", not wrong)
 
 # %% ../../../nbs/reasoning/refine/tools.ipynb #eab7dc9d
@@ -104,7 +138,9 @@ def bm25(passages: list[str], most: int = 1) -> Callable[[str], list[str]]:
     import bm25s
 
     if not passages:
-        raise WrongInput("search: no passage to search; expected at least one; give a file with a passage on each line")
+        raise WrongInput(
+            "search: no passage to search; expected at least one; give a file with a passage on each line"
+        )
     cut = lambda texts: bm25s.tokenize(texts, stopwords=[], show_progress=False)
     index = bm25s.BM25()
     index.index(cut(passages), show_progress=False)
@@ -123,7 +159,9 @@ def read_passages(where: str = "") -> list[str]:
     try:
         lines = read_text(Path(where).expanduser()).splitlines()
     except WrongInput as wrong:
-        raise WrongInput(f"passages = {where!r}: {wrong}; expected a passage on each line") from None
+        raise WrongInput(
+            f"passages = {where!r}: {wrong}; expected a passage on each line"
+        ) from None
     return [line.strip() for line in lines if line.strip()]
 
 
@@ -131,13 +169,21 @@ def searched(search: Callable[[str], list[str]]) -> Callable:
     "A tool that searches for the question and looks whether the answer stands in what it finds."
 
     def retrieval(row: dict, answer: str) -> Feedback:
-        passages, plain = search(question_in(row["prompt"])), result_in(answer).strip(" .\n").lower()
-        whole = re.compile(rf"(?<![0-9a-z]){re.escape(plain)}(?![0-9a-z])")  # 4 is not in 2004; scripts without spaces have no such borders
-        return Feedback(" ".join(passages), bool(plain) and any(whole.search(p.lower()) for p in passages) if passages else None)
+        passages, plain = (
+            search(question_in(row["prompt"])),
+            result_in(answer).strip(" .\n").lower(),
+        )
+        whole = re.compile(
+            rf"(?<![0-9a-z]){re.escape(plain)}(?![0-9a-z])"
+        )  # 4 is not in 2004; scripts without spaces have no such borders
+        return Feedback(
+            " ".join(passages),
+            bool(plain) and any(whole.search(p.lower()) for p in passages) if passages else None,
+        )
 
     return retrieval
 
-
+# %% ../../../nbs/reasoning/refine/tools.ipynb #8a662a3c
 def question_in(prompt) -> str:
     "The question in a prompt, without what stands around it."
     found = re.search(r"Question: (.*)", request_of(prompt))
@@ -147,13 +193,35 @@ def question_in(prompt) -> str:
 def consult(words, search: Callable[[str], list[str]], seconds: float = 10.0) -> Callable:
     "A reviser that searches for the question and answers with what it found before its eyes (FLARE). Where the search fails the answer stays."
 
-    answering = revising(words, lambda t, f: words.informed(t.row, [f.text]), "answer with passages")
+    answering = revising(
+        words, lambda t, f: words.informed(t.row, [f.text]), "answer with passages"
+    )
 
     def reviser(traces, feedbacks, ask):
-        found, told = [call_with_timeout(search, question_in(t.row["prompt"]), seconds=seconds) for t in traces], []
+        found, told = (
+            [
+                call_with_timeout(search, question_in(t.row["prompt"]), seconds=seconds)
+                for t in traces
+            ],
+            [],
+        )
         for trace, feedback, (passages, error) in zip(traces, feedbacks, found):
-            trace.open.append(Step("search", 0, " ".join(passages or []), question_in(trace.row["prompt"]), facts=dict(error=error) if error else {}))
-            told.append(replace(feedback, text=" ".join(passages or []), error=error or ("" if passages else "nothing was found")))
+            trace.open.append(
+                Step(
+                    "search",
+                    0,
+                    " ".join(passages or []),
+                    question_in(trace.row["prompt"]),
+                    facts=dict(error=error) if error else {},
+                )
+            )
+            told.append(
+                replace(
+                    feedback,
+                    text=" ".join(passages or []),
+                    error=error or ("" if passages else "nothing was found"),
+                )
+            )
         return answering(traces, told, ask)
 
     return reviser
@@ -174,11 +242,19 @@ def run_tests(source: str, tests: list[str], seconds: float = 2.0) -> str:
         return "passes"
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     if done.reason in ("time", "memory", "output"):
-        return {"time": f"no end within {seconds:g} s", "memory": "it takes too much memory", "output": "it prints too much"}[done.reason]
+        return {
+            "time": f"no end within {seconds:g} s",
+            "memory": "it takes too much memory",
+            "output": "it prints too much",
+        }[done.reason]
     if not lines:
         return "it left before the tests"
     said = lines[-1].removeprefix("AssertionError: ")
-    return (next((line for line in reversed(lines) if line.startswith("assert")), said) + " fails" if said == "AssertionError" else said)[:200]
+    return (
+        next((line for line in reversed(lines) if line.startswith("assert")), said) + " fails"
+        if said == "AssertionError"
+        else said
+    )[:200]
 
 
 def source_of(row: dict, answer: str) -> str:
@@ -192,7 +268,11 @@ def source_of(row: dict, answer: str) -> str:
         return f"{prompt.rstrip()} {(code.strip().splitlines() or [''])[0]}"
     if not re.search(r"^\s*(def|class|import|from) |^\w+ = ", prompt, re.M):
         return code
-    return f"{prompt.rstrip()}\n\n\n{code}" if re.search(r"^(async def|def|class) |^f = ", code, re.M) else prompt + code
+    return (
+        f"{prompt.rstrip()}\n\n\n{code}"
+        if re.search(r"^(async def|def|class) |^f = ", code, re.M)
+        else prompt + code
+    )
 
 
 def tester(shown: int | None = None, seconds: float = 2.0) -> Callable:
@@ -204,7 +284,9 @@ def tester(shown: int | None = None, seconds: float = 2.0) -> Callable:
 
     def tests(row: dict, answer: str) -> Feedback:
         if not row.get("tests"):
-            raise WrongInput("tests: the question has none; expected a column tests with assertions or f(2) == 4")
+            raise WrongInput(
+                "tests: the question has none; expected a column tests with assertions or f(2) == 4"
+            )
         said = outcome(source_of(row, answer), *row["tests"][:shown])
         return Feedback(said, said == "passes")
 
@@ -214,14 +296,22 @@ def tester(shown: int | None = None, seconds: float = 2.0) -> Callable:
 def scoring(data: str, rows: list[dict], words) -> Callable[[dict, str], float]:
     "How right an answer to one of these rows is, in [0, 1]: by the rule of the task, all tests of the row, or its `answer`, of what the answer comes to in these words. Raises `WrongInput`."
     if not rows:
-        raise WrongInput(f"data = {data!r}: no rows to ask; expected at least one; name a file with more")
+        raise WrongInput(
+            f"data = {data!r}: no rows to ask; expected at least one; name a file with more"
+        )
     task = TASKS.get(parse_spec(data).task)
     if task and (words.task or not all(row.get("tests") for row in rows)):
         return lambda row, text: task.score(row, words.result(text))
     for row in rows:
         tests = row.get("tests")
-        if tests is not None and not (isinstance(tests, list) and tests and all(isinstance(test, str) and test.strip() for test in tests)):
-            raise WrongInput(f"{getattr(row, 'where', data)}: tests is {str(tests)[:60]!r}; expected a list of assertions, or of expressions such as f(2) == 4; correct this row")
+        if tests is not None and not (
+            isinstance(tests, list)
+            and tests
+            and all(isinstance(test, str) and test.strip() for test in tests)
+        ):
+            raise WrongInput(
+                f"{getattr(row, 'where', data)}: tests is {str(tests)[:60]!r}; expected a list of assertions, or of expressions such as f(2) == 4; correct this row"
+            )
     if all(row.get("tests") for row in rows):
         isolator()  # refused here, before anything is asked, where there is no sandbox
         run = tester()
@@ -229,5 +319,10 @@ def scoring(data: str, rows: list[dict], words) -> Callable[[dict, str], float]:
     lacking = next((row for row in rows if row.get("answer") is None), None)
     if lacking is not None:
         where = getattr(lacking, "where", "a row")
-        raise WrongInput(f"data = {data!r}: nothing tells which answers are right ({where} has neither answer nor tests); expected a built-in task, or a column answer or tests in every row; add it")
-    return lambda row, text: max(matches(row | dict(answer=one), words.result(text)) for one in row.get("answers") or [row["answer"]])
+        raise WrongInput(
+            f"data = {data!r}: nothing tells which answers are right ({where} has neither answer nor tests); expected a built-in task, or a column answer or tests in every row; add it"
+        )
+    return lambda row, text: max(
+        matches(row | dict(answer=one), words.result(text))
+        for one in row.get("answers") or [row["answer"]]
+    )

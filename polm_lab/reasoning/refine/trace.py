@@ -77,7 +77,15 @@ class Trace:
         "Make a step of what was asked since the last one."
         for part in self.open:
             part.round = round
-        self.steps.append(Step(role, round, text, facts={k: v for k, v in facts.items() if v is not None and v != ""}, parts=self.open))
+        self.steps.append(
+            Step(
+                role,
+                round,
+                text,
+                facts={k: v for k, v in facts.items() if v is not None and v != ""},
+                parts=self.open,
+            )
+        )
         self.open = []
         return self.steps[-1]
 
@@ -89,7 +97,9 @@ class Reply:
     text: str
     read: int = 0  # tokens
     written: int = 0  # tokens; 0: it was not asked, there was no room
-    sure: float = math.nan  # probability of the least likely token that was written, where it is known
+    sure: float = (
+        math.nan
+    )  # probability of the least likely token that was written, where it is known
     ended: bool = True  # false: cut at the longest length
 
 # %% ../../../nbs/reasoning/refine/trace.ipynb #f151139e
@@ -98,34 +108,86 @@ class LocalWriter:
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer = model, tokenizer
-        self.longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**20
+        self.longest = (
+            getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+            or 2**20
+        )
 
-    def __call__(self, prompts: list, seeds: list[int], most: list[float], max_new_tokens: int, temperature: float, stop: tuple[str, ...] = ()) -> list[Reply]:
-        ids = [encode(self.tokenizer, dict(prompt=readable(self.tokenizer, prompt)), "prompt", 2**20)["input_ids"] for prompt in prompts]
-        rooms = [int(min(max_new_tokens, allowed - len(i), self.longest - len(i))) for i, allowed in zip(ids, most)]
+    def __call__(
+        self,
+        prompts: list,
+        seeds: list[int],
+        most: list[float],
+        max_new_tokens: int,
+        temperature: float,
+        stop: tuple[str, ...] = (),
+    ) -> list[Reply]:
+        ids = [
+            encode(self.tokenizer, dict(prompt=readable(self.tokenizer, prompt)), "prompt", 2**20)[
+                "input_ids"
+            ]
+            for prompt in prompts
+        ]
+        rooms = [
+            int(min(max_new_tokens, allowed - len(i), self.longest - len(i)))
+            for i, allowed in zip(ids, most)
+        ]
         said = [Reply("") for _ in prompts]
-        for room in sorted({room for room in rooms if room > 0}):  # nearly always one: only those that run out of tokens get less
+        for room in sorted(
+            {room for room in rooms if room > 0}
+        ):  # nearly always one: only those that run out of tokens get less
             which = [n for n, r in enumerate(rooms) if r == room]
-            rolled = rollout(self.model, self.tokenizer, [ids[n] for n in which], max_new_tokens=room, temperature=temperature, stop=stop, seeds=[seeds[n] for n in which])
-            for n, text, tokens, logps, ended in zip(which, rolled.texts, rolled.completions, rolled.logps, rolled.ended):
+            rolled = rollout(
+                self.model,
+                self.tokenizer,
+                [ids[n] for n in which],
+                max_new_tokens=room,
+                temperature=temperature,
+                stop=stop,
+                seeds=[seeds[n] for n in which],
+            )
+            for n, text, tokens, logps, ended in zip(
+                which, rolled.texts, rolled.completions, rolled.logps, rolled.ended
+            ):
                 said[n] = Reply(text, len(ids[n]), len(tokens), math.exp(min(logps)), ended)
         return said
 
-
+# %% ../../../nbs/reasoning/refine/trace.ipynb #fcef76ea
 class EndpointWriter:
     "A model behind an OpenAI-compatible endpoint; what it has said is kept in a file, and not asked for again."
 
     def __init__(self, url: str, model: str, kept: Kept, key: str = "", tries: int = 6, **more):
         self.endpoint, self.kept = Endpoint(url, model, key, tries, **more), kept
 
-    def __call__(self, prompts: list, seeds: list[int], most: list[float], max_new_tokens: int, temperature: float, stop: tuple[str, ...] = ()) -> list[Reply]:
+    def __call__(
+        self,
+        prompts: list,
+        seeds: list[int],
+        most: list[float],
+        max_new_tokens: int,
+        temperature: float,
+        stop: tuple[str, ...] = (),
+    ) -> list[Reply]:
         def one(prompt, seed, allowed):
             messages = [user(prompt)] if isinstance(prompt, str) else prompt
             guess = sum(map(estimate_tokens, (turn["content"] for turn in messages)))
             if (room := int(min(max_new_tokens, allowed - guess))) < 1:
                 return Reply("")
-            wanted = dict(temperature=temperature, max_tokens=room, seed=seed % 2**31, logprobs=True) | (dict(stop=list(stop)) if stop else {})
-            return Reply(**{k: v for k, v in self.kept.get([self.endpoint.model, messages, wanted], lambda: self.endpoint.ask(messages, lambda choice: read_choice(choice, guess), **wanted)).items() if k != "key"})
+            wanted = dict(
+                temperature=temperature, max_tokens=room, seed=seed % 2**31, logprobs=True
+            ) | (dict(stop=list(stop)) if stop else {})
+            return Reply(
+                **{
+                    k: v
+                    for k, v in self.kept.get(
+                        [self.endpoint.model, messages, wanted],
+                        lambda: self.endpoint.ask(
+                            messages, lambda choice: read_choice(choice, guess), **wanted
+                        ),
+                    ).items()
+                    if k != "key"
+                }
+            )
 
         with ThreadPoolExecutor(self.endpoint.at_once) as pool:
             return list(pool.map(one, prompts, seeds, most))
@@ -141,17 +203,43 @@ def read_choice(choice: dict, guess: int) -> dict:
     text = (choice["message"].get("content") or "").encode(errors="replace").decode().strip()
     logps = [token["logprob"] for token in (choice.get("logprobs") or {}).get("content") or []]
     usage = choice.get("usage") or {}
-    counted = {k: int(usage.get(name) or otherwise) for k, name, otherwise in (("read", "prompt_tokens", guess), ("written", "completion_tokens", len(logps) or estimate_tokens(text)))}
-    return dict(text=text, **{k: max(1, n) for k, n in counted.items()}, sure=math.exp(min(0.0, *logps)) if logps else math.nan, ended=choice.get("finish_reason") != "length")
+    counted = {
+        k: int(usage.get(name) or otherwise)
+        for k, name, otherwise in (
+            ("read", "prompt_tokens", guess),
+            ("written", "completion_tokens", len(logps) or estimate_tokens(text)),
+        )
+    }
+    return dict(
+        text=text,
+        **{k: max(1, n) for k, n in counted.items()},
+        sure=math.exp(min(0.0, *logps)) if logps else math.nan,
+        ended=choice.get("finish_reason") != "length",
+    )
 
-
-def make_writer(model: str, endpoint: str = "", *, chat_template: str = "", key_variable: str = "", tries: int = 6, dtype="auto", device="auto", run: Run | None = None) -> Callable:
+# %% ../../../nbs/reasoning/refine/trace.ipynb #0bcb31b5
+def make_writer(
+    model: str,
+    endpoint: str = "",
+    *,
+    chat_template: str = "",
+    key_variable: str = "",
+    tries: int = 6,
+    dtype="auto",
+    device="auto",
+    run: Run | None = None,
+) -> Callable:
     "The writer that settings ask for: `endpoint` (openai:http://host:port/v1#name) or the local `model`. Raises `WrongInput`."
     if not endpoint:
-        return LocalWriter(load_model(model, dtype, device).eval().requires_grad_(False), load_tokenizer(model, chat_template))
+        return LocalWriter(
+            load_model(model, dtype, device).eval().requires_grad_(False),
+            load_tokenizer(model, chat_template),
+        )
     kind, url, name = parse_judge(endpoint)
     if kind != "openai":
-        raise WrongInput(f"endpoint = {endpoint[:20]!r}...: a {kind}; expected openai:http://host:port/v1#<model>; for a local model set model and leave endpoint empty")
+        raise WrongInput(
+            f"endpoint = {endpoint[:20]!r}...: a {kind}; expected openai:http://host:port/v1#<model>; for a local model set model and leave endpoint empty"
+        )
     kept = Kept(run.path / "said.jsonl")
     return EndpointWriter(url, name, kept, read_key(key_variable), tries, say=run.note)
 
@@ -162,10 +250,24 @@ class Ask:
     Random choices come from the seed, the trace's index and the number of the question, so a trace is the same alone and in any batch.
     """
 
-    def __init__(self, writer: Callable, max_new_tokens: int = 64, temperature: float = 1.0, seed: int = 0):
-        self.writer, self.max_new_tokens, self.temperature, self.seed = writer, max_new_tokens, temperature, seed
+    def __init__(
+        self, writer: Callable, max_new_tokens: int = 64, temperature: float = 1.0, seed: int = 0
+    ):
+        self.writer, self.max_new_tokens, self.temperature, self.seed = (
+            writer,
+            max_new_tokens,
+            temperature,
+            seed,
+        )
 
-    def __call__(self, traces: list[Trace], prompts: list, role: str, stop: tuple[str, ...] = (), max_new_tokens: int = 0) -> list[Reply]:
+    def __call__(
+        self,
+        traces: list[Trace],
+        prompts: list,
+        role: str,
+        stop: tuple[str, ...] = (),
+        max_new_tokens: int = 0,
+    ) -> list[Reply]:
         "One reply for each prompt; a trace may come several times and then shares what it has left."
         if not prompts:
             return []
@@ -174,10 +276,19 @@ class Ask:
             times[trace.index] += 1
             trace.asked += 1
             seeds.append(seed_of(self.seed, "refine", trace.index, trace.asked))
-        said = self.writer(prompts, seeds, [t.left / times[t.index] for t in traces], max_new_tokens or self.max_new_tokens, self.temperature, stop)
+        said = self.writer(
+            prompts,
+            seeds,
+            [t.left / times[t.index] for t in traces],
+            max_new_tokens or self.max_new_tokens,
+            self.temperature,
+            stop,
+        )
         for trace, prompt, one in zip(traces, prompts, said):
             trace.left -= one.read + one.written
-            facts = ({} if math.isnan(one.sure) else dict(sure=round(one.sure, 4))) | ({} if one.ended else dict(cut=True))
+            facts = ({} if math.isnan(one.sure) else dict(sure=round(one.sure, 4))) | (
+                {} if one.ended else dict(cut=True)
+            )
             trace.open.append(Step(role, 0, one.text, prompt, one.read, one.written, facts))
             if not one.written:
                 trace.over = "tokens"
@@ -187,10 +298,16 @@ class Ask:
 def trace_rows(traces: list[Trace], round: int, score: Callable | None = None) -> list[dict]:
     "Rows of `samples.jsonl` for the traces that were open in a round: the answer with its score, and the round's steps."
     return [
-        dict(group=t.index, prompt=t.row["prompt"], completion=t.after(round), over=t.over, steps=[asdict(s) for s in t.steps if s.round == round])
+        dict(
+            group=t.index,
+            prompt=t.row["prompt"],
+            completion=t.after(round),
+            over=t.over,
+            steps=[asdict(s) for s in t.steps if s.round == round],
+        )
         | ({} if score is None else dict(reward=score(t.row, t.after(round))))
         for t in traces
-    ]  # fmt: skip
+    ]
 
 
 def read_traces(run: Run) -> list[Trace]:
@@ -212,27 +329,55 @@ def _step(fields: dict) -> Step:
 def as_line(step: Step, width: int = 80) -> str:
     "A step in one line."
     verdict = {True: "fine", False: "not fine"}.get(step.facts.get("fine"), "")
-    facts = ", ".join(filter(None, [verdict, *(f"{k}: {v}" for k, v in step.facts.items() if k != "fine"), f"{step.tokens} tokens" if step.tokens else ""]))
+    facts = ", ".join(
+        filter(
+            None,
+            [
+                verdict,
+                *(f"{k}: {v}" for k, v in step.facts.items() if k != "fine"),
+                f"{step.tokens} tokens" if step.tokens else "",
+            ],
+        )
+    )
     text = " / ".join(step.text.strip().splitlines())
-    return f"{step.role}: {text[:width]}{'…' if len(text) > width else ''}" + (f" ({facts})" if facts else "")
+    return f"{step.role}: {text[:width]}{'…' if len(text) > width else ''}" + (
+        f" ({facts})" if facts else ""
+    )
 
-
+# %% ../../../nbs/reasoning/refine/trace.ipynb #5575f1b0
 def tree_text(trace: Trace) -> str:
     "A trace as indented lines."
+
     def lines(step, depth):
-        return ["  " * depth + as_line(step), *(line for part in step.parts for line in lines(part, depth + 1))]
+        return [
+            "  " * depth + as_line(step),
+            *(line for part in step.parts for line in lines(part, depth + 1)),
+        ]
 
     head = f"question {trace.index}: {' / '.join(request_of(trace.row['prompt']).splitlines())}"
-    return "\n".join([head, *(line for step in trace.steps for line in lines(step, 1)), f"  ended: {trace.over}"])
+    return "\n".join(
+        [head, *(line for step in trace.steps for line in lines(step, 1)), f"  ended: {trace.over}"]
+    )
 
 
 def tree_html(traces: list[Trace] | Trace) -> str:
     "Traces as nested <details>; every text is escaped."
-    pre = lambda text: f"<pre style='white-space:pre-wrap;margin:2px 0 6px 18px'>{html.escape(text)}</pre>"
+    pre = lambda text: (
+        f"<pre style='white-space:pre-wrap;margin:2px 0 6px 18px'>{html.escape(text)}</pre>"
+    )
 
     def node(step):
-        asked = "<div style='margin-left:18px'><i>asked</i></div>" + pre(request_of(step.prompt)) if step.prompt else ""
-        inner = asked + ("<div style='margin-left:18px'><i>said</i></div>" if asked else "") + pre(step.text) + "".join(map(node, step.parts))
+        asked = (
+            "<div style='margin-left:18px'><i>asked</i></div>" + pre(request_of(step.prompt))
+            if step.prompt
+            else ""
+        )
+        inner = (
+            asked
+            + ("<div style='margin-left:18px'><i>said</i></div>" if asked else "")
+            + pre(step.text)
+            + "".join(map(node, step.parts))
+        )
         return f"<details style='margin-left:18px'><summary>{html.escape(as_line(step))}</summary>{inner}</details>"
 
     def whole(trace):
