@@ -10,13 +10,15 @@ run: $(READY)  ## the tour: the embedded model through SFT, DPO and GRPO
 	$(BIN)/polm run tour
 
 test: $(READY)  ## all that proves the project: lint, notebooks clean, export in sync, notebooks run, tests pass
-	$(BIN)/ruff check polm_lab tests benchmarks
+	$(BIN)/ruff check nbs tests benchmarks
+	$(BIN)/ruff format --check --quiet nbs tests benchmarks
 	$(BIN)/python tests/tree.py
 	place=$$(mktemp -d) && TMPDIR=$$place POLM_RUNS=$$place/runs POLM_CLAIMS=required POLM_CHROMIUM=none OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --skip_file_re "$$($(BIN)/python tests/pages.py)" && rm -r $$place
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=50
 
 quick: $(READY)  ## in three minutes: lint, export in sync, rules of the tree, fast tests, the notebooks touched since main
-	$(BIN)/ruff check polm_lab tests benchmarks
+	$(BIN)/ruff check nbs tests benchmarks
+	$(BIN)/ruff format --check --quiet nbs tests benchmarks
 	$(BIN)/python tests/tree.py
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile @tests/fast.txt
 	$(BIN)/python tests/page.py --touched
@@ -26,6 +28,9 @@ page: $(READY)  ## one page, P=alignment/dpo: exported, run, its tests, rendered
 
 hidden: $(READY)  ## the tests that look at bubblewrap, a browser and Quarto, where none of them is
 	OMP_NUM_THREADS=1 $(BIN)/python tests/without.py bwrap chromium chromium-browser google-chrome google-chrome-stable quarto -- $(BIN)/pytest -n 2 --dist loadfile $$($(BIN)/python tests/pages.py --hidden)
+
+picture: $(READY)  ## the picture of the workbench in the README, from a real run
+	$(BIN)/python tests/picture.py
 
 mutate: $(READY)  ## faults are put into a copy of the package, one by one; those that no test sees are listed
 	$(BIN)/python tests/mutate.py
@@ -47,4 +52,4 @@ $(READY): settings.ini setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $(READY)
 
-.PHONY: help run test quick page hidden mutate outputs lab docs bench
+.PHONY: help run test quick page hidden picture mutate outputs lab docs bench

@@ -1,6 +1,6 @@
 """Put faults into a copy of the package, one by one, and report those that no test sees: `make mutate`.
 
-`mutations.csv` lists them: `file` (below the root), `before` (text that occurs there once), `after` (what it becomes) and `tests` (pytest's words, as in a shell).
+`mutations.csv` lists them: `file` (below the root), `before` (text that occurs there once, however its lines are broken), `after` (what it becomes) and `tests` (pytest's words, as in a shell).
 Exit status 1 if a fault lives, if a text is not found once, or if a test fails without any fault.
 
     python tests/mutate.py                    # all of them
@@ -9,6 +9,7 @@ Exit status 1 if a fault lives, if a text is not found once, or if a test fails 
 
 import csv
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -28,6 +29,15 @@ def mutations(words: list[str]) -> list[dict]:
     return [
         row for row in rows if not words or any(word in " ".join(row.values()) for word in words)
     ]
+
+
+def pattern(text: str) -> re.Pattern:
+    "A pattern that finds source text however its lines are broken."
+    parts = []
+    for token in re.findall(r"\w+|[^\w\s]", text):
+        comma = r",?\s*" if token in ")]}" else ""  # a trailing one
+        parts.append(comma + re.escape(token))
+    return re.compile(r"\s*".join(parts))
 
 
 def copy_of_package(folder: Path) -> Path:
@@ -68,11 +78,11 @@ def verdict(row: dict) -> str:
         package = copy_of_package(Path(folder))
         path = package / row["file"]
         text = path.read_text(encoding="utf-8")
-        if text.count(row["before"]) != 1 or row["before"] == row["after"]:
-            return (
-                f"not a fault: its text occurs {text.count(row['before'])} times in {row['file']}"
-            )
-        path.write_text(text.replace(row["before"], row["after"]), encoding="utf-8")
+        places = list(pattern(row["before"]).finditer(text))
+        if len(places) != 1 or row["before"] == row["after"]:
+            return f"not a fault: its text occurs {len(places)} times in {row['file']}"
+        start, end = places[0].span()
+        path.write_text(text[:start] + row["after"] + text[end:], encoding="utf-8")
         status = status_of(row["tests"], package)
     return {SEEN: "seen", LIVES: "lives"}.get(status, f"pytest ended with {status}")
 

@@ -71,15 +71,16 @@ def current_record(record: dict) -> dict:
     if isinstance(record.get("summary"), dict):
         summary = record["summary"].items()
         found["summary"] = {when: current_metrics(values) for when, values in summary}
-    if "trials" in record:
+    if isinstance(record.get("trials"), list):
         found["trials"] = [current_trial(method, trial) for trial in record["trials"]]
     return found
 
 
 def current_trial(method: str, trial: dict) -> dict:
     "Return one trial of a sweep's record under the names of today."
-    values = trial.get("values")
-    return trial | {"values": current_settings(method, values)} if values else trial
+    if not isinstance(trial, dict) or not trial.get("values"):
+        return trial
+    return trial | {"values": current_settings(method, trial["values"])}
 
 
 def current_knob(name: str, names: dict[str, str]) -> str:
