@@ -68,7 +68,7 @@ def plain(markdown: str) -> str:
         markdown = re.sub(
             pattern, "\n\n", markdown, flags=re.DOTALL * (pattern[0] != "^") | re.MULTILINE
         )
-    markdown = re.sub(r"`[^`\n]*`|\$[^$\n]*\$", " x ", markdown)
+    markdown = re.sub(r"`[^`\n]*`|\$[^$\n]*\$", " X ", markdown)
     markdown = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", markdown)
     return re.sub(r"<[^>\n]+>|[*_]{1,3}", " ", markdown)
 

@@ -667,3 +667,14 @@ def test_the_site_renders():
             ) == ["loaded" if equations else "unloaded"]
             assert not [u for u in page.asked if not u.startswith(("file:", "data:", "blob:"))]
         browser.close()
+
+
+def test_the_readme_names_every_method_as_its_page_does():
+    from polm_lab.site.readme import methods_table, with_table
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = methods_table(ROOT, list(FOUND["methods"]))
+    assert table.count("\n") == len(FOUND["methods"]) + 1
+    assert with_table(text, table) == text, "run polm_site write"
+    picture = ROOT / "nbs" / "_site" / "cockpit.png"
+    assert picture.stat().st_size <= 200_000 and "nbs/_site/cockpit.png" in text

@@ -20,7 +20,8 @@ from ..runner.seeds import seed_rows, write_results
 from .filter import ANSI, FONT, PLOTLY, filter_stream
 from .lint import check_site, check_sources
 from .outputs import execute
-from .pages import project, write
+from .readme import write_readme
+from .pages import facts, project, write
 
 # %% ../../nbs/site/build.ipynb #3a716ee8
 QUARTO = "https://quarto.org/docs/get-started/ (version 1.7 or later)"
@@ -106,6 +107,7 @@ def main(words: list[str] | None = None) -> int:
             return 0
         if words == ["write"]:
             print(write(project()))
+            print(write_readme(project(), list(facts(project())["methods"])))
             return 0
         if words[:1] == ["check"] and len(words) < 3:
             wrong, counts = check_site(Path(words[1])) if words[1:] else check_sources(project())
