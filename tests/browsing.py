@@ -77,7 +77,10 @@ def browser_or_skip(playwright):
             raise Error("POLM_CHROMIUM=none")
         return open_browser(playwright)
     except Error as error:
-        words = f"no browser: install chromium, or `playwright install chromium` ({str(error).splitlines()[0]})"
+        words = (
+            "no browser: install chromium, or `playwright install chromium` "
+            f"({str(error).splitlines()[0]})"
+        )
         pytest.fail(words) if os.environ.get("POLM_BROWSER") == "required" else pytest.skip(words)
 
 
@@ -236,7 +239,7 @@ class Page:
         return self.page.evaluate("""() => [...new Set([...document.querySelectorAll('.js-plotly-plot')].filter(p => p.offsetParent)
             .flatMap(p => (p.data || []).filter(t => t.y && (t.y.length ?? t.y.shape?.[0])).map(t => t.name)))]""")
 
-    # JupyterLab ---------------------------------------------------------------------------------------------------
+    # JupyterLab ----------------------------------------------------------------------------------
 
     def open_notebook(self, address, name="bench", theme=None):
         "A notebook in JupyterLab with a kernel that is ready, the file browser out of the way."

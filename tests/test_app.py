@@ -102,7 +102,11 @@ def test_a_record_that_breaks_under_the_view(name, make):
 
 
 def test_a_killed_run_is_dead_and_can_be_resumed(make):
-    code = "import sys, os, signal; from polm_lab.core.run import Run\nwith Run(sys.argv[1]).active() as run:\n    run.log(1, loss=1.0)\n    os.kill(os.getpid(), signal.SIGKILL)"
+    code = (
+        "import sys, os, signal; from polm_lab.core.run import Run\n"
+        "with Run(sys.argv[1]).active() as run:\n    run.log(1, loss=1.0)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
     run = Run.create("sft", dict(steps=3))
     (run.path / "log.txt").write_text("<b>last words</b>\n")
     subprocess.run([sys.executable, "-c", code, str(run.path)])

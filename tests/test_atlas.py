@@ -143,7 +143,7 @@ def test_a_notebook_that_is_gone_runs_nothing(monkeypatch, tmp_path):
         page._modules.cache_clear()
 
 
-# What a run calls ------------------------------------------------------------------------------------------------------
+# What a run calls --------------------------------------------------------------------------------
 
 HERE = {f["name"]: f for f in page.survey("systems")}
 
@@ -172,7 +172,8 @@ def test_every_row_that_runs_points_to_a_method_with_a_choice_or_to_what_it_reac
                 ("true", "false") if own[word].type is bool else tuple(map(str, own[word].choices))
             )
             assert value in choices or called, (
-                f"{row['name']}: {pair} is no choice, and no function is named that the run has to reach"
+                f"{row['name']}: {pair} is no choice, and no function is named that the run "
+                "has to reach"
             )
         assert not called or called in page.reached(name), row["name"]
     assert checked > 80
@@ -218,10 +219,22 @@ def test_a_function_that_no_method_reaches_is_shown(monkeypatch):
 
 
 TOY = {
-    "core/base.py": "from . import late\n\ndef used():\n    return late.far()\n\ndef unused():\n    return used()\n\ndef shadowed():\n    pass\n",
-    "core/late.py": "TABLE = {'a': lambda x: inside(x)}\n\ndef inside(x):\n    return x\n\ndef far():\n    from .deep import Box\n    return TABLE['a'](Box())\n\ndef near():\n    pass\n",
-    "core/deep.py": "class Box:\n    def open(self):\n        return helper()\n\ndef helper():\n    pass\n\ndef other():\n    pass\n",
-    "reasoning/toy.py": "from ..core.base import used as made, shadowed\n\ndef toy(settings, run):\n    shadowed = made()\n    near = 1\n    return shadowed + near\n",
+    "core/base.py": (
+        "from . import late\n\ndef used():\n    return late.far()\n\ndef unused():\n"
+        "    return used()\n\ndef shadowed():\n    pass\n"
+    ),
+    "core/late.py": (
+        "TABLE = {'a': lambda x: inside(x)}\n\ndef inside(x):\n    return x\n\ndef far():\n"
+        "    from .deep import Box\n    return TABLE['a'](Box())\n\ndef near():\n    pass\n"
+    ),
+    "core/deep.py": (
+        "class Box:\n    def open(self):\n        return helper()\n\ndef helper():\n    pass\n"
+        "\ndef other():\n    pass\n"
+    ),
+    "reasoning/toy.py": (
+        "from ..core.base import used as made, shadowed\n\ndef toy(settings, run):\n"
+        "    shadowed = made()\n    near = 1\n    return shadowed + near\n"
+    ),
 }
 
 

@@ -90,7 +90,9 @@ def test_choose_change_a_knob_run_reload_stop_and_resume(desk):
     assert run.settings["steps"] == 300 and run.settings["eval_rows"] == 8
 
     desk.save()
-    desk.page.reload()  # in mid-run: the notebook was saved and the kernel lives, so the view is back without a cell run again
+    # in mid-run: the notebook was saved and the kernel lives, so the view is back without a cell
+    # run again
+    desk.page.reload()
     desk.wait_for_kernel()
     desk.page.get_by_role("tab", name="Watch", exact=True).wait_for(timeout=patience(60) * 1000)
     before = (

@@ -86,7 +86,7 @@ class Elements(HTMLParser):
         self.names |= {name for name, _ in attrs}
 
 
-# Model output ------------------------------------------------------------------------------------------------------
+# Model output ------------------------------------------------------------------------------------
 
 NASTY = [
     "<script>alert(1)</script>",
@@ -205,7 +205,7 @@ def test_rows_that_no_method_writes(row):
     view.refresh()
 
 
-# Why ---------------------------------------------------------------------------------------------------------------
+# Why ---------------------------------------------------------------------------------------------
 
 
 def test_the_sum_comes_out_as_recorded(trained):
@@ -217,9 +217,9 @@ def test_the_sum_comes_out_as_recorded(trained):
         sentences = why(row, group, trained.settings)
         assert not any("The record says" in s for s in sentences)
         correct, form = row["rewards"]["correct"], row["rewards"]["format"]
-        assert (
-            sentences[2]
-            == f"Its reward is 1 × correct ({correct:.4g}) + 0.2 × format ({form:.4g}) = {correct + 0.2 * form:.4g}."
+        assert sentences[2] == (
+            f"Its reward is 1 × correct ({correct:.4g}) + 0.2 × format ({form:.4g}) = "
+            f"{correct + 0.2 * form:.4g}."
         )
         assert ("more likely" in sentences[-1]) == (row["advantage"] > 0)
         assert row["completion"] in sentences[0] and f"Right is “{row['answer']}”" in sentences[1]
@@ -317,7 +317,7 @@ def test_why_of_pairs(pairs):
     assert view.group.value.count("role='listitem'") == 3 and view.try_it.conversation.value
 
 
-# Tokens ------------------------------------------------------------------------------------------------------------
+# Tokens ------------------------------------------------------------------------------------------
 
 
 def test_what_the_models_say_agrees_with_the_record(trained, pairs):
@@ -399,7 +399,7 @@ def test_text_stays_legible_on_the_strongest_color(ground, text, value):
     assert (high + 0.05) / (low + 0.05) > 4.5  # WCAG AA
 
 
-# Try it ------------------------------------------------------------------------------------------------------------
+# Try it ------------------------------------------------------------------------------------------
 
 
 def test_a_stream_is_a_rollout(trained):
@@ -442,7 +442,7 @@ def test_try_it_answers_stops_and_says_what_is_wrong(trained):
     assert "it has saved no model" in unsaved.status.value
 
 
-# The whole ---------------------------------------------------------------------------------------------------------
+# The whole ---------------------------------------------------------------------------------------
 
 
 def test_choosing_coloring_and_asking(trained):

@@ -111,7 +111,8 @@ def test_real_health(real):
     )  # where nothing is learned a loss of 0 is no comfort
 
 
-# Illnesses that a run of seconds does not catch, as records: name -> (metrics, samples, facts, the healthy counterpart's metrics)
+# Illnesses that a run of seconds does not catch, as records: name -> (metrics, samples, facts,
+# the healthy counterpart's metrics)
 def line(a, b):
     return lambda t: a + (b - a) * t
 

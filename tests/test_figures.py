@@ -238,9 +238,9 @@ def test_without_a_browser_the_numbers_are_stored_and_a_line(run, painter, monke
     made = panels_figures.figure_output(panels_panels.panels(run))
     assert set(made) == {site_filter.FIGURE, "text/plain"} and "\n" not in made["text/plain"]
     if find_spec("PIL") and find_spec("kaleido"):
-        assert (
-            made["text/plain"]
-            == "A figure without a picture: no browser found; install chromium, or name one in POLM_CHROMIUM, then run the cell again"
+        assert made["text/plain"] == (
+            "A figure without a picture: no browser found; install chromium, "
+            "or name one in POLM_CHROMIUM, then run the cell again"
         )
 
 
@@ -296,7 +296,10 @@ def test_a_process_that_ends_leaves_no_browser_and_no_folder(request):
     request.addfinalizer(lambda: shutil.rmtree(tmp_path))
     if panels_figures.browser_path() is None or not find_spec("kaleido"):
         without_browser()
-    code = "from polm_lab.workbench import figures; import plotly.graph_objects as go; print(len(figures.draw_png(figures.figure_json(go.Figure(go.Scatter(y=[1, 2]))))))"
+    code = (
+        "from polm_lab.workbench import figures; import plotly.graph_objects as go; "
+        "print(len(figures.draw_png(figures.figure_json(go.Figure(go.Scatter(y=[1, 2]))))))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -407,8 +410,14 @@ def stored(path) -> list[list[dict]]:
 def test_a_notebook_is_executed_and_its_outputs_are_stored(tmp_path):
     page = tmp_path / "page.ipynb"
     people = "#| eval: false\n1 / 0"
-    first = "import os, sys\nprint('a warning', file=sys.stderr)\nprint(os.environ['POLM_RUNS'], os.environ['TMPDIR'])"
-    show = "import plotly.graph_objects as go\nfrom polm_lab.workbench.figures import show\nshow(go.Figure(go.Scatter(y=[1, 2])))\nobject()"
+    first = (
+        "import os, sys\nprint('a warning', file=sys.stderr)\n"
+        "print(os.environ['POLM_RUNS'], os.environ['TMPDIR'])"
+    )
+    show = (
+        "import plotly.graph_objects as go\nfrom polm_lab.workbench.figures import show\n"
+        "show(go.Figure(go.Scatter(y=[1, 2])))\nobject()"
+    )
     made = json.loads(write(page, first, people, show, c1=["skip-execution"]))
     made["cells"][1]["outputs"] = [
         {"output_type": "stream", "name": "stdout", "text": ["of a person"]}
@@ -443,7 +452,10 @@ def test_a_notebook_is_executed_and_its_outputs_are_stored(tmp_path):
             "cell 0 shows a path of this machine, ",
         ),
         (
-            "from IPython.display import HTML\nHTML('<script src=\"https://cdn.example.org/x.js\"></script>')",
+            (
+                "from IPython.display import HTML\n"
+                "HTML('<script src=\"https://cdn.example.org/x.js\"></script>')"
+            ),
             "fetches https://cdn.example.org/x.js",
         ),
         ("import os\nos._exit(3)", "DeadKernelError"),

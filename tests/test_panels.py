@@ -100,7 +100,7 @@ def lines(text, folder):
     return run
 
 
-# Reading ----------------------------------------------------------------------------------------------------------
+# Reading -----------------------------------------------------------------------------------------
 
 
 def slowly(run):
@@ -205,7 +205,7 @@ def test_a_million_points_are_drawn_as_a_thousand(steps, metrics, runs):
     assert max(max(t.y, default=0) for t in drawn) == 5.0
 
 
-# Figures ----------------------------------------------------------------------------------------------------------
+# Figures -----------------------------------------------------------------------------------------
 
 
 def test_panels_draw_runs_evaluations_and_meanings(make):
@@ -284,7 +284,7 @@ def test_pages_show_what_models_wrote_as_text(make, tmp_path):
     assert len(sample_texts(run)) < 10_000
 
 
-# Watching ---------------------------------------------------------------------------------------------------------
+# Watching ----------------------------------------------------------------------------------------
 
 
 def test_watch_follows_a_run(runs):
@@ -457,7 +457,11 @@ def test_what_is_wrong_with_a_run_is_said_in_its_line(make, runs):
 
 def test_a_killed_run_is_seen_as_dead(runs):
     run = Run.create("sft", dict(steps=9))
-    code = "import sys, os, signal; from polm_lab.core.run import Run\nwith Run(sys.argv[1]).active() as run:\n    run.log(1, loss=1.0)\n    os.kill(os.getpid(), signal.SIGKILL)"
+    code = (
+        "import sys, os, signal; from polm_lab.core.run import Run\n"
+        "with Run(sys.argv[1]).active() as run:\n    run.log(1, loss=1.0)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
     subprocess.run([sys.executable, "-c", code, str(run.path)])
     view = Watch(run)
     assert (
@@ -467,7 +471,7 @@ def test_a_killed_run_is_seen_as_dead(runs):
     )
 
 
-# Comparing --------------------------------------------------------------------------------------------------------
+# Comparing ---------------------------------------------------------------------------------------
 
 
 def test_rows_of_comparisons(make, runs):

@@ -470,7 +470,10 @@ def test_code_that_speaks_of_faults_is_no_fault(tmp_path):
     code = "x = 'Unable to display output for mime type(s): y'  # ?@eq-lost quarto-unresolved-ref"
     wrong, _ = a_site(
         tmp_path,
-        a=f'<pre class="sourceCode python"><code class="sourceCode">{code}</code></pre><code>?@eq-lost</code>',
+        a=(
+            '<pre class="sourceCode python"><code '
+            f'class="sourceCode">{code}</code></pre><code>?@eq-lost</code>'
+        ),
     )
     assert not wrong
 
@@ -482,14 +485,20 @@ def test_a_style_that_fetches_is_caught(tmp_path):
     )
     wrong, _ = a_site(tmp_path, a="a")
     assert wrong == [
-        "site_libs/theme.css: fetches https://fonts.example.org/css2?family=Lato; a page has to work offline"
+        (
+            "site_libs/theme.css: fetches https://fonts.example.org/css2?family=Lato; "
+            "a page has to work offline"
+        )
     ]
 
 
 def test_a_sound_site_passes(tmp_path):
     wrong, counts = a_site(
         tmp_path,
-        a="<link rel='canonical' href='https://example.org/a'><a href='b.html#here'>x</a><a href='https://example.org'>y</a><a href='./'>z</a>",
+        a=(
+            "<link rel='canonical' href='https://example.org/a'><a href='b.html#here'>x</a><a "
+            "href='https://example.org'>y</a><a href='./'>z</a>"
+        ),
         b="<p id='here'>b</p>",
         index="i",
     )
@@ -497,7 +506,10 @@ def test_a_sound_site_passes(tmp_path):
 
 
 def test_warnings_of_quarto_are_seen():
-    said = "[ 1/60] nbs/index.ipynb\n\x1b[33mWARN: Unable to resolve crossref @eq-x\x1b[39m\nOutput created: _docs/index.html\n[WARNING] Could not convert TeX math\n"
+    said = (
+        "[ 1/60] nbs/index.ipynb\n\x1b[33mWARN: Unable to resolve crossref @eq-x\x1b[39m\n"
+        "Output created: _docs/index.html\n[WARNING] Could not convert TeX math\n"
+    )
     assert len(site_build.warnings_of(said)) == 2 and not site_build.warnings_of(
         "Output created: _docs/nbs/warn.html\n"
     )
@@ -564,11 +576,14 @@ def test_mentions_become_the_right_citation():
 
 def test_only_the_year_of_a_mention_changes():
     bib = {"gao2022": {}, "tie2025": {}}
-    text = "## Gao 2022\n\nGao, Schulman and Hilton (2022), Tie et al.\n2025, (Tie et al. 2025), Nobody et al. 2025."
+    text = (
+        "## Gao 2022\n\nGao, Schulman and Hilton (2022), Tie et al.\n"
+        "2025, (Tie et al. 2025), Nobody et al. 2025."
+    )
     year = "[-@tie2025]"
-    assert (
-        site_filter.with_citations(text, "any/page", bib)
-        == f"## Gao 2022\n\nGao, Schulman and Hilton ([-@gao2022]), Tie et al.\n{year}, (Tie et al. {year}), Nobody et al. 2025."
+    assert site_filter.with_citations(text, "any/page", bib) == (
+        "## Gao 2022\n\nGao, Schulman and Hilton ([-@gao2022]), Tie et al.\n"
+        f"{year}, (Tie et al. {year}), Nobody et al. 2025."
     )
 
 
@@ -663,7 +678,8 @@ def test_the_site_renders():
             )  # noqa: B023
             assert page.page.locator("math").count() >= equations
             assert page.page.evaluate(
-                "document.fonts.ready.then(() => [...document.fonts].filter(f => f.family.includes('site math')).map(f => f.status))"
+                "document.fonts.ready.then(() => [...document.fonts].filter(f => "
+                "f.family.includes('site math')).map(f => f.status))"
             ) == ["loaded" if equations else "unloaded"]
             assert not [u for u in page.asked if not u.startswith(("file:", "data:", "blob:"))]
         browser.close()
