@@ -1,7 +1,9 @@
-"""A real JupyterLab or Voilà and a headless Chromium, for the tests and the benchmark of the workbench.
+"""A real JupyterLab or Voilà and a headless Chromium, for workbench tests and benchmark.
 
-The browser is $POLM_CHROMIUM, a chromium or chrome on the PATH, or Playwright's own (`playwright install chromium`); POLM_CHROMIUM=none takes none. It is told
-to find no host but this one, and each request to another is noted. POLM_SCREENSHOTS=FOLDER keeps pictures.
+The browser is $POLM_CHROMIUM, a chromium or chrome on the PATH, or Playwright's own
+(`playwright install chromium`); POLM_CHROMIUM=none takes none.
+It finds no host but this one, and each request to another is noted.
+POLM_SCREENSHOTS=FOLDER keeps pictures.
 """
 
 import contextlib
@@ -51,7 +53,10 @@ def notebook(*cells) -> str:
 
 
 def patience(seconds: float) -> float:
-    "How long to wait for what takes well under `seconds` on a machine that is free: longer where others want its processors too."
+    """Return how long to wait for what takes well under `seconds` on a machine that is free.
+
+    It is longer where others want the machine's processors too.
+    """
     return seconds * max(1.0, os.getloadavg()[0] / os.cpu_count() / 2)
 
 
@@ -69,7 +74,10 @@ def open_browser(playwright):
 
 
 def browser_or_skip(playwright):
-    "Chromium; where there is none the test is skipped and says so, or fails with POLM_BROWSER=required (as in CI)."
+    """Return Chromium; where there is none the test is skipped and says so.
+
+    With POLM_BROWSER=required (as in CI) it fails instead.
+    """
     from playwright.sync_api import Error
 
     try:
@@ -86,7 +94,7 @@ def browser_or_skip(playwright):
 
 @contextlib.contextmanager
 def server(words, url, folder, **environment):
-    "A server process, ready to answer at `url`, whose runs are in `folder`/runs; yields the process."
+    "Yield a server process, ready to answer at `url`, whose runs are in `folder`/runs."
     places = {
         f"JUPYTER_{name.upper()}_DIR": str(folder / name) for name in ("config", "data", "runtime")
     }
@@ -134,7 +142,10 @@ def server(words, url, folder, **environment):
 
 @contextlib.contextmanager
 def jupyter(folder, **notebooks):
-    "A JupyterLab as `polm lab` starts it, with `notebooks` (name=cells) in `folder`; yields (address, process)."
+    """Yield (address, process) of a JupyterLab as `polm lab` starts it.
+
+    `notebooks` (name=cells) are in `folder`.
+    """
     port = free_port()
     for name, cells in notebooks.items():
         (folder / f"{name}.ipynb").write_text(notebook(*cells))

@@ -1,4 +1,4 @@
-"The workbench without a browser: what is wrong with a run is shown for what it is, and nothing else breaks."
+"The workbench without a browser: each view shows what is wrong with a run, and survives it."
 
 import asyncio
 import os
@@ -156,7 +156,11 @@ END
 
 
 def test_a_full_disk(tmp_path):
-    "A real one of 12 MiB, mounted in a namespace of its own: the run that fills it says why it failed, and a run that cannot be created is refused in one line."
+    """A real disk of 12 MiB, mounted in its own namespace.
+
+    The run that fills it records why it failed.
+    A run that cannot be created is refused in one line.
+    """
     disk = tmp_path / "disk"
     disk.mkdir()
     done = subprocess.run(

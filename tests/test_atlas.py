@@ -196,7 +196,7 @@ def test_a_gap_makes_a_row_partial_and_no_row_that_runs_has_one():
 
 
 def test_a_function_that_no_method_reaches_is_shown(monkeypatch):
-    "`fuse.ensemble` and `dpo.optimal_policy` exist on the pages of methods that run; no run calls them."
+    "`fuse.ensemble` and `dpo.optimal_policy` are on pages of methods; no run calls them."
     for here in ("fuse.ensemble", "dpo.optimal_policy", "formulas.fish_masks", "distance.starc"):
         assert page.look(here, KNOWN).state == "shown", here
     assert (
@@ -239,7 +239,10 @@ TOY = {
 
 
 def test_what_a_method_reaches_is_read_off_the_syntax(monkeypatch, tmp_path):
-    "Aliases, attributes of pages, tables, imports inside of functions and methods of classes count; a local name that looks alike does not."
+    """Aliases, attributes of pages, tables, inner imports and methods of classes count.
+
+    A local name that looks alike does not.
+    """
     for name, text in TOY.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -262,7 +265,7 @@ def test_what_a_method_reaches_is_read_off_the_syntax(monkeypatch, tmp_path):
 
 
 def test_a_method_that_says_it_is_of_the_survey_has_a_row():
-    "What runs here and the survey names is not forgotten; methods beyond the survey need no row."
+    "What runs here and is in the survey is not forgotten; other methods need no row."
     pages = {r["notebook"] for r in ROWS}
     without = [m.name for m in KNOWN.values() if "survey" in m.paper and m.notebook not in pages]
     assert not without, "write where they are into the column `here` of data/survey/systems.csv"

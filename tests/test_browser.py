@@ -1,7 +1,8 @@
-"""The workbench as a person uses it: a real JupyterLab and a real Voilà, driven in headless Chromium.
+"""The workbench as a person uses it: a real JupyterLab and Voilà in headless Chromium.
 
-The tests in JupyterLab are one story, told in order on one page. Without a browser all are skipped and say so; with POLM_BROWSER=required (as in CI)
-they fail instead. See browsing.py for which browser is taken.
+The tests in JupyterLab are one story, in order, on one page.
+Without a browser all are skipped and say so; with POLM_BROWSER=required (as in CI) they fail.
+See browsing.py for which browser is taken.
 """
 
 import os

@@ -1,4 +1,7 @@
-"""Each rule on a run that has the illness and one that has not: short real runs where the illness can be caught, records otherwise."""
+"""Each rule on a run that has the illness, and on one that has not.
+
+Short real runs where the illness can be caught, records otherwise.
+"""
 
 import json
 import shutil

@@ -1,7 +1,9 @@
-"""Figures as notebooks store them: they show without a network, without trust, without scripts, and the file stays small.
+"""Figures as notebooks store them: visible offline, untrusted and without scripts, and small.
 
-The browser test opens each notebook with figures in a real JupyterLab, as a person does who has just cloned the project, and looks at the pixels. It takes
-what is stored, so it fails for a notebook whose outputs are older than its code: `polm_site execute PAGE` stores them anew.
+The browser test opens each notebook with figures in a real JupyterLab, and compares pixels.
+It is used as by a person who has just cloned the project.
+The test takes what is stored, so it fails for a notebook whose outputs are older than its code:
+`polm_site execute PAGE` stores them anew.
 """
 
 import base64
@@ -53,7 +55,7 @@ def cells(name) -> list[dict]:
 
 
 def figures(name) -> list[tuple[int, int, dict]]:
-    "(cell, output, data) of the figures that a notebook stores, in whatever way: all of them are to be seen."
+    "Return (cell, output, data) of every figure that a notebook stores, in whatever way."
     found = []
     for cell in cells(name):
         for place, output in enumerate(cell["outputs"]):
@@ -588,7 +590,7 @@ CLOSE = "() => { window.page.context.model.dirty = false; window.page.close(); }
 
 @pytest.fixture(scope="module")
 def lab(browser, tmp_path_factory):
-    "JupyterLab without kernels on a copy of the notebooks, none of which it trusts; a browser that finds no other host."
+    "JupyterLab without kernels on an untrusted copy of the notebooks, in an offline browser."
     from browsing import POLM, Page, free_port, patience, server
 
     folder, port = tmp_path_factory.mktemp("figures"), free_port()
@@ -652,7 +654,10 @@ def test_every_figure_of_a_notebook_shows_offline_and_untrusted(lab, name):
 
 @needs_pillow
 def test_a_figure_is_alive_under_the_pointer_and_where_it_has_no_picture(lab, run, painter):
-    "A picture gives way to the figure when the pointer is over it; without a picture the figure is drawn at once. All of it untrusted, without a kernel."
+    """A picture becomes the figure under the pointer; without a picture it is drawn at once.
+
+    All of it is untrusted and without a kernel.
+    """
     made = [
         panels_figures.figure_output(panels_panels.panels(run, metrics=["loss", "kl", "reward"]))
         for _ in range(2)

@@ -44,7 +44,7 @@ NASTY = "<img src=x onerror=alert(1)>\x1b[31m\u202etxt"
 
 @pytest.fixture
 def make(runs):
-    "A finished run with what a policy-gradient run leaves: `make(method, steps, parents=..., **settings)`."
+    "A finished policy-gradient run: `make(method, steps, parents=..., **settings)`."
 
     def made(method="grpo", steps=20, parents=(), reached=0.9, **settings):
         run = Run.create(
@@ -357,7 +357,10 @@ def test_traits_restyle_the_figures(make):
 
 
 def test_a_live_figure_starts_before_plotly_is_loaded(make):
-    "anywidget drops all messages to a model whose module needs more than two seconds: the module must not be plotly.js itself, and plotly.js is sent once."
+    """The module of a live figure is not plotly.js itself, and plotly.js is sent once.
+
+    anywidget drops all messages to a model whose module needs more than two seconds.
+    """
     first, second = Watch(make()), Watch(make())
     for figure in (*figures(first).values(), *figures(second).values()):
         state = figure.get_state()

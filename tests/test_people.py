@@ -1,11 +1,17 @@
 """The cells for people, which no headless run executes, do what they show.
 
-Each is executed after what it needs and nothing more: the imports of its notebook, the module that the notebook exports, and those earlier cells whose names it uses (the parameters cell
-with the method's `small` values). Such earlier cells may cost a run, so a cell that needs any is tried where POLM_PEOPLE=all, and else skipped with a word. A cell has to end with a widget or
-a figure; then its sliders and choices are moved, and what a page draws must follow within a second.
+Each is executed after what it needs and nothing more.
+It needs the imports of its notebook, the module that the notebook exports,
+and the earlier cells whose names it uses.
+The parameters cell has the method's `small` values.
+Such earlier cells may cost a run: a cell that needs any is tried where POLM_PEOPLE=all.
+Otherwise it is skipped with a word.
+A cell has to end with a widget or a figure.
+Its sliders and choices are moved, and what a page draws must follow within a second.
 
-Limits: nothing is drawn in a browser (tests/test_browser.py does that for the app), buttons are not pressed, and a cell that relied on an earlier cell's side effect rather than on its
-names would fail here though it works in the whole notebook.
+Limits: nothing is drawn in a browser (tests/test_browser.py does that for the app).
+Buttons are not pressed.
+A cell that relies on an earlier cell's side effect, not on its names, would fail here.
 """
 
 import ast
@@ -77,7 +83,10 @@ def is_imports(source) -> bool:
 
 
 def needed(cells, number, have) -> list[int]:
-    "The earlier cells that cell `number` builds on, first one first: those that make a name which it, or one of them, uses."
+    """Return the earlier cells that cell `number` builds on, first one first.
+
+    They make a name which it, or one of them, uses.
+    """
     chosen, open_names = set(), names(cells[number][0])[0] - set(have)
     for i in range(number - 1, -1, -1):
         source, tags = cells[i]
@@ -153,7 +162,7 @@ def record(tmp_path_factory):
 
 @pytest.fixture
 def interactive(monkeypatch):
-    "Errors in a function under `interactive` are raised: without a kernel they would only be logged."
+    "Errors in a function under `interactive` are raised: without a kernel they are only logged."
 
     def update(self, *_):
         self.result = self.f(**{w._kwarg: w.get_interact_value() for w in self.kwargs_widgets})

@@ -1,6 +1,7 @@
-"""The teaching site as far as it can be proven without Quarto, and with it the whole of it.
+"""The teaching site, as far as it can be proven without Quarto; with Quarto, all of it.
 
-Each check is seen to fail: on a broken link, a missing picture, a wrong key, an unresolved reference.
+Each check is seen to fail: on a broken link, a missing picture, a wrong key,
+an unresolved reference.
 """
 
 import copy
@@ -119,7 +120,10 @@ def test_what_the_configuration_names_is_there():
 
 
 def test_the_style_asks_no_other_host():
-    "Quarto's themes fetch their fonts, and MathJax comes from another host: both are turned off. The bootswatch themes take this variable."
+    """Quarto's themes fetch fonts, and MathJax comes from another host: both are off.
+
+    The bootswatch themes take this variable.
+    """
     html = yaml.safe_load((ROOT / "_quarto.yml").read_text())["format"]["html"]
     assert html["html-math-method"] == "mathml"
     for base, own in html["theme"].values():
@@ -192,7 +196,10 @@ CALLED = [
 
 @pytest.mark.parametrize("page", CALLED)
 def test_the_filter_called_as_quarto_calls_it(page, tmp_path):
-    "By its name alone, in the notebook's folder, the notebook on standard input; standard output is the notebook."
+    """It gets its name alone, in the notebook's folder, and the notebook on standard input.
+
+    Standard output is the notebook.
+    """
     path = ROOT / page
     command = yaml.safe_load((ROOT / "_quarto.yml").read_text())["ipynb-filters"][0].split()
     env = {
@@ -257,7 +264,7 @@ def shown(page) -> list[str]:
 
 
 def test_figures_are_alive_with_what_the_site_has(tmp_path):
-    "The outputs of a page in a browser that finds no other host: plotly.js comes from the site, and draws them."
+    "The outputs of a page in an offline browser: plotly.js comes from the site, and draws them."
     playwright = pytest.importorskip("playwright.sync_api", reason="this test needs playwright")
     from browsing import Page, browser_or_skip
 
@@ -516,7 +523,10 @@ def test_warnings_of_quarto_are_seen():
 
 
 def test_tables_sort_and_filter_in_a_browser(tmp_path):
-    "What the site puts at the end of each page: a click on a heading sorts by it (months as dates), the field filters."
+    """A click on a heading sorts by it (months as dates), and the field filters.
+
+    The site puts this script at the end of each page.
+    """
     playwright = pytest.importorskip("playwright.sync_api", reason="this test needs playwright")
     from browsing import browser_or_skip
 
@@ -657,7 +667,10 @@ def test_the_front_door():
 
 @pytest.mark.skipif(not shutil.which("quarto"), reason="quarto is not installed")
 def test_the_site_renders():
-    "No warning, no dead link; and in a browser that finds no other host, from the disk: figures drawn, equations set in the font of the site."
+    """No warning, no dead link; an offline browser draws the figures from the disk.
+
+    Equations are set in the font of the site.
+    """
     assert site_build.build(ROOT) == 0
     playwright = pytest.importorskip("playwright.sync_api", reason="this test needs playwright")
     from browsing import Page, browser_or_skip
