@@ -242,9 +242,8 @@ def test_a_view_is_made_once_by_two_threads(make, monkeypatch):
         return plain(self, name)
 
     monkeypatch.setattr(Workbench, "_make", slowly)
-    bench.tabs.selected_index = TABS.index(
-        "Understand"
-    )  # a click, which JupyterLab hands to a thread of its own
+    # a click, which JupyterLab hands to a thread of its own
+    bench.tabs.selected_index = TABS.index("Understand")
     bench.views.clear()
     clicks = [threading.Thread(target=bench.refresh) for _ in range(3)]
     for click in clicks:

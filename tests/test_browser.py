@@ -230,11 +230,12 @@ def test_a_killed_kernel_stops_no_run(desk):
     desk.tab("Configure")
     run = desk.start(steps=400)
     family = {p.pid for p in psutil.Process(desk.process.pid).children(recursive=True)}
+    # of one that just ended it is None
     kernels = [
         p
         for p in psutil.process_iter(["cmdline"])
         if p.pid in family and "ipykernel_launcher" in (p.info["cmdline"] or [])
-    ]  # of one that just ended it is None
+    ]
     assert len(kernels) == 1
     kernels[0].kill()
     desk.text("Kernel Restarting", 60)

@@ -149,9 +149,8 @@ def test_model_output_is_text(text):
         page(view),
     )
     assert len(page(view)) < len(page(calm)) + 80_000
-    json.dumps(
-        view.table.rows, ensure_ascii=False
-    ).encode()  # half a surrogate pair would not get through
+    # half a surrogate pair would not get through
+    json.dumps(view.table.rows, ensure_ascii=False).encode()
     view.try_it.prompt.encode()
     said = view.try_it
     said._show(text, text)
@@ -209,9 +208,8 @@ def test_rows_that_no_method_writes(row):
 
 
 def test_the_sum_comes_out_as_recorded(trained):
-    rows = [
-        row for row in trained.lines("samples") if "group" in row
-    ]  # the others are watched only, nothing is learned from them
+    # the others are watched only, nothing is learned from them
+    rows = [row for row in trained.lines("samples") if "group" in row]
     for row in rows:
         group = [r for r in rows if (r["step"], r["group"]) == (row["step"], row["group"])]
         sentences = why(row, group, trained.settings)
@@ -334,9 +332,8 @@ def test_what_the_models_say_agrees_with_the_record(trained, pairs):
                 and 0 <= start <= 1
             )
     models = Models(pairs)
-    for row in pairs.lines(
-        "samples"
-    ):  # written after the last step: the policy was the saved model
+    # written after the last step: the policy was the saved model
+    for row in pairs.lines("samples"):
         asked = inspect_tokens(pairs, row, models=models)
         assert [a["now"] for a in asked] == pytest.approx(row["logp"], abs=2e-3) and [
             a["start"] for a in asked

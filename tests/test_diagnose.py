@@ -57,9 +57,8 @@ def real(tmp_path_factory):
     "Real runs by name, made when first asked for."
     folder, made = tmp_path_factory.mktemp("real"), {}
     (folder / "rewards.py").write_text(REWARDS)
-    rows = [
-        dict(prompt=f"{a}+{a}=", completion=str(2 * a + 1)) for a in (11, 23, 34, 42)
-    ]  # wrong, so only to be learned by heart
+    # wrong, so only to be learned by heart
+    rows = [dict(prompt=f"{a}+{a}=", completion=str(2 * a + 1)) for a in (11, 23, 34, 42)]
     (folder / "four.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def get(name):
@@ -109,9 +108,8 @@ def test_real_illness(real, rule, ill):
 
 def test_real_health(real):
     assert set(rules(real("well"))) == {"loss_near_zero"}
-    assert "loss_near_zero" not in rules(
-        real("flat")
-    )  # where nothing is learned a loss of 0 is no comfort
+    # where nothing is learned a loss of 0 is no comfort
+    assert "loss_near_zero" not in rules(real("flat"))
 
 
 # Illnesses that a run of seconds does not catch, as records: name -> (metrics, samples, facts,

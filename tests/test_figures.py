@@ -206,9 +206,8 @@ def test_a_picture_is_small_and_shows_the_figure(run, painter):
     assert png.startswith(PNG) and len(png) <= panels_figures.PICTURE_BYTES
     shown = pixels(png)
     assert shown.shape == (470, 800, 3) and 0.01 < drawn(png) < 0.5 and (shown[0, 0] == 255).all()
-    blue = (
-        np.abs(shown.astype(int) - [0, 114, 178]).sum(axis=-1) < 30
-    )  # the line of the run, #0072b2
+    # the line of the run, #0072b2
+    blue = np.abs(shown.astype(int) - [0, 114, 178]).sum(axis=-1) < 30
     assert blue.sum() > 300
     tree = panels_figures.figure_json(
         go.Figure(
@@ -524,9 +523,10 @@ def test_a_page_of_the_site_draws_a_stored_figure(browser, tmp_path, run):
     figure = panels_panels.panels(run, metrics=["loss", "reward"]).update_layout(
         title="</script><b>x"
     )
+    # twice the same: each has its place
     texts = [
         site_filter.figure_html(panels_figures.figure_json(part), "") for part in (figure, figure)
-    ]  # twice the same: each has its place
+    ]
     (tmp_path / "page.html").write_text(
         "<meta charset='utf-8'><body style='background:#fff'>" + "\n".join(texts)
     )
@@ -643,9 +643,8 @@ def test_every_figure_of_a_notebook_shows_offline_and_untrusted(lab, name):
         lab.picture(f"figures-{name.replace('/', '-')}")
     finally:
         lab.page.evaluate(CLOSE)
-    errors = [
-        e for e in lab.errors if "(reading 'kernel')" not in e
-    ]  # a notebook without a kernel surprises JupyterLab's status bar, not its outputs
+    # a notebook without a kernel surprises JupyterLab's status bar, not its outputs
+    errors = [e for e in lab.errors if "(reading 'kernel')" not in e]
     assert not lab.elsewhere() and not errors
     assert len(shown) == len(found) and all(share > 0.005 for share in shown), (
         f"shares of pixels that are not white: {shown}"

@@ -295,9 +295,8 @@ def test_watch_follows_a_run(runs):
         run.log(1, loss=2.0, reward=0.1)
         assert view.refresh() and list(figures(view)) == ["Reward", "Learning"]
         learning = figures(view)["Learning"]
-        assert (
-            list(learning.data[0].y) == [2.0] and "markers" in learning.data[0].mode
-        )  # one point can be seen
+        # one point can be seen
+        assert list(learning.data[0].y) == [2.0] and "markers" in learning.data[0].mode
         sent = []
         learning._send_restyle_msg = lambda *_, **__: sent.append("restyle")
         learning._send_update_msg = lambda restyle_data=None, *rest, trace_indexes=None, **more: (
@@ -305,10 +304,8 @@ def test_watch_follows_a_run(runs):
         )
         run.log(2, reward=0.2)
         view.refresh()
-        assert not sent and list(figures(view)["Reward"].data[0].y) == [
-            0.1,
-            0.2,
-        ]  # loss did not grow: nothing is sent
+        # loss did not grow: nothing is sent
+        assert not sent and list(figures(view)["Reward"].data[0].y) == [0.1, 0.2]
         run.log(3, loss=1.0, kl=0.1)
         view.refresh()
         assert (

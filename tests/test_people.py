@@ -182,11 +182,8 @@ def test_a_cell_for_people_works(path, number, request, interactive, monkeypatch
     module = next(
         (m[1] for source, _ in cells if (m := re.search(r"#\| *default_exp (\S+)", source))), None
     )
-    space = {
-        "__name__": "people",
-        "lab": lab,
-        "display": display,
-    }  # a notebook has it without import
+    # a notebook has it without import
+    space = {"__name__": "people", "lab": lab, "display": display}
     if module:
         space |= vars(
             importlib.import_module("polm_lab" if module == "__init__" else f"polm_lab.{module}")
@@ -210,10 +207,8 @@ def test_a_cell_for_people_works(path, number, request, interactive, monkeypatch
         assert isinstance(view, widgets.Widget) or hasattr(view, "to_plotly_json"), (
             f"it ends with {type(view).__name__}, expected a widget or a figure"
         )
-        what_if = path.parent.name not in (
-            "workbench",
-            "site",
-        )  # a view of the workbench has choices that take effect with a button
+        # a view of the workbench has choices that take effect with a button
+        what_if = path.parent.name not in ("workbench", "site")
         for control in tree_of(view):
             seen = [drawn(view)]
             for place in places(control):

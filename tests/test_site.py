@@ -25,9 +25,8 @@ from polm_lab.site import lint as site_lint
 from polm_lab.site import pages as site_pages
 
 SITE = Path(sys.executable).parent / "polm_site"
-KEYS = json.loads(
-    (ROOT / "tests/quarto_keys.json").read_text()
-)  # of the schema of Quarto, see "quarto" for its version
+# of the schema of Quarto, see "quarto" for its version
+KEYS = json.loads((ROOT / "tests/quarto_keys.json").read_text())
 FOUND = site_pages.facts(ROOT)
 BIB = site_filter.read_bib(ROOT / "references.bib")
 PAGES = [p for paths in site_pages.pages(ROOT, FOUND["methods"]).values() for p in paths]
@@ -189,9 +188,8 @@ def test_a_page_is_sound(page):
     assert json.loads(path.read_text(encoding="utf-8")) != notebook
 
 
-CALLED = [
-    p for i, p in enumerate(PAGES) if i % 9 == 0
-]  # a process each; all others went through the same function above
+# a process each; all others went through the same function above
+CALLED = [p for i, p in enumerate(PAGES) if i % 9 == 0]
 
 
 @pytest.mark.parametrize("page", CALLED)
