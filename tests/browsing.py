@@ -242,13 +242,22 @@ class Page:
 
     def points(self) -> int:
         "Points that are drawn in the visible figures."
-        return self.page.evaluate("""() => [...document.querySelectorAll('.js-plotly-plot')].filter(p => p.offsetParent)
-            .reduce((n, p) => n + (p.data || []).reduce((m, t) => m + ((t.y && (t.y.length ?? t.y.shape?.[0])) || 0), 0), 0)""")
+        return self.page.evaluate(
+            """() => [...document.querySelectorAll('.js-plotly-plot')]
+            .filter(p => p.offsetParent)
+            .flatMap(p => p.data || [])
+            .reduce((n, t) => n + ((t.y && (t.y.length ?? t.y.shape?.[0])) || 0), 0)"""
+        )
 
     def drawn(self) -> list[str]:
         "Names of the runs that have points in the visible figures."
-        return self.page.evaluate("""() => [...new Set([...document.querySelectorAll('.js-plotly-plot')].filter(p => p.offsetParent)
-            .flatMap(p => (p.data || []).filter(t => t.y && (t.y.length ?? t.y.shape?.[0])).map(t => t.name)))]""")
+        return self.page.evaluate(
+            """() => [...new Set([...document.querySelectorAll('.js-plotly-plot')]
+            .filter(p => p.offsetParent)
+            .flatMap(p => p.data || [])
+            .filter(t => t.y && (t.y.length ?? t.y.shape?.[0]))
+            .map(t => t.name))]"""
+        )
 
     # JupyterLab ----------------------------------------------------------------------------------
 

@@ -98,12 +98,10 @@ CAUGHT = [
 def test_real_illness(real, rule, ill):
     found = rules(real(ill))
     assert rule in found, found
-    assert (
-        found[rule].says
-        and found[rule].evidence
-        and found[rule].look
-        and not found[rule].says.startswith("The rule")
-    )
+    assert found[rule].says
+    assert found[rule].evidence
+    assert found[rule].look
+    assert not found[rule].says.startswith("The rule")
 
 
 def test_real_health(real):
@@ -195,7 +193,8 @@ def written(metrics, steps=50, samples=(), **facts) -> Run:
 @pytest.mark.parametrize("rule", RECORDS)
 def test_written_illness(rule):
     ill, facts, well = RECORDS[rule]
-    assert rule in rules(written(ill, **facts)) and rule not in rules(written(well))
+    assert rule in rules(written(ill, **facts))
+    assert rule not in rules(written(well))
 
 
 CHANCE = {
@@ -252,11 +251,9 @@ def test_damage_is_counted_and_the_rest_is_read():
     with open(run.path / "metrics.jsonl", "ab") as file:
         file.write(b'{"step": 51, "kl"\n\xff\xfe\n[1]\n{"step": 52, "k')
     found = rules(run)
-    assert (
-        found["damaged_lines"].evidence.startswith("3 lines of metrics.jsonl")
-        and "has no end" in found["damaged_lines"].evidence
-        and "kl_left_range" in found
-    )
+    assert found["damaged_lines"].evidence.startswith("3 lines of metrics.jsonl")
+    assert "is incomplete" in found["damaged_lines"].evidence
+    assert "kl_left_range" in found
 
 
 @pytest.mark.parametrize(
@@ -282,7 +279,8 @@ def test_odd_rows_do_not_break_it(row):
 def test_lines_follow_a_file_that_is_replaced(tmp_path):
     run = written(dict(loss=1.0), samples=[dict(reward=1.0)] * 4)
     lines = Lines(run.path / "samples.jsonl")
-    assert lines.read() and len(lines.rows) == 4
+    assert lines.read()
+    assert len(lines.rows) == 4
     run.rewind(3)
     lines.read()
     assert lines.rows == []
@@ -294,11 +292,12 @@ def test_the_view_outlives_its_run():
     run = written(dict(kl=line(0.0, 5.0)))
     view = Diagnosis(run, dark=True)
     before = view.children[0].value
-    assert "KL left its range" in before
+    assert "KL is above its usual range" in before
     shutil.rmtree(run.path)
     view.refresh()
     view.refresh()
-    assert "gone" in view.children[0].value and "KL left its range" in view.children[0].value
+    assert "gone" in view.children[0].value
+    assert "KL is above its usual range" in view.children[0].value
     assert "no such run" in Diagnosis("nothing").children[0].value
 
 
@@ -307,11 +306,15 @@ def test_a_reason_is_text():
         dict(loss=1.0), status="failed", reason="<img src=x onerror=alert(1)>\x1b[31m\u202e"
     )
     page = findings_html(diagnose(run), 50)
-    assert "<img" not in page and "\x1b" not in page and "\u202e" not in page and "&lt;img" in page
+    assert "<img" not in page
+    assert "\x1b" not in page
+    assert "\u202e" not in page
+    assert "&lt;img" in page
 
 
 def test_refresh_tells_whether_anything_changed():
     evidence = Evidence(written(dict(loss=1.0)))
     assert not evidence.refresh()
     evidence.run.log(51, loss=2.0)
-    assert evidence.refresh() and not evidence.refresh()
+    assert evidence.refresh()
+    assert not evidence.refresh()

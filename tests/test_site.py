@@ -107,14 +107,11 @@ def test_what_the_configuration_names_is_there():
         *configured["project"]["render"],
     ):
         assert (ROOT / name).is_file(), name
-    assert (
-        set(html["theme"]) == {"light", "dark"}
-        and configured["website"]["search"] is True
-        and html["code-fold"]
-    )
-    assert configured["ipynb-filters"] == ["polm_site filter"] and configured["project"][
-        "post-render"
-    ] == ["polm_site finish"]
+    assert set(html["theme"]) == {"light", "dark"}
+    assert configured["website"]["search"] is True
+    assert html["code-fold"]
+    assert configured["ipynb-filters"] == ["polm_site filter"]
+    assert configured["project"]["post-render"] == ["polm_site finish"]
     assert SITE.is_file(), "pip install -e . makes it"
 
 
@@ -126,9 +123,8 @@ def test_the_style_asks_no_other_host():
     html = yaml.safe_load((ROOT / "_quarto.yml").read_text())["format"]["html"]
     assert html["html-math-method"] == "mathml"
     for base, own in html["theme"].values():
-        assert base in ("cosmo", "darkly") and re.search(
-            r"^\$web-font-path: false;", (ROOT / own).read_text(), re.M
-        )
+        assert base in ("cosmo", "darkly")
+        assert re.search(r"^\$web-font-path: false;", (ROOT / own).read_text(), re.M)
     for path in (ROOT / "nbs/_site").iterdir():
         assert not site_lint.fetched(path.read_text()), path
 
@@ -169,13 +165,12 @@ def test_a_page_is_sound(page):
     notebook = MADE[path]
     assert problems(path, notebook) == []
     first = "".join(notebook["cells"][0]["source"])
-    assert (
-        notebook["cells"][0]["cell_type"] == "raw"
-        and first.startswith("---\n")
-        and first.endswith("---\n")
-    )
+    assert notebook["cells"][0]["cell_type"] == "raw"
+    assert first.startswith("---\n")
+    assert first.endswith("---\n")
     head = yaml.safe_load(first.strip("-\n"))
-    assert head["title"] and head["description"]
+    assert head["title"]
+    assert head["description"]
     text = json.dumps(notebook["cells"])
     assert len(text) < 500_000
     for cell in notebook["cells"]:
@@ -184,7 +179,8 @@ def test_a_page_is_sound(page):
         if cell["cell_type"] == "code":
             assert not re.search(r"^#\| *(export|default_exp|hide)", source, re.M)
             for output in cell["outputs"]:
-                assert output.get("name") != "stderr" and "\\u001b[" not in json.dumps(output)
+                assert output.get("name") != "stderr"
+                assert "\\u001b[" not in json.dumps(output)
     assert json.loads(path.read_text(encoding="utf-8")) != notebook
 
 
@@ -214,7 +210,8 @@ def test_the_filter_called_as_quarto_calls_it(page, tmp_path):
     want = site_filter.filtered(json.loads(text), page.removeprefix("nbs/"), FOUND, BIB, "foot")[
         "cells"
     ]
-    assert got["nbformat"] == 4 and got["cells"][:-1] == want[:-1]
+    assert got["nbformat"] == 4
+    assert got["cells"][:-1] == want[:-1]
     assert re.search(rf"`{re.escape(page)}`, polm_lab \d", "".join(got["cells"][-1]["source"]))
 
 
@@ -230,7 +227,8 @@ def test_the_filter_refuses_what_is_no_notebook_of_the_folder():
     done = subprocess.run(
         [SITE, "filter"], cwd=ROOT / "nbs/core", input=text, capture_output=True, text=True
     )
-    assert done.returncode == 2 and "no notebook here is the one on standard input" in done.stderr
+    assert done.returncode == 2
+    assert "no notebook here is the one on standard input" in done.stderr
 
 
 def test_a_method_page_has_its_row_its_knobs_and_its_reference():
@@ -239,12 +237,12 @@ def test_a_method_page_has_its_row_its_knobs_and_its_reference():
         for c in MADE[ROOT / "nbs/alignment/dpo.ipynb"]["cells"]
         if c["cell_type"] == "markdown"
     )
-    assert "## In the survey {#survey}" in text and "| DPO |" in text and "Beside it" in text
-    assert (
-        "| `beta` | 0.1 |" in text
-        and "{#reference-dpo_loss}" in text
-        and "[-@rafailov2023]" in text
-    )
+    assert "## In the survey {#survey}" in text
+    assert "| DPO |" in text
+    assert "Beside it" in text
+    assert "| `beta` | 0.1 |" in text
+    assert "{#reference-dpo_loss}" in text
+    assert "[-@rafailov2023]" in text
 
 
 def shown(page) -> list[str]:
@@ -268,17 +266,14 @@ def test_figures_are_alive_with_what_the_site_has(tmp_path):
 
     outputs = shown("nbs/alignment/dpo.ipynb")
     drawn = [text for text in outputs if "Plotly.newPlot" in text]
-    assert (
-        drawn
-        and all(f'src="../../{site_filter.PLOTLY}"' in text for text in drawn)
-        and not any(site_lint.fetched(text) for text in outputs)
-    )
+    assert drawn
+    assert all(f'src="../../{site_filter.PLOTLY}"' in text for text in drawn)
+    assert not any(site_lint.fetched(text) for text in outputs)
     (tmp_path / "nbs/alignment").mkdir(parents=True)
     (tmp_path / "nbs/alignment/dpo.html").write_text("<meta charset='utf-8'>" + "\n".join(outputs))
     site_build.finish(tmp_path)
-    assert (tmp_path / site_filter.FONT).is_file() and f'url("../../{site_filter.FONT}")' in (
-        ROOT / "nbs/_site/style.css"
-    ).read_text()
+    assert (tmp_path / site_filter.FONT).is_file()
+    assert f'url("../../{site_filter.FONT}")' in (ROOT / "nbs/_site/style.css").read_text()
     with playwright.sync_playwright() as p:
         browser = browser_or_skip(p)
         page = Page(browser)
@@ -292,7 +287,8 @@ def test_figures_are_alive_with_what_the_site_has(tmp_path):
             page.errors,
         )
         browser.close()
-    assert not asked and not errors
+    assert not asked
+    assert not errors
 
 
 def folded(page: str) -> list[str]:
@@ -304,8 +300,11 @@ def folded(page: str) -> list[str]:
 def test_code_of_the_workbench_imports_and_proofs_are_folded_and_methods_are_open():
     assert len(folded("nbs/site/atlas.ipynb")) > 5
     hidden = "\n".join(folded("nbs/alignment/dpo.ipynb"))
-    assert "import torch" in hidden and "def trl_loss" in hidden
-    assert "def dpo_loss" not in hidden and "def dpo(" not in hidden and "lab.run" not in hidden
+    assert "import torch" in hidden
+    assert "def trl_loss" in hidden
+    assert "def dpo_loss" not in hidden
+    assert "def dpo(" not in hidden
+    assert "lab.run" not in hidden
 
 
 @pytest.mark.parametrize("page", sorted(FOUND["methods"]))
@@ -317,8 +316,10 @@ def test_a_methods_result_comes_first(page):
     code = [c for c in cells[:result] if c["cell_type"] == "code"]
     assert not heads and len(code) <= 3  # nothing but imports and settings before it
     shown = sources[result]
-    assert "plotly-figure" in shown and ("<table" in shown or "| metric |" in shown)
-    assert "(#run)" in shown and any("{#run}" in text for text in sources[result + 1 :])
+    assert "plotly-figure" in shown
+    assert "<table" in shown or "| metric |" in shown
+    assert "(#run)" in shown
+    assert any("{#run}" in text for text in sources[result + 1 :])
 
 
 # ---- every check can fail
@@ -507,7 +508,8 @@ def test_a_sound_site_passes(tmp_path):
         b="<p id='here'>b</p>",
         index="i",
     )
-    assert not wrong and counts["pages"] == 3
+    assert not wrong
+    assert counts["pages"] == 3
 
 
 def test_warnings_of_quarto_are_seen():
@@ -515,9 +517,8 @@ def test_warnings_of_quarto_are_seen():
         "[ 1/60] nbs/index.ipynb\n\x1b[33mWARN: Unable to resolve crossref @eq-x\x1b[39m\n"
         "Output created: _docs/index.html\n[WARNING] Could not convert TeX math\n"
     )
-    assert len(site_build.warnings_of(said)) == 2 and not site_build.warnings_of(
-        "Output created: _docs/nbs/warn.html\n"
-    )
+    assert len(site_build.warnings_of(said)) == 2
+    assert not site_build.warnings_of("Output created: _docs/nbs/warn.html\n")
 
 
 def test_tables_sort_and_filter_in_a_browser(tmp_path):
@@ -562,7 +563,8 @@ def test_tables_sort_and_filter_in_a_browser(tmp_path):
 
 
 def test_the_bibliography(tmp_path):
-    assert len(BIB) > 100 and all(re.fullmatch(r"[a-z]+\d{4}[a-z]?", key) for key in BIB)
+    assert len(BIB) > 100
+    assert all(re.fullmatch(r"[a-z]+\d{4}[a-z]?", key) for key in BIB)
     for key, fields in BIB.items():
         assert fields["year"] in key
     bad = tmp_path / "x.bib"
@@ -572,14 +574,10 @@ def test_the_bibliography(tmp_path):
 
 
 def test_mentions_become_the_right_citation():
-    assert (
-        site_filter.cited("Wang", "2024", "alignment/reward", BIB) == "wang2024a"
-        and site_filter.cited("Wang", "2024", "efficiency/adaptation/formulas", BIB) == "wang2024b"
-    )
-    assert (
-        site_filter.cited("Wang", "2024", "data/load", BIB) == ""
-        and site_filter.cited("Rafailov", "2023", "any/page", BIB) == "rafailov2023"
-    )
+    assert site_filter.cited("Wang", "2024", "alignment/reward", BIB) == "wang2024a"
+    assert site_filter.cited("Wang", "2024", "efficiency/adaptation/formulas", BIB) == "wang2024b"
+    assert site_filter.cited("Wang", "2024", "data/load", BIB) == ""
+    assert site_filter.cited("Rafailov", "2023", "any/page", BIB) == "rafailov2023"
 
 
 def test_only_the_year_of_a_mention_changes():
@@ -609,16 +607,15 @@ def test_make_docs_says_how_to_get_quarto(capsys, monkeypatch):
     before = (ROOT / "_quarto.yml").read_bytes()
     assert site_build.build(ROOT) == 2
     said = capsys.readouterr().out
-    assert "quarto is not installed" in said and "https://quarto.org" in said
+    assert "quarto is not installed" in said
+    assert "https://quarto.org" in said
     assert (ROOT / "_quarto.yml").read_bytes() == before
     assert re.search(r"^docs: .*\n\t.*polm_site build$", (ROOT / "Makefile").read_text(), re.M)
 
 
 def test_wrong_words_are_refused(capsys):
-    assert (
-        site_build.main(["rite"]) == 2
-        and "expected write, filter, finish, check" in capsys.readouterr().err
-    )
+    assert site_build.main(["rite"]) == 2
+    assert "expected write, filter, finish, check" in capsys.readouterr().err
 
 
 def test_the_workflows_run_the_tests_and_publish():
@@ -629,15 +626,12 @@ def test_the_workflows_run_the_tests_and_publish():
         name: [step.get("run", "") for job in flow["jobs"].values() for step in job["steps"]]
         for name, flow in flows.items()
     }
-    assert (
-        "bash .ci/run" in runs["test"]
-        and "make docs" in runs["site"]
-        and (ROOT / ".ci/run").is_file()
-    )
+    assert "bash .ci/run" in runs["test"]
+    assert "make docs" in runs["site"]
+    assert (ROOT / ".ci/run").is_file()
     uses = [step.get("uses", "") for job in flows["site"]["jobs"].values() for step in job["steps"]]
-    assert any(u.startswith("quarto-dev/quarto-actions/setup@") for u in uses) and any(
-        u.startswith("actions/deploy-pages@") for u in uses
-    )
+    assert any(u.startswith("quarto-dev/quarto-actions/setup@") for u in uses)
+    assert any(u.startswith("actions/deploy-pages@") for u in uses)
     configured = yaml.safe_load((ROOT / "_quarto.yml").read_text())
     upload = next(
         s
@@ -653,7 +647,8 @@ def test_the_front_door():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     from polm_lab import __version__
 
-    assert citation["version"] == __version__ and citation["license"] == "Apache-2.0"
+    assert citation["version"] == __version__
+    assert citation["license"] == "Apache-2.0"
     for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.md"):
         head = yaml.safe_load(path.read_text().split("---")[1])
         assert {"name", "about"} <= set(head)

@@ -43,13 +43,17 @@ LEFT_OUT = ("nbs/workbench.ipynb",)  # what `polm app` opens: it shows nothing w
 
 
 def project() -> Path:
-    "The root of the source tree. Raises `WrongInput` in an installed package, which has no site."
+    """Return the root of the source tree.
+
+    Raises: `WrongInput` in an installed package, which has no site.
+    """
     from polm_lab.runner.launch import notebooks_folder
 
     root = notebooks_folder().parent
     if not (root / "settings.ini").is_file():
         raise WrongInput(
-            f"{root}: no settings.ini; expected the source tree, where the site is made; clone the repository"
+            f"{root}: no settings.ini; expected the source tree, where the site is made; "
+            "clone the repository"
         )
     return root
 
@@ -65,13 +69,16 @@ def title_of(path: Path) -> tuple[str, str]:
 
 
 def pages(root: Path, records: dict) -> dict[str, list[str]]:
-    "The notebooks of the site by section, as paths from the root; `records` are the methods' facts by notebook (see `facts`)."
-    there = [
-        p.relative_to(root).as_posix()
-        for p in sorted((root / "nbs").rglob("*.ipynb"))
-        if not any(part.startswith(("_", ".")) for part in p.relative_to(root).parts)
-    ]
-    there = [p for p in there if p not in LEFT_OUT]
+    """Return the notebooks of the site by section, as paths from the root.
+
+    `records` are the methods' facts by notebook (see `facts`).
+    """
+    there = []
+    for path in sorted((root / "nbs").rglob("*.ipynb")):
+        path = path.relative_to(root)
+        hidden = any(part.startswith(("_", ".")) for part in path.parts)
+        if not hidden and path.as_posix() not in LEFT_OUT:
+            there.append(path.as_posix())
     found = {"": ["nbs/index.ipynb"], "The survey": [p for p in FIRST if p in there]}
     for folder, title in SECTIONS.items():
         mine = [p for p in there if p.startswith(f"nbs/{folder}/") and p not in FIRST]
@@ -80,7 +87,9 @@ def pages(root: Path, records: dict) -> dict[str, list[str]]:
     missing = set(there) - {p for paths in found.values() for p in paths}
     if missing:
         raise WrongInput(
-            f"{sorted(missing)[0]}: no section of the sidebar takes it; expected a folder of {', '.join(SECTIONS)}; move it, or add its folder to SECTIONS"
+            f"{sorted(missing)[0]}: no section of the sidebar takes it; "
+            f"expected a folder of {', '.join(SECTIONS)}; move it, "
+            "or add its folder to SECTIONS"
         )
     return {title: paths for title, paths in found.items() if paths}
 
@@ -96,7 +105,10 @@ def _stamp(root: Path) -> str:
 
 
 def facts(root: Path) -> dict:
-    "`methods` and `survey` by notebook: title, paper and knobs of a method; the rows that a page runs, and their neighbours."
+    """Return `methods` and `survey`, both by notebook.
+
+    A method has title, paper and knobs; `survey` has the page's rows and their neighbours.
+    """
     kept, stamp = root / ".quarto" / "polm_site.json", _stamp(root)
     if kept.is_file():
         found = json.loads(kept.read_text(encoding="utf-8"))
@@ -110,16 +122,25 @@ def facts(root: Path) -> dict:
     return found
 
 
+def _knob_facts(knob) -> dict[str, str]:
+    return {k: str(getattr(knob, k)) for k in ("name", "default", "meaning", "unit", "source")}
+
+
+def _columns(rows: list[dict], *names: str) -> list[dict]:
+    "Rows with these columns only."
+    found = []
+    for row in rows:
+        found.append({name: row[name] for name in names})
+    return found
+
+
 def _gather() -> dict:
     from polm_lab.core.method import methods
     from polm_lab.site.atlas import neighbours, systems
 
     rows, known = systems(), {}
     for method in methods().values():
-        knobs = [
-            {k: str(getattr(knob, k)) for k in ("name", "default", "meaning", "unit", "source")}
-            for knob in method.own_knobs
-        ]
+        knobs = [_knob_facts(knob) for knob in method.own_knobs]
         known[method.notebook] = dict(
             name=method.name, title=method.title, paper=method.paper, knobs=knobs
         )
@@ -127,13 +148,10 @@ def _gather() -> dict:
     for page in sorted({r["notebook"] for r in rows} - {""}):
         if page.startswith("core/"):
             continue  # some hundred models and data sets load there: that is the atlas's to list
-        own, beside = neighbours(page, rows)
+        own, related = neighbours(page, rows)
         survey[page] = dict(
-            own=[
-                {k: r[k] for k in ("name", "section", "year", "property", "state", "by", "gap")}
-                for r in own
-            ],
-            beside=[{k: r[k] for k in ("name", "state", "notebook")} for r in beside],
+            own=_columns(own, "name", "section", "year", "property", "state", "by", "gap"),
+            neighbours=_columns(related, "name", "state", "notebook"),
         )
     return dict(methods=known, survey=survey)
 
@@ -209,7 +227,10 @@ def as_yaml(configured: dict) -> str:
     "The configuration as the text of `_quarto.yml`."
     import yaml
 
-    head = "# Written by `polm_site write` from the records of the methods; tests/test_site.py holds it in sync. Do not edit.\n"
+    head = (
+        "# Written by `polm_site write` from the records of the methods; "
+        "tests/test_site.py holds it in sync. Do not edit.\n"
+    )
     return head + yaml.safe_dump(configured, sort_keys=False, allow_unicode=True, width=160)
 
 

@@ -118,9 +118,8 @@ class RunBar(widgets.VBox):
             html.escape(STATES.get(status, status)),
             f"step {step}/{total}" if total else "",
         ]
-        if (
-            status == "running"
-        ):  # how long it will take stands beside the panels, which see the pace of the last steps
+        # how long it will take stands beside the panels, which see the pace of the last steps
+        if status == "running":
             words.append(
                 part_of(self.run)
                 or ("" if step else "loads the model and measures it before the first step")
@@ -158,7 +157,10 @@ def summary_html(summary: dict) -> str:
         for n in names
     )
     return (
-        f"<div role='group' aria-label='Evaluation before and after' style='display:flex;flex-wrap:wrap;gap:0 1.6em;line-height:1.6'>{each}</div>"
+        (
+            "<div role='group' aria-label='Evaluation before and after' "
+            f"style='display:flex;flex-wrap:wrap;gap:0 1.6em;line-height:1.6'>{each}</div>"
+        )
         if names
         else ""
     )
@@ -194,7 +196,9 @@ class Desk(widgets.VBox):
     run = traitlets.Unicode("")
 
     def __init__(self, out=None):
-        self._one = threading.RLock()  # the page's messages and the task that follows come in two threads where Jupyter has subshells
+        # the page's messages and the task that follows come in two threads where Jupyter has
+        # subshells
+        self._one = threading.RLock()
         self.out, self.page, self.spare, self.trouble = out, Page(), WarmProcess(), widgets.HTML()
         self.picker = widgets.Dropdown(
             description="Run",
@@ -218,9 +222,8 @@ class Desk(widgets.VBox):
         if seen == self._seen:
             return
         self._seen, kept = seen, self.run
-        gone = (
-            [(f"{kept} (gone)", kept)] if kept and kept not in seen else []
-        )  # what is looked at stays in sight
+        # what is looked at stays in sight
+        gone = [(f"{kept} (gone)", kept)] if kept and kept not in seen else []
         self._filling = True
         self.picker.options = [(name, name) for name in reversed(seen)] + gone
         self.picker.value = kept or (seen[-1] if seen else None)
@@ -286,9 +289,8 @@ class Workbench(Desk):
         self.page.observe(lambda _: self._dress(), "dark")
         self.refresh()
         if self.bar.running:
-            self.tabs.selected_index = TABS.index(
-                "Watch"
-            )  # whoever comes back in mid-run wants to see it
+            # whoever comes back in mid-run wants to see it
+            self.tabs.selected_index = TABS.index("Watch")
         try:
             self._task = asyncio.get_running_loop().create_task(self._follow())
             self.spare.ready()
@@ -296,28 +298,28 @@ class Workbench(Desk):
             pass
 
     async def _follow(self):
-        with suppress(
-            Exception
-        ):  # another thread may import the same at this moment; the views import what they need themselves
+        # another thread may import the same at this moment; the views import what they need
+        # themselves
+        with suppress(Exception):
             await asyncio.to_thread(self._import)
         library()  # plotly.js is on its way to the page before there is anything to draw
         while True:
-            if (
-                self.page.answered >= self.page.asked
-            ):  # a busy page is not given more than it can draw, a hidden one nothing
+            # a busy page is not given more than it can draw, a hidden one nothing
+            if self.page.answered >= self.page.asked:
                 try:
                     self.refresh()
                     self.trouble.value = ""
-                except Exception as error:  # whatever happened to the record of one run, the others can be looked at
+                # whatever happened to the record of one run, the others can be looked at
+                except Exception as error:
                     self.trouble.value = alert(f"{type(error).__name__}: {error}")
                 self.page.asked += 1
-            if self.spare.process is None and (
-                self.bar.step or not self.bar.running
-            ):  # not beside a run that is just beginning
+            # not beside a run that is just beginning
+            if self.spare.process is None and (self.bar.step or not self.bar.running):
                 self.spare.ready()
+            # nobody waits longer than for the first step
             await asyncio.sleep(
                 self.every if self.bar.step or not self.bar.running else min(0.1, self.every)
-            )  # nobody waits longer than for the first step
+            )
 
     def _import(self):
         with self._one:  # a tab that is opened meanwhile would see modules that are half there
@@ -372,9 +374,8 @@ def import_views():
     import polm_lab.workbench.trials  # noqa: F401
 
     for dark in (False, True):
-        style(
-            plotly.subplots.make_subplots(1, 2).add_scatter(x=[0], y=[0]), dark
-        )  # plotly reads its templates when they are first used
+        # plotly reads its templates when they are first used
+        style(plotly.subplots.make_subplots(1, 2).add_scatter(x=[0], y=[0]), dark)
 
 
 class RunViews(widgets.VBox):

@@ -26,11 +26,12 @@ MOST_ROWS = 5000  # of a longer record the newest are shown
 
 
 def table_of(rows: list[dict]) -> tuple[list[dict], list[dict]]:
-    "Columns and rows of the samples' table: the columns that some row has, every part of the reward as one of them."
-    parts = [
-        f"reward/{name}"
-        for name in dict.fromkeys(name for row in rows for name in reward_parts(row))
-    ]
+    """Return columns and rows of the table of samples.
+
+    A column is there if some row has it; every part of the reward is one.
+    """
+    names = dict.fromkeys(name for row in rows for name in reward_parts(row))
+    parts = [f"reward/{name}" for name in names]
     numbers = ["step", "group", "reward", *parts, "advantage", "tokens"]
     order = [
         "step",
@@ -57,16 +58,24 @@ def table_of(rows: list[dict]) -> tuple[list[dict], list[dict]]:
                 ended={True: "yes", False: "cut"}.get(row.get("ended")),
             )
         )
+    used = {name for row in found for name, value in row.items() if value is not None}
     columns = [
         dict(name=name, kind="number" if name in numbers else "text")
         for name in order
-        if any(row.get(name) is not None for row in found)
+        if name in used
     ]
-    return columns, [{c["name"]: row.get(c["name"]) for c in columns} for row in found]
+
+    def shown(row: dict) -> dict:
+        return {c["name"]: row.get(c["name"]) for c in columns}
+
+    return columns, [shown(row) for row in found]
 
 # %% ../../nbs/workbench/cockpit.ipynb #41c7f2d9
 class CockpitView(widgets.VBox):
-    "The parts of the cockpit, each in its place; `Cockpit` fills them. Without `try_it` there is only the status."
+    """Lay out the parts of the cockpit; `Cockpit` fills them.
+
+    Without `try_it` there is only the status.
+    """
 
     dark = traitlets.Bool(False)
     selected = traitlets.Int(-1)  # index into the rows; -1: none
@@ -83,7 +92,10 @@ class CockpitView(widgets.VBox):
             description="Color by",
             tooltip="What the color of a token shows",
         )
-        hint = "Compute entropy, KL and the likeliest alternatives of each token, from the saved and the start model"
+        hint = (
+            "Compute entropy, KL and the most probable alternatives of each token, "
+            "from the saved and the start model"
+        )
         self.ask_button = widgets.Button(description="Ask the models", tooltip=hint)
         if try_it is None:
             super().__init__([self.status], **layout)
@@ -162,14 +174,13 @@ def last_turn(prompt) -> tuple[str, bool]:
     "The text of a prompt, or of its last turn if it is a conversation; whether it is one."
     turns = isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict)
     text = str(prompt[-1].get("content") if turns else as_text(prompt))
-    text = text[:10_000].encode(
-        errors="replace"
-    )  # half a surrogate pair cannot be sent to the browser
+    # half a surrogate pair cannot be sent to the browser
+    text = text[:10_000].encode(errors="replace")
     return text.decode(), bool(turns)
 
 # %% ../../nbs/workbench/cockpit.ipynb #98a623db
 class Cockpit(CockpitView):
-    "The samples of a run, and all that can be said of the chosen one; `refresh` reads what is new."
+    "Show the samples of a run and explain the chosen one; `refresh` reads what is new."
 
     def __init__(self, run, dark: bool = False, **layout):
         self.rows, self.evidence, self._asked, self._thread = [], None, {}, None
@@ -201,9 +212,8 @@ class Cockpit(CockpitView):
             chosen, self.rows = self.row, rows
             columns, shown = self.guard(lambda: table_of(rows), ([], []))
             self.table.fill(shown, columns)
-            learned = (
-                i for i, row in enumerate(rows) if is_number(row.get("advantage"))
-            )  # the first that was learned from
+            # the first that was learned from
+            learned = (i for i, row in enumerate(rows) if is_number(row.get("advantage")))
             self.selected = next(
                 (i for i, row in enumerate(rows) if row is chosen), next(learned, 0 if rows else -1)
             )
@@ -223,10 +233,8 @@ class Cockpit(CockpitView):
             return
         self.say("asking the models …")
         try:
-            self._asked[id(row)] = (
-                row,
-                inspect_tokens(self.evidence.run, row, models=self.models),
-            )  # with the row, so that its id stays its own
+            # with the row, so that its id stays its own
+            self._asked[id(row)] = (row, inspect_tokens(self.evidence.run, row, models=self.models))
             self.say("of the model as it was saved at the end of the run")
         except WrongInput as wrong:
             self.say(str(wrong), "alert")

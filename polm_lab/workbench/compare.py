@@ -34,17 +34,15 @@ from .figures import CONFIG, draw_png, figure_json, live_figure
 from .watch import Watch
 
 # %% ../../nbs/workbench/compare.ipynb #28159f4a
-_HEADLINES = (
-    "accuracy",
-    "reward",
-    "perplexity",
-    "margin",
-    "kl",
-)  # of the evaluation at the end, in the table of runs
+# of the evaluation at the end, in the table of runs
+_HEADLINES = ("accuracy", "reward", "perplexity", "margin", "kl")
 
 
 def run_rows(out=None) -> list[dict]:
-    "The runs below `out`, newest first, as rows of a table; a run whose record is damaged has a row that says so."
+    """Return the runs below `out` as table rows, newest first.
+
+    A run with a damaged record has a row that says so.
+    """
     rows = []
     for path in sorted(runs_folder(out).glob("*/run.json"), reverse=True):
         try:
@@ -77,7 +75,10 @@ def _short(spec) -> str:
 
 
 def settings_difference(*which) -> list[dict]:
-    "The knobs that differ between runs, one row a knob, one column a run; a knob that a run does not have is –."
+    """Return the knobs that differ between runs: one row a knob, one column a run.
+
+    A knob that a run does not have is –.
+    """
     runs = [open_run(r) for r in which]
     rows = []
     for name in dict.fromkeys(["method", *(knob for run in runs for knob in run.settings)]):
@@ -98,7 +99,8 @@ def leaderboard(out=None, metric_name: str = "accuracy") -> list[dict]:
     )
     if metric_name not in known:
         raise WrongInput(
-            f"metric {metric_name!r}: no evaluation below {runs_folder(out)} has it; {nearest(metric_name, known)}"
+            f"metric {metric_name!r}: no evaluation below {runs_folder(out)} has it; "
+            f"{nearest(metric_name, known)}"
         )
     rows = []
     for run, summary in found:
@@ -121,19 +123,26 @@ def _better(name: str, rows: list[dict]) -> str:
 
 
 def same_prompt(*which) -> list[dict]:
-    "What each of several runs said last to the prompts that all of them sampled. Raises `WrongInput` where there is no such prompt."
-    runs, said = [open_run(r) for r in which], []
+    """Return each run's newest answers to the prompts that all of the runs sampled.
+
+    Raises: `WrongInput` where the runs share no prompt.
+    """
+    runs, answers = [open_run(r) for r in which], []
     for run in runs:
-        rows = [
-            row for row in run.lines("samples") if row.get("side", "sampled") == "sampled"
-        ]  # not the answers of a data set
-        said.append({as_text(row.get("prompt")): row for row in rows})
-    shared = [prompt for prompt in said[0] if all(prompt in rows for rows in said)] if said else []
+        # not the answers of a data set
+        rows = [row for row in run.lines("samples") if row.get("side", "sampled") == "sampled"]
+        answers.append({as_text(row.get("prompt")): row for row in rows})
+    shared = list(answers[0]) if answers else []
+    for rows in answers[1:]:
+        shared = [prompt for prompt in shared if prompt in rows]
     if not shared:
         raise WrongInput(
-            f"{', '.join(run.id for run in runs)}: no prompt was sampled by all of them; expected runs on the same data"
+            f"{', '.join(run.id for run in runs)}: no prompt was sampled by all of them; "
+            "expected runs on the same data"
         )
-    newest = [(prompt, run.id, rows[prompt]) for prompt in shared for run, rows in zip(runs, said)]
+    newest = [
+        (prompt, run.id, rows[prompt]) for prompt in shared for run, rows in zip(runs, answers)
+    ]
     return [
         dict(
             prompt=prompt,
@@ -158,7 +167,10 @@ _MARKS = dict(
 
 
 def family_tree(out=None) -> tuple[dict[str, dict], list[tuple[str, str]]]:
-    "The nodes {id: {method, status, depth}} and edges (parent, child) of the runs below `out`, with the models that they began with."
+    """Return nodes {id: {method, status, depth}} and edges (parent, child) of the runs below `out`.
+
+    The models that the runs started from are nodes too.
+    """
     runs = all_runs(out)
     nodes, edges = {run.id: dict(method=run.method, status=run.status, depth=0) for run in runs}, []
     for run in runs:
@@ -168,7 +180,8 @@ def family_tree(out=None) -> tuple[dict[str, dict], list[tuple[str, str]]]:
             kind = "gone" if parents else "base"
             nodes.setdefault(origin, dict(method=kind, status=kind, depth=0))
             edges.append((origin, run.id))
-    for _ in nodes:  # the longest path from a base model; a damaged record may make a circle, so the rounds are counted
+    # the longest path from a base model; a damaged record may make a circle: hence the count
+    for _ in nodes:
         for origin, child in edges:
             nodes[child]["depth"] = min(
                 len(nodes), max(nodes[child]["depth"], nodes[origin]["depth"] + 1)
@@ -177,7 +190,10 @@ def family_tree(out=None) -> tuple[dict[str, dict], list[tuple[str, str]]]:
 
 # %% ../../nbs/workbench/compare.ipynb #3a36d769
 def lineage(out=None):
-    "The family tree of the runs below `out` as a plotly figure: colour tells the method, the mark the status."
+    """Draw the family tree of the runs below `out` as a plotly figure.
+
+    The colour is the method, the marker the status.
+    """
     import plotly.graph_objects as go
 
     nodes, edges = family_tree(out)
@@ -186,9 +202,10 @@ def lineage(out=None):
             f"{runs_folder(out)}: no runs are there; start one, or give another folder with --out"
         )
     place = _places(nodes, edges)
-    x, y = (
-        [v for a, b in edges for v in (place[a][axis], place[b][axis], None)] for axis in (0, 1)
-    )
+    x, y = [], []
+    for parent, child in edges:
+        x += [place[parent][0], place[child][0], None]
+        y += [place[parent][1], place[child][1], None]
     figure, grey = go.Figure(), "#8a94a3"
     arrow = dict(
         symbol="arrow", angleref="previous", size=[0, 9, 0] * len(edges), standoff=9, color=grey
@@ -239,22 +256,25 @@ def lineage(out=None):
 
 # %% ../../nbs/workbench/compare.ipynb #15664e0a
 def _places(nodes: dict, edges: list) -> dict[str, tuple[int, float]]:
-    "A place for each node: its depth to the right, and in its column as near to its parents as the order allows."
+    "Return a place for each node: to the right by depth, and in its column near its parents."
     place = {}
     for depth in sorted({node["depth"] for node in nodes.values()}):
         names = [name for name, node in nodes.items() if node["depth"] == depth]
-        above = {
-            name: [place[a][1] for a, b in edges if b == name and a in place] for name in names
-        }
+        above = {name: [] for name in names}
+        for parent, child in edges:
+            if child in above and parent in place:
+                above[child].append(place[parent][1])
         names.sort(key=lambda name: -sum(above[name]) / max(1, len(above[name])))
         place |= {name: (depth, (len(names) - 1) / 2 - number) for number, name in enumerate(names)}
     return place
 
 # %% ../../nbs/workbench/compare.ipynb #71c41b74
 def export_figure(figure, path, connected: bool = False) -> Path:
-    """Write a figure as .html (with plotly inside, or `connected`: small, and a browser fetches plotly) or as .png.
+    """Write a figure as .html or as .png.
 
-    Raises `WrongInput` for another ending, and where no browser is found that could draw the picture.
+    An .html file contains plotly; with `connected` it is small and the browser fetches plotly.
+
+    Raises: `WrongInput` for another ending, and where no browser can draw the picture.
     """
     path = Path(path)
     if path.suffix == ".html":
@@ -283,7 +303,10 @@ from polm_lab.workbench.figures import show"""
 
 
 def report(*which, path="report.ipynb") -> Path:
-    "Write a notebook that shows runs: summary, settings, panels, frontier, samples, lineage. Its first code cell names the runs."
+    """Write a notebook that shows runs, which its first code cell names.
+
+    It has summary, settings, panels, frontier, samples and lineage.
+    """
     runs = [open_run(r) for r in which]
     if not runs:
         raise WrongInput("report: expected one run or more")
@@ -291,14 +314,20 @@ def report(*which, path="report.ipynb") -> Path:
     cells = [
         (
             "markdown",
-            f"# Report\n\n> {', '.join(run.id for run in runs)}\n\nThe cells read the records of the runs when they are executed.",
+            (
+                f"# Report\n\n> {', '.join(run.id for run in runs)}\n\n"
+                "The cells read the records of the runs when they are executed."
+            ),
         ),
         ("code", f"runs = [\n{names}]"),
         ("code", _IMPORTS),
         ("markdown", "## Before and after"),
         (
             "code",
-            "pd.concat({lab.open_run(r).id: pd.DataFrame(lab.open_run(r).summary) for r in runs}, axis=1)",
+            (
+                "pd.concat({lab.open_run(r).id: pd.DataFrame(lab.open_run(r).summary) for r in "
+                "runs}, axis=1)"
+            ),
         ),
     ]
     if len(runs) > 1:
@@ -382,7 +411,10 @@ class Exports(widgets.HBox):
 
 # %% ../../nbs/workbench/compare.ipynb #25c9e962
 class Compare(widgets.VBox):
-    "The runs below `out`, and views of those that are `chosen` (ids). What is missing for a view is said in its place."
+    """List the runs below `out`, and compare those that are `chosen` (ids).
+
+    A view without data shows what is missing.
+    """
 
     chosen = traitlets.List(traitlets.Unicode())
     metric_name = traitlets.Unicode("accuracy")

@@ -29,7 +29,7 @@ from .watch import duration
 # %% ../../nbs/workbench/configure.ipynb #082c390f
 @contextmanager
 def reported(box: widgets.HTML):
-    "Inside, wrong input is told in `box` in one line instead of raised."
+    "Report wrong input inside the context in `box`, in one line, instead of raising it."
     box.value = ""
     try:
         yield
@@ -40,7 +40,11 @@ def reported(box: widgets.HTML):
 
 
 def alert(text: str) -> str:
-    return f'<div role="alert" style="color:var(--jp-error-color1,#b3261e);font-weight:600">{html.escape(visible(text, 600))}</div>'
+    return (
+        '<div role="alert" '
+        'style="color:var(--jp-error-color1,#b3261e);font-weight:600">'
+        f"{html.escape(visible(text, 600))}</div>"
+    )
 
 
 def button(text: str, does, hover: str = "", style: str = "") -> widgets.Button:
@@ -173,7 +177,10 @@ class ConfigureView(widgets.VBox):
             value=False,
             indent=False,
             description="run its notebook (lessons included)",
-            tooltip="Execute the method's notebook with papermill; the executed notebook stays in the run",
+            tooltip=(
+                "Execute the method's notebook with papermill; "
+                "the executed notebook stays in the run"
+            ),
         )
         look, try_it = (
             "Rows, lengths in tokens, what is wrong",
@@ -211,7 +218,8 @@ class ConfigureForm(ConfigureView):
             ""
             if found
             else alert(
-                f"no method has {self.search.value!r} in its name or facts; clear the search to see all"
+                f"no method has {self.search.value!r} in its name or facts; "
+                "clear the search to see all"
             )
         )
 
@@ -276,7 +284,11 @@ class ConfigureForm(ConfigureView):
 
 # %% ../../nbs/workbench/configure.ipynb #ca4a2282
 class Configure(ConfigureForm):
-    "Method, settings, a look at the data, a trial, the commands, and the start; `started` is the id of the newest run it started."
+    """Configure, try and start a run.
+
+    It has method, settings, a preview of the data, a trial and the commands.
+    `started` is the id of the newest run that it started.
+    """
 
     def start(self):
         with reported(self.said):

@@ -20,19 +20,21 @@ from .rules import RULES
 
 # %% ../../nbs/workbench/diagnose.ipynb #21600743
 def diagnose(run) -> list[Finding]:
-    "What the rules find in the record of a run (a run, its path or id, or an `Evidence`), the worst first."
+    """Return what the rules find in the record of a run, the worst first.
+
+    `run` is a run, its path or id, or an `Evidence`.
+    """
     record = run if isinstance(run, Evidence) else Evidence(run)
     found = []
     for name, function in RULES.items():
         try:
             finding = function(record)
-        except (
-            Exception
-        ) as error:  # a record can hold anything; the other rules are still to be heard
-            look = "the files of the run: a value is not what a run writes."
+        # a record can hold anything; the other rules still report
+        except Exception as error:
+            look = "the run's files: one of their values is not what a run writes."
             finding = Finding(
                 "note",
-                f"The rule {name} cannot read this record.",
+                f"The rule `{name}` cannot read this record.",
                 f"{type(error).__name__}: {error}",
                 look,
             )
@@ -41,7 +43,7 @@ def diagnose(run) -> list[Finding]:
     return sorted(found, key=lambda f: SEVERITIES.index(f.severity))
 
 # %% ../../nbs/workbench/diagnose.ipynb #25e89ae2
-MARKS = dict(problem="✖", warning="▲", note="●")  # told apart by shape and word, not by color alone
+MARKS = dict(problem="✖", warning="▲", note="●")  # distinct by shape and word, not by color alone
 
 
 INKS = {
@@ -53,7 +55,9 @@ INKS = {
 def findings_html(findings: list[Finding], steps: int, dark: bool = False) -> str:
     "Findings as a list in HTML."
     if not findings:
-        return f"<p>{f'{len(RULES)} checks of these {steps} steps found nothing wrong.' if steps else 'Nothing to check yet: no step is recorded.'}</p>"
+        if not steps:
+            return "<p>Nothing to check yet: no step is recorded.</p>"
+        return f"<p>{len(RULES)} checks of these {steps} steps found nothing wrong.</p>"
     items = []
     for f in findings:
         says, evidence, look = (
@@ -62,9 +66,13 @@ def findings_html(findings: list[Finding], steps: int, dark: bool = False) -> st
         )
         mark = f"<b style='color:{INKS[dark][f.severity]}'>{MARKS[f.severity]} {f.severity}</b>"
         items.append(
-            f"<li style='margin:.5em 0;list-style:none'>{mark} <b>{says}</b><br>{evidence}<br><i>Look at:</i> {look}</li>"
+            f"<li style='margin:.5em 0;list-style:none'>{mark} "
+            f"<b>{says}</b><br>{evidence}<br><i>Look at:</i> {look}</li>"
         )
-    return f"<ul aria-label='Diagnosis' style='margin:0;padding:0;line-height:1.5'>{''.join(items)}</ul>"
+    return (
+        "<ul aria-label='Diagnosis' "
+        f"style='margin:0;padding:0;line-height:1.5'>{''.join(items)}</ul>"
+    )
 
 
 class Diagnosis(widgets.VBox):

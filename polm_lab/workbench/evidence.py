@@ -21,7 +21,10 @@ from .record import Record
 
 # %% ../../nbs/workbench/evidence.ipynb #034bcfff
 class Lines:
-    "The objects in a .jsonl file that may grow, be damaged, be replaced or vanish; `read` takes in what is new."
+    """Read the objects of a .jsonl file; `read` takes in what is new.
+
+    The file may grow, be damaged, be replaced or vanish.
+    """
 
     def __init__(self, path):
         self.path = Path(path)
@@ -91,28 +94,30 @@ class Series:
         return rise if abs(rise) > 2 * noise else 0.0
 
     def since(self, holds: Callable[[np.ndarray], np.ndarray]) -> int:
-        "The first step that passes `holds` and after which the running mean over a tenth of the points does so to the end."
+        """Return the first step from which the metric passes `holds` until the end.
+
+        From there on the running mean over a tenth of the points passes too.
+        """
         n = math.ceil(len(self) / 10)
         total = np.concatenate([[0.0], np.cumsum(self.values)])
-        failing = np.flatnonzero(
-            ~holds((total[n:] - total[:-n]) / n)
-        )  # entry i is the mean of the n points from i on
+        # entry i is the mean of the n points from i on
+        failing = np.flatnonzero(~holds((total[n:] - total[:-n]) / n))
         first = failing[-1] + 1 if len(failing) else 0
         passing = np.flatnonzero(holds(self.values[first:]))
         return int(self.steps[first + passing[0] if len(passing) else -1])
 
 # %% ../../nbs/workbench/evidence.ipynb #de7920b8
 class Evidence:
-    "All that a run's folder says. It can be asked again at any time, and keeps what it read when the folder is damaged or gone."
+    """Read all that a run's folder contains, at any time and repeatedly.
+
+    What was read is kept when the folder is damaged or gone.
+    """
 
     def __init__(self, run):
         self.run: Run = open_run(run)
         self.metrics, self.samples = Record(self.run), Lines(self.run.path / "samples.jsonl")
-        self.facts, self.status, self.trouble = (
-            self.run.record,
-            "",
-            "",
-        )  # trouble: why run.json cannot be read now
+        # trouble: why run.json cannot be read now
+        self.facts, self.status, self.trouble = (self.run.record, "", "")
         self.refresh()
 
     def refresh(self) -> bool:
@@ -151,7 +156,10 @@ class Evidence:
 
     @property
     def doubt(self) -> float:
-        "Two standard errors of a share near one half that was counted on the evaluation's rows: less is chance."
+        """Return two standard errors of a share near one half over the evaluation's rows.
+
+        A smaller difference is chance.
+        """
         return 1 / math.sqrt(self.rows)
 
     def evaluated(self, when: str, name: str) -> float | None:

@@ -67,15 +67,18 @@ def fill_figure(figure, found: Sweep):
         [t["value"] for t in over],
         {"up": "more is better", "down": "less is better"}[asked["better"]],
     )
-    columns = [
-        list(map(_axis(space)[1], (t["values"][name] for t in over)))
-        for name, space in asked["space"].items()
-    ]
+    columns = []
+    for name, space in asked["space"].items():
+        _, scale = _axis(space)
+        columns.append([scale(t["values"][name]) for t in over])
     with figure.batch_update():
         for axis, column in zip(figure.data[0].dimensions, [*columns, values]):
             axis.values = column
         figure.data[0].line.color = values
-        figure.layout.title.text = f"{html.escape(found.method)}: {len(over)} of {len(found.trials)} trials, {html.escape(asked['metric'])} ({arrow})"
+        figure.layout.title.text = (
+            f"{html.escape(found.method)}: {len(over)} of {len(found.trials)} trials, "
+            f"{html.escape(asked['metric'])} ({arrow})"
+        )
 
 
 def apply_theme(figure, dark: bool):
@@ -118,7 +121,10 @@ def _axis(space: list | dict):
 
 # %% ../../nbs/workbench/trials.ipynb #d60f2b97
 class SweepForm(widgets.VBox):
-    "What a sweep varies, what stays fixed, and how: typed, and checked meanwhile; `below` comes under it."
+    """Edit what a sweep varies and what stays fixed; the input is checked while it is typed.
+
+    `below` comes under the form.
+    """
 
     method = traitlets.Unicode("sft")
 
@@ -220,7 +226,10 @@ class SweepForm(widgets.VBox):
 
 # %% ../../nbs/workbench/trials.ipynb #8c5e71ad
 class Trials(widgets.VBox):
-    "The trials of a sweep as a table and as parallel coordinates; only what changed is drawn again."
+    """Show the trials of a sweep as a table and as parallel coordinates.
+
+    Only what changed is drawn again.
+    """
 
     selected_run = traitlets.Unicode("")
 
@@ -255,7 +264,9 @@ class Trials(widgets.VBox):
 class Sweeps(SweepForm):
     """Plan, start, stop and read sweeps below `out`.
 
-    `chosen` is the id of the sweep that is shown, `selected_run` the id of the run that was picked in its table. `refresh()` reads what is new.
+    `chosen` is the id of the sweep that is shown.
+    `selected_run` is the id of the run picked in its table.
+    `refresh()` reads what is new.
     """
 
     chosen = traitlets.Unicode("")
@@ -295,7 +306,7 @@ class Sweeps(SweepForm):
         self.chosen = made.id
 
     def _ask(self, act):
-        "Do what a button asks for; what is wrong with that is said where the state of the sweep stands."
+        "Do what a button asks for, and show an error where the state of the sweep is shown."
         try:
             act()
             self.refresh()

@@ -25,13 +25,19 @@ def stream(
     temperature: float = 1.0,
     seed: int = 0,
 ):
-    "The text of one completion after each new token; the last is what `rollout` gives for the same seed. Raises `WrongInput`."
+    """Yield the text of one completion after each new token.
+
+    The last is what `rollout` gives for the same seed.
+
+    Raises: `WrongInput`.
+    """
     from polm_lab.models.rollout import steps
 
     longest = getattr(model.config, "max_position_embeddings", None) or math.inf
     if not prompt or len(prompt) + max_new_tokens > longest:
         raise WrongInput(
-            f"prompt: {len(prompt)} tokens; expected 1 to {longest - max_new_tokens}; shorten it, or ask for fewer new tokens"
+            f"prompt: {len(prompt)} tokens; expected 1 to {longest - max_new_tokens}; "
+            "shorten it, or ask for fewer new tokens"
         )
     for (row,) in steps(model, tokenizer, [prompt], 1, max_new_tokens, temperature, seeds=seed):
         if row.tokens[-1] not in row.stops.ends:  # an end token adds no text
@@ -40,7 +46,7 @@ def stream(
 # %% ../../nbs/workbench/tryit.ipynb #d79138d2
 HINTS = dict(
     text="Prompt for both models",
-    temperature="0 takes the likeliest token each time",
+    temperature="0 takes the most probable token each time",
     tokens="Longest answer in tokens",
     seed="Another seed, another sample",
     conversation="Put the prompt into the model's chat template",
@@ -50,7 +56,7 @@ HINTS = dict(
 
 # %% ../../nbs/workbench/tryit.ipynb #4b6ddf6e
 class TryIt(widgets.VBox):
-    "A prompt, and what the start model and the saved model of a run answer, side by side as it is written."
+    "Show the answers of a run's start model and saved model to a prompt, side by side."
 
     dark = traitlets.Bool(False)
     prompt = traitlets.Unicode("")
@@ -173,7 +179,10 @@ class TryIt(widgets.VBox):
         )
         for pane, name, text in zip(self.panes, names, texts):
             name = escape_text(name, 200)
-            pane.value = f"<div class='polm-view polm-said' role='log' aria-label='{name}'><b>{name}</b><pre>{escape_text(text, 20_000)}</pre></div>"
+            pane.value = (
+                "<div class='polm-view polm-said' role='log' "
+                f"aria-label='{name}'><b>{name}</b><pre>{escape_text(text, 20_000)}</pre></div>"
+            )
 
     def _say(self, words: str, role: str = "status"):
         self.status.value = f"<span role='{role}'>{escape_text(words)}</span>"

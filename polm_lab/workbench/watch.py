@@ -39,20 +39,29 @@ def part_of(run: Run) -> str:
     "The part of a run that runs now, and how far it is; empty where none does."
     name, part = running_part(run) or ("", None)
     return (
-        f"{name} ({part.id}): step {(part.last_line() or {}).get('step') or 0} of {part.record.get('total')}"
+        (
+            f"{name} ({part.id}): step {(part.last_line() or {}).get('step') or 0} of "
+            f"{part.record.get('total')}"
+        )
         if part
         else ""
     )
 
 
 def state(record: Record) -> tuple[str, str]:
-    "The status of a run and a sentence on it: how far it is, how long it will take, why it ended, what is wrong with its record."
+    """Return the status of a run and a sentence on it.
+
+    The sentence has the progress and the time left, why the run ended, or what is wrong.
+    """
     try:
         facts, status = record.run.read(), record.run.status
     except WrongInput:
         return (
             "gone",
-            "the folder of the run is gone or its run.json is damaged; what was read before is shown",
+            (
+                "the folder of the run is gone or its run.json is damaged; "
+                "what was read before is shown"
+            ),
         )
     steps, seconds = record["seconds"]
     step, total = (int(steps[-1]) if len(steps) else 0), facts.get("total")
@@ -76,12 +85,10 @@ class Panels(widgets.VBox):
     "A figure for each group of metrics of `records`, drawn as the traits of `view` say."
 
     def __init__(self, view):
-        self.view, self.records, self._within = (
-            view,
-            [],
-            {},
-        )  # group -> the steps that are zoomed to
-        self.figures = {}  # group -> the names of its metrics, its figure, the newest values in words
+        # group -> the steps that are zoomed to
+        self.view, self.records, self._within = (view, [], {})
+        # group -> the names of its metrics, its figure, the newest values in words
+        self.figures = {}
         super().__init__()
 
     @property
@@ -159,7 +166,10 @@ class Panels(widgets.VBox):
 
 # %% ../../nbs/workbench/watch.ipynb #04fd23d1
 class Watch(widgets.VBox):
-    "Panels that follow one run or several; `runs` are ids or paths. Nothing that is wrong with a run leaves `refresh`."
+    """Show panels that follow one run or several; `runs` are ids or paths.
+
+    Nothing that is wrong with a run raises from `refresh`.
+    """
 
     runs = traitlets.List()
     smoothing = traitlets.Float(0.0, min=0.0, max=0.99)
@@ -168,9 +178,8 @@ class Watch(widgets.VBox):
     dark = traitlets.Bool(False)
 
     def __init__(self, runs=(), dark: bool = False, **traits):
-        self._one = (
-            threading.RLock()
-        )  # clicks and `live` come in two threads where Jupyter has subshells
+        # clicks and `live` come in two threads where Jupyter has subshells
+        self._one = threading.RLock()
         self._wrong, self.status, self.panels = [], widgets.HTML(), Panels(self)
         narrow = dict(indent=False, layout=widgets.Layout(width="auto"))
         slider = widgets.FloatSlider(
@@ -218,7 +227,10 @@ class Watch(widgets.VBox):
         return self._say()
 
     def live(self, every: float = 1.0):
-        "Refresh every `every` seconds until the runs are over; the view itself, to end a cell with."
+        """Refresh every `every` seconds until the runs are over.
+
+        Returns the view, so that it can end a cell.
+        """
 
         async def follow():
             while self.refresh():
@@ -246,7 +258,8 @@ class Watch(widgets.VBox):
         ):
             name = f"<b>{html.escape(record.run.id)}</b>"
             lines.append(
-                f"<div><span style='color:{color}'>●</span> {name} {status}: {html.escape(words)}</div>"
+                f"<div><span style='color:{color}'>●</span> {name} {status}: "
+                f"{html.escape(words)}</div>"
             )
         lines += [f"<div>{html.escape(visible(wrong))}</div>" for wrong in self._wrong]
         if not self.panels.figures and not self._wrong:

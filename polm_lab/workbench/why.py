@@ -44,7 +44,7 @@ def _expected(row: dict) -> str:
 
 
 def reward_sentences(row: dict, settings: dict) -> list[str]:
-    "The prompt, the answer, and the sum of the parts of its reward: how most explanations begin."
+    "Return how most explanations begin: prompt, answer, and the sum of the reward's parts."
     words = [f"To {_short(row.get('prompt'))} it answers {_short(row.get('completion'))}."]
     reward, weight = row["reward"], weights(settings)
     if row.get("answer") is not None and "correct" in reward_parts(row):
@@ -76,7 +76,7 @@ def by_group(row: dict, group: list[dict], settings: dict) -> list[str]:
     words.append(f"The {len(rewards)} answers to this prompt have {facts}.")
     if spread < 1e-8:
         words.append(
-            f"All are equal, so its advantage is {advantage:.4g}: this group teaches nothing."
+            f"All are equal, so its advantage is {advantage:.4g}: this group gives no gradient."
         )
         return words
     if advantage == 0:
@@ -132,7 +132,7 @@ def by_tokens(row: dict, group: list[dict], settings: dict) -> list[str]:
 
 
 def by_baseline(row: dict, group: list[dict], settings: dict) -> list[str]:
-    "RLOO, ReMax: the reward against the others, or against the likeliest answer."
+    "RLOO, ReMax: the reward against the others, or against the greedy answer."
     if row.get("advantages"):
         return by_tokens(row, group, settings)
     words, advantage = reward_sentences(row, settings), row.get("advantage")
@@ -147,7 +147,7 @@ def by_baseline(row: dict, group: list[dict], settings: dict) -> list[str]:
         )
     else:
         words.append(
-            "It is compared with the likeliest answer to this prompt, "
+            "It is compared with the greedy answer to this prompt, "
             "which is not among these samples."
         )
     taken = ""
