@@ -140,14 +140,14 @@ except OSError:
     pass
 bench.tabs.selected_index = 0
 bench.configure.start()
-print("START", bench.configure.said.value)
+print("START", bench.configure.message.value)
 bench.configure.preset_name.value = "mine"
 bench.configure.save()
-print("PRESET", bench.configure.said.value)
+print("PRESET", bench.configure.message.value)
 print("RUNS", len(all_runs(out)))
 (out / "ballast").unlink()
 bench.configure.save()
-print("AGAIN", bench.configure.said.value)
+print("AGAIN", bench.configure.message.value)
 END
 """
 
@@ -166,18 +166,20 @@ def test_a_full_disk(tmp_path):
         text=True,
         timeout=200,
     )
-    said = dict(line.partition(" ")[::2] for line in done.stdout.splitlines())
-    if "AFTER" not in said:
+    printed = dict(line.partition(" ")[::2] for line in done.stdout.splitlines())
+    if "AFTER" not in printed:
         assert "mount" in done.stderr or "unshare" in done.stderr, done.stderr[-2000:]
         pytest.skip(f"no file system can be mounted here: {done.stderr.strip()[-200:]}")
-    assert "failed" in said["AFTER"]
-    assert "No space left" in said["AFTER"]
-    assert "cannot be written" in said["START"]
-    assert "No space left" in said["START"]
-    assert 'role="alert"' in said["START"]
+    assert "failed" in printed["AFTER"]
+    assert "No space left" in printed["AFTER"]
+    assert "cannot be written" in printed["START"]
+    assert "No space left" in printed["START"]
+    assert 'role="alert"' in printed["START"]
     assert (
-        "cannot be written" in said["PRESET"] and said["RUNS"] == "1" and "saved" in said["AGAIN"]
-    ), (said, done.stderr[-1000:])
+        "cannot be written" in printed["PRESET"]
+        and printed["RUNS"] == "1"
+        and "saved" in printed["AGAIN"]
+    ), (printed, done.stderr[-1000:])
 
 
 def test_a_spare_process_that_was_killed_is_replaced(runs):
@@ -195,7 +197,7 @@ def test_stop_resume_and_clone(make):
     desk = Configure()
     desk.take(run)
     assert desk.form.values == dict(data="sums", steps=7, learning_rate=0.002)
-    assert run.id in desk.said.value
+    assert run.id in desk.message.value
     assert "steps 7" in desk.code["polm"].text
     given = []
     spare = WarmProcess()
@@ -204,11 +206,11 @@ def test_stop_resume_and_clone(make):
     bar.show(run)
     bar.resume()
     assert given[0].path == run.path
-    assert "resuming" in bar.said.value
+    assert "resuming" in bar.message.value
     bar.show(make())
     bar.resume()
     assert len(given) == 1
-    assert "it is finished" in bar.said.value
+    assert "it is finished" in bar.message.value
 
 
 def test_the_sweep_begins_from_the_form_and_gives_its_run_to_watch(make):
@@ -297,17 +299,17 @@ def test_what_goes_wrong_while_looking_is_said_and_the_looking_goes_on(make):
                 raise RuntimeError("<b>odd</b>")
 
         bench.refresh = look
-        said, until = "", time.monotonic() + 60
+        trouble, until = "", time.monotonic() + 60
         while len(looks) < 2 and time.monotonic() < until:
             await asyncio.sleep(0.02)
             bench.page.answered = bench.page.asked
-            said = said or bench.trouble.value
+            trouble = trouble or bench.trouble.value
         await asyncio.sleep(0.05)
         bench.close()
-        return said, bench.trouble.value
+        return trouble, bench.trouble.value
 
-    said, now = asyncio.run(scene())
-    assert "RuntimeError: &lt;b&gt;odd" in said
+    trouble, now = asyncio.run(scene())
+    assert "RuntimeError: &lt;b&gt;odd" in trouble
     assert now == ""
 
 
@@ -319,9 +321,9 @@ def test_a_run_made_of_others_says_which_part_runs(make):
     with whole.active(), part.active():
         part.log(5, loss=1.0)
         bench.refresh()
-        said = f"warm-up ({part.id}): step 5 of 8"
-        assert said in bench.bar.text.value
-        assert said in Watch(whole).status.value
+        sentence = f"warm-up ({part.id}): step 5 of 8"
+        assert sentence in bench.bar.text.value
+        assert sentence in Watch(whole).status.value
     bench.refresh()
     assert "warm-up" not in bench.bar.text.value
     assert "finished" in bench.bar.text.value

@@ -351,16 +351,16 @@ def test_the_widget():
     assert board.detail.value == ""
     assert board.grid.selected == []
     board.grid.selected = [next(i for i, r in enumerate(ROWS) if r["name"] == "TIES-merging")]
-    assert "beside it" in board.detail.value
+    assert "related:" in board.detail.value
     assert "DARE (runs)" in board.detail.value
     assert "https://arxiv.org" in board.detail.value
 
 
 def test_neighbours():
-    own, beside = page.neighbours("integration/merge.ipynb", ROWS)
+    own, related = page.neighbours("integration/merge.ipynb", ROWS)
     names = {r["name"] for r in own}
     assert {"TIES-merging", "DARE", "SLERP"} <= names
-    assert not names & {r["name"] for r in beside}
+    assert not names & {r["name"] for r in related}
     assert page.neighbours("core/knobs.ipynb", ROWS) == ([], [])
 
 

@@ -153,9 +153,9 @@ def test_model_output_is_text(text):
     # half a surrogate pair would not get through
     json.dumps(view.table.rows, ensure_ascii=False).encode()
     view.try_it.prompt.encode()
-    said = view.try_it
-    said._show(text, text)
-    assert Elements(page(said)).tags <= expected.tags
+    try_it = view.try_it
+    try_it._show(text, text)
+    assert Elements(page(try_it)).tags <= expected.tags
 
 
 def test_a_long_completion_shows_its_start():
@@ -243,10 +243,10 @@ def test_what_is_read_off_an_answer_is_said():
 
 def test_a_sum_that_does_not_come_out_is_told():
     row = dict(reward=0.9, rewards=dict(correct=1.0, steps=None), advantage=0.1)
-    said = why(row, [row, dict(reward=0.1)], dict(rewards="correct,steps:0.5"))
-    assert "steps (does not apply)" in said[1]
-    assert "The record says 0.9." in said
-    assert said[-1].startswith("The record says 0.1")
+    sentences = why(row, [row, dict(reward=0.1)], dict(rewards="correct,steps:0.5"))
+    assert "steps (does not apply)" in sentences[1]
+    assert "The record says 0.9." in sentences
+    assert sentences[-1].startswith("The record says 0.1")
 
 
 @pytest.mark.parametrize(
@@ -264,19 +264,19 @@ def test_ways_to_scale(scale, words):
 
 def test_equal_rewards_teach_nothing():
     row = dict(reward=1.0, advantage=0.0)
-    assert "teaches nothing" in why(row, [row, dict(reward=1.0)], {})[-1]
+    assert "gives no gradient" in why(row, [row, dict(reward=1.0)], {})[-1]
 
 
 def test_a_critics_advantages_are_told_by_token_and_a_baseline_by_the_others():
-    said = why(
+    sentences = why(
         dict(reward=1.0, advantage=0.5, advantages=[-1.0, 2.0]), [dict(reward=1.0)], dict(gamma=1.0)
     )
-    assert "from -1 to 2, 0.5 on average" in said[2]
+    assert "from -1 to 2, 0.5 on average" in sentences[2]
     group = [dict(reward=1.0, advantage=0.75), *[dict(reward=r) for r in (0.0, 0.0, 1.0)]]
-    said = why(group[0], group, dict(algorithm="rloo", beta=0.0))
-    assert "other 3 answers" in said[2]
-    assert "differs from them by 0.6667" in said[2]
-    assert "more likely" in said[-1]
+    sentences = why(group[0], group, dict(algorithm="rloo", beta=0.0))
+    assert "other 3 answers" in sentences[2]
+    assert "differs from them by 0.6667" in sentences[2]
+    assert "more likely" in sentences[-1]
     assert "greedy answer" in why(group[0], group, dict(algorithm="remax", beta=0.1))[2]
 
 
@@ -285,10 +285,10 @@ def test_a_reward_models_number_is_no_implicit_reward():
         dict(side="chosen", reward=2.0, completion="a"),
         dict(side="rejected", reward=0.5, completion="b"),
     ]
-    said = why(pair[0], pair, dict(head="pointwise"))
-    assert said[0].startswith("The reward model gives this answer 2;")
-    assert "2 − 0.5 = 1.5" in said[1]
-    assert not any("implicit" in s for s in said)
+    sentences = why(pair[0], pair, dict(head="pointwise"))
+    assert sentences[0].startswith("The reward model gives this answer 2;")
+    assert "2 − 0.5 = 1.5" in sentences[1]
+    assert not any("implicit" in s for s in sentences)
 
 
 def test_names_of_rewards():
@@ -303,9 +303,11 @@ def test_names_of_rewards():
 def test_why_of_pairs(pairs):
     rows = pairs.lines("samples")
     for row in rows:
-        said = why(row, [r for r in rows if r["prompt"] == row["prompt"]], pairs.settings)
-        assert float(said[0].rstrip(".").split("= ")[-1]) == pytest.approx(row["reward"], abs=2e-4)
-        assert any("σ(−margin)" in s for s in said) == (row["side"] != "sampled")
+        sentences = why(row, [r for r in rows if r["prompt"] == row["prompt"]], pairs.settings)
+        assert float(sentences[0].rstrip(".").split("= ")[-1]) == pytest.approx(
+            row["reward"], abs=2e-4
+        )
+        assert any("σ(−margin)" in s for s in sentences) == (row["side"] != "sampled")
     view = Cockpit(pairs)
     assert view.group.value.count("role='listitem'") == 3
     assert view.try_it.conversation.value
@@ -400,9 +402,9 @@ def test_a_stream_is_a_rollout(trained):
     for text in ("12+34=", "Once"):
         ids = tokenizer(text).input_ids
         for seed, temperature in ((0, 1.0), (5, 0.7), (0, 0.0)):
-            said = [*stream(saved, tokenizer, ids, 12, temperature, seed)] or [""]
+            texts = [*stream(saved, tokenizer, ids, 12, temperature, seed)] or [""]
             assert (
-                said[-1]
+                texts[-1]
                 == rollout(
                     saved, tokenizer, [ids], max_new_tokens=12, temperature=temperature, seeds=seed
                 ).texts[0]
@@ -496,7 +498,7 @@ def test_it_follows_a_run_and_keeps_the_choice(trained):
     assert view.row is chosen
     view.selected = 5
     view.inspect()
-    assert "role='alert'" in view.said.value
+    assert "role='alert'" in view.message.value
 
 
 def test_a_killed_run_and_no_run(trained):

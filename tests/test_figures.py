@@ -486,8 +486,8 @@ def test_which_notebooks_are_executed(monkeypatch, capsys):
 
     monkeypatch.setattr(site_outputs, "execute_page", page)
     assert site_build.main(["execute", "dpo", "grpo"]) == 1
-    said = capsys.readouterr().out.splitlines()
-    assert [*sorted(said[:2]), *said[2:]] == [  # the first two as they end
+    printed = capsys.readouterr().out.splitlines()
+    assert [*sorted(printed[:2]), *printed[2:]] == [  # the first two as they end
         "nbs/alignment/dpo.ipynb: failed, left as it was: ValueError: no",
         "nbs/reasoning/grpo.ipynb: 1 s, 2 kB, 2 figures (1 kB of pictures)",
         "1 figures have no picture; their outputs say why",

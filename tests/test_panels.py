@@ -160,7 +160,7 @@ def test_a_record_grows_waits_for_a_torn_line_and_is_rewound(make, runs):
     assert record.refresh() == set()
     assert same(record, run)
     run.rewind(1)
-    run.log(2, loss=7.0)  # what stands there now is longer and different
+    run.log(2, loss=7.0)  # the text there now is longer and different
     assert "loss" in record.refresh()
     assert record["loss"][1].tolist() == [1, 7]
     assert same(record, run)
@@ -497,7 +497,11 @@ def test_rows_of_comparisons(make, runs):
         {"knob": "beta", base.id: 1, better.id: 2},
         {"knob": "eval_data", base.id: "–", better.id: "facts"},
     ]
-    assert {r["knob"] for r in settings_difference(base, other)} == {"method", "beta", "samples"}
+    assert {r["knob"] for r in settings_difference(base, other)} == {
+        "method",
+        "beta",
+        "num_generations",
+    }
     assert [r["run"] for r in leaderboard(metric_name="accuracy")][0] == better.id
     assert leaderboard()[0]["data"] == "facts"
     assert [r["after"] for r in leaderboard(metric_name="perplexity")] == sorted(
@@ -630,13 +634,13 @@ def test_compare_shows_the_chosen_runs(make, runs):
     assert {view.table.rows[i]["run"] for i in view.table.selected} == set(view.chosen)
     for button in (view.exports[0], view.exports[2]):
         button.click()
-        assert "written" in view.said.value
+        assert "written" in view.message.value
     assert {p.suffix for p in (runs / "exports").iterdir()} == {".html", ".ipynb"}
 
     shutil.rmtree(second.path)
     assert "no run is there" in shown("Settings").value
     view.exports[0].click()
-    assert "no run is there" in view.said.value
+    assert "no run is there" in view.message.value
     assert not view.refresh()
     assert len(view.table.rows) == 2
 

@@ -513,11 +513,11 @@ def test_a_sound_site_passes(tmp_path):
 
 
 def test_warnings_of_quarto_are_seen():
-    said = (
+    output = (
         "[ 1/60] nbs/index.ipynb\n\x1b[33mWARN: Unable to resolve crossref @eq-x\x1b[39m\n"
         "Output created: _docs/index.html\n[WARNING] Could not convert TeX math\n"
     )
-    assert len(site_build.warnings_of(said)) == 2
+    assert len(site_build.warnings_of(output)) == 2
     assert not site_build.warnings_of("Output created: _docs/nbs/warn.html\n")
 
 
@@ -606,9 +606,9 @@ def test_make_docs_says_how_to_get_quarto(capsys, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name, *a: None)
     before = (ROOT / "_quarto.yml").read_bytes()
     assert site_build.build(ROOT) == 2
-    said = capsys.readouterr().out
-    assert "quarto is not installed" in said
-    assert "https://quarto.org" in said
+    printed = capsys.readouterr().out
+    assert "quarto is not installed" in printed
+    assert "https://quarto.org" in printed
     assert (ROOT / "_quarto.yml").read_bytes() == before
     assert re.search(r"^docs: .*\n\t.*polm_site build$", (ROOT / "Makefile").read_text(), re.M)
 

@@ -157,7 +157,7 @@ def _gather() -> dict:
 
 # %% ../../nbs/site/pages.ipynb #8dd39654
 def configuration(root: Path, records: dict) -> dict:
-    "What stands in `_quarto.yml`."
+    "Return the text of `_quarto.yml`."
     from configparser import ConfigParser
 
     settings = ConfigParser(interpolation=None)

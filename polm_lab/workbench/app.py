@@ -48,7 +48,7 @@ class RunBar(widgets.VBox):
             clone or (lambda run: None),
         )
         self.bar = widgets.FloatProgress(min=0, max=1, layout=widgets.Layout(width="220px"))
-        self.text, self.said, self.summary = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        self.text, self.message, self.summary = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.stop_button = button("Stop", self.stop, "Save the state and stop")
         self.resume_button = button("Resume", self.resume, "Go on from the last checkpoint")
         self.clone_button = button(
@@ -63,7 +63,7 @@ class RunBar(widgets.VBox):
                     layout=widgets.Layout(flex_flow="row wrap", align_items="center"),
                 ),
                 self.text,
-                self.said,
+                self.message,
                 self.summary,
             ]
         )
@@ -74,7 +74,7 @@ class RunBar(widgets.VBox):
         return not self.stop_button.disabled
 
     def show(self, run: Run | None, trouble: str = ""):
-        self.run, self.said.value = run, alert(trouble) if trouble else ""
+        self.run, self.message.value = run, alert(trouble) if trouble else ""
         self.refresh()
 
     def refresh(self):
@@ -118,7 +118,7 @@ class RunBar(widgets.VBox):
             html.escape(STATES.get(status, status)),
             f"step {step}/{total}" if total else "",
         ]
-        # how long it will take stands beside the panels, which see the pace of the last steps
+        # the panels see the pace of the last steps, and show the time left
         if status == "running":
             words.append(
                 part_of(self.run)
@@ -134,26 +134,26 @@ class RunBar(widgets.VBox):
         self.summary.value = summary_html(record.get("summary") or {})
 
     def stop(self):
-        with reported(self.said):
+        with reported(self.message):
             self.run.request_stop()
-            self.said.value = "asked to stop: it saves its state after this step"
+            self.message.value = "asked to stop: it saves its state after this step"
 
     def resume(self):
-        with reported(self.said):
+        with reported(self.message):
             self.spare.give(resumable(self.run))
-            self.said.value = "resuming from the last checkpoint"
+            self.message.value = "resuming from the last checkpoint"
 
 # %% ../../nbs/workbench/app.ipynb #df6077db
 def summary_html(summary: dict) -> str:
     "The evaluations before and after: name, before → after."
     names = list(dict.fromkeys(n for part in summary.values() for n in without_counts(part)))
-    said = lambda when, n: (
+    number = lambda when, n: (
         "–"
         if not isinstance(summary.get(when, {}).get(n), (int, float))
         else f"{summary[when][n]:.4g}"
     )
     each = "".join(
-        f"<span>{html.escape(n)}&ensp;<b>{said('before', n)} → {said('after', n)}</b></span>"
+        f"<span>{html.escape(n)}&ensp;<b>{number('before', n)} → {number('after', n)}</b></span>"
         for n in names
     )
     return (
@@ -313,7 +313,7 @@ class Workbench(Desk):
                 except Exception as error:
                     self.trouble.value = alert(f"{type(error).__name__}: {error}")
                 self.page.asked += 1
-            # not beside a run that is just beginning
+            # not during the start of a run
             if self.spare.process is None and (self.bar.step or not self.bar.running):
                 self.spare.ready()
             # nobody waits longer than for the first step

@@ -139,7 +139,7 @@ class ConfigureView(widgets.VBox):
             layout=narrow,
         )
         self.method = widgets.Dropdown(description="Method", layout=widgets.Layout(width="520px"))
-        self.card, self.said = widgets.HTML(), widgets.HTML()
+        self.card, self.message = widgets.HTML(), widgets.HTML()
         self.form_box, self.looked = widgets.VBox(), widgets.VBox()
         hint = "A preset, or the settings of an old run"
         self.preset = widgets.Dropdown(description="Load", tooltip=hint, layout=narrow)
@@ -162,7 +162,7 @@ class ConfigureView(widgets.VBox):
                 self.card,
                 widgets.HBox(load, layout=row),
                 self._start_bar(),
-                self.said,
+                self.message,
                 self.looked,
                 *self.code.values(),
                 self.form_box,
@@ -214,7 +214,7 @@ class ConfigureForm(ConfigureView):
         names, wanted = [name for _, name in found], self.method.value or "sft"
         self.method.options = found
         self.method.value = wanted if wanted in names else next(iter(names), None)
-        self.said.value = (
+        self.message.value = (
             ""
             if found
             else alert(
@@ -252,7 +252,7 @@ class ConfigureForm(ConfigureView):
             self.preset.value = kept if kept in [name for _, name in options] else options[0][1]
 
     def _tell(self):
-        self.said.value = alert(self.form.problem) if self.form.problem else ""
+        self.message.value = alert(self.form.problem) if self.form.problem else ""
         self.run_button.disabled = bool(self.form.problem)
         if not self.form.problem:
             for name, text in commands(
@@ -261,26 +261,28 @@ class ConfigureForm(ConfigureView):
                 self.code[name].text = text
 
     def load_preset(self):
-        with reported(self.said):
+        with reported(self.message):
             name = self.preset.value
             saved = presets(self.method.value, self.out)
             self.form.load(saved[name] if name in saved else clone(name, self.out))
 
     def save(self):
-        with reported(self.said):
+        with reported(self.message):
             path = save_preset(
                 self.method.value, self.preset_name.value, self.form.values, self.out
             )
             self.reload()
-            self.said.value = f"saved: {html.escape(str(path))}"
+            self.message.value = f"saved: {html.escape(str(path))}"
 
     def take(self, run: Run):
         "Show a run's method and settings, to be changed: clone with changes."
         self.search.value = ""
         self.method.value = run.method
-        with reported(self.said):
+        with reported(self.message):
             self.form.load(clone(run))
-            self.said.value = f"the settings of {html.escape(run.id)}: change some, and press Run"
+            self.message.value = (
+                f"the settings of {html.escape(run.id)}: change some, and press Run"
+            )
 
 # %% ../../nbs/workbench/configure.ipynb #ca4a2282
 class Configure(ConfigureForm):
@@ -291,7 +293,7 @@ class Configure(ConfigureForm):
     """
 
     def start(self):
-        with reported(self.said):
+        with reported(self.message):
             self.form.settings()
             run = create(
                 self.method.value,
@@ -303,12 +305,12 @@ class Configure(ConfigureForm):
             self.started = run.id
 
     def queue(self):
-        with reported(self.said):
+        with reported(self.message):
             self.form.settings()
             run = enqueue(
                 self.method.value, out=self.out, notebook=self.notebook.value, **self.form.values
             )
-            self.said.value = f"queued: {html.escape(run.id)}"
+            self.message.value = f"queued: {html.escape(run.id)}"
 
     def look(self):
         self.looked.children = [widgets.HTML("reading …")]

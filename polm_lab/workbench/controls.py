@@ -103,9 +103,9 @@ class Field(widgets.HBox):
             tooltip=f"{knob.name}: back to {knob.default!r}",
             layout=widgets.Layout(width="34px"),
         )
-        self.said = widgets.HTML(layout=widgets.Layout(flex="1 1 0"))
+        self.message = widgets.HTML(layout=widgets.Layout(flex="1 1 0"))
         super().__init__(
-            [self.control, self.slider, self.undo, self.said],
+            [self.control, self.slider, self.undo, self.message],
             value=knob.default,
             layout=widgets.Layout(align_items="center"),
         )
@@ -170,7 +170,7 @@ class Field(widgets.HBox):
             if changed
             else ""
         )
-        self.said.value = (
+        self.message.value = (
             f'<span style="font-size:12px;line-height:1.3;display:block" title="{hover}">{mark} '
             f"{words}</span>"
         )
@@ -318,7 +318,10 @@ class Form(widgets.VBox):
         self._name_folds()
 
     def _refused(self, values: dict) -> str:
-        "What the method has against `values`, each of which its knob accepts; empty for nothing."
+        """Return why the method refuses `values`, or an empty string.
+
+        Each value alone is accepted by its knob.
+        """
         try:
             make_settings(self.method.settings, values)
         except WrongInput as wrong:
@@ -335,7 +338,7 @@ class Form(widgets.VBox):
             field.set(getattr(settings, name))
 
     def settings(self):
-        "The settings as they stand; raises `WrongInput` for what is refused."
+        "Return the current settings; raises `WrongInput` for what is refused."
         if self.problem:
             raise WrongInput(self.problem)
         return make_settings(self.method.settings, self.values)

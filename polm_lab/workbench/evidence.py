@@ -57,7 +57,7 @@ class Lines:
         return bool(end)
 
 # %% ../../nbs/workbench/evidence.ipynb #6da8a4a4
-LEAST = 8  # points; of fewer nothing is said
+LEAST = 8  # points; with fewer a rule reports nothing
 
 
 @dataclass(frozen=True)

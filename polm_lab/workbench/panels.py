@@ -85,7 +85,7 @@ def as_text(value) -> str:
     return "" if value is None else str(value)
 
 # %% ../../nbs/workbench/panels.ipynb #7a5ae6fa
-# one a run, told apart by the color-blind
+# one a run, distinct for the color-blind
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c6d31")
 GROUPS = {
     "Reward": ("reward", "reward_std", "zero_std_groups", "advantage_std"),
@@ -109,7 +109,7 @@ GROUPS = {
         "entropy_coefficient",
     ),
     "Critic": ("value_loss", "explained_variance"),
-    "Refinement": ("broken", "mended", "tokens"),
+    "Refinement": ("correct_to_incorrect", "incorrect_to_correct", "tokens"),
     "Editing": ("efficacy", "paraphrase", "neighbourhood", "other_relation"),
     "Making data": ("kept", "verdict"),
     "Retrieval": ("recall", "mrr", "faithfulness", "stage_ms"),
@@ -299,7 +299,7 @@ def frontier(*which, smoothing: float = 0.9):
     if not figure.data:
         ids = ", ".join(record.run.id for record in records) or "frontier"
         raise WrongInput(
-            f"{ids}: no kl beside a reward is recorded; expected a run that logs or evaluates both"
+            f"{ids}: no run records both kl and a reward; expected a run that logs or evaluates both"
         )
     return framed(figure, 380, xaxis_title=_title("kl"), yaxis_title="reward")
 

@@ -234,7 +234,7 @@ TOKEN_CSS = """<style>
 .polm-cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(190px,1fr));gap:8px}
 .polm-card{border:1px solid var(--jp-border-color1,#8a94a3);border-radius:4px;padding:6px 8px}
   .polm-card.chosen{outline:2px solid var(--jp-brand-color1,#1f6feb)}
-.polm-card pre,.polm-said pre{margin:4px 0 0;white-space:pre-wrap;overflow-wrap:anywhere;
+.polm-card pre,.polm-answer pre{margin:4px 0 0;white-space:pre-wrap;overflow-wrap:anywhere;
   max-height:16em;overflow:auto;background:none;color:inherit;
   font:12px/1.45 var(--jp-code-font-family,monospace)}
 .polm-view table{border-collapse:collapse}.polm-view td,.polm-view th{padding:1px 10px 1px 0;

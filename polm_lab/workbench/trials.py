@@ -145,7 +145,7 @@ class SweepForm(widgets.VBox):
         self.how = {}
         for knob in knobs(Plan):
             self.how[knob.name] = Field(knob, directed if knob.name == "metric" else ())
-        self.hints, self.said, self.command = widgets.HTML(), widgets.HTML(), Code(label="polm")
+        self.hints, self.message, self.command = widgets.HTML(), widgets.HTML(), Code(label="polm")
         hint = "start the sweep in a process of its own"
         self.start = widgets.Button(description="Start sweep", button_style="primary", tooltip=hint)
         lines = widgets.HBox([self.varied, self.fixed], layout=widgets.Layout(flex_flow="row wrap"))
@@ -157,7 +157,7 @@ class SweepForm(widgets.VBox):
                 lines,
                 self.hints,
                 widgets.VBox(list(self.how.values())),
-                self.said,
+                self.message,
                 self.command,
                 self.start,
                 *below,
@@ -215,10 +215,14 @@ class SweepForm(widgets.VBox):
                 self.method, varied, fixed, os.environ.get("POLM_RUNS") and self.out, **how
             )
         except WrongInput as wrong:
-            self.said.value, self.start.disabled, self.command.text = problem_html(wrong), True, ""
+            self.message.value, self.start.disabled, self.command.text = (
+                problem_html(wrong),
+                True,
+                "",
+            )
             return None
         number = len(planned[2])
-        self.said.value, self.start.disabled = (
+        self.message.value, self.start.disabled = (
             f"{number} trial{'s' * (number > 1)}, {planned[1]['jobs']} at a time",
             False,
         )
@@ -330,7 +334,7 @@ class Sweeps(SweepForm):
         self.view.dress(self.dark)
 
     def refresh(self):
-        "Read what is new; what is wrong with a record is said where it would stand."
+        "Read what is new; what is wrong with a record is shown in its place."
         try:
             self._list()
             if self.chosen:

@@ -161,11 +161,11 @@ class TryIt(widgets.VBox):
         texts, shown = ["", ""], 0.0
         self._say("")
         while streams and not self._stop.is_set():
-            for i, said in [(i, next(one, None)) for i, one in streams.items()]:
-                if said is None:
+            for i, text in [(i, next(one, None)) for i, one in streams.items()]:
+                if text is None:
                     del streams[i]
                 else:
-                    texts[i] = said
+                    texts[i] = text
             if time.monotonic() - shown > 0.1:
                 self._show(*texts)
                 shown = time.monotonic()
@@ -180,7 +180,7 @@ class TryIt(widgets.VBox):
         for pane, name, text in zip(self.panes, names, texts):
             name = escape_text(name, 200)
             pane.value = (
-                "<div class='polm-view polm-said' role='log' "
+                "<div class='polm-view polm-answer' role='log' "
                 f"aria-label='{name}'><b>{name}</b><pre>{escape_text(text, 20_000)}</pre></div>"
             )
 
