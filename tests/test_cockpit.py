@@ -220,7 +220,7 @@ def test_the_sum_comes_out_as_recorded(trained):
         )
         assert ("more likely" in sentences[-1]) == (row["advantage"] > 0)
         assert row["completion"] in sentences[0]
-        assert f"Right is “{row['answer']}”" in sentences[1]
+        assert f"The correct answer is “{row['answer']}”" in sentences[1]
 
 
 def test_what_is_read_off_an_answer_is_said():
@@ -233,11 +233,11 @@ def test_what_is_read_off_an_answer_is_said():
     )
     assert why(row, [row], dict(rewards="correct"))[:2] == [
         "To “61+22=” it answers “83 and 5+25=51”.",
-        "Right is “83”; what counts is the last number of an answer, here 51.",
+        "The correct answer is “83”; the last number of the completion counts, here 51.",
     ]
     assert (
         why(row | dict(answer="a cat", completion="x" * 300), [row], dict(rewards="correct"))[1]
-        == "Right is “a cat”."
+        == "The correct answer is “a cat”."
     )
 
 

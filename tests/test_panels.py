@@ -195,12 +195,9 @@ def test_a_million_points_are_drawn_as_a_thousand(steps, metrics, runs):
     run = Run.create("sft", dict(steps=steps))
     names = list(METRICS)[:metrics]
     with open(run.path / "metrics.jsonl", "w") as file:
-        file.writelines(
-            f'{{"step": {s}, "seconds": {s / 7:.3f}, '
-            + ", ".join(f'"{n}": {(s * 7919 % 1000) / 1000}' for n in names)
-            + "}\n"
-            for s in range(1, steps + 1)
-        )
+        for s in range(1, steps + 1):
+            values = ", ".join(f'"{n}": {(s * 7919 % 1000) / 1000}' for n in names)
+            file.write(f'{{"step": {s}, "seconds": {s / 7:.3f}, {values}}}\n')
     view = Watch(run)
     with run.active():
         run.log(steps + 1, **{names[0]: 5.0})
@@ -601,9 +598,8 @@ def test_compare_shows_the_chosen_runs(make, runs):
         return view.tabs.children[view.tabs.selected_index].children[0]
 
     assert "choose one run" in shown("Panels").value
-    view.table.selected = [
-        [row["run"] for row in view.table.rows].index(run.id) for run in (second, first)
-    ]
+    listed = [row["run"] for row in view.table.rows]
+    view.table.selected = [listed.index(run.id) for run in (second, first)]
     assert view.chosen == [second.id, first.id]
     assert len(shown("Panels").panels.records) == 2
     assert len(shown("Reward against KL").data) == 4

@@ -104,7 +104,7 @@ def needed(cells, number, have) -> list[int]:
 
 
 async def execute(source, space):
-    "Run a cell as a notebook does: top-level `await`, a running loop, and the value of its last line."
+    "Run a cell like a notebook: top-level `await`, a running loop, the value of its last line."
     tree = ast.parse(source)
     last = ast.Expression(tree.body.pop().value) if isinstance(tree.body[-1], ast.Expr) else None
     for part, mode in ((tree, "exec"), (last, "eval")):

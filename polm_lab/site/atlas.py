@@ -83,7 +83,7 @@ class Place:
 
 
 def _package() -> Path:
-    "The folder of the package, next to the notebooks or around them."
+    "Return the folder of the package, next to the notebooks or around them."
     folder = notebooks_folder().parent
     return folder / "polm_lab" if (folder / "polm_lab").is_dir() else folder
 
@@ -133,7 +133,7 @@ def _imported(nodes: list[ast.AST]) -> dict[str, str]:
 
 
 def _bound(nodes: list[ast.AST]) -> set[str]:
-    "Names that a function of these `nodes` binds itself: its arguments and what it assigns."
+    "Return the names that a function of these `nodes` binds: its arguments and assignments."
     names = set()
     for node in nodes:
         if isinstance(node, ast.arg):
@@ -144,7 +144,7 @@ def _bound(nodes: list[ast.AST]) -> set[str]:
 
 
 def _used(tree: ast.AST, page: str, own: set[str], imported: dict[str, str]) -> set[str]:
-    """Return, as page.name, what a definition of `page` refers to.
+    """Return what a definition of `page` refers to, as page.name.
 
     These are the page's own names, names that it imports, and attributes of imported pages.
     """
@@ -296,7 +296,7 @@ WHY = {  # how it could be had -> why it is not
 
 @functools.cache
 def _tests() -> dict[str, str]:
-    "The test files with their text; an installed package has none."
+    "Return the test files with their text; an installed package has none."
     return {
         p.name: p.read_text(encoding="utf-8")
         for p in sorted((notebooks_folder().parent / "tests").glob("test_*.py"))
@@ -324,7 +324,7 @@ def tests_of(place: Place, known: dict[str, Method] | None = None) -> list[str]:
 
 
 def systems() -> list[dict]:
-    "All rows of the survey with their state: what `lab.atlas()` has, as dictionaries."
+    "Return all rows of the survey with their state: what `lab.atlas()` has, as dictionaries."
     known, families, rows, held = methods(), {f["family"]: f for f in survey("families")}, [], {}
     for fact in survey("systems"):
         place = look(fact["here"], known) if fact["here"] else None
@@ -414,12 +414,12 @@ def _label(key: tuple) -> str:
 
 
 def _here(rows: list[dict]) -> int:
-    "How many run, in full or in part, are shown or load here."
+    "Return how many run, in full or in part, are shown or load here."
     return sum(r["state"] in ("runs", "partial", "shown", "loads") for r in rows)
 
 
 def _shade(share: float) -> str:
-    "From grey (none is here) to green (all are)."
+    "Return a colour from grey (none is here) to green (all are)."
     return "rgb({},{},{})".format(
         *(round(a + share * (b - a)) for a, b in zip((238, 241, 245), (0, 158, 115)))
     )
@@ -458,7 +458,7 @@ def sunburst(rows: list[dict] | None = None):
 
 # %% ../../nbs/site/atlas.ipynb #972b1fe7
 def _legend(figure):
-    "The states as a legend above a figure."
+    "Return the states as a legend above a figure."
     words = "   ".join(
         f"<span style='color:{color}'>■</span> {state}" for state, color in STATES.items()
     )
@@ -500,7 +500,10 @@ def tree(rows: list[dict] | None = None):
 
 # %% ../../nbs/site/atlas.ipynb #321f0738
 def timeline(rows: list[dict] | None = None, first: int = 2018, last: int = 2025):
-    "The systems of each year as dots, eight to a line, coloured by state; hover tells which."
+    """Draw the systems of each year as dots, eight to a line, coloured by state.
+
+    The hover text names the system.
+    """
     import plotly.graph_objects as go
 
     rows = systems() if rows is None else rows
@@ -545,7 +548,7 @@ def timeline(rows: list[dict] | None = None, first: int = 2018, last: int = 2025
 
 # %% ../../nbs/site/atlas.ipynb #f46ef61f
 def table(number: int, rows: list[dict] | None = None) -> list[dict]:
-    "The survey's table 1 to 9 with the state of each row. Raises `WrongInput`."
+    "Return the survey's table 1 to 9 with the state of each row. Raises `WrongInput`."
     if number not in TABLES:
         raise WrongInput(f"survey table {number!r}: expected a number from 1 to 9")
     state = {r["name"]: r for r in (systems() if rows is None else rows)}
@@ -592,7 +595,7 @@ def neighbours(page: str, rows: list[dict] | None = None) -> tuple[list[dict], l
 
 # %% ../../nbs/site/atlas.ipynb #c5e17ab5
 def _text(row: dict) -> str:
-    "A row as HTML: every column that is not empty; addresses become links."
+    "Return a row as HTML: every column that is not empty; addresses become links."
 
     def cell(value):
         shown = html.escape(str(value))

@@ -92,7 +92,7 @@ def cited(name: str, year: str, page: str, bib: dict) -> str:
 
 
 def outside(text: str, change) -> str:
-    "`text` with `change` done to what is neither code, math, a link, a heading nor a tag."
+    "Apply `change` to `text` outside of code, math, links, headings and tags."
     out, at = [], 0
     for apart in _APART.finditer(text):
         out += [change(text[at : apart.start()]), apart[0]]
@@ -101,7 +101,7 @@ def outside(text: str, change) -> str:
 
 
 def with_citations(text: str, page: str, bib: dict) -> str:
-    "Markdown in which the year of each mention of a paper leads to the reference."
+    "Return markdown in which the year of each mention of a paper links to the reference."
 
     def cite(mention):
         key = cited(mention[1], mention[3], page, bib)
@@ -161,7 +161,7 @@ def clean_outputs(outputs: list[dict], up: str) -> list[dict]:
 
 
 def markdown(text: str) -> dict:
-    "A markdown cell."
+    "Return a markdown cell."
     return {"cell_type": "markdown", "metadata": {}, "source": text.splitlines(keepends=True)}
 
 # %% ../../nbs/site/filter.ipynb #b0dea2b8
@@ -188,7 +188,7 @@ def reference(cells: list[dict]) -> str:
 
 
 def _cell(text: str) -> str:
-    "Text in a markdown table: what would be markup, or math, is escaped."
+    "Return text in a markdown table: what would be markup, or math, is escaped."
     return re.sub(r"([\\`*_{}\[\]<>|$^~@#])", r"\\\1", str(text)).replace("\n", " ")
 
 
@@ -234,7 +234,7 @@ def in_the_survey(page: str, survey: dict) -> str:
 
 # %% ../../nbs/site/filter.ipynb #b6ce498c
 def knob_table(record: dict) -> str:
-    "The knobs of a method as markdown."
+    "Return the knobs of a method as markdown."
     rows = []
     for knob in record["knobs"]:
         cells = [_cell(knob[column]) for column in ("default", "meaning", "unit", "source")]
@@ -307,7 +307,7 @@ def filtered(notebook: dict, page: str, found: dict, bib: dict, foot: str = "") 
 
 # %% ../../nbs/site/filter.ipynb #36ec286e
 def which(text: str, folder: Path) -> Path:
-    "The notebook in `folder` whose text this is. Raises `WrongInput`."
+    "Return the notebook in `folder` whose text this is. Raises `WrongInput`."
     for path in sorted(folder.glob("*.ipynb")):
         if path.read_text(encoding="utf-8") == text:
             return path
@@ -336,7 +336,7 @@ def foot_of(path: Path, root: Path) -> str:
 
 
 def filter_stream(text: str, folder: Path) -> str:
-    "What the filter prints for a notebook (as text) of `folder`."
+    "Return what the filter prints for a notebook (as text) of `folder`."
     root = project()
     path = which(text, folder)
     new = filtered(

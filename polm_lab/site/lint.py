@@ -24,7 +24,7 @@ PREFERRED = (WIDGET, "application/javascript", "text/html")
 
 
 def slug(heading: str) -> str:
-    "The anchor that pandoc gives a heading."
+    "Return the anchor that pandoc gives a heading."
     own = re.search(r"\{[^}]*#([\w-]+)[^}]*\}\s*$", heading)
     if own:
         return own[1]
@@ -34,7 +34,7 @@ def slug(heading: str) -> str:
 
 
 def anchors(notebook: dict) -> set[str]:
-    "All anchors of a (filtered) notebook."
+    "Return all anchors of a (filtered) notebook."
     found = set()
     for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":
@@ -48,7 +48,7 @@ def anchors(notebook: dict) -> set[str]:
 
 
 def _spans(text: str) -> str:
-    "Markdown without its code."
+    "Return markdown without its code."
     return re.sub(r"`[^`\n]*`", "", re.sub(r"```.*?```", "", text, flags=re.S))
 
 
@@ -136,7 +136,7 @@ def check_notebook(
 
 # %% ../../nbs/site/lint.ipynb #1f487409
 def check_sources(root: Path) -> tuple[list[str], dict[str, int]]:
-    "What is wrong with the notebooks of the site, and counts of what was looked at."
+    "Return what is wrong with the notebooks of the site, and counts of what was looked at."
     found, bib, made = facts(root), read_bib(root / "references.bib"), {}
     for paths in pages(root, found["methods"]).values():
         for page in paths:
@@ -188,7 +188,7 @@ class _Page(HTMLParser):
 
 # %% ../../nbs/site/lint.ipynb #ef33e54d
 def check_site(folder: Path) -> tuple[list[str], dict[str, int]]:
-    "What is wrong with a rendered site, and counts of what was looked at."
+    "Return what is wrong with a rendered site, and counts of what was looked at."
     texts = {
         p: p.read_text(encoding="utf-8")
         for p in sorted(folder.rglob("*.html"))

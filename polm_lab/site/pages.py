@@ -59,7 +59,7 @@ def project() -> Path:
 
 
 def title_of(path: Path) -> tuple[str, str]:
-    "Title and summary of a notebook, from its first cell."
+    "Return title and summary of a notebook, from its first cell."
     first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
     title = re.match(r"# (.+)", first)
     if not title:
@@ -127,7 +127,7 @@ def _knob_facts(knob) -> dict[str, str]:
 
 
 def _columns(rows: list[dict], *names: str) -> list[dict]:
-    "Rows with these columns only."
+    "Return rows with these columns only."
     found = []
     for row in rows:
         found.append({name: row[name] for name in names})
@@ -224,7 +224,7 @@ def configuration(root: Path, records: dict) -> dict:
 
 # %% ../../nbs/site/pages.ipynb #3d787e27
 def as_yaml(configured: dict) -> str:
-    "The configuration as the text of `_quarto.yml`."
+    "Return the configuration as the text of `_quarto.yml`."
     import yaml
 
     head = (

@@ -50,11 +50,11 @@ class RunBar(widgets.VBox):
         self.bar = widgets.FloatProgress(min=0, max=1, layout=widgets.Layout(width="220px"))
         self.text, self.message, self.summary = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.stop_button = button("Stop", self.stop, "Save the state and stop")
-        self.resume_button = button("Resume", self.resume, "Go on from the last checkpoint")
+        self.resume_button = button("Resume", self.resume, "Continue from the last checkpoint")
         self.clone_button = button(
             "Clone with changes",
             lambda: self.run and self.clone(self.run),
-            "Take its settings to Configure",
+            "Copy its settings to Configure",
         )
         super().__init__(
             [
@@ -122,7 +122,7 @@ class RunBar(widgets.VBox):
         if status == "running":
             words.append(
                 part_of(self.run)
-                or ("" if step else "loads the model and measures it before the first step")
+                or ("" if step else "loads the model and evaluates it before the first step")
             )
         elif record.get("seconds"):
             words.append(f"took {duration(record['seconds'])}")
@@ -136,7 +136,7 @@ class RunBar(widgets.VBox):
     def stop(self):
         with reported(self.message):
             self.run.request_stop()
-            self.message.value = "asked to stop: it saves its state after this step"
+            self.message.value = "stopping: the run saves its state after this step"
 
     def resume(self):
         with reported(self.message):
@@ -145,7 +145,7 @@ class RunBar(widgets.VBox):
 
 # %% ../../nbs/workbench/app.ipynb #df6077db
 def summary_html(summary: dict) -> str:
-    "The evaluations before and after: name, before → after."
+    "Return the evaluations before and after: name, before → after."
     names = list(dict.fromkeys(n for part in summary.values() for n in without_counts(part)))
     number = lambda when, n: (
         "–"
@@ -170,7 +170,10 @@ TABS = ("Configure", "Watch", "Understand", "Compare", "Sweep")
 
 # %% ../../nbs/workbench/app.ipynb #0b6d83e2
 def make_view(name: str, run: Run | None, out=None, dark: bool = False) -> widgets.Widget:
-    "The view of a tab. Raises `WrongInput`, and `OSError` where a record cannot be read."
+    """Return the view of a tab.
+
+    Raises: `WrongInput`, and `OSError` where a record cannot be read.
+    """
     if name in ("Watch", "Understand") and run is None:
         return widgets.HTML("No run is chosen.")
     if name == "Watch":
@@ -255,7 +258,7 @@ class Desk(widgets.VBox):
             view.fixed.value = "\n".join(f"{name} {value}" for name, value in values.items())
 
     def _make(self, name: str) -> widgets.Widget:
-        "The view of a tab, or a line that says why there is none."
+        "Return the view of a tab, or a line that says why there is none."
         try:
             view = make_view(name, self.bar.run, self.out, self.page.dark)
         except (WrongInput, OSError) as error:

@@ -65,8 +65,8 @@ _STYLE = """
   padding-top:4px}
 """
 
-# %% ../../nbs/workbench/browser.ipynb #bdab681a
-_TABLE = """
+# %% ../../nbs/workbench/browser.ipynb #63a57396
+_CELLS = """
 const make = (tag, attributes = {}, ...children) => {
   const e = document.createElement(tag);
   for (const [k, v] of Object.entries(attributes))
@@ -95,6 +95,12 @@ function test(term, row, columns) {
     default: return value !== null && value >= number;
   }
 }
+"""
+
+# %% ../../nbs/workbench/browser.ipynb #bdab681a
+_TABLE = (
+    _CELLS
+    + """
 function render({ model, el }) {
   let sort = null, up = true, most = 100, order = [];
   const filter = make("input", {
@@ -188,6 +194,7 @@ function render({ model, el }) {
 }
 export default { render };
 """
+)
 
 # %% ../../nbs/workbench/browser.ipynb #d0ef3b52
 class Table(anywidget.AnyWidget):

@@ -111,7 +111,7 @@ class CockpitView(widgets.VBox):
             self.selected = change["new"][0]
 
     def _sections(self) -> list[widgets.Widget]:
-        "The parts below the table, each under its title."
+        "Return the parts below the table, each under its title."
         bar = widgets.HBox([self.coloring, self.ask_button, self.message])
         parts = {
             "Why this reward?": [self.why],
@@ -131,11 +131,11 @@ class CockpitView(widgets.VBox):
             pane.value = ""
 
     def say(self, words: str, role: str = "status"):
-        "Say in a line how it goes; `role` is `alert` for what is wrong."
+        "Report progress in a line; `role` is `alert` for errors."
         self.message.value = f"<span role='{role}'>{escape_text(words)}</span>"
 
     def guard(self, make, otherwise):
-        "What `make` gives; of a row that no method writes, a line that says so."
+        "Return what `make` gives, or a line that reports a row that no method writes."
         try:
             return make()
         except Exception as error:
@@ -143,7 +143,7 @@ class CockpitView(widgets.VBox):
             return otherwise
 
     def show_row(self, row: dict, rows: list[dict], settings: dict, method: str):
-        "Why this reward, the group of the row, the steps before and after, and its prompt to try."
+        "Fill the panes: why this reward, the row's group, its prompt at other steps, and to try."
         if self.table.selected != [self.selected]:
             self.table.selected = [self.selected]
         key = "group" if "group" in row else "prompt"
@@ -158,7 +158,7 @@ class CockpitView(widgets.VBox):
 
 # %% ../../nbs/workbench/cockpit.ipynb #7be3098a
 def state_html(evidence: Evidence, rows: list[dict]) -> str:
-    "A run, its status and how many samples are shown; what is wrong with its record."
+    "Return a run, its status, the number of its samples, and what is wrong with its record."
     steps = len({row.get("step") for row in rows if is_number(row.get("step"))})
     going = evidence.status in ("created", "running")
     none = "no samples are recorded yet" if going else "this run recorded no samples"
@@ -171,7 +171,7 @@ def state_html(evidence: Evidence, rows: list[dict]) -> str:
 
 
 def last_turn(prompt) -> tuple[str, bool]:
-    "The text of a prompt, or of its last turn if it is a conversation; whether it is one."
+    "Return the text of a prompt (of a conversation its last turn), and whether it is one."
     turns = isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict)
     text = str(prompt[-1].get("content") if turns else as_text(prompt))
     # half a surrogate pair cannot be sent to the browser

@@ -63,7 +63,7 @@ def run_rows(out=None) -> list[dict]:
 
 
 def _short(spec) -> str:
-    "A model or data spec as people call it: a folder by its name, a run's model by the run."
+    "Return the short name of a model or data spec: a folder's name, or the run of a run's model."
     path = Path(str(spec or ""))
     return (
         path.parent.name
@@ -89,7 +89,7 @@ def settings_difference(*which) -> list[dict]:
 
 # %% ../../nbs/workbench/compare.ipynb #1dacc832
 def leaderboard(out=None, metric_name: str = "accuracy") -> list[dict]:
-    """The runs below `out` whose last evaluation has a metric, best first.
+    """Return the runs below `out` whose last evaluation has a metric, best first.
 
     Runs are comparable where `data` is the same. Raises `WrongInput` for a metric that no run has.
     """
@@ -332,7 +332,7 @@ def report(*which, path="report.ipynb") -> Path:
     ]
     if len(runs) > 1:
         cells += [
-            ("markdown", "## What was set differently"),
+            ("markdown", "## Different settings"),
             ("code", "pd.DataFrame(settings_difference(*runs))"),
         ]
     for heading, view, call in (
@@ -343,15 +343,12 @@ def report(*which, path="report.ipynb") -> Path:
             lambda *runs: advantage_histogram(runs[0]),
             "show(advantage_histogram(runs[0]))",
         ),
-        ("What they say", same_prompt, "pd.DataFrame(same_prompt(*runs))"),
+        ("Answers to the same prompts", same_prompt, "pd.DataFrame(same_prompt(*runs))"),
     ):
         with suppress(WrongInput):  # what the runs do not have is left out
             view(*runs)
             cells += [("markdown", f"## {heading}"), ("code", call)]
-    cells += [
-        ("markdown", "## Where they come from"),
-        ("code", "show(lineage(Path(runs[0]).parent))"),
-    ]
+    cells += [("markdown", "## Lineage"), ("code", "show(lineage(Path(runs[0]).parent))")]
     return _write_notebook(cells, Path(path))
 
 # %% ../../nbs/workbench/compare.ipynb #609308ea
@@ -486,7 +483,7 @@ class Compare(widgets.VBox):
         return figure
 
     def _click(self, trace, points, _):
-        "A click on a run of the graph chooses it, or not any more."
+        "Choose a clicked run of the graph, or choose it no longer."
         clicked = {trace.customdata[i] for i in points.point_inds} & {
             row["run"] for row in self.table.rows
         }
@@ -513,7 +510,7 @@ def _line(words) -> widgets.HTML:
 
 
 def _rows(rows: list[dict], label: str, empty: str, numbers=()):
-    "Rows as a table, whose columns are the keys of the first row."
+    "Return rows as a table, whose columns are the keys of the first row."
     if not rows:
         return _line(empty)
     return Table(
@@ -524,16 +521,13 @@ def _rows(rows: list[dict], label: str, empty: str, numbers=()):
 
 
 def _columns() -> list:
-    "The columns of the table of runs."
+    "Return the columns of the table of runs."
     number = [dict(name=name, kind="number") for name in ("step", *_HEADLINES)]
     return ["run", "method", "status", number[0], "model", "data", *number[1:], "parents"]
 
 
 def leaderboard_view(out, metric_name: str, choose) -> widgets.VBox:
-    """The leaderboard by a metric, and a list of the metrics, which calls `choose(name)`.
-
-    Raises `WrongInput` if no run was evaluated yet.
-    """
+    "Return the leaderboard by a metric, and a list of metrics that calls `choose(name)`."
     known = set()
     for run in all_runs(out):
         known |= set(without_counts(run.summary.get("after", {})))

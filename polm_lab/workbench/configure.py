@@ -59,7 +59,7 @@ def button(text: str, does, hover: str = "", style: str = "") -> widgets.Button:
 
 # %% ../../nbs/workbench/configure.ipynb #b1d9f4a6
 def matching(words: str) -> list[tuple[str, str]]:
-    "The methods whose name or facts have all `words`, as (what the list shows, name)."
+    "Return the methods whose name or facts contain all `words`, as (list entry, name)."
     asked, found = words.lower().split(), []
     for m in methods().values():
         facts = f"{m.name} {m.family} {m.title} {m.summary} {m.paper} {' '.join(m.needs)}".lower()
@@ -69,7 +69,7 @@ def matching(words: str) -> list[tuple[str, str]]:
 
 
 def card_html(method: Method) -> str:
-    "A method in two lines: what it does, learns from, needs and changes, and its paper."
+    "Return a method in two lines: what it does, learns from, needs and changes, and its paper."
     facts = [
         f"learns from <b>{html.escape(method.data or 'no data')}</b>",
         f"needs {html.escape(', '.join(method.needs)) or 'nothing else'}",
@@ -102,7 +102,7 @@ def preview_sections(form: Form):
 
 
 def trial_widgets(found: dict) -> list[widgets.Widget]:
-    "What a trial of three steps shows: time and memory, and the samples with their rewards."
+    "Return the results of a trial of three steps: time, memory, samples and their rewards."
     memory = f"{found['memory_mib']:,.0f} MiB" if found["memory_mib"] else "not recorded"
     facts = {
         "all steps": duration(found["seconds"]),
@@ -121,7 +121,7 @@ def trial_widgets(found: dict) -> list[widgets.Widget]:
         columns = []
         for name in dict.fromkeys(name for row in rows for name in row):
             columns.append(dict(name=name, kind="number" if name.startswith("reward") else "text"))
-        parts.append(Table(columns, rows, label="what the rewards say", height=240))
+        parts.append(Table(columns, rows, label="samples and their rewards", height=240))
     return parts
 
 # %% ../../nbs/workbench/configure.ipynb #2f70c8be
@@ -170,7 +170,7 @@ class ConfigureView(widgets.VBox):
         )
 
     def _start_bar(self) -> widgets.HBox:
-        "The buttons that start something, and the choice that goes with them."
+        "Return the buttons that start something, and the choice that goes with them."
         hint = "Start this run in a process of its own"
         self.run_button = button("Run", self.start, hint, "primary")
         self.notebook = widgets.Checkbox(
@@ -183,8 +183,8 @@ class ConfigureView(widgets.VBox):
             ),
         )
         look, try_it = (
-            "Rows, lengths in tokens, what is wrong",
-            "Measure time and memory, and see what the rewards say",
+            "Rows, lengths in tokens, errors",
+            "Measure time and memory, and see the first rewards",
         )
         parts = [
             self.run_button,
@@ -235,7 +235,7 @@ class ConfigureForm(ConfigureView):
         self._tell()
 
     def reload(self):
-        "See what presets and runs there are now."
+        "List the presets and runs that exist now."
         if self.method.value is None:
             return
         old = [
@@ -324,7 +324,7 @@ class Configure(ConfigureForm):
 
     def try_it(self):
         async def work():
-            self.looked.children = [widgets.HTML("three steps are run elsewhere …")]
+            self.looked.children = [widgets.HTML("running three steps in another process …")]
             box, parts = widgets.HTML(), []
             with reported(box):
                 self.form.settings()
@@ -343,7 +343,7 @@ def _said(prompt) -> str:
 
 
 def _facts(title: str, facts: dict) -> widgets.HTML:
-    "A title and facts on one line."
+    "Return a title and facts on one line."
     words = " · ".join(
         f"{html.escape(k.replace('_', ' '))} <b>{html.escape(visible(v, 200))}</b>"
         for k, v in facts.items()
@@ -353,7 +353,7 @@ def _facts(title: str, facts: dict) -> widgets.HTML:
 
 
 def lengths_figure(lengths: list[int], max_length: int) -> widgets.Widget:
-    "Lengths in tokens as a histogram, with the knob `max_length`."
+    "Draw lengths in tokens as a histogram, with the knob `max_length`."
     import plotly.graph_objects as go
 
     figure = go.Figure(

@@ -31,7 +31,7 @@ _SPAN = 3.0  # decades that a logarithmic slider reaches on both sides of the de
 
 
 def _slider(knob: Knob):
-    "(slider, value to position, position to value) for a number with a range, else None."
+    "Return (slider, value to position, position to value), or None for a knob without a range."
     low, high, default = knob.low, knob.high, knob.default
     if default == OFF:  # of a part: the slider begins where the string would name it
         default = knob.part.default
@@ -282,7 +282,7 @@ class Form(widgets.VBox):
         self._name_folds()
 
     def _shown(self, names) -> list:
-        "The fields of `names`, each with its parts below it."
+        "Return the fields of `names`, each with its parts below it."
         shown = []
         for name in names:
             shown += [self.fields[name]] if name in self.fields else []
@@ -290,14 +290,14 @@ class Form(widgets.VBox):
         return shown
 
     def _all(self) -> list[Field]:
-        "The fields of all knobs and of their parts."
+        "Return the fields of all knobs and of their parts."
         found = list(self.fields.values())
         for parts in self.parts.values():
             found += parts.fields.values()
         return found
 
     def _name_folds(self):
-        "Titles of the folded groups say how many of their knobs are changed."
+        "Put the number of changed knobs into the titles of the folded groups."
         changed = [
             name for name, f in self.fields.items() if f.value != f.knob.default or f.problem
         ]
@@ -345,7 +345,7 @@ class Form(widgets.VBox):
 
 # %% ../../nbs/workbench/controls.ipynb #8ac38489
 def known_models(out=None) -> list[str]:
-    "Built-in models, and the runs that hold a model, newest first."
+    "List built-in models, and the runs that hold a model, newest first."
     from polm_lab.models.sources import built_in_models
 
     return [
@@ -355,7 +355,7 @@ def known_models(out=None) -> list[str]:
 
 
 def known_data(kind: str) -> list[str]:
-    "Built-in data that gives rows of `kind`."
+    "List built-in data with rows of `kind`."
     from polm_lab.data.tasks import TASKS
 
     return [name for name, task in TASKS.items() if not kind or kind in task.kinds]
@@ -443,7 +443,7 @@ def _plain_row(row: dict) -> dict[str, str]:
 
 
 def _plain(value) -> str:
-    "A field of a row as one text: a conversation as its turns."
+    "Return a field of a row as one text: a conversation as its turns."
     if (
         isinstance(value, list)
         and value
@@ -551,6 +551,6 @@ async def trial(method: str, values: dict, every: float = 0.2) -> dict:
 
 
 def last_words(run: Run, characters: int = 2000) -> str:
-    "The end of a run's log, or nothing."
+    "Return the end of a run's log, or nothing."
     path = run.path / "log.txt"
     return path.read_bytes()[-characters:].decode(errors="replace").strip() if path.exists() else ""

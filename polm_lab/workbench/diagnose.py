@@ -53,7 +53,7 @@ INKS = {
 
 
 def findings_html(findings: list[Finding], steps: int, dark: bool = False) -> str:
-    "Findings as a list in HTML."
+    "Return findings as a list in HTML."
     if not findings:
         if not steps:
             return "<p>Nothing to check yet: no step is recorded.</p>"

@@ -137,7 +137,7 @@ class Evidence:
         return any(grown) or before != self._facts()
 
     def _facts(self) -> tuple:
-        "What is known of the run, without what changes as long as it lives."
+        "Return what is known of the run, without what changes as long as it lives."
         return (
             {k: v for k, v in self.facts.items() if k not in ("heartbeat", "seconds")},
             self.status,
@@ -163,12 +163,12 @@ class Evidence:
         return 1 / math.sqrt(self.rows)
 
     def evaluated(self, when: str, name: str) -> float | None:
-        "A metric of the evaluation `before` or `after` the run."
+        "Return a metric of the evaluation `before` or `after` the run."
         value = ((self.facts.get("summary") or {}).get(when) or {}).get(name)
         return float(value) if is_number(value) else None
 
     def series(self, name: str) -> Series:
-        "A metric over the steps, empty if there are fewer than `LEAST` points."
+        "Return a metric over the steps, empty if there are fewer than `LEAST` points."
         steps, values = self.metrics[name]
         return Series(steps, values) if len(steps) >= LEAST else Series(*np.zeros((2, 0)))
 

@@ -218,7 +218,10 @@ class _Painter:
             atexit.register(self.close)
 
     def draw(self, figure: dict, options: dict) -> bytes:
-        "The PNG. Raises: `WrongInput` with the first trouble of this process."
+        """Return the PNG.
+
+        Raises: `WrongInput` with the first failure of this process.
+        """
         if not self.trouble:
             asked = asyncio.run_coroutine_threadsafe(self._draw(figure, options), self.loop)
             try:
@@ -244,7 +247,7 @@ class _Painter:
         return picture
 
     async def _opened(self, tries: int = 3):
-        "A browser; on a busy machine one now and then ends as it starts."
+        "Open a browser, again if it ends as it starts, as happens on a busy machine."
         from kaleido import Kaleido
 
         for attempt in range(1, tries + 1):
@@ -302,7 +305,7 @@ def browser_path() -> str | None:
 
 
 def _no_painter() -> str:
-    "Why no picture can be drawn here, as one line; empty where it can."
+    "Return why no picture can be drawn here, as one line; empty where it can."
     if find_spec("kaleido") is None:
         return "kaleido is not installed; pip install kaleido, then run the cell again"
     if browser_path() is None:
@@ -397,7 +400,7 @@ _library = None
 
 
 def library() -> Library:
-    "The one library of this kernel; whoever will show live figures can have it sent before."
+    "Return the one library of this kernel; call it early to have it sent in time."
     global _library
     if _library is None or _library.comm is None:  # closed with all widgets
         import plotly

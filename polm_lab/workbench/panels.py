@@ -43,7 +43,7 @@ _PART = r"\s*(?:\{([^{}]*)\}|(\w))"  # a LaTeX argument: a group in braces, or o
 
 
 def plain(latex: str) -> str:
-    "A formula of the vocabulary as the HTML that a hover text can show."
+    "Return a formula of the vocabulary as the HTML that a hover text can show."
     text = re.sub(
         r"\\(?:operatorname|mathbb|mathcal) *\{?([A-Za-z]+)\}?",
         r"\1",
@@ -77,7 +77,7 @@ def explain(name: str) -> str:
 
 
 def as_text(value) -> str:
-    "A prompt or completion, plain or conversational, as text."
+    "Return a prompt or completion, plain or conversational, as text."
     if isinstance(value, list):
         return "\n".join(
             f"{m.get('role')}: {m.get('content')}" if isinstance(m, dict) else str(m) for m in value
@@ -139,7 +139,7 @@ def shown_metrics(names) -> list[str]:
 
 
 def grouped(names) -> dict[str, list[str]]:
-    "The names to draw by group, groups without any left out."
+    "Return the names to draw by group, groups without any left out."
     home = {head: group for group, heads in GROUPS.items() for head in heads}
     found = {group: [] for group in (*GROUPS, "Other")}
     for name in shown_metrics(names):
@@ -160,7 +160,7 @@ def style(figure, dark: bool = False):
 
 
 def framed(figure, height: int, **layout):
-    "A figure in the light look with narrow margins, whose zoom is kept when its data change."
+    "Return a figure in the light look with narrow margins; its zoom outlives new data."
     margin = dict(l=45, r=15, t=40, b=40)
     return style(figure).update_layout(
         height=height, margin=margin, font_size=11, uirevision="kept", **layout
@@ -226,7 +226,7 @@ def _all_traces(names, records, **look):
 
 # %% ../../nbs/workbench/panels.ipynb #54789bdd
 def draw(names: list[str], records: list[Record], columns: int = 3, smoothing: float = 0.0):
-    "One figure with a panel a metric; each panel has the traces of `traces` for each run."
+    "Draw one panel a metric; each panel has the traces of `traces` for each run."
     from plotly.subplots import make_subplots
 
     columns = min(columns, len(names))
@@ -299,13 +299,14 @@ def frontier(*which, smoothing: float = 0.9):
     if not figure.data:
         ids = ", ".join(record.run.id for record in records) or "frontier"
         raise WrongInput(
-            f"{ids}: no run records both kl and a reward; expected a run that logs or evaluates both"
+            f"{ids}: no run records both kl and a reward; "
+            "expected a run that logs or evaluates both"
         )
     return framed(figure, 380, xaxis_title=_title("kl"), yaxis_title="reward")
 
 
 def _together(record: Record, *names: str) -> list[np.ndarray]:
-    "Steps at which all of `names` were logged, and the values of each there, thinned."
+    "Return the steps at which all of `names` were logged, and their values, thinned."
     steps = record[names[0]][0]
     for name in names[1:]:
         steps = np.intersect1d(steps, record[name][0])
@@ -357,7 +358,7 @@ h2{margin-top:2.2rem}"""
 
 
 def summary_table(run: Run) -> str:
-    "The evaluations before and after a run as an HTML table."
+    "Return the evaluations before and after a run as an HTML table."
     parts = run.summary
     names = dict.fromkeys(name for part in parts.values() for name in without_counts(part))
     rows = parts.get("after", parts.get("before", {})).get("rows")
@@ -377,7 +378,7 @@ def summary_table(run: Run) -> str:
 
 
 def sample_texts(run: Run, rows: int = 6) -> str:
-    "The newest sampled completions of a run as escaped text."
+    "Return the newest sampled completions of a run as escaped text."
     newest = run.lines("samples")[-rows:]
     heads = [f"step {row.get('step')}, reward {row.get('reward')}" for row in newest]
     texts = [

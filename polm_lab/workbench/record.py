@@ -23,7 +23,7 @@ _EMPTY = (np.empty(0), np.empty(0))
 
 
 def _blocks(text: bytes):
-    "Pieces of `text` that end with a line; `text` ends with one."
+    "Yield pieces of `text` that end with a line; `text` ends with one."
     start = 0
     while start < len(text):
         end = text.rfind(b"\n", start, start + _BLOCK) + 1 or text.find(b"\n", start) + 1

@@ -87,7 +87,7 @@ def damaged_lines(record: Evidence) -> Finding | None:
 
 
 def _torn(path: Path) -> bool:
-    "Whether a file ends in the middle of a line."
+    "Return whether a file ends in the middle of a line."
     with suppress(OSError), open(path, "rb") as file:
         file.seek(-1, os.SEEK_END)
         return file.read() != b"\n"
@@ -95,7 +95,7 @@ def _torn(path: Path) -> bool:
 
 
 def _some(numbers: list[int], what: str, most: int = 5) -> str:
-    "`lines 3, 7 and 2 more`."
+    "Return text such as `lines 3, 7 and 2 more`."
     more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
     return (
         f"{what}{'s' if len(numbers) > 1 else ''} {', '.join(str(n) for n in numbers[:most])}{more}"
@@ -111,14 +111,10 @@ def no_contrast(record: Evidence) -> Finding | None:
     groups = []
     for rows in groups_of(record.samples.rows).values():
         groups.append([row["reward"] for row in rows])
-    rewards, equal = (
-        [r for group in groups for r in group],
-        [group[0] for group in groups if max(group) - min(group) < 1e-8],
-    )
-    evidence, solved = (
-        f"zero_std_groups is {share.end:.2f} at the end ({share.start:.2f} at the start)",
-        False,
-    )
+    rewards = [r for group in groups for r in group]
+    equal = [group[0] for group in groups if max(group) - min(group) < 1e-8]
+    evidence = f"zero_std_groups is {share.end:.2f} at the end ({share.start:.2f} at the start)"
+    solved = False
     if equal:
         newest, least, most = float(np.mean(equal[-10:])), min(rewards), max(rewards)
         evidence += (
@@ -195,11 +191,8 @@ def cut_short(record: Evidence) -> Finding | None:
     share = record.series("truncated")
     if not share or share.end <= metric("truncated").high:
         return None
-    limit, what = (
-        ("max_new_tokens", "completions")
-        if "max_new_tokens" in record.settings
-        else ("max_length", "rows")
-    )
+    sampled = "max_new_tokens" in record.settings
+    limit, what = ("max_new_tokens", "completions") if sampled else ("max_length", "rows")
     ended = [
         row
         for row in record.samples.rows
@@ -403,10 +396,8 @@ def length_slope(rows: list[dict]) -> float:
     """
     x, y = [], []
     for group in groups_of([row for row in rows if row.get("tokens")]).values():
-        lengths, rewards = (
-            np.array([len(row["tokens"]) for row in group], dtype=float),
-            np.array([row["reward"] for row in group]),
-        )
+        lengths = np.array([len(row["tokens"]) for row in group], dtype=float)
+        rewards = np.array([row["reward"] for row in group])
         x.append(lengths - lengths.mean())
         y.append(rewards - rewards.mean())
     x, y = (np.concatenate(z) if z else np.zeros(1) for z in (x, y))
@@ -416,11 +407,8 @@ def length_slope(rows: list[dict]) -> float:
 @rule
 def reward_without_accuracy(record: Evidence) -> Finding | None:
     "The reward rises but the held-out accuracy does not."
-    reward, before, after = (
-        record.series("reward"),
-        record.evaluated("before", "accuracy"),
-        record.evaluated("after", "accuracy"),
-    )
+    reward = record.series("reward")
+    before, after = (record.evaluated(when, "accuracy") for when in ("before", "after"))
     if not reward or reward.rise <= 0 or before is None or after is None or after > before + 0.01:
         return None
     return Finding(
@@ -478,7 +466,7 @@ def both_rewards_fall(record: Evidence) -> Finding | None:
 
 
 def _frames(record: Evidence, *names: str) -> list[tuple[str, float, float]]:
-    "Those of the metrics that were evaluated before and after the run, with both values."
+    "Return the metrics that were evaluated before and after the run, with both values."
     frames = [
         (name, record.evaluated("before", name), record.evaluated("after", name)) for name in names
     ]
@@ -559,7 +547,7 @@ def worse_on_held_out(record: Evidence) -> Finding | None:
 
 
 def _held_out(record: Evidence, name: str) -> float | None:
-    "The newest evaluation of a metric."
+    "Return the newest evaluation of a metric."
     steps, values = record.metrics[f"eval/{name}"]
     after = record.evaluated("after", name)
     return after if after is not None else float(values[-1]) if len(values) else None
@@ -638,7 +626,7 @@ def gradient_spikes(record: Evidence) -> Finding | None:
 
 
 def _around(values: np.ndarray, window: int = 21) -> np.ndarray:
-    "The median of `window` values around each point, [n]."
+    "Return the median of `window` values around each point, [n]."
     half = min(window, len(values)) // 2
     return np.median(
         np.lib.stride_tricks.sliding_window_view(

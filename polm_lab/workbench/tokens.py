@@ -21,7 +21,7 @@ from .panels import as_text
 
 # %% ../../nbs/workbench/tokens.ipynb #ef2f31b6
 def reward_parts(row: dict) -> dict[str, float | None]:
-    "The parts of a row's reward, by names that can be shown."
+    "Return the parts of a row's reward, by names that can be shown."
     parts = row.get("rewards")
     return (
         {visible(name, 60): value for name, value in parts.items()}
@@ -31,7 +31,7 @@ def reward_parts(row: dict) -> dict[str, float | None]:
 
 # %% ../../nbs/workbench/tokens.ipynb #d877a7f8
 def token_count(row: dict) -> list:
-    "The tokens of a row; none where its record has none."
+    "Return the tokens of a row; none where its record has none."
     return row["tokens"] if isinstance(row.get("tokens"), list) else []
 
 # %% ../../nbs/workbench/tokens.ipynb #22c56ce6
@@ -119,7 +119,10 @@ class Models:
         self.run, self._lock, self._loaded = open_run(run), threading.Lock(), None
 
     def load(self):
-        "(saved model, start model, tokenizer). Raises `WrongInput` where one of them is not there."
+        """Return the saved model, the start model and the tokenizer.
+
+        Raises: `WrongInput` where one of them does not exist.
+        """
         from polm_lab.models.load import load_model
         from polm_lab.models.tokenizers import load_tokenizer
 
@@ -186,7 +189,7 @@ def inspect_tokens(run, row: dict, top: int = 5, models: Models | None = None) -
     temperature = models.run.settings.get("temperature") or 1.0
 
     def read(model):
-        "Log-probs [tokens, vocab]."
+        "Return log-probs [tokens, vocab]."
         logits = model(input_ids=torch.tensor([prompt + ids], device=model.device)).logits[
             0, -len(ids) - 1 : -1
         ]
@@ -256,7 +259,7 @@ def escape_text(value, limit: int = 2000) -> str:
 
 
 def _number_words(fact: dict) -> str:
-    "The numbers of a token, a line each."
+    "Return the numbers of a token, a line each."
     lines = ["token " + repr(visible(fact["token"], 60))]
     names = dict(
         logp="log π when sampled",
@@ -327,7 +330,7 @@ def tokens_html(facts: list[dict], by: str, more: int = 0) -> str:
 
 # %% ../../nbs/workbench/tokens.ipynb #d0d8b563
 def group_html(group: list[dict], chosen: dict) -> str:
-    "The completions of one prompt side by side, with reward and advantage."
+    "Return the completions of one prompt side by side, with reward and advantage."
     cards, most = (
         [],
         max([abs(row["advantage"]) for row in group if is_number(row.get("advantage"))], default=0)

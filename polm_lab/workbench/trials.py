@@ -38,7 +38,7 @@ from polm_lab.runner.sweep import (
 
 # %% ../../nbs/workbench/trials.ipynb #8f4ef788
 def parallel(sweep, out=None, dark: bool = False):
-    "A parallel-coordinates figure of a sweep."
+    "Return a parallel-coordinates figure of a sweep."
     import plotly.graph_objects as go
 
     found = open_sweep(sweep, out)
@@ -96,7 +96,7 @@ def is_numeric(space: list | dict) -> bool:
 
 
 def _axis(space: list | dict):
-    "Range and ticks of an axis, and the function that puts a value on it."
+    "Return range and ticks of an axis, and the function that puts a value on it."
     if not is_numeric(space):
         return dict(
             range=[0, max(1, len(space) - 1)],
@@ -190,7 +190,7 @@ class SweepForm(widgets.VBox):
             self.add.value = ""
 
     def asked(self) -> tuple[dict, dict, dict]:
-        "What is varied, what is fixed, and the knobs of the plan; raises `WrongInput`."
+        "Return what is varied, what is fixed, and the knobs of the plan; raises `WrongInput`."
         for field in self.how.values():
             if field.problem:
                 raise WrongInput(field.problem)
@@ -206,7 +206,7 @@ class SweepForm(widgets.VBox):
         )
 
     def check(self) -> tuple | None:
-        "Say what the form asks for, or what is wrong with it."
+        "Show the number of trials that the form asks for, or what is wrong with it."
         self.hints.value = hints_html(self.varied.value, self.known)
         try:
             varied, fixed, how = self.asked()
@@ -299,7 +299,7 @@ class Sweeps(SweepForm):
         self.refresh()
 
     def begin(self):
-        "What the button does: plan, write, and start a process that works on the sweep."
+        "Plan and write the sweep, and start a process that works on it."
         planned = self.check()
         if planned:
             self._ask(lambda: self._show_new(create_sweep(planned, self.out)))
@@ -354,7 +354,7 @@ class Sweeps(SweepForm):
 
 # %% ../../nbs/workbench/trials.ipynb #0a4eb6f7
 def _pairs(text: str) -> dict[str, str]:
-    "`knob value` lines as a dictionary."
+    "Parse `knob value` lines into a dictionary."
     pairs = {}
     for line in filter(None, map(str.strip, text.split("\n"))):
         name, _, value = line.partition(" ")
@@ -365,7 +365,7 @@ def _pairs(text: str) -> dict[str, str]:
 
 
 def _lines(name: str, hint: str, example: str) -> widgets.Textarea:
-    "A field with a knob on each line; it is read when the cursor leaves it."
+    "Return a field with a knob on each line; it is read when the cursor leaves it."
     return widgets.Textarea(
         description=name,
         tooltip=hint,
@@ -377,7 +377,7 @@ def _lines(name: str, hint: str, example: str) -> widgets.Textarea:
 
 
 def _results_bar() -> tuple[widgets.Dropdown, widgets.Button, widgets.Button]:
-    "The list of sweeps, and the buttons that stop and resume the one that is shown."
+    "Return the list of sweeps, and the buttons that stop and resume the one that is shown."
     pick = widgets.Dropdown(
         options=[("none yet", "")],
         description="sweep",
@@ -387,7 +387,7 @@ def _results_bar() -> tuple[widgets.Dropdown, widgets.Button, widgets.Button]:
     )
     hint = "stop the sweep; its trials save their states"
     stop = widgets.Button(description="Stop", tooltip=hint, disabled=True)
-    hint = "go on with a stopped sweep, or try failed trials again"
+    hint = "continue a stopped sweep, or retry failed trials"
     return pick, stop, widgets.Button(description="Resume", tooltip=hint, disabled=True)
 
 
@@ -396,7 +396,7 @@ def problem_html(wrong: Exception) -> str:
 
 # %% ../../nbs/workbench/trials.ipynb #ab0bb97d
 def hints_html(varied: str, known: dict[str, Knob]) -> str:
-    "Meaning, range and default of the knobs that lines begin with."
+    "Return meaning, range and default of the knobs that lines begin with."
     hints = []
     for line in filter(str.strip, varied.split("\n")):
         k = known.get(line.split()[0])
@@ -408,21 +408,21 @@ def hints_html(varied: str, known: dict[str, Knob]) -> str:
 
 
 def sweep_options(out: Path, chosen: str) -> list[tuple[str, str]]:
-    "What the list of sweeps shows, newest first; a chosen one that is gone stays in it."
+    "Return the entries of the list of sweeps, newest first; a chosen one that is gone stays."
     ids = sorted((p.parent.name for p in (out / "sweeps").glob("*/run.json")), reverse=True)
     options = [(i, i) for i in ids] or [("none yet", "")]
     return [(f"{chosen} (gone)", chosen), *options] if chosen and chosen not in ids else options
 
 
 def is_resumable(found: Sweep, status: str) -> bool:
-    "Whether something is left to do and nobody does it."
+    "Return whether work is left to do and no process does it."
     if status == "finished":
         return not all(t["status"] in ("finished", "pruned") for t in found.trials)
     return status not in ("running", "created")
 
 
 def progress_html(found: Sweep, status: str) -> str:
-    "How a sweep is: a bar of the trials that are over, and words."
+    "Return the progress of a sweep: a bar of the finished trials, and words."
     reason = found.record["reason"]
     words = f"{status}: {found.tell()}" + (f" ({reason})" if reason else "")
     facts = f'max="{len(found.trials)}" value="{found.over}" aria-label="trials that are over"'
@@ -430,7 +430,7 @@ def progress_html(found: Sweep, status: str) -> str:
 
 
 def trials_table(found: Sweep, rows: list[dict]) -> Table:
-    "The trials of a sweep as a table that sorts numbers as numbers."
+    "Return the trials of a sweep as a table that sorts numbers as numbers."
     asked = found.settings
     numbers = {"trial", asked["metric"], "step", "seconds", "tries"}
     numbers |= {name for name, space in asked["space"].items() if is_numeric(space)}

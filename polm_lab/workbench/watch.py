@@ -24,7 +24,7 @@ from .record import Record
 
 # %% ../../nbs/workbench/watch.ipynb #41738f48
 def duration(seconds: float) -> str:
-    "`45 s`, `3 min 20 s`, `2 h 5 min`."
+    "Return text such as `45 s`, `3 min 20 s` or `2 h 5 min`."
     s = int(round(seconds))
     return (
         f"{s} s"
@@ -36,7 +36,7 @@ def duration(seconds: float) -> str:
 
 
 def part_of(run: Run) -> str:
-    "The part of a run that runs now, and how far it is; empty where none does."
+    "Return the part of a run that runs now, and how far it is; empty where none does."
     name, part = running_part(run) or ("", None)
     return (
         (
@@ -146,7 +146,7 @@ class Panels(widgets.VBox):
                     axis.type = "log" if log else "linear"
 
     def tell(self):
-        "The newest values in words, for the ear and at a glance."
+        "Return the newest values in words, for screen readers and at a glance."
         for group, (names, _, line) in self.figures.items():
             words = []
             for name in names:
@@ -212,7 +212,7 @@ class Watch(widgets.VBox):
         return self.alone(self._refresh)
 
     def alone(self, work):
-        "What `work()` gives, while no other thread reads or draws."
+        "Return what `work()` gives, while no other thread reads or draws."
         with self._one:
             return work()
 
@@ -270,7 +270,7 @@ class Watch(widgets.VBox):
 
 # %% ../../nbs/workbench/watch.ipynb #69792d7a
 def watch(*runs, every: float = 1.0) -> Watch:
-    "Panels of runs that follow those which go on: what a cell ends with."
+    "Return panels of runs that follow the live ones, to end a cell with."
     view = Watch(list(runs))
     try:
         return view.live(every)

@@ -18,7 +18,7 @@ from .tokens import reward_parts
 
 # %% ../../nbs/workbench/why.ipynb #eee47256
 def weights(settings: dict) -> dict[str, float]:
-    "The weight of each part of the reward, by its name in the record."
+    "Return the weight of each part of the reward, by its name in the record."
     try:
         return {short_name(name): weight for name, weight in parse_rewards(settings["rewards"])}
     except (KeyError, WrongInput, AttributeError):
@@ -26,21 +26,21 @@ def weights(settings: dict) -> dict[str, float]:
 
 
 def _short(text, most: int = 120) -> str:
-    "Text in quotation marks, on one line, its middle left out where it is long."
+    "Return text in quotation marks, on one line, its middle left out where it is long."
     line = " ".join(as_text(text).split())
     cut = line if len(line) <= most else line[: most // 2] + " … " + line[-most // 2 :]
     return f"“{cut}”"
 
 
 def _expected(row: dict) -> str:
-    "The right answer, and the part of the completion that is compared with it."
+    "Return the right answer, and the part of the completion that is compared with it."
     from polm_lab.training.evaluate import last_number
 
-    right = f"Right is {_short(row['answer'])}"
+    right = f"The correct answer is {_short(row['answer'])}"
     if last_number(str(row["answer"])) is None:
         return f"{right}."
     found = last_number(as_text(row.get("completion"))) or "none"
-    return f"{right}; what counts is the last number of an answer, here {found}."
+    return f"{right}; the last number of the completion counts, here {found}."
 
 
 def reward_sentences(row: dict, settings: dict) -> list[str]:
@@ -65,7 +65,7 @@ def reward_sentences(row: dict, settings: dict) -> list[str]:
 
 # %% ../../nbs/workbench/why.ipynb #dcbedf83
 def by_group(row: dict, group: list[dict], settings: dict) -> list[str]:
-    "GRPO: the reward against the mean of its group."
+    "Explain GRPO: the reward against the mean of its group."
     words, advantage = reward_sentences(row, settings), row.get("advantage")
     if not is_number(advantage):
         return words
@@ -100,24 +100,24 @@ def by_group(row: dict, group: list[dict], settings: dict) -> list[str]:
         reason = (
             "the KL was taken off the rewards first"
             if taken_off
-            else "the group is not whole here, or was scaled otherwise"
+            else "the record lacks part of the group, or another scale was used"
         )
         words.append(f"The record says {advantage:.4g}: {reason}.")
     return words
 
 # %% ../../nbs/workbench/why.ipynb #b70d8b52
 def by_mean(row: dict, group: list[dict], settings: dict) -> list[str]:
-    "REINFORCE with the mean of the group as its baseline: nothing is divided by the spread."
+    "Explain REINFORCE with the group's mean as baseline: nothing is divided by the spread."
     return by_group(row, group, settings | {"scale": "none"})
 
 
 def by_score(row: dict, group: list[dict], settings: dict) -> list[str]:
-    "Methods that ask a model and learn nothing from these answers: the parts of the score."
+    "Explain methods that only score answers: the parts of the score."
     return [*reward_sentences(row, settings), "It is a score only: nothing is learned from it."]
 
 # %% ../../nbs/workbench/why.ipynb #8f534a8f
 def by_tokens(row: dict, group: list[dict], settings: dict) -> list[str]:
-    "PPO, REINFORCE++: a token, not an answer, is what is compared."
+    "Explain PPO and REINFORCE++, which compare tokens, not answers."
     words, advantage = reward_sentences(row, settings), row.get("advantage")
     each = [a for a in row.get("advantages") or [] if is_number(a)]
     if not each or not is_number(advantage):
@@ -126,13 +126,13 @@ def by_tokens(row: dict, group: list[dict], settings: dict) -> list[str]:
         *words,
         f"Each of its tokens has an advantage of its own, from {min(each):.4g} to {max(each):.4g}, "
         f"{advantage:.4g} on average: colour the tokens by advantage to see them.",
-        "Where it is above 0 the answer went on better than expected at that token, "
+        "Where it is above 0, the answer turned out better than expected from that token on, "
         "and the token is made more likely; below 0, less.",
     ]
 
 
 def by_baseline(row: dict, group: list[dict], settings: dict) -> list[str]:
-    "RLOO, ReMax: the reward against the others, or against the greedy answer."
+    "Explain RLOO and ReMax: the reward against the others, or against the greedy answer."
     if row.get("advantages"):
         return by_tokens(row, group, settings)
     words, advantage = reward_sentences(row, settings), row.get("advantage")
@@ -164,7 +164,7 @@ def by_baseline(row: dict, group: list[dict], settings: dict) -> list[str]:
 
 # %% ../../nbs/workbench/why.ipynb #3762b802
 def _pair_sentences(row: dict, group: list[dict]) -> list[str]:
-    "The margin of a pair, and what judges gave to the row."
+    "Explain the margin of a pair, and what judges gave to the row."
     words, sides = [], {r.get("side"): r["reward"] for r in group if is_number(r.get("reward"))}
     if row.get("side") != "sampled" and {"chosen", "rejected"} <= set(sides):
         margin = sides["chosen"] - sides["rejected"]
@@ -179,7 +179,7 @@ def _pair_sentences(row: dict, group: list[dict]) -> list[str]:
 
 
 def by_implicit_reward(row: dict, group: list[dict], settings: dict) -> list[str]:
-    "DPO: β times the log-ratio of policy and reference."
+    "Explain DPO: β times the log-ratio of policy and reference."
     beta, words = settings.get("beta"), []
     if is_number(beta) and row.get("logp") and row.get("ref_logp"):
         logp, ref = sum(row["logp"]), sum(row["ref_logp"])
@@ -195,7 +195,7 @@ def by_implicit_reward(row: dict, group: list[dict], settings: dict) -> list[str
 
 
 def by_reward_model(row: dict, group: list[dict], settings: dict) -> list[str]:
-    "A reward model: its number."
+    "Explain a reward model by its number."
     words = f"The reward model gives this answer {row['reward']:.4g}"
     first = f"{words}; only differences between answers to one prompt mean anything."
     return [first, *_pair_sentences(row, group)]
@@ -216,7 +216,7 @@ BASELINES = ("rloo", "remax", "reinforce++")  # the `algorithm` of methods like 
 
 
 def usual_explanation(row: dict, settings: dict) -> str:
-    "The word that fits a row whose method declares none or is not here, by what the row holds."
+    "Return the explanation that fits a row whose method declares none, or is not here."
     if row.get("side") in ("chosen", "rejected", "sampled"):
         return "implicit" if "beta" in settings else "model"
     if row.get("advantages"):
