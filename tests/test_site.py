@@ -239,7 +239,7 @@ def test_a_method_page_has_its_row_its_knobs_and_its_reference():
     )
     assert "## In the survey {#survey}" in text
     assert "| DPO |" in text
-    assert "Beside it" in text
+    assert "Related:" in text
     assert "| `beta` | 0.1 |" in text
     assert "{#reference-dpo_loss}" in text
     assert "[-@rafailov2023]" in text

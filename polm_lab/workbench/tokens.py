@@ -173,8 +173,8 @@ def token_ids(tokenizer, row: dict) -> list[int]:
 def inspect_tokens(run, row: dict, top: int = 5, models: Models | None = None) -> list[dict]:
     """Return what the saved model and the start model of a run give each token of a sampled row.
 
-    All in nats: `now` and `start` (log-probs of the token), `entropy`, `kl`.
-    `alternatives` are the `top` most probable tokens: text, probability now, and at the start.
+    `now` and `start` are log-probs of the token; they, `entropy` and `kl` are in nats.
+    The `top` most probable tokens are `alternatives`: text, probability now, and at the start.
 
     Raises: `WrongInput`.
     """
