@@ -1,7 +1,9 @@
-"""A real JupyterLab or Voilà and a headless Chromium, for the tests and the benchmark of the workbench.
+"""A real JupyterLab or Voilà and a headless Chromium, for workbench tests and benchmark.
 
-The browser is $POLM_CHROMIUM, a chromium or chrome on the PATH, or Playwright's own (`playwright install chromium`); POLM_CHROMIUM=none takes none. It is told
-to find no host but this one, and each request to another is noted. POLM_SCREENSHOTS=FOLDER keeps pictures.
+The browser is $POLM_CHROMIUM, a chromium or chrome on the PATH, or Playwright's own
+(`playwright install chromium`); POLM_CHROMIUM=none takes none.
+It finds no host but this one, and each request to another is noted.
+POLM_SCREENSHOTS=FOLDER keeps pictures.
 """
 
 import contextlib
@@ -51,7 +53,10 @@ def notebook(*cells) -> str:
 
 
 def patience(seconds: float) -> float:
-    "How long to wait for what takes well under `seconds` on a machine that is free: longer where others want its processors too."
+    """Return how long to wait for what takes well under `seconds` on a machine that is free.
+
+    It is longer where others want the machine's processors too.
+    """
     return seconds * max(1.0, os.getloadavg()[0] / os.cpu_count() / 2)
 
 
@@ -69,7 +74,10 @@ def open_browser(playwright):
 
 
 def browser_or_skip(playwright):
-    "Chromium; where there is none the test is skipped and says so, or fails with POLM_BROWSER=required (as in CI)."
+    """Return Chromium; where there is none the test is skipped and says so.
+
+    With POLM_BROWSER=required (as in CI) it fails instead.
+    """
     from playwright.sync_api import Error
 
     try:
@@ -77,13 +85,16 @@ def browser_or_skip(playwright):
             raise Error("POLM_CHROMIUM=none")
         return open_browser(playwright)
     except Error as error:
-        words = f"no browser: install chromium, or `playwright install chromium` ({str(error).splitlines()[0]})"
+        words = (
+            "no browser: install chromium, or `playwright install chromium` "
+            f"({str(error).splitlines()[0]})"
+        )
         pytest.fail(words) if os.environ.get("POLM_BROWSER") == "required" else pytest.skip(words)
 
 
 @contextlib.contextmanager
 def server(words, url, folder, **environment):
-    "A server process, ready to answer at `url`, whose runs are in `folder`/runs; yields the process."
+    "Yield a server process, ready to answer at `url`, whose runs are in `folder`/runs."
     places = {
         f"JUPYTER_{name.upper()}_DIR": str(folder / name) for name in ("config", "data", "runtime")
     }
@@ -131,7 +142,10 @@ def server(words, url, folder, **environment):
 
 @contextlib.contextmanager
 def jupyter(folder, **notebooks):
-    "A JupyterLab as `polm lab` starts it, with `notebooks` (name=cells) in `folder`; yields (address, process)."
+    """Yield (address, process) of a JupyterLab as `polm lab` starts it.
+
+    `notebooks` (name=cells) are in `folder`.
+    """
     port = free_port()
     for name, cells in notebooks.items():
         (folder / f"{name}.ipynb").write_text(notebook(*cells))
@@ -228,15 +242,24 @@ class Page:
 
     def points(self) -> int:
         "Points that are drawn in the visible figures."
-        return self.page.evaluate("""() => [...document.querySelectorAll('.js-plotly-plot')].filter(p => p.offsetParent)
-            .reduce((n, p) => n + (p.data || []).reduce((m, t) => m + ((t.y && (t.y.length ?? t.y.shape?.[0])) || 0), 0), 0)""")
+        return self.page.evaluate(
+            """() => [...document.querySelectorAll('.js-plotly-plot')]
+            .filter(p => p.offsetParent)
+            .flatMap(p => p.data || [])
+            .reduce((n, t) => n + ((t.y && (t.y.length ?? t.y.shape?.[0])) || 0), 0)"""
+        )
 
     def drawn(self) -> list[str]:
         "Names of the runs that have points in the visible figures."
-        return self.page.evaluate("""() => [...new Set([...document.querySelectorAll('.js-plotly-plot')].filter(p => p.offsetParent)
-            .flatMap(p => (p.data || []).filter(t => t.y && (t.y.length ?? t.y.shape?.[0])).map(t => t.name)))]""")
+        return self.page.evaluate(
+            """() => [...new Set([...document.querySelectorAll('.js-plotly-plot')]
+            .filter(p => p.offsetParent)
+            .flatMap(p => p.data || [])
+            .filter(t => t.y && (t.y.length ?? t.y.shape?.[0]))
+            .map(t => t.name))]"""
+        )
 
-    # JupyterLab ---------------------------------------------------------------------------------------------------
+    # JupyterLab ----------------------------------------------------------------------------------
 
     def open_notebook(self, address, name="bench", theme=None):
         "A notebook in JupyterLab with a kernel that is ready, the file browser out of the way."

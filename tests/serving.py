@@ -1,4 +1,4 @@
-"A real HTTP endpoint of the OpenAI-compatible kind that fails as it is told to, for the tests of judges, writers and readers."
+"A real OpenAI-compatible HTTP endpoint that fails on demand, for judges, writers and readers."
 
 import json
 import socket
@@ -10,9 +10,11 @@ import pytest
 
 
 class Endpoint:
-    """`fails` is a list of what the next answers are, each a status, `slow`, `torn`, `drop` or a text that is sent as it is; then it answers well, with what `answer` makes.
+    """Answer with each of `fails` in turn, and then with what `answer` makes.
 
-    A failure echoes the key that it was sent, so that a test can see it leak. While `dead`, every answer is 503. `after`: the Retry-After of 429 and 503.
+    One of `fails` is a status, `slow`, `torn`, `drop`, or a text that is sent as it is.
+    A failure echoes the key that it was sent, so that a test can see it leak.
+    While `dead`, every answer is 503. `after` is the Retry-After of 429 and 503.
     """
 
     after, says = "0", ""

@@ -25,9 +25,8 @@ KNOWN = methods()
 def test_the_files_are_whole():
     assert len(ROWS) == len(BY_NAME) == 772
     families = page.survey("families")
-    assert len(families) == len({f["family"] for f in families}) == 125 and {
-        r["family"] for r in ROWS
-    } == {f["family"] for f in families}
+    assert len(families) == len({f["family"] for f in families}) == 125
+    assert {r["family"] for r in ROWS} == {f["family"] for f in families}
     assert {r["chapter"] for r in ROWS} == set(page.CHAPTERS)
     for row in page.survey("systems"):
         assert row["runnable"] in page.WHY and (
@@ -59,11 +58,9 @@ def test_every_row_of_the_nine_tables_has_its_system():
 
 def test_the_equations():
     rows = page.survey("equations")
-    assert (
-        len(rows) == 48
-        and len({r["eq"] for r in rows}) == 48
-        and all(r["latex"] and r["check"] for r in rows)
-    )
+    assert len(rows) == 48
+    assert len({r["eq"] for r in rows}) == 48
+    assert all(r["latex"] and r["check"] for r in rows)
 
 
 def test_each_place_that_a_row_names_is_there():
@@ -108,14 +105,15 @@ def test_states_come_from_the_tree():
     assert set(Counter(r["state"] for r in ROWS)) == set(page.STATES)
     for row in ROWS:
         if row["state"] in ("runs", "partial", "shown", "loads"):
-            assert (ROOT / "nbs" / row["notebook"]).is_file() and row["by"] and not row["why"]
+            assert (ROOT / "nbs" / row["notebook"]).is_file()
+            assert row["by"]
+            assert not row["why"]
         if row["state"] in ("runs", "partial", "loads"):
             assert row["tests"], f"{row['name']}: {row['notebook']} has no test"
         for test in filter(None, row["tests"].split(", ")):
             assert (ROOT / test).is_file()
-        assert bool(row["why"]) == (row["state"] == "catalogued") and (
-            row["by"] or row["state"] == "catalogued"
-        )
+        assert bool(row["why"]) == (row["state"] == "catalogued")
+        assert row["by"] or row["state"] == "catalogued"
 
 
 def test_a_method_that_goes_takes_its_rows_with_it(monkeypatch):
@@ -124,11 +122,8 @@ def test_a_method_that_goes_takes_its_rows_with_it(monkeypatch):
     fewer = {k: v for k, v in KNOWN.items() if k != "merge"}
     monkeypatch.setattr(page, "methods", lambda: fewer)
     without = {r["name"]: r for r in page.systems()}
-    assert len(mine) > 4 and {without[name]["state"] for name in mine} <= {
-        "shown",
-        "library",
-        "catalogued",
-    }
+    assert len(mine) > 4
+    assert {without[name]["state"] for name in mine} <= {"shown", "library", "catalogued"}
     assert {without[n]["state"] for n in mine} & {"library", "catalogued"}
 
 
@@ -143,7 +138,7 @@ def test_a_notebook_that_is_gone_runs_nothing(monkeypatch, tmp_path):
         page._modules.cache_clear()
 
 
-# What a run calls ------------------------------------------------------------------------------------------------------
+# What a run calls --------------------------------------------------------------------------------
 
 HERE = {f["name"]: f for f in page.survey("systems")}
 
@@ -172,7 +167,8 @@ def test_every_row_that_runs_points_to_a_method_with_a_choice_or_to_what_it_reac
                 ("true", "false") if own[word].type is bool else tuple(map(str, own[word].choices))
             )
             assert value in choices or called, (
-                f"{row['name']}: {pair} is no choice, and no function is named that the run has to reach"
+                f"{row['name']}: {pair} is no choice, and no function is named that the run "
+                "has to reach"
             )
         assert not called or called in page.reached(name), row["name"]
     assert checked > 80
@@ -195,13 +191,11 @@ def test_a_gap_makes_a_row_partial_and_no_row_that_runs_has_one():
 
 
 def test_a_function_that_no_method_reaches_is_shown(monkeypatch):
-    "`fuse.ensemble` and `dpo.optimal_policy` exist on the pages of methods that run; no run calls them."
+    "`fuse.ensemble` and `dpo.optimal_policy` are on pages of methods; no run calls them."
     for here in ("fuse.ensemble", "dpo.optimal_policy", "formulas.fish_masks", "distance.starc"):
         assert page.look(here, KNOWN).state == "shown", here
-    assert (
-        BY_NAME["output averaging"]["state"] == "shown"
-        and BY_NAME["KL-regularised reward maximisation"]["state"] == "shown"
-    )
+    assert BY_NAME["output averaging"]["state"] == "shown"
+    assert BY_NAME["KL-regularised reward maximisation"]["state"] == "shown"
     for here in ("ppo.gae", "reft.majority", "reward.reward_loss"):
         assert page.look(here, KNOWN).state == "runs"
         assert page.look(here, {"merge": KNOWN["merge"]}).state == "shown", (
@@ -218,15 +212,30 @@ def test_a_function_that_no_method_reaches_is_shown(monkeypatch):
 
 
 TOY = {
-    "core/base.py": "from . import late\n\ndef used():\n    return late.far()\n\ndef unused():\n    return used()\n\ndef shadowed():\n    pass\n",
-    "core/late.py": "TABLE = {'a': lambda x: inside(x)}\n\ndef inside(x):\n    return x\n\ndef far():\n    from .deep import Box\n    return TABLE['a'](Box())\n\ndef near():\n    pass\n",
-    "core/deep.py": "class Box:\n    def open(self):\n        return helper()\n\ndef helper():\n    pass\n\ndef other():\n    pass\n",
-    "reasoning/toy.py": "from ..core.base import used as made, shadowed\n\ndef toy(settings, run):\n    shadowed = made()\n    near = 1\n    return shadowed + near\n",
+    "core/base.py": (
+        "from . import late\n\ndef used():\n    return late.far()\n\ndef unused():\n"
+        "    return used()\n\ndef shadowed():\n    pass\n"
+    ),
+    "core/late.py": (
+        "TABLE = {'a': lambda x: inside(x)}\n\ndef inside(x):\n    return x\n\ndef far():\n"
+        "    from .deep import Box\n    return TABLE['a'](Box())\n\ndef near():\n    pass\n"
+    ),
+    "core/deep.py": (
+        "class Box:\n    def open(self):\n        return helper()\n\ndef helper():\n    pass\n"
+        "\ndef other():\n    pass\n"
+    ),
+    "reasoning/toy.py": (
+        "from ..core.base import used as made, shadowed\n\ndef toy(settings, run):\n"
+        "    shadowed = made()\n    near = 1\n    return shadowed + near\n"
+    ),
 }
 
 
 def test_what_a_method_reaches_is_read_off_the_syntax(monkeypatch, tmp_path):
-    "Aliases, attributes of pages, tables, imports inside of functions and methods of classes count; a local name that looks alike does not."
+    """Aliases, attributes of pages, tables, inner imports and methods of classes count.
+
+    A local name that looks alike does not.
+    """
     for name, text in TOY.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -249,7 +258,7 @@ def test_what_a_method_reaches_is_read_off_the_syntax(monkeypatch, tmp_path):
 
 
 def test_a_method_that_says_it_is_of_the_survey_has_a_row():
-    "What runs here and the survey names is not forgotten; methods beyond the survey need no row."
+    "What runs here and is in the survey is not forgotten; other methods need no row."
     pages = {r["notebook"] for r in ROWS}
     without = [m.name for m in KNOWN.values() if "survey" in m.paper and m.notebook not in pages]
     assert not without, "write where they are into the column `here` of data/survey/systems.csv"
@@ -257,7 +266,8 @@ def test_a_method_that_says_it_is_of_the_survey_has_a_row():
 
 def test_the_frame():
     frame = lab.atlas()
-    assert len(frame) == 772 and {
+    assert len(frame) == 772
+    assert {
         "section",
         "family",
         "year",
@@ -271,14 +281,12 @@ def test_the_frame():
         "tests",
         "why",
     } <= set(frame.columns)
-    assert (frame["reference"] != "").mean() > 0.8 and (frame["property"] != "").all()
-    assert (
-        frame.loc["DPO", "needs"] == "reference, preference pairs"
-        and frame.loc["GRPO", "tests"] == "tests/test_grpo.py, tests/test_conformance.py"
-    )
-    assert set(lab.atlas(state="runs")["state"]) == {"runs"} and set(
-        lab.atlas(chapter="alignment")["chapter"]
-    ) == {"alignment"}
+    assert (frame["reference"] != "").mean() > 0.8
+    assert (frame["property"] != "").all()
+    assert frame.loc["DPO", "needs"] == "reference, preference pairs"
+    assert frame.loc["GRPO", "tests"] == "tests/test_grpo.py, tests/test_conformance.py"
+    assert set(lab.atlas(state="runs")["state"]) == {"runs"}
+    assert set(lab.atlas(chapter="alignment")["chapter"]) == {"alignment"}
     assert set(lab.atlas(family="quantization")["family"]) == {
         r["family"] for r in ROWS if r["family"].startswith("quantization")
     }
@@ -293,16 +301,14 @@ def test_the_frame():
 
 def test_data_sets_load():
     rows = [r for r in ROWS if r["by"].startswith("load_data, ")]
-    assert len(rows) == len(CATALOG) == 37 and {
-        r["by"].removeprefix("load_data, ") for r in rows
-    } == set(CATALOG)
+    assert len(rows) == len(CATALOG) == 37
+    assert {r["by"].removeprefix("load_data, ") for r in rows} == set(CATALOG)
 
 
 def test_coverage_adds_up():
     by_chapter, by_family = page.coverage(ROWS), page.coverage(ROWS, "family")
-    assert (
-        by_chapter.loc["all"].equals(by_family.loc["all"]) and by_chapter.loc["all", "total"] == 772
-    )
+    assert by_chapter.loc["all"].equals(by_family.loc["all"])
+    assert by_chapter.loc["all", "total"] == 772
     assert by_chapter.drop("all")["total"].sum() == 772
 
 
@@ -311,9 +317,8 @@ def test_the_figures_hold_every_system():
     data = sun.data[0]
     children = Counter(data.parents)
     leaves = [label for i, label in zip(data.ids, data.labels) if not children[i]]
-    assert len(leaves) == 772 and sorted(leaves) == sorted(
-        page.html.escape(name) for name in BY_NAME
-    )
+    assert len(leaves) == 772
+    assert sorted(leaves) == sorted(page.html.escape(name) for name in BY_NAME)
     assert sum(len(t.x) for t in years.data) == sum(
         1 for r in ROWS if r["year"] and 2018 <= r["year"] <= 2025
     )
@@ -326,12 +331,10 @@ def test_the_figures_hold_every_system():
 def test_text_is_escaped():
     rows = [dict(r) for r in ROWS[:3]]
     rows[0]["name"] = "<img src=x onerror=alert(1)>"
-    assert "<img" not in page.html_table(rows, "<b>") and "<b>" not in page.html_table(
-        rows, "<b>"
-    ).replace("<tbody>", "")
-    assert "<img" not in page._text(rows[0]) and "<img" not in json.dumps(
-        page.sunburst(rows).to_dict()["data"][0]["labels"]
-    )
+    assert "<img" not in page.html_table(rows, "<b>")
+    assert "<b>" not in page.html_table(rows, "<b>").replace("<tbody>", "")
+    assert "<img" not in page._text(rows[0])
+    assert "<img" not in json.dumps(page.sunburst(rows).to_dict()["data"][0]["labels"])
 
 
 def test_the_widget():
@@ -340,23 +343,24 @@ def test_the_widget():
     for name in board.view.options:
         board.view.value = name
     board.view.value = "Table 2: Alignment methods"
-    assert len(board.grid.rows) == 22 and "state" in [c["name"] for c in board.grid.columns]
+    assert len(board.grid.rows) == 22
+    assert "state" in [c["name"] for c in board.grid.columns]
     board.grid.selected = [4]
     assert "DPO" in board.detail.value
     board.view.value = "Systems"
-    assert board.detail.value == "" and board.grid.selected == []
+    assert board.detail.value == ""
+    assert board.grid.selected == []
     board.grid.selected = [next(i for i, r in enumerate(ROWS) if r["name"] == "TIES-merging")]
-    assert (
-        "beside it" in board.detail.value
-        and "DARE (runs)" in board.detail.value
-        and "https://arxiv.org" in board.detail.value
-    )
+    assert "related:" in board.detail.value
+    assert "DARE (runs)" in board.detail.value
+    assert "https://arxiv.org" in board.detail.value
 
 
 def test_neighbours():
-    own, beside = page.neighbours("integration/merge.ipynb", ROWS)
+    own, related = page.neighbours("integration/merge.ipynb", ROWS)
     names = {r["name"] for r in own}
-    assert {"TIES-merging", "DARE", "SLERP"} <= names and not names & {r["name"] for r in beside}
+    assert {"TIES-merging", "DARE", "SLERP"} <= names
+    assert not names & {r["name"] for r in related}
     assert page.neighbours("core/knobs.ipynb", ROWS) == ([], [])
 
 

@@ -1,4 +1,4 @@
-"The rows of the atlas that run because of a function or an adapter: the run is made, and the call recorded."
+"Atlas rows that run by a function or an adapter: the run is made, the call recorded."
 
 import sys
 import threading
@@ -64,13 +64,19 @@ RECORDED: dict[tuple, set[str]] = {}  # a run is made once, whoever asks
 
 
 def named_functions() -> list[str]:
-    "The distinct places of rows that run, in full or in part, because of a function that a run calls."
+    """Return the distinct places of rows that run by a function that a run calls.
+
+    They run in full or in part.
+    """
     found = {HERE[r["name"]]["here"] for r in ROWS if r["state"] in ("runs", "partial")}
     return sorted(h for h in found if "." in h.partition("?")[0] or " > " in h)
 
 
 def called_in(run) -> set[str]:
-    "page.name of every function of the package that is called while `run()` runs, in this thread or another."
+    """Return page.name of every function of the package that is called while `run()` runs.
+
+    Calls in other threads count too.
+    """
     seen = set()
 
     def note(frame, event, argument):
@@ -87,7 +93,7 @@ def called_in(run) -> set[str]:
 
 @pytest.mark.parametrize("here", named_functions())
 def test_a_run_calls_the_function_that_its_row_names(here, tmp_path, monkeypatch):
-    "Not read off the syntax but recorded: the method runs with the row's values, and the function is called."
+    "The method runs with the row's values, and the call is recorded, not read off the syntax."
     monkeypatch.chdir(tmp_path)
     pointer, _, called = here.partition(" > ")
     place = page.look(here, KNOWN)
@@ -119,7 +125,7 @@ ADAPTERS = sorted(
 
 @pytest.mark.parametrize("spec", ADAPTERS)
 def test_an_adapter_that_a_row_names_learns(spec):
-    "It goes onto the embedded model, what is trained gets a gradient, and the model's own weights get none."
+    "It goes onto the embedded model; what is trained gets a gradient, the model's weights none."
     sizes = ":adapter_len=4,adapter_layers=2" if spec == "adaption_prompt" else ""
     model = load_policy(SFT(adapter=spec + sizes, steps=4, **LITTLE))[0].model
     model.train()
@@ -127,7 +133,8 @@ def test_an_adapter_that_a_row_names_learns(spec):
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     logits[0, -1].log_softmax(-1)[7].neg().backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert trained and any(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.values())
+    assert trained
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.values())
     assert not any(p.grad is not None for p in model.parameters() if not p.requires_grad)
     if "prefix_projection" in spec:
         assert any("transform.2.weight" in name for name in trained), "the MLP of Li & Liang 2021"

@@ -1,7 +1,8 @@
-"""The workbench as a person uses it: a real JupyterLab and a real Voilà, driven in headless Chromium.
+"""The workbench as a person uses it: a real JupyterLab and Voilà in headless Chromium.
 
-The tests in JupyterLab are one story, told in order on one page. Without a browser all are skipped and say so; with POLM_BROWSER=required (as in CI)
-they fail instead. See browsing.py for which browser is taken.
+The tests in JupyterLab are one story, in order, on one page.
+Without a browser all are skipped and say so; with POLM_BROWSER=required (as in CI) they fail.
+See browsing.py for which browser is taken.
 """
 
 import os
@@ -87,10 +88,13 @@ def test_choose_change_a_knob_run_reload_stop_and_resume(desk):
     desk.page.get_by_text("More on data and model").click()
     desk.picture("configure")
     run = desk.start(steps=300, eval_rows=8)
-    assert run.settings["steps"] == 300 and run.settings["eval_rows"] == 8
+    assert run.settings["steps"] == 300
+    assert run.settings["eval_rows"] == 8
 
     desk.save()
-    desk.page.reload()  # in mid-run: the notebook was saved and the kernel lives, so the view is back without a cell run again
+    # in mid-run: the notebook was saved and the kernel lives, so the view is back without a cell
+    # run again
+    desk.page.reload()
     desk.wait_for_kernel()
     desk.page.get_by_role("tab", name="Watch", exact=True).wait_for(timeout=patience(60) * 1000)
     before = (
@@ -103,7 +107,8 @@ def test_choose_change_a_knob_run_reload_stop_and_resume(desk):
     desk.press("Stop")
     desk.text("stopped; it can be resumed", 60)
     stopped = run.last_line()["step"]
-    assert run.status == "stopped" and 0 < stopped < 300
+    assert run.status == "stopped"
+    assert 0 < stopped < 300
     desk.press("Resume")
     desk.wait_for(
         lambda: run.status == "running" and run.last_line()["step"] > stopped,
@@ -124,10 +129,8 @@ def test_clone_with_changes_to_the_end(desk):
     run = desk.start(steps=15)
     desk.text("finished", 90)
     desk.wait_for(lambda: run.status == "finished", 60, "the end of the run")
-    assert run.settings == {**first.settings, "steps": 15} and set(run.summary) == {
-        "before",
-        "after",
-    }
+    assert run.settings == {**first.settings, "steps": 15}
+    assert set(run.summary) == {"before", "after"}
     desk.wait_for(lambda: desk.points() >= 15 * 10, 30, "fifteen points in each of ten metrics")
     desk.picture("watch")
 
@@ -151,7 +154,8 @@ def test_why_one_completion_got_its_reward(desk):
     desk.press("Ask the models")
     desk.wait_for(
         lambda: (
-            "likeliest" in (desk.seen(".polm-tokens span").first.get_attribute("aria-label") or "")
+            "most probable"
+            in (desk.seen(".polm-tokens span").first.get_attribute("aria-label") or "")
         ),
         60,
         "what the models say",
@@ -173,7 +177,8 @@ def test_compare_two_runs(desk):
     desk.tab("Settings")
     desk.text("steps")
     cells = desk.seen("table[aria-label='Settings that differ'] td").all_inner_texts()
-    assert cells[0] == "steps" and set(cells[1:3]) == {"300", "15"}
+    assert cells[0] == "steps"
+    assert set(cells[1:3]) == {"300", "15"}
     desk.tab("Lineage")
     desk.wait_for(lambda: desk.seen(".js-plotly-plot").count() == 1, 30, "the family tree")
     desk.picture("compare")
@@ -227,11 +232,12 @@ def test_a_killed_kernel_stops_no_run(desk):
     desk.tab("Configure")
     run = desk.start(steps=400)
     family = {p.pid for p in psutil.Process(desk.process.pid).children(recursive=True)}
+    # of one that just ended it is None
     kernels = [
         p
         for p in psutil.process_iter(["cmdline"])
         if p.pid in family and "ipykernel_launcher" in (p.info["cmdline"] or [])
-    ]  # of one that just ended it is None
+    ]
     assert len(kernels) == 1
     kernels[0].kill()
     desk.text("Kernel Restarting", 60)
@@ -244,34 +250,53 @@ def test_a_killed_kernel_stops_no_run(desk):
         60,
         "the run that went on, shown at once",
     )
-    assert run.status == "running" and run.last_line()["step"] > step
+    assert run.status == "running"
+    assert run.last_line()["step"] > step
     desk.press("Stop")
     desk.wait_for(lambda: run.status == "stopped", 60, "the stop")
 
 
 REPLAY = """async ([figure_code, library_code]) => {
-  const load = async text => (await import(URL.createObjectURL(new Blob([text], { type: "text/javascript" })))).default;
+  const load = async text => {
+    const url = URL.createObjectURL(new Blob([text], { type: "text/javascript" }));
+    return (await import(url)).default;
+  };
   class Model {
-    constructor(state) { this.state = state; this.ears = {}; }
+    constructor(state) { this.state = state; this.listeners = {}; }
     get(name) { return this.state[name]; }
-    set(name, value) { this.state[name] = value; (this.ears["change:" + name] ?? []).forEach(ear => ear()); }
-    on(name, ear) { (this.ears[name] ??= []).push(ear); }
-    off(name, ear) { this.ears[name] = this.ears[name].filter(other => other !== ear); }
+    set(name, value) {
+      this.state[name] = value;
+      (this.listeners["change:" + name] ?? []).forEach(call => call());
+    }
+    on(name, call) { (this.listeners[name] ??= []).push(call); }
+    off(name, call) {
+      this.listeners[name] = this.listeners[name].filter(other => other !== call);
+    }
   }
-  globalThis.heard = [];
-  const names = ["_py2js_restyle", "_py2js_addTraces"], model = new Model({}), figure = (await load(figure_code))();
+  globalThis.received = [];
+  const names = ["_py2js_restyle", "_py2js_addTraces"], model = new Model({});
+  const figure = (await load(figure_code))();
   figure.initialize({ model });
-  for (const [name, message] of [[names[0], 1], [names[1], 2], [names[0], 3]]) { model.set(name, message); model.set(name, null); }
+  for (const [name, message] of [[names[0], 1], [names[1], 2], [names[0], 3]]) {
+    model.set(name, message);
+    model.set(name, null);
+  }
   const code = `globalThis.loaded = (globalThis.loaded ?? 0) + 1;
     export default () => ({
-      initialize({ model }) { for (const name of ${JSON.stringify(names)}) model.on("change:" + name, () => model.get(name) && heard.push([name, model.get(name)])); },
+      initialize({ model }) {
+        const keep = name => () => model.get(name) && received.push([name, model.get(name)]);
+        for (const name of ${JSON.stringify(names)}) model.on("change:" + name, keep(name));
+      },
       render({ el }) { el.textContent = "drawn"; },
     });`;
-  for (const kernel of [1, 2]) (await load(library_code)).initialize({ model: new Model({ code }) });
+  for (const kernel of [1, 2]) {
+    const library = await load(library_code);
+    library.initialize({ model: new Model({ code }) });
+  }
   const el = document.body.appendChild(document.createElement("div"));
   await figure.render({ model, el });
   model.set(names[0], 4);
-  return [heard, el.textContent, loaded];
+  return [received, el.textContent, loaded];
 }"""
 
 
@@ -286,15 +311,13 @@ def test_what_was_said_to_a_figure_before_plotly_came_is_repeated_to_it(browser)
         lambda route: route.fulfill(body="<!doctype html>", content_type="text/html"),
     )
     page.goto("http://127.0.0.1/")
-    heard, drawn, loaded = page.evaluate(
+    received, drawn, loaded = page.evaluate(
         REPLAY, [live_figure(go.Figure()).get_state()["_esm"], library().get_state()["_esm"]]
     )
     restyle, add = "_py2js_restyle", "_py2js_addTraces"
-    assert (
-        heard == [[restyle, 1], [add, 2], [restyle, 3], [restyle, 4]]
-        and drawn == "drawn"
-        and loaded == 1
-    )
+    assert received == [[restyle, 1], [add, 2], [restyle, 3], [restyle, 4]]
+    assert drawn == "drawn"
+    assert loaded == 1
     page.close()
 
 

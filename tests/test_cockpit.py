@@ -86,7 +86,7 @@ class Elements(HTMLParser):
         self.names |= {name for name, _ in attrs}
 
 
-# Model output ------------------------------------------------------------------------------------------------------
+# Model output ------------------------------------------------------------------------------------
 
 NASTY = [
     "<script>alert(1)</script>",
@@ -143,19 +143,19 @@ def test_model_output_is_text(text):
     view, calm = (Cockpit(record([r, dict(r, advantage=-0.5)])) for r in (row, plain))
     view.selected = 0
     shown, expected = Elements(page(view)), Elements(page(calm))
-    assert shown.tags <= expected.tags | {"br", "small"} and shown.names <= expected.names
+    assert shown.tags <= expected.tags | {"br", "small"}
+    assert shown.names <= expected.names
     assert not re.search(
         "[\x00-\x08\x0b-\x1f\x7f\u200b-\u200f\u061c\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]",
         page(view),
     )
     assert len(page(view)) < len(page(calm)) + 80_000
-    json.dumps(
-        view.table.rows, ensure_ascii=False
-    ).encode()  # half a surrogate pair would not get through
+    # half a surrogate pair would not get through
+    json.dumps(view.table.rows, ensure_ascii=False).encode()
     view.try_it.prompt.encode()
-    said = view.try_it
-    said._show(text, text)
-    assert Elements(page(said)).tags <= expected.tags
+    try_it = view.try_it
+    try_it._show(text, text)
+    assert Elements(page(try_it)).tags <= expected.tags
 
 
 def test_a_long_completion_shows_its_start():
@@ -163,10 +163,8 @@ def test_a_long_completion_shows_its_start():
     view = Cockpit(
         record([dict(prompt="p", completion="".join(tokens), reward=1.0, tokens=tokens)])
     )
-    assert (
-        view.tokens.value.count("role='listitem'") == MOST_TOKENS
-        and f"{10**5 - MOST_TOKENS:,} more tokens" in view.tokens.value
-    )
+    assert view.tokens.value.count("role='listitem'") == MOST_TOKENS
+    assert f"{10**5 - MOST_TOKENS:,} more tokens" in view.tokens.value
 
 
 ODD = [
@@ -205,24 +203,24 @@ def test_rows_that_no_method_writes(row):
     view.refresh()
 
 
-# Why ---------------------------------------------------------------------------------------------------------------
+# Why ---------------------------------------------------------------------------------------------
 
 
 def test_the_sum_comes_out_as_recorded(trained):
-    rows = [
-        row for row in trained.lines("samples") if "group" in row
-    ]  # the others are watched only, nothing is learned from them
+    # the others are watched only, nothing is learned from them
+    rows = [row for row in trained.lines("samples") if "group" in row]
     for row in rows:
         group = [r for r in rows if (r["step"], r["group"]) == (row["step"], row["group"])]
         sentences = why(row, group, trained.settings)
         assert not any("The record says" in s for s in sentences)
         correct, form = row["rewards"]["correct"], row["rewards"]["format"]
-        assert (
-            sentences[2]
-            == f"Its reward is 1 × correct ({correct:.4g}) + 0.2 × format ({form:.4g}) = {correct + 0.2 * form:.4g}."
+        assert sentences[2] == (
+            f"Its reward is 1 × correct ({correct:.4g}) + 0.2 × format ({form:.4g}) = "
+            f"{correct + 0.2 * form:.4g}."
         )
         assert ("more likely" in sentences[-1]) == (row["advantage"] > 0)
-        assert row["completion"] in sentences[0] and f"Right is “{row['answer']}”" in sentences[1]
+        assert row["completion"] in sentences[0]
+        assert f"The correct answer is “{row['answer']}”" in sentences[1]
 
 
 def test_what_is_read_off_an_answer_is_said():
@@ -235,22 +233,20 @@ def test_what_is_read_off_an_answer_is_said():
     )
     assert why(row, [row], dict(rewards="correct"))[:2] == [
         "To “61+22=” it answers “83 and 5+25=51”.",
-        "Right is “83”; what counts is the last number of an answer, here 51.",
+        "The correct answer is “83”; the last number of the completion counts, here 51.",
     ]
     assert (
         why(row | dict(answer="a cat", completion="x" * 300), [row], dict(rewards="correct"))[1]
-        == "Right is “a cat”."
+        == "The correct answer is “a cat”."
     )
 
 
 def test_a_sum_that_does_not_come_out_is_told():
     row = dict(reward=0.9, rewards=dict(correct=1.0, steps=None), advantage=0.1)
-    said = why(row, [row, dict(reward=0.1)], dict(rewards="correct,steps:0.5"))
-    assert (
-        "steps (does not apply)" in said[1]
-        and "The record says 0.9." in said
-        and said[-1].startswith("The record says 0.1")
-    )
+    sentences = why(row, [row, dict(reward=0.1)], dict(rewards="correct,steps:0.5"))
+    assert "steps (does not apply)" in sentences[1]
+    assert "The record says 0.9." in sentences
+    assert sentences[-1].startswith("The record says 0.1")
 
 
 @pytest.mark.parametrize(
@@ -268,22 +264,20 @@ def test_ways_to_scale(scale, words):
 
 def test_equal_rewards_teach_nothing():
     row = dict(reward=1.0, advantage=0.0)
-    assert "teaches nothing" in why(row, [row, dict(reward=1.0)], {})[-1]
+    assert "gives no gradient" in why(row, [row, dict(reward=1.0)], {})[-1]
 
 
 def test_a_critics_advantages_are_told_by_token_and_a_baseline_by_the_others():
-    said = why(
+    sentences = why(
         dict(reward=1.0, advantage=0.5, advantages=[-1.0, 2.0]), [dict(reward=1.0)], dict(gamma=1.0)
     )
-    assert "from -1 to 2, 0.5 on average" in said[2]
+    assert "from -1 to 2, 0.5 on average" in sentences[2]
     group = [dict(reward=1.0, advantage=0.75), *[dict(reward=r) for r in (0.0, 0.0, 1.0)]]
-    said = why(group[0], group, dict(algorithm="rloo", beta=0.0))
-    assert (
-        "other 3 answers" in said[2]
-        and "differs from them by 0.6667" in said[2]
-        and "more likely" in said[-1]
-    )
-    assert "likeliest answer" in why(group[0], group, dict(algorithm="remax", beta=0.1))[2]
+    sentences = why(group[0], group, dict(algorithm="rloo", beta=0.0))
+    assert "other 3 answers" in sentences[2]
+    assert "differs from them by 0.6667" in sentences[2]
+    assert "more likely" in sentences[-1]
+    assert "greedy answer" in why(group[0], group, dict(algorithm="remax", beta=0.1))[2]
 
 
 def test_a_reward_models_number_is_no_implicit_reward():
@@ -291,33 +285,35 @@ def test_a_reward_models_number_is_no_implicit_reward():
         dict(side="chosen", reward=2.0, completion="a"),
         dict(side="rejected", reward=0.5, completion="b"),
     ]
-    said = why(pair[0], pair, dict(head="pointwise"))
-    assert (
-        said[0].startswith("The reward model gives this answer 2;")
-        and "2 − 0.5 = 1.5" in said[1]
-        and not any("implicit" in s for s in said)
-    )
+    sentences = why(pair[0], pair, dict(head="pointwise"))
+    assert sentences[0].startswith("The reward model gives this answer 2;")
+    assert "2 − 0.5 = 1.5" in sentences[1]
+    assert not any("implicit" in s for s in sentences)
 
 
 def test_names_of_rewards():
-    assert (
-        weights(dict(rewards="correct,my.module:good:0.5,/a/b.py:fine:2"))
-        == {"correct": 1.0, "good": 0.5, "fine": 2.0}
-        and weights(dict(rewards=3)) == {}
-    )
+    assert weights(dict(rewards="correct,my.module:good:0.5,/a/b.py:fine:2")) == {
+        "correct": 1.0,
+        "good": 0.5,
+        "fine": 2.0,
+    }
+    assert weights(dict(rewards=3)) == {}
 
 
 def test_why_of_pairs(pairs):
     rows = pairs.lines("samples")
     for row in rows:
-        said = why(row, [r for r in rows if r["prompt"] == row["prompt"]], pairs.settings)
-        assert float(said[0].rstrip(".").split("= ")[-1]) == pytest.approx(row["reward"], abs=2e-4)
-        assert any("σ(−margin)" in s for s in said) == (row["side"] != "sampled")
+        sentences = why(row, [r for r in rows if r["prompt"] == row["prompt"]], pairs.settings)
+        assert float(sentences[0].rstrip(".").split("= ")[-1]) == pytest.approx(
+            row["reward"], abs=2e-4
+        )
+        assert any("σ(−margin)" in s for s in sentences) == (row["side"] != "sampled")
     view = Cockpit(pairs)
-    assert view.group.value.count("role='listitem'") == 3 and view.try_it.conversation.value
+    assert view.group.value.count("role='listitem'") == 3
+    assert view.try_it.conversation.value
 
 
-# Tokens ------------------------------------------------------------------------------------------------------------
+# Tokens ------------------------------------------------------------------------------------------
 
 
 def test_what_the_models_say_agrees_with_the_record(trained, pairs):
@@ -327,20 +323,16 @@ def test_what_the_models_say_agrees_with_the_record(trained, pairs):
         assert [a["start"] for a in asked] == pytest.approx(row["logp"], abs=2e-4)
         for a in asked:
             text, now, start = a["alternatives"][0]
-            assert (
-                a["kl"] > -1e-6
-                and a["entropy"] >= 0
-                and now == max(p for _, p, _ in a["alternatives"])
-                and 0 <= start <= 1
-            )
+            assert a["kl"] > -1e-6
+            assert a["entropy"] >= 0
+            assert now == max(p for _, p, _ in a["alternatives"])
+            assert 0 <= start <= 1
     models = Models(pairs)
-    for row in pairs.lines(
-        "samples"
-    ):  # written after the last step: the policy was the saved model
+    # written after the last step: the policy was the saved model
+    for row in pairs.lines("samples"):
         asked = inspect_tokens(pairs, row, models=models)
-        assert [a["now"] for a in asked] == pytest.approx(row["logp"], abs=2e-3) and [
-            a["start"] for a in asked
-        ] == pytest.approx(row["ref_logp"], abs=2e-3)
+        assert [a["now"] for a in asked] == pytest.approx(row["logp"], abs=2e-3)
+        assert [a["start"] for a in asked] == pytest.approx(row["ref_logp"], abs=2e-3)
 
 
 def test_entropy_and_kl_are_those_of_the_library(trained):
@@ -376,7 +368,8 @@ def test_facts_of_tokens():
         0.5,
         0.1,
         1.0,
-    ) and "old" not in second
+    )
+    assert "old" not in second
     assert token_facts(dict(tokens=["a"]), asked)[0]["reference"] == 1.0  # TRL records no log-probs
 
 
@@ -399,7 +392,7 @@ def test_text_stays_legible_on_the_strongest_color(ground, text, value):
     assert (high + 0.05) / (low + 0.05) > 4.5  # WCAG AA
 
 
-# Try it ------------------------------------------------------------------------------------------------------------
+# Try it ------------------------------------------------------------------------------------------
 
 
 def test_a_stream_is_a_rollout(trained):
@@ -409,9 +402,9 @@ def test_a_stream_is_a_rollout(trained):
     for text in ("12+34=", "Once"):
         ids = tokenizer(text).input_ids
         for seed, temperature in ((0, 1.0), (5, 0.7), (0, 0.0)):
-            said = [*stream(saved, tokenizer, ids, 12, temperature, seed)] or [""]
+            texts = [*stream(saved, tokenizer, ids, 12, temperature, seed)] or [""]
             assert (
-                said[-1]
+                texts[-1]
                 == rollout(
                     saved, tokenizer, [ids], max_new_tokens=12, temperature=temperature, seeds=seed
                 ).texts[0]
@@ -429,61 +422,56 @@ def test_try_it_answers_stops_and_says_what_is_wrong(trained):
         view._thread.join(60)
     view.ask()
     view._thread.join(60)
-    assert (
-        all(re.search("<pre>.+</pre>", pane.value) for pane in view.panes)
-        and not view.ask_button.disabled
-    )
+    assert all(re.search("<pre>.+</pre>", pane.value) for pane in view.panes)
+    assert not view.ask_button.disabled
     view.prompt = "12" * 400
     view.answer()
-    assert "role='alert'" in view.status.value and "tokens; expected 1 to" in view.status.value
+    assert "role='alert'" in view.status.value
+    assert "tokens; expected 1 to" in view.status.value
     unsaved = TryIt(record([], model="tiny"))
     unsaved.prompt = "1+1="
     unsaved.answer()
     assert "it has saved no model" in unsaved.status.value
 
 
-# The whole ---------------------------------------------------------------------------------------------------------
+# The whole ---------------------------------------------------------------------------------------
 
 
 def test_choosing_coloring_and_asking(trained):
     view = Cockpit(trained, dark=True)
-    assert (
-        view.row["advantage"] is not None
-        and not any("advantage" in row for row in view.rows[: view.selected])
-        and view.try_it.dark
-    )
+    assert view.row["advantage"] is not None
+    assert not any("advantage" in row for row in view.rows[: view.selected])
+    assert view.try_it.dark
     view.table.selected = [3]  # as the browser does
-    assert (
-        view.selected == 3
-        and html.escape(why(view.rows[3], view.rows[:4], trained.settings)[0]) in view.why.value
-    )
-    assert (
-        view.group.value.count("aria-current") == 1 and view.try_it.prompt == view.rows[3]["prompt"]
-    )
+    assert view.selected == 3
+    assert html.escape(why(view.rows[3], view.rows[:4], trained.settings)[0]) in view.why.value
+    assert view.group.value.count("aria-current") == 1
+    assert view.try_it.prompt == view.rows[3]["prompt"]
     view.color_by = "surprise"
-    assert (
-        COLORINGS["surprise"].meaning in html.unescape(view.tokens.value)
-        and view.coloring.value == "surprise"
-        and view._thread is None
-    )
+    assert COLORINGS["surprise"].meaning in html.unescape(view.tokens.value)
+    assert view.coloring.value == "surprise"
+    assert view._thread is None
     view.color_by = "entropy"  # has to be asked for: in a thread
     view._thread.join(60)
-    assert "likeliest" in view.tokens.value and "Not recorded" not in view.tokens.value
+    assert "most probable" in view.tokens.value
+    assert "Not recorded" not in view.tokens.value
     view.selected = 4
     view._thread.join(60)
     view.selected = 3
-    assert "likeliest" in view.tokens.value
+    assert "most probable" in view.tokens.value
 
 
 def test_how_an_answer_changed(trained):
     view = Cockpit(trained)
     steps = {row["step"] for row in view.rows}
-    assert len(steps) == 6 and view.history.value.count("<tr>") == 1 + len(steps)
+    assert len(steps) == 6
+    assert view.history.value.count("<tr>") == 1 + len(steps)
 
 
 def test_a_month_later_it_shows_the_same(trained):
     first, second = Cockpit(trained), Cockpit(str(trained.path))
-    assert page(first) == page(second) and first.table.rows == second.table.rows
+    assert page(first) == page(second)
+    assert first.table.rows == second.table.rows
 
 
 def test_it_follows_a_run_and_keeps_the_choice(trained):
@@ -493,20 +481,24 @@ def test_it_follows_a_run_and_keeps_the_choice(trained):
     view.selected, chosen = 2, view.rows[2]
     run._append("samples", trained.lines("samples")[8:12])
     view.refresh()
-    assert len(view.table.rows) == 12 and view.row is chosen and view.table.selected == [2]
+    assert len(view.table.rows) == 12
+    assert view.row is chosen
+    assert view.table.selected == [2]
     shown = view.status.value
     (run.path / "samples.jsonl").open("a").write('{"torn\n')
     view.refresh()
-    assert "1 damaged lines" in view.status.value and "damaged" not in shown
+    assert "1 damaged lines" in view.status.value
+    assert "damaged" not in shown
     (run.path / "run.json").write_text("{")
     view.refresh()
     assert "damaged" in view.status.value
     shutil.rmtree(run.path)
     view.refresh()
-    assert "folder is gone" in html.unescape(view.status.value) and view.row is chosen
+    assert "folder is gone" in html.unescape(view.status.value)
+    assert view.row is chosen
     view.selected = 5
     view.inspect()
-    assert "role='alert'" in view.said.value
+    assert "role='alert'" in view.message.value
 
 
 def test_a_killed_run_and_no_run(trained):
@@ -525,5 +517,6 @@ def test_every_control_has_a_name(trained):
         view.ask_button,
         *(getattr(view.try_it, name) for name in names),
     ):
-        assert control.description and control.tooltip
+        assert control.description
+        assert control.tooltip
     assert view.table.label

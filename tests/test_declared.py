@@ -113,7 +113,7 @@ def test_a_method_names_its_explanation():
     row = dict(prompt="2+2=", completion="4", reward=1.0, advantage=0.5)
     group = [row, dict(reward=0.0)]
     declare(explain="baseline")
-    assert "likeliest answer" in why(row, group, {}, "mine")[2]  # of the record alone it is a group
+    assert "greedy answer" in why(row, group, {}, "mine")[2]  # of the record alone it is a group
     declare(
         explain=lambda row, group, settings: [f"{row['reward']} of {len(group)}, {settings['way']}"]
     )
@@ -138,11 +138,11 @@ GROUP = [dict(reward=r, advantage=r - 0.25, advantages=[0.1, 0.4]) for r in (1.0
         ("dpo", PAIR, {}, "Its implicit reward is 2."),
         ("grpo", GROUP, dict(scale="none"), "its advantage is 1 − 0.25 = 0.75"),
         ("ppo", GROUP, {}, "Each of its tokens has an advantage of its own, from 0.1 to 0.4"),
-        ("rloo", [GROUP[0] | dict(advantages=[])], {}, "compared with the likeliest answer"),
-        ("rlaif", PAIR, dict(train="dpo", beta=0.1), "Its implicit reward is 2."),
-        ("rlaif", GROUP, dict(train="ppo"), "Each of its tokens has an advantage of its own"),
-        ("rlaif", GROUP, dict(train="direct"), "its advantage is (1 − 0.25) / 0.5 = 1.5"),
-        ("rlaif", GROUP, dict(train="mark"), "its advantage is 1 − 0.25 = 0.75"),
+        ("rloo", [GROUP[0] | dict(advantages=[])], {}, "compared with the greedy answer"),
+        ("rlaif", PAIR, dict(algorithm="dpo", beta=0.1), "Its implicit reward is 2."),
+        ("rlaif", GROUP, dict(algorithm="ppo"), "Each of its tokens has an advantage of its own"),
+        ("rlaif", GROUP, dict(algorithm="direct"), "its advantage is (1 − 0.25) / 0.5 = 1.5"),
+        ("rlaif", GROUP, dict(algorithm="mark"), "its advantage is 1 − 0.25 = 0.75"),
         ("critic", GROUP, {}, "It is a score only"),
         ("selfrefine", GROUP, {}, "It is a score only"),
         ("rag", GROUP, {}, "It is a score only"),

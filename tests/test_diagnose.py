@@ -1,4 +1,7 @@
-"""Each rule on a run that has the illness and one that has not: short real runs where the illness can be caught, records otherwise."""
+"""Each rule on a run that has the illness, and on one that has not.
+
+Short real runs where the illness can be caught, records otherwise.
+"""
 
 import json
 import shutil
@@ -54,9 +57,8 @@ def real(tmp_path_factory):
     "Real runs by name, made when first asked for."
     folder, made = tmp_path_factory.mktemp("real"), {}
     (folder / "rewards.py").write_text(REWARDS)
-    rows = [
-        dict(prompt=f"{a}+{a}=", completion=str(2 * a + 1)) for a in (11, 23, 34, 42)
-    ]  # wrong, so only to be learned by heart
+    # wrong, so only to be learned by heart
+    rows = [dict(prompt=f"{a}+{a}=", completion=str(2 * a + 1)) for a in (11, 23, 34, 42)]
     (folder / "four.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def get(name):
@@ -96,22 +98,20 @@ CAUGHT = [
 def test_real_illness(real, rule, ill):
     found = rules(real(ill))
     assert rule in found, found
-    assert (
-        found[rule].says
-        and found[rule].evidence
-        and found[rule].look
-        and not found[rule].says.startswith("The rule")
-    )
+    assert found[rule].says
+    assert found[rule].evidence
+    assert found[rule].look
+    assert not found[rule].says.startswith("The rule")
 
 
 def test_real_health(real):
     assert set(rules(real("well"))) == {"loss_near_zero"}
-    assert "loss_near_zero" not in rules(
-        real("flat")
-    )  # where nothing is learned a loss of 0 is no comfort
+    # where nothing is learned a loss of 0 is no comfort
+    assert "loss_near_zero" not in rules(real("flat"))
 
 
-# Illnesses that a run of seconds does not catch, as records: name -> (metrics, samples, facts, the healthy counterpart's metrics)
+# Illnesses that a run of seconds does not catch, as records: name -> (metrics, samples, facts,
+# the healthy counterpart's metrics)
 def line(a, b):
     return lambda t: a + (b - a) * t
 
@@ -193,7 +193,8 @@ def written(metrics, steps=50, samples=(), **facts) -> Run:
 @pytest.mark.parametrize("rule", RECORDS)
 def test_written_illness(rule):
     ill, facts, well = RECORDS[rule]
-    assert rule in rules(written(ill, **facts)) and rule not in rules(written(well))
+    assert rule in rules(written(ill, **facts))
+    assert rule not in rules(written(well))
 
 
 CHANCE = {
@@ -250,11 +251,9 @@ def test_damage_is_counted_and_the_rest_is_read():
     with open(run.path / "metrics.jsonl", "ab") as file:
         file.write(b'{"step": 51, "kl"\n\xff\xfe\n[1]\n{"step": 52, "k')
     found = rules(run)
-    assert (
-        found["damaged_lines"].evidence.startswith("3 lines of metrics.jsonl")
-        and "has no end" in found["damaged_lines"].evidence
-        and "kl_left_range" in found
-    )
+    assert found["damaged_lines"].evidence.startswith("3 lines of metrics.jsonl")
+    assert "is incomplete" in found["damaged_lines"].evidence
+    assert "kl_left_range" in found
 
 
 @pytest.mark.parametrize(
@@ -280,7 +279,8 @@ def test_odd_rows_do_not_break_it(row):
 def test_lines_follow_a_file_that_is_replaced(tmp_path):
     run = written(dict(loss=1.0), samples=[dict(reward=1.0)] * 4)
     lines = Lines(run.path / "samples.jsonl")
-    assert lines.read() and len(lines.rows) == 4
+    assert lines.read()
+    assert len(lines.rows) == 4
     run.rewind(3)
     lines.read()
     assert lines.rows == []
@@ -292,11 +292,12 @@ def test_the_view_outlives_its_run():
     run = written(dict(kl=line(0.0, 5.0)))
     view = Diagnosis(run, dark=True)
     before = view.children[0].value
-    assert "KL left its range" in before
+    assert "KL is above its usual range" in before
     shutil.rmtree(run.path)
     view.refresh()
     view.refresh()
-    assert "gone" in view.children[0].value and "KL left its range" in view.children[0].value
+    assert "gone" in view.children[0].value
+    assert "KL is above its usual range" in view.children[0].value
     assert "no such run" in Diagnosis("nothing").children[0].value
 
 
@@ -305,11 +306,15 @@ def test_a_reason_is_text():
         dict(loss=1.0), status="failed", reason="<img src=x onerror=alert(1)>\x1b[31m\u202e"
     )
     page = findings_html(diagnose(run), 50)
-    assert "<img" not in page and "\x1b" not in page and "\u202e" not in page and "&lt;img" in page
+    assert "<img" not in page
+    assert "\x1b" not in page
+    assert "\u202e" not in page
+    assert "&lt;img" in page
 
 
 def test_refresh_tells_whether_anything_changed():
     evidence = Evidence(written(dict(loss=1.0)))
     assert not evidence.refresh()
     evidence.run.log(51, loss=2.0)
-    assert evidence.refresh() and not evidence.refresh()
+    assert evidence.refresh()
+    assert not evidence.refresh()

@@ -1,7 +1,9 @@
-"""Figures as notebooks store them: they show without a network, without trust, without scripts, and the file stays small.
+"""Figures as notebooks store them: visible offline, untrusted and without scripts, and small.
 
-The browser test opens each notebook with figures in a real JupyterLab, as a person does who has just cloned the project, and looks at the pixels. It takes
-what is stored, so it fails for a notebook whose outputs are older than its code: `polm_site execute PAGE` stores them anew.
+The browser test opens each notebook with figures in a real JupyterLab, and compares pixels.
+It is used as by a person who has just cloned the project.
+The test takes what is stored, so it fails for a notebook whose outputs are older than its code:
+`polm_site execute PAGE` stores them anew.
 """
 
 import base64
@@ -53,7 +55,7 @@ def cells(name) -> list[dict]:
 
 
 def figures(name) -> list[tuple[int, int, dict]]:
-    "(cell, output, data) of the figures that a notebook stores, in whatever way: all of them are to be seen."
+    "Return (cell, output, data) of every figure that a notebook stores, in whatever way."
     found = []
     for cell in cells(name):
         for place, output in enumerate(cell["outputs"]):
@@ -127,20 +129,16 @@ def test_numbers_keep_seven_digits_and_integers_all():
     )
     figure.add_scatter(x=["a", "b"], y=np.array([1e300, 1.0]), marker_size=[7.123456789, 2.0])
     first, second, third = panels_figures.figure_json(figure)["data"]
-    assert first["x"]["dtype"] == "i2" and numbers(first["x"]) == [1000, 1001, 1002, 1003]
-    assert first["y"]["dtype"] == "f4" and np.allclose(
-        numbers(first["y"]), rough, rtol=1e-7, atol=0, equal_nan=True
-    )
-    assert (
-        second["x"]["dtype"] == "i1"
-        and second["y"]["dtype"] == "f4"
-        and abs(numbers(second["y"])[8] - 1.23456789012) < 1e-7
-    )
-    assert (
-        third["x"] == ["a", "b"]
-        and third["y"]["dtype"] == "f8"
-        and numbers(third["y"]) == [1e300, 1.0]
-    )
+    assert first["x"]["dtype"] == "i2"
+    assert numbers(first["x"]) == [1000, 1001, 1002, 1003]
+    assert first["y"]["dtype"] == "f4"
+    assert np.allclose(numbers(first["y"]), rough, rtol=1e-7, atol=0, equal_nan=True)
+    assert second["x"]["dtype"] == "i1"
+    assert second["y"]["dtype"] == "f4"
+    assert abs(numbers(second["y"])[8] - 1.23456789012) < 1e-7
+    assert third["x"] == ["a", "b"]
+    assert third["y"]["dtype"] == "f8"
+    assert numbers(third["y"]) == [1e300, 1.0]
     assert third["marker"]["size"] == [7.123457, 2.0]
 
 
@@ -149,9 +147,8 @@ def test_a_matrix_keeps_its_shape_and_a_gap_stays_a_gap():
         [go.Heatmap(z=np.arange(6.0).reshape(2, 3) / 7), go.Scatter(y=[0.5, None, float("inf")])]
     )
     heat, line = panels_figures.figure_json(figure)["data"]
-    assert heat["z"]["shape"] == "2, 3" and np.allclose(
-        numbers(heat["z"]), np.arange(6) / 7, rtol=1e-6
-    )
+    assert heat["z"]["shape"] == "2, 3"
+    assert np.allclose(numbers(heat["z"]), np.arange(6) / 7, rtol=1e-6)
     assert line["y"] == [0.5, None, None]
 
 
@@ -168,7 +165,8 @@ def test_of_the_template_only_what_is_used_is_stored():
     assert ["colorscale" in part for part in parts] == [False, True, True, True]
     assert ["scene" in part for part in parts] == [False, False, False, True]
     assert all({"colorway", "font", "xaxis", "paper_bgcolor"} <= part for part in parts)
-    assert set(heat["layout"]["template"]["data"]) == {"heatmap"} and len(json.dumps(line)) < 2000
+    assert set(heat["layout"]["template"]["data"]) == {"heatmap"}
+    assert len(json.dumps(line)) < 2000
     assert "rgba(0,0,0,0)" not in json.dumps(
         [line["layout"].get(name) for name in ("paper_bgcolor", "plot_bgcolor")]
     )
@@ -186,7 +184,8 @@ def test_no_figure_has_a_button_that_sends_data_away(run, tmp_path):
         export_figure(figure, tmp_path / "b.html"),
     ):
         text = page.read_text(encoding="utf-8")
-        assert '"showSendToCloud": false' in text and not site_lint.fetched(
+        assert '"showSendToCloud": false' in text
+        assert not site_lint.fetched(
             re.sub(r"<script[^>]*>/\*\*.*?</script>", "", text, flags=re.S)
         )
 
@@ -196,17 +195,17 @@ def test_a_picture_is_small_and_shows_the_figure(run, painter):
     if panels_figures.browser_path() is None:
         without_browser()
     made = panels_figures.figure_output(panels_panels.panels(run))
-    assert (
-        set(made) == {site_filter.FIGURE, "image/png", "text/plain"}
-        and panels_figures.FIGURE == site_filter.FIGURE
-    )
+    assert set(made) == {site_filter.FIGURE, "image/png", "text/plain"}
+    assert panels_figures.FIGURE == site_filter.FIGURE
     png = base64.b64decode(made["image/png"])
-    assert png.startswith(PNG) and len(png) <= panels_figures.PICTURE_BYTES
+    assert png.startswith(PNG)
+    assert len(png) <= panels_figures.PICTURE_BYTES
     shown = pixels(png)
-    assert shown.shape == (470, 800, 3) and 0.01 < drawn(png) < 0.5 and (shown[0, 0] == 255).all()
-    blue = (
-        np.abs(shown.astype(int) - [0, 114, 178]).sum(axis=-1) < 30
-    )  # the line of the run, #0072b2
+    assert shown.shape == (470, 800, 3)
+    assert 0.01 < drawn(png) < 0.5
+    assert (shown[0, 0] == 255).all()
+    # the line of the run, #0072b2
+    blue = np.abs(shown.astype(int) - [0, 114, 178]).sum(axis=-1) < 30
     assert blue.sum() > 300
     tree = panels_figures.figure_json(
         go.Figure(
@@ -215,7 +214,8 @@ def test_a_picture_is_small_and_shows_the_figure(run, painter):
         )
     )
     large = panels_figures.figure_picture(tree)
-    assert len(large) <= panels_figures.PICTURE_BYTES and pixels(large).shape[1] <= 800
+    assert len(large) <= panels_figures.PICTURE_BYTES
+    assert pixels(large).shape[1] <= 800
 
 
 @needs_pillow
@@ -228,7 +228,8 @@ def test_a_picture_of_noise_gets_smaller_until_it_fits():
     )
     Image.fromarray(noise).save(out, "png")
     small = panels_figures.shrink(out.getvalue(), 20_000)
-    assert len(small) <= 20_000 and 100 <= pixels(small).shape[1] < 400
+    assert len(small) <= 20_000
+    assert 100 <= pixels(small).shape[1] < 400
     with pytest.raises(WrongInput, match="expected at most 100"):
         panels_figures.shrink(out.getvalue(), 100)
 
@@ -236,11 +237,12 @@ def test_a_picture_of_noise_gets_smaller_until_it_fits():
 def test_without_a_browser_the_numbers_are_stored_and_a_line(run, painter, monkeypatch):
     monkeypatch.setenv("POLM_CHROMIUM", "none")
     made = panels_figures.figure_output(panels_panels.panels(run))
-    assert set(made) == {site_filter.FIGURE, "text/plain"} and "\n" not in made["text/plain"]
+    assert set(made) == {site_filter.FIGURE, "text/plain"}
+    assert "\n" not in made["text/plain"]
     if find_spec("PIL") and find_spec("kaleido"):
-        assert (
-            made["text/plain"]
-            == "A figure without a picture: no browser found; install chromium, or name one in POLM_CHROMIUM, then run the cell again"
+        assert made["text/plain"] == (
+            "A figure without a picture: no browser found; install chromium, "
+            "or name one in POLM_CHROMIUM, then run the cell again"
         )
 
 
@@ -253,10 +255,8 @@ def test_a_browser_that_fails_fails_once_and_no_run(run, painter, monkeypatch, t
     monkeypatch.setenv("POLM_CHROMIUM", str(broken))
     made = [panels_figures.figure_output(panels_panels.panels(run)) for _ in range(2)]
     assert all(set(part) == {site_filter.FIGURE, "text/plain"} for part in made)
-    assert (
-        "the browser that draws pictures failed (" in made[0]["text/plain"]
-        and made[0]["text/plain"] == made[1]["text/plain"]
-    )
+    assert "the browser that draws pictures failed (" in made[0]["text/plain"]
+    assert made[0]["text/plain"] == made[1]["text/plain"]
 
 
 @needs_pillow
@@ -296,7 +296,10 @@ def test_a_process_that_ends_leaves_no_browser_and_no_folder(request):
     request.addfinalizer(lambda: shutil.rmtree(tmp_path))
     if panels_figures.browser_path() is None or not find_spec("kaleido"):
         without_browser()
-    code = "from polm_lab.workbench import figures; import plotly.graph_objects as go; print(len(figures.draw_png(figures.figure_json(go.Figure(go.Scatter(y=[1, 2]))))))"
+    code = (
+        "from polm_lab.workbench import figures; import plotly.graph_objects as go; "
+        "print(len(figures.draw_png(figures.figure_json(go.Figure(go.Scatter(y=[1, 2]))))))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -407,8 +410,14 @@ def stored(path) -> list[list[dict]]:
 def test_a_notebook_is_executed_and_its_outputs_are_stored(tmp_path):
     page = tmp_path / "page.ipynb"
     people = "#| eval: false\n1 / 0"
-    first = "import os, sys\nprint('a warning', file=sys.stderr)\nprint(os.environ['POLM_RUNS'], os.environ['TMPDIR'])"
-    show = "import plotly.graph_objects as go\nfrom polm_lab.workbench.figures import show\nshow(go.Figure(go.Scatter(y=[1, 2])))\nobject()"
+    first = (
+        "import os, sys\nprint('a warning', file=sys.stderr)\n"
+        "print(os.environ['POLM_RUNS'], os.environ['TMPDIR'])"
+    )
+    show = (
+        "import plotly.graph_objects as go\nfrom polm_lab.workbench.figures import show\n"
+        "show(go.Figure(go.Scatter(y=[1, 2])))\nobject()"
+    )
     made = json.loads(write(page, first, people, show, c1=["skip-execution"]))
     made["cells"][1]["outputs"] = [
         {"output_type": "stream", "name": "stdout", "text": ["of a person"]}
@@ -416,18 +425,15 @@ def test_a_notebook_is_executed_and_its_outputs_are_stored(tmp_path):
     page.write_text(json.dumps(made))
     got = site_outputs.execute_page(page, ROOT)
     printed, nothing, shown = stored(page)
-    assert [(o["name"], o["text"]) for o in printed] == [
-        ("stdout", ["runs /tmp\n"])
-    ] and nothing == []
-    assert set(shown[0]["data"]) - {"image/png"} == {site_filter.FIGURE, "text/plain"} and shown[1][
-        "data"
-    ]["text/plain"] == ["<object>"]
-    assert (
-        got["figures"] == 1
-        and len(got["pictures"]) == ("image/png" in shown[0]["data"])
-        and got["bytes"] == page.stat().st_size
-    )
-    assert '"execution_count": null' in page.read_text() and "language_info" not in page.read_text()
+    assert [(o["name"], o["text"]) for o in printed] == [("stdout", ["runs /tmp\n"])]
+    assert nothing == []
+    assert set(shown[0]["data"]) - {"image/png"} == {site_filter.FIGURE, "text/plain"}
+    assert shown[1]["data"]["text/plain"] == ["<object>"]
+    assert got["figures"] == 1
+    assert len(got["pictures"]) == ("image/png" in shown[0]["data"])
+    assert got["bytes"] == page.stat().st_size
+    assert '"execution_count": null' in page.read_text()
+    assert "language_info" not in page.read_text()
 
 
 @pytest.mark.parametrize(
@@ -443,7 +449,10 @@ def test_a_notebook_is_executed_and_its_outputs_are_stored(tmp_path):
             "cell 0 shows a path of this machine, ",
         ),
         (
-            "from IPython.display import HTML\nHTML('<script src=\"https://cdn.example.org/x.js\"></script>')",
+            (
+                "from IPython.display import HTML\n"
+                "HTML('<script src=\"https://cdn.example.org/x.js\"></script>')"
+            ),
             "fetches https://cdn.example.org/x.js",
         ),
         ("import os\nos._exit(3)", "DeadKernelError"),
@@ -459,11 +468,9 @@ def test_a_notebook_that_cannot_be_stored_stays_as_it_was(tmp_path, text, says):
 
 def test_which_notebooks_are_executed(monkeypatch, capsys):
     every = [p.relative_to(ROOT / "nbs").as_posix() for p in site_outputs.notebooks(ROOT, [])]
-    assert (
-        "alignment/dpo.ipynb" in every
-        and "workbench.ipynb" not in every
-        and not [p for p in every if p.startswith("_")]
-    )
+    assert "alignment/dpo.ipynb" in every
+    assert "workbench.ipynb" not in every
+    assert not [p for p in every if p.startswith("_")]
     assert [
         p.stem
         for p in site_outputs.notebooks(ROOT, ["dpo", "nbs/reasoning/grpo.ipynb", "alignment/dpo"])
@@ -479,8 +486,8 @@ def test_which_notebooks_are_executed(monkeypatch, capsys):
 
     monkeypatch.setattr(site_outputs, "execute_page", page)
     assert site_build.main(["execute", "dpo", "grpo"]) == 1
-    said = capsys.readouterr().out.splitlines()
-    assert [*sorted(said[:2]), *said[2:]] == [  # the first two as they end
+    printed = capsys.readouterr().out.splitlines()
+    assert [*sorted(printed[:2]), *printed[2:]] == [  # the first two as they end
         "nbs/alignment/dpo.ipynb: failed, left as it was: ValueError: no",
         "nbs/reasoning/grpo.ipynb: 1 s, 2 kB, 2 figures (1 kB of pictures)",
         "1 figures have no picture; their outputs say why",
@@ -510,9 +517,10 @@ def test_a_page_of_the_site_draws_a_stored_figure(browser, tmp_path, run):
     figure = panels_panels.panels(run, metrics=["loss", "reward"]).update_layout(
         title="</script><b>x"
     )
+    # twice the same: each has its place
     texts = [
         site_filter.figure_html(panels_figures.figure_json(part), "") for part in (figure, figure)
-    ]  # twice the same: each has its place
+    ]
     (tmp_path / "page.html").write_text(
         "<meta charset='utf-8'><body style='background:#fff'>" + "\n".join(texts)
     )
@@ -526,11 +534,9 @@ def test_a_page_of_the_site_draws_a_stored_figure(browser, tmp_path, run):
     shots = [part.screenshot() for part in page.page.locator(".plotly-figure").all()]
     asked = [u for u in page.asked if not u.startswith(("file:", "data:", "blob:"))]
     page.context.close()
-    assert (
-        not asked
-        and not page.errors
-        and [0.01 < drawn(shot) < 0.5 for shot in shots] == [True, True]
-    )
+    assert not asked
+    assert not page.errors
+    assert [0.01 < drawn(shot) < 0.5 for shot in shots] == [True, True]
 
 
 @needs_pillow
@@ -551,16 +557,15 @@ def test_the_one_page_of_a_run_draws_its_figures(browser, tmp_path, run):
     shots = [part.screenshot() for part in page.page.locator(".js-plotly-plot").all()]
     asked = [u for u in page.asked if not u.startswith(("file:", "data:", "blob:"))]
     page.context.close()
-    assert (
-        not asked
-        and not page.errors
-        and [0.01 < drawn(shot) < 0.5 for shot in shots] == [True, True]
-    )
+    assert not asked
+    assert not page.errors
+    assert [0.01 < drawn(shot) < 0.5 for shot in shots] == [True, True]
 
 
 OPEN = """async path => {
-    const app = window.jupyterapp, none = { shouldStart: false, canStart: false, autoStartDefault: false };
-    window.page = await app.commands.execute('docmanager:open', { path, factory: 'Notebook', kernelPreference: none });
+    const none = { shouldStart: false, canStart: false, autoStartDefault: false };
+    const options = { path, factory: 'Notebook', kernelPreference: none };
+    window.page = await window.jupyterapp.commands.execute('docmanager:open', options);
     await window.page.context.ready;
     await window.page.revealed;
     return window.page.content.widgets.map(cell => cell.model.trusted !== false);
@@ -576,7 +581,7 @@ CLOSE = "() => { window.page.context.model.dirty = false; window.page.close(); }
 
 @pytest.fixture(scope="module")
 def lab(browser, tmp_path_factory):
-    "JupyterLab without kernels on a copy of the notebooks, none of which it trusts; a browser that finds no other host."
+    "JupyterLab without kernels on an untrusted copy of the notebooks, in an offline browser."
     from browsing import POLM, Page, free_port, patience, server
 
     folder, port = tmp_path_factory.mktemp("figures"), free_port()
@@ -629,10 +634,10 @@ def test_every_figure_of_a_notebook_shows_offline_and_untrusted(lab, name):
         lab.picture(f"figures-{name.replace('/', '-')}")
     finally:
         lab.page.evaluate(CLOSE)
-    errors = [
-        e for e in lab.errors if "(reading 'kernel')" not in e
-    ]  # a notebook without a kernel surprises JupyterLab's status bar, not its outputs
-    assert not lab.elsewhere() and not errors
+    # a notebook without a kernel surprises JupyterLab's status bar, not its outputs
+    errors = [e for e in lab.errors if "(reading 'kernel')" not in e]
+    assert not lab.elsewhere()
+    assert not errors
     assert len(shown) == len(found) and all(share > 0.005 for share in shown), (
         f"shares of pixels that are not white: {shown}"
     )
@@ -640,7 +645,10 @@ def test_every_figure_of_a_notebook_shows_offline_and_untrusted(lab, name):
 
 @needs_pillow
 def test_a_figure_is_alive_under_the_pointer_and_where_it_has_no_picture(lab, run, painter):
-    "A picture gives way to the figure when the pointer is over it; without a picture the figure is drawn at once. All of it untrusted, without a kernel."
+    """A picture becomes the figure under the pointer; without a picture it is drawn at once.
+
+    All of it is untrusted and without a kernel.
+    """
     made = [
         panels_figures.figure_output(panels_panels.panels(run, metrics=["loss", "kl", "reward"]))
         for _ in range(2)
@@ -656,10 +664,8 @@ def test_a_figure_is_alive_under_the_pointer_and_where_it_has_no_picture(lab, ru
             lab.wait_for(
                 lambda: lab.page.evaluate(FIND, [number, 0, f"made-{number}"]), 20, "the output"
             )  # noqa: B023
-        assert (
-            lab.page.locator("#made-0 img").evaluate("image => image.naturalWidth") == 800
-            and not lab.page.locator("#made-0 .scatterlayer").count()
-        )
+        assert lab.page.locator("#made-0 img").evaluate("image => image.naturalWidth") == 800
+        assert not lab.page.locator("#made-0 .scatterlayer").count()
         lines = lab.page.locator("#made-1 .scatterlayer .trace path.js-line")
         lab.wait_for(lambda: lines.count() == 3, 20, "the figure without a picture")
         lab.page.locator("#made-0").hover()
@@ -669,7 +675,8 @@ def test_a_figure_is_alive_under_the_pointer_and_where_it_has_no_picture(lab, ru
         titles = lab.page.locator("#made-0 .modebar-btn").evaluate_all(
             "buttons => buttons.map(button => button.dataset.title)"
         )
-        assert titles and not [
+        assert titles
+        assert not [
             title for title in titles if title and re.search("share|cloud|edit", title, re.I)
         ]
         assert [

@@ -1,11 +1,17 @@
 """The cells for people, which no headless run executes, do what they show.
 
-Each is executed after what it needs and nothing more: the imports of its notebook, the module that the notebook exports, and those earlier cells whose names it uses (the parameters cell
-with the method's `small` values). Such earlier cells may cost a run, so a cell that needs any is tried where POLM_PEOPLE=all, and else skipped with a word. A cell has to end with a widget or
-a figure; then its sliders and choices are moved, and what a page draws must follow within a second.
+Each is executed after what it needs and nothing more.
+It needs the imports of its notebook, the module that the notebook exports,
+and the earlier cells whose names it uses.
+The parameters cell has the method's `small` values.
+Such earlier cells may cost a run: a cell that needs any is tried where POLM_PEOPLE=all.
+Otherwise it is skipped with a word.
+A cell has to end with a widget or a figure.
+Its sliders and choices are moved, and what a page draws must follow within a second.
 
-Limits: nothing is drawn in a browser (tests/test_browser.py does that for the app), buttons are not pressed, and a cell that relied on an earlier cell's side effect rather than on its
-names would fail here though it works in the whole notebook.
+Limits: nothing is drawn in a browser (tests/test_browser.py does that for the app).
+Buttons are not pressed.
+A cell that relies on an earlier cell's side effect, not on its names, would fail here.
 """
 
 import ast
@@ -77,7 +83,10 @@ def is_imports(source) -> bool:
 
 
 def needed(cells, number, have) -> list[int]:
-    "The earlier cells that cell `number` builds on, first one first: those that make a name which it, or one of them, uses."
+    """Return the earlier cells that cell `number` builds on, first one first.
+
+    They make a name which it, or one of them, uses.
+    """
     chosen, open_names = set(), names(cells[number][0])[0] - set(have)
     for i in range(number - 1, -1, -1):
         source, tags = cells[i]
@@ -95,7 +104,7 @@ def needed(cells, number, have) -> list[int]:
 
 
 async def execute(source, space):
-    "Run a cell as a notebook does: top-level `await`, a running loop, and the value of its last line."
+    "Run a cell like a notebook: top-level `await`, a running loop, the value of its last line."
     tree = ast.parse(source)
     last = ast.Expression(tree.body.pop().value) if isinstance(tree.body[-1], ast.Expr) else None
     for part, mode in ((tree, "exec"), (last, "eval")):
@@ -153,7 +162,7 @@ def record(tmp_path_factory):
 
 @pytest.fixture
 def interactive(monkeypatch):
-    "Errors in a function under `interactive` are raised: without a kernel they would only be logged."
+    "Errors in a function under `interactive` are raised: without a kernel they are only logged."
 
     def update(self, *_):
         self.result = self.f(**{w._kwarg: w.get_interact_value() for w in self.kwargs_widgets})
@@ -173,11 +182,8 @@ def test_a_cell_for_people_works(path, number, request, interactive, monkeypatch
     module = next(
         (m[1] for source, _ in cells if (m := re.search(r"#\| *default_exp (\S+)", source))), None
     )
-    space = {
-        "__name__": "people",
-        "lab": lab,
-        "display": display,
-    }  # a notebook has it without import
+    # a notebook has it without import
+    space = {"__name__": "people", "lab": lab, "display": display}
     if module:
         space |= vars(
             importlib.import_module("polm_lab" if module == "__init__" else f"polm_lab.{module}")
@@ -201,10 +207,8 @@ def test_a_cell_for_people_works(path, number, request, interactive, monkeypatch
         assert isinstance(view, widgets.Widget) or hasattr(view, "to_plotly_json"), (
             f"it ends with {type(view).__name__}, expected a widget or a figure"
         )
-        what_if = path.parent.name not in (
-            "workbench",
-            "site",
-        )  # a view of the workbench has choices that take effect with a button
+        # a view of the workbench has choices that take effect with a button
+        what_if = path.parent.name not in ("workbench", "site")
         for control in tree_of(view):
             seen = [drawn(view)]
             for place in places(control):

@@ -1,6 +1,7 @@
-"""The teaching site as far as it can be proven without Quarto, and with it the whole of it.
+"""The teaching site, as far as it can be proven without Quarto; with Quarto, all of it.
 
-Each check is seen to fail: on a broken link, a missing picture, a wrong key, an unresolved reference.
+Each check is seen to fail: on a broken link, a missing picture, a wrong key,
+an unresolved reference.
 """
 
 import copy
@@ -24,9 +25,8 @@ from polm_lab.site import lint as site_lint
 from polm_lab.site import pages as site_pages
 
 SITE = Path(sys.executable).parent / "polm_site"
-KEYS = json.loads(
-    (ROOT / "tests/quarto_keys.json").read_text()
-)  # of the schema of Quarto, see "quarto" for its version
+# of the schema of Quarto, see "quarto" for its version
+KEYS = json.loads((ROOT / "tests/quarto_keys.json").read_text())
 FOUND = site_pages.facts(ROOT)
 BIB = site_filter.read_bib(ROOT / "references.bib")
 PAGES = [p for paths in site_pages.pages(ROOT, FOUND["methods"]).values() for p in paths]
@@ -107,25 +107,24 @@ def test_what_the_configuration_names_is_there():
         *configured["project"]["render"],
     ):
         assert (ROOT / name).is_file(), name
-    assert (
-        set(html["theme"]) == {"light", "dark"}
-        and configured["website"]["search"] is True
-        and html["code-fold"]
-    )
-    assert configured["ipynb-filters"] == ["polm_site filter"] and configured["project"][
-        "post-render"
-    ] == ["polm_site finish"]
+    assert set(html["theme"]) == {"light", "dark"}
+    assert configured["website"]["search"] is True
+    assert html["code-fold"]
+    assert configured["ipynb-filters"] == ["polm_site filter"]
+    assert configured["project"]["post-render"] == ["polm_site finish"]
     assert SITE.is_file(), "pip install -e . makes it"
 
 
 def test_the_style_asks_no_other_host():
-    "Quarto's themes fetch their fonts, and MathJax comes from another host: both are turned off. The bootswatch themes take this variable."
+    """Quarto's themes fetch fonts, and MathJax comes from another host: both are off.
+
+    The bootswatch themes take this variable.
+    """
     html = yaml.safe_load((ROOT / "_quarto.yml").read_text())["format"]["html"]
     assert html["html-math-method"] == "mathml"
     for base, own in html["theme"].values():
-        assert base in ("cosmo", "darkly") and re.search(
-            r"^\$web-font-path: false;", (ROOT / own).read_text(), re.M
-        )
+        assert base in ("cosmo", "darkly")
+        assert re.search(r"^\$web-font-path: false;", (ROOT / own).read_text(), re.M)
     for path in (ROOT / "nbs/_site").iterdir():
         assert not site_lint.fetched(path.read_text()), path
 
@@ -133,11 +132,11 @@ def test_the_style_asks_no_other_host():
 def test_every_notebook_is_in_the_sidebar_once():
     configured = yaml.safe_load((ROOT / "_quarto.yml").read_text())
     hrefs = re.findall(r"href: (nbs/\S+)", (ROOT / "_quarto.yml").read_text())
-    there = {
-        p.relative_to(ROOT).as_posix()
-        for p in (ROOT / "nbs").rglob("*.ipynb")
-        if not any(part.startswith(("_", ".")) for part in p.relative_to(ROOT).parts)
-    }
+    there = set()
+    for path in (ROOT / "nbs").rglob("*.ipynb"):
+        path = path.relative_to(ROOT)
+        if not any(part.startswith(("_", ".")) for part in path.parts):
+            there.add(path.as_posix())
     assert (
         sorted(hrefs)
         == sorted(there - set(site_pages.LEFT_OUT))
@@ -166,13 +165,12 @@ def test_a_page_is_sound(page):
     notebook = MADE[path]
     assert problems(path, notebook) == []
     first = "".join(notebook["cells"][0]["source"])
-    assert (
-        notebook["cells"][0]["cell_type"] == "raw"
-        and first.startswith("---\n")
-        and first.endswith("---\n")
-    )
+    assert notebook["cells"][0]["cell_type"] == "raw"
+    assert first.startswith("---\n")
+    assert first.endswith("---\n")
     head = yaml.safe_load(first.strip("-\n"))
-    assert head["title"] and head["description"]
+    assert head["title"]
+    assert head["description"]
     text = json.dumps(notebook["cells"])
     assert len(text) < 500_000
     for cell in notebook["cells"]:
@@ -181,18 +179,21 @@ def test_a_page_is_sound(page):
         if cell["cell_type"] == "code":
             assert not re.search(r"^#\| *(export|default_exp|hide)", source, re.M)
             for output in cell["outputs"]:
-                assert output.get("name") != "stderr" and "\\u001b[" not in json.dumps(output)
+                assert output.get("name") != "stderr"
+                assert "\\u001b[" not in json.dumps(output)
     assert json.loads(path.read_text(encoding="utf-8")) != notebook
 
 
-CALLED = [
-    p for i, p in enumerate(PAGES) if i % 9 == 0
-]  # a process each; all others went through the same function above
+# a process each; all others went through the same function above
+CALLED = [p for i, p in enumerate(PAGES) if i % 9 == 0]
 
 
 @pytest.mark.parametrize("page", CALLED)
 def test_the_filter_called_as_quarto_calls_it(page, tmp_path):
-    "By its name alone, in the notebook's folder, the notebook on standard input; standard output is the notebook."
+    """It gets its name alone, in the notebook's folder, and the notebook on standard input.
+
+    Standard output is the notebook.
+    """
     path = ROOT / page
     command = yaml.safe_load((ROOT / "_quarto.yml").read_text())["ipynb-filters"][0].split()
     env = {
@@ -209,7 +210,8 @@ def test_the_filter_called_as_quarto_calls_it(page, tmp_path):
     want = site_filter.filtered(json.loads(text), page.removeprefix("nbs/"), FOUND, BIB, "foot")[
         "cells"
     ]
-    assert got["nbformat"] == 4 and got["cells"][:-1] == want[:-1]
+    assert got["nbformat"] == 4
+    assert got["cells"][:-1] == want[:-1]
     assert re.search(rf"`{re.escape(page)}`, polm_lab \d", "".join(got["cells"][-1]["source"]))
 
 
@@ -225,7 +227,8 @@ def test_the_filter_refuses_what_is_no_notebook_of_the_folder():
     done = subprocess.run(
         [SITE, "filter"], cwd=ROOT / "nbs/core", input=text, capture_output=True, text=True
     )
-    assert done.returncode == 2 and "no notebook here is the one on standard input" in done.stderr
+    assert done.returncode == 2
+    assert "no notebook here is the one on standard input" in done.stderr
 
 
 def test_a_method_page_has_its_row_its_knobs_and_its_reference():
@@ -234,12 +237,12 @@ def test_a_method_page_has_its_row_its_knobs_and_its_reference():
         for c in MADE[ROOT / "nbs/alignment/dpo.ipynb"]["cells"]
         if c["cell_type"] == "markdown"
     )
-    assert "## In the survey {#survey}" in text and "| DPO |" in text and "Beside it" in text
-    assert (
-        "| `beta` | 0.1 |" in text
-        and "{#reference-dpo_loss}" in text
-        and "[-@rafailov2023]" in text
-    )
+    assert "## In the survey {#survey}" in text
+    assert "| DPO |" in text
+    assert "Related:" in text
+    assert "| `beta` | 0.1 |" in text
+    assert "{#reference-dpo_loss}" in text
+    assert "[-@rafailov2023]" in text
 
 
 def shown(page) -> list[str]:
@@ -257,23 +260,20 @@ def shown(page) -> list[str]:
 
 
 def test_figures_are_alive_with_what_the_site_has(tmp_path):
-    "The outputs of a page in a browser that finds no other host: plotly.js comes from the site, and draws them."
+    "The outputs of a page in an offline browser: plotly.js comes from the site, and draws them."
     playwright = pytest.importorskip("playwright.sync_api", reason="this test needs playwright")
     from browsing import Page, browser_or_skip
 
     outputs = shown("nbs/alignment/dpo.ipynb")
     drawn = [text for text in outputs if "Plotly.newPlot" in text]
-    assert (
-        drawn
-        and all(f'src="../../{site_filter.PLOTLY}"' in text for text in drawn)
-        and not any(site_lint.fetched(text) for text in outputs)
-    )
+    assert drawn
+    assert all(f'src="../../{site_filter.PLOTLY}"' in text for text in drawn)
+    assert not any(site_lint.fetched(text) for text in outputs)
     (tmp_path / "nbs/alignment").mkdir(parents=True)
     (tmp_path / "nbs/alignment/dpo.html").write_text("<meta charset='utf-8'>" + "\n".join(outputs))
     site_build.finish(tmp_path)
-    assert (tmp_path / site_filter.FONT).is_file() and f'url("../../{site_filter.FONT}")' in (
-        ROOT / "nbs/_site/style.css"
-    ).read_text()
+    assert (tmp_path / site_filter.FONT).is_file()
+    assert f'url("../../{site_filter.FONT}")' in (ROOT / "nbs/_site/style.css").read_text()
     with playwright.sync_playwright() as p:
         browser = browser_or_skip(p)
         page = Page(browser)
@@ -287,7 +287,8 @@ def test_figures_are_alive_with_what_the_site_has(tmp_path):
             page.errors,
         )
         browser.close()
-    assert not asked and not errors
+    assert not asked
+    assert not errors
 
 
 def folded(page: str) -> list[str]:
@@ -299,8 +300,11 @@ def folded(page: str) -> list[str]:
 def test_code_of_the_workbench_imports_and_proofs_are_folded_and_methods_are_open():
     assert len(folded("nbs/site/atlas.ipynb")) > 5
     hidden = "\n".join(folded("nbs/alignment/dpo.ipynb"))
-    assert "import torch" in hidden and "def trl_loss" in hidden
-    assert "def dpo_loss" not in hidden and "def dpo(" not in hidden and "lab.run" not in hidden
+    assert "import torch" in hidden
+    assert "def trl_loss" in hidden
+    assert "def dpo_loss" not in hidden
+    assert "def dpo(" not in hidden
+    assert "lab.run" not in hidden
 
 
 @pytest.mark.parametrize("page", sorted(FOUND["methods"]))
@@ -312,8 +316,10 @@ def test_a_methods_result_comes_first(page):
     code = [c for c in cells[:result] if c["cell_type"] == "code"]
     assert not heads and len(code) <= 3  # nothing but imports and settings before it
     shown = sources[result]
-    assert "plotly-figure" in shown and ("<table" in shown or "| metric |" in shown)
-    assert "(#run)" in shown and any("{#run}" in text for text in sources[result + 1 :])
+    assert "plotly-figure" in shown
+    assert "<table" in shown or "| metric |" in shown
+    assert "(#run)" in shown
+    assert any("{#run}" in text for text in sources[result + 1 :])
 
 
 # ---- every check can fail
@@ -470,7 +476,10 @@ def test_code_that_speaks_of_faults_is_no_fault(tmp_path):
     code = "x = 'Unable to display output for mime type(s): y'  # ?@eq-lost quarto-unresolved-ref"
     wrong, _ = a_site(
         tmp_path,
-        a=f'<pre class="sourceCode python"><code class="sourceCode">{code}</code></pre><code>?@eq-lost</code>',
+        a=(
+            '<pre class="sourceCode python"><code '
+            f'class="sourceCode">{code}</code></pre><code>?@eq-lost</code>'
+        ),
     )
     assert not wrong
 
@@ -478,33 +487,46 @@ def test_code_that_speaks_of_faults_is_no_fault(tmp_path):
 def test_a_style_that_fetches_is_caught(tmp_path):
     (tmp_path / "site_libs").mkdir()
     (tmp_path / "site_libs/theme.css").write_text(
-        '@import"https://fonts.example.org/css2?family=Lato";.a{background:url("data:image/png;base64,x")}'
+        '@import"https://fonts.example.org/css2?family=Lato";'
+        '.a{background:url("data:image/png;base64,x")}'
     )
     wrong, _ = a_site(tmp_path, a="a")
     assert wrong == [
-        "site_libs/theme.css: fetches https://fonts.example.org/css2?family=Lato; a page has to work offline"
+        (
+            "site_libs/theme.css: fetches https://fonts.example.org/css2?family=Lato; "
+            "a page has to work offline"
+        )
     ]
 
 
 def test_a_sound_site_passes(tmp_path):
     wrong, counts = a_site(
         tmp_path,
-        a="<link rel='canonical' href='https://example.org/a'><a href='b.html#here'>x</a><a href='https://example.org'>y</a><a href='./'>z</a>",
+        a=(
+            "<link rel='canonical' href='https://example.org/a'><a href='b.html#here'>x</a><a "
+            "href='https://example.org'>y</a><a href='./'>z</a>"
+        ),
         b="<p id='here'>b</p>",
         index="i",
     )
-    assert not wrong and counts["pages"] == 3
+    assert not wrong
+    assert counts["pages"] == 3
 
 
 def test_warnings_of_quarto_are_seen():
-    said = "[ 1/60] nbs/index.ipynb\n\x1b[33mWARN: Unable to resolve crossref @eq-x\x1b[39m\nOutput created: _docs/index.html\n[WARNING] Could not convert TeX math\n"
-    assert len(site_build.warnings_of(said)) == 2 and not site_build.warnings_of(
-        "Output created: _docs/nbs/warn.html\n"
+    output = (
+        "[ 1/60] nbs/index.ipynb\n\x1b[33mWARN: Unable to resolve crossref @eq-x\x1b[39m\n"
+        "Output created: _docs/index.html\n[WARNING] Could not convert TeX math\n"
     )
+    assert len(site_build.warnings_of(output)) == 2
+    assert not site_build.warnings_of("Output created: _docs/nbs/warn.html\n")
 
 
 def test_tables_sort_and_filter_in_a_browser(tmp_path):
-    "What the site puts at the end of each page: a click on a heading sorts by it (months as dates), the field filters."
+    """A click on a heading sorts by it (months as dates), and the field filters.
+
+    The site puts this script at the end of each page.
+    """
     playwright = pytest.importorskip("playwright.sync_api", reason="this test needs playwright")
     from browsing import browser_or_skip
 
@@ -520,7 +542,10 @@ def test_tables_sort_and_filter_in_a_browser(tmp_path):
         browser = browser_or_skip(p)
         page = browser.new_page()
         page.goto(f"file://{tmp_path}/page.html")
-        names = lambda: page.locator("tbody tr:visible td:first-child").all_inner_texts()  # noqa: E731
+
+        def names():
+            return page.locator("tbody tr:visible td:first-child").all_inner_texts()
+
         found = {}
         for column in ("name", "size", "when", "when"):
             page.locator("th", has_text=column).click()
@@ -542,7 +567,8 @@ def test_tables_sort_and_filter_in_a_browser(tmp_path):
 
 
 def test_the_bibliography(tmp_path):
-    assert len(BIB) > 100 and all(re.fullmatch(r"[a-z]+\d{4}[a-z]?", key) for key in BIB)
+    assert len(BIB) > 100
+    assert all(re.fullmatch(r"[a-z]+\d{4}[a-z]?", key) for key in BIB)
     for key, fields in BIB.items():
         assert fields["year"] in key
     bad = tmp_path / "x.bib"
@@ -552,23 +578,22 @@ def test_the_bibliography(tmp_path):
 
 
 def test_mentions_become_the_right_citation():
-    assert (
-        site_filter.cited("Wang", "2024", "alignment/reward", BIB) == "wang2024a"
-        and site_filter.cited("Wang", "2024", "efficiency/adaptation/formulas", BIB) == "wang2024b"
-    )
-    assert (
-        site_filter.cited("Wang", "2024", "data/load", BIB) == ""
-        and site_filter.cited("Rafailov", "2023", "any/page", BIB) == "rafailov2023"
-    )
+    assert site_filter.cited("Wang", "2024", "alignment/reward", BIB) == "wang2024a"
+    assert site_filter.cited("Wang", "2024", "efficiency/adaptation/formulas", BIB) == "wang2024b"
+    assert site_filter.cited("Wang", "2024", "data/load", BIB) == ""
+    assert site_filter.cited("Rafailov", "2023", "any/page", BIB) == "rafailov2023"
 
 
 def test_only_the_year_of_a_mention_changes():
     bib = {"gao2022": {}, "tie2025": {}}
-    text = "## Gao 2022\n\nGao, Schulman and Hilton (2022), Tie et al.\n2025, (Tie et al. 2025), Nobody et al. 2025."
+    text = (
+        "## Gao 2022\n\nGao, Schulman and Hilton (2022), Tie et al.\n"
+        "2025, (Tie et al. 2025), Nobody et al. 2025."
+    )
     year = "[-@tie2025]"
-    assert (
-        site_filter.with_citations(text, "any/page", bib)
-        == f"## Gao 2022\n\nGao, Schulman and Hilton ([-@gao2022]), Tie et al.\n{year}, (Tie et al. {year}), Nobody et al. 2025."
+    assert site_filter.with_citations(text, "any/page", bib) == (
+        "## Gao 2022\n\nGao, Schulman and Hilton ([-@gao2022]), Tie et al.\n"
+        f"{year}, (Tie et al. {year}), Nobody et al. 2025."
     )
 
 
@@ -585,36 +610,32 @@ def test_make_docs_says_how_to_get_quarto(capsys, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name, *a: None)
     before = (ROOT / "_quarto.yml").read_bytes()
     assert site_build.build(ROOT) == 2
-    said = capsys.readouterr().out
-    assert "quarto is not installed" in said and "https://quarto.org" in said
+    printed = capsys.readouterr().out
+    assert "quarto is not installed" in printed
+    assert "https://quarto.org" in printed
     assert (ROOT / "_quarto.yml").read_bytes() == before
     assert re.search(r"^docs: .*\n\t.*polm_site build$", (ROOT / "Makefile").read_text(), re.M)
 
 
 def test_wrong_words_are_refused(capsys):
-    assert (
-        site_build.main(["rite"]) == 2
-        and "expected write, filter, finish, check" in capsys.readouterr().err
-    )
+    assert site_build.main(["rite"]) == 2
+    assert "expected write, filter, finish, check" in capsys.readouterr().err
 
 
 def test_the_workflows_run_the_tests_and_publish():
     flows = {
         p.stem: yaml.safe_load(p.read_text()) for p in (ROOT / ".github/workflows").glob("*.yml")
     }
-    runs = {
-        name: [step.get("run", "") for job in flow["jobs"].values() for step in job["steps"]]
-        for name, flow in flows.items()
-    }
-    assert (
-        "bash .ci/run" in runs["test"]
-        and "make docs" in runs["site"]
-        and (ROOT / ".ci/run").is_file()
-    )
+    runs = {}
+    for name, flow in flows.items():
+        steps = [step for job in flow["jobs"].values() for step in job["steps"]]
+        runs[name] = [step.get("run", "") for step in steps]
+    assert "bash .ci/run" in runs["test"]
+    assert "make docs" in runs["site"]
+    assert (ROOT / ".ci/run").is_file()
     uses = [step.get("uses", "") for job in flows["site"]["jobs"].values() for step in job["steps"]]
-    assert any(u.startswith("quarto-dev/quarto-actions/setup@") for u in uses) and any(
-        u.startswith("actions/deploy-pages@") for u in uses
-    )
+    assert any(u.startswith("quarto-dev/quarto-actions/setup@") for u in uses)
+    assert any(u.startswith("actions/deploy-pages@") for u in uses)
     configured = yaml.safe_load((ROOT / "_quarto.yml").read_text())
     upload = next(
         s
@@ -630,7 +651,8 @@ def test_the_front_door():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     from polm_lab import __version__
 
-    assert citation["version"] == __version__ and citation["license"] == "Apache-2.0"
+    assert citation["version"] == __version__
+    assert citation["license"] == "Apache-2.0"
     for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.md"):
         head = yaml.safe_load(path.read_text().split("---")[1])
         assert {"name", "about"} <= set(head)
@@ -642,7 +664,10 @@ def test_the_front_door():
 
 @pytest.mark.skipif(not shutil.which("quarto"), reason="quarto is not installed")
 def test_the_site_renders():
-    "No warning, no dead link; and in a browser that finds no other host, from the disk: figures drawn, equations set in the font of the site."
+    """No warning, no dead link; an offline browser draws the figures from the disk.
+
+    Equations are set in the font of the site.
+    """
     assert site_build.build(ROOT) == 0
     playwright = pytest.importorskip("playwright.sync_api", reason="this test needs playwright")
     from browsing import Page, browser_or_skip
@@ -663,7 +688,8 @@ def test_the_site_renders():
             )  # noqa: B023
             assert page.page.locator("math").count() >= equations
             assert page.page.evaluate(
-                "document.fonts.ready.then(() => [...document.fonts].filter(f => f.family.includes('site math')).map(f => f.status))"
+                "document.fonts.ready.then(() => [...document.fonts].filter(f => "
+                "f.family.includes('site math')).map(f => f.status))"
             ) == ["loaded" if equations else "unloaded"]
             assert not [u for u in page.asked if not u.startswith(("file:", "data:", "blob:"))]
         browser.close()

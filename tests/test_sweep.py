@@ -541,10 +541,11 @@ def test_the_form_starts_a_sweep_shows_it_and_survives_its_loss(runs, monkeypatc
     )
     view.varied.value, view.fixed.value = "learning_rate 0.1, 0.2", "steps 2\ndata sums"
     view.how["jobs"].control.value = "none"
-    assert "expected a whole number" in view.said.value and view.start.disabled
+    assert "expected a whole number" in view.message.value and view.start.disabled
     view.how["jobs"].control.value = "1"
     assert (
-        view.said.value == "2 trials, 1 at a time" and "learning_rate 0.1,0.2" in view.command.text
+        view.message.value == "2 trials, 1 at a time"
+        and "learning_rate 0.1,0.2" in view.command.text
     )
     monkeypatch.setattr(
         "polm_lab.runner.launch.spawn", lambda made: work_sweep(made, start=Written(), pause=0.02)

@@ -65,7 +65,7 @@ def _facts(stem: str) -> tuple[dict, ...]:
 
 
 def survey(stem: str) -> list[dict]:
-    "The rows of a file of `data/survey`, by its name without .csv: systems, families, equations, table1_models, ..."
+    "Return the rows of the file `data/survey/STEM.csv`, for example of `systems` or `families`."
     known = sorted(p.stem for p in (data_folder() / "survey").glob("*.csv"))
     if stem not in known:
         raise WrongInput(f"survey {stem!r}: no such table; {nearest(stem, known)}")
@@ -83,14 +83,17 @@ class Place:
 
 
 def _package() -> Path:
-    "The folder of the package, next to the notebooks or around them."
+    "Return the folder of the package, next to the notebooks or around them."
     folder = notebooks_folder().parent
     return folder / "polm_lab" if (folder / "polm_lab").is_dir() else folder
 
 
 @functools.cache
 def _modules() -> dict[str, tuple[str, str, frozenset]]:
-    "The exported modules: last part of the name -> (folder, notebook, public names), without importing them."
+    """Map each exported module's last name to its folder, notebook and public names.
+
+    Nothing is imported.
+    """
     found = {}
     for path in sorted(_package().glob("*/**/[a-z]*.py")):
         names = next(
@@ -111,7 +114,10 @@ def _modules() -> dict[str, tuple[str, str, frozenset]]:
 
 # %% ../../nbs/site/atlas.ipynb #7cd1eb74
 def _imported(nodes: list[ast.AST]) -> dict[str, str]:
-    "Names that the imports among `nodes` bind, with what they stand for in the package: a page, or a page and a name in it."
+    """Map the names that the imports among `nodes` bind to their place in the package.
+
+    A place is a page, or a page and a name in it.
+    """
     found = {}
     for node in nodes:
         if not isinstance(node, ast.ImportFrom) or not (
@@ -127,7 +133,7 @@ def _imported(nodes: list[ast.AST]) -> dict[str, str]:
 
 
 def _bound(nodes: list[ast.AST]) -> set[str]:
-    "Names that a function of these `nodes` binds itself: its arguments and what it assigns."
+    "Return the names that a function of these `nodes` binds: its arguments and assignments."
     names = set()
     for node in nodes:
         if isinstance(node, ast.arg):
@@ -138,7 +144,10 @@ def _bound(nodes: list[ast.AST]) -> set[str]:
 
 
 def _used(tree: ast.AST, page: str, own: set[str], imported: dict[str, str]) -> set[str]:
-    "What a definition of `page` refers to, as page.name: names of the page, names that it imports, and attributes of pages that it imports."
+    """Return what a definition of `page` refers to, as page.name.
+
+    These are the page's own names, names that it imports, and attributes of imported pages.
+    """
     nodes, found = list(ast.walk(tree)), set()
     imported = imported | _imported(nodes)
     hidden = _bound(nodes) if isinstance(tree, (ast.FunctionDef, ast.AsyncFunctionDef)) else set()
@@ -154,7 +163,10 @@ def _used(tree: ast.AST, page: str, own: set[str], imported: dict[str, str]) -> 
 # %% ../../nbs/site/atlas.ipynb #6890178a
 @functools.cache
 def _calls() -> dict[str, set[str]]:
-    "For each definition of the package (page.name: function, class, constant) what it refers to."
+    """Map each definition of the package (page.name) to the names that it refers to.
+
+    A definition is a function, a class or a constant.
+    """
     found = {}
     for path in sorted(_package().glob("*/**/[a-z]*.py")):
         tree, page = ast.parse(path.read_text(encoding="utf-8")), path.stem
@@ -179,9 +191,9 @@ def _calls() -> dict[str, set[str]]:
 
 @functools.cache
 def reached(method: str) -> frozenset[str]:
-    """Names (page.name) that the function of a method reaches by reference, through everything that it calls.
+    """Return the names (page.name) that a method's function reaches by reference, directly or not.
 
-    Read off the syntax, so it says that a run can call a function, not that each run does.
+    The names come from the syntax: a run can call such a function, but not every run does.
     """
     calls, found, open_ = _calls(), set(), [f"{method}.{method}"]
     while open_:
@@ -193,7 +205,10 @@ def reached(method: str) -> frozenset[str]:
 
 # %% ../../nbs/site/atlas.ipynb #14ef511f
 def _with_knobs(pointer: str, known: dict[str, Method], strict: bool) -> Method | None:
-    "The method of `method?knob=value&knob=value`; None where there is no such method, knob or value. `strict`: a value has to be one of the knob's choices."
+    """Return the method of `method?knob=value&knob=value`, None where one of these does not exist.
+
+    With `strict` a value has to be one of the knob's choices.
+    """
     name, _, rest = pointer.partition("?")
     method = known.get(name)
     if method is None or "?" in pointer and not rest:
@@ -216,10 +231,13 @@ def _with_knobs(pointer: str, known: dict[str, Method], strict: bool) -> Method 
 
 
 def look(here: str, known: dict[str, Method] | None = None) -> Place | None:
-    """The place that `here` names, or None where there is nothing of the kind.
+    """Return the place that `here` names, or None where there is no such place.
 
-    `dpo`; `merge?algorithm=ties`, where ties is one of the knob's choices; `reft.majority`, which runs if a method reaches it and is shown if none does;
-    `prune?swaps=20 > sparse.swap`, a run with values that are no choices and the function that it has to reach; `adapter:lora:use_dora=True`, `model:llama`, `data:dolly-15k`.
+    - `dpo` is a method.
+    - `merge?algorithm=ties` is a method with one of the knob's choices.
+    - `reft.majority` is a function: it runs if a method reaches it, else it is shown.
+    - `prune?swaps=20 > sparse.swap` is a run with free values, and the function it must reach.
+    - `adapter:lora:use_dora=True`, `model:llama` and `data:dolly-15k` are what they name.
     """
     known = methods() if known is None else known
     kind, _, rest = here.partition(":")
@@ -278,7 +296,7 @@ WHY = {  # how it could be had -> why it is not
 
 @functools.cache
 def _tests() -> dict[str, str]:
-    "The test files with their text; an installed package has none."
+    "Return the test files with their text; an installed package has none."
     return {
         p.name: p.read_text(encoding="utf-8")
         for p in sorted((notebooks_folder().parent / "tests").glob("test_*.py"))
@@ -286,7 +304,11 @@ def _tests() -> dict[str, str]:
 
 
 def tests_of(place: Place, known: dict[str, Method] | None = None) -> list[str]:
-    "The test files that hold the page of a place: that of its name, else those that import its module; and the conformance suite for a method that trains."
+    """Return the test files that cover the page of a place.
+
+    This is the test file with the page's name, or else every test that imports the module.
+    A method that trains also has the conformance suite.
+    """
     folder, _, stem = place.notebook.removesuffix(".ipynb").rpartition("/")
     folder = re.escape(folder.replace("/", "."))
     by_name = [f"test_{stem}.py"] if f"test_{stem}.py" in _tests() else []
@@ -302,7 +324,7 @@ def tests_of(place: Place, known: dict[str, Method] | None = None) -> list[str]:
 
 
 def systems() -> list[dict]:
-    "All rows of the survey with their state: what `lab.atlas()` has, as dictionaries."
+    "Return all rows of the survey with their state: what `lab.atlas()` has, as dictionaries."
     known, families, rows, held = methods(), {f["family"]: f for f in survey("families")}, [], {}
     for fact in survey("systems"):
         place = look(fact["here"], known) if fact["here"] else None
@@ -339,9 +361,11 @@ def systems() -> list[dict]:
 
 # %% ../../nbs/site/atlas.ipynb #363bf594
 def atlas(state: str = "", chapter: str = "", family: str = ""):
-    """Every system of the survey as a DataFrame, with its state here; those of one state, chapter or family only, if named.
+    """Return every system of the survey with its state here, as a DataFrame.
 
-    `family` may be the beginning of its name. Raises `WrongInput`.
+    `state`, `chapter` and `family` keep only such rows; a family's first letters are enough.
+
+    Raises: `WrongInput` for a name that does not exist.
     """
     import pandas as pd
 
@@ -352,30 +376,31 @@ def atlas(state: str = "", chapter: str = "", family: str = ""):
         rows = [r for r in rows if not word or r[name] == word]
     if family and not any(r["family"].startswith(family) for r in rows):
         raise WrongInput(
-            f"atlas: family {family!r}: none here begins so; {nearest(family, sorted({r['family'] for r in rows}))}"
+            f"atlas: family {family!r}: none here begins so; "
+            f"{nearest(family, sorted({r['family'] for r in rows}))}"
         )
     table = pd.DataFrame([r for r in rows if r["family"].startswith(family)])
     return table.astype({"year": "Int64"}).set_index("name") if len(table) else table
 
 # %% ../../nbs/site/atlas.ipynb #91d3c230
 def coverage(rows: list[dict] | None = None, by: str = "chapter"):
-    "How many systems of each chapter (or family) are in each state, as a DataFrame with a last row for all."
+    "Count the systems in each state by chapter (or family), as a DataFrame with a total row."
     import pandas as pd
 
     rows = systems() if rows is None else rows
     groups = list(CHAPTERS) if by == "chapter" else [f["family"] for f in survey("families")]
-    table = pd.DataFrame(
-        [[sum(r[by] == g and r["state"] == s for r in rows) for s in STATES] for g in groups],
-        index=groups,
-        columns=list(STATES),
-    )
+    counts = Counter((r[by], r["state"]) for r in rows)
+    columns = {}
+    for state in STATES:
+        columns[state] = [counts[group, state] for group in groups]
+    table = pd.DataFrame(columns, index=groups)
     table = table[table.sum(axis=1) > 0]
     table.loc["all"] = table.sum()
     return table.assign(total=table.sum(axis=1))
 
 # %% ../../nbs/site/atlas.ipynb #1c0accef
 def _branches(rows: list[dict]) -> dict[tuple, list[dict]]:
-    "The rows of the whole, of each chapter, and of each family in it, under (), (chapter,), (chapter, family)."
+    "Group rows under (), under (chapter,), and under (chapter, family)."
     groups: dict[tuple, list] = {}
     for r in rows:
         for key in ((), (r["chapter"],), (r["chapter"], r["family"])):
@@ -389,26 +414,30 @@ def _label(key: tuple) -> str:
 
 
 def _here(rows: list[dict]) -> int:
-    "How many run, in full or in part, are shown or load here."
+    "Return how many run, in full or in part, are shown or load here."
     return sum(r["state"] in ("runs", "partial", "shown", "loads") for r in rows)
 
 
 def _shade(share: float) -> str:
-    "From grey (none is here) to green (all are)."
+    "Return a colour from grey (none is here) to green (all are)."
     return "rgb({},{},{})".format(
         *(round(a + share * (b - a)) for a, b in zip((238, 241, 245), (0, 158, 115)))
     )
 
 
 def sunburst(rows: list[dict] | None = None):
-    "Chapters, families and systems as a plotly sunburst: systems coloured by state, the others by the share that is here."
+    """Draw chapters, families and systems as a plotly sunburst.
+
+    A system is coloured by its state, a chapter or family by the share that is here.
+    """
     import plotly.graph_objects as go
 
     rows = systems() if rows is None else rows
     groups = _branches(rows)
     number = {key: str(n) for n, key in enumerate(groups)}
     ids = [*number.values(), *(f"s{n}" for n in range(len(rows)))]
-    labels = [html.escape(text) for text in (*map(_label, groups), *(r["name"] for r in rows))]
+    labels = [*map(_label, groups), *(r["name"] for r in rows)]
+    labels = [html.escape(text) for text in labels]
     parents = [
         *("" if not key else number[key[:-1]] for key in groups),
         *(number[r["chapter"], r["family"]] for r in rows),
@@ -429,7 +458,7 @@ def sunburst(rows: list[dict] | None = None):
 
 # %% ../../nbs/site/atlas.ipynb #972b1fe7
 def _legend(figure):
-    "The states as a legend above a figure."
+    "Return the states as a legend above a figure."
     words = "   ".join(
         f"<span style='color:{color}'>■</span> {state}" for state, color in STATES.items()
     )
@@ -446,7 +475,11 @@ def _legend(figure):
 
 
 def tree(rows: list[dict] | None = None):
-    "Chapters and families as a plotly icicle: width is the number of systems, colour the share that runs, in full or in part, is shown or loads."
+    """Draw chapters and families as a plotly icicle.
+
+    The width is the number of systems.
+    The colour is the share that runs (in full or in part), is shown or loads.
+    """
     import plotly.graph_objects as go
 
     groups = _branches(systems() if rows is None else rows)
@@ -467,7 +500,10 @@ def tree(rows: list[dict] | None = None):
 
 # %% ../../nbs/site/atlas.ipynb #321f0738
 def timeline(rows: list[dict] | None = None, first: int = 2018, last: int = 2025):
-    "The systems of each year as dots, eight to a line, coloured by state; hover tells which."
+    """Draw the systems of each year as dots, eight to a line, coloured by state.
+
+    The hover text names the system.
+    """
     import plotly.graph_objects as go
 
     rows = systems() if rows is None else rows
@@ -512,7 +548,7 @@ def timeline(rows: list[dict] | None = None, first: int = 2018, last: int = 2025
 
 # %% ../../nbs/site/atlas.ipynb #f46ef61f
 def table(number: int, rows: list[dict] | None = None) -> list[dict]:
-    "The survey's table 1 to 9 with the state of each row. Raises `WrongInput`."
+    "Return the survey's table 1 to 9 with the state of each row. Raises `WrongInput`."
     if number not in TABLES:
         raise WrongInput(f"survey table {number!r}: expected a number from 1 to 9")
     state = {r["name"]: r for r in (systems() if rows is None else rows)}
@@ -530,25 +566,28 @@ def table(number: int, rows: list[dict] | None = None) -> list[dict]:
 def html_table(
     rows: list[dict], caption: str = "", opened: bool = False, leave_out: tuple = ()
 ) -> str:
-    "Rows as an HTML table that the site makes sortable and filterable (class `sortable`), folded under its caption."
+    "Return rows as a folded HTML table of class `sortable`; the site makes it sort and filter."
     columns = [c for c in rows[0] if c not in leave_out]
     head = "".join(f"<th>{html.escape(c.replace('_', ' '))}</th>" for c in columns)
-    body = "".join(
-        "<tr>"
-        + "".join(f"<td>{html.escape(str('' if r[c] is None else r[c]))}</td>" for c in columns)
-        + "</tr>"
-        for r in rows
+    body = ""
+    for row in rows:
+        texts = ["" if row[c] is None else str(row[c]) for c in columns]
+        body += f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in texts)}</tr>"
+    table = (
+        "<table class='sortable' data-quarto-disable-processing='true'>"
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     )
-    table = f"<table class='sortable' data-quarto-disable-processing='true'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return (
-        f"<details{' open' if opened else ''}><summary>{html.escape(caption)}</summary>{table}</details>"
-        if caption
-        else table
-    )
+    if not caption:
+        return table
+    summary = f"<summary>{html.escape(caption)}</summary>"
+    return f"<details{' open' if opened else ''}>{summary}{table}</details>"
 
 # %% ../../nbs/site/atlas.ipynb #a3dd8440
 def neighbours(page: str, rows: list[dict] | None = None) -> tuple[list[dict], list[dict]]:
-    "The rows that a page (`alignment/dpo.ipynb`) runs or shows, and the other rows of their families."
+    """Return the rows that a page runs or shows, and the other rows of their families.
+
+    `page` is a path below `nbs/`, for example `alignment/dpo.ipynb`.
+    """
     rows = systems() if rows is None else rows
     own = [r for r in rows if r["notebook"] == page]
     families = {r["family"] for r in own}
@@ -556,7 +595,7 @@ def neighbours(page: str, rows: list[dict] | None = None) -> tuple[list[dict], l
 
 # %% ../../nbs/site/atlas.ipynb #c5e17ab5
 def _text(row: dict) -> str:
-    "A row as HTML: every column that is not empty; addresses become links."
+    "Return a row as HTML: every column that is not empty; addresses become links."
 
     def cell(value):
         shown = html.escape(str(value))
@@ -574,7 +613,11 @@ def _text(row: dict) -> str:
 
 
 def Atlas(rows: list[dict] | None = None):
-    "The atlas as a widget: `view` chooses the systems, one of the nine tables or a figure; `detail` tells the chosen row and its neighbours."
+    """Return the atlas as a widget.
+
+    `view` chooses the systems, one of the nine tables or a figure.
+    `detail` describes the chosen row and its neighbours.
+    """
     import ipywidgets as widgets
 
     from polm_lab.workbench.browser import Table
@@ -607,9 +650,9 @@ def Atlas(rows: list[dict] | None = None):
     def tell(change):
         if change["new"]:
             row = tables[view.value][change["new"][0]]
-            beside = [r for r in rows if r["family"] == row.get("family") and r is not row]
-            names = ", ".join(f"{html.escape(r['name'])} ({r['state']})" for r in beside)
-            detail.value = _text(row) + (f"<div><b>beside it</b> {names}</div>" if names else "")
+            related = [r for r in rows if r["family"] == row.get("family") and r is not row]
+            names = ", ".join(f"{html.escape(r['name'])} ({r['state']})" for r in related)
+            detail.value = _text(row) + (f"<div><b>related:</b> {names}</div>" if names else "")
 
     view.observe(choose, "value")
     grid.observe(tell, "selected")

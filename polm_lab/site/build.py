@@ -28,7 +28,7 @@ QUARTO = "https://quarto.org/docs/get-started/ (version 1.7 or later)"
 
 
 def warnings_of(text: str) -> list[str]:
-    "The lines in which Quarto or pandoc warns; it exits 0 all the same."
+    "Return the lines in which Quarto or pandoc warns; it exits 0 anyway."
     return [
         line.strip()
         for line in ANSI.sub("", text).split("\n")
@@ -37,18 +37,25 @@ def warnings_of(text: str) -> list[str]:
 
 
 def finish(folder: Path):
-    "Put plotly.js and a font for mathematics beside the rendered pages. Quarto calls it after rendering, as `polm_site finish`."
+    """Put plotly.js and a font for mathematics next to the rendered pages.
+
+    Quarto calls it after rendering, as `polm_site finish`.
+    """
     for package, file in (("plotly", f"package_data/{PLOTLY}"), ("ziamath", f"fonts/{FONT}")):
         found = find_spec(package)
         if not found:
             raise WrongInput(
-                f"polm_site finish: {package} is not installed; expected its {file}, which the pages need; pip install -e '.[dev]'"
+                f"polm_site finish: {package} is not installed; expected its {file}, "
+                "which the pages need; pip install -e '.[dev]'"
             )
         shutil.copy(Path(found.submodule_search_locations[0]) / file, folder)
 
 
 def build(root: Path) -> int:
-    "Write the configuration, render, finish, check. 0 if nothing is wrong; 2 where Quarto is missing."
+    """Write the configuration, render, finish and check the site.
+
+    Returns 0 if nothing is wrong, and 2 where Quarto is missing.
+    """
     write(root)
     wrong, counts = check_sources(root)
     print(", ".join(f"{n} {name}" for name, n in counts.items()))
@@ -57,13 +64,13 @@ def build(root: Path) -> int:
         return 1
     if not shutil.which("quarto"):
         print(
-            f"quarto is not installed, so no pages were rendered; the notebooks were checked. Get it from {QUARTO}, then run make docs again."
+            "quarto is not installed, so no pages were rendered; "
+            f"the notebooks were checked. Get it from {QUARTO}, then run make docs again."
         )
         return 2
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    Path(
-        shutil.which("polm_site", path=env["PATH"])
-    ).touch()  # Quarto keeps what a filter gave until the notebook or the filter's own file is newer
+    # Quarto keeps what a filter gave until the notebook or the filter's own file is newer
+    Path(shutil.which("polm_site", path=env["PATH"])).touch()
     with subprocess.Popen(
         ["quarto", "render"],
         cwd=root,
@@ -73,21 +80,24 @@ def build(root: Path) -> int:
         text=True,
         encoding="utf-8",
     ) as process:
-        said = []
+        output = []
         for line in process.stdout:
             print(line, end="")
-            said.append(line)
+            output.append(line)
     if process.returncode:
         return process.returncode
     wrong, counts = check_site(root / "_docs")
-    wrong += [f"quarto: {line}" for line in warnings_of("".join(said))]
+    wrong += [f"quarto: {line}" for line in warnings_of("".join(output))]
     print(", ".join(f"{n} {name}" for name, n in counts.items()) + f"; {len(wrong)} wrong")
     print("\n".join(wrong))
     return int(bool(wrong))
 
 # %% ../../nbs/site/build.ipynb #19624822
 def make_results(methods: list[str]) -> int:
-    "Run each method with its defaults and three seeds, and keep the results. 0 if all finished."
+    """Run each method with its defaults and three seeds, and keep the results.
+
+    Returns 0 if all runs finished.
+    """
     for method in methods:
         with tempfile.TemporaryDirectory() as out:
             path = write_results(method, seed_rows(method, out=out))
@@ -96,7 +106,11 @@ def make_results(methods: list[str]) -> int:
 
 
 def main(words: list[str] | None = None) -> int:
-    "`polm_site write | filter | finish | check [FOLDER] | build | execute [PAGE...] | seeds METHOD...`."
+    """Run one of the site's commands.
+
+    `polm_site write | filter | finish | check [FOLDER] | build |
+    execute [PAGE...] | seeds METHOD...`
+    """
     words = sys.argv[1:] if words is None else words
     try:
         if words == ["filter"]:
@@ -128,7 +142,8 @@ def main(words: list[str] | None = None) -> int:
         if words[:1] == ["seeds"] and words[1:]:
             return make_results(words[1:])
         raise WrongInput(
-            f"polm_site {' '.join(words)}: expected write, filter, finish, check, check FOLDER, build, execute [PAGE...], or seeds METHOD..."
+            f"polm_site {' '.join(words)}: expected write, filter, finish, check, "
+            "check FOLDER, build, execute [PAGE...], or seeds METHOD..."
         )
     except WrongInput as wrong:
         print(wrong, file=sys.stderr)

@@ -19,15 +19,12 @@ from .pages import as_yaml, configuration, facts, pages
 
 # %% ../../nbs/site/lint.ipynb #b798dbc0
 DISPLAYED = ("text/markdown", "image/svg+xml", "image/png", "image/jpeg", "text/plain")
-PREFERRED = (
-    WIDGET,
-    "application/javascript",
-    "text/html",
-)  # to those, by Quarto, though there is no kernel; or they make it fetch require.js and jQuery
+# to those, by Quarto, though there is no kernel; or they make it fetch require.js and jQuery
+PREFERRED = (WIDGET, "application/javascript", "text/html")
 
 
 def slug(heading: str) -> str:
-    "The anchor that pandoc gives a heading."
+    "Return the anchor that pandoc gives a heading."
     own = re.search(r"\{[^}]*#([\w-]+)[^}]*\}\s*$", heading)
     if own:
         return own[1]
@@ -37,7 +34,7 @@ def slug(heading: str) -> str:
 
 
 def anchors(notebook: dict) -> set[str]:
-    "All anchors of a (filtered) notebook."
+    "Return all anchors of a (filtered) notebook."
     found = set()
     for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":
@@ -51,7 +48,7 @@ def anchors(notebook: dict) -> set[str]:
 
 
 def _spans(text: str) -> str:
-    "Markdown without its code."
+    "Return markdown without its code."
     return re.sub(r"`[^`\n]*`", "", re.sub(r"```.*?```", "", text, flags=re.S))
 
 
@@ -61,19 +58,23 @@ def _ends_in_a_value(text: str) -> bool:
 
 
 _FETCHED = re.compile(
-    r"""(?:<(?:script|img|iframe|source|link(?![^>]*canonical))\b[^>]*\b(?:src|href)=|@import\s*|\burl\(\s*|\.src\s*=\s*|\bimport\s+)["']?((?:https?:)?//[^"')\s>]+)"""
+    r"""(?:<(?:script|img|iframe|source|link(?![^>]*canonical))\b[^>]*\b(?:src|href)="""
+    r"""|@import\s*|\burl\(\s*|\.src\s*=\s*|\bimport\s+)["']?((?:https?:)?//[^"')\s>]+)"""
 )
 
 
 def fetched(text: str) -> list[str]:
-    "The addresses on other hosts that a browser asks for by itself when it reads this HTML or CSS."
+    "Return the addresses on other hosts that a browser requests for this HTML or CSS."
     return _FETCHED.findall(re.sub(r"<(pre|code)\b.*?</\1>", "", text, flags=re.S))
 
 # %% ../../nbs/site/lint.ipynb #20b7c5b2
 def check_notebook(
     path: Path, root: Path, made: dict, bib: dict, known: dict[Path, set]
 ) -> list[str]:
-    "What is wrong with a notebook whose filtered form is `made`; `known` are the anchors of every page."
+    """Return what is wrong with a notebook.
+
+    `made` is the notebook after the filter; `known` holds the anchors of every page.
+    """
     wrong, page = [], path.relative_to(root).as_posix()
     for number, cell in enumerate(made["cells"], 1):
         if (
@@ -82,7 +83,8 @@ def check_notebook(
             and _ends_in_a_value("".join(cell["source"]))
         ):
             wrong.append(
-                f"cell {number} ends in a value and shows none; run the notebook, and store its outputs"
+                f"cell {number} ends in a value and shows none; run the notebook, "
+                "and store its outputs"
             )
         for output in cell.get("outputs", []):
             data = output.get("data", {})
@@ -127,13 +129,14 @@ def check_notebook(
     for mention in MENTION.finditer(prose):
         if mention[2] and not cited(mention[1], mention[3], name, bib):
             wrong.append(
-                f"{mention[0]} is not in references.bib; add it, with `keywords = {{{name}}}` where name and year are another's too"
+                f"{mention[0]} is not in references.bib; add it, "
+                f"with `keywords = {{{name}}}` where name and year are another's too"
             )
     return [f"{page}: {problem}" for problem in wrong]
 
 # %% ../../nbs/site/lint.ipynb #1f487409
 def check_sources(root: Path) -> tuple[list[str], dict[str, int]]:
-    "What is wrong with the notebooks of the site, and counts of what was looked at."
+    "Return what is wrong with the notebooks of the site, and counts of what was looked at."
     found, bib, made = facts(root), read_bib(root / "references.bib"), {}
     for paths in pages(root, found["methods"]).values():
         for page in paths:
@@ -185,7 +188,7 @@ class _Page(HTMLParser):
 
 # %% ../../nbs/site/lint.ipynb #ef33e54d
 def check_site(folder: Path) -> tuple[list[str], dict[str, int]]:
-    "What is wrong with a rendered site, and counts of what was looked at."
+    "Return what is wrong with a rendered site, and counts of what was looked at."
     texts = {
         p: p.read_text(encoding="utf-8")
         for p in sorted(folder.rglob("*.html"))
@@ -219,9 +222,8 @@ def check_site(folder: Path) -> tuple[list[str], dict[str, int]]:
                 wrong.append(f"{where}: {target} is not there")
             elif goal in read and anchor not in {"", "top", *read[goal].ids}:
                 wrong.append(f"{where}: {target}: the page has no such anchor")
-        text = re.sub(
-            r"<pre class=\"[^\"]*sourceCode.*?</pre>", "", texts[path], flags=re.S
-        )  # what code says is not what the page says
+        # what code says is not what the page says
+        text = re.sub(r"<pre class=\"[^\"]*sourceCode.*?</pre>", "", texts[path], flags=re.S)
         if "Unable to display output for mime type" in text:
             wrong.append(f"{where}: Unable to display output")
         text = re.sub(r"<(pre|code|style|script)\b.*?</\1>", "", text, flags=re.S)

@@ -23,14 +23,16 @@ from .lint import fetched
 from .pages import LEFT_OUT
 
 # %% ../../nbs/site/outputs.ipynb #1f8a52d6
-PLACE = re.compile(
-    r"(?<![.\w])(?:/\w[\w.-]*)+/(?:site-packages|\.venv|nbs|polm_lab)/"
-)  # a path to a package or to the source tree
+# a path to a package or to the source tree
+PLACE = re.compile(r"(?<![.\w])(?:/\w[\w.-]*)+/(?:site-packages|\.venv|nbs|polm_lab)/")
 CELL_SECONDS = 900  # the longest that one cell may take on a machine that is busy
 
 
 def notebooks(root: Path, chosen: list[str]) -> list[Path]:
-    "The notebooks to execute: all, or those that `chosen` names by path, folder or name. Raises: `WrongInput` for a name without one."
+    """Return the notebooks to execute: all, or those `chosen` by path, folder or name.
+
+    Raises: `WrongInput` for a name without a notebook.
+    """
     there = sorted(
         p
         for p in (root / "nbs").rglob("*.ipynb")
@@ -48,14 +50,18 @@ def notebooks(root: Path, chosen: list[str]) -> list[Path]:
         ]
         if not fits:
             raise WrongInput(
-                f"polm_site execute {word}: no such notebook; expected a path, a folder or a name below {root / 'nbs'}"
+                f"polm_site execute {word}: no such notebook; expected a path, "
+                f"a folder or a name below {root / 'nbs'}"
             )
         found.update(dict.fromkeys(fits))
     return list(found) if chosen else there
 
 
 def stored_outputs(outputs: list[dict], renamed: dict[str, str]) -> list[dict]:
-    "The outputs of a cell as its notebook stores them; `renamed` gives folders of the execution their names for readers."
+    """Return the outputs of a cell as its notebook stores them.
+
+    `renamed` maps folders of the execution to the names that readers see.
+    """
     kept = [
         output
         for output in outputs
@@ -68,7 +74,10 @@ def stored_outputs(outputs: list[dict], renamed: dict[str, str]) -> list[dict]:
 
 
 def unfit(outputs: list[dict], places: list[Path]) -> str:
-    "Why outputs cannot be stored: a path of this machine, or something that a host would have to give; empty if they can."
+    """Return why outputs cannot be stored, or an empty string if they can.
+
+    They must not name a path of this machine, nor need anything from a host.
+    """
     for output in outputs:
         data = {
             kind: value for kind, value in output.get("data", {}).items() if kind != "image/png"
@@ -96,9 +105,12 @@ def unfit(outputs: list[dict], places: list[Path]) -> str:
 
 # %% ../../nbs/site/outputs.ipynb #60acd77f
 def execute_page(path: Path, root: Path) -> dict:
-    """Execute a notebook and store its outputs: `seconds`, `bytes`, `figures`, `pictures` (their bytes).
+    """Execute a notebook and store its outputs.
 
-    Raises: `WrongInput` where a cell fails or an output cannot be stored; the notebook stays as it was.
+    Returns `seconds`, `bytes`, `figures` and `pictures` (their bytes).
+
+    Raises: `WrongInput` where a cell fails or an output cannot be stored.
+    The notebook then does not change.
     """
     import nbformat
     from nbclient import NotebookClient
@@ -120,9 +132,8 @@ def execute_page(path: Path, root: Path) -> dict:
             store_widget_state=False,
             record_timing=False,
         )
-        settings["extra_arguments"] = [
-            "--IPKernelApp.log_level=ERROR"
-        ]  # else each kernel says that TCP is not encrypted
+        # else each kernel says that TCP is not encrypted
+        settings["extra_arguments"] = ["--IPKernelApp.log_level=ERROR"]
         try:
             NotebookClient(
                 notebook, resources={"metadata": {"path": str(path.parent)}}, **settings
@@ -174,7 +185,10 @@ def execute_page(path: Path, root: Path) -> dict:
 
 # %% ../../nbs/site/outputs.ipynb #c463a5c4
 def execute(root: Path, chosen: list[str], workers: int = 2) -> int:
-    "Execute notebooks and store their outputs, a line for each as it ends. 0, or 1 if any failed; those stay as they were."
+    """Execute notebooks, store their outputs, and print a line for each as it ends.
+
+    Returns 0, or 1 if any failed. A notebook that fails does not change.
+    """
     failed, bare = [], 0
 
     def one(path):

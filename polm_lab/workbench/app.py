@@ -48,13 +48,13 @@ class RunBar(widgets.VBox):
             clone or (lambda run: None),
         )
         self.bar = widgets.FloatProgress(min=0, max=1, layout=widgets.Layout(width="220px"))
-        self.text, self.said, self.summary = widgets.HTML(), widgets.HTML(), widgets.HTML()
+        self.text, self.message, self.summary = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.stop_button = button("Stop", self.stop, "Save the state and stop")
-        self.resume_button = button("Resume", self.resume, "Go on from the last checkpoint")
+        self.resume_button = button("Resume", self.resume, "Continue from the last checkpoint")
         self.clone_button = button(
             "Clone with changes",
             lambda: self.run and self.clone(self.run),
-            "Take its settings to Configure",
+            "Copy its settings to Configure",
         )
         super().__init__(
             [
@@ -63,7 +63,7 @@ class RunBar(widgets.VBox):
                     layout=widgets.Layout(flex_flow="row wrap", align_items="center"),
                 ),
                 self.text,
-                self.said,
+                self.message,
                 self.summary,
             ]
         )
@@ -74,7 +74,7 @@ class RunBar(widgets.VBox):
         return not self.stop_button.disabled
 
     def show(self, run: Run | None, trouble: str = ""):
-        self.run, self.said.value = run, alert(trouble) if trouble else ""
+        self.run, self.message.value = run, alert(trouble) if trouble else ""
         self.refresh()
 
     def refresh(self):
@@ -118,12 +118,11 @@ class RunBar(widgets.VBox):
             html.escape(STATES.get(status, status)),
             f"step {step}/{total}" if total else "",
         ]
-        if (
-            status == "running"
-        ):  # how long it will take stands beside the panels, which see the pace of the last steps
+        # the panels see the pace of the last steps, and show the time left
+        if status == "running":
             words.append(
                 part_of(self.run)
-                or ("" if step else "loads the model and measures it before the first step")
+                or ("" if step else "loads the model and evaluates it before the first step")
             )
         elif record.get("seconds"):
             words.append(f"took {duration(record['seconds'])}")
@@ -135,30 +134,33 @@ class RunBar(widgets.VBox):
         self.summary.value = summary_html(record.get("summary") or {})
 
     def stop(self):
-        with reported(self.said):
+        with reported(self.message):
             self.run.request_stop()
-            self.said.value = "asked to stop: it saves its state after this step"
+            self.message.value = "stopping: the run saves its state after this step"
 
     def resume(self):
-        with reported(self.said):
+        with reported(self.message):
             self.spare.give(resumable(self.run))
-            self.said.value = "resuming from the last checkpoint"
+            self.message.value = "resuming from the last checkpoint"
 
 # %% ../../nbs/workbench/app.ipynb #df6077db
 def summary_html(summary: dict) -> str:
-    "The evaluations before and after: name, before → after."
+    "Return the evaluations before and after: name, before → after."
     names = list(dict.fromkeys(n for part in summary.values() for n in without_counts(part)))
-    said = lambda when, n: (
+    number = lambda when, n: (
         "–"
         if not isinstance(summary.get(when, {}).get(n), (int, float))
         else f"{summary[when][n]:.4g}"
     )
     each = "".join(
-        f"<span>{html.escape(n)}&ensp;<b>{said('before', n)} → {said('after', n)}</b></span>"
+        f"<span>{html.escape(n)}&ensp;<b>{number('before', n)} → {number('after', n)}</b></span>"
         for n in names
     )
     return (
-        f"<div role='group' aria-label='Evaluation before and after' style='display:flex;flex-wrap:wrap;gap:0 1.6em;line-height:1.6'>{each}</div>"
+        (
+            "<div role='group' aria-label='Evaluation before and after' "
+            f"style='display:flex;flex-wrap:wrap;gap:0 1.6em;line-height:1.6'>{each}</div>"
+        )
         if names
         else ""
     )
@@ -168,7 +170,10 @@ TABS = ("Configure", "Watch", "Understand", "Compare", "Sweep")
 
 # %% ../../nbs/workbench/app.ipynb #0b6d83e2
 def make_view(name: str, run: Run | None, out=None, dark: bool = False) -> widgets.Widget:
-    "The view of a tab. Raises `WrongInput`, and `OSError` where a record cannot be read."
+    """Return the view of a tab.
+
+    Raises: `WrongInput`, and `OSError` where a record cannot be read.
+    """
     if name in ("Watch", "Understand") and run is None:
         return widgets.HTML("No run is chosen.")
     if name == "Watch":
@@ -194,7 +199,9 @@ class Desk(widgets.VBox):
     run = traitlets.Unicode("")
 
     def __init__(self, out=None):
-        self._one = threading.RLock()  # the page's messages and the task that follows come in two threads where Jupyter has subshells
+        # the page's messages and the task that follows come in two threads where Jupyter has
+        # subshells
+        self._one = threading.RLock()
         self.out, self.page, self.spare, self.trouble = out, Page(), WarmProcess(), widgets.HTML()
         self.picker = widgets.Dropdown(
             description="Run",
@@ -218,9 +225,8 @@ class Desk(widgets.VBox):
         if seen == self._seen:
             return
         self._seen, kept = seen, self.run
-        gone = (
-            [(f"{kept} (gone)", kept)] if kept and kept not in seen else []
-        )  # what is looked at stays in sight
+        # what is looked at stays in sight
+        gone = [(f"{kept} (gone)", kept)] if kept and kept not in seen else []
         self._filling = True
         self.picker.options = [(name, name) for name in reversed(seen)] + gone
         self.picker.value = kept or (seen[-1] if seen else None)
@@ -252,7 +258,7 @@ class Desk(widgets.VBox):
             view.fixed.value = "\n".join(f"{name} {value}" for name, value in values.items())
 
     def _make(self, name: str) -> widgets.Widget:
-        "The view of a tab, or a line that says why there is none."
+        "Return the view of a tab, or a line that says why there is none."
         try:
             view = make_view(name, self.bar.run, self.out, self.page.dark)
         except (WrongInput, OSError) as error:
@@ -286,9 +292,8 @@ class Workbench(Desk):
         self.page.observe(lambda _: self._dress(), "dark")
         self.refresh()
         if self.bar.running:
-            self.tabs.selected_index = TABS.index(
-                "Watch"
-            )  # whoever comes back in mid-run wants to see it
+            # whoever comes back in mid-run wants to see it
+            self.tabs.selected_index = TABS.index("Watch")
         try:
             self._task = asyncio.get_running_loop().create_task(self._follow())
             self.spare.ready()
@@ -296,28 +301,28 @@ class Workbench(Desk):
             pass
 
     async def _follow(self):
-        with suppress(
-            Exception
-        ):  # another thread may import the same at this moment; the views import what they need themselves
+        # another thread may import the same at this moment; the views import what they need
+        # themselves
+        with suppress(Exception):
             await asyncio.to_thread(self._import)
         library()  # plotly.js is on its way to the page before there is anything to draw
         while True:
-            if (
-                self.page.answered >= self.page.asked
-            ):  # a busy page is not given more than it can draw, a hidden one nothing
+            # a busy page is not given more than it can draw, a hidden one nothing
+            if self.page.answered >= self.page.asked:
                 try:
                     self.refresh()
                     self.trouble.value = ""
-                except Exception as error:  # whatever happened to the record of one run, the others can be looked at
+                # whatever happened to the record of one run, the others can be looked at
+                except Exception as error:
                     self.trouble.value = alert(f"{type(error).__name__}: {error}")
                 self.page.asked += 1
-            if self.spare.process is None and (
-                self.bar.step or not self.bar.running
-            ):  # not beside a run that is just beginning
+            # not during the start of a run
+            if self.spare.process is None and (self.bar.step or not self.bar.running):
                 self.spare.ready()
+            # nobody waits longer than for the first step
             await asyncio.sleep(
                 self.every if self.bar.step or not self.bar.running else min(0.1, self.every)
-            )  # nobody waits longer than for the first step
+            )
 
     def _import(self):
         with self._one:  # a tab that is opened meanwhile would see modules that are half there
@@ -372,9 +377,8 @@ def import_views():
     import polm_lab.workbench.trials  # noqa: F401
 
     for dark in (False, True):
-        style(
-            plotly.subplots.make_subplots(1, 2).add_scatter(x=[0], y=[0]), dark
-        )  # plotly reads its templates when they are first used
+        # plotly reads its templates when they are first used
+        style(plotly.subplots.make_subplots(1, 2).add_scatter(x=[0], y=[0]), dark)
 
 
 class RunViews(widgets.VBox):

@@ -15,19 +15,15 @@ import traitlets
 from ..core.knobs import WrongInput
 
 # %% ../../nbs/workbench/browser.ipynb #96ce15cf
-_HIDDEN = {
-    "Cc",
-    "Cf",
-    "Cs",
-    "Co",
-    "Cn",
-    "Zl",
-    "Zp",
-}  # control, format (bidi, zero width), surrogates, private, unassigned, separators
+# control, format (bidi, zero width), surrogates, private, unassigned, separators
+_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
 def visible(text, limit: int = 2000) -> str:
-    "At most `limit` characters of `text`, those that cannot be seen as ␛ or ⟨U+202E⟩; new lines and tabs stay."
+    """Return at most `limit` characters of `text` with invisible ones shown, as ␛ or ⟨U+202E⟩.
+
+    New lines and tabs are kept.
+    """
     text = str(text)
     more = f" … ({len(text) - limit:,} more characters)" if len(text) > limit else ""
     return "".join(_shown(c) for c in text[:limit]) + more
@@ -40,40 +36,58 @@ def _shown(c: str) -> str:
 
 # %% ../../nbs/workbench/browser.ipynb #7476f554
 _STYLE = """
-.polm{font:13px/1.45 var(--jp-ui-font-family,system-ui,sans-serif);color:var(--jp-ui-font-color1,#1c2430)}
-.polm input,.polm button{font:inherit;color:inherit;background:var(--jp-layout-color1,#fff);border:1px solid var(--jp-border-color1,#8a94a3);border-radius:4px;padding:3px 8px}
+.polm{font:13px/1.45 var(--jp-ui-font-family,system-ui,sans-serif);
+  color:var(--jp-ui-font-color1,#1c2430)}
+.polm input,.polm button{font:inherit;color:inherit;background:var(--jp-layout-color1,#fff);
+  border:1px solid var(--jp-border-color1,#8a94a3);border-radius:4px;padding:3px 8px}
 .polm button{cursor:pointer}.polm button:hover{background:var(--jp-layout-color2,#eef1f5)}
 .polm :focus-visible{outline:2px solid var(--jp-brand-color1,#1f6feb);outline-offset:-2px}
-.polm-bar{display:flex;gap:8px;align-items:center;margin-bottom:4px;flex-wrap:wrap}.polm-bar input{flex:1;min-width:12em}
+.polm-bar{display:flex;gap:8px;align-items:center;margin-bottom:4px;flex-wrap:wrap}.polm-bar input{
+  flex:1;min-width:12em}
 .polm-scroll{overflow:auto;border:1px solid var(--jp-border-color2,#d5dbe3)}
 .polm table{border-collapse:collapse;width:100%;margin:0}
-.polm th{position:sticky;top:0;background:var(--jp-layout-color2,#eef1f5);text-align:left;padding:0;z-index:1}
-.polm th button{border:0;background:none;width:100%;text-align:inherit;font-weight:600;white-space:nowrap;border-radius:0}
-.polm td{padding:3px 8px;vertical-align:top;border-top:1px solid var(--jp-border-color3,#e6eaf0);max-width:34em;max-height:6em;overflow:hidden;text-overflow:ellipsis;white-space:pre-wrap;overflow-wrap:anywhere}
+.polm th{position:sticky;top:0;background:var(--jp-layout-color2,#eef1f5);text-align:left;
+  padding:0;z-index:1}
+.polm th button{border:0;background:none;width:100%;text-align:inherit;font-weight:600;
+  white-space:nowrap;border-radius:0}
+.polm td{padding:3px 8px;vertical-align:top;border-top:1px solid var(--jp-border-color3,#e6eaf0);
+  max-width:34em;max-height:6em;overflow:hidden;text-overflow:ellipsis;white-space:pre-wrap;
+  overflow-wrap:anywhere}
 .polm td.short{white-space:pre}
 .polm .number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .polm tbody tr{cursor:pointer}.polm tbody tr:hover{background:var(--jp-layout-color2,#eef1f5)}
-.polm tr[aria-selected=true]{background:color-mix(in srgb,var(--jp-brand-color1,#1f6feb) 22%,transparent)}
-.polm pre{margin:0;padding:6px 8px;background:var(--jp-layout-color2,#eef1f5);white-space:pre-wrap;overflow-wrap:anywhere;flex:1;border-radius:4px;font:12px/1.5 var(--jp-code-font-family,monospace)}
-.polm-code{display:flex;gap:8px;align-items:start;margin-bottom:4px}.polm-code b{min-width:6em;padding-top:4px}
+.polm tr[aria-selected=true]{
+  background:color-mix(in srgb,var(--jp-brand-color1,#1f6feb) 22%,transparent)}
+.polm pre{margin:0;padding:6px 8px;background:var(--jp-layout-color2,#eef1f5);white-space:pre-wrap;
+  overflow-wrap:anywhere;flex:1;border-radius:4px;
+  font:12px/1.5 var(--jp-code-font-family,monospace)}
+.polm-code{display:flex;gap:8px;align-items:start;margin-bottom:4px}.polm-code b{min-width:6em;
+  padding-top:4px}
 """
 
-# %% ../../nbs/workbench/browser.ipynb #bdab681a
-_TABLE = """
+# %% ../../nbs/workbench/browser.ipynb #63a57396
+_CELLS = """
 const make = (tag, attributes = {}, ...children) => {
   const e = document.createElement(tag);
-  for (const [k, v] of Object.entries(attributes)) k.startsWith("on") ? e.addEventListener(k.slice(2), v) : e.setAttribute(k, v);
+  for (const [k, v] of Object.entries(attributes))
+    k.startsWith("on") ? e.addEventListener(k.slice(2), v) : e.setAttribute(k, v);
   e.append(...children);                       // strings become text nodes, never markup
   return e;
 };
-const show = (v, kind) => v === null || v === undefined ? "" : kind === "number" && typeof v === "number" ? (Number.isInteger(v) ? String(v) : String(+v.toPrecision(4))) : String(v);
+const empty = v => v === null || v === undefined;
+const show = (v, kind) => {
+  if (empty(v)) return "";
+  const rounded = kind === "number" && typeof v === "number" && !Number.isInteger(v);
+  return String(rounded ? +v.toPrecision(4) : v);
+};
+const has = (v, kind, term) => show(v, kind).toLowerCase().includes(term.toLowerCase());
 function test(term, row, columns) {
   const parts = /^([^:<>=]+)(:|<=|>=|<|>|=)(.*)$/.exec(term);
   const column = parts && columns.find(c => c.name === parts[1] || c.label === parts[1]);
-  if (!column) return columns.some(c => show(row[c.name], c.kind).toLowerCase().includes(term.toLowerCase()));
+  if (!column) return columns.some(c => has(row[c.name], c.kind, term));
   const value = row[column.name], asked = parts[3], number = parseFloat(asked);
   switch (parts[2]) {
-    case ":": return show(value, column.kind).toLowerCase().includes(asked.toLowerCase());
+    case ":": return has(value, column.kind, asked);
     case "=": return show(value, column.kind) === asked || value === number;
     case "<": return value !== null && value < number;
     case ">": return value !== null && value > number;
@@ -81,64 +95,114 @@ function test(term, row, columns) {
     default: return value !== null && value >= number;
   }
 }
+"""
+
+# %% ../../nbs/workbench/browser.ipynb #bdab681a
+_TABLE = (
+    _CELLS
+    + """
 function render({ model, el }) {
   let sort = null, up = true, most = 100, order = [];
-  const filter = make("input", { type: "search", placeholder: "filter: word   column:word   column>0.5", "aria-label": `Filter ${model.get("label")}`, oninput: () => { most = 100; draw(); } });
+  const filter = make("input", {
+    type: "search",
+    placeholder: "filter: word   column:word   column>0.5",
+    "aria-label": `Filter ${model.get("label")}`,
+    oninput: () => { most = 100; draw(); },
+  });
   const count = make("span", { role: "status", "aria-live": "polite" });
   const head = make("tr"), body = make("tbody");
-  const more = make("button", { type: "button", onclick: () => { most += 400; draw(); } }, "Show more rows");
-  const scroll = make("div", { class: "polm-scroll", style: `max-height:${model.get("height")}px` },
-    make("table", { "aria-label": model.get("label"), "aria-multiselectable": String(model.get("multiple")) }, make("thead", {}, head), body));
-  el.append(make("div", { class: "polm" }, make("div", { class: "polm-bar" }, filter, count), scroll, more));
+  const onmore = () => { most += 400; draw(); };
+  const more = make("button", { type: "button", onclick: onmore }, "Show more rows");
+  const table = make("table", {
+    "aria-label": model.get("label"),
+    "aria-multiselectable": String(model.get("multiple")),
+  }, make("thead", {}, head), body);
+  const height = `max-height:${model.get("height")}px`;
+  const scroll = make("div", { class: "polm-scroll", style: height }, table);
+  const bar = make("div", { class: "polm-bar" }, filter, count);
+  el.append(make("div", { class: "polm" }, bar, scroll, more));
   const choose = (i, add) => {
     const now = model.get("selected");
-    model.set("selected", model.get("multiple") && add ? (now.includes(i) ? now.filter(j => j !== i) : [...now, i]) : [i]);
+    const toggled = now.includes(i) ? now.filter(j => j !== i) : [...now, i];
+    model.set("selected", model.get("multiple") && add ? toggled : [i]);
     model.save_changes();
   };
+  const heading = c => {
+    const sorted = sort === c.name, direction = up ? "ascending" : "descending";
+    const onclick = () => {
+      up = sort === c.name ? !up : c.kind !== "number";
+      sort = c.name;
+      draw();
+    };
+    const title = c.title || `Sort by ${c.label}`, arrow = sorted ? (up ? " ▲" : " ▼") : "";
+    const button = make("button", { type: "button", title, onclick }, c.label + arrow);
+    const attributes = { scope: "col", class: c.kind, "aria-sort": sorted ? direction : "none" };
+    return make("th", attributes, button);
+  };
+  const onkeydown = (e, i) => {
+    const next = { ArrowDown: "nextElementSibling", ArrowUp: "previousElementSibling" }[e.key];
+    const done = () => { e.preventDefault(); e.stopPropagation(); };
+    if (next) { e.currentTarget[next]?.focus(); done(); }
+    if (e.key === "Enter" || e.key === " ") { choose(i, true); done(); }
+  };
+  const cell = (row, c) => {
+    const words = show(row[c.name], c.kind);
+    return make("td", { class: words.length < 17 ? c.kind + " short" : c.kind }, words);
+  };
+  const line = (i, row, columns, chosen) => make("tr", {
+    tabindex: "0",
+    "data-row": String(i),
+    "aria-selected": String(chosen.has(i)),
+    onclick: e => choose(i, e.ctrlKey || e.metaKey || e.shiftKey || model.get("multiple")),
+    onkeydown: e => onkeydown(e, i),
+  }, ...columns.map(c => cell(row, c)));
+  const compare = (a, b, i, j) => {
+    if (empty(a) || empty(b)) return empty(a) - empty(b);
+    return (a < b ? -1 : a > b ? 1 : i - j) * (up ? 1 : -1);
+  };
   function draw() {
-    const columns = model.get("columns"), rows = model.get("rows"), chosen = new Set(model.get("selected"));
-    head.replaceChildren(...columns.map(c => make("th", { scope: "col", class: c.kind, "aria-sort": sort === c.name ? (up ? "ascending" : "descending") : "none" },
-      make("button", { type: "button", title: c.title || `Sort by ${c.label}`, onclick: () => { up = sort === c.name ? !up : c.kind !== "number"; sort = c.name; draw(); } },
-        c.label + (sort === c.name ? (up ? " ▲" : " ▼") : "")))));
+    const columns = model.get("columns"), rows = model.get("rows");
+    const chosen = new Set(model.get("selected"));
+    head.replaceChildren(...columns.map(heading));
     const terms = filter.value.trim().split(/\\s+/).filter(Boolean);
     order = rows.map((_, i) => i).filter(i => terms.every(t => test(t, rows[i], columns)));
-    if (sort !== null) {
-      const empty = v => v === null || v === undefined;
-      order.sort((i, j) => { const a = rows[i][sort], b = rows[j][sort]; return empty(a) || empty(b) ? empty(a) - empty(b) : (a < b ? -1 : a > b ? 1 : i - j) * (up ? 1 : -1); });
-    }
-    const focused = body.contains(document.activeElement) ? +document.activeElement.dataset.row : null;
-    body.replaceChildren(...order.slice(0, most).map(i => make("tr", { tabindex: "0", "data-row": String(i), "aria-selected": String(chosen.has(i)),
-        onclick: e => choose(i, e.ctrlKey || e.metaKey || e.shiftKey || model.get("multiple")),
-        onkeydown: e => {
-          const next = { ArrowDown: "nextElementSibling", ArrowUp: "previousElementSibling" }[e.key];
-          if (next) { e.currentTarget[next]?.focus(); e.preventDefault(); e.stopPropagation(); }
-          if (e.key === "Enter" || e.key === " ") { choose(i, true); e.preventDefault(); e.stopPropagation(); }
-        } },
-      ...columns.map(c => { const words = show(rows[i][c.name], c.kind); return make("td", { class: words.length < 17 ? c.kind + " short" : c.kind }, words); }))));
+    if (sort !== null) order.sort((i, j) => compare(rows[i][sort], rows[j][sort], i, j));
+    const active = document.activeElement;
+    const focused = body.contains(active) ? +active.dataset.row : null;
+    body.replaceChildren(...order.slice(0, most).map(i => line(i, rows[i], columns, chosen)));
     if (focused !== null) body.querySelector(`[data-row="${focused}"]`)?.focus();
     say();
     more.style.display = order.length > most ? "" : "none";
   }
   function say() {
-    const all = model.get("rows").length, kept = new Set(order), hidden = model.get("selected").filter(i => !kept.has(i)).length;
-    count.textContent = order.length === all ? `${all} rows` : `${order.length} of ${all} rows` + (hidden ? `; the filter hides ${hidden === 1 ? "the chosen row" : hidden + " chosen rows"}` : "");
+    const all = model.get("rows").length, kept = new Set(order);
+    const hidden = model.get("selected").filter(i => !kept.has(i)).length;
+    const which = hidden === 1 ? "the chosen row" : hidden + " chosen rows";
+    const note = hidden ? `; the filter hides ${which}` : "";
+    const some = `${order.length} of ${all} rows` + note;
+    count.textContent = order.length === all ? `${all} rows` : some;
   }
-  const mark = () => { const chosen = new Set(model.get("selected")); for (const r of body.children) r.setAttribute("aria-selected", String(chosen.has(+r.dataset.row))); say(); };
+  const mark = () => {
+    const chosen = new Set(model.get("selected"));
+    for (const r of body.children)
+      r.setAttribute("aria-selected", String(chosen.has(+r.dataset.row)));
+    say();
+  };
   model.on("change:rows change:columns", draw);
   model.on("change:selected", mark);
   draw();
 }
 export default { render };
 """
+)
 
 # %% ../../nbs/workbench/browser.ipynb #d0ef3b52
 class Table(anywidget.AnyWidget):
     "A table of text and numbers; `selected` holds indices into `rows`."
 
     _esm, _css = _TABLE, _STYLE
-    columns = traitlets.List(traitlets.Dict()).tag(
-        sync=True
-    )  # name, label, kind: "text" or "number", title: hover text
+    # name, label, kind: "text" or "number", title: hover text
+    columns = traitlets.List(traitlets.Dict()).tag(sync=True)
     rows = traitlets.List(traitlets.Dict()).tag(sync=True)
     selected = traitlets.List(traitlets.Int()).tag(sync=True)
     multiple = traitlets.Bool(False).tag(sync=True)
@@ -173,7 +237,7 @@ def _column(column) -> dict:
 
 
 def _row(row: dict) -> dict:
-    "Values as JSON has them: numbers stay, what is not finite is nothing, all else is text that can be seen."
+    "Return values as JSON: finite numbers, None for other numbers, else visible text."
     clean = {}
     for name, value in row.items():
         if hasattr(value, "item"):
@@ -190,14 +254,24 @@ def _row(row: dict) -> dict:
 # %% ../../nbs/workbench/browser.ipynb #2dd18237
 _CODE = """
 function render({ model, el }) {
-  const box = document.createElement("div"), name = document.createElement("b"), code = document.createElement("pre"), button = document.createElement("button");
-  box.className = "polm polm-code"; button.type = "button"; button.textContent = "Copy"; code.tabIndex = 0;
+  const box = document.createElement("div"), name = document.createElement("b");
+  const code = document.createElement("pre"), button = document.createElement("button");
+  box.className = "polm polm-code";
+  button.type = "button";
+  button.textContent = "Copy";
+  code.tabIndex = 0;
   button.onclick = async () => {
     try { await navigator.clipboard.writeText(model.get("text")); button.textContent = "Copied"; }
     catch { getSelection().selectAllChildren(code); button.textContent = "Selected"; }
     setTimeout(() => button.textContent = "Copy", 1500);
   };
-  const draw = () => { name.textContent = model.get("label"); code.textContent = model.get("text"); code.setAttribute("aria-label", model.get("label")); button.setAttribute("aria-label", "Copy " + model.get("label")); };
+  const draw = () => {
+    const label = model.get("label");
+    name.textContent = label;
+    code.textContent = model.get("text");
+    code.setAttribute("aria-label", label);
+    button.setAttribute("aria-label", "Copy " + label);
+  };
   model.on("change", draw); draw();
   box.append(name, code, button); el.append(box);
 }
@@ -215,22 +289,28 @@ class Code(anywidget.AnyWidget):
 
 _PAGE = """
 function initialize({ model }) {
-  const answer = () => requestAnimationFrame(() => setTimeout(() => { model.set("answered", model.get("asked")); model.save_changes(); }));
+  const reply = () => { model.set("answered", model.get("asked")); model.save_changes(); };
+  const answer = () => requestAnimationFrame(() => setTimeout(reply));
   model.on("change:asked", answer);
   answer();
 }
 function render({ model, el }) {
   const look = () => {
-    const set = document.body.dataset.jpThemeLight;   // JupyterLab and Voilà say it; other pages follow the system
+    // JupyterLab and Voilà set this; other pages follow the system
+    const set = document.body.dataset.jpThemeLight;
     const dark = set ? set === "false" : matchMedia("(prefers-color-scheme: dark)").matches;
     if (model.get("dark") !== dark) { model.set("dark", dark); model.save_changes(); }
   };
-  const name = () => {   // a slider and a button that shows a sign have their words in the hover text only: tell them to who cannot see
+  // for screen readers: some sliders and buttons have words in their hover text only
+  const name = () => {
     for (const handle of document.querySelectorAll(".noUi-handle:not([aria-label])")) {
-      const words = handle.closest("[title]:not([title=''])")?.title || handle.closest(".widget-slider, .jupyter-widgets")?.querySelector("label")?.textContent;
+      const slider = handle.closest(".widget-slider, .jupyter-widgets");
+      const title = handle.closest("[title]:not([title=''])")?.title;
+      const words = title || slider?.querySelector("label")?.textContent;
       if (words) handle.setAttribute("aria-label", words);
     }
-    for (const button of document.querySelectorAll("button.jupyter-button[title]:not([aria-label])"))
+    const unnamed = "button.jupyter-button[title]:not([aria-label])";
+    for (const button of document.querySelectorAll(unnamed))
       if (button.textContent.trim().length < 2) button.setAttribute("aria-label", button.title);
   };
   const eye = new MutationObserver(look), round = setInterval(name, 1000);
@@ -243,9 +323,10 @@ export default { initialize, render };
 
 
 class Page(anywidget.AnyWidget):
-    """What the page looks like: `dark` follows its theme. It shows nothing itself.
+    """Follow the page's theme in `dark`; the widget shows nothing itself.
 
-    `answered` follows `asked` when the page has drawn what it was given before; a page that is busy, hidden or closed does not answer.
+    `answered` follows `asked` once the page has drawn what it was given before.
+    A page that is busy, hidden or closed does not answer.
     """
 
     _esm = _PAGE

@@ -29,7 +29,7 @@ from .watch import duration
 # %% ../../nbs/workbench/configure.ipynb #082c390f
 @contextmanager
 def reported(box: widgets.HTML):
-    "Inside, wrong input is told in `box` in one line instead of raised."
+    "Report wrong input inside the context in `box`, in one line, instead of raising it."
     box.value = ""
     try:
         yield
@@ -40,7 +40,11 @@ def reported(box: widgets.HTML):
 
 
 def alert(text: str) -> str:
-    return f'<div role="alert" style="color:var(--jp-error-color1,#b3261e);font-weight:600">{html.escape(visible(text, 600))}</div>'
+    return (
+        '<div role="alert" '
+        'style="color:var(--jp-error-color1,#b3261e);font-weight:600">'
+        f"{html.escape(visible(text, 600))}</div>"
+    )
 
 
 def button(text: str, does, hover: str = "", style: str = "") -> widgets.Button:
@@ -55,7 +59,7 @@ def button(text: str, does, hover: str = "", style: str = "") -> widgets.Button:
 
 # %% ../../nbs/workbench/configure.ipynb #b1d9f4a6
 def matching(words: str) -> list[tuple[str, str]]:
-    "The methods whose name or facts have all `words`, as (what the list shows, name)."
+    "Return the methods whose name or facts contain all `words`, as (list entry, name)."
     asked, found = words.lower().split(), []
     for m in methods().values():
         facts = f"{m.name} {m.family} {m.title} {m.summary} {m.paper} {' '.join(m.needs)}".lower()
@@ -65,7 +69,7 @@ def matching(words: str) -> list[tuple[str, str]]:
 
 
 def card_html(method: Method) -> str:
-    "A method in two lines: what it does, learns from, needs and changes, and its paper."
+    "Return a method in two lines: what it does, learns from, needs and changes, and its paper."
     facts = [
         f"learns from <b>{html.escape(method.data or 'no data')}</b>",
         f"needs {html.escape(', '.join(method.needs)) or 'nothing else'}",
@@ -98,7 +102,7 @@ def preview_sections(form: Form):
 
 
 def trial_widgets(found: dict) -> list[widgets.Widget]:
-    "What a trial of three steps shows: time and memory, and the samples with their rewards."
+    "Return the results of a trial of three steps: time, memory, samples and their rewards."
     memory = f"{found['memory_mib']:,.0f} MiB" if found["memory_mib"] else "not recorded"
     facts = {
         "all steps": duration(found["seconds"]),
@@ -117,7 +121,7 @@ def trial_widgets(found: dict) -> list[widgets.Widget]:
         columns = []
         for name in dict.fromkeys(name for row in rows for name in row):
             columns.append(dict(name=name, kind="number" if name.startswith("reward") else "text"))
-        parts.append(Table(columns, rows, label="what the rewards say", height=240))
+        parts.append(Table(columns, rows, label="samples and their rewards", height=240))
     return parts
 
 # %% ../../nbs/workbench/configure.ipynb #2f70c8be
@@ -135,7 +139,7 @@ class ConfigureView(widgets.VBox):
             layout=narrow,
         )
         self.method = widgets.Dropdown(description="Method", layout=widgets.Layout(width="520px"))
-        self.card, self.said = widgets.HTML(), widgets.HTML()
+        self.card, self.message = widgets.HTML(), widgets.HTML()
         self.form_box, self.looked = widgets.VBox(), widgets.VBox()
         hint = "A preset, or the settings of an old run"
         self.preset = widgets.Dropdown(description="Load", tooltip=hint, layout=narrow)
@@ -158,7 +162,7 @@ class ConfigureView(widgets.VBox):
                 self.card,
                 widgets.HBox(load, layout=row),
                 self._start_bar(),
-                self.said,
+                self.message,
                 self.looked,
                 *self.code.values(),
                 self.form_box,
@@ -166,18 +170,21 @@ class ConfigureView(widgets.VBox):
         )
 
     def _start_bar(self) -> widgets.HBox:
-        "The buttons that start something, and the choice that goes with them."
+        "Return the buttons that start something, and the choice that goes with them."
         hint = "Start this run in a process of its own"
         self.run_button = button("Run", self.start, hint, "primary")
         self.notebook = widgets.Checkbox(
             value=False,
             indent=False,
             description="run its notebook (lessons included)",
-            tooltip="Execute the method's notebook with papermill; the executed notebook stays in the run",
+            tooltip=(
+                "Execute the method's notebook with papermill; "
+                "the executed notebook stays in the run"
+            ),
         )
         look, try_it = (
-            "Rows, lengths in tokens, what is wrong",
-            "Measure time and memory, and see what the rewards say",
+            "Rows, lengths in tokens, errors",
+            "Measure time and memory, and see the first rewards",
         )
         parts = [
             self.run_button,
@@ -207,11 +214,12 @@ class ConfigureForm(ConfigureView):
         names, wanted = [name for _, name in found], self.method.value or "sft"
         self.method.options = found
         self.method.value = wanted if wanted in names else next(iter(names), None)
-        self.said.value = (
+        self.message.value = (
             ""
             if found
             else alert(
-                f"no method has {self.search.value!r} in its name or facts; clear the search to see all"
+                f"no method has {self.search.value!r} in its name or facts; "
+                "clear the search to see all"
             )
         )
 
@@ -227,7 +235,7 @@ class ConfigureForm(ConfigureView):
         self._tell()
 
     def reload(self):
-        "See what presets and runs there are now."
+        "List the presets and runs that exist now."
         if self.method.value is None:
             return
         old = [
@@ -244,7 +252,7 @@ class ConfigureForm(ConfigureView):
             self.preset.value = kept if kept in [name for _, name in options] else options[0][1]
 
     def _tell(self):
-        self.said.value = alert(self.form.problem) if self.form.problem else ""
+        self.message.value = alert(self.form.problem) if self.form.problem else ""
         self.run_button.disabled = bool(self.form.problem)
         if not self.form.problem:
             for name, text in commands(
@@ -253,33 +261,39 @@ class ConfigureForm(ConfigureView):
                 self.code[name].text = text
 
     def load_preset(self):
-        with reported(self.said):
+        with reported(self.message):
             name = self.preset.value
             saved = presets(self.method.value, self.out)
             self.form.load(saved[name] if name in saved else clone(name, self.out))
 
     def save(self):
-        with reported(self.said):
+        with reported(self.message):
             path = save_preset(
                 self.method.value, self.preset_name.value, self.form.values, self.out
             )
             self.reload()
-            self.said.value = f"saved: {html.escape(str(path))}"
+            self.message.value = f"saved: {html.escape(str(path))}"
 
     def take(self, run: Run):
         "Show a run's method and settings, to be changed: clone with changes."
         self.search.value = ""
         self.method.value = run.method
-        with reported(self.said):
+        with reported(self.message):
             self.form.load(clone(run))
-            self.said.value = f"the settings of {html.escape(run.id)}: change some, and press Run"
+            self.message.value = (
+                f"the settings of {html.escape(run.id)}: change some, and press Run"
+            )
 
 # %% ../../nbs/workbench/configure.ipynb #ca4a2282
 class Configure(ConfigureForm):
-    "Method, settings, a look at the data, a trial, the commands, and the start; `started` is the id of the newest run it started."
+    """Configure, try and start a run.
+
+    It has method, settings, a preview of the data, a trial and the commands.
+    `started` is the id of the newest run that it started.
+    """
 
     def start(self):
-        with reported(self.said):
+        with reported(self.message):
             self.form.settings()
             run = create(
                 self.method.value,
@@ -291,12 +305,12 @@ class Configure(ConfigureForm):
             self.started = run.id
 
     def queue(self):
-        with reported(self.said):
+        with reported(self.message):
             self.form.settings()
             run = enqueue(
                 self.method.value, out=self.out, notebook=self.notebook.value, **self.form.values
             )
-            self.said.value = f"queued: {html.escape(run.id)}"
+            self.message.value = f"queued: {html.escape(run.id)}"
 
     def look(self):
         self.looked.children = [widgets.HTML("reading …")]
@@ -310,7 +324,7 @@ class Configure(ConfigureForm):
 
     def try_it(self):
         async def work():
-            self.looked.children = [widgets.HTML("three steps are run elsewhere …")]
+            self.looked.children = [widgets.HTML("running three steps in another process …")]
             box, parts = widgets.HTML(), []
             with reported(box):
                 self.form.settings()
@@ -329,7 +343,7 @@ def _said(prompt) -> str:
 
 
 def _facts(title: str, facts: dict) -> widgets.HTML:
-    "A title and facts on one line."
+    "Return a title and facts on one line."
     words = " · ".join(
         f"{html.escape(k.replace('_', ' '))} <b>{html.escape(visible(v, 200))}</b>"
         for k, v in facts.items()
@@ -339,7 +353,7 @@ def _facts(title: str, facts: dict) -> widgets.HTML:
 
 
 def lengths_figure(lengths: list[int], max_length: int) -> widgets.Widget:
-    "Lengths in tokens as a histogram, with the knob `max_length`."
+    "Draw lengths in tokens as a histogram, with the knob `max_length`."
     import plotly.graph_objects as go
 
     figure = go.Figure(

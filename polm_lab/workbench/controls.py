@@ -31,7 +31,7 @@ _SPAN = 3.0  # decades that a logarithmic slider reaches on both sides of the de
 
 
 def _slider(knob: Knob):
-    "(slider, value to position, position to value) for a number with a range, else None."
+    "Return (slider, value to position, position to value), or None for a knob without a range."
     low, high, default = knob.low, knob.high, knob.default
     if default == OFF:  # of a part: the slider begins where the string would name it
         default = knob.part.default
@@ -63,7 +63,7 @@ def _slider(knob: Knob):
 
 # %% ../../nbs/workbench/controls.ipynb #f58cd74d
 class Field(widgets.HBox):
-    "One knob: `value` is what was last accepted, `problem` says what is wrong with what stands there now."
+    "Edit one knob: `value` is the last accepted value, `problem` what is wrong with the input."
 
     value = traitlets.Any()
     problem = traitlets.Unicode("")
@@ -103,9 +103,9 @@ class Field(widgets.HBox):
             tooltip=f"{knob.name}: back to {knob.default!r}",
             layout=widgets.Layout(width="34px"),
         )
-        self.said = widgets.HTML(layout=widgets.Layout(flex="1 1 0"))
+        self.message = widgets.HTML(layout=widgets.Layout(flex="1 1 0"))
         super().__init__(
-            [self.control, self.slider, self.undo, self.said],
+            [self.control, self.slider, self.undo, self.message],
             value=knob.default,
             layout=widgets.Layout(align_items="center"),
         )
@@ -160,13 +160,20 @@ class Field(widgets.HBox):
         words = f"{html.escape(k.meaning)}{unit}{source}"
         hover = html.escape(f"{k.range}; default {k.default!r}", quote=True)
         if self.problem:
-            words = f'<b role="alert" style="color:var(--jp-error-color1,#b3261e)">{html.escape(visible(self.problem, 300))}</b>'
+            words = (
+                '<b role="alert" '
+                'style="color:var(--jp-error-color1,#b3261e)">'
+                f"{html.escape(visible(self.problem, 300))}</b>"
+            )
         mark = (
             f" <b>changed</b> from {html.escape(_text(k.default)) or '(empty)'} ·"
             if changed
             else ""
         )
-        self.said.value = f'<span style="font-size:12px;line-height:1.3;display:block" title="{hover}">{mark} {words}</span>'
+        self.message.value = (
+            f'<span style="font-size:12px;line-height:1.3;display:block" title="{hover}">{mark} '
+            f"{words}</span>"
+        )
 
 # %% ../../nbs/workbench/controls.ipynb #0c80767e
 def _text(value) -> str:
@@ -275,7 +282,7 @@ class Form(widgets.VBox):
         self._name_folds()
 
     def _shown(self, names) -> list:
-        "The fields of `names`, each with its parts below it."
+        "Return the fields of `names`, each with its parts below it."
         shown = []
         for name in names:
             shown += [self.fields[name]] if name in self.fields else []
@@ -283,21 +290,21 @@ class Form(widgets.VBox):
         return shown
 
     def _all(self) -> list[Field]:
-        "The fields of all knobs and of their parts."
+        "Return the fields of all knobs and of their parts."
         found = list(self.fields.values())
         for parts in self.parts.values():
             found += parts.fields.values()
         return found
 
     def _name_folds(self):
-        "Titles of the folded groups say how many of their knobs are changed."
+        "Put the number of changed knobs into the titles of the folded groups."
         changed = [
             name for name, f in self.fields.items() if f.value != f.knob.default or f.problem
         ]
-        counts = {
-            title: sum(self.places.get(name) == title for name in changed)
-            for title in dict.fromkeys(self.places.values())
-        }
+        counts = dict.fromkeys(self.places.values(), 0)
+        for name in changed:
+            if name in self.places:
+                counts[self.places[name]] += 1
         self.rest.titles = tuple(
             title + (f" ({counts[title]} changed)" if counts[title] else "") for title in counts
         )
@@ -305,14 +312,16 @@ class Form(widgets.VBox):
     def _changed(self, _):
         values = {name: f.value for name, f in self.fields.items() if f.value != f.knob.default}
         problem = next((f.problem for f in self._all() if f.problem), "")
-        self.problem = problem or self._refused(
-            values
-        )  # first: whoever hears of values asks for it
+        # first: whoever hears of values asks for it
+        self.problem = problem or self._refused(values)
         self.values = values
         self._name_folds()
 
     def _refused(self, values: dict) -> str:
-        "What the method has against `values`, each of which its knob accepts; empty for nothing."
+        """Return why the method refuses `values`, or an empty string.
+
+        Each value alone is accepted by its knob.
+        """
         try:
             make_settings(self.method.settings, values)
         except WrongInput as wrong:
@@ -320,20 +329,23 @@ class Form(widgets.VBox):
         return ""
 
     def load(self, values: dict):
-        "Take `values`, and the default where they say nothing. Raises `WrongInput`, and then nothing is changed."
+        """Set the knobs to `values`, and all others to their defaults.
+
+        Raises: `WrongInput`; then nothing has changed.
+        """
         settings = make_settings(self.method.settings, values)
         for name, field in self.fields.items():
             field.set(getattr(settings, name))
 
     def settings(self):
-        "The settings as they stand; raises `WrongInput` for what is refused."
+        "Return the current settings; raises `WrongInput` for what is refused."
         if self.problem:
             raise WrongInput(self.problem)
         return make_settings(self.method.settings, self.values)
 
 # %% ../../nbs/workbench/controls.ipynb #8ac38489
 def known_models(out=None) -> list[str]:
-    "Built-in models, and the runs that hold a model, newest first."
+    "List built-in models, and the runs that hold a model, newest first."
     from polm_lab.models.sources import built_in_models
 
     return [
@@ -343,14 +355,17 @@ def known_models(out=None) -> list[str]:
 
 
 def known_data(kind: str) -> list[str]:
-    "Built-in data that gives rows of `kind`."
+    "List built-in data with rows of `kind`."
     from polm_lab.data.tasks import TASKS
 
     return [name for name, task in TASKS.items() if not kind or kind in task.kinds]
 
 # %% ../../nbs/workbench/controls.ipynb #177d9d06
 def presets(method: str, out=None) -> dict[str, dict]:
-    "What can be loaded into the form: the defaults, a short look, the saved presets; files that cannot be read are left out."
+    """Return what can be loaded into the form: defaults, a short test run, saved presets.
+
+    Files that cannot be read are left out.
+    """
     import yaml
 
     found = {"defaults": {}, "a short look": dict(find(method).small, steps=10, eval_rows=8)}
@@ -389,9 +404,12 @@ def save_preset(method: str, name: str, values: dict, out=None) -> Path:
 def preview_data(
     spec: str, kind: str, model: str = "tiny", max_length: int = 256, rows: int = 400
 ) -> dict:
-    """What `spec` holds as `kind`: `rows`, `columns`, `lengths` (tokens of the first `rows` rows), `longest`, `cut` (share above max_length), `first` (three rows).
+    """Describe the data of `spec`, read as `kind`.
 
-    Raises `WrongInput` that says what is wrong.
+    Returns `rows`, `columns`, `lengths` (tokens of the first `rows` rows), `longest`,
+    `cut` (share above max_length) and `first` (three rows).
+
+    Raises: `WrongInput` that says what is wrong.
     """
     from polm_lab.data.encode import encode
     from polm_lab.data.load import load_data, natural_kind
@@ -407,7 +425,7 @@ def preview_data(
             else [e for e in encoded.values() if isinstance(e, dict) and "input_ids" in e]
         )
         lengths.append(max(len(e["input_ids"]) for e in parts))
-    first = [{name: _plain(value) for name, value in row.items()} for row in found[:3]]
+    first = [_plain_row(row) for row in found[:3]]
     cut = sum(n > max_length for n in lengths) / max(1, len(lengths))
     return dict(
         kind=kind,
@@ -420,8 +438,12 @@ def preview_data(
     )
 
 
+def _plain_row(row: dict) -> dict[str, str]:
+    return {name: _plain(value) for name, value in row.items()}
+
+
 def _plain(value) -> str:
-    "A field of a row as one text: a conversation as its turns."
+    "Return a field of a row as one text: a conversation as its turns."
     if (
         isinstance(value, list)
         and value
@@ -432,7 +454,10 @@ def _plain(value) -> str:
 
 
 def preview_model(spec: str) -> dict:
-    "Architecture, layers, width, vocabulary, size of the weights, chat template. Raises `WrongInput`."
+    """Return architecture, layers, width, vocabulary, size of the weights and chat template.
+
+    Raises: `WrongInput`.
+    """
     from polm_lab.models.tokenizers import has_chat_template, load_tokenizer
     from polm_lab.models.sources import model_path
 
@@ -464,9 +489,12 @@ def preview_model(spec: str) -> dict:
 
 # %% ../../nbs/workbench/controls.ipynb #fd9ecb5b
 async def trial(method: str, values: dict, every: float = 0.2) -> dict:
-    """Three steps of the run that is asked for, elsewhere: seconds a step, for all steps and to the first step; memory (MiB); samples with their rewards.
+    """Run three steps of a run in a temporary folder, and return what they cost.
 
-    Raises `WrongInput` with the reason if it fails.
+    Returns `seconds_per_step`, `seconds_to_first_step` and `seconds` for all steps;
+    `memory_mib`; and `samples` with their rewards.
+
+    Raises: `WrongInput` with the reason if the run fails.
     """
     from polm_lab.runner.launch import launch
 
@@ -483,7 +511,8 @@ async def trial(method: str, values: dict, every: float = 0.2) -> dict:
         )
         if not find(method).trains:
             raise WrongInput(
-                f"{method}: it is not one training, of which three steps would say how long it takes; start it, with small numbers"
+                f"{method}: this method is not one training loop, so three steps cannot show how "
+                "long it takes; start it, with small numbers"
             )
         steps = int(make_settings(find(method).settings, values).steps)
         run = launch(
@@ -499,7 +528,10 @@ async def trial(method: str, values: dict, every: float = 0.2) -> dict:
         if not rows:
             raise WrongInput(
                 run.record["reason"]
-                or f"the trial ended as {run.status}; its last words: {visible(last_words(run), 400)}"
+                or (
+                    f"the trial ended as {run.status}; the end of its log: "
+                    f"{visible(last_words(run), 400)}"
+                )
             )
         times = [b["seconds"] - a["seconds"] for a, b in zip(rows, rows[1:])] or [
             rows[0]["seconds"]
@@ -519,6 +551,6 @@ async def trial(method: str, values: dict, every: float = 0.2) -> dict:
 
 
 def last_words(run: Run, characters: int = 2000) -> str:
-    "The end of a run's log, or nothing."
+    "Return the end of a run's log, or nothing."
     path = run.path / "log.txt"
     return path.read_bytes()[-characters:].decode(errors="replace").strip() if path.exists() else ""

@@ -21,7 +21,10 @@ from .record import Record
 
 # %% ../../nbs/workbench/evidence.ipynb #034bcfff
 class Lines:
-    "The objects in a .jsonl file that may grow, be damaged, be replaced or vanish; `read` takes in what is new."
+    """Read the objects of a .jsonl file; `read` takes in what is new.
+
+    The file may grow, be damaged, be replaced or vanish.
+    """
 
     def __init__(self, path):
         self.path = Path(path)
@@ -54,7 +57,7 @@ class Lines:
         return bool(end)
 
 # %% ../../nbs/workbench/evidence.ipynb #6da8a4a4
-LEAST = 8  # points; of fewer nothing is said
+LEAST = 8  # points; with fewer a rule reports nothing
 
 
 @dataclass(frozen=True)
@@ -91,28 +94,30 @@ class Series:
         return rise if abs(rise) > 2 * noise else 0.0
 
     def since(self, holds: Callable[[np.ndarray], np.ndarray]) -> int:
-        "The first step that passes `holds` and after which the running mean over a tenth of the points does so to the end."
+        """Return the first step from which the metric passes `holds` until the end.
+
+        From there on the running mean over a tenth of the points passes too.
+        """
         n = math.ceil(len(self) / 10)
         total = np.concatenate([[0.0], np.cumsum(self.values)])
-        failing = np.flatnonzero(
-            ~holds((total[n:] - total[:-n]) / n)
-        )  # entry i is the mean of the n points from i on
+        # entry i is the mean of the n points from i on
+        failing = np.flatnonzero(~holds((total[n:] - total[:-n]) / n))
         first = failing[-1] + 1 if len(failing) else 0
         passing = np.flatnonzero(holds(self.values[first:]))
         return int(self.steps[first + passing[0] if len(passing) else -1])
 
 # %% ../../nbs/workbench/evidence.ipynb #de7920b8
 class Evidence:
-    "All that a run's folder says. It can be asked again at any time, and keeps what it read when the folder is damaged or gone."
+    """Read all that a run's folder contains, at any time and repeatedly.
+
+    What was read is kept when the folder is damaged or gone.
+    """
 
     def __init__(self, run):
         self.run: Run = open_run(run)
         self.metrics, self.samples = Record(self.run), Lines(self.run.path / "samples.jsonl")
-        self.facts, self.status, self.trouble = (
-            self.run.record,
-            "",
-            "",
-        )  # trouble: why run.json cannot be read now
+        # trouble: why run.json cannot be read now
+        self.facts, self.status, self.trouble = (self.run.record, "", "")
         self.refresh()
 
     def refresh(self) -> bool:
@@ -132,7 +137,7 @@ class Evidence:
         return any(grown) or before != self._facts()
 
     def _facts(self) -> tuple:
-        "What is known of the run, without what changes as long as it lives."
+        "Return what is known of the run, without what changes as long as it lives."
         return (
             {k: v for k, v in self.facts.items() if k not in ("heartbeat", "seconds")},
             self.status,
@@ -151,16 +156,19 @@ class Evidence:
 
     @property
     def doubt(self) -> float:
-        "Two standard errors of a share near one half that was counted on the evaluation's rows: less is chance."
+        """Return two standard errors of a share near one half over the evaluation's rows.
+
+        A smaller difference is chance.
+        """
         return 1 / math.sqrt(self.rows)
 
     def evaluated(self, when: str, name: str) -> float | None:
-        "A metric of the evaluation `before` or `after` the run."
+        "Return a metric of the evaluation `before` or `after` the run."
         value = ((self.facts.get("summary") or {}).get(when) or {}).get(name)
         return float(value) if is_number(value) else None
 
     def series(self, name: str) -> Series:
-        "A metric over the steps, empty if there are fewer than `LEAST` points."
+        "Return a metric over the steps, empty if there are fewer than `LEAST` points."
         steps, values = self.metrics[name]
         return Series(steps, values) if len(steps) >= LEAST else Series(*np.zeros((2, 0)))
 

@@ -31,29 +31,18 @@ from ..core.knobs import WrongInput
 
 # %% ../../nbs/workbench/figures.ipynb #b9a4e36f
 FIGURE = "application/vnd.plotly.v1+json"  # Plotly's own type of output
-CONFIG = {
-    "responsive": True,
-    "displaylogo": False,
-    "showSendToCloud": False,
-}  # no button that sends data to a host
+# no button that sends data to a host
+CONFIG = {"responsive": True, "displaylogo": False, "showSendToCloud": False}
 PICTURE_BYTES = 20_000
-_WIDTH, _HEIGHT = (
-    800,
-    360,
-)  # in pixels: what fits next to JupyterLab's file list; the height that its renderer takes for a figure without one
+# in pixels: what fits next to JupyterLab's file list; the height that its renderer takes for a
+# figure without one
+_WIDTH, _HEIGHT = (800, 360)
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 _IDLE = 30.0  # seconds after which a browser without work is closed
 _PATIENCE = 60.0  # seconds for a picture with the start of its browser, on a machine that is busy
 _CLEAR = "rgba(0,0,0,0)"
-_SPACES = (
-    "scene",
-    "polar",
-    "ternary",
-    "smith",
-    "geo",
-    "map",
-    "mapbox",
-)  # parts of a template for traces on no plain axes
+# parts of a template for traces on no plain axes
+_SPACES = ("scene", "polar", "ternary", "smith", "geo", "map", "mapbox")
 _SCALES = ("colorscale", "coloraxis")  # for traces whose colors are numbers
 _FLAT = {
     "scatter",
@@ -73,14 +62,17 @@ _FLAT = {
 
 
 def show(figure):
-    "Display a figure so that it shows offline, in an untrusted notebook, on GitHub and on the site."
+    "Display a figure that shows offline, untrusted, on GitHub and on the site."
     from IPython.display import display
 
     display(figure_output(figure), raw=True)
 
 
 def figure_output(figure) -> dict:
-    "A figure as the data of a notebook's output: Plotly's JSON, and a PNG or a line that says why there is none."
+    """Return a figure as the data of a notebook's output.
+
+    It holds Plotly's JSON, and a PNG or a line that says why there is none.
+    """
     stored = figure_json(figure)
     try:
         picture = base64.b64encode(figure_picture(stored)).decode()
@@ -90,7 +82,10 @@ def figure_output(figure) -> dict:
 
 
 def figure_json(figure) -> dict:
-    "A figure as JSON of numbers with seven digits, on a ground of its own, with the part of its template that it uses."
+    """Return a figure as JSON with numbers of seven digits and an explicit background.
+
+    It keeps only the part of its template that it uses.
+    """
     stored = {"config": dict(CONFIG), **_compact(json.loads(figure.to_json(validate=False)))}
     layout = stored["layout"]
     for ground in ("paper_bgcolor", "plot_bgcolor"):
@@ -112,7 +107,10 @@ def figure_json(figure) -> dict:
 
 # %% ../../nbs/workbench/figures.ipynb #e128324f
 def _compact(value, name: str = ""):
-    "JSON with arrays of numbers in base64, which a notebook stores in one line, and no number longer than seven digits."
+    """Return JSON with arrays in base64 and no number longer than seven digits.
+
+    A notebook stores such an array in one line.
+    """
     if isinstance(value, dict) and "bdata" in value:
         packed = _packed(np.frombuffer(base64.b64decode(value["bdata"]), value["dtype"]))
         return {**packed, "shape": value["shape"]} if "shape" in value else packed
@@ -134,7 +132,10 @@ def _compact(value, name: str = ""):
 
 
 def _packed(numbers: np.ndarray) -> dict:
-    "Numbers as plotly's typed array: integers in as few bytes as hold them, others as float32 where that keeps seven digits."
+    """Return numbers as plotly's typed array.
+
+    Integers take as few bytes as hold them, others are float32 where that keeps seven digits.
+    """
     kind = "f8"
     if numbers.dtype.kind in "iu":
         fits = [k for k in ("i1", "i2", "i4") if np.array_equal(numbers.astype(k), numbers)]
@@ -158,7 +159,9 @@ def figure_picture(stored: dict, limit: int = PICTURE_BYTES) -> bytes:
 
 # %% ../../nbs/workbench/figures.ipynb #74201774
 def draw_png(stored: dict, width: int = _WIDTH, scale: float = 1.0) -> bytes:
-    """Draw a figure, given as its JSON, as a PNG in all its colors, `scale` pixels of it for one of the figure's.
+    """Draw a figure, given as its JSON, as a PNG in all its colors.
+
+    `scale` is the number of the PNG's pixels for one pixel of the figure.
 
     Raises: `WrongInput` where kaleido or a browser is missing, or the browser fails.
     """
@@ -169,7 +172,10 @@ def draw_png(stored: dict, width: int = _WIDTH, scale: float = 1.0) -> bytes:
 
 
 def shrink(png: bytes, limit: int) -> bytes:
-    "A PNG with as many pixels, and then as many colors, as `limit` bytes allow. Raises: `WrongInput` where none is small enough."
+    """Return the PNG with as many pixels, and then as many colors, as `limit` bytes allow.
+
+    Raises: `WrongInput` where none is small enough.
+    """
     from PIL import Image
 
     image = Image.open(io.BytesIO(png)).convert("RGB")
@@ -190,15 +196,17 @@ def _reduced(image, colors: int) -> bytes:
         image.quantize(colors, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE),
         io.BytesIO(),
     )
-    few.putpalette(
-        [255 if part > 247 else part for part in few.getpalette()]
-    )  # a ground that is nearly white would show on a white page
+    # a ground that is nearly white would show on a white page
+    few.putpalette([255 if part > 247 else part for part in few.getpalette()])
     few.save(out, "png", optimize=True)
     return out.getvalue()
 
 # %% ../../nbs/workbench/figures.ipynb #b73c8949
 class _Painter:
-    "A browser without a window that draws figures, in a thread with a loop of its own; the first failure is the last attempt."
+    """Draw figures with a headless browser, in a thread with its own event loop.
+
+    After the first failure it does not try again.
+    """
 
     def __init__(self):
         self.trouble, self.browser, self.closing, self.loop = _no_painter(), None, None, None
@@ -210,7 +218,10 @@ class _Painter:
             atexit.register(self.close)
 
     def draw(self, figure: dict, options: dict) -> bytes:
-        "The PNG. Raises: `WrongInput` with the first trouble of this process."
+        """Return the PNG.
+
+        Raises: `WrongInput` with the first failure of this process.
+        """
         if not self.trouble:
             asked = asyncio.run_coroutine_threadsafe(self._draw(figure, options), self.loop)
             try:
@@ -236,13 +247,12 @@ class _Painter:
         return picture
 
     async def _opened(self, tries: int = 3):
-        "A browser; on a busy machine one now and then ends as it starts."
+        "Open a browser, again if it ends as it starts, as happens on a busy machine."
         from kaleido import Kaleido
 
         for attempt in range(1, tries + 1):
-            browser = Kaleido(
-                n=1, timeout=_PATIENCE, mathjax=False, path=browser_path()
-            )  # MathJax would come from a host
+            # MathJax would come from a host
+            browser = Kaleido(n=1, timeout=_PATIENCE, mathjax=False, path=browser_path())
             try:
                 await browser.open()
                 return browser
@@ -269,10 +279,12 @@ def _painter() -> _Painter:
 
 # %% ../../nbs/workbench/figures.ipynb #4589a0f9
 def browser_path() -> str | None:
-    "The browser that draws pictures: `$POLM_CHROMIUM`, one on the PATH, Playwright's or kaleido's; None where there is none."
-    named = os.environ.get("POLM_CHROMIUM") or os.environ.get(
-        "BROWSER_PATH"
-    )  # the second is kaleido's own
+    """Return the browser that draws pictures, None where there is none.
+
+    It is `$POLM_CHROMIUM`, a browser on the PATH, Playwright's or kaleido's.
+    """
+    # the second is kaleido's own
+    named = os.environ.get("POLM_CHROMIUM") or os.environ.get("BROWSER_PATH")
     if named:
         return None if named == "none" else shutil.which(named)
     found = next(filter(None, map(shutil.which, _BROWSERS)), None)
@@ -288,22 +300,27 @@ def browser_path() -> str | None:
         return None
     from choreographer.browsers.chromium import Chromium
 
-    return Chromium.find_browser(
-        skip_local=False, skip_typical=sys.platform == "linux"
-    )  # there the usual places are on the PATH
+    # there the usual places are on the PATH
+    return Chromium.find_browser(skip_local=False, skip_typical=sys.platform == "linux")
 
 
 def _no_painter() -> str:
-    "Why no picture can be drawn here, as one line; empty where it can."
+    "Return why no picture can be drawn here, as one line; empty where it can."
     if find_spec("kaleido") is None:
         return "kaleido is not installed; pip install kaleido, then run the cell again"
     if browser_path() is None:
-        return "no browser found; install chromium, or name one in POLM_CHROMIUM, then run the cell again"
+        return (
+            "no browser found; install chromium, or name one in POLM_CHROMIUM, "
+            "then run the cell again"
+        )
     return ""
 
 
 def _import_nbformat():
-    "Import what plotly needs to show a figure, without the grammar of web addresses that jsonschema would build at import for two seconds."
+    """Import what plotly needs to show a figure, without a grammar that takes two seconds.
+
+    jsonschema would build that grammar, of web addresses, when it is imported.
+    """
     if "jsonschema" not in sys.modules:
         sys.modules["rfc3987_syntax"] = (
             None  # jsonschema takes it as not installed; nobody here checks an address
@@ -314,7 +331,10 @@ def _import_nbformat():
             del sys.modules["rfc3987_syntax"]
 
 # %% ../../nbs/workbench/figures.ipynb #95582984
-_WAIT = "const shelf = (globalThis.polmPlotly ??= (() => { let give; return { library: new Promise(found => give = found), give: code => give(code) }; })());"
+_WAIT = (
+    "const shelf = (globalThis.polmPlotly ??= (() => { let give; return { library: "
+    "new Promise(found => give = found), give: code => give(code) }; })());"
+)
 _LIBRARY = (
     _WAIT
     + """
@@ -322,7 +342,8 @@ export default {
   initialize({ model }) {
     if (shelf.given) return;
     shelf.given = true;
-    shelf.give(import(URL.createObjectURL(new Blob([model.get("code")], { type: "text/javascript" }))));
+    const code = new Blob([model.get("code")], { type: "text/javascript" });
+    shelf.give(import(URL.createObjectURL(code)));
   },
 };
 """
@@ -330,16 +351,21 @@ export default {
 _FIGURE = (
     _WAIT
     + """
-const names = ["addTraces", "deleteTraces", "moveTraces", "restyle", "relayout", "update", "animate", "removeLayoutProps", "removeTraceProps"].map(n => "_py2js_" + n);
+const names = [
+  "addTraces", "deleteTraces", "moveTraces", "restyle", "relayout", "update", "animate",
+  "removeLayoutProps", "removeTraceProps",
+].map(n => "_py2js_" + n);
 export default () => {
   let started;
   return {
     initialize({ model }) {
-      const missed = [], ears = names.map(name => [name, () => model.get(name) && missed.push([name, model.get(name)])]);
-      ears.forEach(([name, ear]) => model.on("change:" + name, ear));
+      const missed = [];
+      const keep = name => () => model.get(name) && missed.push([name, model.get(name)]);
+      const listeners = names.map(name => [name, keep(name)]);
+      listeners.forEach(([name, listener]) => model.on("change:" + name, listener));
       started = shelf.library.then(plotly => {
         const figure = plotly.default();
-        ears.forEach(([name, ear]) => model.off("change:" + name, ear));
+        listeners.forEach(([name, listener]) => model.off("change:" + name, listener));
         figure.initialize({ model });
         for (const [name, message] of missed) { model.set(name, message); model.set(name, null); }
         return figure;
@@ -347,7 +373,8 @@ export default () => {
     },
     async render(context) {
       const end = await (await started).render(context);
-      const eye = new ResizeObserver(([found]) => {   // a figure is as wide as its place, also where that place appears or changes later
+      // a figure is as wide as its place, also where that place appears or changes later
+      const eye = new ResizeObserver(([found]) => {
         if (found.contentRect.width === context.el.polmWidth) return;
         context.el.polmWidth = found.contentRect.width;
         clearTimeout(shelf.soon);
@@ -373,7 +400,7 @@ _library = None
 
 
 def library() -> Library:
-    "The one library of this kernel; whoever will show live figures can have it sent before."
+    "Return the one library of this kernel; call it early to have it sent in time."
     global _library
     if _library is None or _library.comm is None:  # closed with all widgets
         import plotly
@@ -393,7 +420,10 @@ def _live_class():
         _esm = _FIGURE
 
         def get_state(self, key=None, drop_defaults=False):
-            "The figure as it is now: plotly keeps what it was at the beginning, which is what a page that is loaded again would show."
+            """Return the figure as it is now, for a page that is loaded again.
+
+            plotly itself would return the figure's first state.
+            """
             if key is None and getattr(self, "_layout_obj", None) is not None:
                 self._trait_values |= dict(
                     _widget_layout=deepcopy(self._layout_obj._props),
@@ -405,7 +435,7 @@ def _live_class():
 
 
 def live_figure(figure):
-    "A figure as a widget: plotly's FigureWidget, whose traces can be changed after it is shown."
+    "Return a figure as plotly's FigureWidget, whose traces can change after it is shown."
     library()
     made = _live_class()(figure)
     made._config = {**made._config, **CONFIG}

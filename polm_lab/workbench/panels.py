@@ -43,7 +43,7 @@ _PART = r"\s*(?:\{([^{}]*)\}|(\w))"  # a LaTeX argument: a group in braces, or o
 
 
 def plain(latex: str) -> str:
-    "A formula of the vocabulary as the HTML that a hover text can show."
+    "Return a formula of the vocabulary as the HTML that a hover text can show."
     text = re.sub(
         r"\\(?:operatorname|mathbb|mathcal) *\{?([A-Za-z]+)\}?",
         r"\1",
@@ -62,7 +62,10 @@ def plain(latex: str) -> str:
 
 
 def explain(name: str) -> str:
-    "What a metric means and how to read it, as HTML lines; nothing for a name outside the vocabulary."
+    """Return what a metric means and how to read it, as HTML lines.
+
+    The result is empty for a name outside the vocabulary.
+    """
     try:
         m = metric(name)
     except KeyError:
@@ -74,7 +77,7 @@ def explain(name: str) -> str:
 
 
 def as_text(value) -> str:
-    "A prompt or completion, plain or conversational, as text."
+    "Return a prompt or completion, plain or conversational, as text."
     if isinstance(value, list):
         return "\n".join(
             f"{m.get('role')}: {m.get('content')}" if isinstance(m, dict) else str(m) for m in value
@@ -82,16 +85,8 @@ def as_text(value) -> str:
     return "" if value is None else str(value)
 
 # %% ../../nbs/workbench/panels.ipynb #7a5ae6fa
-COLORS = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#e69f00",
-    "#56b4e9",
-    "#7f7f7f",
-    "#8c6d31",
-)  # one a run, told apart by the color-blind
+# one a run, distinct for the color-blind
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c6d31")
 GROUPS = {
     "Reward": ("reward", "reward_std", "zero_std_groups", "advantage_std"),
     "Preference": ("margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected"),
@@ -114,7 +109,7 @@ GROUPS = {
         "entropy_coefficient",
     ),
     "Critic": ("value_loss", "explained_variance"),
-    "Refinement": ("broken", "mended", "tokens"),
+    "Refinement": ("correct_to_incorrect", "incorrect_to_correct", "tokens"),
     "Editing": ("efficacy", "paraphrase", "neighbourhood", "other_relation"),
     "Making data": ("kept", "verdict"),
     "Retrieval": ("recall", "mrr", "faithfulness", "stage_ms"),
@@ -125,7 +120,10 @@ GROUPS = {
 
 
 def shown_metrics(names) -> list[str]:
-    "The names to draw, in the order of the vocabulary; `eval/NAME` is drawn with NAME, what is outside it comes last."
+    """Return the names to draw in the order of the vocabulary; unknown names come last.
+
+    `eval/NAME` is drawn with NAME.
+    """
     order = list(METRICS)
     found = {name.removeprefix("eval/") for name in names if not is_count(name)} - {
         "step",
@@ -141,7 +139,7 @@ def shown_metrics(names) -> list[str]:
 
 
 def grouped(names) -> dict[str, list[str]]:
-    "The names to draw by group, groups without any left out."
+    "Return the names to draw by group, groups without any left out."
     home = {head: group for group, heads in GROUPS.items() for head in heads}
     found = {group: [] for group in (*GROUPS, "Other")}
     for name in shown_metrics(names):
@@ -162,7 +160,7 @@ def style(figure, dark: bool = False):
 
 
 def framed(figure, height: int, **layout):
-    "A figure in the light look with narrow margins, whose zoom is kept when its data change."
+    "Return a figure in the light look with narrow margins; its zoom outlives new data."
     margin = dict(l=45, r=15, t=40, b=40)
     return style(figure).update_layout(
         height=height, margin=margin, font_size=11, uirevision="kept", **layout
@@ -177,7 +175,10 @@ def _title(name: str) -> str:
 def traces(
     name: str, record: Record, color: str, smoothing: float = 0.0, within=None
 ) -> list[dict]:
-    "Three traces of one metric of one run: as logged (faint where it is smoothed), smoothed, evaluated on held-out data."
+    """Return three traces of one metric of one run.
+
+    They are the logged values (faint if smoothed), the smoothed ones, and held-out evaluation.
+    """
     (x, y), about = (
         record[name],
         dict(name=record.run.id, legendgroup=record.run.id, showlegend=False),
@@ -225,7 +226,7 @@ def _all_traces(names, records, **look):
 
 # %% ../../nbs/workbench/panels.ipynb #54789bdd
 def draw(names: list[str], records: list[Record], columns: int = 3, smoothing: float = 0.0):
-    "One figure with a panel a metric; each panel has the traces of `traces` for each run."
+    "Draw one panel a metric; each panel has the traces of `traces` for each run."
     from plotly.subplots import make_subplots
 
     columns = min(columns, len(names))
@@ -243,15 +244,18 @@ def draw(names: list[str], records: list[Record], columns: int = 3, smoothing: f
 
 
 def panels(*which, metrics: list[str] | None = None, columns: int = 3, smoothing: float = 0.0):
-    """The metrics of one run or several as one plotly figure, a panel a metric.
+    """Draw the metrics of one run or several as one plotly figure, a panel a metric.
 
-    `metrics` chooses and orders them; evaluation during training is drawn as points. Raises `WrongInput` for runs without metrics.
+    `metrics` chooses and orders them; evaluation during training is drawn as points.
+
+    Raises: `WrongInput` for runs without metrics.
     """
     records = [Record(r) for r in which]
     names = metrics or shown_metrics(name for r in records for name in r.columns)
     if not names:
         raise WrongInput(
-            f"{', '.join(r.run.id for r in records) or 'panels'}: no metrics are recorded yet; expected at least one step"
+            f"{', '.join(r.run.id for r in records) or 'panels'}: "
+            "no metrics are recorded yet; expected at least one step"
         )
     figure = draw(names, records, columns, smoothing)
     figure.data = [t for t in figure.data if len(t.x)]
@@ -266,7 +270,10 @@ def panels(*which, metrics: list[str] | None = None, columns: int = 3, smoothing
 
 # %% ../../nbs/workbench/panels.ipynb #71b9b3f1
 def frontier(*which, smoothing: float = 0.9):
-    "Reward against KL, a path over the steps for each run, with its evaluations as points. Raises `WrongInput` where no run has both."
+    """Draw reward against KL over the steps, a path for each run, with evaluations as points.
+
+    Raises: `WrongInput` where no run has both.
+    """
     import plotly.graph_objects as go
 
     figure, records = go.Figure(), [Record(r) for r in which]
@@ -292,13 +299,14 @@ def frontier(*which, smoothing: float = 0.9):
     if not figure.data:
         ids = ", ".join(record.run.id for record in records) or "frontier"
         raise WrongInput(
-            f"{ids}: no kl beside a reward is recorded; expected a run that logs or evaluates both"
+            f"{ids}: no run records both kl and a reward; "
+            "expected a run that logs or evaluates both"
         )
     return framed(figure, 380, xaxis_title=_title("kl"), yaxis_title="reward")
 
 
 def _together(record: Record, *names: str) -> list[np.ndarray]:
-    "Steps at which all of `names` were logged, and the values of each there, thinned."
+    "Return the steps at which all of `names` were logged, and their values, thinned."
     steps = record[names[0]][0]
     for name in names[1:]:
         steps = np.intersect1d(steps, record[name][0])
@@ -307,7 +315,10 @@ def _together(record: Record, *names: str) -> list[np.ndarray]:
 
 
 def advantage_histogram(run, steps=None):
-    "Advantages of the sampled completions at the first and the newest recorded step, or at `steps`. Raises `WrongInput` without any."
+    """Draw the advantages of the sampled completions at `steps`, or at the first and newest step.
+
+    Raises: `WrongInput` without any.
+    """
     import plotly.graph_objects as go
 
     run, by_step = open_run(run), {}
@@ -318,7 +329,8 @@ def advantage_histogram(run, steps=None):
     if not by_step or not set(steps) <= set(by_step):
         where = f" at steps {steps}" if by_step else ""
         raise WrongInput(
-            f"{run.id}: no advantages are recorded{where}; expected samples of a policy-gradient method"
+            f"{run.id}: no advantages are recorded{where}; "
+            "expected samples of a policy-gradient method"
         )
     figure = go.Figure()
     for color, step in zip(COLORS * len(steps), steps):
@@ -336,14 +348,17 @@ def advantage_histogram(run, steps=None):
     )
 
 # %% ../../nbs/workbench/panels.ipynb #885a66ee
-_STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1200px;padding:0 1rem;color:#1c2430;background:#fff}
-table{border-collapse:collapse;margin:1rem 0}td,th{border-bottom:1px solid #d5dbe3;padding:.3rem .8rem;text-align:right}
-td:first-child,th:first-child{text-align:left}pre{white-space:pre-wrap;background:#f4f6f8;padding:.6rem;border-radius:4px}
+_STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1200px;
+  padding:0 1rem;color:#1c2430;background:#fff}
+table{border-collapse:collapse;margin:1rem 0}td,th{border-bottom:1px solid #d5dbe3;
+  padding:.3rem .8rem;text-align:right}
+td:first-child,th:first-child{text-align:left}pre{white-space:pre-wrap;background:#f4f6f8;
+  padding:.6rem;border-radius:4px}
 h2{margin-top:2.2rem}"""
 
 
 def summary_table(run: Run) -> str:
-    "The evaluations before and after a run as an HTML table."
+    "Return the evaluations before and after a run as an HTML table."
     parts = run.summary
     names = dict.fromkeys(name for part in parts.values() for name in without_counts(part))
     rows = parts.get("after", parts.get("before", {})).get("rows")
@@ -355,13 +370,15 @@ def summary_table(run: Run) -> str:
 
     def row(name):
         about = re.sub("<[^>]*>", " ", explain(name))
-        return f"<tr><td title='{about}'>{html.escape(name)}</td>{cell('before', name)}{cell('after', name)}</tr>"
+        label = f"<td title='{about}'>{html.escape(name)}</td>"
+        return f"<tr>{label}{cell('before', name)}{cell('after', name)}</tr>"
 
-    return f"<table><tr><th>metric{seen}</th><th>before</th><th>after</th></tr>{''.join(map(row, names))}</table>"
+    head = f"<tr><th>metric{seen}</th><th>before</th><th>after</th></tr>"
+    return f"<table>{head}{''.join(map(row, names))}</table>"
 
 
 def sample_texts(run: Run, rows: int = 6) -> str:
-    "The newest sampled completions of a run as escaped text."
+    "Return the newest sampled completions of a run as escaped text."
     newest = run.lines("samples")[-rows:]
     heads = [f"step {row.get('step')}, reward {row.get('reward')}" for row in newest]
     texts = [
@@ -372,7 +389,10 @@ def sample_texts(run: Run, rows: int = 6) -> str:
 
 
 def write_page(runs, path, title: str, front: str = "") -> Path:
-    "Write one HTML page with summary, panels and newest samples of `runs`; `front` is HTML that stands first."
+    """Write one HTML page with summary, panels and newest samples of `runs`.
+
+    `front` is HTML that comes first.
+    """
     parts, plotly = [f"<h1>{html.escape(title)}</h1>", front], True
     for run in map(open_run, runs):
         parts += [f"<h2>{html.escape(run.method)}: {html.escape(run.id)}</h2>", summary_table(run)]

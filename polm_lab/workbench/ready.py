@@ -49,7 +49,7 @@ class WarmProcess:
 
 
 def wait_for_run():
-    "What a spare process does."
+    "Import everything, wait for a run, and work on it."
     import os
 
     import polm_lab.training.evaluate  # noqa: F401

@@ -23,7 +23,7 @@ _EMPTY = (np.empty(0), np.empty(0))
 
 
 def _blocks(text: bytes):
-    "Pieces of `text` that end with a line; `text` ends with one."
+    "Yield pieces of `text` that end with a line; `text` ends with one."
     start = 0
     while start < len(text):
         end = text.rfind(b"\n", start, start + _BLOCK) + 1 or text.find(b"\n", start) + 1
@@ -32,7 +32,10 @@ def _blocks(text: bytes):
 
 
 def _parse(block: bytes) -> tuple[dict[str, np.ndarray], int]:
-    "Lines of metrics.jsonl as columns, NaN where a line lacks the name, and how many lines are damaged."
+    """Return lines of metrics.jsonl as columns, and how many lines are damaged.
+
+    A column is NaN where a line lacks the name.
+    """
     import pyarrow
     from pyarrow import json as arrow
 
@@ -57,21 +60,22 @@ def _parse(block: bytes) -> tuple[dict[str, np.ndarray], int]:
                 if isinstance(value, (int, float))
             }
             rows += [row] if "step" in row else []
-        except (
-            ValueError,
-            AttributeError,
-            OverflowError,
-            RecursionError,
-        ):  # no JSON, no object, an integer beyond all floats, a bottomless list
+        # no JSON, no object, an integer beyond all floats, a bottomless list
+        except (ValueError, AttributeError, OverflowError, RecursionError):
             pass
     names = dict.fromkeys(name for row in rows for name in row)
-    return {name: np.array([row.get(name, np.nan) for row in rows]) for name in names}, len(
-        lines
-    ) - len(rows)
+
+    def column(name: str) -> np.ndarray:
+        return np.array([row.get(name, np.nan) for row in rows])
+
+    return {name: column(name) for name in names}, len(lines) - len(rows)
 
 # %% ../../nbs/workbench/record.ipynb #168387f7
 class Record:
-    "The metrics of one run: `columns[name]` is (steps, values), without gaps; `damaged` counts lines that cannot be read."
+    """Hold the metrics of one run: `columns[name]` is (steps, values) without gaps.
+
+    `damaged` counts the lines that cannot be read.
+    """
 
     def __init__(self, run):
         self.run = open_run(run)
@@ -123,7 +127,10 @@ class Record:
 
 # %% ../../nbs/workbench/record.ipynb #8ca713a5
 def _kept(y: np.ndarray, most: int) -> np.ndarray:
-    "Indices of at most `most` points of `y`: the first, the last, and of each stretch the least and the greatest."
+    """Return indices of at most `most` points of `y`.
+
+    They are the first, the last, and the least and greatest of each stretch.
+    """
     if len(y) <= most:
         return np.arange(len(y))
     stretches = max(1, most // 2 - 1)
@@ -137,7 +144,10 @@ def _kept(y: np.ndarray, most: int) -> np.ndarray:
 def thin(
     x, y, most: int = 1000, within: tuple[float, float] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    "At most `most` points of the line `x`, `y` that keep its extremes, and as many again of the stretch `within` of x."
+    """Return at most `most` points of the line `x`, `y` that keep its extremes.
+
+    As many again come from the stretch `within` of x.
+    """
     x, y = np.asarray(x), np.asarray(y)
     kept = _kept(y, most)
     if within and len(kept) < len(y):
@@ -147,7 +157,10 @@ def thin(
 
 
 def smooth(y, amount: float) -> np.ndarray:
-    "The moving average of `y` whose memory is `amount`: 0 is `y` itself, 0.99 looks back on about a hundred points."
+    """Return the moving average of `y` whose memory is `amount`.
+
+    0 is `y` itself, 0.99 averages about a hundred points.
+    """
     import pandas as pd
 
     return pd.Series(y).ewm(alpha=1 - amount).mean().to_numpy()

@@ -21,7 +21,7 @@ from .panels import as_text
 
 # %% ../../nbs/workbench/tokens.ipynb #ef2f31b6
 def reward_parts(row: dict) -> dict[str, float | None]:
-    "The parts of a row's reward, by names that can be shown."
+    "Return the parts of a row's reward, by names that can be shown."
     parts = row.get("rewards")
     return (
         {visible(name, 60): value for name, value in parts.items()}
@@ -31,7 +31,7 @@ def reward_parts(row: dict) -> dict[str, float | None]:
 
 # %% ../../nbs/workbench/tokens.ipynb #d877a7f8
 def token_count(row: dict) -> list:
-    "The tokens of a row; none where its record has none."
+    "Return the tokens of a row; none where its record has none."
     return row["tokens"] if isinstance(row.get("tokens"), list) else []
 
 # %% ../../nbs/workbench/tokens.ipynb #22c56ce6
@@ -76,7 +76,10 @@ COLORINGS = {
 
 
 def token_facts(row: dict, asked=()) -> list[dict]:
-    "For each of the first `MOST_TOKENS` tokens of a sampled row a dict with `token` and the numbers that are known; `asked` is from `inspect_tokens`."
+    """Return a dict with `token` and the known numbers for each token of a sampled row.
+
+    At most `MOST_TOKENS` tokens are taken; `asked` is from `inspect_tokens`.
+    """
     facts = []
     for t, token in enumerate(token_count(row)[:MOST_TOKENS]):
         fact = {
@@ -110,13 +113,16 @@ def _at(row: dict, name: str, t: int, otherwise=None):
 
 # %% ../../nbs/workbench/tokens.ipynb #5342c23b
 class Models:
-    "The model that a run saved, the one that it started from, and the tokenizer; loaded when they are first asked for."
+    "Load a run's saved model, its start model and the tokenizer, each at first use."
 
     def __init__(self, run):
         self.run, self._lock, self._loaded = open_run(run), threading.Lock(), None
 
     def load(self):
-        "(saved model, start model, tokenizer). Raises `WrongInput` where one of them is not there."
+        """Return the saved model, the start model and the tokenizer.
+
+        Raises: `WrongInput` where one of them does not exist.
+        """
         from polm_lab.models.load import load_model
         from polm_lab.models.tokenizers import load_tokenizer
 
@@ -125,7 +131,8 @@ class Models:
                 folder, settings = self.run.path / "model", self.run.settings
                 if not folder.is_dir():
                     raise WrongInput(
-                        f"{self.run.id}: it has saved no model; expected a finished run; wait until it is finished"
+                        f"{self.run.id}: it has saved no model; expected a finished run; "
+                        "wait until it is finished"
                     )
                 kind = dict(
                     dtype=self.run.record.get("dtype") or settings.get("dtype", "auto"),
@@ -140,7 +147,12 @@ class Models:
 
 
 def token_ids(tokenizer, row: dict) -> list[int]:
-    "Ids of the first `MOST_TOKENS` tokens of a sampled row: recorded as `ids`, or found from the recorded `tokens`. Raises `WrongInput`."
+    """Return the ids of the first `MOST_TOKENS` tokens of a sampled row.
+
+    They are recorded as `ids`, or found from the recorded `tokens`.
+
+    Raises: `WrongInput`.
+    """
     if isinstance(row.get("ids"), list):
         return row["ids"][:MOST_TOKENS]
     tokens = [str(token) for token in token_count(row)[:MOST_TOKENS]]
@@ -153,13 +165,18 @@ def token_ids(tokenizer, row: dict) -> list[int]:
         if len(ids) == len(tokens) and tokenizer.decode(ids).strip() == "".join(tokens).strip():
             return ids
     raise WrongInput(
-        "tokens of this row: not found again in the vocabulary (parts of characters?); expected each to be a token; take another row"
+        "tokens of this row: not found again in the vocabulary (parts of characters?); "
+        "expected each to be a token; take another row"
     )
 
 # %% ../../nbs/workbench/tokens.ipynb #d9c0051d
 def inspect_tokens(run, row: dict, top: int = 5, models: Models | None = None) -> list[dict]:
-    """What the saved model of a run and its start model say of each token of a sampled row, in nats: `now` and `start` (log-probs of the token),
-    `entropy`, `kl`, and the `top` likeliest tokens as `alternatives` (text, probability now, probability at the start). Raises `WrongInput`.
+    """Return what the saved model and the start model of a run give each token of a sampled row.
+
+    `now` and `start` are log-probs of the token; they, `entropy` and `kl` are in nats.
+    The `top` most probable tokens are `alternatives`: text, probability now, and at the start.
+
+    Raises: `WrongInput`.
     """
     import torch
 
@@ -172,7 +189,7 @@ def inspect_tokens(run, row: dict, top: int = 5, models: Models | None = None) -
     temperature = models.run.settings.get("temperature") or 1.0
 
     def read(model):
-        "Log-probs [tokens, vocab]."
+        "Return log-probs [tokens, vocab]."
         logits = model(input_ids=torch.tensor([prompt + ids], device=model.device)).logits[
             0, -len(ids) - 1 : -1
         ]
@@ -202,25 +219,35 @@ def inspect_tokens(run, row: dict, top: int = 5, models: Models | None = None) -
 
 # %% ../../nbs/workbench/tokens.ipynb #7055055a
 TOKEN_CSS = """<style>
-.polm-view{line-height:1.5;overflow-wrap:anywhere}.polm-view h4{margin:.6em 0 .2em}.polm-view p{margin:.2em 0}
-.polm-tokens{position:relative;padding-bottom:9.5em;min-height:2em;white-space:pre-wrap;font:14px/1.8 var(--jp-code-font-family,monospace)}
-.polm-tokens span{border-radius:3px;padding:1px 2px;margin:0 1px;box-shadow:inset 0 0 0 1px rgba(128,128,128,.35)}
+.polm-view{line-height:1.5;overflow-wrap:anywhere}.polm-view h4{margin:.6em 0 .2em}.polm-view p{
+  margin:.2em 0}
+.polm-tokens{position:relative;padding-bottom:9.5em;min-height:2em;white-space:pre-wrap;
+  font:14px/1.8 var(--jp-code-font-family,monospace)}
+.polm-tokens span{border-radius:3px;padding:1px 2px;margin:0 1px;
+  box-shadow:inset 0 0 0 1px rgba(128,128,128,.35)}
 .polm-tokens span:focus{outline:2px solid #1f6feb;outline-offset:1px}
-.polm-tokens span:hover::after,.polm-tokens span:focus::after,.polm-tokens::after{content:attr(aria-label);position:absolute;left:0;bottom:0;height:9em;width:100%;box-sizing:border-box;
- overflow:hidden;padding:4px 8px;white-space:pre-wrap;border-radius:4px;font:12px/1.45 var(--jp-code-font-family,monospace);
+.polm-tokens span:hover::after,.polm-tokens span:focus::after,.polm-tokens::after{
+  content:attr(aria-label);position:absolute;left:0;bottom:0;height:9em;width:100%;
+  box-sizing:border-box;
+ overflow:hidden;padding:4px 8px;white-space:pre-wrap;border-radius:4px;
+  font:12px/1.45 var(--jp-code-font-family,monospace);
  background:var(--jp-layout-color2,#eef1f5);color:var(--jp-ui-font-color1,#1c2430)}
 .polm-tokens::after{content:"Point at a token, or go to it with Tab: its numbers appear here."}
 .polm-tokens span:focus::after{z-index:1}.polm-tokens span:hover::after{z-index:2}
 .polm-cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(190px,1fr));gap:8px}
-.polm-card{border:1px solid var(--jp-border-color1,#8a94a3);border-radius:4px;padding:6px 8px}.polm-card.chosen{outline:2px solid var(--jp-brand-color1,#1f6feb)}
-.polm-card pre,.polm-said pre{margin:4px 0 0;white-space:pre-wrap;overflow-wrap:anywhere;max-height:16em;overflow:auto;background:none;color:inherit;font:12px/1.45 var(--jp-code-font-family,monospace)}
-.polm-view table{border-collapse:collapse}.polm-view td,.polm-view th{padding:1px 10px 1px 0;text-align:left;vertical-align:top}.polm-view td.number{text-align:right}
+.polm-card{border:1px solid var(--jp-border-color1,#8a94a3);border-radius:4px;padding:6px 8px}
+  .polm-card.chosen{outline:2px solid var(--jp-brand-color1,#1f6feb)}
+.polm-card pre,.polm-answer pre{margin:4px 0 0;white-space:pre-wrap;overflow-wrap:anywhere;
+  max-height:16em;overflow:auto;background:none;color:inherit;
+  font:12px/1.45 var(--jp-code-font-family,monospace)}
+.polm-view table{border-collapse:collapse}.polm-view td,.polm-view th{padding:1px 10px 1px 0;
+  text-align:left;vertical-align:top}.polm-view td.number{text-align:right}
 </style>"""
-BLUE, ORANGE = (0, 114, 178), (213, 94, 0)  # told apart by the color-blind
+BLUE, ORANGE = (0, 114, 178), (213, 94, 0)  # distinct for the color-blind
 
 
 def ink(value: float | None, coloring: Coloring) -> str:
-    "The color of a value as CSS, see-through so that the text stays legible on light and on dark ground."
+    "Return the color of a value as CSS, transparent enough for text on light and dark."
     if not is_number(value):
         return "transparent"
     r, g, b = ORANGE if coloring.signed and value < 0 else BLUE
@@ -232,7 +259,7 @@ def escape_text(value, limit: int = 2000) -> str:
 
 
 def _number_words(fact: dict) -> str:
-    "The numbers of a token, a line each."
+    "Return the numbers of a token, a line each."
     lines = ["token " + repr(visible(fact["token"], 60))]
     names = dict(
         logp="log π when sampled",
@@ -247,7 +274,7 @@ def _number_words(fact: dict) -> str:
         lines.append(f"ratio to the old policy {math.exp(min(fact['old'], 700)):.3g}")
     if fact.get("alternatives"):
         lines.append(
-            "likeliest: "
+            "most probable: "
             + ", ".join(
                 f"{visible(text, 30)!r} {now:.1%} (start {start:.1%})"
                 for text, now, start in fact["alternatives"]
@@ -257,7 +284,10 @@ def _number_words(fact: dict) -> str:
 
 # %% ../../nbs/workbench/tokens.ipynb #bb9b5fc7
 def tokens_html(facts: list[dict], by: str, more: int = 0) -> str:
-    "Tokens colored by the coloring `by`, with a legend; `more` tokens follow that are not shown."
+    """Return tokens colored by the coloring `by`, with a legend.
+
+    `more` tokens follow that are not shown.
+    """
     if not facts:
         return "<div class='polm-view'>The record has no tokens for this row.</div>"
     coloring = COLORINGS[by]
@@ -267,13 +297,17 @@ def tokens_html(facts: list[dict], by: str, more: int = 0) -> str:
         label = html.escape(_number_words(fact)).replace("\n", "&#10;")
         text = html.escape(visible(fact["token"], 200).replace("\n", "↵\n"))
         shown.append(
-            f"<span tabindex='0' role='listitem' style='background:{ink(fact.get(by), coloring)}' aria-label='{label}'>{text}</span>"
+            "<span tabindex='0' role='listitem' "
+            f"style='background:{ink(fact.get(by), coloring)}' "
+            f"aria-label='{label}'>{text}</span>"
         )
     ends = [-coloring.full, 0, coloring.full] if coloring.signed else [0, coloring.full]
-    scale = " ".join(
-        f"<span style='background:{ink(end, coloring)}'>&ensp;{end:{'+g' if coloring.signed and end else 'g'}}&ensp;</span>"
-        for end in ends
-    )
+
+    def mark(end: float) -> str:
+        number = f"{end:+g}" if coloring.signed and end else f"{end:g}"
+        return f"<span style='background:{ink(end, coloring)}'>&ensp;{number}&ensp;</span>"
+
+    scale = " ".join(map(mark, ends))
     lost = (
         "Not recorded for this row."
         if by in ("advantage", "value", "surprise")
@@ -289,11 +323,14 @@ def tokens_html(facts: list[dict], by: str, more: int = 0) -> str:
         )
     follow = f" … {more:,} more tokens" if more > 0 else ""
     legend = f"<p>{scale} {html.escape(coloring.meaning)}.{note}</p>"
-    return f"<div class='polm-view'>{legend}<div class='polm-tokens' role='list' aria-label='Tokens'>{''.join(shown)}{follow}</div></div>"
+    return (
+        f"<div class='polm-view'>{legend}<div class='polm-tokens' role='list' "
+        f"aria-label='Tokens'>{''.join(shown)}{follow}</div></div>"
+    )
 
 # %% ../../nbs/workbench/tokens.ipynb #d0d8b563
 def group_html(group: list[dict], chosen: dict) -> str:
-    "The completions of one prompt side by side, with reward and advantage."
+    "Return the completions of one prompt side by side, with reward and advantage."
     cards, most = (
         [],
         max([abs(row["advantage"]) for row in group if is_number(row.get("advantage"))], default=0)
@@ -307,7 +344,10 @@ def group_html(group: list[dict], chosen: dict) -> str:
         bar = ""
         if is_number(row.get("advantage")):
             share = 50 * row["advantage"] / most
-            place = f"margin-left:{50 + min(share, 0):.1f}%;width:{abs(share):.1f}%;background:rgb{ORANGE if share < 0 else BLUE}"
+            place = (
+                f"margin-left:{50 + min(share, 0):.1f}%;width:{abs(share):.1f}%;"
+                f"background:rgb{ORANGE if share < 0 else BLUE}"
+            )
             bar = f"<div aria-hidden='true' style='height:6px;{place}'></div>"
         parts = ", ".join(
             f"{escape_text(name, 60)} {value:.3g}"
@@ -315,16 +355,21 @@ def group_html(group: list[dict], chosen: dict) -> str:
             if is_number(value)
         )
         here = " chosen' aria-current='true" if row is chosen else ""
-        said = f"<pre tabindex='0'>{escape_text(row.get('completion'), 800)}</pre>"
+        title = f"<b>{escape_text(', '.join(facts), 200)}</b>"
+        completion = f"<pre tabindex='0'>{escape_text(row.get('completion'), 800)}</pre>"
         cards.append(
-            f"<div class='polm-card{here}' role='listitem'><b>{escape_text(', '.join(facts), 200)}</b>{bar}<small>{parts}</small>{said}</div>"
+            f"<div class='polm-card{here}' role='listitem'>"
+            f"{title}{bar}<small>{parts}</small>{completion}</div>"
         )
     prompt = f"<p>Prompt: <b>{escape_text(chosen.get('prompt'), 600)}</b></p>"
-    return f"<div class='polm-view'>{prompt}<div class='polm-cards' role='list'>{''.join(cards)}</div></div>"
+    return (
+        f"<div class='polm-view'>{prompt}<div class='polm-cards' "
+        f"role='list'>{''.join(cards)}</div></div>"
+    )
 
 
 def history_html(rows: list[dict], chosen: dict) -> str:
-    "The answers to one prompt at each step at which it was sampled: the different ones, most frequent first."
+    "Return the distinct answers to one prompt at each sampled step, most frequent first."
     steps: dict = {}
     for row in rows:
         if row.get("prompt") == chosen.get("prompt") and row.get("side") not in (
@@ -355,11 +400,18 @@ def history_html(rows: list[dict], chosen: dict) -> str:
         )
         mean = f"{sum(rewards) / len(rewards):.3g}" if rewards else ""
         lines.append(
-            f"<tr><td class='number'>{escape_text(step, 20)}</td><td class='number'>{mean}</td><td>{words}</td></tr>"
+            f"<tr><td class='number'>{escape_text(step, 20)}</td><td "
+            f"class='number'>{mean}</td><td>{words}</td></tr>"
         )
     note = (
         ""
         if len(lines) > 1
-        else "<p>The record has answers to this prompt at one step only. Below, both models can be asked.</p>"
+        else (
+            "<p>The record has answers to this prompt at one step only. Below, "
+            "both models can be asked.</p>"
+        )
     )
-    return f"<div class='polm-view'><table><tr><th>step</th><th>mean reward</th><th>answers</th></tr>{''.join(lines)}</table>{note}</div>"
+    return (
+        "<div class='polm-view'><table><tr><th>step</th><th>mean "
+        f"reward</th><th>answers</th></tr>{''.join(lines)}</table>{note}</div>"
+    )

@@ -38,7 +38,7 @@ from polm_lab.runner.sweep import (
 
 # %% ../../nbs/workbench/trials.ipynb #8f4ef788
 def parallel(sweep, out=None, dark: bool = False):
-    "A parallel-coordinates figure of a sweep."
+    "Return a parallel-coordinates figure of a sweep."
     import plotly.graph_objects as go
 
     found = open_sweep(sweep, out)
@@ -67,15 +67,18 @@ def fill_figure(figure, found: Sweep):
         [t["value"] for t in over],
         {"up": "more is better", "down": "less is better"}[asked["better"]],
     )
-    columns = [
-        list(map(_axis(space)[1], (t["values"][name] for t in over)))
-        for name, space in asked["space"].items()
-    ]
+    columns = []
+    for name, space in asked["space"].items():
+        _, scale = _axis(space)
+        columns.append([scale(t["values"][name]) for t in over])
     with figure.batch_update():
         for axis, column in zip(figure.data[0].dimensions, [*columns, values]):
             axis.values = column
         figure.data[0].line.color = values
-        figure.layout.title.text = f"{html.escape(found.method)}: {len(over)} of {len(found.trials)} trials, {html.escape(asked['metric'])} ({arrow})"
+        figure.layout.title.text = (
+            f"{html.escape(found.method)}: {len(over)} of {len(found.trials)} trials, "
+            f"{html.escape(asked['metric'])} ({arrow})"
+        )
 
 
 def apply_theme(figure, dark: bool):
@@ -93,7 +96,7 @@ def is_numeric(space: list | dict) -> bool:
 
 
 def _axis(space: list | dict):
-    "Range and ticks of an axis, and the function that puts a value on it."
+    "Return range and ticks of an axis, and the function that puts a value on it."
     if not is_numeric(space):
         return dict(
             range=[0, max(1, len(space) - 1)],
@@ -118,7 +121,10 @@ def _axis(space: list | dict):
 
 # %% ../../nbs/workbench/trials.ipynb #d60f2b97
 class SweepForm(widgets.VBox):
-    "What a sweep varies, what stays fixed, and how: typed, and checked meanwhile; `below` comes under it."
+    """Edit what a sweep varies and what stays fixed; the input is checked while it is typed.
+
+    `below` comes under the form.
+    """
 
     method = traitlets.Unicode("sft")
 
@@ -139,7 +145,7 @@ class SweepForm(widgets.VBox):
         self.how = {}
         for knob in knobs(Plan):
             self.how[knob.name] = Field(knob, directed if knob.name == "metric" else ())
-        self.hints, self.said, self.command = widgets.HTML(), widgets.HTML(), Code(label="polm")
+        self.hints, self.message, self.command = widgets.HTML(), widgets.HTML(), Code(label="polm")
         hint = "start the sweep in a process of its own"
         self.start = widgets.Button(description="Start sweep", button_style="primary", tooltip=hint)
         lines = widgets.HBox([self.varied, self.fixed], layout=widgets.Layout(flex_flow="row wrap"))
@@ -151,7 +157,7 @@ class SweepForm(widgets.VBox):
                 lines,
                 self.hints,
                 widgets.VBox(list(self.how.values())),
-                self.said,
+                self.message,
                 self.command,
                 self.start,
                 *below,
@@ -184,7 +190,7 @@ class SweepForm(widgets.VBox):
             self.add.value = ""
 
     def asked(self) -> tuple[dict, dict, dict]:
-        "What is varied, what is fixed, and the knobs of the plan; raises `WrongInput`."
+        "Return what is varied, what is fixed, and the knobs of the plan; raises `WrongInput`."
         for field in self.how.values():
             if field.problem:
                 raise WrongInput(field.problem)
@@ -200,7 +206,7 @@ class SweepForm(widgets.VBox):
         )
 
     def check(self) -> tuple | None:
-        "Say what the form asks for, or what is wrong with it."
+        "Show the number of trials that the form asks for, or what is wrong with it."
         self.hints.value = hints_html(self.varied.value, self.known)
         try:
             varied, fixed, how = self.asked()
@@ -209,10 +215,14 @@ class SweepForm(widgets.VBox):
                 self.method, varied, fixed, os.environ.get("POLM_RUNS") and self.out, **how
             )
         except WrongInput as wrong:
-            self.said.value, self.start.disabled, self.command.text = problem_html(wrong), True, ""
+            self.message.value, self.start.disabled, self.command.text = (
+                problem_html(wrong),
+                True,
+                "",
+            )
             return None
         number = len(planned[2])
-        self.said.value, self.start.disabled = (
+        self.message.value, self.start.disabled = (
             f"{number} trial{'s' * (number > 1)}, {planned[1]['jobs']} at a time",
             False,
         )
@@ -220,7 +230,10 @@ class SweepForm(widgets.VBox):
 
 # %% ../../nbs/workbench/trials.ipynb #8c5e71ad
 class Trials(widgets.VBox):
-    "The trials of a sweep as a table and as parallel coordinates; only what changed is drawn again."
+    """Show the trials of a sweep as a table and as parallel coordinates.
+
+    Only what changed is drawn again.
+    """
 
     selected_run = traitlets.Unicode("")
 
@@ -255,7 +268,9 @@ class Trials(widgets.VBox):
 class Sweeps(SweepForm):
     """Plan, start, stop and read sweeps below `out`.
 
-    `chosen` is the id of the sweep that is shown, `selected_run` the id of the run that was picked in its table. `refresh()` reads what is new.
+    `chosen` is the id of the sweep that is shown.
+    `selected_run` is the id of the run picked in its table.
+    `refresh()` reads what is new.
     """
 
     chosen = traitlets.Unicode("")
@@ -284,7 +299,7 @@ class Sweeps(SweepForm):
         self.refresh()
 
     def begin(self):
-        "What the button does: plan, write, and start a process that works on the sweep."
+        "Plan and write the sweep, and start a process that works on it."
         planned = self.check()
         if planned:
             self._ask(lambda: self._show_new(create_sweep(planned, self.out)))
@@ -295,7 +310,7 @@ class Sweeps(SweepForm):
         self.chosen = made.id
 
     def _ask(self, act):
-        "Do what a button asks for; what is wrong with that is said where the state of the sweep stands."
+        "Do what a button asks for, and show an error where the state of the sweep is shown."
         try:
             act()
             self.refresh()
@@ -319,7 +334,7 @@ class Sweeps(SweepForm):
         self.view.dress(self.dark)
 
     def refresh(self):
-        "Read what is new; what is wrong with a record is said where it would stand."
+        "Read what is new; what is wrong with a record is shown in its place."
         try:
             self._list()
             if self.chosen:
@@ -339,7 +354,7 @@ class Sweeps(SweepForm):
 
 # %% ../../nbs/workbench/trials.ipynb #0a4eb6f7
 def _pairs(text: str) -> dict[str, str]:
-    "`knob value` lines as a dictionary."
+    "Parse `knob value` lines into a dictionary."
     pairs = {}
     for line in filter(None, map(str.strip, text.split("\n"))):
         name, _, value = line.partition(" ")
@@ -350,7 +365,7 @@ def _pairs(text: str) -> dict[str, str]:
 
 
 def _lines(name: str, hint: str, example: str) -> widgets.Textarea:
-    "A field with a knob on each line; it is read when the cursor leaves it."
+    "Return a field with a knob on each line; it is read when the cursor leaves it."
     return widgets.Textarea(
         description=name,
         tooltip=hint,
@@ -362,7 +377,7 @@ def _lines(name: str, hint: str, example: str) -> widgets.Textarea:
 
 
 def _results_bar() -> tuple[widgets.Dropdown, widgets.Button, widgets.Button]:
-    "The list of sweeps, and the buttons that stop and resume the one that is shown."
+    "Return the list of sweeps, and the buttons that stop and resume the one that is shown."
     pick = widgets.Dropdown(
         options=[("none yet", "")],
         description="sweep",
@@ -372,7 +387,7 @@ def _results_bar() -> tuple[widgets.Dropdown, widgets.Button, widgets.Button]:
     )
     hint = "stop the sweep; its trials save their states"
     stop = widgets.Button(description="Stop", tooltip=hint, disabled=True)
-    hint = "go on with a stopped sweep, or try failed trials again"
+    hint = "continue a stopped sweep, or retry failed trials"
     return pick, stop, widgets.Button(description="Resume", tooltip=hint, disabled=True)
 
 
@@ -381,7 +396,7 @@ def problem_html(wrong: Exception) -> str:
 
 # %% ../../nbs/workbench/trials.ipynb #ab0bb97d
 def hints_html(varied: str, known: dict[str, Knob]) -> str:
-    "Meaning, range and default of the knobs that lines begin with."
+    "Return meaning, range and default of the knobs that lines begin with."
     hints = []
     for line in filter(str.strip, varied.split("\n")):
         k = known.get(line.split()[0])
@@ -393,21 +408,21 @@ def hints_html(varied: str, known: dict[str, Knob]) -> str:
 
 
 def sweep_options(out: Path, chosen: str) -> list[tuple[str, str]]:
-    "What the list of sweeps shows, newest first; a chosen one that is gone stays in it."
+    "Return the entries of the list of sweeps, newest first; a chosen one that is gone stays."
     ids = sorted((p.parent.name for p in (out / "sweeps").glob("*/run.json")), reverse=True)
     options = [(i, i) for i in ids] or [("none yet", "")]
     return [(f"{chosen} (gone)", chosen), *options] if chosen and chosen not in ids else options
 
 
 def is_resumable(found: Sweep, status: str) -> bool:
-    "Whether something is left to do and nobody does it."
+    "Return whether work is left to do and no process does it."
     if status == "finished":
         return not all(t["status"] in ("finished", "pruned") for t in found.trials)
     return status not in ("running", "created")
 
 
 def progress_html(found: Sweep, status: str) -> str:
-    "How a sweep is: a bar of the trials that are over, and words."
+    "Return the progress of a sweep: a bar of the finished trials, and words."
     reason = found.record["reason"]
     words = f"{status}: {found.tell()}" + (f" ({reason})" if reason else "")
     facts = f'max="{len(found.trials)}" value="{found.over}" aria-label="trials that are over"'
@@ -415,7 +430,7 @@ def progress_html(found: Sweep, status: str) -> str:
 
 
 def trials_table(found: Sweep, rows: list[dict]) -> Table:
-    "The trials of a sweep as a table that sorts numbers as numbers."
+    "Return the trials of a sweep as a table that sorts numbers as numbers."
     asked = found.settings
     numbers = {"trial", asked["metric"], "step", "seconds", "tries"}
     numbers |= {name for name, space in asked["space"].items() if is_numeric(space)}
