@@ -292,7 +292,7 @@ def test_the_embedded_model_is_asked_in_forms_that_it_has_read(writer):
         and type(words_for("facts", tokenizer)) is FactWords
         and type(words_for("sums", None)) is Words
     )
-    assert "words for sums, facts, code, chat" in says(words_for, "stories", tokenizer)
+    assert "prompts for sums, facts, code, chat" in says(words_for, "stories", tokenizer)
     assert "expected a sum" in says(SumWords().feedback, dict(prompt="Hello"), "1")
     for name, task in (("sums", SumWords()), ("facts", FactWords())):
         row = TASKS[name].rows("prompt", 1, 0, "test")[0]

@@ -37,7 +37,8 @@ class SFT(Settings):
     )
     packing: bool = knob(
         False,
-        "put several examples into a row of max_length, apart from each other: less padding, the same loss",
+        "put several examples into a row of max_length, apart from each other: "
+        "less padding, the same loss",
     )
     neftune_alpha: float = knob(
         0.0,
@@ -58,7 +59,10 @@ class SFT(Settings):
 
 # %% ../../nbs/finetuning/sft.ipynb #eba2a546
 def sft_loss(logp: Tensor) -> Tensor:
-    "Summed negative log-probability, in nats, of learned tokens; `logp` [rows, time] is 0 elsewhere."
+    """Sum the negative log-probability, in nats, of learned tokens.
+
+    `logp` [rows, time] is 0 elsewhere.
+    """
     return -logp.sum()
 
 # %% ../../nbs/finetuning/sft.ipynb #1d144f90
@@ -123,8 +127,8 @@ def class_accuracy(
         encoded = asked[i * len(labels) : (i + 1) * len(labels)]
         if len({tuple(one["input_ids"]) for one in encoded}) < len(labels):
             raise WrongInput(
-                f"{getattr(row, 'where', 'row')}: two classes are the same tokens within max_length = "
-                f"{max_length}; expected labels that differ within it; raise max_length"
+                f"{getattr(row, 'where', 'row')}: two classes are the same tokens "
+                f"within max_length = {max_length}; expected labels that differ within it; raise max_length"
             )
     best = (
         sequence_logps(policy, asked, tokenizer.pad_token_id).view(len(rows), len(labels)).argmax(1)

@@ -110,8 +110,8 @@ class SelfRefine(RunSettings):
     )
     data: str = knob(
         "",
-        "questions: a built-in task, or a file (all of it) or Hub id with a column answer or tests; "
-        "empty: the strategy's own task",
+        "questions: a built-in task, or a file (all of it) or Hub id "
+        "with a column answer or tests; empty: the strategy's own task",
     )
     prompt_style: str = knob(
         "",

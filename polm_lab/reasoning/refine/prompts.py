@@ -104,8 +104,8 @@ PHRASES = dict(  # the first kind is tried first: "not correct" holds "correct"
         rf"^\W*{BAD}\b",
     ),
     right=(
-        rf"(?:\b(?:no|not any|without(?: any)?|nothing)|n't (?:see|find|have) any)\s+(?:\w+\s+){{0,2}}?"
-        rf"(?:{FAULT}|wrong|incorrect|to (?:fix|correct|change|improve))\b",
+        rf"(?:\b(?:no|not any|without(?: any)?|nothing)|n't (?:see|find|have) any)\s+"
+        rf"(?:\w+\s+){{0,2}}?(?:{FAULT}|wrong|incorrect|to (?:fix|correct|change|improve))\b",
         # everything is entirely correct
         rf"\b{THING}\b[^.,;:\n]{{0,30}}?{SEEMS}\s+(?:(?!un|not)\w+\s+)?{GOOD}\b",
         rf"\blgtm\b|\bcorrect as (?:it )?(?:is|stands|written)\b|^\W*{GOOD}\b",

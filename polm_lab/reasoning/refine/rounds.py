@@ -127,10 +127,12 @@ def round_metrics(
 # %% ../../../nbs/reasoning/refine/rounds.ipynb #88b30eb9
 def draft(words) -> Callable:
     "The first answers."
-    return lambda traces, ask: [
-        words.answer(t.row, one.text)
-        for t, one in zip(traces, ask(traces, [words.draft(t.row) for t in traces], "draft"))
-    ]
+
+    def drafter(traces, ask):
+        replies = ask(traces, [words.draft(t.row) for t in traces], "draft")
+        return [words.answer(t.row, reply.text) for t, reply in zip(traces, replies)]
+
+    return drafter
 
 
 def revising(words, prompt: Callable, role: str) -> Callable:
@@ -168,7 +170,7 @@ def edit(words) -> Callable:
 
 
 def reflect(words) -> Callable:
-    """Make a reviser that first writes what went wrong, remembers it, and asks again (Reflexion)."""
+    "Make a reviser that writes what went wrong, remembers it, and asks again (Reflexion)."
     retry = ask_again(words)
 
     def reviser(traces, feedbacks, ask):

@@ -316,11 +316,15 @@ def trace_rows(traces: list[Trace], round: int, score: Callable | None = None) -
             prompt=t.row["prompt"],
             completion=t.after(round),
             over=t.over,
-            steps=[asdict(s) for s in t.steps if s.round == round],
+            steps=_steps_of(t, round),
         )
         | ({} if score is None else dict(reward=score(t.row, t.after(round))))
         for t in traces
     ]
+
+
+def _steps_of(trace: Trace, round: int) -> list[dict]:
+    return [asdict(step) for step in trace.steps if step.round == round]
 
 
 def read_traces(run: Run) -> list[Trace]:
