@@ -128,7 +128,8 @@ def class_accuracy(
         if len({tuple(one["input_ids"]) for one in encoded}) < len(labels):
             raise WrongInput(
                 f"{getattr(row, 'where', 'row')}: two classes are the same tokens "
-                f"within max_length = {max_length}; expected labels that differ within it; raise max_length"
+                f"within max_length = {max_length}; "
+                "expected labels that differ within it; raise max_length"
             )
     best = (
         sequence_logps(policy, asked, tokenizer.pad_token_id).view(len(rows), len(labels)).argmax(1)
