@@ -28,7 +28,7 @@ from polm_lab.reasoning import critic as trained
 from polm_lab.reasoning.refine.trace import read_traces
 from polm_lab.reasoning.refine.tiny_prompts import SumSteps
 from polm_lab.reasoning.refine.tools import run_tests, scoring, source_of
-from polm_lab.reasoning.refine.prompts import Words
+from polm_lab.reasoning.refine.prompts import Prompts
 
 ALGORITHMS = ("corrector", "selfee", "critique", "refiner", "editor", "coderl")
 CPU = dict(dtype="float32", device="cpu")
@@ -333,9 +333,9 @@ def test_worked_answers_in_the_manner_of_gsm8k(tmp_path):
 
     Held-out questions are scored by the last number.
     """
-    from polm_lab.reasoning.refine.prompts import StepWords, wrong_step
+    from polm_lab.reasoning.refine.prompts import StepPrompts, wrong_step
 
-    rows = learning.spoiled_steps(jsonl(tmp_path / "gsm.jsonl", GSM), 40, 0, StepWords())
+    rows = learning.spoiled_steps(jsonl(tmp_path / "gsm.jsonl", GSM), 40, 0, StepPrompts())
     found = [wrong_step(row["completion"]) for row in rows]
     assert len(rows) == 40
     assert {0, 1, 2} == set(found)
@@ -348,7 +348,7 @@ def test_worked_answers_in_the_manner_of_gsm8k(tmp_path):
         ]
         assert sums == [i != place for i in (1, 2)]
     held_out = load_data(str(tmp_path / "gsm.jsonl"), "prompt", "all")
-    score = scoring("gsm.jsonl", held_out, StepWords())
+    score = scoring("gsm.jsonl", held_out, StepPrompts())
     assert score(held_out[0], "2+2 = 4\nso **the answer is 5**.") == 1.0
     assert score(held_out[0], "4") == 0.0
     run = lab.run(
@@ -375,7 +375,7 @@ def test_mbpp_and_humaneval_as_they_are(tmp_path):
     assert mbpp["tests"] == MBPP["test_list"]
     assert mbpp["prompt"][0]["content"].endswith("assert double(2) == 4")
     assert mbpp["solution"] == MBPP["code"]
-    score = scoring("mine.jsonl", [mbpp, human], Words())
+    score = scoring("mine.jsonl", [mbpp, human], Prompts())
     assert (
         score(mbpp, MBPP["code"])
         == 1.0

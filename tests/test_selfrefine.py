@@ -27,7 +27,7 @@ from polm_lab.reasoning.refine.trace import (
     tree_text,
 )
 from polm_lab.reasoning.refine.self_critics import feedback_critic
-from polm_lab.reasoning.refine.tiny_prompts import FactWords, SumWords, words_for
+from polm_lab.reasoning.refine.tiny_prompts import FactPrompts, SumPrompts, words_for
 from polm_lab.reasoning.refine.rounds import (
     Feedback,
     draft,
@@ -52,7 +52,7 @@ from polm_lab.reasoning.refine.tools import (
     searched,
     source_of,
 )
-from polm_lab.reasoning.refine.prompts import Words
+from polm_lab.reasoning.refine.prompts import Prompts
 from polm_lab.training.search import most_for
 
 QUICK = dict(questions=8, rounds=2, num_generations=2, dtype="float32", device="cpu")
@@ -91,7 +91,7 @@ def loop(words, **more):
 
 def refined(rows, ask, rounds=3, left=math.inf, start=0, **places):
     traces = [Trace(start + i, row, left=left) for i, row in enumerate(rows)]
-    list(refine(traces, **loop(SumWords(), **places), ask=ask, rounds=rounds))
+    list(refine(traces, **loop(SumPrompts(), **places), ask=ask, rounds=rounds))
     return traces
 
 
@@ -103,7 +103,7 @@ def test_a_trace_is_the_same_alone_and_in_a_batch(writer, sums):
     together = refined(sums[:6], Ask(writer, 48))
     alone = [refined([row], Ask(writer, 48), start=i)[0] for i, row in enumerate(sums[:6])]
     turned = [Trace(i, sums[i]) for i in reversed(range(6))]
-    list(refine(turned, **loop(SumWords()), ask=Ask(writer, 48), rounds=3))
+    list(refine(turned, **loop(SumPrompts()), ask=Ask(writer, 48), rounds=3))
     # a probability, whose last digit is rounding
     without_sure = lambda text: re.sub(r"sure: [\d.e-]+", "sure", text)
     shown = lambda trace: (
@@ -140,7 +140,7 @@ def test_no_question_costs_more_than_its_tokens(writer, sums, tokens):
     def greedy(traces, ask):
         replies = ask(
             traces,
-            [SumWords().feedback(t.row, t.answer) for t in traces],
+            [SumPrompts().feedback(t.row, t.answer) for t in traces],
             "critique",
             max_new_tokens=10**6,
         )
@@ -273,17 +273,17 @@ def test_the_record_gives_the_traces_back(tmp_path):
     assert all(metric(name) for name in table.columns)
 
 
-# Words ------------------------------------------------------------------------------------------
+# Prompts ------------------------------------------------------------------------------------------
 
 
 def test_the_embedded_model_is_asked_in_forms_that_it_has_read(writer):
     tokenizer = writer.tokenizer
-    assert type(words_for("sums#5", tokenizer)) is SumWords
-    assert type(words_for("facts", tokenizer)) is FactWords
-    assert type(words_for("sums", None)) is Words
+    assert type(words_for("sums#5", tokenizer)) is SumPrompts
+    assert type(words_for("facts", tokenizer)) is FactPrompts
+    assert type(words_for("sums", None)) is Prompts
     assert "prompts for sums, facts, code, chat" in says(words_for, "stories", tokenizer)
-    assert "expected a sum" in says(SumWords().feedback, dict(prompt="Hello"), "1")
-    for name, task in (("sums", SumWords()), ("facts", FactWords())):
+    assert "expected a sum" in says(SumPrompts().feedback, dict(prompt="Hello"), "1")
+    for name, task in (("sums", SumPrompts()), ("facts", FactPrompts())):
         row = TASKS[name].rows("prompt", 1, 0, "test")[0]
         feedback = Feedback("x", False, row["answer"])
         for prompt in (
@@ -299,7 +299,7 @@ def test_the_embedded_model_is_asked_in_forms_that_it_has_read(writer):
 
 @pytest.mark.parametrize("answer", ["", "no idea", "9" * 40, "-5", "6\n8", "<|im_end|>"])
 def test_odd_answers_do_not_break_the_words(answer, sums):
-    for words in (SumWords(), Words()):
+    for words in (SumPrompts(), Prompts()):
         found = words.verdict(sums[0], answer, answer)
         assert words.feedback(sums[0], answer)
         assert words.revision(sums[0], answer, found)
@@ -452,7 +452,7 @@ def test_assertions_and_whole_programs():
 @pytest.mark.parametrize("judged", [False, True])
 def test_sampling_more_costs_no_more_than_refining(writer, sums, judged):
     "And what is drawn bit by bit is what is drawn at once."
-    words, score = SumWords(), TASKS["sums"].score
+    words, score = SumPrompts(), TASKS["sums"].score
     make = lambda: drafts(
         sums, 8, words, Ask(writer, 48, seed=9), feedback_critic(words) if judged else None
     )

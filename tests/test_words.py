@@ -11,8 +11,8 @@ from polm_lab.training.evaluate import matches
 from polm_lab.rewards.sandbox import missing
 from polm_lab.reasoning.refine.rounds import Feedback
 from polm_lab.reasoning.refine.prompts import (
-    StepWords,
-    Words,
+    StepPrompts,
+    Prompts,
     boxed,
     code_of,
     result_in,
@@ -104,7 +104,7 @@ def test_results_of_chatty_replies(text, result):
     ],
 )
 def test_a_right_reply_is_scored_as_right_and_another_is_not(answer, texts):
-    row, words = dict(prompt="?", answer=answer), Words()
+    row, words = dict(prompt="?", answer=answer), Prompts()
     for text in texts:
         assert matches(row, words.result(text)) == 1.0, text
         assert words.same(text, answer), text
@@ -207,7 +207,7 @@ NONE = [
 )
 def test_verdicts_in_many_words(text, fine):
     assert verdict_in(text) is fine
-    assert Words().verdict({}, "", text).fine is fine
+    assert Prompts().verdict({}, "", text).fine is fine
 
 
 @pytest.mark.parametrize(
@@ -253,14 +253,14 @@ CODE = "def f(x):\n    return 2 * x"
 )
 def test_code_is_found_among_chatter(text):
     assert code_of(text) == CODE
-    assert Words().answer(dict(tests=["assert f(2) == 4"]), text) == CODE
+    assert Prompts().answer(dict(tests=["assert f(2) == 4"]), text) == CODE
     if not missing():
         from polm_lab.reasoning.refine.tools import run_tests, source_of
 
         assert (
             run_tests(
                 source_of(
-                    dict(prompt="Double x."), Words().answer(dict(tests=["f(2) == 4"]), text)
+                    dict(prompt="Double x."), Prompts().answer(dict(tests=["f(2) == 4"]), text)
                 ),
                 ["f(2) == 4"],
             )
@@ -284,15 +284,15 @@ def test_code_is_found_among_chatter(text):
     ],
 )
 def test_questions_of_a_plan(text):
-    assert [prompt[0]["content"] for prompt in Words().listed(text)] == [
+    assert [prompt[0]["content"] for prompt in Prompts().listed(text)] == [
         "Is 3+5=8?",
         "Is 20+40=60?",
     ]
 
 
 def test_no_more_than_three_questions_and_none_where_none_is():
-    assert len(Words().listed("\n".join(f"{i}. Is it {i}?" for i in range(9)))) == 3
-    assert Words().listed("I see nothing to ask.") == []
+    assert len(Prompts().listed("\n".join(f"{i}. Is it {i}?" for i in range(9)))) == 3
+    assert Prompts().listed("I see nothing to ask.") == []
 
 
 @pytest.mark.parametrize(
@@ -318,17 +318,17 @@ def test_no_more_than_three_questions_and_none_where_none_is():
 )
 def test_the_wrong_step(text, place):
     assert wrong_step(text) == place
-    assert StepWords().verdict({}, "", text).fine is (None if place is None else place == 0)
+    assert StepPrompts().verdict({}, "", text).fine is (None if place is None else place == 0)
 
 
 def test_what_a_critic_of_steps_is_taught_is_read_as_meant():
-    words, right = StepWords(), ["3+5=8", "20+40=60", "60+8=68"]
+    words, right = StepPrompts(), ["3+5=8", "20+40=60", "60+8=68"]
     assert [wrong_step(words.finding(right, place)) for place in range(4)] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("tests", [None, ["assert f(2) == 4"]])
 def test_answer_check_and_correction_in_one_text(tests):
-    words, row = Words(), dict(prompt="?", answer="68") | (dict(tests=tests) if tests else {})
+    words, row = Prompts(), dict(prompt="?", answer="68") | (dict(tests=tests) if tests else {})
     first, better = ("def f(x):\n    return x", CODE) if tests else ("67", "68")
     for check, fine in (("3+5 is 8. VERDICT: wrong", False), ("VERDICT: right", True)):
         text = words.joined(row, first, check, better)
@@ -343,7 +343,7 @@ def test_answer_check_and_correction_in_one_text(tests):
 
 
 def test_each_prompt_states_its_form_and_ends_with_the_user():
-    words = Words()
+    words = Prompts()
     for row in (
         dict(prompt="What is 23+45?", answer="68"),
         dict(
@@ -426,7 +426,7 @@ def test_readers_bear_anything():
         assert verdict_in(text) in (True, False, None)
         assert isinstance(without_thinking(text) + without_markdown(text), str)
         assert boxed(text) is None or isinstance(boxed(text), str)
-        wrong_step(text), Words().listed(text), Words().parted(dict(prompt="?"), text)
+        wrong_step(text), Prompts().listed(text), Prompts().parted(dict(prompt="?"), text)
     for text in (
         "the answer is " * 3000,
         "no " * 9000,
@@ -435,4 +435,4 @@ def test_readers_bear_anything():
         "**" * 9000,
         "a" * 50_000,
     ):
-        result_in(text), verdict_in(text), wrong_step(text), code_of(text), Words().listed(text)
+        result_in(text), verdict_in(text), wrong_step(text), code_of(text), Prompts().listed(text)

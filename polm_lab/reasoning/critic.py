@@ -55,7 +55,7 @@ from polm_lab.reasoning.refine.rounds import (
 )
 from ..data.messages import as_completions, readable
 from .refine.tools import ToolCritic, scoring, tester
-from .refine.prompts import Words
+from .refine.prompts import Prompts
 
 # %% ../../nbs/reasoning/critic.ipynb #4bc4932b
 @dataclass(kw_only=True)
@@ -97,7 +97,7 @@ class Critic(Settings):
     learning_rate: float = redefault("learning_rate", 5e-4)
 
 # %% ../../nbs/reasoning/critic.ipynb #a3b9814f
-def single_text_roles(words: Words) -> tuple[Callable, Callable, Callable]:
+def single_text_roles(words: Prompts) -> tuple[Callable, Callable, Callable]:
     "Draft, critic and reviser for a model that writes all three in one text (SelFee)."
 
     def first(traces, ask):
@@ -118,7 +118,7 @@ def stop_on_verdict(trace: Trace, feedback: Feedback) -> str:
     return "satisfied" if feedback.fine else "" if feedback.fine is False else "no verdict"
 
 
-def loop_roles(algorithm: str, words: Words, trained: Ask, shown: int) -> dict:
+def loop_roles(algorithm: str, words: Prompts, trained: Ask, shown: int) -> dict:
     """The roles of the loop, with the trained model in the roles that it was trained for.
 
     The base model, which drafts, plays the others.
@@ -158,7 +158,7 @@ def loop_roles(algorithm: str, words: Words, trained: Ask, shown: int) -> dict:
 def run_loop(
     settings: Critic,
     rows: list[dict],
-    words: Words,
+    words: Prompts,
     score: Callable,
     base: Ask,
     trained: Ask,
@@ -244,7 +244,7 @@ def prepare(settings: Critic):
 
 
 def rows_to_learn(
-    settings: Critic, data: str, rows: list[dict], words: Words, score: Callable, ask: Ask
+    settings: Critic, data: str, rows: list[dict], words: Prompts, score: Callable, ask: Ask
 ) -> list[dict]:
     """Collect prompts and completions (for CodeRL: prompts and tests) of training questions.
 

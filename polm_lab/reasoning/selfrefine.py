@@ -57,7 +57,7 @@ from polm_lab.reasoning.refine.tools import (
     searched,
     tester,
 )
-from .refine.prompts import Words
+from .refine.prompts import Prompts
 
 # %% ../../nbs/reasoning/selfrefine.ipynb #f2b9f7de
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ REVISERS = {"follow": follow, "again": ask_again, "edit": edit, "reflect": refle
 
 
 def make_critic(
-    name: str, settings: SelfRefine, words: Words, writer: Callable, score: Callable
+    name: str, settings: SelfRefine, words: Prompts, writer: Callable, score: Callable
 ) -> Callable:
     """Make the critic of that name, or wrap the function that file.py:function names as a tool.
 
@@ -207,7 +207,7 @@ def make_critic(
 
 # %% ../../nbs/reasoning/selfrefine.ipynb #8f01500c
 def drafts(
-    rows: list[dict], most: int, words: Words, ask: Ask, critic: Callable | None = None
+    rows: list[dict], most: int, words: Prompts, ask: Ask, critic: Callable | None = None
 ) -> Samples:
     "At most `most` drafts of each question, each judged if there is a critic."
 
@@ -231,7 +231,7 @@ def price(question: int, group: list[Trace]) -> int:
     return firsts[0].read + sum(first.written for first in firsts) + judged
 
 
-def chosen(group: list[Trace], words: Words) -> str:
+def chosen(group: list[Trace], words: Prompts) -> str:
     "The first sample that a critic found fine, else the most frequent one."
     fine = [t.answer for t in group if t.steps[-1].facts.get("fine")]
     return fine[0] if fine else most_frequent([t.answer for t in group], words)

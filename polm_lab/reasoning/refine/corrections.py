@@ -19,10 +19,12 @@ from .trace import Ask, Trace
 from .rounds import draft
 from ...data.messages import text_of
 from .tools import ToolCritic, run_tests, source_of, tester
-from .prompts import Words
+from .prompts import Prompts
 
 # %% ../../../nbs/reasoning/refine/corrections.ipynb #ee874667
-def sampled(rows: list[dict], samples: int, ask: Ask, words: Words) -> list[tuple[dict, list[str]]]:
+def sampled(
+    rows: list[dict], samples: int, ask: Ask, words: Prompts
+) -> list[tuple[dict, list[str]]]:
     "`samples` answers to each row."
     traces = [Trace(i * samples + k, row) for i, row in enumerate(rows) for k in range(samples)]
     texts = draft(words)(traces, ask)
@@ -30,7 +32,7 @@ def sampled(rows: list[dict], samples: int, ask: Ask, words: Words) -> list[tupl
 
 
 def best_of(
-    row: dict, texts: list[str], words: Words, score: Callable, known: bool = False
+    row: dict, texts: list[str], words: Prompts, score: Callable, known: bool = False
 ) -> str | None:
     """Pick a right answer: an own one, else the one that the data has; None without any.
 
@@ -40,7 +42,7 @@ def best_of(
     return given if given is not None and (known or not own) else next(iter(own), None)
 
 
-def corrections(found, words: Words, score: Callable) -> list[dict]:
+def corrections(found, words: Prompts, score: Callable) -> list[dict]:
     """Pair an own answer and a better one, of each question; a right answer is to be copied.
 
     The better one is the data's where no own answer is right.
@@ -59,7 +61,7 @@ def corrections(found, words: Words, score: Callable) -> list[dict]:
 
 
 def critiqued(
-    found, words: Words, ask: Ask, score: Callable
+    found, words: Prompts, ask: Ask, score: Callable
 ) -> list[tuple[dict, list[str], str, str]]:
     """Collect own critiques whose verdict, and result if they name one, are right.
 
@@ -82,7 +84,7 @@ def critiqued(
     ]
 
 
-def critiques(found, words: Words, ask: Ask, score: Callable) -> list[dict]:
+def critiques(found, words: Prompts, ask: Ask, score: Callable) -> list[dict]:
     "Own critiques of own answers that came out right."
     return [
         dict(prompt=words.feedback(row, text), completion=check)
@@ -90,7 +92,7 @@ def critiques(found, words: Words, ask: Ask, score: Callable) -> list[dict]:
     ]
 
 
-def chains(found, words: Words, ask: Ask, score: Callable) -> list[dict]:
+def chains(found, words: Prompts, ask: Ask, score: Callable) -> list[dict]:
     "Join own answer, own check, and the better answer where one is needed, as one text."
     kept = [
         (*one, best_of(one[0], one[1], words, score)) for one in critiqued(found, words, ask, score)
@@ -150,7 +152,7 @@ def spoiled_steps(data: str, n: int, seed: int, words) -> list[dict]:
     return made
 
 # %% ../../../nbs/reasoning/refine/corrections.ipynb #15fecd1a
-def edits(found, words: Words, score: Callable, shown: int) -> list[dict]:
+def edits(found, words: Prompts, score: Callable, shown: int) -> list[dict]:
     """Collect own code that fails a test, with its outcome, and right code.
 
     The right code is the data's, or an own one where the data has none.

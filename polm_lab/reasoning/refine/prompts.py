@@ -6,7 +6,7 @@
 __all__ = ['ANSWER', 'GOOD', 'BAD', 'HALF', 'THING', 'FAULT', 'SEEMS', 'PHRASES', 'PHRASE', 'FORM', 'CODE', 'CHECK', 'AGAIN',
            'BETTER', 'PLAN', 'REFLECT', 'NOTES', 'PASSAGES', 'WAYS', 'WHOLE', 'STEPS', 'STEPCHECK', 'GOON',
            'without_thinking', 'without_markdown', 'boxed', 'result_in', 'code_of', 'verdict_in', 'wrong_step',
-           'AnswerWords', 'CritiqueWords', 'QuestionWords', 'Words', 'StepWords']
+           'AnswerPrompts', 'CritiquePrompts', 'QuestionPrompts', 'Prompts', 'StepPrompts']
 
 # %% ../../../nbs/reasoning/refine/prompts.ipynb #a4dd4e89
 import re
@@ -188,7 +188,7 @@ WHOLE = (
 )
 
 # %% ../../../nbs/reasoning/refine/prompts.ipynb #658dea38
-class AnswerWords:
+class AnswerPrompts:
     "Prompts for an answer, and its parser."
 
     stop: tuple[str, ...] = ()  # what ends a feedback
@@ -241,7 +241,7 @@ class AnswerWords:
         return result_of(self.result(a)) == result_of(self.result(b))
 
 # %% ../../../nbs/reasoning/refine/prompts.ipynb #7aede97f
-class CritiqueWords(AnswerWords):
+class CritiquePrompts(AnswerPrompts):
     "Prompts for a critique and for a better answer, and their parsers."
 
     def feedback(self, row: dict, answer: str):
@@ -285,7 +285,7 @@ class CritiqueWords(AnswerWords):
         return self._then(row, answer, AGAIN.format(feedback=outcome))
 
 # %% ../../../nbs/reasoning/refine/prompts.ipynb #ce37aa21
-class QuestionWords(CritiqueWords):
+class QuestionPrompts(CritiquePrompts):
     "Questions that test an answer, and other ways to it."
 
     def ways(self, row: dict) -> list:
@@ -326,7 +326,7 @@ class QuestionWords(CritiqueWords):
         return self.request(row, before=PASSAGES.format(passages="\n".join(passages)))
 
 # %% ../../../nbs/reasoning/refine/prompts.ipynb #3f4db7af
-class Words(QuestionWords):
+class Prompts(QuestionPrompts):
     "Prompts for a model that follows instructions, and parsers of its replies."
 
     def whole(self, row: dict):
@@ -373,7 +373,7 @@ GOON = (
 )
 
 
-class StepWords(Words):
+class StepPrompts(Prompts):
     "Worked steps, and critiques that name the first wrong one."
 
     def form(self, row):

@@ -17,10 +17,10 @@ from ...data.messages import user
 from .trace import LocalWriter, Trace
 from .rounds import Feedback
 from ...data.messages import as_completions
-from .prompts import Words, verdict_in
+from .prompts import Prompts, verdict_in
 
 # %% ../../../nbs/reasoning/refine/self_critics.ipynb #6b42c09a
-def feedback_critic(words: Words, contradiction: bool = False) -> Callable:
+def feedback_critic(words: Prompts, contradiction: bool = False) -> Callable:
     """Make a critic that asks for one critique of each answer.
 
     Its verdict is what the critique says (Self-Refine), or with `contradiction`
@@ -37,7 +37,7 @@ def feedback_critic(words: Words, contradiction: bool = False) -> Callable:
     return critic
 
 
-def question_critic(words: Words) -> Callable:
+def question_critic(words: Prompts) -> Callable:
     """Make a critic that asks questions that test the answer, each answered alone.
 
     The answer is fine where all agree with it (CoVe, factored).
@@ -66,7 +66,7 @@ def question_critic(words: Words) -> Callable:
     return critic
 
 # %% ../../../nbs/reasoning/refine/self_critics.ipynb #6379c7ef
-def _agreed(words: Words, trace: Trace, replies: list) -> Feedback:
+def _agreed(words: Prompts, trace: Trace, replies: list) -> Feedback:
     text = "\n".join(
         f"{prompt if isinstance(prompt, str) else prompt[-1]['content']} {reply}".strip()
         for prompt, reply in replies
@@ -79,7 +79,7 @@ def _agreed(words: Words, trace: Trace, replies: list) -> Feedback:
     )
 
 
-def contrast_critic(words: Words) -> Callable:
+def contrast_critic(words: Prompts) -> Callable:
     "Make a critic that compares answers reached in several ways (Self-Contrast)."
 
     def critic(traces, ask):
@@ -94,7 +94,7 @@ def contrast_critic(words: Words) -> Callable:
     return critic
 
 
-def _contrasted(words: Words, answers: list[str]) -> Feedback:
+def _contrasted(words: Prompts, answers: list[str]) -> Feedback:
     first, common = answers[0], most_frequent(answers, words)
     if all(words.same(a, first) for a in answers):
         return Feedback("all ways lead to the same answer", True, first)
@@ -108,7 +108,7 @@ def _contrasted(words: Words, answers: list[str]) -> Feedback:
     )
 
 # %% ../../../nbs/reasoning/refine/self_critics.ipynb #8c30d804
-def most_frequent(answers: list[str], words: Words) -> str:
+def most_frequent(answers: list[str], words: Prompts) -> str:
     "The answer that most agree with, the first of equals."
     return max(answers, key=lambda a: sum(words.same(a, b) for b in answers))
 
@@ -116,7 +116,7 @@ def most_frequent(answers: list[str], words: Words) -> str:
 DONE = "End with one line: VERDICT: right, if nothing is to be changed, or VERDICT: wrong."
 
 # %% ../../../nbs/reasoning/refine/self_critics.ipynb #59a6eaaa
-def principle_critic(words: Words, writer: Callable, constitution: str) -> Callable:
+def principle_critic(words: Prompts, writer: Callable, constitution: str) -> Callable:
     """Make a critic that judges whether a reply keeps to its principle (constitutional revision).
 
     By likelihood where the model is local and the principle has an opposite, else by a critique.
