@@ -411,7 +411,7 @@ PLAIN = [dict(prompt=f"What is {i}+1?") for i in range(40)]
 WITH = [dict(row, answer=str(i + 1)) for i, row in enumerate(PLAIN)]
 REFUSED = {
     "an unknown variant": (dict(algorithm="corector"), None, ["algorithm", "corrector"]),
-    "unknown words": (dict(prompt_style="latin"), None, ["words", "english"]),
+    "unknown words": (dict(prompt_style="latin"), None, ["prompt_style", "english"]),
     "no answers": (
         dict(algorithm="critique", prompt_style="english"),
         PLAIN,

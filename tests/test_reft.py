@@ -131,7 +131,7 @@ def test_a_chain_that_was_asked_to_stop_stops_in_its_part_goes_on_and_comes_to_t
 def test_what_is_refused(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps(dict(prompt="1+1=", completion="2")) + "\n")
     for change, words in (
-        (dict(batch_size=5), "multiple of samples"),
+        (dict(batch_size=5), "multiple of num_generations"),
         (dict(learner="sft"), "one of ppo, grpo"),
         (dict(data=str(tmp_path / "rows.jsonl")), "field answer"),
     ):

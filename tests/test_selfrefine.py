@@ -559,7 +559,7 @@ def test_wrong_settings_are_refused_before_a_model_is_asked(tmp_path):
     refused = lambda **more: says(lab.run, "selfrefine", out=tmp_path, **QUICK | more)
     assert "did you mean 'reflexion'" in refused(algorithm="reflexon")
     assert "critic = 'calcullator'" in refused(critic="calcullator")
-    assert "no words for feedback in code" in refused(data="code")
+    assert "no prompts for feedback in code" in refused(data="code")
     assert "there is no file" in refused(critic="nowhere.py:f")
     assert "cannot be read" in refused(algorithm="flare", source="nowhere.txt")
     assert "rounds = 0" in refused(rounds=0)

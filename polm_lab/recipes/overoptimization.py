@@ -121,7 +121,10 @@ def sample_base(settings: Overoptimization) -> tuple[list[dict], list[str]]:
 
 
 def best_of_n_curve(proxy: Tensor, gold: Tensor) -> list[dict]:
-    "Compute points (n, kl, proxy, gold) of best-of-n for powers of 2; rewards are [prompts, N]."
+    """Compute points (n, kl, proxy, gold) of best-of-n for powers of 2.
+
+    Rewards are [prompts, N].
+    """
     draws = proxy.shape[1]
     powers = [2**k for k in range(draws.bit_length()) if 2**k <= draws]
     return [

@@ -28,7 +28,7 @@ class EmbeddedPrompts(Prompts):
     task = ""
 
     def _unknown(self, what: str):
-        found = f"words: the embedded model knows no words for {what} in {self.task}"
+        found = f"prompt_style: the embedded model knows no prompts for {what} in {self.task}"
         raise WrongInput(
             f"{found}; expected a model that follows instructions, "
             "or another strategy or task; see the page on its prompts"
