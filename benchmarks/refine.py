@@ -16,7 +16,7 @@ import torch
 from polm_lab.data.tasks import TASKS
 from polm_lab.reasoning.refine.trace import Ask, Trace, make_writer
 from polm_lab.reasoning.refine.self_critics import feedback_critic
-from polm_lab.reasoning.refine.tiny_prompts import SumWords
+from polm_lab.reasoning.refine.tiny_prompts import SumPrompts
 from polm_lab.reasoning.refine.rounds import draft, follow, forget, refine, satisfied
 
 
@@ -29,7 +29,7 @@ def main():
     parser.add_argument("--check", action="store_true")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
-    ask, words = Ask(make_writer("tiny", dtype="float32", device="cpu"), 48), SumWords()
+    ask, words = Ask(make_writer("tiny", dtype="float32", device="cpu"), 48), SumPrompts()
     places = dict(
         draft=draft(words),
         critic=feedback_critic(words, contradiction=True),

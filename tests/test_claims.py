@@ -21,12 +21,12 @@ from polm_lab.data.tasks import TASKS
 from polm_lab.integration import fuse as fusing
 from polm_lab.integration.merging.experts import prompt_text, rows_apart
 from polm_lab.reasoning.refine.trace import Ask, Reply, Trace, read_traces
-from polm_lab.reasoning.refine.tiny_prompts import CodeWords
+from polm_lab.reasoning.refine.tiny_prompts import CodePrompts
 from polm_lab.reasoning.refine.rounds import forget, refine, satisfied
 from polm_lab.reasoning.selfrefine import REVISERS, ALGORITHMS
 from polm_lab.reasoning.refine.solver import equations, solver
 from polm_lab.reasoning.refine.tools import ToolCritic
-from polm_lab.reasoning.refine.prompts import Words
+from polm_lab.reasoning.refine.prompts import Prompts
 
 
 def tuned(folder, seed: int, size: float):
@@ -210,7 +210,7 @@ def words_of(prompt) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
 
 
-@pytest.mark.parametrize("words", [CodeWords(), Words()])
+@pytest.mark.parametrize("words", [CodePrompts(), Prompts()])
 def test_the_solvers_complaint_reaches_the_model(words):
     "Logic-LM: first what cannot be read, then what has no solution; each repair is asked for with the try and the complaint."
     assert ALGORITHMS["logic_lm"].reviser == "follow"
@@ -224,7 +224,7 @@ def test_the_solvers_complaint_reaches_the_model(words):
     assert all(words_of(words.draft(row)).split("\n")[0] in text for text in said)
 
 
-@pytest.mark.parametrize("words", [CodeWords(), Words()])
+@pytest.mark.parametrize("words", [CodePrompts(), Prompts()])
 def test_what_a_program_did_wrong_reaches_the_model(words):
     "Self-Debug: the failed program and what its tests said are in the prompt of the repair."
     way = ALGORITHMS["self_debug"]

@@ -1,4 +1,7 @@
-"Trained critics, correctors and editors: on their tasks and on data of one's own, with any model, refused where they cannot be trained, going on where they were killed."
+"""Trained critics, correctors and editors, on their tasks and on data of one's own.
+
+With any model; refused where they cannot be trained; continued where they were killed.
+"""
 
 import gzip
 import json
@@ -25,7 +28,7 @@ from polm_lab.reasoning import critic as trained
 from polm_lab.reasoning.refine.trace import read_traces
 from polm_lab.reasoning.refine.tiny_prompts import SumSteps
 from polm_lab.reasoning.refine.tools import run_tests, scoring, source_of
-from polm_lab.reasoning.refine.prompts import Words
+from polm_lab.reasoning.refine.prompts import Prompts
 
 ALGORITHMS = ("corrector", "selfee", "critique", "refiner", "editor", "coderl")
 CPU = dict(dtype="float32", device="cpu")
@@ -55,16 +58,15 @@ def learned(run):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_trained_part_is_made_and_used(algorithm, tmp_path):
     run = lab.run("critic", out=tmp_path, algorithm=algorithm, **SMALL)
-    assert run.status == "finished" and {"accuracy", "accuracy/draft", "tokens"} <= set(
-        run.summary["after"]
-    )
+    assert run.status == "finished"
+    assert {"accuracy", "accuracy/draft", "tokens"} <= set(run.summary["after"])
     assert {"accuracy", "accuracy/draft", "tokens"} <= set(run.summary["before"])
-    assert (run.path / "model" / "model.safetensors").exists() and len(learned(run)) == run.record[
-        "rows"
-    ] >= 2
-    assert [row["step"] for row in run.lines()] == [1, 2] and len(all_runs(tmp_path)) == 1, (
+    assert (run.path / "model" / "model.safetensors").exists()
+    assert len(learned(run)) == run.record["rows"] >= 2
+    assert [row["step"] for row in run.lines()] == [1, 2], (
         "it trains itself, and not by another run"
     )
+    assert len(all_runs(tmp_path)) == 1, "it trains itself, and not by another run"
     assert all(
         row["prompt"] and (row["tests"] if algorithm == "coderl" else row["completion"])
         for row in learned(run)
@@ -75,7 +77,8 @@ def test_every_trained_part_is_made_and_used(algorithm, tmp_path):
 def test_learned_rows_are_of_training_questions():
     held_out = {row["prompt"].rstrip("=") for row in TASKS["sums"].rows("prompt", 400, 0, "test")}
     rows = learning.spoiled_steps("sums", 64, 0, SumSteps())
-    assert len(rows) == 64 and not held_out & {row["prompt"].split(" in steps")[0] for row in rows}
+    assert len(rows) == 64
+    assert not held_out & {row["prompt"].split(" in steps")[0] for row in rows}
 
 
 def test_rewards_of_coderl_are_graded():
@@ -103,7 +106,7 @@ def test_rewards_of_coderl_are_graded():
     )
 
 
-# Data of one's own --------------------------------------------------------------------------------------------------
+# Data of one's own ------------------------------------------------------------------------------
 
 
 def asked(n, split="train", seed=1):
@@ -115,7 +118,10 @@ def asked(n, split="train", seed=1):
 
 
 def test_a_critic_learns_from_a_file_on_the_command_line(polm, tmp_path):
-    "Questions and answers as JSON lines, the embedded model with the forms of sums: its critiques become better, and so do the answers."
+    """Questions and answers as JSON lines, and the embedded model with the prompts of sums.
+
+    Its critiques become better, and so do the answers.
+    """
     data, held_out = (
         jsonl(tmp_path / "mine.jsonl", asked(160)),
         jsonl(tmp_path / "held.jsonl", asked(48, "test")),
@@ -142,16 +148,14 @@ def test_a_critic_learns_from_a_file_on_the_command_line(polm, tmp_path):
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])["summary"]
     before, after = summary["before"], summary["after"]
-    assert (
-        after["accuracy"] > before["accuracy"] + 0.05
-        and after["accuracy"] > 0.85
-        and after["accuracy/verdict"] > before["accuracy/verdict"]
-        and after["accuracy/draft"] == before["accuracy/draft"]
-    )
+    assert after["accuracy"] > before["accuracy"] + 0.05
+    assert after["accuracy"] > 0.85
+    assert after["accuracy/verdict"] > before["accuracy/verdict"]
+    assert after["accuracy/draft"] == before["accuracy/draft"]
 
 
 def test_a_corrector_learns_english_from_a_file(polm, tmp_path):
-    "The embedded model, asked in English, which it has never read: it learns the form with the correction."
+    "The embedded model has never read English prompts: it learns the format with the correction."
     data, held_out = (
         jsonl(tmp_path / "mine.jsonl", asked(200)),
         jsonl(tmp_path / "held.jsonl", asked(32, "test")),
@@ -175,9 +179,9 @@ def test_a_corrector_learns_english_from_a_file(polm, tmp_path):
     done = polm("run", "critic", "--bare", "--json", *words(values), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])["summary"]
+    assert summary["after"]["accuracy"] > summary["before"]["accuracy"] + 0.15
     assert (
-        summary["after"]["accuracy"] > summary["before"]["accuracy"] + 0.15
-        and summary["after"]["incorrect_to_correct"]
+        summary["after"]["incorrect_to_correct"]
         > summary["before"].get("incorrect_to_correct", 0) + 0.15
     )
     run = all_runs()[0]
@@ -190,9 +194,10 @@ def test_a_corrector_learns_english_from_a_file(polm, tmp_path):
 
 
 def test_an_editor_learns_from_prompts_with_tests(tmp_path):
-    "Code in a file of one's own, without right programs in it: own ones that pass stand in."
+    "Code in a file of one's own, without right programs in it: own ones that pass are used."
+    assertions = lambda tests: [f"assert {test}" for test in tests]
     rows = [
-        dict(prompt=row["prompt"], tests=[f"assert {test}" for test in row["tests"]])
+        dict(prompt=row["prompt"], tests=assertions(row["tests"]))
         for row in TASKS["code"].rows("prompt", 80, 2, "train")
     ]
     run = lab.run(
@@ -208,7 +213,8 @@ def test_an_editor_learns_from_prompts_with_tests(tmp_path):
         prompt = "\n".join(row["prompt"].split("\n")[:2])
         prompt = prompt[: prompt.index("y:") + 2]
         tests = next(r["tests"] for r in rows if r["prompt"] == prompt)
-        assert run_tests(f"{prompt}{row['completion']}", tests) == "passes" and prompt in right
+        assert run_tests(f"{prompt}{row['completion']}", tests) == "passes"
+        assert prompt in right
         assert (
             run_tests(prompt + row["prompt"][len(prompt) :].split("\n")[0], tests[:2]) != "passes"
         ), "what is edited fails"
@@ -252,7 +258,8 @@ def test_another_model_is_trained_in_english(kind, algorithm, models, tmp_path):
         algorithm=algorithm,
         **values,
     )
-    assert run.status == "finished" and len(learned(run)) >= 16
+    assert run.status == "finished"
+    assert len(learned(run)) >= 16
     assert all(isinstance(row["prompt"], list) == (kind == "chat") for row in learned(run))
     asked = [
         part.prompt
@@ -261,9 +268,8 @@ def test_another_model_is_trained_in_english(kind, algorithm, models, tmp_path):
         for part in step.parts
         if part.prompt and not part.role.startswith("tool")
     ]
-    assert asked and all(
-        isinstance(prompt, list) and prompt[-1]["role"] == "user" for prompt in asked
-    )
+    assert asked
+    assert all(isinstance(prompt, list) and prompt[-1]["role"] == "user" for prompt in asked)
     if kind == "plain":
         assert all(row["prompt"].endswith("\n\n") for row in learned(run))
 
@@ -280,7 +286,8 @@ def test_a_trained_model_goes_into_the_loop(tmp_path):
         num_generations=0,
         **CPU,
     )
-    assert edited.status == "finished" and edited.read()["parents"] == [run.id]
+    assert edited.status == "finished"
+    assert edited.read()["parents"] == [run.id]
     again = lab.run("critic", out=tmp_path, algorithm="editor", model=str(run.path), **SMALL)
     assert again.read()["parents"] == [run.id]
 
@@ -288,7 +295,11 @@ def test_a_trained_model_goes_into_the_loop(tmp_path):
 GSM = [
     dict(
         question=f"Anna has {a} pears and gets {b}, then {c} more. How many has she?",
-        answer=f"Anna has {a}+{b} = <<{a}+{b}={a + b}>>{a + b} pears.\nThen {a + b}+{c} = <<{a + b}+{c}={a + b + c}>>{a + b + c} pears.\n#### {a + b + c}",
+        answer=(
+            f"Anna has {a}+{b} = <<{a}+{b}={a + b}>>{a + b} pears.\n"
+            f"Then {a + b}+{c} = <<{a + b}+{c}={a + b + c}>>{a + b + c} pears.\n"
+            f"#### {a + b + c}"
+        ),
     )
     for a in range(2, 8)
     for b in range(2, 6)
@@ -304,24 +315,31 @@ MBPP = dict(
 )
 HUMANEVAL = dict(
     task_id="X/0",
-    prompt='from typing import List\n\n\ndef half(x: int) -> int:\n    return x // 2\n\n\ndef halves(numbers: List[int]) -> List[int]:\n    """ Half of each.\n    """\n',
+    prompt=(
+        "from typing import List\n\n\ndef half(x: int) -> int:\n    return x // 2\n\n\n"
+        'def halves(numbers: List[int]) -> List[int]:\n    """ Half of each.\n    """\n'
+    ),
     entry_point="halves",
     canonical_solution="    return [half(n) for n in numbers]\n",
-    test="def check(candidate):\n    assert candidate([2, 4]) == [1, 2]\n    assert candidate([]) == []\n",
+    test=(
+        "def check(candidate):\n"
+        "    assert candidate([2, 4]) == [1, 2]\n    assert candidate([]) == []\n"
+    ),
 )
 
 
 def test_worked_answers_in_the_manner_of_gsm8k(tmp_path):
-    "The refiner's rows: mistakes put in by a rule, calculators' marks taken out, held-out questions scored by the last number."
-    from polm_lab.reasoning.refine.prompts import StepWords, wrong_step
+    """The refiner's rows: mistakes put in by a rule, calculators' marks taken out.
 
-    rows = learning.spoiled_steps(jsonl(tmp_path / "gsm.jsonl", GSM), 40, 0, StepWords())
+    Held-out questions are scored by the last number.
+    """
+    from polm_lab.reasoning.refine.prompts import StepPrompts, wrong_step
+
+    rows = learning.spoiled_steps(jsonl(tmp_path / "gsm.jsonl", GSM), 40, 0, StepPrompts())
     found = [wrong_step(row["completion"]) for row in rows]
-    assert (
-        len(rows) == 40
-        and {0, 1, 2} == set(found)
-        and not any("<<" in str(row) or "####" in str(row) for row in rows)
-    )
+    assert len(rows) == 40
+    assert {0, 1, 2} == set(found)
+    assert not any("<<" in str(row) or "####" in str(row) for row in rows)
     for row, place in zip(rows, found):
         steps = row["prompt"][-2]["content"].splitlines()
         sums = [
@@ -330,11 +348,9 @@ def test_worked_answers_in_the_manner_of_gsm8k(tmp_path):
         ]
         assert sums == [i != place for i in (1, 2)]
     held_out = load_data(str(tmp_path / "gsm.jsonl"), "prompt", "all")
-    score = scoring("gsm.jsonl", held_out, StepWords())
-    assert (
-        score(held_out[0], "2+2 = 4\nso **the answer is 5**.") == 1.0
-        and score(held_out[0], "4") == 0.0
-    )
+    score = scoring("gsm.jsonl", held_out, StepPrompts())
+    assert score(held_out[0], "2+2 = 4\nso **the answer is 5**.") == 1.0
+    assert score(held_out[0], "4") == 0.0
     run = lab.run(
         "critic",
         out=tmp_path,
@@ -343,27 +359,29 @@ def test_worked_answers_in_the_manner_of_gsm8k(tmp_path):
         algorithm="refiner",
         **SMALL | dict(max_length=512, token_budget=2000, max_new_tokens=8),
     )
-    assert run.status == "finished" and run.record["rows"] == 32
+    assert run.status == "finished"
+    assert run.record["rows"] == 32
 
 
 def test_mbpp_and_humaneval_as_they_are(tmp_path):
-    "Prompts, tests and solutions of the published schemas; whole programs, bare bodies and chatty replies run with the prompt's imports and helpers."
+    """Prompts, tests and solutions of the published schemas.
+
+    Whole programs, bare bodies and chatty replies run with the prompt's imports and helpers.
+    """
     mbpp, human = (
         load_data(jsonl(tmp_path / "mbpp.jsonl", [MBPP] * 4), "prompt", "all")[0],
         load_data(jsonl(tmp_path / "human.jsonl", [HUMANEVAL] * 4), "prompt", "all")[0],
     )
-    assert (
-        mbpp["tests"] == MBPP["test_list"]
-        and mbpp["prompt"][0]["content"].endswith("assert double(2) == 4")
-        and mbpp["solution"] == MBPP["code"]
-    )
-    score = scoring("mine.jsonl", [mbpp, human], Words())
+    assert mbpp["tests"] == MBPP["test_list"]
+    assert mbpp["prompt"][0]["content"].endswith("assert double(2) == 4")
+    assert mbpp["solution"] == MBPP["code"]
+    score = scoring("mine.jsonl", [mbpp, human], Prompts())
     assert (
         score(mbpp, MBPP["code"])
         == 1.0
         == score(mbpp, f"Sure!\n```python\n{MBPP['code']}\n```\nDone.")
-        and score(mbpp, "def double(x):\n    return x") == 0.0
     )
+    assert score(mbpp, "def double(x):\n    return x") == 0.0
     body, wrong = HUMANEVAL["canonical_solution"], "    return [half(n) + 1 for n in numbers]\n"
     whole = f"def halves(numbers: List[int]) -> List[int]:\n{body}"
     assert [
@@ -381,18 +399,19 @@ def test_mbpp_and_humaneval_as_they_are(tmp_path):
         algorithm="editor",
         **SMALL | dict(max_length=512, token_budget=2000, max_new_tokens=8),
     )
-    assert run.status == "finished" and all(
-        MBPP["code"] in row["completion"][0]["content"] for row in learned(run)
-    ), "the data's programs are what is learned"
+    assert run.status == "finished", "the data's programs are what is learned"
+    assert all(MBPP["code"] in row["completion"][0]["content"] for row in learned(run)), (
+        "the data's programs are what is learned"
+    )
 
 
-# Wrong input ----------------------------------------------------------------------------------------------------------
+# Wrong input ------------------------------------------------------------------------------------
 
 PLAIN = [dict(prompt=f"What is {i}+1?") for i in range(40)]
 WITH = [dict(row, answer=str(i + 1)) for i, row in enumerate(PLAIN)]
 REFUSED = {
     "an unknown variant": (dict(algorithm="corector"), None, ["algorithm", "corrector"]),
-    "unknown words": (dict(prompt_style="latin"), None, ["words", "english"]),
+    "unknown words": (dict(prompt_style="latin"), None, ["prompt_style", "english"]),
     "no answers": (
         dict(algorithm="critique", prompt_style="english"),
         PLAIN,
@@ -419,7 +438,11 @@ REFUSED = {
         [dict(row, tests=[4]) for row in PLAIN],
         ["tests", "list"],
     ),
-    "the embedded model and unknown data": (dict(algorithm="critique"), WITH, ["words", "english"]),
+    "the embedded model and unknown data": (
+        dict(algorithm="critique"),
+        WITH,
+        ["prompts", "english"],
+    ),
     "words that do not fit the data": (
         dict(algorithm="critique", prompt_style="sums"),
         [dict(row, prompt="Who is Anna?") for row in WITH],
@@ -488,7 +511,7 @@ def test_what_cannot_be_learned_is_refused_in_one_line_before_a_model_is_loaded(
     assert all(part in message for part in expected), message
 
 
-def test_too_little_to_learn_from_is_said(tmp_path):
+def test_too_little_to_learn_from_is_reported(tmp_path):
     message = says(
         lab.run,
         "critic",
@@ -499,25 +522,26 @@ def test_too_little_to_learn_from_is_said(tmp_path):
     assert "gave 0 rows to learn from" in message or "gave 1 rows" in message
 
 
-# Stopped, killed, resumed ---------------------------------------------------------------------------------------------
+# Stopped, killed, resumed -----------------------------------------------------------------------
 
 
 def same(run, other):
-    bare = lambda rows: [
-        {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second", "memory_mib")}
-        for row in rows
-    ]
+    timed = ("seconds", "tokens_per_second", "memory_mib")
+    untimed = lambda row: {k: v for k, v in row.items() if k not in timed}
+    bare = lambda rows: list(map(untimed, rows))
     bits = lambda run: (run.path / "model" / "model.safetensors").read_bytes()
-    assert (
-        bits(run) == bits(other)
-        and bare(run.lines()) == bare(other.lines())
-        and bare(run.lines("samples")) == bare(other.lines("samples"))
-    )
-    assert run.summary == other.summary and learned(run) == learned(other)
+    assert bits(run) == bits(other)
+    assert bare(run.lines()) == bare(other.lines())
+    assert bare(run.lines("samples")) == bare(other.lines("samples"))
+    assert run.summary == other.summary
+    assert learned(run) == learned(other)
 
 
 def test_killed_before_it_trains_and_resumed(tmp_path):
-    "Killed when the rows are there. (Kills while it trains: tests/test_kill.py; stopped and resumed: tests/test_conformance.py.)"
+    """Killed when the rows are there.
+
+    tests/test_kill.py kills it while it trains; tests/test_conformance.py stops and resumes it.
+    """
     values = dict(algorithm="critique", **SMALL | dict(steps=6, save_every=2))
     whole = lab.run("critic", out=tmp_path / "whole", **values)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -529,12 +553,14 @@ def test_killed_before_it_trains_and_resumed(tmp_path):
     )
     deadline = time.monotonic() + 120
     while not list((tmp_path / "killed").glob("*/learned.jsonl")):
-        assert time.monotonic() < deadline and process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, process.stderr.read()
+        assert process.poll() is None, process.stderr.read()
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     run = all_runs(tmp_path / "killed")[0]
-    assert run.status == "dead" and "after" not in run.summary
+    assert run.status == "dead"
+    assert "after" not in run.summary
     execute(run)
     same(open_run(run.path), whole)
 
@@ -542,11 +568,8 @@ def test_killed_before_it_trains_and_resumed(tmp_path):
 def test_interrupted_in_the_loop_at_the_end(tmp_path):
     "What was written of it is written once."
     values = dict(algorithm="critique", **SMALL)
-    whole, plain, count = (
-        lab.run("critic", out=tmp_path / "whole", **values),
-        trained.trace_rows,
-        [],
-    )
+    whole = lab.run("critic", out=tmp_path / "whole", **values)
+    plain, count = trained.trace_rows, []
 
     def once(*args):
         count.append(1)
@@ -557,7 +580,8 @@ def test_interrupted_in_the_loop_at_the_end(tmp_path):
     with mock.patch.object(trained, "trace_rows", once), pytest.raises(KeyboardInterrupt):
         lab.run("critic", out=tmp_path / "again", **values)
     run = all_runs(tmp_path / "again")[0]
-    assert run.lines("samples") and "after" not in run.summary
+    assert run.lines("samples")
+    assert "after" not in run.summary
     execute(run)
     same(open_run(run.path), whole)
 

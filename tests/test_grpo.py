@@ -1,4 +1,7 @@
-"GRPO: closed forms, equality with TRL under accumulation, runs that repeat to the bit, resampling, and what is refused."
+"""GRPO: closed forms, equality with TRL under accumulation, runs that repeat to the bit.
+
+Also resampling, and settings that are refused.
+"""
 
 import copy
 import json
@@ -46,7 +49,7 @@ SHORT = dict(
 )
 
 
-# Closed forms ---------------------------------------------------------------------------------------------------------
+# Closed forms -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kl", KLS)
@@ -69,13 +72,12 @@ def test_what_a_token_weighs():
         (summed_loss(losses, mask, kind) / loss_weight(mask, kind, 8)).backward()
         assert not losses.grad[mask == 0].any()
         weights[kind] = [losses.grad[i, 0].item() for i in range(3)]
-    assert weights["grpo"] == pytest.approx([1 / 4, 1 / 12, 1 / 24]) and weights[
-        "dr_grpo"
-    ] == pytest.approx([1 / 32] * 3)
+    assert weights["grpo"] == pytest.approx([1 / 4, 1 / 12, 1 / 24])
+    assert weights["dr_grpo"] == pytest.approx([1 / 32] * 3)
     assert weights["dapo"] == weights["bnpo"] == pytest.approx([1 / 10] * 3)
 
 
-# TRL ------------------------------------------------------------------------------------------------------------------
+# TRL --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -180,19 +182,17 @@ def test_a_step_of_two_microbatches_is_trls(models, loss_type, beta, kl, tmp_pat
         loss_weight(b["loss_mask"], loss_type, 16) for b in batches
     )
     ours.backward()
-    g_ours, g_theirs = (
-        torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (policy, trainer.model)
-    )
+    gradient_of = lambda model: torch.cat([p.grad.flatten() for p in model.parameters()])
+    g_ours, g_theirs = gradient_of(policy), gradient_of(trainer.model)
+    assert abs(ours.item() - theirs.item()) < 1e-5
+    assert (g_ours - g_theirs).norm() < 1e-5 * g_theirs.norm()
+    assert meter.means()["clip_fraction"] > 0.1
     assert (
-        abs(ours.item() - theirs.item()) < 1e-5
-        and (g_ours - g_theirs).norm() < 1e-5 * g_theirs.norm()
-    )
-    assert (
-        meter.means()["clip_fraction"] > 0.1 and meter.means()["ratio_max"] > 1.02
+        meter.means()["ratio_max"] > 1.02
     )  # away from the first update, where much would be equal by itself
 
 
-# Runs -----------------------------------------------------------------------------------------------------------------
+# Runs -------------------------------------------------------------------------------------------
 
 
 def learned(run):
@@ -208,53 +208,47 @@ def test_two_runs_are_equal_to_the_bit_and_the_record_is_whole():
     first, second = (
         lab.run("grpo", **SHORT, updates=2, rewards="correct:1,format:0.5") for _ in range(2)
     )
+    assert weights(first) == weights(second)
     assert (
-        weights(first) == weights(second)
-        and weights(first)
-        != (lab.models.sources.model_path("tiny") / "model.safetensors").read_bytes()
+        weights(first) != (lab.models.sources.model_path("tiny") / "model.safetensors").read_bytes()
     )
     drop = ("seconds", "tokens_per_second", "memory_mib")
-    assert [{k: v for k, v in row.items() if k not in drop} for row in first.lines()] == [
-        {k: v for k, v in row.items() if k not in drop} for row in second.lines()
-    ]
+    untimed = lambda row: {k: v for k, v in row.items() if k not in drop}
+    assert list(map(untimed, first.lines())) == list(map(untimed, second.lines()))
     names = {name for row in [*first.lines(), *first.summary.values()] for name in row} - {
         "step",
         "seconds",
     }
-    assert (
-        all(map(metric, names))
-        and {
-            "reward",
-            "reward/correct",
-            "reward/format",
-            "reward_std",
-            "kl",
-            "entropy",
-            "clip_fraction",
-            "ratio_max",
-            "advantage_std",
-            "length",
-            "truncated",
-            "zero_std_groups",
-            "loss",
-        }
-        <= names
-    )
+    assert all(map(metric, names))
+    assert {
+        "reward",
+        "reward/correct",
+        "reward/format",
+        "reward_std",
+        "kl",
+        "entropy",
+        "clip_fraction",
+        "ratio_max",
+        "advantage_std",
+        "length",
+        "truncated",
+        "zero_std_groups",
+        "loss",
+    } <= names
     assert {"accuracy", "pass_at_k", "reward", "kl", "forgetting"} <= set(first.summary["after"])
     lines = first.lines()
+    assert lines[0]["ratio_max"] > 1
     assert (
-        lines[0]["ratio_max"] > 1
-        and abs(lines[0]["reward"] - lines[0]["reward/correct"] - 0.5 * lines[0]["reward/format"])
+        abs(lines[0]["reward"] - lines[0]["reward/correct"] - 0.5 * lines[0]["reward/format"])
         < 1e-6
     )
     rows = learned(first)
-    assert (
-        {row["step"] for row in rows} == {1, 2, 3}
-        and len(rows) == 24
-        and len(first.lines("samples")) == 24 + 3 * 2
-    )
+    assert {row["step"] for row in rows} == {1, 2, 3}
+    assert len(rows) == 24
+    assert len(first.lines("samples")) == 24 + 3 * 2
     for row in rows:
-        assert len(row["tokens"]) == len(row["logp"]) == len(row["ref_logp"]) and {
+        assert len(row["tokens"]) == len(row["logp"]) == len(row["ref_logp"])
+        assert {
             "group",
             "prompt",
             "completion",
@@ -271,12 +265,11 @@ def test_two_runs_are_equal_to_the_bit_and_the_record_is_whole():
 
 def test_without_beta_there_is_no_reference_but_the_kl_is_still_evaluated():
     run = lab.run("grpo", **SHORT, beta=0.0)
-    assert (
-        "kl" not in run.lines()[0]
-        and run.summary["after"]["kl"] > 0
-        and run.summary["before"]["kl"] == 0
-    )
-    assert run.lines()[0]["ratio_max"] == 1.0 and run.lines()[0]["clip_fraction"] == 0.0
+    assert "kl" not in run.lines()[0]
+    assert run.summary["after"]["kl"] > 0
+    assert run.summary["before"]["kl"] == 0
+    assert run.lines()[0]["ratio_max"] == 1.0
+    assert run.lines()[0]["clip_fraction"] == 0.0
 
 
 def test_the_kl_may_be_taken_off_the_reward():
@@ -289,17 +282,20 @@ def test_the_kl_may_be_taken_off_the_reward():
 
 def test_groups_without_spread_are_counted_and_exchanged(tmp_path):
     (tmp_path / "mine.py").write_text(
-        "def even(prompts, completions, **columns):\n    return [1.0 if int(p[0]) % 2 else float(i % 2) for i, p in enumerate(prompts)]\n"
+        "def even(prompts, completions, **columns):\n"
+        "    return [1.0 if int(p[0]) % 2 else float(i % 2) for i, p in enumerate(prompts)]\n"
     )
     spec = f"{tmp_path}/mine.py:even"  # prompts that begin with an odd digit give equal rewards
     plain, again = (
         lab.run("grpo", **SHORT | dict(batch_size=32), rewards=spec, resample=resample)
         for resample in (0, 12)
     )
-    share = [[row["zero_std_groups"] for row in run.lines()] for run in (plain, again)]
-    assert all(0 < s < 1 for s in share[0] + share[1])
-    kept = [{row["prompt"] for row in learned(run)} for run in (plain, again)]
-    assert any(int(p[0]) % 2 for p in kept[0]) and not any(int(p[0]) % 2 for p in kept[1])
+    for run in (plain, again):
+        assert all(0 < row["zero_std_groups"] < 1 for row in run.lines())
+    prompts_of = lambda run: {row["prompt"] for row in learned(run)}
+    kept = prompts_of(plain), prompts_of(again)
+    assert any(int(p[0]) % 2 for p in kept[0])
+    assert not any(int(p[0]) % 2 for p in kept[1])
     assert weights(again) == weights(
         lab.run("grpo", **SHORT | dict(batch_size=32), rewards=spec, resample=12)
     )
@@ -310,27 +306,23 @@ def test_rewards_that_are_all_equal_change_nothing(tmp_path):
         "def same(completions):\n    return [3.0] * len(completions)\n"
     )
     run = lab.run("grpo", **SHORT, rewards=f"{tmp_path}/mine.py:same", beta=0.0)
-    assert [row["zero_std_groups"] for row in run.lines()] == [1.0] * 3 and [
-        row["grad_norm"] for row in run.lines()
-    ] == [0.0] * 3
+    assert [row["zero_std_groups"] for row in run.lines()] == [1.0] * 3
+    assert [row["grad_norm"] for row in run.lines()] == [0.0] * 3
 
 
 def test_completions_that_are_all_cut_and_masked_change_nothing():
     run = lab.run(
         "grpo", **SHORT | dict(max_new_tokens=1), mask_truncated=True, beta=0.0, loss="dapo"
     )
-    assert [row["truncated"] for row in run.lines()] == [1.0] * 3 and [
-        row["grad_norm"] for row in run.lines()
-    ] == [0.0] * 3
+    assert [row["truncated"] for row in run.lines()] == [1.0] * 3
+    assert [row["grad_norm"] for row in run.lines()] == [0.0] * 3
 
 
 def test_an_adapter_is_its_own_reference():
     run = lab.run("grpo", **SHORT, adapter="lora:r=2")
-    assert (
-        run.summary["before"]["kl"] == 0
-        and run.lines()[0]["kl"] < 1e-5
-        and (run.path / "model" / "adapter_model.safetensors").exists()
-    )
+    assert run.summary["before"]["kl"] == 0
+    assert run.lines()[0]["kl"] < 1e-5
+    assert (run.path / "model" / "adapter_model.safetensors").exists()
 
 
 REFUSED = {
@@ -355,21 +347,21 @@ def test_wrong_settings_are_refused_before_compute(name, tmp_path, monkeypatch):
     monkeypatch.setattr(onpolicy, "rollout", lambda *a, **k: pytest.fail("something was computed"))
     with pytest.raises(WrongInput) as wrong:
         lab.run("grpo", **SHORT | changes)
-    assert says in str(wrong.value) and "\n" not in str(wrong.value)
+    assert says in str(wrong.value)
+    assert "\n" not in str(wrong.value)
 
 
 def test_a_reward_that_breaks_in_the_middle_fails_the_run_and_keeps_what_was_done(tmp_path):
     (tmp_path / "mine.py").write_text(
-        "calls = []\n\ndef late(completions):\n    calls.append(1)\n    return [float('nan') if len(calls) > 6 else 1.0 * len(c) for c in completions]\n"
+        "calls = []\n\ndef late(completions):\n    calls.append(1)\n"
+        "    return [float('nan') if len(calls) > 6 else 1.0 * len(c) for c in completions]\n"
     )
     with pytest.raises(WrongInput, match="reward late: completion 0 got nan"):
         lab.run("grpo", **SHORT | dict(steps=9), rewards=f"{tmp_path}/mine.py:late", out=tmp_path)
     [run] = [lab.open_run(p.parent) for p in tmp_path.glob("*/run.json")]
-    assert (
-        run.status == "failed"
-        and "got nan" in run.read()["reason"]
-        and [row["step"] for row in run.lines()] == [1, 2, 3]
-    )
+    assert run.status == "failed"
+    assert "got nan" in run.read()["reason"]
+    assert [row["step"] for row in run.lines()] == [1, 2, 3]
 
 
 def test_trl_leaves_the_same_samples(runs):
@@ -387,20 +379,16 @@ def test_trl_leaves_the_same_samples(runs):
         dtype="float32",
     )
     rows = run.lines("samples")
-    assert [row["step"] for row in rows] == [1] * 8 + [2] * 8 and [
-        row["group"] for row in rows
-    ] == [0] * 4 + [1] * 4 + [0] * 4 + [1] * 4
+    assert [row["step"] for row in rows] == [1] * 8 + [2] * 8
+    assert [row["group"] for row in rows] == [0] * 4 + [1] * 4 + [0] * 4 + [1] * 4
     weights = dict(parse_rewards(run.settings["rewards"]))
     for row in rows:
-        assert (
-            row["reward"]
-            == pytest.approx(sum(weights[name] * value for name, value in row["rewards"].items()))
-            and row["prompt"]
+        assert row["reward"] == pytest.approx(
+            sum(weights[name] * value for name, value in row["rewards"].items())
         )
-        assert (
-            "".join(row["tokens"]).strip().startswith(row["completion"].strip()[:5])
-            and "logp" not in row
-        )
+        assert row["prompt"]
+        assert "".join(row["tokens"]).strip().startswith(row["completion"].strip()[:5])
+        assert "logp" not in row
     for step, metrics in enumerate(run.lines(), 1):
         rewards = [row["reward"] for row in rows if row["step"] == step]
         assert metrics["reward"] == pytest.approx(sum(rewards) / 8, abs=1e-5)
@@ -443,8 +431,7 @@ def test_the_what_if_cell_reacts():
     for value in (0.5, 1.0, 0.0):
         names["sliders"][7].value = value
         rewards = [slider.value for slider in names["sliders"]]
-        assert [list(bar.y) for bar in bars] == list(
-            grpo.what_if_advantages(rewards).values()
-        ) and rewards[7] == value
+        assert [list(bar.y) for bar in bars] == list(grpo.what_if_advantages(rewards).values())
+        assert rewards[7] == value
     names["drift"](2.0, 64)
     assert names["chart"].data[1].y[0] == pytest.approx(grpo.what_if_kl(2.0)[1])

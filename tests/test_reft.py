@@ -33,12 +33,10 @@ SHORT = dict(
 
 
 def test_the_majority_is_of_results_and_the_first_of_equals():
-    assert (
-        majority(["7", "so 8", "1+7=8", "9"]) == "so 8"
-        and majority(["3", "4"]) == "3"
-        and result_of("2+3=5\n5+1=6") == "6"
-        and result_of(" No  idea") == "no idea"
-    )
+    assert majority(["7", "so 8", "1+7=8", "9"]) == "so 8"
+    assert majority(["3", "4"]) == "3"
+    assert result_of("2+3=5\n5+1=6") == "6"
+    assert result_of(" No  idea") == "no idea"
     assert best(["a", "b", "c"], [1.0, 2.0, 2.0]) == "b"
 
 
@@ -71,10 +69,10 @@ def test_the_tests_on_known_answers():
 
 def test_training_and_held_out_questions_are_apart():
     settings = ReFT(questions=200, prompts=100)
-    train, test = (
-        {row["prompt"] for row in load_questions(settings, split)} for split in ("train", "test")
-    )
-    assert not train & test and all("in steps" in prompt for prompt in train)
+    prompts_of = lambda split: {row["prompt"] for row in load_questions(settings, split)}
+    train, test = prompts_of("train"), prompts_of("test")
+    assert not train & test
+    assert all("in steps" in prompt for prompt in train)
 
 
 @pytest.mark.parametrize("learner", ["ppo", "grpo"])
@@ -90,16 +88,12 @@ def test_a_chain_with_equal_data_and_updates(learner):
         learner,
     ]
     warm, alone, second = (stages[label] for label in ("warm-up", "sft alone", "second stage"))
-    assert alone.settings["data"] == second.settings["data"] == warm.settings[
-        "data"
-    ] and alone.settings["model"] == second.settings["model"] == str(warm.path)
-    assert (
-        len(alone.lines()) == len(second.lines()) == 2
-        and alone.settings["batch_size"] == second.settings["batch_size"]
-    )
-    assert set(run.record["states"]) == {"base", "warm-up", "sft alone", "reft"} and run.summary[
-        "after"
-    ] == {
+    assert alone.settings["data"] == second.settings["data"] == warm.settings["data"]
+    assert alone.settings["model"] == second.settings["model"] == str(warm.path)
+    assert len(alone.lines()) == len(second.lines()) == 2
+    assert alone.settings["batch_size"] == second.settings["batch_size"]
+    assert set(run.record["states"]) == {"base", "warm-up", "sft alone", "reft"}
+    assert run.summary["after"] == {
         **run.record["states"]["reft"],
         "rows": len(run.path.joinpath("test.jsonl").read_text().splitlines()),
     }
@@ -123,12 +117,12 @@ def test_a_chain_that_was_asked_to_stop_stops_in_its_part_goes_on_and_comes_to_t
     with pytest.raises(Stopped, match=f"polm resume {run.id}"):
         execute(run)
     part = open_run(run.path.parent / run.read()["stages"]["second stage"])
-    assert run.status == part.status == "stopped" and 0 < part.last_line()["step"] < 30
+    assert run.status == part.status == "stopped"
+    assert 0 < part.last_line()["step"] < 30
     run.clear_stop()
     again = execute(Run(run.path))
-    assert again.record["states"] == whole.record["states"] and len(again.record["stages"]) == len(
-        whole.record["stages"]
-    )
+    assert again.record["states"] == whole.record["states"]
+    assert len(again.record["stages"]) == len(whole.record["stages"])
     assert (again.path / "model" / "model.safetensors").read_bytes() == (
         whole.path / "model" / "model.safetensors"
     ).read_bytes()
@@ -137,10 +131,11 @@ def test_a_chain_that_was_asked_to_stop_stops_in_its_part_goes_on_and_comes_to_t
 def test_what_is_refused(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps(dict(prompt="1+1=", completion="2")) + "\n")
     for change, words in (
-        (dict(batch_size=5), "multiple of samples"),
+        (dict(batch_size=5), "multiple of num_generations"),
         (dict(learner="sft"), "one of ppo, grpo"),
         (dict(data=str(tmp_path / "rows.jsonl")), "field answer"),
     ):
         with pytest.raises(WrongInput) as refused:
             lab.run("reft", **SHORT | change)
-        assert words in str(refused.value) and "\n" not in str(refused.value)
+        assert words in str(refused.value)
+        assert "\n" not in str(refused.value)

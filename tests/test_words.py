@@ -1,4 +1,7 @@
-"What chat models really write, read: results, verdicts, code, questions, steps. Transcripts are in their manner, none is quoted."
+"""Parsers on what chat models really write: results, verdicts, code, questions, steps.
+
+Transcripts are in their style, none is quoted.
+"""
 
 import random
 
@@ -8,8 +11,8 @@ from polm_lab.training.evaluate import matches
 from polm_lab.rewards.sandbox import missing
 from polm_lab.reasoning.refine.rounds import Feedback
 from polm_lab.reasoning.refine.prompts import (
-    StepWords,
-    Words,
+    StepPrompts,
+    Prompts,
     boxed,
     code_of,
     result_in,
@@ -31,7 +34,8 @@ RESULTS = [
     ("Therefore, the total is 3 + 4 = 7.\n\n**Answer:** 7", "7"),
     ("### Answer\n\nAnswer: 7 apples", "7 apples"),
     (
-        "Let's see. 20+40=60, 3+5=8.\n\n**Final Answer: 68**\n\nLet me know if you want 2 more examples!",
+        "Let's see. 20+40=60, 3+5=8.\n\n**Final Answer: 68**\n\n"
+        "Let me know if you want 2 more examples!",
         "68",
     ),
     ("Step 1: 20+40=60.\nStep 2: 60+8=68.\nANSWER: 68", "68"),
@@ -100,13 +104,12 @@ def test_results_of_chatty_replies(text, result):
     ],
 )
 def test_a_right_reply_is_scored_as_right_and_another_is_not(answer, texts):
-    row, words = dict(prompt="?", answer=answer), Words()
+    row, words = dict(prompt="?", answer=answer), Prompts()
     for text in texts:
         assert matches(row, words.result(text)) == 1.0, text
         assert words.same(text, answer), text
-    assert matches(row, words.result("The answer is 17.")) == 0.0 and not words.same(
-        "The answer is 17.", answer
-    )
+    assert matches(row, words.result("The answer is 17.")) == 0.0
+    assert not words.same("The answer is 17.", answer)
 
 
 RIGHT = [
@@ -203,7 +206,8 @@ NONE = [
     [(t, True) for t in RIGHT] + [(t, False) for t in WRONG] + [(t, None) for t in NONE],
 )
 def test_verdicts_in_many_words(text, fine):
-    assert verdict_in(text) is fine and Words().verdict({}, "", text).fine is fine
+    assert verdict_in(text) is fine
+    assert Prompts().verdict({}, "", text).fine is fine
 
 
 @pytest.mark.parametrize(
@@ -221,10 +225,8 @@ def test_verdicts_in_many_words(text, fine):
 )
 @pytest.mark.parametrize("mark", ["{}", "**{}**", "*{}*", "`{}`", "__{}__", "> {}", "- {}"])
 def test_a_verdict_line_is_read_in_any_dress(lead, end, mark):
-    assert (
-        verdict_in(lead + mark.format("VERDICT: right") + end) is True
-        and verdict_in(lead + mark.format("VERDICT: wrong") + end) is False
-    )
+    assert verdict_in(lead + mark.format("VERDICT: right") + end) is True
+    assert verdict_in(lead + mark.format("VERDICT: wrong") + end) is False
     assert matches(dict(answer="68"), result_in(lead + mark.format("ANSWER: 68") + end)) == 1.0
 
 
@@ -239,22 +241,26 @@ CODE = "def f(x):\n    return 2 * x"
         f"```py\n{CODE}\n```",
         f"```Python3\n{CODE}\n```",
         f"```\n{CODE}\n```",
-        f"Sure! Here is the code:\n\n```python\n{CODE}\n```\n\nIt doubles x. Use it like this:\n\n```python\nprint(f(2))  # 4\n```",
-        f"The bug is here:\n```python\nreturn x\n```\nMended:\n```python\n{CODE}\n```\nAnd run it with\n```bash\npython f.py\n```",
-        f"```python\ndef f(x):\n    return x\n```\nNo, that is wrong. Better:\n```python\n{CODE}\n```",
+        f"Sure! Here is the code:\n\n```python\n{CODE}\n```\n\n"
+        "It doubles x. Use it like this:\n\n```python\nprint(f(2))  # 4\n```",
+        f"The bug is here:\n```python\nreturn x\n```\nFixed:\n```python\n{CODE}\n```\n"
+        "And run it with\n```bash\npython f.py\n```",
+        "```python\ndef f(x):\n    return x\n```\nNo, that is wrong. Better:\n"
+        f"```python\n{CODE}\n```",
         f"<think>```python\ndef f(x): pass\n```</think>```python\n{CODE}\n```",
         f'```python title="f.py"\n{CODE}',
     ],
 )
 def test_code_is_found_among_chatter(text):
-    assert code_of(text) == CODE and Words().answer(dict(tests=["assert f(2) == 4"]), text) == CODE
+    assert code_of(text) == CODE
+    assert Prompts().answer(dict(tests=["assert f(2) == 4"]), text) == CODE
     if not missing():
         from polm_lab.reasoning.refine.tools import run_tests, source_of
 
         assert (
             run_tests(
                 source_of(
-                    dict(prompt="Double x."), Words().answer(dict(tests=["f(2) == 4"]), text)
+                    dict(prompt="Double x."), Prompts().answer(dict(tests=["f(2) == 4"]), text)
                 ),
                 ["f(2) == 4"],
             )
@@ -267,7 +273,8 @@ def test_code_is_found_among_chatter(text):
     [
         "Is 3+5=8?\nIs 20+40=60?",
         "1. Is 3+5=8?\n2. Is 20+40=60?",
-        "Sure! Here are two questions:\n\n1) **Is 3+5=8?**\n2) **Is 20+40=60?**\n\nWould you like me to answer them?",
+        "Sure! Here are two questions:\n\n1) **Is 3+5=8?**\n2) **Is 20+40=60?**\n\n"
+        "Would you like me to answer them?",
         "- Is 3+5=8?\n- Is 20+40=60?",
         "* Is 3+5=8?\n* Is 20+40=60?",
         "• Is 3+5=8?\n• Is 20+40=60?",
@@ -277,17 +284,15 @@ def test_code_is_found_among_chatter(text):
     ],
 )
 def test_questions_of_a_plan(text):
-    assert [prompt[0]["content"] for prompt in Words().listed(text)] == [
+    assert [prompt[0]["content"] for prompt in Prompts().listed(text)] == [
         "Is 3+5=8?",
         "Is 20+40=60?",
     ]
 
 
 def test_no_more_than_three_questions_and_none_where_none_is():
-    assert (
-        len(Words().listed("\n".join(f"{i}. Is it {i}?" for i in range(9)))) == 3
-        and Words().listed("I see nothing to ask.") == []
-    )
+    assert len(Prompts().listed("\n".join(f"{i}. Is it {i}?" for i in range(9)))) == 3
+    assert Prompts().listed("I see nothing to ask.") == []
 
 
 @pytest.mark.parametrize(
@@ -313,17 +318,17 @@ def test_no_more_than_three_questions_and_none_where_none_is():
 )
 def test_the_wrong_step(text, place):
     assert wrong_step(text) == place
-    assert StepWords().verdict({}, "", text).fine is (None if place is None else place == 0)
+    assert StepPrompts().verdict({}, "", text).fine is (None if place is None else place == 0)
 
 
 def test_what_a_critic_of_steps_is_taught_is_read_as_meant():
-    words, right = StepWords(), ["3+5=8", "20+40=60", "60+8=68"]
+    words, right = StepPrompts(), ["3+5=8", "20+40=60", "60+8=68"]
     assert [wrong_step(words.finding(right, place)) for place in range(4)] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("tests", [None, ["assert f(2) == 4"]])
 def test_answer_check_and_correction_in_one_text(tests):
-    words, row = Words(), dict(prompt="?", answer="68") | (dict(tests=tests) if tests else {})
+    words, row = Prompts(), dict(prompt="?", answer="68") | (dict(tests=tests) if tests else {})
     first, better = ("def f(x):\n    return x", CODE) if tests else ("67", "68")
     for check, fine in (("3+5 is 8. VERDICT: wrong", False), ("VERDICT: right", True)):
         text = words.joined(row, first, check, better)
@@ -338,7 +343,7 @@ def test_answer_check_and_correction_in_one_text(tests):
 
 
 def test_each_prompt_states_its_form_and_ends_with_the_user():
-    words = Words()
+    words = Prompts()
     for row in (
         dict(prompt="What is 23+45?", answer="68"),
         dict(
@@ -366,9 +371,8 @@ def test_each_prompt_states_its_form_and_ends_with_the_user():
             *words.ways(row),
         ]
         for prompt in asked:
-            assert prompt[-1]["role"] == "user" and any(
-                form in turn["content"] for turn in prompt
-            ), prompt
+            assert prompt[-1]["role"] == "user", prompt
+            assert any(form in turn["content"] for turn in prompt), prompt
             assert [turn["role"] for turn in prompt if turn["role"] != "system"][::2] == [
                 "user"
             ] * ((len([t for t in prompt if t["role"] != "system"]) + 1) // 2)
@@ -417,14 +421,12 @@ def test_readers_bear_anything():
         text = "".join(
             rng.choice(pieces) + rng.choice(("", " ")) for _ in range(rng.randint(0, 40))
         )
-        assert (
-            isinstance(result_in(text), str)
-            and isinstance(code_of(text), str)
-            and verdict_in(text) in (True, False, None)
-            and isinstance(without_thinking(text) + without_markdown(text), str)
-        )
+        assert isinstance(result_in(text), str)
+        assert isinstance(code_of(text), str)
+        assert verdict_in(text) in (True, False, None)
+        assert isinstance(without_thinking(text) + without_markdown(text), str)
         assert boxed(text) is None or isinstance(boxed(text), str)
-        wrong_step(text), Words().listed(text), Words().parted(dict(prompt="?"), text)
+        wrong_step(text), Prompts().listed(text), Prompts().parted(dict(prompt="?"), text)
     for text in (
         "the answer is " * 3000,
         "no " * 9000,
@@ -433,4 +435,4 @@ def test_readers_bear_anything():
         "**" * 9000,
         "a" * 50_000,
     ):
-        result_in(text), verdict_in(text), wrong_step(text), code_of(text), Words().listed(text)
+        result_in(text), verdict_in(text), wrong_step(text), code_of(text), Prompts().listed(text)

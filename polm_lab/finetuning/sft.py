@@ -37,7 +37,8 @@ class SFT(Settings):
     )
     packing: bool = knob(
         False,
-        "put several examples into a row of max_length, apart from each other: less padding, the same loss",
+        "put several examples into a row of max_length, apart from each other: "
+        "less padding, the same loss",
     )
     neftune_alpha: float = knob(
         0.0,
@@ -48,7 +49,8 @@ class SFT(Settings):
     )
     classes: str = knob(
         "",
-        "labels of a classification task, separated by commas: accuracy is then the share of rows whose label is the likeliest",
+        "labels of a classification task, separated by commas: "
+        "accuracy is then the share of rows whose label is the most probable",
     )
     keep_zeros: bool = knob(False, "weights that are 0 stay 0: for a model that was pruned")
     data: str = redefault("data", "chat")
@@ -57,13 +59,19 @@ class SFT(Settings):
 
 # %% ../../nbs/finetuning/sft.ipynb #eba2a546
 def sft_loss(logp: Tensor) -> Tensor:
-    "Summed negative log-probability, in nats, of learned tokens; `logp` [rows, time] is 0 elsewhere."
+    """Sum the negative log-probability, in nats, of learned tokens.
+
+    `logp` [rows, time] is 0 elsewhere.
+    """
     return -logp.sum()
 
 # %% ../../nbs/finetuning/sft.ipynb #1d144f90
 @contextmanager
 def embedding_noise(policy, alpha: float, batch: dict):
-    "Inside, the input embeddings [rows, time, width] of `policy.model` carry NEFTune noise; padding does not count as length."
+    """Add NEFTune noise to the input embeddings [rows, time, width] of `policy.model` inside.
+
+    Padding does not count as length.
+    """
     mask = batch["attention_mask"]
     lengths = (
         torch.full((len(batch["input_ids"]),), batch["input_ids"].shape[1])
@@ -87,28 +95,28 @@ def embedding_noise(policy, alpha: float, batch: dict):
 def class_accuracy(
     policy: Policy, tokenizer, rows: list[dict], labels: list[str], max_length: int
 ) -> float:
-    "Share of rows (prompt, completion) whose completion is the label that the policy finds likeliest after the prompt."
+    """Measure the share of rows (prompt, completion) whose completion is the most probable label.
 
-    def said(row):
-        return (
-            row["completion"]
-            if isinstance(row["completion"], str)
-            else row["completion"][-1]["content"]
-        )
+    Raises: `WrongInput` for a label that is not among `labels`, or labels that are the same tokens.
+    """
+
+    def text_of(row):
+        completion = row["completion"]
+        return completion if isinstance(completion, str) else completion[-1]["content"]
+
+    def label_of(row):
+        return text_of(row).strip()
 
     def labelled(row, label):  # with the white space that the data puts before a label
-        text = said(row).replace(said(row).strip(), label)
-        return dict(
-            row,
-            completion=text
-            if isinstance(row["completion"], str)
-            else [{"role": "assistant", "content": text}],
-        )
+        text = text_of(row).replace(label_of(row), label)
+        plain = isinstance(row["completion"], str)
+        return dict(row, completion=text if plain else [{"role": "assistant", "content": text}])
 
     for row in rows:
-        if said(row).strip() not in labels:
+        if label_of(row) not in labels:
             raise WrongInput(
-                f"classes: the label {said(row).strip()!r} is not among {', '.join(labels)}; add it to classes, or mend the data"
+                f"classes: the label {label_of(row)!r} is not among {', '.join(labels)}; "
+                "add it to classes, or correct the data"
             )
     asked = [
         encode(tokenizer, labelled(row, label), "completion", max_length)
@@ -116,16 +124,17 @@ def class_accuracy(
         for label in labels
     ]
     for i, row in enumerate(rows):
-        if len(
-            {tuple(one["input_ids"]) for one in asked[i * len(labels) : (i + 1) * len(labels)]}
-        ) < len(labels):
+        encoded = asked[i * len(labels) : (i + 1) * len(labels)]
+        if len({tuple(one["input_ids"]) for one in encoded}) < len(labels):
             raise WrongInput(
-                f"{getattr(row, 'where', 'row')}: two classes are the same tokens within max_length = {max_length}; expected labels that differ within it; raise max_length"
+                f"{getattr(row, 'where', 'row')}: two classes are the same tokens "
+                f"within max_length = {max_length}; "
+                "expected labels that differ within it; raise max_length"
             )
     best = (
         sequence_logps(policy, asked, tokenizer.pad_token_id).view(len(rows), len(labels)).argmax(1)
     )
-    return sum(labels[b] == said(row).strip() for b, row in zip(best.tolist(), rows)) / len(rows)
+    return sum(labels[b] == label_of(row) for b, row in zip(best.tolist(), rows)) / len(rows)
 
 # %% ../../nbs/finetuning/sft.ipynb #7f3db027
 @method(

@@ -101,14 +101,17 @@ class GRPO(OnPolicySettings):
 
 # %% ../../nbs/reasoning/grpo.ipynb #bcfcf1ca
 def what_if_advantages(rewards: list[float]) -> dict[str, list[float]]:
-    "Advantages of one group of rewards under GRPO, under Dr. GRPO (no division by the spread) and under RLOO (mean of the others)."
+    """Compute the advantages of one group of rewards under three rules.
+
+    GRPO, Dr. GRPO (no division by the spread) and RLOO (minus the mean of the others).
+    """
     r = torch.tensor(rewards, dtype=torch.float64)
-    ways = dict(
+    rules = dict(
         grpo=group_advantages(r, len(r))[0],
         dr_grpo=group_advantages(r, len(r), "none")[0],
         rloo=leave_one_out(r, len(r)),
     )
-    return {name: values.tolist() for name, values in ways.items()}
+    return {name: values.tolist() for name, values in rules.items()}
 
 # %% ../../nbs/reasoning/grpo.ipynb #20dbe20d
 def token_loss(
@@ -122,7 +125,11 @@ def token_loss(
     beta=0.0,
     kl="k3",
 ) -> Tensor:
-    "Loss of each token [rows, time] from log-probs [rows, time] and advantages [rows]; a KL that is taken off the reward is not in it."
+    """Compute the loss of each token [rows, time], in nats.
+
+    From log-probs [rows, time] and advantages [rows].
+    A KL that is subtracted from the reward is not in it.
+    """
     ratio = (logp - old_logp).exp()
     loss = -clipped_objective(ratio, advantages[:, None], clip_low, clip_high)
     if beta and ref_logp is not None and not kl.endswith("_reward"):
@@ -132,7 +139,10 @@ def token_loss(
 
 
 def what_if_kl(shift: float, tokens: int = 8) -> tuple[dict[str, tuple[float, float]], float]:
-    "Mean and standard deviation of k1, k2, k3 over one token drawn from a policy whose logits are `shift` times a line from -1 to 1, and the true KL to the uniform reference."
+    """Compute mean and standard deviation of k1, k2, k3 over one sampled token, and the true KL.
+
+    The policy's logits are `shift` times a line from -1 to 1, the reference is uniform; nats.
+    """
     logp = (shift * torch.linspace(-1, 1, tokens, dtype=torch.float64)).log_softmax(0)
     p, ref = logp.exp(), torch.full_like(logp, 1 / tokens).log()
     estimates = {kind: kl_estimate(logp, ref, kind) for kind in ("k1", "k2", "k3")}
@@ -144,14 +154,20 @@ def what_if_kl(shift: float, tokens: int = 8) -> tuple[dict[str, tuple[float, fl
 
 # %% ../../nbs/reasoning/grpo.ipynb #7d006a59
 def loss_weight(mask: Tensor, loss_type: str, longest: int) -> float:
-    "What `summed_loss` of these rows is to be divided by, together with that of the other microbatches; `mask` [rows, time], `longest` = L in tokens."
+    """Compute what the sum of `summed_loss` over all microbatches is to be divided by.
+
+    `mask` [rows, time] is 1 on learned tokens; `longest` = L in tokens.
+    """
     if loss_type == "dapo":
         return float(mask.sum())
     return float(len(mask) * longest) if loss_type == "dr_grpo" else float(len(mask))
 
 
 def summed_loss(losses: Tensor, mask: Tensor, loss_type: str) -> Tensor:
-    "Token losses [rows, time] added up in the units of `loss_weight`, a scalar; `mask` [rows, time] is 1 on learned tokens."
+    """Add up token losses [rows, time] in the units of `loss_weight`, to a scalar.
+
+    `mask` [rows, time] is 1 on learned tokens.
+    """
     mask = mask.to(losses.dtype)
     losses = losses * mask
     if loss_type == "grpo":
@@ -178,14 +194,19 @@ def batch_loss(policy, batch: dict, settings: GRPO, meter: Meter) -> Tensor:
 
 # %% ../../nbs/reasoning/grpo.ipynb #0bfa3a56
 def trl_config(settings: GRPO) -> dict:
-    "The knobs of this page as arguments of TRL's GRPOConfig. Raises `WrongInput` for what TRL does not have."
+    """Translate the knobs of this page into arguments of TRL's GRPOConfig.
+
+    Raises: `WrongInput` for what TRL does not have.
+    """
     if settings.beta and settings.kl not in ("k3", "k3_weighted"):
         raise WrongInput(
-            f"engine = 'trl', kl = {settings.kl!r}: expected k3 or k3_weighted, which are TRL's; change kl, or use engine lab"
+            f"engine = 'trl', kl = {settings.kl!r}: expected k3 or k3_weighted, "
+            "which are TRL's; change kl, or use engine lab"
         )
     if settings.resample:
         raise WrongInput(
-            f"engine = 'trl', resample = {settings.resample}: TRL's trainer does not resample; expected 0; or use engine lab"
+            f"engine = 'trl', resample = {settings.resample}: TRL's trainer does not resample; "
+            "expected 0; or use engine lab"
         )
     return trl_sampling(settings) | dict(
         num_iterations=settings.updates,
@@ -215,7 +236,10 @@ def grpo(
     rewards: list[Reward] | None = None,
     held_rewards: list[Reward] | None = None,
 ) -> None:
-    "Raise the probability of answers that score above the mean of their group; `rewards` (on held-out rows `held_rewards`) replace those of the settings."
+    """Raise the probability of answers that score above the mean of their group.
+
+    `rewards` (on held-out rows `held_rewards`) replace those of the settings.
+    """
     collector = prepare_on_policy(run, settings, rewards, held_rewards)
 
     def advantages_of(totals: Tensor) -> Tensor:

@@ -37,7 +37,10 @@ class Tour(RunSettings):
 def battery(
     policy: Policy, base: Policy, tokenizer, rows: int, max_length: int = 256, beta: float = 0.1
 ) -> dict[str, float]:
-    "The tests of the table, on `rows` held-out rows each; `base` is the model that the tour began with."
+    """Run the tests of the table, on `rows` held-out rows each.
+
+    `base` is the model that the tour began with.
+    """
     pad, found, sampled = tokenizer.pad_token_id, {}, []
     answers = [
         encode(tokenizer, row, "completion", max_length)
@@ -56,7 +59,7 @@ def battery(
         encode(tokenizer, row, "preference", max_length)
         for row in load_data("chat", "preference", "test")[:rows]
     ]
-    chosen, rejected = ([pair[side] for pair in pairs] for side in ("chosen", "rejected"))
+    chosen, rejected = [pair["chosen"] for pair in pairs], [pair["rejected"] for pair in pairs]
     gain = [
         sequence_logps(policy, side, pad) - sequence_logps(base, side, pad)
         for side in (chosen, rejected)
@@ -69,25 +72,19 @@ def battery(
 @method(family="recipes", title="The tour", data="", trains=False)
 def tour(settings: Tour, run: Run) -> None:
     "Take the embedded base model through SFT, DPO and GRPO, and measure it after each."
-    tokenizer, shared = (
-        load_tokenizer(settings.model),
-        dict(seed=settings.seed, dtype=settings.dtype, device=settings.device),
-    )
+    tokenizer = load_tokenizer(settings.model)
+    shared = dict(seed=settings.seed, dtype=settings.dtype, device=settings.device)
     plan = {
         "sft": dict(data="chat", steps=settings.sft_steps),
         "dpo": dict(data="chat", steps=settings.dpo_steps),
         "grpo": dict(data="sums", steps=settings.grpo_steps),
     }
     base = Policy(load_model(settings.model, settings.dtype, settings.device))
-    states, model, runs = (
-        {"base": battery(base, base, tokenizer, settings.prompts)},
-        settings.model,
-        [],
-    )
+    states = {"base": battery(base, base, tokenizer, settings.prompts)}
+    model, runs = settings.model, []
     run.update(total=len(plan))
-    rows = len(
-        load_data("chat", "prompt", "test")[: settings.prompts]
-    )  # of each task; kl is of the answers to both
+    # Rows of each task; kl is of the answers to both.
+    rows = len(load_data("chat", "prompt", "test")[: settings.prompts])
     run.frame("before", with_rows(states["base"], rows, {"kl": 2 * rows}))
     for number, (name, values) in enumerate(plan.items(), 1):
         runs.append(subrun(run, name, name, model=str(model), **values, **shared))
