@@ -218,7 +218,8 @@ def test_a_contrast_knows_polite_from_rude_in_any_order(tiny):
 
 def test_rules_of_the_library_and_of_a_file(tmp_path):
     (tmp_path / "mine.py").write_text(
-        "def brevity(completions, **columns):\n    return [-len(c) if isinstance(c, str) else -len(c[0]['content']) for c in completions]\n"
+        "def brevity(completions, **columns):\n    return [-len(c) if isinstance(c, str) else "
+        "-len(c[0]['content']) for c in completions]\n"
     )
     rows = load_data("sums#4", "prompt")
     judge = make_judge(f"rule:{tmp_path}/mine.py:brevity", rows)

@@ -123,17 +123,20 @@ ATTEMPTS = {
     ),
     "read the environment": ("if SECRET in os.environ.get('SECRET', ''): escaped()", ANY, False),
     "environment through libc": (
-        "import ctypes\nl = ctypes.CDLL(None); l.getenv.restype = ctypes.c_char_p\nif l.getenv(b'SECRET') or l.getenv(b'PATH'): escaped()",
+        "import ctypes\nl = ctypes.CDLL(None); l.getenv.restype = ctypes.c_char_p\nif "
+        "l.getenv(b'SECRET') or l.getenv(b'PATH'): escaped()",
         ANY,
         True,
     ),
     "go up by dots": (
-        "os.chdir('/')\nif SECRET in open('../../../../' + FOLDER + '/secret.txt').read(): escaped()",
+        "os.chdir('/')\nif SECRET in open('../../../../' + FOLDER + '/secret.txt').read(): "
+        "escaped()",
         REFUSED,
         True,
     ),
     "through a symbolic link": (
-        "p = '/tmp/polm_link' + str(os.getpid())\nos.symlink(FOLDER + '/secret.txt', p)\ntry: s = open(p).read()\nfinally: os.unlink(p)\nif SECRET in s: escaped()",
+        "p = '/tmp/polm_link' + str(os.getpid())\nos.symlink(FOLDER + '/secret.txt', p)\ntry: "
+        "s = open(p).read()\nfinally: os.unlink(p)\nif SECRET in s: escaped()",
         REFUSED,
         True,
         dict(disk_mib=1),
@@ -199,7 +202,8 @@ if seen or os.path.exists('/home') or os.path.exists('/root') or os.path.exists(
     ),
     "import an installed package": ("import pip; escaped()", REFUSED, False),
     "installed packages as files": (
-        "for p in sys.path:\n    d = os.path.join(p, 'site-packages')\n    if os.path.isdir(d) and os.listdir(d): escaped()",
+        "for p in sys.path:\n    d = os.path.join(p, 'site-packages')\n    if os.path.isdir(d) "
+        "and os.listdir(d): escaped()",
         ("",),
         False,
     ),
@@ -239,7 +243,8 @@ os.wait()""",
     ),
     "spawn": ("os.waitpid(os.posix_spawn('/bin/true', ['true'], {}), 0); escaped()", REFUSED, True),
     "multiprocessing": (
-        "import multiprocessing as m\np = m.get_context('fork').Process(target=escaped); p.start(); p.join()",
+        "import multiprocessing as m\np = m.get_context('fork').Process(target=escaped); "
+        "p.start(); p.join()",
         REFUSED,
         True,
     ),
@@ -270,7 +275,8 @@ while True:
     ),
     "kill another process by number": ("import signal\nos.kill(PID, 0); escaped()", REFUSED, True),
     "signal every process": (
-        "n = 0\nfor p in range(3, 40000):\n    try: os.kill(p, 0)\n    except OSError: continue\n    n += 1\nif n > 1: escaped()",
+        "n = 0\nfor p in range(3, 40000):\n    try: os.kill(p, 0)\n    except OSError: "
+        "continue\n    n += 1\nif n > 1: escaped()",
         ("",),
         True,
     ),
@@ -295,7 +301,8 @@ while True:
         True,
     ),
     "UDP to the host": (
-        "import socket\nsocket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', UDP); escaped()",
+        "import socket\nsocket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', UDP); "
+        "escaped()",
         REFUSED,
         True,
     ),
@@ -342,7 +349,8 @@ while True:
         False,
     ),
     "asynchronous connection": (
-        "import asyncio\nasync def f(): await asyncio.open_connection(*TCP); escaped()\nasyncio.run(f())",
+        "import asyncio\nasync def f(): await asyncio.open_connection(*TCP); "
+        "escaped()\nasyncio.run(f())",
         REFUSED,
         True,
     ),
@@ -358,7 +366,8 @@ while True:
         dict(seconds=0.5),
     ),
     "a loop that takes no signal": (
-        "import signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nwhile True: pass",
+        "import signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n    "
+        "except (OSError, ValueError): pass\nwhile True: pass",
         TIMED,
         False,
         dict(seconds=0.5),
@@ -390,7 +399,8 @@ while True:
         dict(seconds=0.5),
     ),
     "noise on every pipe without end": (
-        "while True:\n    for fd in range(3, 64):\n        try: os.write(fd, b'+' * 4096)\n        except OSError: pass",
+        "while True:\n    for fd in range(3, 64):\n        try: os.write(fd, b'+' * 4096)\n    "
+        "    except OSError: pass",
         TIMED,
         False,
         dict(seconds=0.5),
@@ -399,14 +409,16 @@ while True:
     "a large list": ("x = [0] * 10 ** 9", ("memory",), False),
     "a growing list": ("x = []\nwhile True: x.append(bytearray(2 ** 20))", ("memory",), False),
     "mapped memory": (
-        "import mmap\nx = []\nwhile True: x.append(mmap.mmap(-1, 2 ** 24)); x[-1].write(b'x' * 2 ** 24)",
+        "import mmap\nx = []\nwhile True: x.append(mmap.mmap(-1, 2 ** 24)); x[-1].write(b'x' * "
+        "2 ** 24)",
         ("error", "memory"),
         False,
     ),
     "memory file": ("os.memfd_create('x'); escaped()", REFUSED, True),
     "system V memory": ("call('shmget', 0, 2 ** 30, 0o1600)", REFUSED, False),
     "shared memory": (
-        "from multiprocessing import shared_memory\ns = shared_memory.SharedMemory(create=True, size=2 ** 20); escaped(); s.unlink()",
+        "from multiprocessing import shared_memory\ns = "
+        "shared_memory.SharedMemory(create=True, size=2 ** 20); escaped(); s.unlink()",
         REFUSED,
         False,
     ),
@@ -438,7 +450,8 @@ x = bytearray(2 ** 30)""",
         False,
     ),
     "decompression bomb": (
-        "import zlib\nx = zlib.compress(b'0' * 2 ** 24)\nwhile True: x = zlib.decompress(x) * 64; x = zlib.compress(x, 1) * 64; x = bytes(len(x) * 2 ** 20)",
+        "import zlib\nx = zlib.compress(b'0' * 2 ** 24)\nwhile True: x = zlib.decompress(x) * "
+        "64; x = zlib.compress(x, 1) * 64; x = bytes(len(x) * 2 ** 20)",
         ("memory",),
         False,
     ),
@@ -450,7 +463,8 @@ x = bytearray(2 ** 30)""",
         dict(seconds=120),
     ),
     "recursion in C": (
-        "sys.setrecursionlimit(10 ** 9)\nclass A:\n    def __repr__(self): return repr(self)\nrepr(A())",
+        "sys.setrecursionlimit(10 ** 9)\nclass A:\n    def __repr__(self): return "
+        "repr(self)\nrepr(A())",
         ("memory", "signal", "error"),
         False,
         dict(seconds=120),
@@ -529,7 +543,8 @@ if ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(m))
         False,
     ),
     "Python again, without our program": (
-        "os.execv(sys.executable, [sys.executable, '-S', '-c', 'import os; os.fork(); print(\"ESCAPED\")'])",
+        "os.execv(sys.executable, [sys.executable, '-S', '-c', 'import os; os.fork(); "
+        "print(\"ESCAPED\")'])",
         REFUSED,
         True,
     ),
@@ -544,7 +559,8 @@ if ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(m))
     ),
     "the terminal": ("open('/dev/tty', 'w'); escaped()", REFUSED, False),
     "type into the terminal": (
-        "import fcntl, termios\nfor fd in (0, 1, 2):\n    try: fcntl.ioctl(fd, termios.TIOCSTI, b'x')\n    except OSError: continue\n    escaped()",
+        "import fcntl, termios\nfor fd in (0, 1, 2):\n    try: fcntl.ioctl(fd, "
+        "termios.TIOCSTI, b'x')\n    except OSError: continue\n    escaped()",
         ("",),
         False,
     ),
@@ -612,17 +628,21 @@ def test_a_program_is_a_program():
         ("print(sum(map(int, input().split())))", "1 2 3\n", "6\n"),
         ("import sys; print(len(sys.stdin.read()))", "x" * 300_000, "300000\n"),
         (
-            "import math, re, json, heapq, collections, itertools, random, datetime, decimal, statistics, hashlib, string, typing, copy, bisect, functools\nprint(hashlib.md5(b'').hexdigest()[:4])",
+            "import math, re, json, heapq, collections, itertools, random, datetime, decimal, "
+            "statistics, hashlib, string, typing, copy, bisect, "
+            "functools\nprint(hashlib.md5(b'').hexdigest()[:4])",
             "",
             "d41d\n",
         ),
         (
-            "import numbers, dataclasses, enum, fractions, zoneinfo, sqlite3, ssl, uuid, asyncio\nprint(fractions.Fraction(1, 3))",
+            "import numbers, dataclasses, enum, fractions, zoneinfo, sqlite3, ssl, uuid, "
+            "asyncio\nprint(fractions.Fraction(1, 3))",
             "",
             "1/3\n",
         ),
         (
-            "import asyncio\nasync def f(n): await asyncio.sleep(0.01); return n\nasync def g(): print(sum(await asyncio.gather(f(1), f(2))))\nasyncio.run(g())",
+            "import asyncio\nasync def f(n): await asyncio.sleep(0.01); return n\nasync def "
+            "g(): print(sum(await asyncio.gather(f(1), f(2))))\nasyncio.run(g())",
             "",
             "3\n",
         ),
@@ -638,7 +658,8 @@ def test_a_program_is_a_program():
         got = run_code(code, stdin, seconds=10)
         assert got.clean_exit and got.stdout == out and not got.stderr and not got.reason, got
     kept = run_code(
-        "import tempfile\nwith tempfile.TemporaryFile() as f: f.write(b'ab'); f.seek(0); print(f.read())",
+        "import tempfile\nwith tempfile.TemporaryFile() as f: f.write(b'ab'); f.seek(0); "
+        "print(f.read())",
         disk_mib=1,
         seconds=10,
     )
@@ -674,7 +695,8 @@ def test_to_leave_early_is_not_to_pass():
         "import sys\nsys.exit(0)",
         "raise SystemExit",
         "import os\nos._exit(0)",
-        "import os\nfor fd in range(3, 9):\n    try: os.write(fd, b'+' + b'0' * 32)\n    except OSError: pass\nos._exit(0)",
+        "import os\nfor fd in range(3, 9):\n    try: os.write(fd, b'+' + b'0' * 32)\n    "
+        "except OSError: pass\nos._exit(0)",
     ):
         got = run_code(code, tests="assert False")
         assert got.clean_exit and not got.ended, got
@@ -779,7 +801,8 @@ def test_what_else_a_prompt_defines_the_tests_have_for_themselves():
     task = dict(
         prompt=prompt,
         entry_point="find_zero",
-        test="def check(candidate):\n    assert math.fabs(poly([1, 2], candidate([1, 2]))) < 1e-4\n",
+        test="def check(candidate):\n    assert math.fabs(poly([1, 2], candidate([1, 2]))) < "
+        "1e-4\n",
     )
     assert check_humaneval(task, "    return -xs[0] / xs[1]\n").ended
     assert not check_humaneval(task, "    return 5\ndef poly(xs, x): return 0\n").ended
@@ -835,11 +858,13 @@ def test_what_tests_and_programs_hand_over():
 
 def test_nothing_stays_between_executions():
     first = run_code(
-        "import builtins, os, random, sys\nbuiltins.mark = 1; os.environ['M'] = '1'; sys.modules['mark'] = sys; open('/tmp/mark', 'w').write('1'); random.seed(1)",
+        "import builtins, os, random, sys\nbuiltins.mark = 1; os.environ['M'] = '1'; "
+        "sys.modules['mark'] = sys; open('/tmp/mark', 'w').write('1'); random.seed(1)",
         disk_mib=1,
     )
     second = run_code(
-        "import builtins, os, sys\nprint(hasattr(builtins, 'mark'), 'M' in os.environ, 'mark' in sys.modules, os.listdir('/tmp'), len(os.listdir('/')))",
+        "import builtins, os, sys\nprint(hasattr(builtins, 'mark'), 'M' in os.environ, 'mark' "
+        "in sys.modules, os.listdir('/tmp'), len(os.listdir('/')))",
         disk_mib=1,
     )
     assert first.ended and second.stdout.startswith("False False False [] "), (first, second)
@@ -1038,7 +1063,8 @@ def test_as_a_normal_user_and_where_namespaces_are_forbidden():
 HUMANEVAL = dict(
     prompt='def add(x: int, y: int) -> int:\n    """ Add two numbers.\n    >>> add(2, 3)\n    5\n    """\n',
     entry_point="add",
-    test="METADATA = {}\n\ndef check(candidate):\n    assert candidate(2, 3) == 5\n    assert candidate(-1, 1) == 0\n",
+    test="METADATA = {}\n\ndef check(candidate):\n    assert candidate(2, 3) == 5\n    assert "
+    "candidate(-1, 1) == 0\n",
 )
 MBPP = dict(
     text="Write a function to reverse a list.",
