@@ -544,7 +544,7 @@ if ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(m))
     ),
     "Python again, without our program": (
         "os.execv(sys.executable, [sys.executable, '-S', '-c', 'import os; os.fork(); "
-        "print(\"ESCAPED\")'])",
+        'print("ESCAPED")\'])',
         REFUSED,
         True,
     ),

@@ -27,9 +27,11 @@ def prepare_on_policy(
 ) -> OnPolicy:
     """What the steps of an on-policy method need, from its settings.
 
-    `rewards` takes the place of the knob: rewards that are made already, or a function that gives
-    the knob's text, and gets whether the data says what is correct. `held_rewards` score held-out
-    rows, if others are to. With a `beta` above 0 there is a reference. Raises `WrongInput`.
+    Instead of the knob's, `rewards` may be rewards that are made already.
+    It may also be a function of whether the data says what is correct, which returns the knob's
+    text. Other rewards for held-out rows are `held_rewards`.
+    With a `beta` above 0 there is a reference.
+    Raises: `WrongInput`.
     """
     rows = load_data(settings.data, "prompt")
     held_out = load_held_out(settings.data, settings.eval_data, "prompt", settings.eval_rows)

@@ -26,7 +26,11 @@ def assertions(tests: list[str]) -> str:
 
 
 def humaneval_parts(task: dict, completion: str) -> tuple[str, str]:
-    "Code and tests of a HumanEval row (`prompt`, `test`, `entry_point`) with a completion; what else the prompt defines, the tests have for themselves."
+    """Split a HumanEval row with a completion into code and tests.
+
+    The row has `prompt`, `test`, `entry_point`. The other definitions of the prompt are part of
+    the tests.
+    """
     helpers = ast.parse(task["prompt"] + "    pass\n")
     helpers.body = [
         node for node in helpers.body if getattr(node, "name", "") != task["entry_point"]
@@ -42,12 +46,18 @@ def mbpp_parts(task: dict, code: str) -> tuple[str, str]:
 
 
 def check_humaneval(task: dict, completion: str, seconds: float = 10.0, **limits) -> Execution:
-    "Run a completion of a HumanEval row against its tests; `ended` says whether it passed. Chen et al. 2021, arXiv 2107.03374."
+    """Run a completion of a HumanEval row against its tests; `ended` is whether it passed.
+
+    Chen et al. 2021, arXiv 2107.03374.
+    """
     code, tests = humaneval_parts(task, completion)
     return run_code(code, tests=tests, seconds=seconds, **limits)
 
 
 def check_mbpp(task: dict, code: str, seconds: float = 10.0, **limits) -> Execution:
-    "Run code for an MBPP row against its tests; `ended` says whether it passed. Austin et al. 2021, arXiv 2108.07732."
+    """Run code for an MBPP row against its tests; `ended` is whether it passed.
+
+    Austin et al. 2021, arXiv 2108.07732.
+    """
     code, tests = mbpp_parts(task, code)
     return run_code(code, tests=tests, seconds=seconds, **limits)
