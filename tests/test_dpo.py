@@ -47,7 +47,7 @@ def weights(run):
     return b"".join(p.read_bytes() for p in sorted((run.path / "model").glob("*.safetensors")))
 
 
-# The loss ---------------------------------------------------------------------------------------------------------
+# The loss -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("beta", [0.01, 0.1, 3.0])
@@ -90,7 +90,10 @@ def test_smoothed_loss_is_lowest_where_the_labels_odds_are():
 
 
 def test_only_log_ratios_matter():
-    "Adding the same to policy and reference changes nothing: a long prompt or answer has no weight of its own."
+    """Adding the same to policy and reference changes nothing.
+
+    So a long prompt or answer has no weight of its own.
+    """
     torch.manual_seed(0)
     a, b, c, d, shift = torch.randn(5, 7, dtype=torch.float64)
     assert torch.allclose(
@@ -139,11 +142,11 @@ def test_metrics_of_pairs():
     ].tolist() == [-0.5, 0.0, 0.0]
 
 
-# Pairs in the model -----------------------------------------------------------------------------------------------
+# Pairs in the model -------------------------------------------------------------------------------
 
 
 def test_batch_of_pairs_is_each_answer_alone(tokenizer, start, pairs):
-    "Log-probabilities of a padded, regrouped batch are those of plain log-softmax on each answer by itself."
+    "Log-probabilities of a padded, regrouped batch are those of each answer by itself."
     for batch in answer_batches(pairs, 4, tokenizer.pad_token_id):
         assert len(batch["input_ids"]) == 2 * batch["weight"]
         for side, values in zip(("chosen", "rejected"), side_logps(Policy(start), batch)):
@@ -168,7 +171,7 @@ def test_prompt_is_not_learned(tokenizer, pairs):
     assert tokenizer.decode(learned).startswith(row["chosen"][0]["content"][:20])
 
 
-# TRL --------------------------------------------------------------------------------------------------------------
+# TRL ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.2])
@@ -177,10 +180,9 @@ def test_loss_and_gradient_are_trls(tokenizer, start, tmp_path, epsilon):
 
     from trl import DPOConfig, DPOTrainer
 
-    rows = [
-        {k: r[k] for k in ("prompt", "chosen", "rejected")}
-        for r in load_data("chat", "preference")[:5]
-    ]
+    rows = []
+    for r in load_data("chat", "preference")[:5]:
+        rows.append({side: r[side] for side in ("prompt", "chosen", "rejected")})
     config = DPOConfig(
         str(tmp_path),
         per_device_train_batch_size=5,
@@ -231,16 +233,14 @@ def test_engine_trl_learns_the_same(more):
         theirs.summary["after"]["margin"], abs=5e-3
     )
     assert set(theirs.summary["after"]) == set(ours.summary["after"])
-    files = [
-        sorted(
-            p.relative_to(run.path).as_posix() for p in (run.path / "model").rglob("*.safetensors")
-        )
-        for run in (ours, theirs)
-    ]
-    assert files[0] == files[1]  # TRL trains beside a second adapter, which must not be saved
+    files = []
+    for run in (ours, theirs):
+        paths = (run.path / "model").rglob("*.safetensors")
+        files.append(sorted(path.relative_to(run.path).as_posix() for path in paths))
+    assert files[0] == files[1]  # TRL trains a second adapter too, which must not be saved
 
 
-# The reference ----------------------------------------------------------------------------------------------------
+# The reference ------------------------------------------------------------------------------------
 
 
 def test_three_ways_to_the_reference_agree():
@@ -306,7 +306,7 @@ def test_wrong_input_is_one_line_before_any_step(runs, changes, words):
     assert not any(run.lines() for run in lab.core.run.all_runs())
 
 
-# Repeatable -------------------------------------------------------------------------------------------------------
+# Repeatable ---------------------------------------------------------------------------------------
 
 
 def test_same_seed_same_bits_and_resumed_is_uninterrupted(monkeypatch):

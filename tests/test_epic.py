@@ -1,4 +1,7 @@
-"Distances between rewards: invariances, opposite ends, the triangle inequality, what rewriting does to a reward, wrong shapes."
+"""Distances between rewards: invariances, opposite ends, the triangle inequality.
+
+Also the effect of rewriting on a reward, and wrong shapes.
+"""
 
 import random
 

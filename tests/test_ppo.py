@@ -1,4 +1,4 @@
-"PPO: closed forms, equality with REINFORCE to the bit, state that survives a stop, and what is refused."
+"PPO: closed forms, equality with REINFORCE to the bit, state after a stop, wrong input."
 
 import json
 import math
@@ -62,7 +62,7 @@ SHORT = dict(
 )
 
 
-# Closed forms ---------------------------------------------------------------------------------------------------------
+# Closed forms -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -126,12 +126,12 @@ def test_beta_is_steered_by_at_most_two_percent():
 
 def test_exploration_falls_or_rises_with_the_variance():
     assert entropy_weight(0.1, 0, 0.3) == 0.1
-    described, printed = (
-        [entropy_weight(0.1, rate, v) for v in (0.0, 0.1, 1.0)] for rate in (2.0, -2.0)
-    )
-    assert described == pytest.approx(
-        [0, 0.1 * (1 - math.exp(-0.2)), 0.1 * (1 - math.exp(-2))]
-    ) and printed == pytest.approx([0.1, 0.1 * math.exp(-0.2), 0.1 * math.exp(-2)])
+    variances = (0.0, 0.1, 1.0)
+    described = [entropy_weight(0.1, 2.0, variance) for variance in variances]
+    printed = [entropy_weight(0.1, -2.0, variance) for variance in variances]
+    expected = [0, 0.1 * (1 - math.exp(-0.2)), 0.1 * (1 - math.exp(-2))]
+    assert described == pytest.approx(expected)
+    assert printed == pytest.approx([0.1, 0.1 * math.exp(-0.2), 0.1 * math.exp(-2)])
 
 
 def test_a_clipped_value_stops_only_on_the_way_to_its_return():
@@ -158,7 +158,7 @@ def test_rows_are_dealt_evenly_and_alike_by_any_number_of_processes(minibatches)
     assert minibatches == 1 or whole != split_minibatches(16, minibatches, 6)
 
 
-# The actor ------------------------------------------------------------------------------------------------------------
+# The actor ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -202,12 +202,10 @@ def test_without_its_parts_it_is_reinforce_to_the_bit(asked, kind):
     policy.zero_grad()
     rewards = torch.tensor([r for group in groups for r in group.rewards])[batch["rows"]]
     (-token_stats(policy, batch, 1.0).logp * rewards[:, None]).sum().backward()
-    assert (
-        0 < rewards.mean() < 1
-        and all(torch.equal(a, p.grad) for a, p in zip(ours, policy.parameters()))
-        and max(a.abs().max() for a in ours) > 0
-    )
-    assert actor.head.bias.grad.abs() > 0, "the critic learns all the same"
+    assert 0 < rewards.mean() < 1
+    assert all(torch.equal(a, p.grad) for a, p in zip(ours, policy.parameters()))
+    assert max(a.abs().max() for a in ours) > 0
+    assert actor.head.bias.grad.abs() > 0, "the critic learns anyway"
 
 
 def test_values_belong_to_the_state_before_each_token(asked):
@@ -272,7 +270,7 @@ def test_details_change_what_is_learned_from(asked):
     )
 
 
-# Runs -----------------------------------------------------------------------------------------------------------------
+# Runs ---------------------------------------------------------------------------------------------
 
 
 def weights(run):
@@ -330,8 +328,8 @@ def test_stopped_and_resumed_is_uninterrupted(run, value):
         execute(other)
     execute(other := Run(other.path))
     timed = ("seconds", "tokens_per_second", "memory_mib")
-    plain = lambda rows: [{k: v for k, v in row.items() if k not in timed} for row in rows]
-    assert plain(other.lines()) == plain(whole.lines()), (
+    untimed = lambda row: {name: value for name, value in row.items() if name not in timed}
+    assert [untimed(row) for row in other.lines()] == [untimed(row) for row in whole.lines()], (
         "rewards, values, beta and statistics go on as they were"
     )
     assert weights(other) == weights(whole) and other.lines("samples") == whole.lines("samples")

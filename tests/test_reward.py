@@ -1,4 +1,7 @@
-"Reward models: closed forms, encodings of both heads, TRL's loss, what is saved, the reward that it gives to others, wrong input."
+"""Reward models: closed forms, encodings of both heads, and TRL's loss.
+
+Also the saved model, the reward that it gives to others, and wrong input.
+"""
 
 import json
 import math
@@ -57,7 +60,7 @@ def run(tmp_path_factory):
     return lab.run("reward", out=tmp_path_factory.mktemp("reward"), **SHORT)
 
 
-# The loss ---------------------------------------------------------------------------------------------------------
+# The loss -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("margin", [0.0, 1.5])
@@ -93,7 +96,7 @@ def test_large_gaps_stay_finite():
     assert found.tolist() == [1e4, 0.0]
 
 
-# Measures ---------------------------------------------------------------------------------------------------------
+# Measures -----------------------------------------------------------------------------------------
 
 
 def test_measures_on_known_cases():
@@ -113,7 +116,7 @@ def test_measures_on_known_cases():
     ).tolist() == [1.0, -2.0]
 
 
-# Pairs in the model -----------------------------------------------------------------------------------------------
+# Pairs in the model -------------------------------------------------------------------------------
 
 
 def test_a_pairwise_side_has_read_the_other_answer_first(tokenizer):
@@ -157,7 +160,7 @@ def test_the_head_is_a_function_of_the_seed():
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
-# The run ----------------------------------------------------------------------------------------------------------
+# The run ------------------------------------------------------------------------------------------
 
 
 def test_what_is_saved_is_a_sequence_classifier_that_plain_transformers_loads(run, tokenizer):
@@ -202,13 +205,12 @@ def test_an_adapter_is_merged_into_what_is_saved(tmp_path):
 
 def test_trl_trains_the_same_model(run, tmp_path):
     theirs = lab.run("reward", out=tmp_path, **SHORT | dict(engine="trl"))
-    a, b = (torch.tensor([row["loss"] for row in r.lines()]) for r in (run, theirs))
-    assert torch.allclose(a, b, atol=1e-4) and theirs.summary["after"] == pytest.approx(
-        run.summary["after"], abs=2e-3
-    )
-    assert {"accuracy", "margin"} <= set(theirs.lines()[0]) and (
-        theirs.path / "model" / "model.safetensors"
-    ).exists()
+    a = torch.tensor([row["loss"] for row in run.lines()])
+    b = torch.tensor([row["loss"] for row in theirs.lines()])
+    assert torch.allclose(a, b, atol=1e-4)
+    assert theirs.summary["after"] == pytest.approx(run.summary["after"], abs=2e-3)
+    assert {"accuracy", "margin"} <= set(theirs.lines()[0])
+    assert (theirs.path / "model" / "model.safetensors").exists()
 
 
 def test_margin_and_probability_columns_are_used(tmp_path, tokenizer):
@@ -225,21 +227,18 @@ def test_margin_and_probability_columns_are_used(tmp_path, tokenizer):
         margin: lab.run("reward", out=tmp_path / "runs", **settings, margin=margin).lines()[0]
         for margin in (0.0, 2.0)
     }
-    assert (
-        losses[0.0]["margin"] == losses[2.0]["margin"]
-        and losses[2.0]["loss"] > losses[0.0]["loss"] + 0.3
-    )
+    assert losses[0.0]["margin"] == losses[2.0]["margin"]
+    assert losses[2.0]["loss"] > losses[0.0]["loss"] + 0.3
     pairs = encode_pairs(tokenizer, rows, 64)
     assert [(p["margin"], p["doubt"]) for p in pairs] == [(1.0, 0.25), (0.0, 0.0)]
     with pytest.raises(WrongInput, match="takes every label as certain"):
         trl_rows(RewardModel(), pairs)
-    assert [
-        row["margin"]
-        for row in trl_rows(RewardModel(margin=3.0), [dict(p, doubt=0.0) for p in pairs])
-    ] == [3.0, 0.0]
+    certain = [dict(p, doubt=0.0) for p in pairs]
+    rows = trl_rows(RewardModel(margin=3.0), certain)
+    assert [row["margin"] for row in rows] == [3.0, 0.0]
 
 
-# As a reward ------------------------------------------------------------------------------------------------------
+# As a reward --------------------------------------------------------------------------------------
 
 
 def test_every_rewards_knob_takes_a_reward_model(run):
@@ -293,7 +292,7 @@ def test_a_pairwise_model_says_how_often_a_completion_wins(tmp_path):
     )
 
 
-# Wrong input ------------------------------------------------------------------------------------------------------
+# Wrong input --------------------------------------------------------------------------------------
 
 WRONG = {
     "model": "model of what",

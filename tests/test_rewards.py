@@ -1,4 +1,4 @@
-"Rewards: closed forms, TRL's functions unchanged, and what is said to wrong ones."
+"Rewards: closed forms, TRL's functions unchanged, and messages for wrong ones."
 
 import asyncio
 import math
@@ -62,7 +62,7 @@ def test_every_reward_of_the_library_on_known_text():
     ]
     assert length_reward(10)(completion_ids=[[0] * 9]) == [-0.5]
     assert repetition_reward(completion_ids=[[1] * 5, [1, 2, 3, 4], [1]]) == [1 / 3 - 1, 0.0, 0.0]
-    assert dialogue_reward(['"hi"', 'he said "come in now" and "go away"', 'an "open quote']) == [
+    assert dialogue_reward(['"hi"', 'he called "come in now" and "go away"', 'an "open quote']) == [
         0.0,
         2 / 3,
         0.0,
@@ -240,7 +240,7 @@ def test_a_dry_run_shows_what_is_wrong_and_refuses_nothing():
         time.sleep(0.05)
         return [float(i) for i in range(len(completions))]
 
-    table, said = dry_run(
+    table, samples = dry_run(
         ["correct,repetition:0.5", unsure, slow, BAD["raises"][0], lambda completions: [1.0]],
         prompts=3,
         num_generations=4,
@@ -248,7 +248,7 @@ def test_a_dry_run_shows_what_is_wrong_and_refuses_nothing():
     )
     assert (
         list(table.index) == ["correct", "repetition", "unsure", "slow", "fails", "<lambda>"]
-        and len(said) == 12
+        and len(samples) == 12
     )
     assert (table.loc["unsure", "none"], table.loc["unsure", "not_finite"]) == (
         1,
@@ -266,5 +266,5 @@ def test_a_dry_run_shows_what_is_wrong_and_refuses_nothing():
     assert (
         table.loc["correct", "problem"] == ""
         and table.loc["repetition", "weight"] == 0.5
-        and table.loc["correct", "mean"] == said["correct"].mean()
+        and table.loc["correct", "mean"] == samples["correct"].mean()
     )

@@ -1,4 +1,7 @@
-"RLAIF: both orders, a real endpoint that fails in every way, keys that go nowhere, labels that are kept, and what they train."
+"""RLAIF: both orders, a real endpoint that fails in every way, and keys that go nowhere.
+
+Also labels that are kept, and the models that they train.
+"""
 
 import json
 import math
@@ -63,7 +66,10 @@ CONSTITUTION = [("Be polite.", "Be rude.")]
 
 
 class Server(Endpoint):
-    "It prefers the longer reply, with a taste for A: log-odds (len(a) - len(b)) / 4 + taste; of two numbers the larger."
+    """It prefers the longer reply, with a taste for A; of two numbers the larger.
+
+    Log-odds: (len(a) - len(b)) / 4 + taste.
+    """
 
     logprobs, taste, says = True, 0.5, None
 
@@ -85,10 +91,10 @@ class Server(Endpoint):
             {"token": f" {name}", "logprob": -math.log1p(math.exp(-sign * odds))}
             for name, sign in (("A", 1), ("B", -1))
         ]
-        said = self.says or letter
-        choice = {"message": {"content": said}}
-        if self.logprobs and "logprobs" in body and said in ("A", "B"):
-            token = next(t for t in top if t["token"].strip() == said)
+        reply = self.says or letter
+        choice = {"message": {"content": reply}}
+        if self.logprobs and "logprobs" in body and reply in ("A", "B"):
+            token = next(t for t in top if t["token"].strip() == reply)
             choice["logprobs"] = {"content": [{**token, "top_logprobs": top}]}
         return choice
 
@@ -123,7 +129,7 @@ def weights(run):
     return b"".join(p.read_bytes() for p in sorted((run.path / "model").glob("*.safetensors")))
 
 
-# Both orders ------------------------------------------------------------------------------------------------------
+# Both orders --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("taste", [-3.0, 0.0, 2.0])
@@ -176,7 +182,7 @@ def test_soft_labels_reach_the_loss():
         )
 
 
-# Judges -----------------------------------------------------------------------------------------------------------
+# Judges -------------------------------------------------------------------------------------------
 
 
 def test_a_local_reader_gives_the_share_of_the_letters(tiny):
@@ -188,15 +194,10 @@ def test_a_local_reader_gives_the_share_of_the_letters(tiny):
             )
         )
     ]
-    a, b = (
-        math.exp(v)
-        for v in judge.logps(
-            [
-                dict(prompt=prompt, completion=[dict(role="assistant", content=letter)])
-                for letter in "AB"
-            ]
-        )
-    )
+    answers = [
+        dict(prompt=prompt, completion=[dict(role="assistant", content=letter)]) for letter in "AB"
+    ]
+    a, b = map(math.exp, judge.logps(answers))
     assert math.isclose(judge(row, "Yes.", "No."), a / (a + b), rel_tol=1e-4)
 
 
@@ -265,7 +266,7 @@ def test_a_constitution_of_a_file_gives_each_prompt_its_principle(tmp_path):
     )
 
 
-# The endpoint -----------------------------------------------------------------------------------------------------
+# The endpoint -------------------------------------------------------------------------------------
 
 
 def test_soft_labels_from_log_probs(server):
@@ -373,7 +374,8 @@ FAILURES = [
     '{"choices": []}',
     '{"choices": [{"message": {}}]}'[:-2],
     '{"choices": [{"message": {"content": 7}}]}',
-    '{"choices": [{"message": {"content": "A"}, "logprobs": {"content": [{"token": "A", "logprob": "much"}]}}]}',
+    '{"choices": [{"message": {"content": "A"}, '
+    '"logprobs": {"content": [{"token": "A", "logprob": "much"}]}}]}',
     '{"choices": [{"message": {"content": "A"}, "logprobs": 3}]}',
 ]
 
@@ -484,7 +486,7 @@ def test_a_judge_that_always_says_a_is_refused_after_32_pairs(server):
     )
 
 
-# Keys -------------------------------------------------------------------------------------------------------------
+# Keys ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [KEY, "sk_lower", "A" * 65, "A B", "1A", "ABC\nDEF"])
@@ -580,7 +582,7 @@ def test_a_key_is_nowhere_in_a_notebook_and_a_run_that_fails(server, runs, polm)
     )
 
 
-# Labels are kept --------------------------------------------------------------------------------------------------
+# Labels are kept ----------------------------------------------------------------------------------
 
 
 def test_no_label_is_lost_and_none_is_asked_twice(server, runs, monkeypatch):
@@ -705,7 +707,7 @@ def test_a_stop_while_it_labels_keeps_the_labels(runs, monkeypatch):
     assert lab.resume(run).status == "finished"
 
 
-# What they train --------------------------------------------------------------------------------------------------
+# What they train ----------------------------------------------------------------------------------
 
 
 def test_preferences_and_what_is_known_of_them():
@@ -747,17 +749,13 @@ def test_preferences_and_what_is_known_of_them():
 
 def test_noise_turns_its_share_and_more_noise_turns_the_same_pairs_too():
     pairs = [(dict(prompt=f"{i}?"), "a", "b") for i in range(1000)]
-    turned = {
-        noise: {
-            r["prompt"]
-            for r in preference_rows(pairs, [Label(1.0, 1.0)] * 1000, RLAIF(noise=noise))
-            if r["chosen"] == "b"
-        }
-        for noise in (0.1, 0.3)
-    }
-    assert (
-        70 < len(turned[0.1]) < 130 and 250 < len(turned[0.3]) < 350 and turned[0.1] < turned[0.3]
-    )
+    turned = {}
+    for noise in (0.1, 0.3):
+        rows = preference_rows(pairs, [Label(1.0, 1.0)] * 1000, RLAIF(noise=noise))
+        turned[noise] = {row["prompt"] for row in rows if row["chosen"] == "b"}
+    assert 70 < len(turned[0.1]) < 130
+    assert 250 < len(turned[0.3]) < 350
+    assert turned[0.1] < turned[0.3]
 
 
 def test_the_direct_reward_is_the_share_of_siblings_beaten(tmp_path):

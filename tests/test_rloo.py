@@ -1,4 +1,7 @@
-"RLOO, ReMax, REINFORCE++: closed forms, unbiased estimates, equality with TRL, runs that repeat to the bit, and what is refused."
+"""RLOO, ReMax, REINFORCE++: closed forms, unbiased estimates, and equality with TRL.
+
+Also runs that repeat to the bit, and wrong input.
+"""
 
 import copy
 import itertools
@@ -53,7 +56,7 @@ SHORT = dict(
 )
 
 
-# Closed forms ---------------------------------------------------------------------------------------------------------
+# Closed forms -------------------------------------------------------------------------------------
 
 
 def test_estimates_against_others_and_against_the_greedy_answer_are_unbiased():
@@ -118,9 +121,9 @@ def test_reinforce_plus_plus_whitens_over_all_tokens_of_the_step():
     rewards, batches = microbatches()
     means = spread_over_tokens(rewards, batches, 0.1)
     tokens = token_values(batches, "advantages")
-    direct = [
-        [r - 0.1 * 0.5 * (n + 1 - t) for t in range(n + 1)] for n, r in enumerate(rewards.tolist())
-    ]
+    direct = []
+    for n, r in enumerate(rewards.tolist()):
+        direct.append([r - 0.1 * 0.5 * (n + 1 - t) for t in range(n + 1)])
     flat = torch.tensor([v for row in direct for v in row])
     expected = [((torch.tensor(row) - flat.mean()) / flat.std()).tolist() for row in direct]
     assert [len(row) for row in tokens] == [1, 2, 3, 4]
@@ -160,7 +163,7 @@ def test_an_answer_is_clipped_as_one():
     assert summed.item() == pytest.approx(-1.2 - math.exp(0.15))
 
 
-# TRL ------------------------------------------------------------------------------------------------------------------
+# TRL ----------------------------------------------------------------------------------------------
 
 
 def shaken(model, seed):
@@ -241,13 +244,10 @@ def test_the_step_is_trls_from_rewards_to_gradient(beta, normalize, updates, tmp
     batch["advantages"] = ours[batch["rows"]]
     loss = batch_loss(policy, batch, settings, meter) / 12
     loss.backward()
-    g_ours, g_theirs = (
-        torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (policy, trainer.model)
-    )
-    assert (
-        abs(loss.item() - theirs.item()) < 1e-5
-        and (g_ours - g_theirs).norm() < 1e-5 * g_theirs.norm()
-    )
+    g_ours = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    g_theirs = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+    assert abs(loss.item() - theirs.item()) < 1e-5
+    assert (g_ours - g_theirs).norm() < 1e-5 * g_theirs.norm()
     assert (
         updates == 1 or meter.means()["clip_fraction"] > 0.3
     )  # away from the first update, where much would be equal by itself
@@ -284,7 +284,7 @@ def test_trls_engine_leaves_the_record(runs):
     )
 
 
-# Runs -----------------------------------------------------------------------------------------------------------------
+# Runs ---------------------------------------------------------------------------------------------
 
 
 def weights(run):
@@ -337,10 +337,9 @@ def test_estimators_learn_from_the_same_answers_but_differently(tmp_path):
     found = {
         e: lab.run("rloo", **SHORT | dict(steps=1), algorithm=e, out=tmp_path) for e in ALGORITHMS
     }
-    first = [
-        [row["completion"] for row in run.lines("samples") if "group" in row]
-        for run in found.values()
-    ]
+    first = []
+    for run in found.values():
+        first.append([row["completion"] for row in run.lines("samples") if "group" in row])
     assert first[0] == first[1] == first[2] and len({weights(run) for run in found.values()}) == 3
 
 
