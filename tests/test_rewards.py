@@ -243,7 +243,7 @@ def test_a_dry_run_shows_what_is_wrong_and_refuses_nothing():
     table, samples = dry_run(
         ["correct,repetition:0.5", unsure, slow, BAD["raises"][0], lambda completions: [1.0]],
         prompts=3,
-        num_generations=4,
+        samples=4,
         max_new_tokens=4,
     )
     assert (

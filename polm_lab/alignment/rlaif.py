@@ -348,7 +348,7 @@ def gold_name(settings: RLAIF) -> str:
 
 
 def judge_of(settings: RLAIF, rows: list[dict], run: Run, data: str) -> Callable:
-    "Make the judge that the settings ask for, for rows of `data`; its notes go to the run's log."
+    "Make the judge of the settings for rows of `data`; its notes go to the run's log."
     shared = {
         name: getattr(settings, name)
         for name in ("constitution", "key_variable", "tries", "max_new_tokens", "dtype", "device")

@@ -134,13 +134,13 @@ REWRITES: dict[str, Callable[[str, random.Random], str]] = {
 }
 
 
-def rewritten(completion, how: str, rng: random.Random):
-    "A completion, plain or conversational, in other words: `how` is a name of `REWRITES`."
+def rewritten(completion, rewrite: str, rng: random.Random):
+    "A completion, plain or conversational, in other words: `rewrite` is a name of `REWRITES`."
     if isinstance(completion, str):
-        return REWRITES[how](completion, rng)
+        return REWRITES[rewrite](completion, rng)
     return [
         *completion[:-1],
-        dict(completion[-1], content=REWRITES[how](completion[-1]["content"], rng)),
+        dict(completion[-1], content=REWRITES[rewrite](completion[-1]["content"], rng)),
     ]
 
 
@@ -158,9 +158,9 @@ def agreement(reward: Callable, rows: list[dict], seed: int = 0):
     prompts, table = [row["prompt"] for row in rows for _ in range(2)], []
     texts = [row[side] for row in rows for side in ("chosen", "rejected")]
     before = torch.tensor(reward(prompts=prompts, completions=texts)).view(-1, 2)
-    for how in REWRITES:
-        rng = random.Random(f"{how}/{seed}")
-        others = [rewritten(text, how, rng) for text in texts]
+    for rewrite in REWRITES:
+        rng = random.Random(f"{rewrite}/{seed}")
+        others = [rewritten(text, rewrite, rng) for text in texts]
         changed = torch.tensor([a != b for a, b in zip(texts, others)]).view(-1, 2)
         after = torch.tensor(reward(prompts=prompts, completions=others)).view(-1, 2)
         # the chosen one rewritten, the rejected one
@@ -170,7 +170,7 @@ def agreement(reward: Callable, rows: list[dict], seed: int = 0):
         share = lambda x: x[changed].double().mean().item() if changed.any() else 1.0
         table.append(
             dict(
-                rewrite=how,
+                rewrite=rewrite,
                 changed=changed.double().mean().item(),
                 kept=share(kept),
                 moved=share(moved) if changed.any() else 0.0,

@@ -137,7 +137,7 @@ def consistency_reward(prompts, completions, **columns) -> list[float | None]:
 
 # %% ../../nbs/rewards/functions.ipynb #245547da
 def tests_reward(prompts, completions, tests=None, **columns) -> list[float | None]:
-    "1 if the code passes all `tests` of its row, run in the sandbox, else 0; None without tests."
+    "Pay 1 if the code passes all `tests` of its row in the sandbox, else 0; None without tests."
     if not tests or not any(tests):
         raise WrongInput(
             "reward tests: the data has no column `tests`; expected a list of assertions or "
@@ -612,45 +612,49 @@ def dry_run(
     arguments = _arguments(
         rows, as_completions(rows, rolled.texts), rolled.completions, rolled.ended
     )
-    table, given = (
-        [],
-        {"prompt": [text_of(row["prompt"]) for row in rows], "completion": rolled.texts},
-    )
+    table = []
+    found = {"prompt": [text_of(row["prompt"]) for row in rows], "completion": rolled.texts}
     for reward in made:
-        values, problem, began = [None] * len(rows), "", time.perf_counter()
-        try:
-            found = _finished(reward.function(**_accepted(reward.function, arguments)))
-            found = found.tolist() if hasattr(found, "tolist") else found
-            values = (
-                [float(v) if hasattr(v, "__float__") else None for v in found]
-                if isinstance(found, (list, tuple)) and len(found) == len(rows)
-                else values
-            )
-            _numbers(reward.name, found, len(rows))
-        except WrongInput as wrong:
-            problem = str(wrong)
-        except Exception as error:
-            problem = f"reward {reward.name}: raised {_said(error)}"
+        began = time.perf_counter()
+        values, problem = _tried(reward, arguments)
         took = (time.perf_counter() - began) * 1000
-        given[reward.name] = values
-        known = pd.Series(
-            [v if v is not None and math.isfinite(v) else math.nan for v in values], dtype=float
-        )
-        spread = known.groupby([i // samples for i in range(len(rows))]).std().dropna()
-        table.append(
-            dict(
-                reward=reward.name,
-                weight=reward.weight,
-                mean=known.mean(),
-                group_std=spread.mean(),
-                equal_groups=(spread < 1e-8).mean(),
-                none=sum(v is None for v in values),
-                not_finite=sum(v is not None and not math.isfinite(v) for v in values),
-                ms=round(took, 2),
-                problem=problem,
-            )
-        )
-    return pd.DataFrame(table).set_index("reward"), pd.DataFrame(given)
+        found[reward.name] = values
+        facts = dict(_spread(values, samples), ms=round(took, 2), problem=problem)
+        table.append(dict(reward=reward.name, weight=reward.weight) | facts)
+    return pd.DataFrame(table).set_index("reward"), pd.DataFrame(found)
+
+
+def _tried(reward: Reward, arguments: dict) -> tuple[list[float | None], str]:
+    "The values of a reward, and the message with which a run would refuse them, or none."
+    rows = len(arguments["prompts"])
+    values, problem = [None] * rows, ""
+    try:
+        found = _finished(reward.function(**_accepted(reward.function, arguments)))
+        found = found.tolist() if hasattr(found, "tolist") else found
+        if isinstance(found, (list, tuple)) and len(found) == rows:
+            values = [float(v) if hasattr(v, "__float__") else None for v in found]
+        _numbers(reward.name, found, rows)
+    except WrongInput as wrong:
+        problem = str(wrong)
+    except Exception as error:
+        problem = f"reward {reward.name}: raised {_said(error)}"
+    return values, problem
+
+
+def _spread(values: list[float | None], group: int) -> dict:
+    "Mean of a reward's values, and their spread within groups of `group`."
+    import pandas as pd
+
+    known = [v if v is not None and math.isfinite(v) else math.nan for v in values]
+    known = pd.Series(known, dtype=float)
+    spread = known.groupby([i // group for i in range(len(values))]).std().dropna()
+    return dict(
+        mean=known.mean(),
+        group_std=spread.mean(),
+        equal_groups=(spread < 1e-8).mean(),
+        none=sum(v is None for v in values),
+        not_finite=sum(v is not None and not math.isfinite(v) for v in values),
+    )
 
 # %% ../../nbs/rewards/functions.ipynb #96b6c7cc
 def for_trl(

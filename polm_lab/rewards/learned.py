@@ -114,12 +114,12 @@ def score_rows(scorer: Scorer, examples: list[dict], pad_id: int, rows: int = 32
     return out
 
 # %% ../../nbs/rewards/learned.ipynb #f6a804e7
-def together(rewards: Tensor, how: str = "mean") -> Tensor:
+def together(rewards: Tensor, reduction: str = "mean") -> Tensor:
     """Combine rewards [members, n] of an ensemble into rewards [n]: mean, or min (worst case).
 
     Coste et al. 2023, eq. 3, 4.
     """
-    return rewards.mean(0) if how == "mean" else rewards.min(0).values
+    return rewards.mean(0) if reduction == "mean" else rewards.min(0).values
 
 # %% ../../nbs/rewards/learned.ipynb #f839187d
 def members(spec: str) -> tuple[list[str], str]:
@@ -128,14 +128,14 @@ def members(spec: str) -> tuple[list[str], str]:
     Raises: `WrongInput` for an empty name.
     """
     found = re.fullmatch(r"(mean|min)\((.+)\)", spec.strip())
-    how, inside = (found[1], found[2]) if found else ("mean", spec.strip())
+    reduction, inside = (found[1], found[2]) if found else ("mean", spec.strip())
     names = [name.strip() for name in inside.split("+")]
     if not all(names):
         raise WrongInput(
             f"reward model {spec!r}: a name is empty; expected a run, a folder or a Hub id, or "
             "several as a+b+c or min(a+b+c)"
         )
-    return names, how
+    return names, reduction
 
 
 def _member(spec: str, device: str, dtype: str, rows: int) -> Callable[[list, list], list]:
@@ -195,13 +195,13 @@ def load_reward(spec: str, device: str = "auto", dtype: str = "auto", rows: int 
     returns one number a completion. `rows` of them go through a model at once.
     Raises: `WrongInput` where there is no such model or it is no reward model.
     """
-    names, how = members(spec)
+    names, reduction = members(spec)
     each = [_member(name, device, dtype, rows) for name in names]
 
     def model(prompts, completions, **columns) -> list[float | None]:
         found = [member(prompts, completions) for member in each]
         return [
-            None if None in values else together(torch.tensor(values)[:, None], how).item()
+            None if None in values else together(torch.tensor(values)[:, None], reduction).item()
             for values in zip(*found)
         ]
 

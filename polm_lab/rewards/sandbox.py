@@ -198,7 +198,7 @@ def _start(role: str, text: str, stdin: str, limits: tuple, line: tuple) -> _Ins
 
 # %% ../../nbs/rewards/sandbox.ipynb #aecb6bda
 def _watch(inside: list[_Inside], seconds: float, room: int) -> Execution:
-    "Feed the processes, read what they print, and kill all of them when their time or room is up."
+    "Feed the processes, read their output, and kill all when their time or room is up."
     # the last one decides: the tests, or a program alone
     program, last = inside[0], inside[-1]
     kept, owner, reason = {}, {}, ""
