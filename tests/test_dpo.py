@@ -60,9 +60,8 @@ def test_zero_margin_costs_log_2_and_pulls_with_half_beta(beta, epsilon):
     loss = dpo_loss(*sides, *(s.detach() for s in sides), beta, epsilon)
     loss.sum().backward()
     assert torch.allclose(loss, torch.full((2,), math.log(2)))
-    assert torch.allclose(sides[0].grad, torch.full((2,), -beta * (0.5 - epsilon))) and torch.equal(
-        sides[1].grad, -sides[0].grad
-    )
+    assert torch.allclose(sides[0].grad, torch.full((2,), -beta * (0.5 - epsilon)))
+    assert torch.equal(sides[1].grad, -sides[0].grad)
 
 
 def test_loss_of_large_margins_is_finite_and_linear_when_wrong():
@@ -70,7 +69,8 @@ def test_loss_of_large_margins_is_finite_and_linear_when_wrong():
     zero = torch.zeros(2)
     loss = dpo_loss(chosen, zero, zero, zero, 0.1)
     loss.sum().backward()
-    assert loss.tolist() == [0.0, 1000.0] and torch.allclose(chosen.grad, torch.tensor([0.0, -0.1]))
+    assert loss.tolist() == [0.0, 1000.0]
+    assert torch.allclose(chosen.grad, torch.tensor([0.0, -0.1]))
 
 
 def test_loss_by_hand():
@@ -96,9 +96,8 @@ def test_only_log_ratios_matter():
     """
     torch.manual_seed(0)
     a, b, c, d, shift = torch.randn(5, 7, dtype=torch.float64)
-    assert torch.allclose(
-        dpo_loss(a, b, c, d, 0.3), dpo_loss(a + shift, b, c + shift, d, 0.3)
-    ) and not torch.allclose(dpo_loss(a, b, c, d, 0.3), dpo_loss(b, a, c, d, 0.3))
+    assert torch.allclose(dpo_loss(a, b, c, d, 0.3), dpo_loss(a + shift, b, c + shift, d, 0.3))
+    assert not torch.allclose(dpo_loss(a, b, c, d, 0.3), dpo_loss(b, a, c, d, 0.3))
 
 
 def test_optimal_policy_beats_others():
@@ -132,14 +131,10 @@ def test_metrics_of_pairs():
         torch.tensor([-5.0, -2.0, -3.0]), torch.tensor([-4.0, -2.0, -3.0]), 0.5
     )
     found = pair_metrics(chosen, rejected)
-    assert found["accuracy"].tolist() == [1.0, 0.5, 0.0] and found["margin"].tolist() == [
-        1.0,
-        0.0,
-        -3.0,
-    ]
-    assert found["reward_chosen"].tolist() == [0.5, 0.0, -3.0] and found[
-        "reward_rejected"
-    ].tolist() == [-0.5, 0.0, 0.0]
+    assert found["accuracy"].tolist() == [1.0, 0.5, 0.0]
+    assert found["margin"].tolist() == [1.0, 0.0, -3.0]
+    assert found["reward_chosen"].tolist() == [0.5, 0.0, -3.0]
+    assert found["reward_rejected"].tolist() == [-0.5, 0.0, 0.0]
 
 
 # Pairs in the model -------------------------------------------------------------------------------
@@ -225,9 +220,8 @@ def test_engine_trl_learns_the_same(more):
         for engine in ("lab", "trl")
     )
     for a, b in zip(ours.lines(), theirs.lines(), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=2e-4) and a["grad_norm"] == pytest.approx(
-            b["grad_norm"], rel=2e-2
-        )
+        assert a["loss"] == pytest.approx(b["loss"], abs=2e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2e-2)
         assert a["reward_chosen"] == pytest.approx(b["reward_chosen"], abs=2e-3)
     assert ours.summary["after"]["margin"] == pytest.approx(
         theirs.summary["after"]["margin"], abs=5e-3
@@ -281,10 +275,8 @@ def test_an_adapter_is_tried_before_it_is_trusted(tokenizer, pairs, adapter, swi
 
 def test_start_is_the_reference_and_says_so():
     before = lab.run("dpo", **SHORT | dict(steps=0)).summary["before"]
-    assert (
-        before["margin"] == before["reward_chosen"] == before["reward_rejected"] == 0.0
-        and before["accuracy"] == 0.5
-    )
+    assert before["margin"] == before["reward_chosen"] == before["reward_rejected"] == 0.0
+    assert before["accuracy"] == 0.5
     assert before["kl"] == pytest.approx(0.0, abs=1e-6)
 
 
@@ -302,7 +294,8 @@ def test_start_is_the_reference_and_says_so():
 def test_wrong_input_is_one_line_before_any_step(runs, changes, words):
     with pytest.raises(WrongInput) as wrong:
         lab.run("dpo", **SHORT | changes)
-    assert words in str(wrong.value) and "\n" not in str(wrong.value)
+    assert words in str(wrong.value)
+    assert "\n" not in str(wrong.value)
     assert not any(run.lines() for run in lab.core.run.all_runs())
 
 
@@ -335,7 +328,8 @@ def test_dropout_is_off():
         lab.run("dpo", **SHORT, adapter=f"lora:r=2,lora_dropout={p}") for p in (0.5, 0.0)
     )
     facts = lambda run: [(row["loss"], row["grad_norm"], row["margin"]) for row in run.lines()]
-    assert facts(with_dropout) == facts(without) and len(facts(without)) == 3
+    assert facts(with_dropout) == facts(without)
+    assert len(facts(without)) == 3
     assert with_dropout.summary == without.summary
 
 

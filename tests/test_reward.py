@@ -72,9 +72,8 @@ def test_pull_is_the_chance_of_being_wrong(margin):
     loss = reward_loss(chosen, rejected, margin)
     loss.sum().backward()
     assert torch.allclose(loss, torch.log1p(torch.exp(margin - chosen)))
-    assert torch.allclose(-chosen.grad, torch.sigmoid(margin - chosen)) and torch.equal(
-        chosen.grad, -rejected.grad
-    )
+    assert torch.allclose(-chosen.grad, torch.sigmoid(margin - chosen))
+    assert torch.equal(chosen.grad, -rejected.grad)
 
 
 def test_half_sure_is_the_same_both_ways_round_and_certain_is_bradley_terry():
@@ -102,7 +101,8 @@ def test_large_gaps_stay_finite():
 def test_measures_on_known_cases():
     sure = math.log(0.8 / 0.2)
     table, error = calibration(torch.tensor([sure] * 8 + [-sure] * 2 + [0.0] * 4))
-    assert error == pytest.approx(0.0, abs=1e-6) and sorted(b["pairs"] for b in table) == [4, 10]
+    assert error == pytest.approx(0.0, abs=1e-6)
+    assert sorted(b["pairs"] for b in table) == [4, 10]
     assert calibration(torch.tensor([50.0, -50.0]))[1] == pytest.approx(0.5)
     assert length_bias(torch.tensor([1.0, 1.0, -1.0]), torch.tensor([3.0, 3.0, 0.0])) == 0.0
     assert length_bias(torch.tensor([-1.0, -1.0]), torch.tensor([3.0, 3.0])) == -1.0
@@ -111,9 +111,8 @@ def test_measures_on_known_cases():
         "accuracy"
     ].tolist() == [1.0, 0.5, 0.0]
     members_say = torch.tensor([[1.0, -2.0], [3.0, 0.0]])
-    assert together(members_say).tolist() == [2.0, -1.0] and together(
-        members_say, "min"
-    ).tolist() == [1.0, -2.0]
+    assert together(members_say).tolist() == [2.0, -1.0]
+    assert together(members_say, "min").tolist() == [1.0, -2.0]
 
 
 # Pairs in the model -------------------------------------------------------------------------------
@@ -125,11 +124,9 @@ def test_a_pairwise_side_has_read_the_other_answer_first(tokenizer):
     for side, other in (("chosen", "rejected"), ("rejected", "chosen")):
         text = tokenizer.decode(both[side]["input_ids"])
         first, last = row[other][-1]["content"], row[side][-1]["content"]
-        assert (
-            text.startswith(tokenizer.decode(alone[other]["input_ids"]))
-            and text.rstrip().endswith(last + "<|im_end|>")
-            and text.count(first) >= 1
-        )
+        assert text.startswith(tokenizer.decode(alone[other]["input_ids"]))
+        assert text.rstrip().endswith(last + "<|im_end|>")
+        assert text.count(first) >= 1
     assert sorted(both["chosen"]["input_ids"]) == sorted(both["rejected"]["input_ids"])
 
 
@@ -145,11 +142,9 @@ def test_scores_do_not_depend_on_padding_or_batch_and_are_those_of_transformers(
     whole, single = (score_rows(Scorer(model), rows, tokenizer.pad_token_id, n) for n in (10, 1))
     with torch.no_grad():
         plain = torch.stack([model(torch.tensor([row["input_ids"]])).logits[0, 0] for row in rows])
-    assert (
-        torch.allclose(whole, single, atol=1e-4)
-        and torch.allclose(single, plain, atol=1e-5)
-        and whole.std() > 0.1
-    )
+    assert torch.allclose(whole, single, atol=1e-4)
+    assert torch.allclose(single, plain, atol=1e-5)
+    assert whole.std() > 0.1
 
 
 def test_the_head_is_a_function_of_the_seed():
@@ -157,7 +152,8 @@ def test_the_head_is_a_function_of_the_seed():
         load_model("tiny", dtype="float32", device="cpu", head="score", seed=s).score.weight
         for s in (0, 0, 1)
     )
-    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
 
 
 # The run ------------------------------------------------------------------------------------------
@@ -167,9 +163,10 @@ def test_what_is_saved_is_a_sequence_classifier_that_plain_transformers_loads(ru
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     folder = run.path / "model"
-    assert (folder / "model.safetensors").exists() and json.loads(
-        (folder / "config.json").read_text()
-    )["architectures"] == ["LlamaForSequenceClassification"]
+    assert (folder / "model.safetensors").exists()
+    assert json.loads((folder / "config.json").read_text())["architectures"] == [
+        "LlamaForSequenceClassification"
+    ]
     model, words = (
         AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).eval(),
         AutoTokenizer.from_pretrained(folder),
@@ -181,9 +178,8 @@ def test_what_is_saved_is_a_sequence_classifier_that_plain_transformers_loads(ru
         ] == pytest.approx(model(**text).logits.item(), abs=1e-5)
     with pytest.raises(WrongInput, match="a reward model, which writes no text"):
         load_model(run.path)
-    assert {row["side"] for row in run.lines("samples")} == {"chosen", "rejected"} and all(
-        math.isfinite(row["reward"]) for row in run.lines("samples")
-    )
+    assert {row["side"] for row in run.lines("samples")} == {"chosen", "rejected"}
+    assert all(math.isfinite(row["reward"]) for row in run.lines("samples"))
 
 
 def test_it_goes_on_from_a_reward_model(run, tmp_path):
@@ -195,10 +191,8 @@ def test_an_adapter_is_merged_into_what_is_saved(tmp_path):
     run = lab.run("reward", out=tmp_path, **SHORT | dict(adapter="lora:r=2"))
     assert not (run.path / "model" / "adapter_config.json").exists()
     again = lab.run("reward", out=tmp_path, **SHORT | dict(model=str(run.path), steps=0))
-    assert (
-        again.summary["before"] == pytest.approx(run.summary["after"], abs=1e-3)
-        and run.summary["after"]["margin"] != run.summary["before"]["margin"]
-    )
+    assert again.summary["before"] == pytest.approx(run.summary["after"], abs=1e-3)
+    assert run.summary["after"]["margin"] != run.summary["before"]["margin"]
     with pytest.raises(WrongInput, match="cannot be merged"):
         lab.run("reward", out=tmp_path, **SHORT | dict(adapter="prompt_tuning"))
 
@@ -243,14 +237,16 @@ def test_margin_and_probability_columns_are_used(tmp_path, tokenizer):
 
 def test_every_rewards_knob_takes_a_reward_model(run):
     [one] = make_rewards(f"model:{run.path}")
-    assert (one.name, one.weight) == ("model", 1.0) and short_name(f"model:{run.path}") == "model"
+    assert (one.name, one.weight) == ("model", 1.0)
+    assert short_name(f"model:{run.path}") == "model"
     [half, gold] = make_rewards(f"model:{run.path}/model:0.5,gold:0", lambda row, text: 1.0)
     assert (half.weight, gold.name, gold.weight) == (0.5, "gold", 0.0)
     single = one.function(prompts=CHAT, completions=SAID)
-    assert load_reward(f"{run.path}+{run.path}")(CHAT, SAID) == pytest.approx(
-        single
-    ) and load_reward(f"min({run.path}+{run.path})")(CHAT, SAID) == pytest.approx(single)
-    assert len(single) == 2 and single[0] != single[1] and all(isinstance(r, float) for r in single)
+    assert load_reward(f"{run.path}+{run.path}")(CHAT, SAID) == pytest.approx(single)
+    assert load_reward(f"min({run.path}+{run.path})")(CHAT, SAID) == pytest.approx(single)
+    assert len(single) == 2
+    assert single[0] != single[1]
+    assert all(isinstance(r, float) for r in single)
     assert (
         one.function(prompts=["2+2="], completions=[""], extra=[1], completion_ids=[[2]])[0]
         is not None
@@ -277,11 +273,9 @@ def test_a_pairwise_model_says_how_often_a_completion_wins(tmp_path):
     run = lab.run("reward", out=tmp_path, **SHORT | dict(head="pairwise"))
     judge = load_reward(str(run.path))
     three = judge(["2+2="] * 3 + ["1+1="], ["4", "5", "6", "2"])
-    assert (
-        three[3] is None
-        and sum(three[:3]) == pytest.approx(1.5)
-        and all(0 < r < 1 for r in three[:3])
-    )
+    assert three[3] is None
+    assert sum(three[:3]) == pytest.approx(1.5)
+    assert all(0 < r < 1 for r in three[:3])
     model = Scorer(load_model(run.path, dtype="float32", device="cpu", head="any"))
     sides = encode_sides(
         load_tokenizer(run.path), dict(prompt="2+2=", chosen="4", rejected="5"), 256, "pairwise"
@@ -315,7 +309,8 @@ def test_wrong_pairs_are_refused():
     for value in (-1.0, "much", True, math.inf, None):
         with pytest.raises(WrongInput, match="margin is"):
             margin_of({"margin": value})
-    assert margin_of({}) == 0.0 and members("min(a + b)") == (["a", "b"], "min")
+    assert margin_of({}) == 0.0
+    assert members("min(a + b)") == (["a", "b"], "min")
 
 
 def test_a_classifier_with_several_labels_is_refused(run, tmp_path):
