@@ -105,7 +105,7 @@ def test_gae_at_its_ends():
     )
 
 
-def test_the_score_stands_at_the_last_token_and_the_toll_at_each():
+def test_the_score_is_at_the_last_token_and_the_kl_penalty_at_each():
     mask, kl = torch.tensor([[1.0, 1, 1], [1, 0, 0]]), torch.tensor([[0.1, -0.2, 0.3], [0.4, 9, 9]])
     assert torch.allclose(
         token_rewards(torch.tensor([2.0, -1.0]), kl, mask, 0.5),
@@ -255,7 +255,7 @@ def test_details_change_what_is_learned_from(asked):
         0.3
     )
     assert seen({"adaptive_kl": 0.05})[1].beta.item() == pytest.approx(0.098), (
-        "no KL yet: the toll falls"
+        "no KL yet: the coefficient falls"
     )
     assert seen({"entropy": 0.2, "explore": 3.0})[0]["entropy_weight"] == pytest.approx(
         0.2 * (1 - math.exp(-3 * raw.var().item()))

@@ -169,7 +169,7 @@ class PPO(OnPolicySettings):
     )
     beta: float = knob(
         0.05,
-        "strength of the KL constraint β, or where it begins; 0 needs no reference model",
+        "KL coefficient β, or its first value; 0 needs no reference model",
         low=0,
         source="TRL; Ziegler et al. 2019: 0.03 to 0.15",
     )
