@@ -277,7 +277,7 @@ class ActorCritic(torch.nn.Module):
         temperature: float = 1.0,
         **more,
     ) -> TokenStats:
-        "What `Policy` gives, with `value`."
+        "Return the result of `Policy`, with `value`."
         if self.critic is None:
             return self.policy(
                 *batch,
@@ -348,7 +348,7 @@ def load_critic(settings: PPO, kind: str) -> Policy | None:
 
 # %% ../../nbs/alignment/ppo.ipynb #67134c8a
 def pad_rows(rows: list[list[float]]) -> Tensor:
-    "Lists as the rows of a table [rows, longest], 0 behind their ends."
+    "Pad lists to the rows of a table [rows, longest], with 0 behind their ends."
     return torch.nn.utils.rnn.pad_sequence(
         [torch.tensor(row, dtype=torch.float32) for row in rows], batch_first=True
     )

@@ -96,7 +96,7 @@ def reward_loss(
 
 # %% ../../nbs/alignment/reward.ipynb #d686f9c3
 def margin_of(row: dict) -> float:
-    "The row's `margin`, by how much its chosen answer is the better one; 0 without the column."
+    "Return by how much a row's chosen answer is the better one, its `margin`; else 0."
     margin = row.get("margin", 0.0)
     number = isinstance(margin, (int, float)) and not isinstance(margin, bool)
     if not number or not 0 <= margin < math.inf:
@@ -110,7 +110,7 @@ def margin_of(row: dict) -> float:
 def encode_pairs(
     tokenizer, rows: list[dict], max_length: int, head: str = "pointwise"
 ) -> list[dict]:
-    """Rows as pairs `{chosen, rejected, row, margin, doubt, lost}`, numbered (`row`).
+    """Encode rows as pairs `{chosen, rejected, row, margin, doubt, lost}`, numbered (`row`).
 
     `lost`: the answers are the same tokens within `max_length`, or, before the pairwise head, one
     of them is cut away whole by the other.
@@ -228,7 +228,10 @@ def reward_panels(run: Run):
 
 # %% ../../nbs/alignment/reward.ipynb #09741b0d
 def trl_rows(settings: RewardModel, pairs: list[dict]) -> list[dict]:
-    "Encoded pairs as rows for TRL's RewardTrainer. Raises `WrongInput` for what it cannot do."
+    """Turn encoded pairs into rows for TRL's RewardTrainer.
+
+    Raises: `WrongInput` for uncertain labels, which it cannot use.
+    """
     if settings.label_smoothing or any(pair["doubt"] for pair in pairs):
         raise WrongInput(
             "engine = 'trl': TRL's RewardTrainer takes every label as certain; expected "
@@ -255,7 +258,7 @@ def sample_rows(
     rewards: Tensor,
     detailed: int = 8,
 ) -> list[dict]:
-    """Rows for samples.jsonl of held-out pairs with their rewards [pairs, 2].
+    """Make rows for samples.jsonl of held-out pairs with their rewards [pairs, 2].
 
     Those of the first `detailed` pairs have the reward after each token too.
     """
@@ -280,7 +283,7 @@ def sample_rows(
 
 # %% ../../nbs/alignment/reward.ipynb #5916f85f
 def load_scorer(settings: RewardModel) -> tuple[Scorer, object]:
-    """The start model with a head of one output, without dropout, and its tokenizer.
+    """Load the start model with a head of one output, without dropout, and its tokenizer.
 
     Raises: `WrongInput` for an adapter that cannot be merged.
     """
@@ -306,7 +309,7 @@ def load_scorer(settings: RewardModel) -> tuple[Scorer, object]:
 
 
 def judge_pairs(pairs: list[dict], rewards: Tensor) -> dict[str, float]:
-    "The evaluation of held-out pairs from their rewards [pairs, 2]."
+    "Evaluate held-out pairs by their rewards [pairs, 2]."
     chosen, rejected = rewards.unbind(1)
     gaps, found = chosen - rejected, {}
     for name, values in pair_metrics(chosen, rejected).items():

@@ -306,7 +306,7 @@ def mark_reward(judge, kept: Kept) -> Callable:
 
 
 def kept_in(run: Run, name: str) -> Kept:
-    "What was answered, in `name`.jsonl of the run; each other process has a file of its own."
+    "Open the kept answers in `name`.jsonl of the run; other processes have their own files."
     return Kept(
         run.path
         / (f"{name}.jsonl" if run.writes else f"{name}-{process_rank_and_count()[0]}.jsonl")
@@ -343,7 +343,7 @@ def learn_from_marks(settings: RLAIF, run: Run) -> None:
 
 
 def gold_name(settings: RLAIF) -> str:
-    "The task that the data are from, without a number of rows; other data as they are."
+    "Return the task of the data, without a number of rows; other data as they are."
     return parse_spec(settings.data).task or settings.data
 
 
@@ -362,7 +362,7 @@ WATCHED = ("pairs", "the judge's answers are kept")  # the words of a run that i
 
 
 def revisions(settings: RLAIF, run: Run, judge, pairs) -> list[dict]:
-    "A revised answer for the first reply of each pair, as rows; empty ones are left out."
+    "Revise the first reply of each pair, and return rows; empty ones are left out."
     kept, rows = Kept(run.path / "written.jsonl"), []
 
     def ask(number: int) -> dict:
@@ -382,7 +382,7 @@ def revisions(settings: RLAIF, run: Run, judge, pairs) -> list[dict]:
 
 
 def preferences(settings: RLAIF, run: Run, judge, pairs, score: Callable | None) -> list[dict]:
-    "The pairs that have a winner, as rows; what is known of the labels goes into the record."
+    "Return the pairs with a winner as rows, and put the labels' measures into the record."
     asked = kept_judge(judge, Kept(run.path / "labels.jsonl"))
     labels = list(watched(run, label_each(asked, pairs), len(pairs), 1, *WATCHED))
     rows = preference_rows(pairs, labels, settings)
@@ -391,7 +391,7 @@ def preferences(settings: RLAIF, run: Run, judge, pairs, score: Callable | None)
 
 
 def prepare(settings: RLAIF, run: Run, path: Path):
-    "Write what is learned from: preference pairs, or revisions."
+    "Write the training data: preference pairs, or revisions."
     rows = load_data(settings.data, "prompt")
     judge = judge_of(settings, rows, run, settings.data)
     pairs = sample_pairs(settings, rows)
@@ -411,7 +411,7 @@ LEARNERS = {  # value of algorithm -> word of core.method.EXPLANATIONS
 
 
 def explained(row: dict, group: list[dict], settings: dict) -> str:
-    "The word that explains a row of `samples.jsonl`: it is whatever `algorithm` learns from."
+    "Return the word that explains a row of `samples.jsonl`, by the learner of `algorithm`."
     return LEARNERS.get(settings.get("algorithm"), "implicit")
 
 # %% ../../nbs/alignment/rlaif.ipynb #bb24e48c

@@ -116,7 +116,7 @@ def answer_distance(rewards: Tensor, other: Tensor) -> float:
 
 # %% ../../nbs/rewards/distance.ipynb #7ea26424
 def _swap(text: str, phrases, rng: random.Random) -> str:
-    "`text` with each of `phrases` in it exchanged for another one that is not."
+    "Exchange each of `phrases` in `text` for another one that is not in it."
     free = [p for p in phrases if p and p not in text]
     rng.shuffle(free)
     for phrase in phrases:
@@ -135,7 +135,7 @@ REWRITES: dict[str, Callable[[str, random.Random], str]] = {
 
 
 def rewritten(completion, rewrite: str, rng: random.Random):
-    "A completion, plain or conversational, in other words: `rewrite` is a name of `REWRITES`."
+    "Reword a completion, plain or conversational; `rewrite` is a name of `REWRITES`."
     if isinstance(completion, str):
         return REWRITES[rewrite](completion, rng)
     return [

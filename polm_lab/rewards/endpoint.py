@@ -62,7 +62,7 @@ class Unreadable(Again):
 
 
 def seconds_asked(value: str | None) -> float | None:
-    "The header Retry-After in seconds (it may hold a date), at most five minutes."
+    "Parse the header Retry-After, which may be a date, into s; at most five minutes."
     try:
         wanted = float(value)
     except (TypeError, ValueError):
@@ -237,5 +237,5 @@ class Endpoint(Connection):
 
 # %% ../../nbs/rewards/endpoint.ipynb #4179807c
 def answer_text(choice: dict) -> str:
-    "The text of a choice of a chat completion, as valid Unicode."
+    "Return the text of a choice of a chat completion, as valid Unicode."
     return (choice["message"].get("content") or "").encode(errors="replace").decode().strip()

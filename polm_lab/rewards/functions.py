@@ -32,7 +32,7 @@ from .verifiers import assertions, code_in
 
 # %% ../../nbs/rewards/functions.ipynb #6dea69c3
 def correct_reward(score: Callable[[dict, str], float]) -> Callable:
-    "A reward function from `score(row, text)`, such as `training.evaluate.scorer` gives."
+    "Make a reward function of `score(row, text)`, such as `training.evaluate.scorer` gives."
 
     def correct(prompts, completions, **columns):
         columns = {name: values for name, values in columns.items() if isinstance(values, list)}
@@ -51,7 +51,7 @@ STEP = re.compile(r"\s*(\d+)\s*([-+*])\s*(\d+)\s*=\s*(\d+)\s*")
 
 
 def _worked(text: str) -> bool:
-    "Whether `text` is not empty and each line is a worked step or a bare number."
+    "Test that `text` is not empty and each line is a worked step or a bare number."
     lines = text.splitlines()
     fits = (STEP.fullmatch(line) or re.fullmatch(r"\s*\d+\s*", line) for line in lines)
     return bool(text) and all(fits)
@@ -64,7 +64,7 @@ def format_reward(completions, ended=None, **columns) -> list[float]:
 
 
 def _steps_in(text: str) -> list[tuple[str, ...]]:
-    "The worked steps of a text, as (a, operator, b, c) of numbers with less than ten digits."
+    "Find the worked steps of a text, (a, operator, b, c), with at most nine digits a number."
     found = []
     for match in map(STEP.fullmatch, text.splitlines()):
         if match and all(len(g) < 10 for g in match.groups()):
@@ -73,7 +73,7 @@ def _steps_in(text: str) -> list[tuple[str, ...]]:
 
 
 def steps_reward(completions, **columns) -> list[float | None]:
-    "The share of worked steps `a+b=c` that are right; None without any."
+    "Pay the share of worked steps `a+b=c` that are right; None without any."
     rewards = []
     for completion in completions:
         found = _steps_in(text_of(completion))
@@ -101,7 +101,7 @@ def length_reward(longest: int, margin: int = 0) -> Callable:
 
 # %% ../../nbs/rewards/functions.ipynb #42227c8f
 def repetition_reward(completion_ids, size: int = 3, **columns) -> list[float]:
-    "-(1 - unique / all n-grams of `size` tokens); 0 for completions shorter than that."
+    "Pay -(1 - unique / all n-grams of `size` tokens); 0 for shorter completions."
     rewards = []
     for ids in completion_ids:
         grams = list(zip(*(ids[i:] for i in range(size))))
@@ -110,7 +110,7 @@ def repetition_reward(completion_ids, size: int = 3, **columns) -> list[float]:
 
 # %% ../../nbs/rewards/functions.ipynb #a638b8d7
 def dialogue_reward(completions, **columns) -> list[float]:
-    "A third for each different quotation of two words or more, at most 1."
+    "Pay a third for each different quotation of two words or more, at most 1."
     rewards = []
     for completion in completions:
         quotes = re.findall(r'"([^"\n]+)"', text_of(completion))
@@ -184,7 +184,7 @@ LIBRARY = {
 
 
 def short_name(name: str) -> str:
-    "What the reward `name` is called in metrics and samples."
+    "Return the name of a reward in metrics and samples."
     return (
         name
         if name in LIBRARY
@@ -228,7 +228,7 @@ def parse_rewards(spec: str) -> list[tuple[str, float]]:
 
 # %% ../../nbs/rewards/functions.ipynb #8d4f8b3d
 def load_function(where: str) -> Callable:
-    "The function that `module:name` or `file.py:name` names."
+    "Import the function `module:name` or `file.py:name`."
     home, _, name = where.rpartition(":")
     try:
         if home.endswith(".py"):
@@ -261,7 +261,7 @@ def load_function(where: str) -> Callable:
 
 # %% ../../nbs/rewards/functions.ipynb #cc90491e
 def reward_part(name: str, meaning: str) -> Part:
-    "The weight of a reward as a part of the knob `rewards`."
+    "Make the part of the knob `rewards` for the weight of a reward."
     return Part(name, float, 1.0, f"weight of {name}: {meaning}", low=-10, high=10)
 
 
@@ -343,7 +343,7 @@ class Scores:
 
 
 def _said(error: BaseException) -> str:
-    "An error on one line, with the place in the user's code."
+    "Describe an error on one line, with the place in the user's code."
     text = " ".join(str(error).split())[:160]
     frames = [
         f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")
@@ -379,7 +379,7 @@ def _finished(result):
 
 # %% ../../nbs/rewards/functions.ipynb #0b374220
 def _accepted(function: Callable, arguments: dict) -> dict:
-    "The arguments that the function has names for; all of them if it takes `**columns`."
+    "Select the arguments that the function names; all of them if it takes `**columns`."
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -390,7 +390,7 @@ def _accepted(function: Callable, arguments: dict) -> dict:
 
 
 def _numbers(name: str, found, rows: int) -> list[float | None]:
-    "The result of reward `name` as floats and None; raises `WrongInput`."
+    "Check the result of reward `name`: floats and None. Raises: `WrongInput`."
     wanted = (
         f"expected a list of {rows}, one number (or None) for each completion; correct the function"
     )
@@ -425,7 +425,7 @@ def _numbers(name: str, found, rows: int) -> list[float | None]:
 
 # %% ../../nbs/rewards/functions.ipynb #1c6f2351
 def _called(reward: Reward, arguments: dict) -> list[float | None]:
-    "What the reward gives for these arguments, checked."
+    "Call a reward with these arguments, and check its result."
     rows = len(arguments["prompts"])
     try:
         found = _finished(reward.function(**_accepted(reward.function, arguments)))
@@ -438,7 +438,7 @@ def _called(reward: Reward, arguments: dict) -> list[float | None]:
 
 
 def weighted(rewards: list[Reward], parts: dict[str, list[float | None]]) -> list[float]:
-    "Weighted sum of the rewards that apply to each completion; NaN where none does."
+    "Sum the weighted rewards that apply to each completion; NaN where none does."
     totals = []
     for i in range(len(parts[rewards[0].name]) if rewards else 0):
         values = [(r.weight, parts[r.name][i]) for r in rewards]
@@ -450,7 +450,7 @@ def weighted(rewards: list[Reward], parts: dict[str, list[float | None]]) -> lis
 def _arguments(
     rows: list[dict], completions: list, completion_ids: list[list[int]], ended: list[bool]
 ) -> dict:
-    "What a reward function may ask for, by name."
+    "Collect the arguments that a reward function may name."
     names = {}  # in the order of the rows
     for row in rows:
         names |= dict.fromkeys(row)
@@ -625,7 +625,7 @@ def dry_run(
 
 
 def _tried(reward: Reward, arguments: dict) -> tuple[list[float | None], str]:
-    "The values of a reward, and the message with which a run would refuse them, or none."
+    "Return a reward's values, and the message with which a run would refuse them, or none."
     rows = len(arguments["prompts"])
     values, problem = [None] * rows, ""
     try:
@@ -642,7 +642,7 @@ def _tried(reward: Reward, arguments: dict) -> tuple[list[float | None], str]:
 
 
 def _spread(values: list[float | None], group: int) -> dict:
-    "Mean of a reward's values, and their spread within groups of `group`."
+    "Compute the mean of a reward's values, and their spread within groups of `group`."
     import pandas as pd
 
     known = [v if v is not None and math.isfinite(v) else math.nan for v in values]

@@ -84,14 +84,14 @@ def call_filter() -> bytes:
 
 # %% ../../nbs/rewards/jail.ipynb #a5d705dd
 def _linked(program: str) -> list[str]:
-    "The shared libraries that `program` loads, by the names it has for them."
+    "List the shared libraries that `program` loads, by the names it has for them."
     answer = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
     return re.findall(r"(?:=> |^\s*)(/\S+)", answer, re.MULTILINE)
 
 
 @functools.cache
 def jail_command() -> tuple[str, ...]:
-    "The beginning of every command: the isolator, and what Python needs to see."
+    "Return the beginning of every command: the isolator, and the folders that Python needs."
     program = os.environ.get("POLM_BWRAP") or shutil.which("bwrap")
     if not sys.platform.startswith("linux") or not program:
         raise WrongInput(

@@ -117,12 +117,12 @@ class Label:
 
     @property
     def probability(self) -> float:
-        "The label: the mean of both orders."
+        "Return the label: the mean of both orders."
         return round((self.first + self.second) / 2, 12)  # a half is a half, whatever rounding says
 
     @property
     def bias(self) -> float:
-        "1: always the one shown first; -1: always the one shown second."
+        "Return the bias: 1 for always the one shown first, -1 for always the second."
         return round(self.first - self.second, 12)
 
 
@@ -144,7 +144,7 @@ QUESTION = (
 
 
 def read_constitution(text: str) -> list[tuple[str, str]]:
-    "Principles with their opposites (empty where none is given), of a text or of a .txt file."
+    "Read principles and their opposites (empty without one) from a text or a .txt file."
     lines = [text]
     if text.strip().endswith(".txt"):
         try:
@@ -167,12 +167,12 @@ def read_constitution(text: str) -> list[tuple[str, str]]:
 
 
 def principle_of(constitution: list[tuple[str, str]], row: dict) -> tuple[str, str]:
-    "The principle (and its opposite) for this prompt: always the same one."
+    "Choose the principle (and its opposite) for this prompt: always the same one."
     return constitution[seed_of(str(row["prompt"])) % len(constitution)]
 
 
 def question_about(template: str, constitution: list, row: dict, **replies: str) -> list[dict]:
-    "The messages of a question, `QUESTION` or `MARK`, about replies to the prompt of a row."
+    "Write the messages of a question, `QUESTION` or `MARK`, about replies to a row's prompt."
     principle = principle_of(constitution, row)[0]
     text = template.format(request=request_of(row["prompt"]), principle=principle, **replies)
     return [user(text)]
@@ -239,12 +239,12 @@ class ModelJudge:
         self.longest = getattr(policy.model.config, "max_position_embeddings", None) or 2**20
 
     def logps(self, rows: list[dict]) -> list[float]:
-        "Log-probability of each row's completion after its prompt, in nats."
+        "Compute the log-probability of each row's completion after its prompt, in nats."
         examples = [encode(self.tokenizer, row, "completion", self.longest) for row in rows]
         return sequence_logps(self.policy, examples, self.tokenizer.pad_token_id).tolist()
 
     def answers(self, texts, template: str, row: dict, **replies: str) -> list[float]:
-        "Log-probability of each of `texts` as the answer to a question about replies, in nats."
+        "Compute the log-probability, in nats, of each of `texts` as the answer to a question."
         asked = dict(prompt=self.asked(question_about(template, self.constitution, row, **replies)))
         completions = as_completions([asked] * len(texts), list(texts))
         return self.logps([dict(asked, completion=completion) for completion in completions])
@@ -254,11 +254,11 @@ class ModelJudge:
         return 1 / (1 + math.exp(min(b - a, 700.0)))
 
     def mark(self, row: dict, reply: str) -> float:
-        "Mark of one reply in [-1, 1], from the probabilities of the answers 1 to 10."
+        "Mark one reply in [-1, 1], by the probabilities of the answers 1 to 10."
         return mark_of(self.answers(MARKS, MARK, row, reply=reply))
 
     def asked(self, messages: list[dict]):
-        "A conversation for a model with a chat template, text for one without."
+        "Return a conversation for a model with a chat template, text for one without."
         return readable(self.tokenizer, messages)
 
     def write(self, messages: list[dict], seed: int) -> str:
@@ -297,7 +297,7 @@ class ContrastJudge(ModelJudge):
                 )
 
     def score(self, row: dict, reply: str) -> float:
-        "log π(reply | principle, prompt) - log π(reply | opposite, prompt), in nats."
+        "Compute log π(reply | principle, prompt) - log π(reply | opposite, prompt) in nats."
         key = (str(row["prompt"]), reply)
         if key not in self.scores:
             prompts = [under(row["prompt"], z) for z in principle_of(self.constitution, row)]
@@ -320,7 +320,7 @@ EDGES = " \n\t*().:\"'`"  # characters that may be around an answer in a token
 
 
 def shares(token: dict, answers, named: Callable[[str], str]) -> dict[str, float]:
-    """The probability of each of `answers` at a token of a chat completion, by its alternatives.
+    """Sum the probability of each of `answers` over the alternatives of a token.
 
     `named(text)` is the answer that the text of a token names.
     Raises: `ValueError` for a log-probability above 0.
@@ -421,7 +421,7 @@ class EndpointJudge:
         return 0.5 if found is None else found
 
     def mark(self, row: dict, reply: str) -> float:
-        "Mark of one reply in [-1, 1]; 0 where no number can be read."
+        "Mark one reply in [-1, 1]; 0 where no number can be read."
         asked = question_about(MARK, self.constitution, row, reply=reply)
         found = self.answer(asked, mark_in, 20, "mark is 0", "the number alone counts")
         return 0.0 if found is None else found
@@ -519,7 +519,7 @@ def label_each(judge: Callable, pairs: list[tuple[dict, str, str]]) -> Iterator[
 
 
 def _no_preference(labels: list[Label]) -> str:
-    "The message about a judge whose labels are all ½."
+    "Write the message about a judge whose labels are all ½."
     shown, always = [label.first for label in labels], "neither reply"
     if min(shown) > 0.5:
         always = "the first reply in both orders"
@@ -532,5 +532,5 @@ def _no_preference(labels: list[Label]) -> str:
 
 
 def label_pairs(judge: Callable, pairs: list[tuple[dict, str, str]]) -> list[Label]:
-    "The labels of `label_each`; raises what it raises."
+    "Collect the labels of `label_each`; raises the same errors."
     return list(label_each(judge, pairs))

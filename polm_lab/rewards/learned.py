@@ -98,7 +98,7 @@ def padding_for(tokenizer, ends: set[int]) -> int | None:
 
 
 def score_rows(scorer: Scorer, examples: list[dict], pad_id: int, rows: int = 32) -> Tensor:
-    "Rewards [n] of encoded rows; rows of like length go through the model together."
+    "Compute rewards [n] of encoded rows; rows of like length go through the model together."
     device, order, out = (
         next(scorer.parameters()).device,
         sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"])),
@@ -139,7 +139,7 @@ def members(spec: str) -> tuple[list[str], str]:
 
 
 def _member(spec: str, device: str, dtype: str, rows: int) -> Callable[[list, list], list]:
-    "One model as a function from prompts and completions to rewards."
+    "Load one model as a function from prompts and completions to rewards."
     model, tokenizer = (
         load_model(spec, dtype=dtype, device=device, head="any"),
         load_tokenizer(spec),

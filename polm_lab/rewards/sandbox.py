@@ -93,7 +93,7 @@ def run_code(
 def _execute(
     code, stdin="", tests="", seconds=2.0, memory_mib=256, disk_mib=0, output_kib=64
 ) -> Execution:
-    "`run_code` without its checks."
+    "Do the work of `run_code`, without its checks."
     limits = int(seconds) + 1, int(memory_mib * 2**20), int(disk_mib * 2**20)
     pipes = [os.pipe(), os.pipe()] if tests else []  # to the program, to the tests
     lines = [(pipes[0][0], pipes[1][1]), (pipes[1][0], pipes[0][1])] if tests else [()]
@@ -330,7 +330,7 @@ def isolator() -> str:
 
 
 def missing() -> str:
-    "Why no code can be run here, in one line; empty where it can."
+    "Say in one line why no code can be run here; empty where it can."
     try:
         isolator()
     except WrongInput as wrong:

@@ -13,13 +13,13 @@ from .sandbox import Execution, run_code
 
 # %% ../../nbs/rewards/verifiers.ipynb #fd370703
 def code_in(text: str) -> str:
-    "The last fenced block of `text`, or all of it if there is none."
+    "Return the last fenced block of `text`, or all of it if there is none."
     blocks = re.findall(r"```[^\n`]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
     return blocks[-1] if blocks else text
 
 
 def assertions(tests: list[str]) -> str:
-    "Unit tests as a program: assertions as they are, and expressions that must be true."
+    "Join unit tests to a program: assertions, and expressions that must be true."
     return "\n".join(
         test if "assert" in test or "\n" in test else f"assert {test}" for test in tests
     )
@@ -41,7 +41,7 @@ def humaneval_parts(task: dict, completion: str) -> tuple[str, str]:
 
 
 def mbpp_parts(task: dict, code: str) -> tuple[str, str]:
-    "Code and tests of an MBPP row (`test_list`, `test_setup_code`) with code."
+    "Return code and tests of an MBPP row (`test_list`, `test_setup_code`) with code."
     return code_in(code), task.get("test_setup_code", "") + "\n" + assertions(task["test_list"])
 
 
