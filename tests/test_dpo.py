@@ -47,7 +47,7 @@ def weights(run):
     return b"".join(p.read_bytes() for p in sorted((run.path / "model").glob("*.safetensors")))
 
 
-# The loss ---------------------------------------------------------------------------------------------------------
+# The loss -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("beta", [0.01, 0.1, 3.0])
@@ -60,9 +60,8 @@ def test_zero_margin_costs_log_2_and_pulls_with_half_beta(beta, epsilon):
     loss = dpo_loss(*sides, *(s.detach() for s in sides), beta, epsilon)
     loss.sum().backward()
     assert torch.allclose(loss, torch.full((2,), math.log(2)))
-    assert torch.allclose(sides[0].grad, torch.full((2,), -beta * (0.5 - epsilon))) and torch.equal(
-        sides[1].grad, -sides[0].grad
-    )
+    assert torch.allclose(sides[0].grad, torch.full((2,), -beta * (0.5 - epsilon)))
+    assert torch.equal(sides[1].grad, -sides[0].grad)
 
 
 def test_loss_of_large_margins_is_finite_and_linear_when_wrong():
@@ -70,7 +69,8 @@ def test_loss_of_large_margins_is_finite_and_linear_when_wrong():
     zero = torch.zeros(2)
     loss = dpo_loss(chosen, zero, zero, zero, 0.1)
     loss.sum().backward()
-    assert loss.tolist() == [0.0, 1000.0] and torch.allclose(chosen.grad, torch.tensor([0.0, -0.1]))
+    assert loss.tolist() == [0.0, 1000.0]
+    assert torch.allclose(chosen.grad, torch.tensor([0.0, -0.1]))
 
 
 def test_loss_by_hand():
@@ -90,12 +90,14 @@ def test_smoothed_loss_is_lowest_where_the_labels_odds_are():
 
 
 def test_only_log_ratios_matter():
-    "Adding the same to policy and reference changes nothing: a long prompt or answer has no weight of its own."
+    """Adding the same to policy and reference changes nothing.
+
+    So a long prompt or answer has no weight of its own.
+    """
     torch.manual_seed(0)
     a, b, c, d, shift = torch.randn(5, 7, dtype=torch.float64)
-    assert torch.allclose(
-        dpo_loss(a, b, c, d, 0.3), dpo_loss(a + shift, b, c + shift, d, 0.3)
-    ) and not torch.allclose(dpo_loss(a, b, c, d, 0.3), dpo_loss(b, a, c, d, 0.3))
+    assert torch.allclose(dpo_loss(a, b, c, d, 0.3), dpo_loss(a + shift, b, c + shift, d, 0.3))
+    assert not torch.allclose(dpo_loss(a, b, c, d, 0.3), dpo_loss(b, a, c, d, 0.3))
 
 
 def test_optimal_policy_beats_others():
@@ -129,21 +131,17 @@ def test_metrics_of_pairs():
         torch.tensor([-5.0, -2.0, -3.0]), torch.tensor([-4.0, -2.0, -3.0]), 0.5
     )
     found = pair_metrics(chosen, rejected)
-    assert found["accuracy"].tolist() == [1.0, 0.5, 0.0] and found["margin"].tolist() == [
-        1.0,
-        0.0,
-        -3.0,
-    ]
-    assert found["reward_chosen"].tolist() == [0.5, 0.0, -3.0] and found[
-        "reward_rejected"
-    ].tolist() == [-0.5, 0.0, 0.0]
+    assert found["accuracy"].tolist() == [1.0, 0.5, 0.0]
+    assert found["margin"].tolist() == [1.0, 0.0, -3.0]
+    assert found["reward_chosen"].tolist() == [0.5, 0.0, -3.0]
+    assert found["reward_rejected"].tolist() == [-0.5, 0.0, 0.0]
 
 
-# Pairs in the model -----------------------------------------------------------------------------------------------
+# Pairs in the model -------------------------------------------------------------------------------
 
 
 def test_batch_of_pairs_is_each_answer_alone(tokenizer, start, pairs):
-    "Log-probabilities of a padded, regrouped batch are those of plain log-softmax on each answer by itself."
+    "Log-probabilities of a padded, regrouped batch are those of each answer by itself."
     for batch in answer_batches(pairs, 4, tokenizer.pad_token_id):
         assert len(batch["input_ids"]) == 2 * batch["weight"]
         for side, values in zip(("chosen", "rejected"), side_logps(Policy(start), batch)):
@@ -168,7 +166,7 @@ def test_prompt_is_not_learned(tokenizer, pairs):
     assert tokenizer.decode(learned).startswith(row["chosen"][0]["content"][:20])
 
 
-# TRL --------------------------------------------------------------------------------------------------------------
+# TRL ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.2])
@@ -177,10 +175,9 @@ def test_loss_and_gradient_are_trls(tokenizer, start, tmp_path, epsilon):
 
     from trl import DPOConfig, DPOTrainer
 
-    rows = [
-        {k: r[k] for k in ("prompt", "chosen", "rejected")}
-        for r in load_data("chat", "preference")[:5]
-    ]
+    rows = []
+    for r in load_data("chat", "preference")[:5]:
+        rows.append({side: r[side] for side in ("prompt", "chosen", "rejected")})
     config = DPOConfig(
         str(tmp_path),
         per_device_train_batch_size=5,
@@ -223,24 +220,21 @@ def test_engine_trl_learns_the_same(more):
         for engine in ("lab", "trl")
     )
     for a, b in zip(ours.lines(), theirs.lines(), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=2e-4) and a["grad_norm"] == pytest.approx(
-            b["grad_norm"], rel=2e-2
-        )
+        assert a["loss"] == pytest.approx(b["loss"], abs=2e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2e-2)
         assert a["reward_chosen"] == pytest.approx(b["reward_chosen"], abs=2e-3)
     assert ours.summary["after"]["margin"] == pytest.approx(
         theirs.summary["after"]["margin"], abs=5e-3
     )
     assert set(theirs.summary["after"]) == set(ours.summary["after"])
-    files = [
-        sorted(
-            p.relative_to(run.path).as_posix() for p in (run.path / "model").rglob("*.safetensors")
-        )
-        for run in (ours, theirs)
-    ]
-    assert files[0] == files[1]  # TRL trains beside a second adapter, which must not be saved
+    files = []
+    for run in (ours, theirs):
+        paths = (run.path / "model").rglob("*.safetensors")
+        files.append(sorted(path.relative_to(run.path).as_posix() for path in paths))
+    assert files[0] == files[1]  # TRL trains a second adapter too, which must not be saved
 
 
-# The reference ----------------------------------------------------------------------------------------------------
+# The reference ------------------------------------------------------------------------------------
 
 
 def test_three_ways_to_the_reference_agree():
@@ -281,10 +275,8 @@ def test_an_adapter_is_tried_before_it_is_trusted(tokenizer, pairs, adapter, swi
 
 def test_start_is_the_reference_and_says_so():
     before = lab.run("dpo", **SHORT | dict(steps=0)).summary["before"]
-    assert (
-        before["margin"] == before["reward_chosen"] == before["reward_rejected"] == 0.0
-        and before["accuracy"] == 0.5
-    )
+    assert before["margin"] == before["reward_chosen"] == before["reward_rejected"] == 0.0
+    assert before["accuracy"] == 0.5
     assert before["kl"] == pytest.approx(0.0, abs=1e-6)
 
 
@@ -302,11 +294,12 @@ def test_start_is_the_reference_and_says_so():
 def test_wrong_input_is_one_line_before_any_step(runs, changes, words):
     with pytest.raises(WrongInput) as wrong:
         lab.run("dpo", **SHORT | changes)
-    assert words in str(wrong.value) and "\n" not in str(wrong.value)
+    assert words in str(wrong.value)
+    assert "\n" not in str(wrong.value)
     assert not any(run.lines() for run in lab.core.run.all_runs())
 
 
-# Repeatable -------------------------------------------------------------------------------------------------------
+# Repeatable ---------------------------------------------------------------------------------------
 
 
 def test_same_seed_same_bits_and_resumed_is_uninterrupted(monkeypatch):
@@ -335,7 +328,8 @@ def test_dropout_is_off():
         lab.run("dpo", **SHORT, adapter=f"lora:r=2,lora_dropout={p}") for p in (0.5, 0.0)
     )
     facts = lambda run: [(row["loss"], row["grad_norm"], row["margin"]) for row in run.lines()]
-    assert facts(with_dropout) == facts(without) and len(facts(without)) == 3
+    assert facts(with_dropout) == facts(without)
+    assert len(facts(without)) == 3
     assert with_dropout.summary == without.summary
 
 

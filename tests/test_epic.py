@@ -1,4 +1,7 @@
-"Distances between rewards: invariances, opposite ends, the triangle inequality, what rewriting does to a reward, wrong shapes."
+"""Distances between rewards: invariances, opposite ends, the triangle inequality.
+
+Also the effect of rewriting on a reward, and wrong shapes.
+"""
 
 import random
 
@@ -32,15 +35,14 @@ DISTANCES = {"epic": lambda a, b: epic(a, b, GAMMA), "starc": lambda a, b: starc
 @pytest.mark.parametrize("name", DISTANCES)
 def test_shaping_and_scale_are_nothing_and_the_opposite_is_everything(name):
     d = DISTANCES[name]
-    assert d(R, 4 * R + SHAPING) < 1e-7 and d(R, -0.1 * R + SHAPING) == pytest.approx(1.0)
+    assert d(R, 4 * R + SHAPING) < 1e-7
+    assert d(R, -0.1 * R + SHAPING) == pytest.approx(1.0)
     assert d(R, R + 0.7) < 1e-7, "a constant is shaping"
     wrong = PHI - GAMMA * PHI[:, None, None]  # the discount on the wrong side is no shaping
     assert d(R, R + 3 * wrong) > 0.01
-    assert (
-        d(R, Q) == pytest.approx(d(Q, R))
-        and d(R, T) <= d(R, Q) + d(Q, T) + 1e-9
-        and 0 < d(R, Q) < 1
-    )
+    assert d(R, Q) == pytest.approx(d(Q, R))
+    assert d(R, T) <= d(R, Q) + d(Q, T) + 1e-9
+    assert 0 < d(R, Q) < 1
 
 
 def test_epic_form_by_its_definition():
@@ -76,13 +78,10 @@ def test_starc_form_is_the_advantage_of_the_policy():
 
 def test_answers_to_prompts():
     r = torch.randn(30, 4, generator=MAKER).double()
-    assert answer_distance(
-        r, 5 * r + torch.randn(30, 1, generator=MAKER).double()
-    ) < 1e-7 and answer_distance(r, -r) == pytest.approx(1.0)
-    assert (
-        answer_distance(r, torch.zeros(30, 4)) == pytest.approx(0.5)
-        and half_distance(torch.zeros(3), torch.zeros(3)) == 0.0
-    )
+    assert answer_distance(r, 5 * r + torch.randn(30, 1, generator=MAKER).double()) < 1e-7
+    assert answer_distance(r, -r) == pytest.approx(1.0)
+    assert answer_distance(r, torch.zeros(30, 4)) == pytest.approx(0.5)
+    assert half_distance(torch.zeros(3), torch.zeros(3)) == 0.0
     advantage = r - r.mean(1, keepdim=True)
     assert answer_distance(r, advantage) < 1e-7, "a reward and its advantage within the group"
 
@@ -98,9 +97,8 @@ def test_rewrites_keep_what_gold_sees_and_change_the_words():
             abs(gold(p, a[-1]["content"])["total"] - gold(p, b[-1]["content"])["total"]) < 0.1
             for p, a, b in said
         )
-        assert sum(a != b for _, a, b in said) >= 5 and all(
-            len(b) == 1 and b[0]["role"] == "assistant" for _, _, b in said
-        )
+        assert sum(a != b for _, a, b in said) >= 5
+        assert all(len(b) == 1 and b[0]["role"] == "assistant" for _, _, b in said)
     assert rewritten("Gladly! So.", "opening", random.Random(0)) != "Gladly! So."
 
 
@@ -110,12 +108,11 @@ def test_agreement_tells_a_reward_of_meaning_from_one_of_words():
         float("Gladly!" in c[-1]["content"]) + len(c[-1]["content"]) / 1000 for c in completions
     ]
     table = agreement(words, rows)
-    assert (
-        table.loc["opening", "kept"] < 1
-        and table.loc["opening", "moved"] > table.loc["spaces", "moved"] > 0
-    )
+    assert table.loc["opening", "kept"] < 1
+    assert table.loc["opening", "moved"] > table.loc["spaces", "moved"] > 0
     constant = agreement(lambda prompts, completions: [0.0] * len(prompts), rows)
-    assert (constant.kept == 1).all() and (constant.moved == 0).all()
+    assert (constant.kept == 1).all()
+    assert (constant.moved == 0).all()
 
 
 def test_wrong_shapes_are_refused():

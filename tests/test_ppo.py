@@ -1,4 +1,4 @@
-"PPO: closed forms, equality with REINFORCE to the bit, state that survives a stop, and what is refused."
+"PPO: closed forms, equality with REINFORCE to the bit, state after a stop, wrong input."
 
 import json
 import math
@@ -62,7 +62,7 @@ SHORT = dict(
 )
 
 
-# Closed forms ---------------------------------------------------------------------------------------------------------
+# Closed forms -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -87,9 +87,8 @@ def test_gae_is_its_double_sum(gamma, gae_lambda):
                 expected[row, t] += (gamma * gae_lambda) ** (later - t) * (
                     rewards[row, later] + gamma * after - values[row, later]
                 )
-    assert torch.allclose(advantages, expected, atol=1e-12) and torch.allclose(
-        returns, (expected + values) * mask, atol=1e-12
-    )
+    assert torch.allclose(advantages, expected, atol=1e-12)
+    assert torch.allclose(returns, (expected + values) * mask, atol=1e-12)
 
 
 def test_gae_at_its_ends():
@@ -98,16 +97,15 @@ def test_gae_at_its_ends():
         torch.tensor([[0.3, 0.6, 0.2]]),
         torch.ones(1, 3),
     )
-    assert torch.allclose(
-        gae(rewards, values, mask, 1.0, 1.0)[0], torch.tensor([[1.2, 0.9, 0.8]])
-    ) and torch.allclose(gae(rewards, values, mask, 1.0, 1.0)[1], torch.tensor([[1.5, 1.5, 1.0]]))
+    assert torch.allclose(gae(rewards, values, mask, 1.0, 1.0)[0], torch.tensor([[1.2, 0.9, 0.8]]))
+    assert torch.allclose(gae(rewards, values, mask, 1.0, 1.0)[1], torch.tensor([[1.5, 1.5, 1.0]]))
     assert torch.allclose(gae(rewards, values, mask, 1.0, 0.0)[0], torch.tensor([[0.3, 0.1, 0.8]]))
     assert torch.equal(
         gae(rewards, torch.zeros(1, 3), mask, 1.0, 1.0)[0], torch.tensor([[1.5, 1.5, 1.0]])
     )
 
 
-def test_the_score_stands_at_the_last_token_and_the_toll_at_each():
+def test_the_score_is_at_the_last_token_and_the_kl_penalty_at_each():
     mask, kl = torch.tensor([[1.0, 1, 1], [1, 0, 0]]), torch.tensor([[0.1, -0.2, 0.3], [0.4, 9, 9]])
     assert torch.allclose(
         token_rewards(torch.tensor([2.0, -1.0]), kl, mask, 0.5),
@@ -116,31 +114,28 @@ def test_the_score_stands_at_the_last_token_and_the_toll_at_each():
 
 
 def test_beta_is_steered_by_at_most_two_percent():
-    assert adapt_kl_coefficient(0.1, 0.05, 0.05) == 0.1 and adapt_kl_coefficient(
-        0.1, 0.055, 0.05
-    ) == pytest.approx(0.101)
-    assert adapt_kl_coefficient(0.1, 5.0, 0.05) == pytest.approx(0.102) and adapt_kl_coefficient(
-        0.1, -1.0, 0.05
-    ) == pytest.approx(0.098)
+    assert adapt_kl_coefficient(0.1, 0.05, 0.05) == 0.1
+    assert adapt_kl_coefficient(0.1, 0.055, 0.05) == pytest.approx(0.101)
+    assert adapt_kl_coefficient(0.1, 5.0, 0.05) == pytest.approx(0.102)
+    assert adapt_kl_coefficient(0.1, -1.0, 0.05) == pytest.approx(0.098)
 
 
 def test_exploration_falls_or_rises_with_the_variance():
     assert entropy_weight(0.1, 0, 0.3) == 0.1
-    described, printed = (
-        [entropy_weight(0.1, rate, v) for v in (0.0, 0.1, 1.0)] for rate in (2.0, -2.0)
-    )
-    assert described == pytest.approx(
-        [0, 0.1 * (1 - math.exp(-0.2)), 0.1 * (1 - math.exp(-2))]
-    ) and printed == pytest.approx([0.1, 0.1 * math.exp(-0.2), 0.1 * math.exp(-2)])
+    variances = (0.0, 0.1, 1.0)
+    described = [entropy_weight(0.1, 2.0, variance) for variance in variances]
+    printed = [entropy_weight(0.1, -2.0, variance) for variance in variances]
+    expected = [0, 0.1 * (1 - math.exp(-0.2)), 0.1 * (1 - math.exp(-2))]
+    assert described == pytest.approx(expected)
+    assert printed == pytest.approx([0.1, 0.1 * math.exp(-0.2), 0.1 * math.exp(-2)])
 
 
 def test_a_clipped_value_stops_only_on_the_way_to_its_return():
     values = torch.tensor([0.1, 0.3, -0.3, 0.3], requires_grad=True)
     loss = value_loss(values, torch.zeros(4), torch.tensor([1.0, 1.0, 1.0, -1.0]), 0.2)
     loss.sum().backward()
-    assert torch.allclose(loss, torch.tensor([0.405, 0.32, 0.845, 0.845])) and torch.allclose(
-        values.grad, torch.tensor([-0.9, 0, -1.3, 1.3])
-    )
+    assert torch.allclose(loss, torch.tensor([0.405, 0.32, 0.845, 0.845]))
+    assert torch.allclose(values.grad, torch.tensor([-0.9, 0, -1.3, 1.3]))
     assert torch.allclose(
         value_loss(values, torch.zeros(4), torch.ones(4)), (values - 1).square() / 2
     )
@@ -149,16 +144,15 @@ def test_a_clipped_value_stops_only_on_the_way_to_its_return():
 @pytest.mark.parametrize("minibatches", [1, 2, 4])
 def test_rows_are_dealt_evenly_and_alike_by_any_number_of_processes(minibatches):
     whole = split_minibatches(16, minibatches, 5)
-    assert sorted(sum(whole, [])) == list(range(16)) and {len(hand) for hand in whole} == {
-        16 // minibatches
-    }
+    assert sorted(sum(whole, [])) == list(range(16))
+    assert {len(hand) for hand in whole} == {16 // minibatches}
     halves = [split_minibatches(8, minibatches, 5, first) for first in (0, 8)]
     for hand, (a, b) in zip(whole, zip(*halves)):
         assert sorted(hand) == sorted(a + [8 + row for row in b])
     assert minibatches == 1 or whole != split_minibatches(16, minibatches, 6)
 
 
-# The actor ------------------------------------------------------------------------------------------------------------
+# The actor ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -202,12 +196,10 @@ def test_without_its_parts_it_is_reinforce_to_the_bit(asked, kind):
     policy.zero_grad()
     rewards = torch.tensor([r for group in groups for r in group.rewards])[batch["rows"]]
     (-token_stats(policy, batch, 1.0).logp * rewards[:, None]).sum().backward()
-    assert (
-        0 < rewards.mean() < 1
-        and all(torch.equal(a, p.grad) for a, p in zip(ours, policy.parameters()))
-        and max(a.abs().max() for a in ours) > 0
-    )
-    assert actor.head.bias.grad.abs() > 0, "the critic learns all the same"
+    assert 0 < rewards.mean() < 1
+    assert all(torch.equal(a, p.grad) for a, p in zip(ours, policy.parameters()))
+    assert max(a.abs().max() for a in ours) > 0
+    assert actor.head.bias.grad.abs() > 0, "the critic learns anyway"
 
 
 def test_values_belong_to_the_state_before_each_token(asked):
@@ -235,13 +227,10 @@ def test_running_statistics_are_those_of_all_rewards_and_part_of_the_state():
     for part in scores.split([1, 3, 2, 1]):
         last = actor.normalized(part)
     known = scores[scores.isfinite()]
-    assert torch.allclose(
-        actor.seen, torch.tensor([6.0, known.mean(), known.var() * 5])
-    ) and torch.allclose(last, (known[-1:] - known.mean()) / known.std(), atol=1e-5)
-    assert (
-        torch.allclose(whole.normalized(scores)[-1], last[0], atol=1e-5)
-        and whole.normalized(scores)[2].isnan()
-    )
+    assert torch.allclose(actor.seen, torch.tensor([6.0, known.mean(), known.var() * 5]))
+    assert torch.allclose(last, (known[-1:] - known.mean()) / known.std(), atol=1e-5)
+    assert torch.allclose(whole.normalized(scores)[-1], last[0], atol=1e-5)
+    assert whole.normalized(scores)[2].isnan()
     assert {"seen", "beta"} <= set(actor.state_dict())
 
 
@@ -258,21 +247,22 @@ def test_details_change_what_is_learned_from(asked):
     mask = plain["mask"].bool()
     assert torch.equal(plain["returns"][:, 0], raw), "gamma = gae_lambda = 1 and no value"
     white = seen({"whiten_advantages": 1.0})[0]["advantages"][mask]
-    assert abs(white.mean()) < 1e-5 and abs(white.std() - 1) < 1e-4
+    assert abs(white.mean()) < 1e-5
+    assert abs(white.std() - 1) < 1e-4
     ended = torch.tensor([e for group in groups for e in group.ended])
     assert torch.allclose(seen({"missing_eos": 0.5})[0]["returns"][:, 0], raw - 0.5 * ~ended)
     assert seen({"normalize": 1.0, "clip_reward": 0.3})[0]["returns"].abs().max() == pytest.approx(
         0.3
     )
     assert seen({"adaptive_kl": 0.05})[1].beta.item() == pytest.approx(0.098), (
-        "no KL yet: the toll falls"
+        "no KL yet: the coefficient falls"
     )
     assert seen({"entropy": 0.2, "explore": 3.0})[0]["entropy_weight"] == pytest.approx(
         0.2 * (1 - math.exp(-3 * raw.var().item()))
     )
 
 
-# Runs -----------------------------------------------------------------------------------------------------------------
+# Runs ---------------------------------------------------------------------------------------------
 
 
 def weights(run):
@@ -301,9 +291,11 @@ def test_the_record_is_whole(run):
         "kl_coefficient",
         "entropy_coefficient",
     }
-    assert all(wanted <= set(row) for row in rows) and 0 <= run.summary["after"]["win_rate"] <= 1
+    assert all(wanted <= set(row) for row in rows)
+    assert 0 <= run.summary["after"]["win_rate"] <= 1
     sampled = [row for row in run.lines("samples") if "advantage" in row]
-    assert sampled and all(
+    assert sampled
+    assert all(
         len(row["values"])
         == len(row["advantages"])
         == len(row["logp"])
@@ -312,11 +304,9 @@ def test_the_record_is_whole(run):
         == len(row["ids"])
         for row in sampled
     )
-    assert (
-        rows[0]["explained_variance"] == pytest.approx(0, abs=1e-6)
-        and rows[0]["kl_coefficient"] == pytest.approx(0.05)
-        and rows[-1]["kl_coefficient"] != rows[0]["kl_coefficient"]
-    )
+    assert rows[0]["explained_variance"] == pytest.approx(0, abs=1e-6)
+    assert rows[0]["kl_coefficient"] == pytest.approx(0.05)
+    assert rows[-1]["kl_coefficient"] != rows[0]["kl_coefficient"]
 
 
 @pytest.mark.parametrize("value", ["own", "shared"])
@@ -330,11 +320,12 @@ def test_stopped_and_resumed_is_uninterrupted(run, value):
         execute(other)
     execute(other := Run(other.path))
     timed = ("seconds", "tokens_per_second", "memory_mib")
-    plain = lambda rows: [{k: v for k, v in row.items() if k not in timed} for row in rows]
-    assert plain(other.lines()) == plain(whole.lines()), (
+    untimed = lambda row: {name: value for name, value in row.items() if name not in timed}
+    assert [untimed(row) for row in other.lines()] == [untimed(row) for row in whole.lines()], (
         "rewards, values, beta and statistics go on as they were"
     )
-    assert weights(other) == weights(whole) and other.lines("samples") == whole.lines("samples")
+    assert weights(other) == weights(whole)
+    assert other.lines("samples") == whole.lines("samples")
 
 
 def test_a_reward_model_is_trained_first_where_it_is_asked_for(monkeypatch):
@@ -347,9 +338,10 @@ def test_a_reward_model_is_trained_first_where_it_is_asked_for(monkeypatch):
         **SHORT | dict(rewards="learned:0.5,length:0.1", data="chat", steps=2, max_new_tokens=16),
     )
     row, judge = found.lines()[0], found.record["parents"][-1]
-    assert {"reward/model", "reward/length", "reward/gold"} <= set(row) and row[
-        "reward"
-    ] == pytest.approx(0.5 * row["reward/model"] + 0.1 * row["reward/length"], abs=1e-5)
+    assert {"reward/model", "reward/length", "reward/gold"} <= set(row)
+    assert row["reward"] == pytest.approx(
+        0.5 * row["reward/model"] + 0.1 * row["reward/length"], abs=1e-5
+    )
     assert found.settings["rewards"] == f"model:{found.path.parent / judge}:0.5,length:0.1,gold:0"
     critic = load_critic(PPO(**SHORT), str(found.path.parent / judge))
     trained = load_model(
@@ -376,12 +368,14 @@ def test_a_reward_model_is_trained_first_where_it_is_asked_for(monkeypatch):
 def test_what_is_refused(change, words):
     with pytest.raises(WrongInput, match=None) as refused:
         lab.run("ppo", **SHORT | change)
-    assert words in str(refused.value) and "\n" not in str(refused.value)
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 def test_details_are_read_as_they_are_listed():
     read = lambda text: DETAILS.values(text, "details")
-    assert read("") == {} and read("explore:-2") == {"explore": -2.0}
+    assert read("") == {}
+    assert read("explore:-2") == {"explore": -2.0}
     assert read(" entropy , clip_value:0.5 ") == {"entropy": 0.01, "clip_value": 0.5}
     assert CRITIC.values("shared:0.1", "value") == dict(kind="shared", weight=0.1)
     assert CRITIC.values("some/run", "value") == dict(kind="some/run", weight=0.5)
@@ -402,7 +396,8 @@ def test_the_win_rate_is_of_the_policys_answers_over_those_of_the_base():
             return [ord(text) for text in texts]
 
     frame = Frame()
-    assert win_rate_against(frame, "base") == (2 + 0.5) / 4 and frame.policy == "ours"
+    assert win_rate_against(frame, "base") == (2 + 0.5) / 4
+    assert frame.policy == "ours"
 
 
 def test_the_what_if_cell_takes_many_tokens():
@@ -415,7 +410,9 @@ def test_the_what_if_cell_takes_many_tokens():
     exec(source, names)
     names["draw"](", ".join(["0.5"] * 100), 1.0, 0.99, 0.95, 0.2)
     value, advantage, good, bad = names["figure"].data
-    assert len(value.y) == len(advantage.y) == 100 and advantage.y[-1] == 0.5
-    assert max(good.y) == pytest.approx(1.2) and min(bad.y) == -2
+    assert len(value.y) == len(advantage.y) == 100
+    assert advantage.y[-1] == 0.5
+    assert max(good.y) == pytest.approx(1.2)
+    assert min(bad.y) == -2
     with pytest.raises(WrongInput, match="expected numbers"):
         names["draw"]("a, b", 1.0, 1.0, 0.9, 0.2)

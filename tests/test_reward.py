@@ -1,4 +1,7 @@
-"Reward models: closed forms, encodings of both heads, TRL's loss, what is saved, the reward that it gives to others, wrong input."
+"""Reward models: closed forms, encodings of both heads, and TRL's loss.
+
+Also the saved model, the reward that it gives to others, and wrong input.
+"""
 
 import json
 import math
@@ -57,7 +60,7 @@ def run(tmp_path_factory):
     return lab.run("reward", out=tmp_path_factory.mktemp("reward"), **SHORT)
 
 
-# The loss ---------------------------------------------------------------------------------------------------------
+# The loss -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("margin", [0.0, 1.5])
@@ -69,9 +72,8 @@ def test_pull_is_the_chance_of_being_wrong(margin):
     loss = reward_loss(chosen, rejected, margin)
     loss.sum().backward()
     assert torch.allclose(loss, torch.log1p(torch.exp(margin - chosen)))
-    assert torch.allclose(-chosen.grad, torch.sigmoid(margin - chosen)) and torch.equal(
-        chosen.grad, -rejected.grad
-    )
+    assert torch.allclose(-chosen.grad, torch.sigmoid(margin - chosen))
+    assert torch.equal(chosen.grad, -rejected.grad)
 
 
 def test_half_sure_is_the_same_both_ways_round_and_certain_is_bradley_terry():
@@ -93,13 +95,14 @@ def test_large_gaps_stay_finite():
     assert found.tolist() == [1e4, 0.0]
 
 
-# Measures ---------------------------------------------------------------------------------------------------------
+# Measures -----------------------------------------------------------------------------------------
 
 
 def test_measures_on_known_cases():
     sure = math.log(0.8 / 0.2)
     table, error = calibration(torch.tensor([sure] * 8 + [-sure] * 2 + [0.0] * 4))
-    assert error == pytest.approx(0.0, abs=1e-6) and sorted(b["pairs"] for b in table) == [4, 10]
+    assert error == pytest.approx(0.0, abs=1e-6)
+    assert sorted(b["pairs"] for b in table) == [4, 10]
     assert calibration(torch.tensor([50.0, -50.0]))[1] == pytest.approx(0.5)
     assert length_bias(torch.tensor([1.0, 1.0, -1.0]), torch.tensor([3.0, 3.0, 0.0])) == 0.0
     assert length_bias(torch.tensor([-1.0, -1.0]), torch.tensor([3.0, 3.0])) == -1.0
@@ -108,12 +111,11 @@ def test_measures_on_known_cases():
         "accuracy"
     ].tolist() == [1.0, 0.5, 0.0]
     members_say = torch.tensor([[1.0, -2.0], [3.0, 0.0]])
-    assert together(members_say).tolist() == [2.0, -1.0] and together(
-        members_say, "min"
-    ).tolist() == [1.0, -2.0]
+    assert together(members_say).tolist() == [2.0, -1.0]
+    assert together(members_say, "min").tolist() == [1.0, -2.0]
 
 
-# Pairs in the model -----------------------------------------------------------------------------------------------
+# Pairs in the model -------------------------------------------------------------------------------
 
 
 def test_a_pairwise_side_has_read_the_other_answer_first(tokenizer):
@@ -122,11 +124,9 @@ def test_a_pairwise_side_has_read_the_other_answer_first(tokenizer):
     for side, other in (("chosen", "rejected"), ("rejected", "chosen")):
         text = tokenizer.decode(both[side]["input_ids"])
         first, last = row[other][-1]["content"], row[side][-1]["content"]
-        assert (
-            text.startswith(tokenizer.decode(alone[other]["input_ids"]))
-            and text.rstrip().endswith(last + "<|im_end|>")
-            and text.count(first) >= 1
-        )
+        assert text.startswith(tokenizer.decode(alone[other]["input_ids"]))
+        assert text.rstrip().endswith(last + "<|im_end|>")
+        assert text.count(first) >= 1
     assert sorted(both["chosen"]["input_ids"]) == sorted(both["rejected"]["input_ids"])
 
 
@@ -142,11 +142,9 @@ def test_scores_do_not_depend_on_padding_or_batch_and_are_those_of_transformers(
     whole, single = (score_rows(Scorer(model), rows, tokenizer.pad_token_id, n) for n in (10, 1))
     with torch.no_grad():
         plain = torch.stack([model(torch.tensor([row["input_ids"]])).logits[0, 0] for row in rows])
-    assert (
-        torch.allclose(whole, single, atol=1e-4)
-        and torch.allclose(single, plain, atol=1e-5)
-        and whole.std() > 0.1
-    )
+    assert torch.allclose(whole, single, atol=1e-4)
+    assert torch.allclose(single, plain, atol=1e-5)
+    assert whole.std() > 0.1
 
 
 def test_the_head_is_a_function_of_the_seed():
@@ -154,19 +152,21 @@ def test_the_head_is_a_function_of_the_seed():
         load_model("tiny", dtype="float32", device="cpu", head="score", seed=s).score.weight
         for s in (0, 0, 1)
     )
-    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
 
 
-# The run ----------------------------------------------------------------------------------------------------------
+# The run ------------------------------------------------------------------------------------------
 
 
 def test_what_is_saved_is_a_sequence_classifier_that_plain_transformers_loads(run, tokenizer):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     folder = run.path / "model"
-    assert (folder / "model.safetensors").exists() and json.loads(
-        (folder / "config.json").read_text()
-    )["architectures"] == ["LlamaForSequenceClassification"]
+    assert (folder / "model.safetensors").exists()
+    assert json.loads((folder / "config.json").read_text())["architectures"] == [
+        "LlamaForSequenceClassification"
+    ]
     model, words = (
         AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).eval(),
         AutoTokenizer.from_pretrained(folder),
@@ -178,9 +178,8 @@ def test_what_is_saved_is_a_sequence_classifier_that_plain_transformers_loads(ru
         ] == pytest.approx(model(**text).logits.item(), abs=1e-5)
     with pytest.raises(WrongInput, match="a reward model, which writes no text"):
         load_model(run.path)
-    assert {row["side"] for row in run.lines("samples")} == {"chosen", "rejected"} and all(
-        math.isfinite(row["reward"]) for row in run.lines("samples")
-    )
+    assert {row["side"] for row in run.lines("samples")} == {"chosen", "rejected"}
+    assert all(math.isfinite(row["reward"]) for row in run.lines("samples"))
 
 
 def test_it_goes_on_from_a_reward_model(run, tmp_path):
@@ -192,23 +191,20 @@ def test_an_adapter_is_merged_into_what_is_saved(tmp_path):
     run = lab.run("reward", out=tmp_path, **SHORT | dict(adapter="lora:r=2"))
     assert not (run.path / "model" / "adapter_config.json").exists()
     again = lab.run("reward", out=tmp_path, **SHORT | dict(model=str(run.path), steps=0))
-    assert (
-        again.summary["before"] == pytest.approx(run.summary["after"], abs=1e-3)
-        and run.summary["after"]["margin"] != run.summary["before"]["margin"]
-    )
+    assert again.summary["before"] == pytest.approx(run.summary["after"], abs=1e-3)
+    assert run.summary["after"]["margin"] != run.summary["before"]["margin"]
     with pytest.raises(WrongInput, match="cannot be merged"):
         lab.run("reward", out=tmp_path, **SHORT | dict(adapter="prompt_tuning"))
 
 
 def test_trl_trains_the_same_model(run, tmp_path):
     theirs = lab.run("reward", out=tmp_path, **SHORT | dict(engine="trl"))
-    a, b = (torch.tensor([row["loss"] for row in r.lines()]) for r in (run, theirs))
-    assert torch.allclose(a, b, atol=1e-4) and theirs.summary["after"] == pytest.approx(
-        run.summary["after"], abs=2e-3
-    )
-    assert {"accuracy", "margin"} <= set(theirs.lines()[0]) and (
-        theirs.path / "model" / "model.safetensors"
-    ).exists()
+    a = torch.tensor([row["loss"] for row in run.lines()])
+    b = torch.tensor([row["loss"] for row in theirs.lines()])
+    assert torch.allclose(a, b, atol=1e-4)
+    assert theirs.summary["after"] == pytest.approx(run.summary["after"], abs=2e-3)
+    assert {"accuracy", "margin"} <= set(theirs.lines()[0])
+    assert (theirs.path / "model" / "model.safetensors").exists()
 
 
 def test_margin_and_probability_columns_are_used(tmp_path, tokenizer):
@@ -225,33 +221,32 @@ def test_margin_and_probability_columns_are_used(tmp_path, tokenizer):
         margin: lab.run("reward", out=tmp_path / "runs", **settings, margin=margin).lines()[0]
         for margin in (0.0, 2.0)
     }
-    assert (
-        losses[0.0]["margin"] == losses[2.0]["margin"]
-        and losses[2.0]["loss"] > losses[0.0]["loss"] + 0.3
-    )
+    assert losses[0.0]["margin"] == losses[2.0]["margin"]
+    assert losses[2.0]["loss"] > losses[0.0]["loss"] + 0.3
     pairs = encode_pairs(tokenizer, rows, 64)
     assert [(p["margin"], p["doubt"]) for p in pairs] == [(1.0, 0.25), (0.0, 0.0)]
     with pytest.raises(WrongInput, match="takes every label as certain"):
         trl_rows(RewardModel(), pairs)
-    assert [
-        row["margin"]
-        for row in trl_rows(RewardModel(margin=3.0), [dict(p, doubt=0.0) for p in pairs])
-    ] == [3.0, 0.0]
+    certain = [dict(p, doubt=0.0) for p in pairs]
+    rows = trl_rows(RewardModel(margin=3.0), certain)
+    assert [row["margin"] for row in rows] == [3.0, 0.0]
 
 
-# As a reward ------------------------------------------------------------------------------------------------------
+# As a reward --------------------------------------------------------------------------------------
 
 
 def test_every_rewards_knob_takes_a_reward_model(run):
     [one] = make_rewards(f"model:{run.path}")
-    assert (one.name, one.weight) == ("model", 1.0) and short_name(f"model:{run.path}") == "model"
+    assert (one.name, one.weight) == ("model", 1.0)
+    assert short_name(f"model:{run.path}") == "model"
     [half, gold] = make_rewards(f"model:{run.path}/model:0.5,gold:0", lambda row, text: 1.0)
     assert (half.weight, gold.name, gold.weight) == (0.5, "gold", 0.0)
     single = one.function(prompts=CHAT, completions=SAID)
-    assert load_reward(f"{run.path}+{run.path}")(CHAT, SAID) == pytest.approx(
-        single
-    ) and load_reward(f"min({run.path}+{run.path})")(CHAT, SAID) == pytest.approx(single)
-    assert len(single) == 2 and single[0] != single[1] and all(isinstance(r, float) for r in single)
+    assert load_reward(f"{run.path}+{run.path}")(CHAT, SAID) == pytest.approx(single)
+    assert load_reward(f"min({run.path}+{run.path})")(CHAT, SAID) == pytest.approx(single)
+    assert len(single) == 2
+    assert single[0] != single[1]
+    assert all(isinstance(r, float) for r in single)
     assert (
         one.function(prompts=["2+2="], completions=[""], extra=[1], completion_ids=[[2]])[0]
         is not None
@@ -278,11 +273,9 @@ def test_a_pairwise_model_says_how_often_a_completion_wins(tmp_path):
     run = lab.run("reward", out=tmp_path, **SHORT | dict(head="pairwise"))
     judge = load_reward(str(run.path))
     three = judge(["2+2="] * 3 + ["1+1="], ["4", "5", "6", "2"])
-    assert (
-        three[3] is None
-        and sum(three[:3]) == pytest.approx(1.5)
-        and all(0 < r < 1 for r in three[:3])
-    )
+    assert three[3] is None
+    assert sum(three[:3]) == pytest.approx(1.5)
+    assert all(0 < r < 1 for r in three[:3])
     model = Scorer(load_model(run.path, dtype="float32", device="cpu", head="any"))
     sides = encode_sides(
         load_tokenizer(run.path), dict(prompt="2+2=", chosen="4", rejected="5"), 256, "pairwise"
@@ -293,7 +286,7 @@ def test_a_pairwise_model_says_how_often_a_completion_wins(tmp_path):
     )
 
 
-# Wrong input ------------------------------------------------------------------------------------------------------
+# Wrong input --------------------------------------------------------------------------------------
 
 WRONG = {
     "model": "model of what",
@@ -316,7 +309,8 @@ def test_wrong_pairs_are_refused():
     for value in (-1.0, "much", True, math.inf, None):
         with pytest.raises(WrongInput, match="margin is"):
             margin_of({"margin": value})
-    assert margin_of({}) == 0.0 and members("min(a + b)") == (["a", "b"], "min")
+    assert margin_of({}) == 0.0
+    assert members("min(a + b)") == (["a", "b"], "min")
 
 
 def test_a_classifier_with_several_labels_is_refused(run, tmp_path):

@@ -1,4 +1,4 @@
-"Rewards: closed forms, TRL's functions unchanged, and what is said to wrong ones."
+"Rewards: closed forms, TRL's functions unchanged, and messages for wrong ones."
 
 import asyncio
 import math
@@ -62,7 +62,7 @@ def test_every_reward_of_the_library_on_known_text():
     ]
     assert length_reward(10)(completion_ids=[[0] * 9]) == [-0.5]
     assert repetition_reward(completion_ids=[[1] * 5, [1, 2, 3, 4], [1]]) == [1 / 3 - 1, 0.0, 0.0]
-    assert dialogue_reward(['"hi"', 'he said "come in now" and "go away"', 'an "open quote']) == [
+    assert dialogue_reward(['"hi"', 'he called "come in now" and "go away"', 'an "open quote']) == [
         0.0,
         2 / 3,
         0.0,
@@ -96,7 +96,8 @@ def test_trl_functions_work_unchanged():
     completions = as_completions(talk, ["<think>\nso\n</think>\nyes", "yes"])
     assert call_rewards(rewards, talk, completions, [[1]] * 2, [True] * 2).total == [1.0, 0.0]
     [ours] = for_trl(make_rewards("format"), end_tokens=[9])
-    assert ours.__name__ == "format" and ours(
+    assert ours.__name__ == "format"
+    assert ours(
         prompts=["a", "a"],
         completions=["7", "7"],
         completion_ids=[[1, 9], [1, 1]],
@@ -110,11 +111,9 @@ def test_weights_and_none():
         Reward("b", -0.5, lambda completions: [None, 4.0, 2.0, None]),
     ]
     scores = call_rewards(two, ROWS, ["x"] * 4, [[1]] * 4, [True] * 4)
-    assert (
-        scores.total[:3] == [2.0, -2.0, 5.0]
-        and math.isnan(scores.total[3])
-        and scores.parts["b"] == [None, 4.0, 2.0, None]
-    )
+    assert scores.total[:3] == [2.0, -2.0, 5.0]
+    assert math.isnan(scores.total[3])
+    assert scores.parts["b"] == [None, 4.0, 2.0, None]
     assert parse_rewards("correct:1.0, format:0.2,a.b:f,c.py:g:3") == [
         ("correct", 1.0),
         ("format", 0.2),
@@ -131,13 +130,8 @@ def test_what_a_function_may_take_and_give():
     ).total[:3] == [1, 2, 3]
     seen = {}
     scored(lambda **columns: seen.update(columns) or [0.0] * 4)
-    assert seen["answer"] == [row["answer"] for row in ROWS] and {
-        "prompts",
-        "completions",
-        "completion_ids",
-        "ended",
-        "log_metric",
-    } <= set(seen)
+    assert seen["answer"] == [row["answer"] for row in ROWS]
+    assert {"prompts", "completions", "completion_ids", "ended", "log_metric"} <= set(seen)
 
     async def later(completions, **columns):
         await asyncio.sleep(0)
@@ -171,9 +165,9 @@ def test_a_bad_reward_is_refused_in_one_line(name):
     function, says = BAD[name]
     with pytest.raises(WrongInput) as wrong:
         scored(function)
-    assert (
-        says in str(wrong.value) and "\n" not in str(wrong.value) and "expected" in str(wrong.value)
-    )
+    assert says in str(wrong.value)
+    assert "\n" not in str(wrong.value)
+    assert "expected" in str(wrong.value)
 
 
 SPECS = {
@@ -196,7 +190,8 @@ def test_a_wrong_spec_is_refused_in_one_line(spec, tmp_path):
     (tmp_path / "broken.py").write_text("def f(:\n")
     with pytest.raises(WrongInput) as wrong:
         make_rewards(spec.replace("BROKEN", str(tmp_path / "broken.py")))
-    assert SPECS[spec] in str(wrong.value) and "\n" not in str(wrong.value)
+    assert SPECS[spec] in str(wrong.value)
+    assert "\n" not in str(wrong.value)
 
 
 def test_the_trial_meets_an_empty_completion(tmp_path):
@@ -223,7 +218,8 @@ def test_consistency_is_agreement_with_ones_siblings():
 def test_gold_is_recorded_without_weight():
     rewards = make_rewards("format,gold:0", scorer("sums", ROWS))
     scores = call_rewards(rewards, ROWS, [row["answer"] for row in ROWS], [[1]] * 4, [True] * 4)
-    assert scores.total == [1.0] * 4 and scores.parts["gold"] == [1.0] * 4
+    assert scores.total == [1.0] * 4
+    assert scores.parts["gold"] == [1.0] * 4
     assert [short_name(n) for n in ("gold", "model:a/b", "my.py:f", "x.y:g")] == [
         "gold",
         "model",
@@ -240,31 +236,21 @@ def test_a_dry_run_shows_what_is_wrong_and_refuses_nothing():
         time.sleep(0.05)
         return [float(i) for i in range(len(completions))]
 
-    table, said = dry_run(
+    table, samples = dry_run(
         ["correct,repetition:0.5", unsure, slow, BAD["raises"][0], lambda completions: [1.0]],
         prompts=3,
-        num_generations=4,
+        samples=4,
         max_new_tokens=4,
     )
-    assert (
-        list(table.index) == ["correct", "repetition", "unsure", "slow", "fails", "<lambda>"]
-        and len(said) == 12
-    )
-    assert (table.loc["unsure", "none"], table.loc["unsure", "not_finite"]) == (
-        1,
-        1,
-    ) and "completion 0 got nan" in table.loc["unsure", "problem"]
-    assert (
-        table.loc["slow", "ms"] >= 50
-        and table.loc["slow", "group_std"] == pytest.approx(np.std([0, 1, 2, 3], ddof=1))
-        and table.loc["slow", "equal_groups"] == 0
-    )
-    assert (
-        "ZeroDivisionError" in table.loc["fails", "problem"]
-        and "returned 1 rewards for 12" in table.loc["<lambda>", "problem"]
-    )
-    assert (
-        table.loc["correct", "problem"] == ""
-        and table.loc["repetition", "weight"] == 0.5
-        and table.loc["correct", "mean"] == said["correct"].mean()
-    )
+    assert list(table.index) == ["correct", "repetition", "unsure", "slow", "fails", "<lambda>"]
+    assert len(samples) == 12
+    assert (table.loc["unsure", "none"], table.loc["unsure", "not_finite"]) == (1, 1)
+    assert "completion 0 got nan" in table.loc["unsure", "problem"]
+    assert table.loc["slow", "ms"] >= 50
+    assert table.loc["slow", "group_std"] == pytest.approx(np.std([0, 1, 2, 3], ddof=1))
+    assert table.loc["slow", "equal_groups"] == 0
+    assert "ZeroDivisionError" in table.loc["fails", "problem"]
+    assert "returned 1 rewards for 12" in table.loc["<lambda>", "problem"]
+    assert table.loc["correct", "problem"] == ""
+    assert table.loc["repetition", "weight"] == 0.5
+    assert table.loc["correct", "mean"] == samples["correct"].mean()

@@ -1,4 +1,7 @@
-"RLAIF: both orders, a real endpoint that fails in every way, keys that go nowhere, labels that are kept, and what they train."
+"""RLAIF: both orders, a real endpoint that fails in every way, and keys that go nowhere.
+
+Also labels that are kept, and the models that they train.
+"""
 
 import json
 import math
@@ -63,7 +66,10 @@ CONSTITUTION = [("Be polite.", "Be rude.")]
 
 
 class Server(Endpoint):
-    "It prefers the longer reply, with a taste for A: log-odds (len(a) - len(b)) / 4 + taste; of two numbers the larger."
+    """It prefers the longer reply, with a taste for A; of two numbers the larger.
+
+    Log-odds: (len(a) - len(b)) / 4 + taste.
+    """
 
     logprobs, taste, says = True, 0.5, None
 
@@ -85,10 +91,10 @@ class Server(Endpoint):
             {"token": f" {name}", "logprob": -math.log1p(math.exp(-sign * odds))}
             for name, sign in (("A", 1), ("B", -1))
         ]
-        said = self.says or letter
-        choice = {"message": {"content": said}}
-        if self.logprobs and "logprobs" in body and said in ("A", "B"):
-            token = next(t for t in top if t["token"].strip() == said)
+        reply = self.says or letter
+        choice = {"message": {"content": reply}}
+        if self.logprobs and "logprobs" in body and reply in ("A", "B"):
+            token = next(t for t in top if t["token"].strip() == reply)
             choice["logprobs"] = {"content": [{**token, "top_logprobs": top}]}
         return choice
 
@@ -123,7 +129,7 @@ def weights(run):
     return b"".join(p.read_bytes() for p in sorted((run.path / "model").glob("*.safetensors")))
 
 
-# Both orders ------------------------------------------------------------------------------------------------------
+# Both orders --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("taste", [-3.0, 0.0, 2.0])
@@ -131,14 +137,14 @@ def test_a_taste_for_a_place_never_turns_a_label_round(taste):
     judge = lambda row, first, second: 1 / (1 + math.exp(-(len(first) - len(second)) - taste))
     for size in (1, 2, 4, 6):
         label = both_orders(judge, {}, "x" * size, "xxx")
-        assert (label.probability > 0.5) == (size > 3) and math.isclose(
+        assert (label.probability > 0.5) == (size > 3)
+        assert math.isclose(
             both_orders(judge, {}, "xxx", "x" * size).probability, 1 - label.probability
         )
-        assert (label.bias > 0) == (taste > 0) and (taste or label.bias == 0)
-    assert (
-        math.isclose(both_orders(lambda *_: 1.0, {}, "a", "b").bias, 1.0)
-        and both_orders(lambda *_: 0.0, {}, "a", "b").bias == -1.0
-    )
+        assert (label.bias > 0) == (taste > 0)
+        assert taste or label.bias == 0
+    assert math.isclose(both_orders(lambda *_: 1.0, {}, "a", "b").bias, 1.0)
+    assert both_orders(lambda *_: 0.0, {}, "a", "b").bias == -1.0
 
 
 def test_an_order_that_cannot_matter_is_not_asked_twice():
@@ -148,9 +154,11 @@ def test_an_order_that_cannot_matter_is_not_asked_twice():
         asked.append(first)
         return 0.75
 
-    assert both_orders(judge, {}, "a", "b") == Label(0.75, 0.25) and len(asked) == 2
+    assert both_orders(judge, {}, "a", "b") == Label(0.75, 0.25)
+    assert len(asked) == 2
     judge.two_orders = False
-    assert both_orders(judge, {}, "a", "b") == Label(0.75, 0.75) and len(asked) == 3
+    assert both_orders(judge, {}, "a", "b") == Label(0.75, 0.75)
+    assert len(asked) == 3
 
 
 def test_soft_labels_reach_the_loss():
@@ -176,7 +184,7 @@ def test_soft_labels_reach_the_loss():
         )
 
 
-# Judges -----------------------------------------------------------------------------------------------------------
+# Judges -------------------------------------------------------------------------------------------
 
 
 def test_a_local_reader_gives_the_share_of_the_letters(tiny):
@@ -188,15 +196,10 @@ def test_a_local_reader_gives_the_share_of_the_letters(tiny):
             )
         )
     ]
-    a, b = (
-        math.exp(v)
-        for v in judge.logps(
-            [
-                dict(prompt=prompt, completion=[dict(role="assistant", content=letter)])
-                for letter in "AB"
-            ]
-        )
-    )
+    answers = [
+        dict(prompt=prompt, completion=[dict(role="assistant", content=letter)]) for letter in "AB"
+    ]
+    a, b = map(math.exp, judge.logps(answers))
     assert math.isclose(judge(row, "Yes.", "No."), a / (a + b), rel_tol=1e-4)
 
 
@@ -208,17 +211,16 @@ def test_a_contrast_knows_polite_from_rude_in_any_order(tiny):
             "Ugh. Take your time. Now go away.",
         )
         assert judge(row, polite, rude) > 0.5 > judge(row, rude, polite)
-        assert (
-            math.isclose(judge(row, polite, rude) + judge(row, rude, polite), 1.0)
-            and len(judge.scores) % 2 == 0
-        )
+        assert math.isclose(judge(row, polite, rude) + judge(row, rude, polite), 1.0)
+        assert len(judge.scores) % 2 == 0
     swapped = ContrastJudge(*tiny, [("Be rude.", "Be polite.")])
     assert math.isclose(swapped.score(rows[0], polite), -judge.score(rows[0], polite), rel_tol=1e-5)
 
 
 def test_rules_of_the_library_and_of_a_file(tmp_path):
     (tmp_path / "mine.py").write_text(
-        "def brevity(completions, **columns):\n    return [-len(c) if isinstance(c, str) else -len(c[0]['content']) for c in completions]\n"
+        "def brevity(completions, **columns):\n    return [-len(c) if isinstance(c, str) else "
+        "-len(c[0]['content']) for c in completions]\n"
     )
     rows = load_data("sums#4", "prompt")
     judge = make_judge(f"rule:{tmp_path}/mine.py:brevity", rows)
@@ -242,10 +244,8 @@ def test_the_path_of_a_rule_is_whole_in_the_record(tmp_path, monkeypatch):
         "def f(completions, **columns):\n    return [0.0] * len(completions)\n"
     )
     monkeypatch.chdir(tmp_path)
-    assert (
-        RLAIF(judge="rule:mine.py:f").judge == f"rule:{tmp_path}/mine.py:f"
-        and RLAIF(judge="contrast:self").judge == "contrast:self"
-    )
+    assert RLAIF(judge="rule:mine.py:f").judge == f"rule:{tmp_path}/mine.py:f"
+    assert RLAIF(judge="contrast:self").judge == "contrast:self"
 
 
 def test_a_constitution_of_a_file_gives_each_prompt_its_principle(tmp_path):
@@ -253,31 +253,26 @@ def test_a_constitution_of_a_file_gives_each_prompt_its_principle(tmp_path):
     found = read_constitution(str(tmp_path / "rules.txt"))
     assert found == [("Be polite.", "Be rude."), ("Be brief.", "")]
     drawn = [principle_of(found, dict(prompt=f"{i}?")) for i in range(40)]
-    assert set(drawn) == set(found) and drawn == [
-        principle_of(found, dict(prompt=f"{i}?")) for i in range(40)
-    ]
-    assert "cannot be read" in says(
-        read_constitution, str(tmp_path / "none.txt")
-    ) and "no principle" in says(read_constitution, " | Be rude.")
+    assert set(drawn) == set(found)
+    assert drawn == [principle_of(found, dict(prompt=f"{i}?")) for i in range(40)]
+    assert "cannot be read" in says(read_constitution, str(tmp_path / "none.txt"))
+    assert "no principle" in says(read_constitution, " | Be rude.")
     assert "no opposite" in says(
         make_judge, "contrast:tiny", constitution=str(tmp_path / "rules.txt")
     )
 
 
-# The endpoint -----------------------------------------------------------------------------------------------------
+# The endpoint -------------------------------------------------------------------------------------
 
 
 def test_soft_labels_from_log_probs(server):
     label = both_orders(server.judge(key=KEY), dict(prompt="Why?"), "x" * 8, "x" * 4)
     sigma = lambda x: 1 / (1 + math.exp(-x))
-    assert (
-        math.isclose(label.first, sigma(1.5), rel_tol=1e-9)
-        and math.isclose(label.second, sigma(0.5), rel_tol=1e-9)
-        and server.notes == []
-    )
-    assert all(h["Authorization"] == f"Bearer {KEY}" for h in server.headers) and {
-        b["model"] for b in server.bodies
-    } == {"small"}
+    assert math.isclose(label.first, sigma(1.5), rel_tol=1e-9)
+    assert math.isclose(label.second, sigma(0.5), rel_tol=1e-9)
+    assert server.notes == []
+    assert all(h["Authorization"] == f"Bearer {KEY}" for h in server.headers)
+    assert {b["model"] for b in server.bodies} == {"small"}
     server.judge()(dict(prompt="Why?"), "a", "b")
     assert "Authorization" not in server.headers[-1], "without key_variable no key is sent"
 
@@ -308,9 +303,8 @@ def test_verdicts_as_servers_write_them():
 
 def test_without_log_probs_the_letter_counts_and_that_is_said_once(server):
     server.logprobs, judge = False, server.judge()
-    assert [judge(dict(prompt=f"{i}?"), "long reply", "short") for i in range(3)] == [
-        1.0
-    ] * 3 and judge(dict(prompt="?"), "a", "a long reply") == 0.0
+    assert [judge(dict(prompt=f"{i}?"), "long reply", "short") for i in range(3)] == [1.0] * 3
+    assert judge(dict(prompt="?"), "a", "a long reply") == 0.0
     assert server.notes == [
         "judge: answers come without log-probabilities; the letter alone counts, as 0 or 1"
     ]
@@ -341,20 +335,14 @@ def test_what_an_endpoint_does_not_take_is_left_out(server, monkeypatch):
 
     monkeypatch.setattr(handler, "send", refusing)
     judge = server.judge()
-    assert (
-        judge(dict(prompt="?"), "a long reply", "b") == 1.0
-        and judge(dict(prompt="?"), "b", "a long reply") == 0.0
-    )
-    assert (
-        server.asked == 4
-        and "logprobs" not in server.bodies[-1]
-        and "max_tokens" not in server.bodies[-1]
-        and "temperature" in server.bodies[-1]
-    )
-    assert (
-        sum("does not take logprobs" in note for note in server.notes) == 1
-        and len(server.notes) == 3
-    )
+    assert judge(dict(prompt="?"), "a long reply", "b") == 1.0
+    assert judge(dict(prompt="?"), "b", "a long reply") == 0.0
+    assert server.asked == 4
+    assert "logprobs" not in server.bodies[-1]
+    assert "max_tokens" not in server.bodies[-1]
+    assert "temperature" in server.bodies[-1]
+    assert sum("does not take logprobs" in note for note in server.notes) == 1
+    assert len(server.notes) == 3
 
 
 FAILURES = [
@@ -372,7 +360,8 @@ FAILURES = [
     '{"choices": []}',
     '{"choices": [{"message": {}}]}'[:-2],
     '{"choices": [{"message": {"content": 7}}]}',
-    '{"choices": [{"message": {"content": "A"}, "logprobs": {"content": [{"token": "A", "logprob": "much"}]}}]}',
+    '{"choices": [{"message": {"content": "A"}, '
+    '"logprobs": {"content": [{"token": "A", "logprob": "much"}]}}]}',
     '{"choices": [{"message": {"content": "A"}, "logprobs": 3}]}',
 ]
 
@@ -380,11 +369,10 @@ FAILURES = [
 @pytest.mark.parametrize("fail", FAILURES, ids=lambda f: str(f)[:24] or "empty")
 def test_a_failure_that_passes_is_asked_again(server, fail):
     server.fails = [fail, fail]
-    assert (
-        server.judge()(dict(prompt="?"), "x" * 8, "x" * 4)
-        == pytest.approx(1 / (1 + math.exp(-1.5)))
-        and server.asked == 3
+    assert server.judge()(dict(prompt="?"), "x" * 8, "x" * 4) == pytest.approx(
+        1 / (1 + math.exp(-1.5))
     )
+    assert server.asked == 3
 
 
 @pytest.mark.parametrize("fail", FAILURES, ids=lambda f: str(f)[:24] or "empty")
@@ -393,13 +381,17 @@ def test_a_failure_that_stays_ends_in_one_line(server, fail):
     judge(dict(prompt="?"), "a", "b")
     server.fails = [fail] * 9
     message = says(judge, dict(prompt="?"), "a", "b")
-    assert "4 tries" in message and server.asked == 5 and KEY not in message and len(message) < 500
+    assert "4 tries" in message
+    assert server.asked == 5
+    assert KEY not in message
+    assert len(message) < 500
 
 
 def test_slow_answers_are_asked_again(server):
     server.fails = ["slow"]
     judge = server.judge(timeout=0.2)
-    assert judge(dict(prompt="?"), "a", "b") > 0.5 and server.asked == 2
+    assert judge(dict(prompt="?"), "a", "b") > 0.5
+    assert server.asked == 2
     server.fails = ["slow"] * 2
     assert "no answer within 0.2 s, 2 tries" in says(
         server.judge(timeout=0.2, tries=2), dict(prompt="?"), "a", "b"
@@ -419,13 +411,11 @@ def test_slow_answers_are_asked_again(server):
 def test_what_asking_again_does_not_mend_is_asked_once(server, status, word):
     server.fails = [status] * 9
     message = says(server.judge(key=KEY), dict(prompt="?"), "a", "b")
-    assert (
-        server.asked == 1
-        and word in message
-        and f"status {status}" in message
-        and KEY not in message
-        and "[key]" in message
-    )
+    assert server.asked == 1
+    assert word in message
+    assert f"status {status}" in message
+    assert KEY not in message
+    assert "[key]" in message
 
 
 def test_pauses_double_and_obey_the_endpoint(server, monkeypatch):
@@ -435,9 +425,8 @@ def test_pauses_double_and_obey_the_endpoint(server, monkeypatch):
     monkeypatch.setattr(tenacity.nap.time, "sleep", pauses.append)
     server.fails, server.after = [500, 500, 500], None
     server.judge(pause=1.0)(dict(prompt="?"), "a", "b")
-    assert (
-        all(low <= pause <= low + 1 for low, pause in zip((1, 2, 4), pauses)) and len(pauses) == 3
-    )
+    assert all(low <= pause <= low + 1 for low, pause in zip((1, 2, 4), pauses))
+    assert len(pauses) == 3
     pauses.clear()
     server.fails, server.after = [429, 503], "7"
     server.judge(pause=1.0)(dict(prompt="?"), "a", "b")
@@ -457,16 +446,15 @@ def test_an_endpoint_that_is_not_there_is_said_at_once():
     assert "cannot be reached" in says(
         make_judge, "openai:http://no such host/v1#m", load_data("chat#1", "prompt")
     )
-    assert "cannot be reached" in message and "start it" in message
+    assert "cannot be reached" in message
+    assert "start it" in message
 
 
 def test_answers_that_name_no_reply_are_halves_and_a_judge_of_halves_is_refused(server):
     server.says, judge = "They are much alike.", server.judge()
-    assert (
-        judge(dict(prompt="?"), "a", "b") == 0.5
-        and len(server.notes) == 1
-        and "neither reply" in server.notes[0]
-    )
+    assert judge(dict(prompt="?"), "a", "b") == 0.5
+    assert len(server.notes) == 1
+    assert "neither reply" in server.notes[0]
     assert "neither reply in all of the first 6 pairs" in says(
         label_pairs, judge, [(dict(prompt=f"{i}?"), "a", "b") for i in range(6)]
     )
@@ -477,19 +465,18 @@ def test_a_judge_that_always_says_a_is_refused_after_32_pairs(server):
     message = says(
         label_pairs, judge, [(dict(prompt=f"{i}?"), "a", "a longer one") for i in range(100)]
     )
-    assert (
-        "the first reply in both orders in all of the first 32 pairs" in message
-        and server.asked == 64
-    )
+    assert "the first reply in both orders in all of the first 32 pairs" in message
+    assert server.asked == 64
 
 
-# Keys -------------------------------------------------------------------------------------------------------------
+# Keys ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [KEY, "sk_lower", "A" * 65, "A B", "1A", "ABC\nDEF"])
 def test_a_key_in_place_of_a_name_is_refused_and_not_repeated(name, runs):
     message = says(lab.run, "rlaif", judge="openai:http://localhost:1/v1#m", key_variable=name)
-    assert name not in message and not runs.exists()
+    assert name not in message
+    assert not runs.exists()
 
 
 def test_a_missing_or_odd_key_is_one_line(monkeypatch):
@@ -499,7 +486,8 @@ def test_a_missing_or_odd_key_is_one_line(monkeypatch):
         message = says(read_key, "POLM_TEST_KEY")
         assert not value.strip() or value not in message
     monkeypatch.setenv("POLM_TEST_KEY", f" {KEY}\n")
-    assert read_key("POLM_TEST_KEY") == KEY and read_key("") == ""
+    assert read_key("POLM_TEST_KEY") == KEY
+    assert read_key("") == ""
 
 
 @pytest.mark.parametrize(
@@ -521,11 +509,9 @@ def test_a_missing_or_odd_key_is_one_line(monkeypatch):
 )
 def test_a_wrong_spec_is_one_line_without_what_may_be_a_key(spec):
     message = says(RLAIF, judge=spec)
-    assert (
-        "judge" in message
-        and "u:p" not in message
-        and "sk-123" not in message.replace("'sk-123456'", "")
-    )
+    assert "judge" in message
+    assert "u:p" not in message
+    assert "sk-123" not in message.replace("'sk-123456'", "")
 
 
 def test_specs():
@@ -534,11 +520,8 @@ def test_specs():
         "https://h:8000/v1",
         "org/m",
     )
-    assert parse_judge("rule:my.py:f") == ("rule", "my.py:f", "") and parse_judge("model:tiny") == (
-        "model",
-        "tiny",
-        "",
-    )
+    assert parse_judge("rule:my.py:f") == ("rule", "my.py:f", "")
+    assert parse_judge("model:tiny") == ("model", "tiny", "")
 
 
 @pytest.mark.parametrize("algorithm", ["dpo", "sft", "direct"])
@@ -551,9 +534,8 @@ def test_a_key_is_nowhere_in_a_run_that_works(server, runs, monkeypatch, algorit
         | dict(judge=server.spec, key_variable="POLM_TEST_KEY", algorithm=algorithm, eval_rows=2)
         | more,
     )
-    assert run.status == "finished" and all(
-        h["Authorization"] == f"Bearer {KEY}" for h in server.headers
-    )
+    assert run.status == "finished"
+    assert all(h["Authorization"] == f"Bearer {KEY}" for h in server.headers)
     assert KEY.encode() not in everything(runs) and (
         algorithm != "sft" or b"[key]" in everything(runs)
     ), "it was in an answer, and was taken out"
@@ -569,17 +551,18 @@ def test_a_key_is_nowhere_in_a_notebook_and_a_run_that_fails(server, runs, polm)
         for w in ("-p", k, str(v))
     ]
     failed = polm("run", "rlaif", *words, POLM_TEST_KEY=KEY)
-    assert failed.returncode == 2 and "status 401" in failed.stderr and server.asked >= 1
+    assert failed.returncode == 2
+    assert "status 401" in failed.stderr
+    assert server.asked >= 1
     [run] = all_runs(runs)
-    assert run.status == "failed" and (run.path / "notebook.ipynb").exists()
-    assert (
-        KEY.encode() not in everything(runs)
-        and KEY not in failed.stdout + failed.stderr
-        and b"[key]" in everything(runs)
-    )
+    assert run.status == "failed"
+    assert (run.path / "notebook.ipynb").exists()
+    assert KEY.encode() not in everything(runs)
+    assert KEY not in failed.stdout + failed.stderr
+    assert b"[key]" in everything(runs)
 
 
-# Labels are kept --------------------------------------------------------------------------------------------------
+# Labels are kept ----------------------------------------------------------------------------------
 
 
 def test_no_label_is_lost_and_none_is_asked_twice(server, runs, monkeypatch):
@@ -598,18 +581,20 @@ def test_no_label_is_lost_and_none_is_asked_twice(server, runs, monkeypatch):
     says(lab.run, "rlaif", **settings)
     run = next(r for r in all_runs(runs) if r.status == "failed")
     kept = len(read_lines(run.path / "labels.jsonl"))
-    assert "503" in run.read()["reason"] and "2 tries" in run.read()["reason"] and 0 < kept < needed
+    assert "503" in run.read()["reason"]
+    assert "2 tries" in run.read()["reason"]
+    assert 0 < kept < needed
     monkeypatch.setattr(page_endpoint.Endpoint, "post", monkeypatched)
     server.fails, server.asked = [], 0
     with open(run.path / "labels.jsonl", "a") as file:
         file.write('{"key": "torn')
     lab.resume(run)
-    assert server.asked == needed - kept and Run(run.path).status == "finished"
-    assert (
-        weights(run) == weights(whole)
-        and (run.path / "preferences.jsonl").read_bytes()
-        == (whole.path / "preferences.jsonl").read_bytes()
-    )
+    assert server.asked == needed - kept
+    assert Run(run.path).status == "finished"
+    assert weights(run) == weights(whole)
+    assert (run.path / "preferences.jsonl").read_bytes() == (
+        whole.path / "preferences.jsonl"
+    ).read_bytes()
 
 
 def test_what_an_endpoint_said_once_stays_though_it_says_otherwise_now(tmp_path):
@@ -682,11 +667,9 @@ def test_a_kill_while_it_labels_changes_nothing(server, runs, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     [run] = all_runs(runs)
-    assert (
-        run.status == "dead"
-        and read_lines(run.path / "labels.jsonl")
-        and not (run.path / "preferences.jsonl").exists()
-    )
+    assert run.status == "dead"
+    assert read_lines(run.path / "labels.jsonl")
+    assert not (run.path / "preferences.jsonl").exists()
     server.choice = lambda body, echo: plain(server, body, echo)
     lab.resume(run)
     assert weights(run) == weights(whole)
@@ -699,12 +682,13 @@ def test_a_stop_while_it_labels_keeps_the_labels(runs, monkeypatch):
     with pytest.raises(Stopped):
         lab.run("rlaif", **QUICK)
     [run] = all_runs(runs)
-    assert run.status == "stopped" and 3 <= len(read_lines(run.path / "labels.jsonl")) < 32
+    assert run.status == "stopped"
+    assert 3 <= len(read_lines(run.path / "labels.jsonl")) < 32
     monkeypatch.undo()
     assert lab.resume(run).status == "finished"
 
 
-# What they train --------------------------------------------------------------------------------------------------
+# What they train ----------------------------------------------------------------------------------
 
 
 def test_preferences_and_what_is_known_of_them():
@@ -728,35 +712,27 @@ def test_preferences_and_what_is_known_of_them():
         1.0
     ] * 4
     turned = preference_rows(pairs, labels, RLAIF(noise=1.0))
-    assert [r["chosen"] for r in turned] == ["wrong", "right", "wrong", "wrong"] and math.isclose(
-        turned[0]["probability"], 0.8
-    )
+    assert [r["chosen"] for r in turned] == ["wrong", "right", "wrong", "wrong"]
+    assert math.isclose(turned[0]["probability"], 0.8)
     facts = label_facts(pairs, labels, found, lambda row, text: float(text == "right"))
-    assert (
-        facts["agreement"] == (3 + 2 * 0.5) / 6
-        and facts["agreement_learned"] == 2 / 3
-        and facts["undecided"] == 2
-        and facts["learned"] == 3
-    )
-    assert facts["position_bias"] == pytest.approx((0.2 + 0.2 + 0 + 0.06 + 1 + 0) / 6) and facts[
-        "turned_by_order"
-    ] == pytest.approx(2 / 6)
+    assert facts["agreement"] == (3 + 2 * 0.5) / 6
+    assert facts["agreement_learned"] == 2 / 3
+    assert facts["undecided"] == 2
+    assert facts["learned"] == 3
+    assert facts["position_bias"] == pytest.approx((0.2 + 0.2 + 0 + 0.06 + 1 + 0) / 6)
+    assert facts["turned_by_order"] == pytest.approx(2 / 6)
     assert "expected two at least" in says(preference_rows, pairs, [Label(0.5, 0.5)] * 6, RLAIF())
 
 
 def test_noise_turns_its_share_and_more_noise_turns_the_same_pairs_too():
     pairs = [(dict(prompt=f"{i}?"), "a", "b") for i in range(1000)]
-    turned = {
-        noise: {
-            r["prompt"]
-            for r in preference_rows(pairs, [Label(1.0, 1.0)] * 1000, RLAIF(noise=noise))
-            if r["chosen"] == "b"
-        }
-        for noise in (0.1, 0.3)
-    }
-    assert (
-        70 < len(turned[0.1]) < 130 and 250 < len(turned[0.3]) < 350 and turned[0.1] < turned[0.3]
-    )
+    turned = {}
+    for noise in (0.1, 0.3):
+        rows = preference_rows(pairs, [Label(1.0, 1.0)] * 1000, RLAIF(noise=noise))
+        turned[noise] = {row["prompt"] for row in rows if row["chosen"] == "b"}
+    assert 70 < len(turned[0.1]) < 130
+    assert 250 < len(turned[0.3]) < 350
+    assert turned[0.1] < turned[0.3]
 
 
 def test_the_direct_reward_is_the_share_of_siblings_beaten(tmp_path):
@@ -774,14 +750,11 @@ def test_the_direct_reward_is_the_share_of_siblings_beaten(tmp_path):
         ended=[True] * 5,
     )
     p = both_orders(judge, dict(answer=1), "x", "xx").probability
-    assert (
-        found[:3] == pytest.approx([p, (1 - p + 0.5) / 2, (1 - p + 0.5) / 2])
-        and found[3] < 0.5 < found[4]
-        and sum(found[:3]) / 3 == pytest.approx(0.5)
-    )
-    assert not any(first == second for _, first, second in asked) and {
-        answer for answer, *_ in asked
-    } == {1, 2}
+    assert found[:3] == pytest.approx([p, (1 - p + 0.5) / 2, (1 - p + 0.5) / 2])
+    assert found[3] < 0.5 < found[4]
+    assert sum(found[:3]) / 3 == pytest.approx(0.5)
+    assert not any(first == second for _, first, second in asked)
+    assert {answer for answer, *_ in asked} == {1, 2}
     assert reward(["p"], ["alone"], answer=[1]) == [0.5]
 
 
@@ -792,11 +765,9 @@ def test_direct_trains_with_the_judge_as_reward_and_stops_and_resumes_alike(
         algorithm="direct", num_generations=4, batch_size=8, steps=2, save_every=1
     )
     whole = lab.run("rlaif", out=tmp_path / "whole", **settings)
-    assert (
-        "reward/judge" in whole.lines()[-1]
-        and whole.samples().rewards.iloc[0].keys() == {"judge"}
-        and read_lines(whole.path / "labels.jsonl")
-    )
+    assert "reward/judge" in whole.lines()[-1]
+    assert whole.samples().rewards.iloc[0].keys() == {"judge"}
+    assert read_lines(whole.path / "labels.jsonl")
     monkeypatch.setattr(Run, "stop_requested", lambda self: self.record["step"] == 1)
     with pytest.raises(Stopped):
         lab.run("rlaif", **settings)
@@ -808,29 +779,24 @@ def test_direct_trains_with_the_judge_as_reward_and_stops_and_resumes_alike(
 def test_a_reward_model_learns_the_labels_and_ppo_climbs_it(runs):
     run = lab.run("rlaif", **QUICK | dict(algorithm="ppo", steps=1, batch_size=8))
     model = Run(run.path.parent / run.read()["stages"]["reward"])
-    assert (
-        model.method == "reward"
-        and model.status == "finished"
-        and model.settings["data"] == str(run.path / "preferences.jsonl")
-        and model.id in run.read()["parents"]
-    )
-    assert "reward/model" in run.lines()[-1] and (run.path / "model").exists()
+    assert model.method == "reward"
+    assert model.status == "finished"
+    assert model.settings["data"] == str(run.path / "preferences.jsonl")
+    assert model.id in run.read()["parents"]
+    assert "reward/model" in run.lines()[-1]
+    assert (run.path / "model").exists()
 
 
 def test_revision_asks_for_a_critique_and_then_for_the_answer(server):
     judge, row = server.judge(), dict(prompt=[page_judges.user("How?")])
     found = revise(judge, row, "Ugh.", 3)
     first, second = (body["messages"] for body in server.bodies)
-    assert (
-        [m["role"] for m in second] == ["user", "assistant", "user", "assistant", "user"]
-        and second[:3] == first
-        and first[1]["content"] == "Ugh."
-    )
-    assert (
-        "Be polite." in first[2]["content"]
-        and second[3]["content"] == found["critique"]
-        and found["revision"].startswith("Of course!")
-    )
+    assert [m["role"] for m in second] == ["user", "assistant", "user", "assistant", "user"]
+    assert second[:3] == first
+    assert first[1]["content"] == "Ugh."
+    assert "Be polite." in first[2]["content"]
+    assert second[3]["content"] == found["critique"]
+    assert found["revision"].startswith("Of course!")
     assert "does not write" in says(revise, make_judge("rule:format"), row, "Ugh.", 0)
 
 
@@ -846,11 +812,9 @@ def test_revisions_are_learned_and_written_once(runs, monkeypatch):
     )
     run = lab.run("rlaif", **settings)
     rows = read_lines(run.path / "revisions.jsonl")
-    assert (
-        0 < len(rows) == len(written)
-        and {"prompt", "completion", "reply", "critique"} <= rows[0].keys()
-        and "perplexity" in run.summary["after"]
-    )
+    assert 0 < len(rows) == len(written)
+    assert {"prompt", "completion", "reply", "critique"} <= rows[0].keys()
+    assert "perplexity" in run.summary["after"]
 
 
 def test_no_pair_to_compare_is_one_line():
@@ -870,7 +834,5 @@ def test_errors_of_the_judge_cost_the_policy():
         ).summary["after"]
         for noise in (0.0, 0.5)
     }
-    assert (
-        gold[0.0]["accuracy"] > gold[0.5]["accuracy"] + 0.15
-        and gold[0.0]["reward"] > gold[0.5]["reward"] + 0.05
-    )
+    assert gold[0.0]["accuracy"] > gold[0.5]["accuracy"] + 0.15
+    assert gold[0.0]["reward"] > gold[0.5]["reward"] + 0.05

@@ -1,4 +1,7 @@
-"RLOO, ReMax, REINFORCE++: closed forms, unbiased estimates, equality with TRL, runs that repeat to the bit, and what is refused."
+"""RLOO, ReMax, REINFORCE++: closed forms, unbiased estimates, and equality with TRL.
+
+Also runs that repeat to the bit, and wrong input.
+"""
 
 import copy
 import itertools
@@ -53,7 +56,7 @@ SHORT = dict(
 )
 
 
-# Closed forms ---------------------------------------------------------------------------------------------------------
+# Closed forms -------------------------------------------------------------------------------------
 
 
 def test_estimates_against_others_and_against_the_greedy_answer_are_unbiased():
@@ -79,10 +82,8 @@ def test_advantages_of_answers():
     )
     assert torch.allclose(plain, torch.tensor([1, -1 / 3, -1 / 3, -1 / 3, 0, 0, 0, 0, 0, 0, 0, 0]))
     counted = plain[:6]  # an answer without a reward, or without another one, counts nowhere
-    assert (
-        torch.allclose(scaled[:6], (counted - counted.mean()) / (counted.std() + 1e-4))
-        and not scaled[6:].any()
-    )
+    assert torch.allclose(scaled[:6], (counted - counted.mean()) / (counted.std() + 1e-4))
+    assert not scaled[6:].any()
     assert answer_advantages(
         torch.tensor([1.0, nan, 3, 0]), 2, torch.tensor([0.0, 1, nan, 2])
     ).tolist() == [1, 0, 0, -2]
@@ -118,21 +119,22 @@ def test_reinforce_plus_plus_whitens_over_all_tokens_of_the_step():
     rewards, batches = microbatches()
     means = spread_over_tokens(rewards, batches, 0.1)
     tokens = token_values(batches, "advantages")
-    direct = [
-        [r - 0.1 * 0.5 * (n + 1 - t) for t in range(n + 1)] for n, r in enumerate(rewards.tolist())
-    ]
+    direct = []
+    for n, r in enumerate(rewards.tolist()):
+        direct.append([r - 0.1 * 0.5 * (n + 1 - t) for t in range(n + 1)])
     flat = torch.tensor([v for row in direct for v in row])
     expected = [((torch.tensor(row) - flat.mean()) / flat.std()).tolist() for row in direct]
     assert [len(row) for row in tokens] == [1, 2, 3, 4]
     for found, wanted, mean in zip(tokens, expected, means):
-        assert found == pytest.approx(wanted, abs=1e-5) and mean.item() == pytest.approx(
-            sum(wanted) / len(wanted), abs=1e-5
-        )
+        assert found == pytest.approx(wanted, abs=1e-5)
+        assert mean.item() == pytest.approx(sum(wanted) / len(wanted), abs=1e-5)
     assert sum(b["weight"] for b in batches) == 10
     rewards, batches = microbatches((1.0, math.nan, 3.0, -1.0))
     means = spread_over_tokens(rewards, batches, 0.1)
     tokens = token_values(batches, "advantages")
-    assert tokens[1] == [] and means[1] == 0 and sum(b["weight"] for b in batches) == 8
+    assert tokens[1] == []
+    assert means[1] == 0
+    assert sum(b["weight"] for b in batches) == 8
 
 
 def test_the_first_update_is_reinforce():
@@ -152,15 +154,13 @@ def test_an_answer_is_clipped_as_one():
     logp = (old + torch.tensor([[0.1], [0.05]])).requires_grad_()
     summed, ratio = answer_loss(logp, old, torch.tensor([1.0, 1.0]), mask, 0.2, 0.2)
     summed.backward()
-    assert (
-        torch.allclose(ratio, torch.tensor([0.3, 0.15]).exp())
-        and not logp.grad[0].any()
-        and torch.allclose(logp.grad[1], -ratio[1].detach().expand(3))
-    )
+    assert torch.allclose(ratio, torch.tensor([0.3, 0.15]).exp())
+    assert not logp.grad[0].any()
+    assert torch.allclose(logp.grad[1], -ratio[1].detach().expand(3))
     assert summed.item() == pytest.approx(-1.2 - math.exp(0.15))
 
 
-# TRL ------------------------------------------------------------------------------------------------------------------
+# TRL ----------------------------------------------------------------------------------------------
 
 
 def shaken(model, seed):
@@ -226,7 +226,8 @@ def test_the_step_is_trls_from_rewards_to_gradient(beta, normalize, updates, tmp
         trainer.ref_model.load_state_dict(reference.model.state_dict())
     trainer._generate_single_turn = lambda *_: [ids for g in groups for ids in g.completions]
     inputs = trainer._generate_and_score_completions([dict(row) for row in data])
-    assert torch.allclose(ours, inputs["advantages"], atol=1e-4) and ours.abs().max() > 0.1
+    assert torch.allclose(ours, inputs["advantages"], atol=1e-4)
+    assert ours.abs().max() > 0.1
     moved = (
         shaken(start, 2) if updates > 1 else start
     )  # with one update the policy is the one that sampled
@@ -241,13 +242,10 @@ def test_the_step_is_trls_from_rewards_to_gradient(beta, normalize, updates, tmp
     batch["advantages"] = ours[batch["rows"]]
     loss = batch_loss(policy, batch, settings, meter) / 12
     loss.backward()
-    g_ours, g_theirs = (
-        torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (policy, trainer.model)
-    )
-    assert (
-        abs(loss.item() - theirs.item()) < 1e-5
-        and (g_ours - g_theirs).norm() < 1e-5 * g_theirs.norm()
-    )
+    g_ours = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    g_theirs = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+    assert abs(loss.item() - theirs.item()) < 1e-5
+    assert (g_ours - g_theirs).norm() < 1e-5 * g_theirs.norm()
     assert (
         updates == 1 or meter.means()["clip_fraction"] > 0.3
     )  # away from the first update, where much would be equal by itself
@@ -267,24 +265,18 @@ def test_trls_engine_leaves_the_record(runs):
         dtype="float32",
     )
     rows = run.lines("samples")
-    assert [row["step"] for row in rows] == [1] * 8 + [2] * 8 and all(
-        len(row["ids"]) == len(row["tokens"]) for row in rows
-    )
+    assert [row["step"] for row in rows] == [1] * 8 + [2] * 8
+    assert all(len(row["ids"]) == len(row["tokens"]) for row in rows)
     for step, metrics in enumerate(run.lines(), 1):
-        assert (
-            metrics["reward"]
-            == pytest.approx(
-                sum(row["reward"] for row in rows if row["step"] == step) / 8, abs=1e-5
-            )
-            and "kl" in metrics
+        assert metrics["reward"] == pytest.approx(
+            sum(row["reward"] for row in rows if row["step"] == step) / 8, abs=1e-5
         )
-    assert (
-        sum(row["advantage"] for row in rows[:4]) == pytest.approx(0, abs=1e-4)
-        and run.summary["after"]["kl"] > 0
-    )
+        assert "kl" in metrics
+    assert sum(row["advantage"] for row in rows[:4]) == pytest.approx(0, abs=1e-4)
+    assert run.summary["after"]["kl"] > 0
 
 
-# Runs -----------------------------------------------------------------------------------------------------------------
+# Runs ---------------------------------------------------------------------------------------------
 
 
 def weights(run):
@@ -302,33 +294,30 @@ def test_each_estimator_repeats_to_the_bit_stops_and_goes_on(algorithm, tmp_path
     assert again.status == "stopped"
     again = Run(again.path)
     execute(again)
+    assert weights(first) == weights(again)
     assert (
-        weights(first) == weights(again)
-        and weights(first)
-        != (lab.models.sources.model_path("tiny") / "model.safetensors").read_bytes()
+        weights(first) != (lab.models.sources.model_path("tiny") / "model.safetensors").read_bytes()
     )
     assert first.lines("samples") == again.lines("samples")
     names = {name for row in [*first.lines(), *first.summary.values()] for name in row} - {
         "step",
         "seconds",
     }
-    assert (
-        all(map(metric, names))
-        and {
-            "reward",
-            "reward_std",
-            "kl",
-            "entropy",
-            "clip_fraction",
-            "ratio_max",
-            "advantage_std",
-            "length",
-            "zero_std_groups",
-        }
-        <= names
-    )
+    assert all(map(metric, names))
+    assert {
+        "reward",
+        "reward_std",
+        "kl",
+        "entropy",
+        "clip_fraction",
+        "ratio_max",
+        "advantage_std",
+        "length",
+        "zero_std_groups",
+    } <= names
     learned = [row for row in first.lines("samples") if "group" in row]
-    assert len(learned) == 24 and len(first.lines("samples")) == 30
+    assert len(learned) == 24
+    assert len(first.lines("samples")) == 30
     if algorithm == "reinforce++":
         assert all(len(row["advantages"]) == len(row["ids"]) for row in learned)
 
@@ -337,11 +326,11 @@ def test_estimators_learn_from_the_same_answers_but_differently(tmp_path):
     found = {
         e: lab.run("rloo", **SHORT | dict(steps=1), algorithm=e, out=tmp_path) for e in ALGORITHMS
     }
-    first = [
-        [row["completion"] for row in run.lines("samples") if "group" in row]
-        for run in found.values()
-    ]
-    assert first[0] == first[1] == first[2] and len({weights(run) for run in found.values()}) == 3
+    first = []
+    for run in found.values():
+        first.append([row["completion"] for row in run.lines("samples") if "group" in row])
+    assert first[0] == first[1] == first[2]
+    assert len({weights(run) for run in found.values()}) == 3
 
 
 def test_rewards_that_are_all_equal_change_nothing(tmp_path):
@@ -357,9 +346,8 @@ def test_rewards_that_are_all_equal_change_nothing(tmp_path):
             beta=0.0,
             out=tmp_path,
         )
-        assert [row["grad_norm"] for row in run.lines()] == pytest.approx(
-            [0.0] * 3, abs=1e-6
-        ) and "kl" not in run.lines()[0]
+        assert [row["grad_norm"] for row in run.lines()] == pytest.approx([0.0] * 3, abs=1e-6)
+        assert "kl" not in run.lines()[0]
 
 
 REFUSED = {
@@ -375,4 +363,5 @@ def test_wrong_settings_are_refused(name, tmp_path):
     changes, says = REFUSED[name]
     with pytest.raises(WrongInput) as wrong:
         lab.run("rloo", **SHORT | changes, out=tmp_path)
-    assert says in str(wrong.value) and "\n" not in str(wrong.value)
+    assert says in str(wrong.value)
+    assert "\n" not in str(wrong.value)

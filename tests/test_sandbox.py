@@ -1,7 +1,10 @@
-"""Attempts to break out of the sandbox, or to wear the host out from inside; and what the sandbox is for.
+"""Attempts to break out of the sandbox or to exhaust the host, and the purpose of the sandbox.
 
-Each attempt is code that prints ESCAPED where it gets what it must not. Those that harm nobody are also run outside the sandbox, where they must succeed: an
-attempt that fails for a reason of its own shows nothing. Without an isolator the tests are skipped and say so; with POLM_SANDBOX=required (as in CI) they fail.
+Each attempt is code that prints ESCAPED where it gets what it must not.
+The harmless ones are also run outside the sandbox, where they must succeed.
+An attempt that fails for a reason of its own shows nothing.
+Without an isolator the tests are skipped and say so; with POLM_SANDBOX=required (as in CI) they
+fail.
 """
 
 import contextlib
@@ -26,7 +29,13 @@ from polm_lab.rewards.verifiers import assertions, check_humaneval, check_mbpp, 
 from polm_lab.data.tasks import TASKS
 
 SECRET = "the-canary-sings"
-NUMBERS = "ptrace process_vm_readv pidfd_open mount umount2 pivot_root chroot unshare setns bpf perf_event_open userfaultfd io_uring_setup keyctl add_key memfd_create shmget open_by_handle_at capset reboot init_module kexec_load swapon clone3 clone fork vfork mq_open inotify_init1 name_to_handle_at sched_setaffinity setpriority personality seccomp quotactl acct"
+NUMBERS = (
+    "ptrace process_vm_readv pidfd_open mount umount2 pivot_root chroot unshare setns bpf "
+    "perf_event_open userfaultfd io_uring_setup keyctl add_key memfd_create shmget "
+    "open_by_handle_at capset reboot init_module kexec_load swapon clone3 clone fork vfork "
+    "mq_open inotify_init1 name_to_handle_at sched_setaffinity setpriority personality seccomp "
+    "quotactl acct"
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,7 +51,10 @@ def there():
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory, there):
-    "What an attempt could get at or harm: a secret file, a folder, a process, servers. Yields the lines that tell an attempt where they are."
+    """Make the targets of an attempt: a secret file, a folder, a process, servers.
+
+    Yields the lines that give an attempt their places.
+    """
     import pyseccomp
 
     folder = tmp_path_factory.mktemp("host")
@@ -123,22 +135,25 @@ ATTEMPTS = {
     ),
     "read the environment": ("if SECRET in os.environ.get('SECRET', ''): escaped()", ANY, False),
     "environment through libc": (
-        "import ctypes\nl = ctypes.CDLL(None); l.getenv.restype = ctypes.c_char_p\nif l.getenv(b'SECRET') or l.getenv(b'PATH'): escaped()",
+        "import ctypes\nl = ctypes.CDLL(None); l.getenv.restype = ctypes.c_char_p\nif "
+        "l.getenv(b'SECRET') or l.getenv(b'PATH'): escaped()",
         ANY,
         True,
     ),
     "go up by dots": (
-        "os.chdir('/')\nif SECRET in open('../../../../' + FOLDER + '/secret.txt').read(): escaped()",
+        "os.chdir('/')\nif SECRET in open('../../../../' + FOLDER + '/secret.txt').read(): "
+        "escaped()",
         REFUSED,
         True,
     ),
     "through a symbolic link": (
-        "p = '/tmp/polm_link' + str(os.getpid())\nos.symlink(FOLDER + '/secret.txt', p)\ntry: s = open(p).read()\nfinally: os.unlink(p)\nif SECRET in s: escaped()",
+        "p = '/tmp/polm_link' + str(os.getpid())\nos.symlink(FOLDER + '/secret.txt', p)\ntry: "
+        "s = open(p).read()\nfinally: os.unlink(p)\nif SECRET in s: escaped()",
         REFUSED,
         True,
         dict(disk_mib=1),
     ),
-    "write beside the user's file": (
+    "write next to the user's file": (
         "open(FOLDER + '/left.txt', 'w').write('x'); escaped()",
         REFUSED,
         True,
@@ -172,7 +187,8 @@ for folder, _, _ in os.walk('/'):
     "find any file of the host": (
         """
 seen = {f for f in os.listdir('/')} - {'python', 'usr', 'lib', 'lib64', 'lib32'}
-if seen or os.path.exists('/home') or os.path.exists('/root') or os.path.exists('/etc') or os.path.exists('/dev') or os.path.exists('/proc') or os.path.exists('/sys'): escaped()""",
+folders = ('/home', '/root', '/etc', '/dev', '/proc', '/sys')
+if seen or any(map(os.path.exists, folders)): escaped()""",
         ("",),
         True,
     ),
@@ -199,7 +215,8 @@ if seen or os.path.exists('/home') or os.path.exists('/root') or os.path.exists(
     ),
     "import an installed package": ("import pip; escaped()", REFUSED, False),
     "installed packages as files": (
-        "for p in sys.path:\n    d = os.path.join(p, 'site-packages')\n    if os.path.isdir(d) and os.listdir(d): escaped()",
+        "for p in sys.path:\n    d = os.path.join(p, 'site-packages')\n    if os.path.isdir(d) "
+        "and os.listdir(d): escaped()",
         ("",),
         False,
     ),
@@ -239,7 +256,8 @@ os.wait()""",
     ),
     "spawn": ("os.waitpid(os.posix_spawn('/bin/true', ['true'], {}), 0); escaped()", REFUSED, True),
     "multiprocessing": (
-        "import multiprocessing as m\np = m.get_context('fork').Process(target=escaped); p.start(); p.join()",
+        "import multiprocessing as m\np = m.get_context('fork').Process(target=escaped); "
+        "p.start(); p.join()",
         REFUSED,
         True,
     ),
@@ -270,7 +288,8 @@ while True:
     ),
     "kill another process by number": ("import signal\nos.kill(PID, 0); escaped()", REFUSED, True),
     "signal every process": (
-        "n = 0\nfor p in range(3, 40000):\n    try: os.kill(p, 0)\n    except OSError: continue\n    n += 1\nif n > 1: escaped()",
+        "n = 0\nfor p in range(3, 40000):\n    try: os.kill(p, 0)\n    except OSError: "
+        "continue\n    n += 1\nif n > 1: escaped()",
         ("",),
         True,
     ),
@@ -295,7 +314,8 @@ while True:
         True,
     ),
     "UDP to the host": (
-        "import socket\nsocket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', UDP); escaped()",
+        "import socket\nsocket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', UDP); "
+        "escaped()",
         REFUSED,
         True,
     ),
@@ -342,7 +362,8 @@ while True:
         False,
     ),
     "asynchronous connection": (
-        "import asyncio\nasync def f(): await asyncio.open_connection(*TCP); escaped()\nasyncio.run(f())",
+        "import asyncio\nasync def f(): await asyncio.open_connection(*TCP); "
+        "escaped()\nasyncio.run(f())",
         REFUSED,
         True,
     ),
@@ -358,7 +379,8 @@ while True:
         dict(seconds=0.5),
     ),
     "a loop that takes no signal": (
-        "import signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\nwhile True: pass",
+        "import signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n    "
+        "except (OSError, ValueError): pass\nwhile True: pass",
         TIMED,
         False,
         dict(seconds=0.5),
@@ -390,7 +412,8 @@ while True:
         dict(seconds=0.5),
     ),
     "noise on every pipe without end": (
-        "while True:\n    for fd in range(3, 64):\n        try: os.write(fd, b'+' * 4096)\n        except OSError: pass",
+        "while True:\n    for fd in range(3, 64):\n        try: os.write(fd, b'+' * 4096)\n    "
+        "    except OSError: pass",
         TIMED,
         False,
         dict(seconds=0.5),
@@ -399,14 +422,16 @@ while True:
     "a large list": ("x = [0] * 10 ** 9", ("memory",), False),
     "a growing list": ("x = []\nwhile True: x.append(bytearray(2 ** 20))", ("memory",), False),
     "mapped memory": (
-        "import mmap\nx = []\nwhile True: x.append(mmap.mmap(-1, 2 ** 24)); x[-1].write(b'x' * 2 ** 24)",
+        "import mmap\nx = []\nwhile True: x.append(mmap.mmap(-1, 2 ** 24)); x[-1].write(b'x' * "
+        "2 ** 24)",
         ("error", "memory"),
         False,
     ),
     "memory file": ("os.memfd_create('x'); escaped()", REFUSED, True),
     "system V memory": ("call('shmget', 0, 2 ** 30, 0o1600)", REFUSED, False),
     "shared memory": (
-        "from multiprocessing import shared_memory\ns = shared_memory.SharedMemory(create=True, size=2 ** 20); escaped(); s.unlink()",
+        "from multiprocessing import shared_memory\ns = "
+        "shared_memory.SharedMemory(create=True, size=2 ** 20); escaped(); s.unlink()",
         REFUSED,
         False,
     ),
@@ -430,7 +455,8 @@ if len(held) > 64: escaped()""",
 import resource
 for name in dir(resource):
     if name.startswith('RLIMIT_'):
-        try: resource.setrlimit(getattr(resource, name), (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        free = resource.RLIM_INFINITY
+        try: resource.setrlimit(getattr(resource, name), (free, free))
         except (OSError, ValueError): continue
         if name in ('RLIMIT_AS', 'RLIMIT_CPU', 'RLIMIT_FSIZE', 'RLIMIT_NOFILE', 'RLIMIT_CORE'): escaped()
 x = bytearray(2 ** 30)""",
@@ -438,7 +464,8 @@ x = bytearray(2 ** 30)""",
         False,
     ),
     "decompression bomb": (
-        "import zlib\nx = zlib.compress(b'0' * 2 ** 24)\nwhile True: x = zlib.decompress(x) * 64; x = zlib.compress(x, 1) * 64; x = bytes(len(x) * 2 ** 20)",
+        "import zlib\nx = zlib.compress(b'0' * 2 ** 24)\nwhile True: x = zlib.decompress(x) * "
+        "64; x = zlib.compress(x, 1) * 64; x = bytes(len(x) * 2 ** 20)",
         ("memory",),
         False,
     ),
@@ -450,7 +477,8 @@ x = bytearray(2 ** 30)""",
         dict(seconds=120),
     ),
     "recursion in C": (
-        "sys.setrecursionlimit(10 ** 9)\nclass A:\n    def __repr__(self): return repr(self)\nrepr(A())",
+        "sys.setrecursionlimit(10 ** 9)\nclass A:\n    def __repr__(self): return "
+        "repr(self)\nrepr(A())",
         ("memory", "signal", "error"),
         False,
         dict(seconds=120),
@@ -511,7 +539,8 @@ for c in ().__class__.__base__.__subclasses__():
         """
 import ctypes, mmap, platform
 m = mmap.mmap(-1, 4096, prot=7)
-m.write(b'\\xb8\\x39\\x00\\x00\\x00\\x0f\\x05\\xc3' if platform.machine() == 'x86_64' else b'\\xc0\\x03\\x5f\\xd6')  # fork
+intel = platform.machine() == 'x86_64'
+m.write(b'\\xb8\\x39\\x00\\x00\\x00\\x0f\\x05\\xc3' if intel else b'\\xc0\\x03\\x5f\\xd6')  # fork
 f = ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(m)))
 got = f()
 if got >= 0 and platform.machine() == 'x86_64': escaped()""",
@@ -523,13 +552,16 @@ if got >= 0 and platform.machine() == 'x86_64': escaped()""",
 import ctypes, mmap, platform
 assert platform.machine() == 'x86_64'
 m = mmap.mmap(-1, 4096, prot=7)
-m.write(b'\\x53\\xb8\\x02\\x00\\x00\\x00\\xcd\\x80\\x5b\\xc3')  # fork through int 0x80, where the numbers are others
-if ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(m)))() >= 0: escaped()""",
+# fork through int 0x80, where the numbers are others
+m.write(b'\\x53\\xb8\\x02\\x00\\x00\\x00\\xcd\\x80\\x5b\\xc3')
+address = ctypes.addressof(ctypes.c_char.from_buffer(m))
+if ctypes.CFUNCTYPE(ctypes.c_int)(address)() >= 0: escaped()""",
         ("signal", "error", ""),
         False,
     ),
     "Python again, without our program": (
-        "os.execv(sys.executable, [sys.executable, '-S', '-c', 'import os; os.fork(); print(\"ESCAPED\")'])",
+        "os.execv(sys.executable, [sys.executable, '-S', '-c', 'import os; os.fork(); "
+        'print("ESCAPED")\'])',
         REFUSED,
         True,
     ),
@@ -544,13 +576,18 @@ if ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(m))
     ),
     "the terminal": ("open('/dev/tty', 'w'); escaped()", REFUSED, False),
     "type into the terminal": (
-        "import fcntl, termios\nfor fd in (0, 1, 2):\n    try: fcntl.ioctl(fd, termios.TIOCSTI, b'x')\n    except OSError: continue\n    escaped()",
+        "import fcntl, termios\nfor fd in (0, 1, 2):\n    try: fcntl.ioctl(fd, "
+        "termios.TIOCSTI, b'x')\n    except OSError: continue\n    escaped()",
         ("",),
         False,
     ),
     **{
         f"system call {name}": (f"call({name!r}, *[0] * 6)", REFUSED, False)
-        for name in "mount umount2 pivot_root unshare setns bpf perf_event_open userfaultfd io_uring_setup keyctl add_key capset reboot init_module kexec_load swapon inotify_init1 personality seccomp quotactl acct".split()
+        for name in (
+            "mount umount2 pivot_root unshare setns bpf perf_event_open userfaultfd "
+            "io_uring_setup keyctl add_key capset reboot init_module kexec_load swapon "
+            "inotify_init1 personality seccomp quotactl acct"
+        ).split()
     },
 }
 
@@ -567,9 +604,8 @@ def unharmed(host):
         for p in psutil.process_iter(["name", "status"])
         if p.pid in family and p.info["status"] != psutil.STATUS_ZOMBIE
     ]
-    assert not [
-        p for p in left if any(word in (p["name"] or "") for word in ("bwrap", "python"))
-    ], "processes are left"
+    names = [p["name"] or "" for p in left]
+    assert not [n for n in names if "bwrap" in n or "python" in n], "processes are left"
 
 
 @pytest.mark.parametrize("name", ATTEMPTS)
@@ -612,17 +648,21 @@ def test_a_program_is_a_program():
         ("print(sum(map(int, input().split())))", "1 2 3\n", "6\n"),
         ("import sys; print(len(sys.stdin.read()))", "x" * 300_000, "300000\n"),
         (
-            "import math, re, json, heapq, collections, itertools, random, datetime, decimal, statistics, hashlib, string, typing, copy, bisect, functools\nprint(hashlib.md5(b'').hexdigest()[:4])",
+            "import math, re, json, heapq, collections, itertools, random, datetime, decimal, "
+            "statistics, hashlib, string, typing, copy, bisect, "
+            "functools\nprint(hashlib.md5(b'').hexdigest()[:4])",
             "",
             "d41d\n",
         ),
         (
-            "import numbers, dataclasses, enum, fractions, zoneinfo, sqlite3, ssl, uuid, asyncio\nprint(fractions.Fraction(1, 3))",
+            "import numbers, dataclasses, enum, fractions, zoneinfo, sqlite3, ssl, uuid, "
+            "asyncio\nprint(fractions.Fraction(1, 3))",
             "",
             "1/3\n",
         ),
         (
-            "import asyncio\nasync def f(n): await asyncio.sleep(0.01); return n\nasync def g(): print(sum(await asyncio.gather(f(1), f(2))))\nasyncio.run(g())",
+            "import asyncio\nasync def f(n): await asyncio.sleep(0.01); return n\nasync def "
+            "g(): print(sum(await asyncio.gather(f(1), f(2))))\nasyncio.run(g())",
             "",
             "3\n",
         ),
@@ -638,35 +678,37 @@ def test_a_program_is_a_program():
         got = run_code(code, stdin, seconds=10)
         assert got.clean_exit and got.stdout == out and not got.stderr and not got.reason, got
     kept = run_code(
-        "import tempfile\nwith tempfile.TemporaryFile() as f: f.write(b'ab'); f.seek(0); print(f.read())",
+        "import tempfile\nwith tempfile.TemporaryFile() as f: f.write(b'ab'); f.seek(0); "
+        "print(f.read())",
         disk_mib=1,
         seconds=10,
     )
-    assert kept.stdout == "b'ab'\n" and kept.ended
+    assert kept.stdout == "b'ab'\n"
+    assert kept.ended
 
 
 def test_what_went_wrong_is_said():
     got = run_code("x = 1\n\ndef f():\n    return y\n\nf()")
-    assert (
-        got.reason == "error"
-        and not got.ended
-        and got.stderr.splitlines()[-1] == "NameError: name 'y' is not defined"
-        and 'File "main.py", line 4, in f\n    return y' in got.stderr
-    )
+    assert got.reason == "error"
+    assert not got.ended
+    assert got.stderr.splitlines()[-1] == "NameError: name 'y' is not defined"
+    assert 'File "main.py", line 4, in f\n    return y' in got.stderr
     assert "sandbox" not in got.stderr and "<string>" not in got.stderr  # our program does not show
     assert run_code("x = (").stderr.splitlines()[-1].startswith("SyntaxError")
-    assert (
-        run_code("import sys; sys.exit('bad')").stderr == "bad\n"
-        and run_code("import sys; sys.exit(3)").reason == "error"
-    )
+    assert run_code("import sys; sys.exit('bad')").stderr == "bad\n"
+    assert run_code("import sys; sys.exit(3)").reason == "error"
     late = run_code("import time\nprint('so far', flush=True)\ntime.sleep(9)", seconds=1)
-    assert late.reason == "time" and late.stdout == "so far\n" and 1 <= late.seconds < 9
-    assert run_code("\0").reason == "error" and run_code("print('\ud800')").reason == "error"
+    assert late.reason == "time"
+    assert late.stdout == "so far\n"
+    assert 1 <= late.seconds < 9
+    assert run_code("\0").reason == "error"
+    assert run_code("print('\ud800')").reason == "error"
 
 
 def test_text_cannot_act_on_a_terminal_that_shows_the_result():
     got = run_code("print('\\x1b[2J\\x1b]0;title\\x07\\x9b31m')")
-    assert "\x1b" in got.stdout and not any(c in str(got) for c in "\x1b\x07\x9b")
+    assert "\x1b" in got.stdout
+    assert not any(c in str(got) for c in "\x1b\x07\x9b")
 
 
 def test_to_leave_early_is_not_to_pass():
@@ -674,7 +716,8 @@ def test_to_leave_early_is_not_to_pass():
         "import sys\nsys.exit(0)",
         "raise SystemExit",
         "import os\nos._exit(0)",
-        "import os\nfor fd in range(3, 9):\n    try: os.write(fd, b'+' + b'0' * 32)\n    except OSError: pass\nos._exit(0)",
+        "import os\nfor fd in range(3, 9):\n    try: os.write(fd, b'+' + b'0' * 32)\n    "
+        "except OSError: pass\nos._exit(0)",
     ):
         got = run_code(code, tests="assert False")
         assert got.clean_exit and not got.ended, got
@@ -682,41 +725,167 @@ def test_to_leave_early_is_not_to_pass():
         not run_code('x = """', tests='assert False\n"""').ended
         and not run_code("if 0:\\", tests="    assert False").ended
     )  # code that would swallow its tests
-    assert (
-        run_code("x = 3", tests="assert x == 3").ended
-        and not run_code("x = 3", tests="assert x == 4").ended
-    )
+    assert run_code("x = 3", tests="assert x == 3").ended
+    assert not run_code("x = 3", tests="assert x == 4").ended
 
 
-CHEATS = {  # each makes `assert f(2) == 4` and `assert f(3) == 9` pass where tests run in the program's own process, or tries to
+# each makes `assert f(2) == 4` and `assert f(3) == 9` pass where tests run in the program's own
+# process, or tries to
+CHEATS = {
     "exec is replaced": "import builtins\nbuiltins.exec = lambda *a, **k: None\ndef f(x): return 1",
-    "compile gives an empty program": "import builtins\nplain = compile\nbuiltins.compile = lambda *a, **k: plain('', 'x', 'exec')\ndef f(x): return 1",
-    "everything is equal to it": "class Any:\n    def __eq__(self, other): return True\n    __hash__ = None\ndef f(x): return Any()",
-    "a number that is equal to all": "class Any(int):\n    def __eq__(self, other): return True\n    __hash__ = int.__hash__\ndef f(x): return Any(1)",
-    "a text that is equal to all": "class Any(str):\n    def __eq__(self, other): return True\n    __hash__ = str.__hash__\ndef f(x): return Any('')",
-    "not equal is false": "class Any:\n    def __ne__(self, other): return False\n    def __eq__(self, other): return True\ndef f(x): return Any()",
+    "compile gives an empty program": (
+        "import builtins\n"
+        "plain = compile\n"
+        "builtins.compile = lambda *a, **k: plain('', 'x', 'exec')\n"
+        "def f(x): return 1"
+    ),
+    "everything is equal to it": (
+        "class Any:\n"
+        "    def __eq__(self, other): return True\n"
+        "    __hash__ = None\n"
+        "def f(x): return Any()"
+    ),
+    "a number that is equal to all": (
+        "class Any(int):\n"
+        "    def __eq__(self, other): return True\n"
+        "    __hash__ = int.__hash__\n"
+        "def f(x): return Any(1)"
+    ),
+    "a text that is equal to all": (
+        "class Any(str):\n"
+        "    def __eq__(self, other): return True\n"
+        "    __hash__ = str.__hash__\n"
+        "def f(x): return Any('')"
+    ),
+    "not equal is false": (
+        "class Any:\n"
+        "    def __ne__(self, other): return False\n"
+        "    def __eq__(self, other): return True\n"
+        "def f(x): return Any()"
+    ),
     "leaves when it is called": "import os\ndef f(x): os._exit(0)",
     "leaves at the start": "import os\nos._exit(0)",
     "leaves politely": "def f(x): raise SystemExit(0)",
-    "leaves from a trace": "import os, sys\nsys.settrace(lambda *a: os._exit(0))\ndef f(x): return 1",
-    "leaves when it is collected": "import os\nclass Late:\n    def __del__(self): os._exit(0)\ndef f(x): return Late()",
+    "leaves from a trace": (
+        "import os, sys\nsys.settrace(lambda *a: os._exit(0))\ndef f(x): return 1"
+    ),
+    "leaves when it is collected": (
+        "import os\nclass Late:\n    def __del__(self): os._exit(0)\ndef f(x): return Late()"
+    ),
     "leaves at the end": "import atexit, os\natexit.register(os._exit, 0)\ndef f(x): return 1",
-    "looks for the secret word in the frames": "import os, sys\ndef f(x):\n    frame = sys._getframe()\n    while frame:\n        for value in list(frame.f_locals.values()) + list(frame.f_globals.values()):\n            if isinstance(value, bytes):\n                for fd in range(3, 256):\n                    try: os.write(fd, value)\n                    except OSError: pass\n        frame = frame.f_back\n    os._exit(0)",
-    "looks for the secret word everywhere": "import gc, os\nfor thing in gc.get_objects():\n    for value in thing.values() if isinstance(thing, dict) else ():\n        if isinstance(value, bytes) and len(value) == 32:\n            for fd in range(3, 256):\n                try: os.write(fd, value)\n                except OSError: pass\nos._exit(0)",
-    "says yes on every pipe": "import os\nfor fd in range(3, 256):\n    try: os.write(fd, b'+' + b'0' * 32)\n    except OSError: pass\nos._exit(0)",
-    "answers in place of the server": "import json, os\ndef f(x):\n    for fd in range(3, 256):\n        try: os.write(fd, json.dumps(['found', 4, None]).encode() + b'\\n')\n        except OSError: pass\n    return 1",
-    "speaks nonsense": "import os\ndef f(x):\n    for fd in range(3, 256):\n        try: os.write(fd, b'nonsense\\n')\n        except OSError: pass\n    return 1",
-    "an error that is no error": "import builtins\nbuiltins.AssertionError = type('Fine', (BaseException,), {})\ndef f(x): return 1",
-    "assert is told to be silent": "import sys\nsys.flags = type('F', (), {'optimize': 2})()\n__debug = False\ndef f(x): return 1",
-    "a hook for errors": "import os, sys\nsys.excepthook = lambda *a: os._exit(0)\ndef f(x): return 1 / 0",
-    "a hook for audits": "import os, sys\nsys.addaudithook(lambda name, args: os._exit(0) if name == 'compile' else None)\ndef f(x): return 1",
-    "its own importer": "import sys\nclass Finder:\n    def find_spec(self, *a): raise SystemExit(0)\nsys.meta_path.insert(0, Finder())\ndef f(x): return 1",
-    "modules of its own": "import sys\nfor name in list(sys.modules):\n    sys.modules[name] = None\ndef f(x): return 1",
-    "another answer with each call": "import itertools\nanswers = itertools.cycle([4, 9, 16, 25])\nclass Any:\n    def __eq__(self, other): return next(answers)\ndef f(x): return Any()",
-    "goes through the frames to change the tests": "import sys\ndef f(x):\n    frame = sys._getframe()\n    while frame:\n        for name in list(frame.f_globals):\n            if name not in ('sys', 'f'): frame.f_globals[name] = f\n        frame = frame.f_back\n    return 1",
-    "its own repr and len": "class Any:\n    def __len__(self): return 10 ** 9\n    def __repr__(self): return '4'\n    def __index__(self): return 4\n    def __bool__(self): return True\ndef f(x): return Any()",
-    "Python's functions with other meanings": "def isinstance(*a): return True\ndef all(*a): return True\ndef len(*a): return 4\ndef print(*a): pass\ndef f(x): return 1",
-    "a name of its own for equality": "import operator\noperator.eq = lambda a, b: True\nint.__eq__\ndef f(x): return 1",
+    "looks for the secret word in the frames": (
+        "import os, sys\n"
+        "def f(x):\n"
+        "    frame = sys._getframe()\n"
+        "    while frame:\n"
+        "        for value in list(frame.f_locals.values()) + list(frame.f_globals.values()):\n"
+        "            if isinstance(value, bytes):\n"
+        "                for fd in range(3, 256):\n"
+        "                    try: os.write(fd, value)\n"
+        "                    except OSError: pass\n"
+        "        frame = frame.f_back\n"
+        "    os._exit(0)"
+    ),
+    "looks for the secret word everywhere": (
+        "import gc, os\n"
+        "for thing in gc.get_objects():\n"
+        "    for value in thing.values() if isinstance(thing, dict) else ():\n"
+        "        if isinstance(value, bytes) and len(value) == 32:\n"
+        "            for fd in range(3, 256):\n"
+        "                try: os.write(fd, value)\n"
+        "                except OSError: pass\n"
+        "os._exit(0)"
+    ),
+    "says yes on every pipe": (
+        "import os\n"
+        "for fd in range(3, 256):\n"
+        "    try: os.write(fd, b'+' + b'0' * 32)\n"
+        "    except OSError: pass\n"
+        "os._exit(0)"
+    ),
+    "answers instead of the server": (
+        "import json, os\n"
+        "def f(x):\n"
+        "    for fd in range(3, 256):\n"
+        "        try: os.write(fd, json.dumps(['found', 4, None]).encode() + b'\\n')\n"
+        "        except OSError: pass\n"
+        "    return 1"
+    ),
+    "speaks nonsense": (
+        "import os\n"
+        "def f(x):\n"
+        "    for fd in range(3, 256):\n"
+        "        try: os.write(fd, b'nonsense\\n')\n"
+        "        except OSError: pass\n"
+        "    return 1"
+    ),
+    "an error that is no error": (
+        "import builtins\n"
+        "builtins.AssertionError = type('Fine', (BaseException,), {})\n"
+        "def f(x): return 1"
+    ),
+    "assert is made silent": (
+        "import sys\n"
+        "sys.flags = type('F', (), {'optimize': 2})()\n"
+        "__debug = False\n"
+        "def f(x): return 1"
+    ),
+    "a hook for errors": (
+        "import os, sys\nsys.excepthook = lambda *a: os._exit(0)\ndef f(x): return 1 / 0"
+    ),
+    "a hook for audits": (
+        "import os, sys\n"
+        "sys.addaudithook(lambda name, args: os._exit(0) if name == 'compile' else None)\n"
+        "def f(x): return 1"
+    ),
+    "its own importer": (
+        "import sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, *a): raise SystemExit(0)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "def f(x): return 1"
+    ),
+    "modules of its own": (
+        "import sys\n"
+        "for name in list(sys.modules):\n"
+        "    sys.modules[name] = None\n"
+        "def f(x): return 1"
+    ),
+    "another answer with each call": (
+        "import itertools\n"
+        "answers = itertools.cycle([4, 9, 16, 25])\n"
+        "class Any:\n"
+        "    def __eq__(self, other): return next(answers)\n"
+        "def f(x): return Any()"
+    ),
+    "goes through the frames to change the tests": (
+        "import sys\n"
+        "def f(x):\n"
+        "    frame = sys._getframe()\n"
+        "    while frame:\n"
+        "        for name in list(frame.f_globals):\n"
+        "            if name not in ('sys', 'f'): frame.f_globals[name] = f\n"
+        "        frame = frame.f_back\n"
+        "    return 1"
+    ),
+    "its own repr and len": (
+        "class Any:\n"
+        "    def __len__(self): return 10 ** 9\n"
+        "    def __repr__(self): return '4'\n"
+        "    def __index__(self): return 4\n"
+        "    def __bool__(self): return True\n"
+        "def f(x): return Any()"
+    ),
+    "Python's functions with other meanings": (
+        "def isinstance(*a): return True\n"
+        "def all(*a): return True\n"
+        "def len(*a): return 4\n"
+        "def print(*a): pass\n"
+        "def f(x): return 1"
+    ),
+    "a name of its own for equality": (
+        "import operator\noperator.eq = lambda a, b: True\nint.__eq__\ndef f(x): return 1"
+    ),
     "sleeps the tests to death": "import time\ndef f(x): time.sleep(60)",
 }
 
@@ -725,7 +894,10 @@ FIRST = ["f(2) == 4", "f(3) == 9", "f(4) == 16"]
 
 
 def in_one_process(code: str, tests: str) -> bool:
-    "What a naive harness says: the tests run after the program, where it runs; leaving with status 0 is passing."
+    """Give the verdict of a naive harness: leaving with status 0 is passing.
+
+    The tests run after the program, where it runs.
+    """
     return run_code(f"{code}\nexec(compile({tests!r}, 'tests.py', 'exec'))", seconds=5).clean_exit
 
 
@@ -759,10 +931,8 @@ def test_what_a_cheat_did_is_told():
 
 def test_python_s_own_functions_are_python_s_in_tests():
     liar = "def set(x): return 0\ndef sorted(x): return 0\ndef f(x): return [3]"
-    assert (
-        not run_code(liar, tests="assert set(f(1)) == set([1, 2])").ended
-        and not run_code(liar, tests="assert sorted(f(1)) == [1]").ended
-    )
+    assert not run_code(liar, tests="assert set(f(1)) == set([1, 2])").ended
+    assert not run_code(liar, tests="assert sorted(f(1)) == [1]").ended
     assert run_code(
         "def sum(a, b): return a + b", tests="assert sum(10, 15) == 25"
     ).ended  # unless there is nothing else to test
@@ -775,11 +945,18 @@ def test_python_s_own_functions_are_python_s_in_tests():
 
 
 def test_what_else_a_prompt_defines_the_tests_have_for_themselves():
-    prompt = "import math\n\ndef poly(xs, x):\n    return sum(c * x**i for i, c in enumerate(xs))\n\ndef find_zero(xs):\n    ' zero '\n"
+    prompt = (
+        "import math\n"
+        "\ndef poly(xs, x):\n"
+        "    return sum(c * x**i for i, c in enumerate(xs))\n"
+        "\ndef find_zero(xs):\n"
+        "    ' zero '\n"
+    )
     task = dict(
         prompt=prompt,
         entry_point="find_zero",
-        test="def check(candidate):\n    assert math.fabs(poly([1, 2], candidate([1, 2]))) < 1e-4\n",
+        test="def check(candidate):\n    assert math.fabs(poly([1, 2], candidate([1, 2]))) < "
+        "1e-4\n",
     )
     assert check_humaneval(task, "    return -xs[0] / xs[1]\n").ended
     assert not check_humaneval(task, "    return 5\ndef poly(xs, x): return 0\n").ended
@@ -800,12 +977,15 @@ def count(n):
 def totals(pairs): return [p.total() for p in pairs]
 def adder(a): return lambda b: a + b
 def fails(x): raise KeyError(x)
-things = dict(counter=Counter("aab"), order=OrderedDict(a=1), point=Point(1, 2), half=Fraction(1, 2), line=deque([1]))
+things = dict(counter=Counter("aab"), order=OrderedDict(a=1), point=Point(1, 2))
+things |= dict(half=Fraction(1, 2), line=deque([1]))
 state = [0]
 def bump(): state[0] += 1
 """
 ITS_TESTS = """
-for x in (None, True, 1, 10 ** 5000, 1.5, float("inf"), 2j, "é\\ud800", b"\\x00", bytearray(b"a"), [1, [2]], (1, (2,)), {1, 2}, frozenset({1}), {"a": {1: (2,)}}, range(1, 9, 2), int, -0.0):
+flat = (None, True, 1, 10 ** 5000, 1.5, float("inf"), 2j, "é\\ud800", b"\\x00", bytearray(b"a"))
+nested = ([1, [2]], (1, (2,)), {1, 2}, frozenset({1}), {"a": {1: (2,)}}, range(1, 9, 2), int, -0.0)
+for x in (*flat, *nested):
     assert same(x) == x and type(same(x)) is type(x), x
 assert same(float("nan")) != same(float("nan"))
 xs, d = [5], {1: 2}
@@ -814,7 +994,11 @@ assert xs == [5, 1] and d == {}
 assert list(count(3)) == [0, 1, 2] and next(count(10 ** 9)) == 0 and sum(count(4)) == 6
 assert totals([Pair(1, 2), Pair(3, 4)]) == [3, 7] and Pair(1, 2).total() == 3 and Pair(5, 6).a == 5
 assert adder(2)(3) == 5
-assert things["counter"] == {"a": 2, "b": 1} and things["order"] == {"a": 1} and things["point"] == (1, 2) and things["half"] == 0.5 and len(things["line"]) == 1
+assert things["counter"] == {"a": 2, "b": 1}
+assert things["order"] == {"a": 1}
+assert things["point"] == (1, 2)
+assert things["half"] == 0.5
+assert len(things["line"]) == 1
 bump()
 assert state == [1]
 try:
@@ -830,16 +1014,19 @@ def test_what_tests_and_programs_hand_over():
     got = run_code(PROGRAM, tests=ITS_TESTS, seconds=30)
     assert got.ended, got
     handed = run_code("def f(g): return g(1)", tests="assert f(lambda x: x) == 1", seconds=30)
-    assert not handed.ended and "tests hand over a function; expected numbers" in handed.stderr
+    assert not handed.ended
+    assert "tests hand over a function; expected numbers" in handed.stderr
 
 
 def test_nothing_stays_between_executions():
     first = run_code(
-        "import builtins, os, random, sys\nbuiltins.mark = 1; os.environ['M'] = '1'; sys.modules['mark'] = sys; open('/tmp/mark', 'w').write('1'); random.seed(1)",
+        "import builtins, os, random, sys\nbuiltins.mark = 1; os.environ['M'] = '1'; "
+        "sys.modules['mark'] = sys; open('/tmp/mark', 'w').write('1'); random.seed(1)",
         disk_mib=1,
     )
     second = run_code(
-        "import builtins, os, sys\nprint(hasattr(builtins, 'mark'), 'M' in os.environ, 'mark' in sys.modules, os.listdir('/tmp'), len(os.listdir('/')))",
+        "import builtins, os, sys\nprint(hasattr(builtins, 'mark'), 'M' in os.environ, 'mark' "
+        "in sys.modules, os.listdir('/tmp'), len(os.listdir('/')))",
         disk_mib=1,
     )
     assert first.ended and second.stdout.startswith("False False False [] "), (first, second)
@@ -878,8 +1065,12 @@ def test_pool_keeps_order_and_contains_each():
 
 
 def test_a_host_that_is_killed_takes_its_executions_along(tmp_path):
-    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where the tests run in the background
-    code += "import polm_lab.rewards.sandbox as s; s.isolator(); print('ready', flush=True); s.run_code('import time\\nwhile True: time.sleep(1)', seconds=600)"
+    # SIGINT is ignored where the tests run in the background
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += (
+        "import polm_lab.rewards.sandbox as s; s.isolator(); print('ready', flush=True); "
+        "s.run_code('import time\\nwhile True: time.sleep(1)', seconds=600)"
+    )
     for kill in (signal.SIGKILL, signal.SIGINT):
         host = subprocess.Popen(
             [sys.executable, "-c", code],
@@ -965,12 +1156,17 @@ def test_from_many_threads_at_once():
 def test_wrong_limits(values, said):
     with pytest.raises(WrongInput, match="sandbox: ") as wrong:
         run_code(**values)
-    assert said in str(wrong.value) and "\n" not in str(wrong.value)
+    assert said in str(wrong.value)
+    assert "\n" not in str(wrong.value)
 
 
 def refusal(**environment):
     "What a process says that wants to run code in this environment."
-    code = "import sys, polm_lab.rewards.sandbox as s\ntry: s.run_code('print(1)')\nexcept s.WrongInput as wrong: print(wrong); sys.exit(2)"
+    code = (
+        "import sys, polm_lab.rewards.sandbox as s\n"
+        "try: s.run_code('print(1)')\n"
+        "except s.WrongInput as wrong: print(wrong); sys.exit(2)"
+    )
     return subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -982,7 +1178,7 @@ def refusal(**environment):
 
 
 def test_without_an_isolator_nothing_runs(tmp_path):
-    "None installed; one that does nothing; one that does not isolate; one that may not make namespaces."
+    "None installed; one that does nothing, does not isolate, or may not make namespaces."
     (tmp_path / "bwrap").write_text(
         '#!/bin/sh\nwhile [ "$1" != "-s" ]; do shift; done\nexec ' + sys.executable + ' "$@"\n'
     )
@@ -1003,7 +1199,10 @@ def test_without_an_isolator_nothing_runs(tmp_path):
 
 
 def test_as_a_normal_user_and_where_namespaces_are_forbidden():
-    "As user 1000 without capabilities it works; where no further namespace may be made it is refused, with what to do."
+    """As user 1000 without capabilities it works.
+
+    Where no further namespace may be made it is refused, with what to do.
+    """
     nested = [
         shutil.which("bwrap"),
         "--unshare-user",
@@ -1017,12 +1216,19 @@ def test_as_a_normal_user_and_where_namespaces_are_forbidden():
         "/",
         "/",
     ]
-    code = "import os, polm_lab.rewards.sandbox as s; print(os.getuid(), s.run_code('print(6 * 7)', seconds=20).stdout)"
+    code = (
+        "import os, polm_lab.rewards.sandbox as s; print(os.getuid(), s.run_code('print(6 * "
+        "7)', seconds=20).stdout)"
+    )
     got = subprocess.run(
         [*nested, sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT
     )
     assert got.stdout == "1000 42\n\n", got
-    code = "import sys, polm_lab.rewards.sandbox as s\ntry: s.run_code('print(1)')\nexcept s.WrongInput as wrong: print(wrong); sys.exit(2)"
+    code = (
+        "import sys, polm_lab.rewards.sandbox as s\n"
+        "try: s.run_code('print(1)')\n"
+        "except s.WrongInput as wrong: print(wrong); sys.exit(2)"
+    )
     got = subprocess.run(
         [*nested, "--disable-userns", sys.executable, "-c", code],
         capture_output=True,
@@ -1036,9 +1242,11 @@ def test_as_a_normal_user_and_where_namespaces_are_forbidden():
 
 
 HUMANEVAL = dict(
-    prompt='def add(x: int, y: int) -> int:\n    """ Add two numbers.\n    >>> add(2, 3)\n    5\n    """\n',
+    prompt="def add(x: int, y: int) -> int:\n"
+    '    """ Add two numbers.\n    >>> add(2, 3)\n    5\n    """\n',
     entry_point="add",
-    test="METADATA = {}\n\ndef check(candidate):\n    assert candidate(2, 3) == 5\n    assert candidate(-1, 1) == 0\n",
+    test="METADATA = {}\n\ndef check(candidate):\n    assert candidate(2, 3) == 5\n    assert "
+    "candidate(-1, 1) == 0\n",
 )
 MBPP = dict(
     text="Write a function to reverse a list.",
@@ -1064,11 +1272,9 @@ def test_humaneval_and_mbpp_rows():
         ("def rev(x): exit()", False),
     ):
         assert check_mbpp(MBPP, code).ended is passes, code
-    assert (
-        code_in("a ```x``` b") == "a ```x``` b"
-        and code_in("```py\na\n```\nor\n```\nb\n```") == "b\n"
-        and code_in("```py\nopen") == "open"
-    )
+    assert code_in("a ```x``` b") == "a ```x``` b"
+    assert code_in("```py\na\n```\nor\n```\nb\n```") == "b\n"
+    assert code_in("```py\nopen") == "open"
     assert (
         assertions(["f(1) == 2", "assert g()", "y = f(1)\nassert y"])
         == "assert f(1) == 2\nassert g()\ny = f(1)\nassert y"

@@ -49,7 +49,7 @@ class DPO(Settings):
 
 # %% ../../nbs/alignment/dpo.ipynb #c2f9b86b
 def optimal_policy(ref_logp: Tensor, reward: Tensor, beta: float) -> Tensor:
-    """Log-probabilities [..., answers] of the policy that maximizes reward − β KL.
+    """Compute log-probabilities [..., answers] of the policy that maximizes reward − β KL.
 
     `ref_logp` are those of the reference (survey eq. 15, 16).
     """
@@ -57,7 +57,7 @@ def optimal_policy(ref_logp: Tensor, reward: Tensor, beta: float) -> Tensor:
 
 # %% ../../nbs/alignment/dpo.ipynb #1fb26856
 def implicit_reward(logp: Tensor, ref_logp: Tensor, beta: float) -> Tensor:
-    "β log(π/π_ref) of answers [pairs] from their log-probabilities in nats."
+    "Compute β log(π/π_ref) of answers [pairs] from their log-probabilities in nats."
     return beta * (logp - ref_logp)
 
 
@@ -69,8 +69,9 @@ def dpo_loss(
     beta: float,
     label_smoothing: float | Tensor = 0.0,
 ) -> Tensor:
-    """Loss of each pair [pairs] from the summed log-probabilities [pairs] of its answers.
+    """Compute the loss of each pair [pairs] from its answers' log-probabilities [pairs].
 
+    These are summed over the tokens of an answer.
     Survey eq. 20; Mitchell 2023, eq. 3.
     """
     reward_chosen = implicit_reward(policy_chosen, ref_chosen, beta)
@@ -79,7 +80,7 @@ def dpo_loss(
 
 # %% ../../nbs/alignment/dpo.ipynb #571fec56
 def trl_loss(beta: float, label_smoothing: float) -> dict:
-    "`dpo_loss` as arguments of TRL's DPOConfig."
+    "Express `dpo_loss` as arguments of TRL's DPOConfig."
     if not label_smoothing:
         return dict(beta=beta, loss_type="sigmoid")
     weights = [2 * (1 - label_smoothing), -(1 - 2 * label_smoothing)]

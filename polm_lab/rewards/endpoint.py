@@ -20,12 +20,17 @@ from ..training.making import Kept  # noqa: F401  for whoever asks an endpoint
 
 # %% ../../nbs/rewards/endpoint.ipynb #4cb33b03
 def read_key(variable: str) -> str:
-    "The key that the environment variable holds; empty without a variable. Raises `WrongInput`, which never repeats what was found."
+    """Read the key that the environment variable holds; empty without a variable.
+
+    Raises: `WrongInput`, which never repeats what was found.
+    """
     if not variable:
         return ""
     if not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", variable):
         raise WrongInput(
-            "key_variable: found what is no name of an environment variable (and is not repeated here: it may be a key); expected a name such as OPENAI_API_KEY; put the key into that variable"
+            "key_variable: found what is no name of an environment variable (and is not "
+            "repeated here: it may be a key); expected a name such as OPENAI_API_KEY; put the "
+            "key into that variable"
         )
     key = os.environ.get(variable, "").strip()
     if not re.fullmatch(r"[\x21-\x7e]+", key):
@@ -35,13 +40,14 @@ def read_key(variable: str) -> str:
             else "there is no such environment variable, or it is empty"
         )
         raise WrongInput(
-            f"key_variable = {variable!r}: {found}; expected the endpoint's key; export {variable}=..., or leave key_variable empty for an endpoint without keys"
+            f"key_variable = {variable!r}: {found}; expected the endpoint's key; export "
+            f"{variable}=..., or leave key_variable empty for an endpoint without keys"
         )
     return key
 
 # %% ../../nbs/rewards/endpoint.ipynb #a67ed466
 class Again(Exception):
-    "A failure that may pass; `after` are the seconds that the endpoint asks to wait, None if it does not say."
+    "A failure that may pass; `after` is the wait in s that the endpoint asks for, or None."
 
     def __init__(self, what: str, after: float | None = None):
         super().__init__(what)
@@ -56,7 +62,7 @@ class Unreadable(Again):
 
 
 def seconds_asked(value: str | None) -> float | None:
-    "The header Retry-After in seconds (it may hold a date), at most five minutes."
+    "Parse the header Retry-After, which may be a date, into s; at most five minutes."
     try:
         wanted = float(value)
     except (TypeError, ValueError):
@@ -98,7 +104,7 @@ class Connection:
             pause,
         )
         self.title = f"{title}{url}#{model}"
-        self.say, self.said, self.reached, self.dropped, self.guard = (
+        self.say, self.reported, self.reached, self.dropped, self.guard = (
             say,
             set(),
             False,
@@ -107,18 +113,21 @@ class Connection:
         )
 
     def once(self, text: str):
-        "Say something, unless it was said."
+        "Report something, unless it was reported before."
         with self.guard:
-            if text in self.said:
+            if text in self.reported:
                 return
-            self.said.add(text)
+            self.reported.add(text)
         self.say(text)
 
     def wrong(self, what: str, todo: str) -> WrongInput:
         return WrongInput(f"{self.title}: {what}; {todo}")
 
     def post(self, messages: list[dict], wanted: dict) -> dict:
-        "One question, one try: the first choice of the answer. Raises `Again` for what may pass, `WrongInput` for what will not."
+        """Put one question, once, and return the first choice of the answer.
+
+        Raises: `Again` for what may pass, `WrongInput` for what will not.
+        """
         import httpx2
 
         body = dict(model=self.model, messages=messages) | {
@@ -150,19 +159,21 @@ class Connection:
             if refused:
                 self.dropped.update(refused)
                 self.once(
-                    f"judge: the endpoint does not take {', '.join(dict.fromkeys(refused))}; left out from now on"
+                    f"judge: the endpoint does not take {', '.join(dict.fromkeys(refused))}; "
+                    "left out from now on"
                 )
                 return self.post(messages, wanted)
         if answer.status_code in (401, 403):
             raise self.wrong(
                 found,
-                "expected a key that it accepts; name the environment variable that holds it in key_variable"
-                + (", or correct it" if self.key else ""),
+                "expected a key that it accepts; name the environment variable that holds it "
+                "in key_variable" + (", or correct it" if self.key else ""),
             )
         if answer.status_code != 200:
             raise self.wrong(
                 found,
-                "expected a chat completion; correct the address (it usually ends in /v1) or the model's name",
+                "expected a chat completion; correct the address (it usually ends in /v1) or "
+                "the model's name",
             )
         try:
             whole = json.loads(text)
@@ -177,11 +188,15 @@ class Connection:
 class Endpoint(Connection):
     """A model behind an OpenAI-compatible endpoint; `title` is what messages call it.
 
-    A question is asked `tries` times, with pauses of `pause` s and twice as long each time; `timeout` in s. `say` hears what is worth saying once.
+    A question is asked `tries` times, with pauses of `pause` s and twice as long each time;
+    `timeout` is in s. Messages that are worth reporting once go to `say`.
     """
 
     def ask(self, messages: list[dict], read: Callable, **wanted):
-        "What `read` finds in the answer to `messages`, after as many tries as it takes. Raises `WrongInput` after the last."
+        """Return what `read` finds in the answer to `messages`, after as many tries as needed.
+
+        Raises: `WrongInput` after the last.
+        """
         from tenacity import (
             Retrying,
             retry_if_exception_type,
@@ -217,10 +232,10 @@ class Endpoint(Connection):
         except Again as last:
             raise self.wrong(
                 f"{last}, {self.tries} tries",
-                "expected an answer; what it has said is kept: resume the run when it works again",
+                "expected an answer; earlier answers are kept: resume the run when it works again",
             ) from None
 
 # %% ../../nbs/rewards/endpoint.ipynb #4179807c
 def answer_text(choice: dict) -> str:
-    "The text of a choice of a chat completion, as valid Unicode."
+    "Return the text of a choice of a chat completion, as valid Unicode."
     return (choice["message"].get("content") or "").encode(errors="replace").decode().strip()

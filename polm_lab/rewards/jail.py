@@ -22,15 +22,20 @@ from ..core.knobs import WrongInput
 
 # %% ../../nbs/rewards/jail.ipynb #6b4a751b
 CALLS = """
-read write readv writev pread64 pwrite64 lseek close close_range dup dup2 dup3 fcntl pipe pipe2 poll ppoll select pselect6
+read write readv writev pread64 pwrite64 lseek close close_range dup dup2 dup3 fcntl
+pipe pipe2 poll ppoll select pselect6
 epoll_create epoll_create1 epoll_ctl epoll_wait epoll_pwait eventfd2 recvfrom sendto
-open openat stat lstat fstat newfstatat statx statfs fstatfs access faccessat faccessat2 readlink readlinkat getcwd chdir fchdir getdents64
-mkdir mkdirat rmdir unlink unlinkat rename renameat renameat2 link linkat symlink symlinkat truncate ftruncate fallocate fsync fdatasync umask
+open openat stat lstat fstat newfstatat statx statfs fstatfs access faccessat faccessat2
+readlink readlinkat getcwd chdir fchdir getdents64
+mkdir mkdirat rmdir unlink unlinkat rename renameat renameat2 link linkat symlink symlinkat
+truncate ftruncate fallocate fsync fdatasync umask
 mmap munmap mprotect mremap madvise brk membarrier
-rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigsuspend rt_sigtimedwait sigaltstack restart_syscall
+rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigsuspend rt_sigtimedwait
+sigaltstack restart_syscall
 kill tgkill tkill alarm setitimer getitimer pause wait4 waitid
 nanosleep clock_nanosleep clock_gettime clock_getres gettimeofday time times
-getpid getppid gettid getuid geteuid getgid getegid getgroups getresuid getresgid getpgrp getpgid getsid
+getpid getppid gettid getuid geteuid getgid getegid getgroups getresuid getresgid
+getpgrp getpgid getsid
 getrlimit setrlimit prlimit64 getrusage sysinfo uname getrandom sched_yield sched_getaffinity getcpu
 futex set_robust_list get_robust_list rseq set_tid_address arch_prctl execve exit exit_group
 """.split()
@@ -38,12 +43,16 @@ futex set_robust_list get_robust_list rseq set_tid_address arch_prctl execve exi
 
 @functools.cache
 def call_filter() -> bytes:
-    "The seccomp program that allows `CALLS`, as the kernel reads it; raises `WrongInput` without libseccomp."
+    """Compile the seccomp program that allows `CALLS`, as the kernel reads it.
+
+    Raises: `WrongInput` without libseccomp.
+    """
     try:
         import pyseccomp
     except (ImportError, RuntimeError):
         raise WrongInput(
-            "sandbox: libseccomp is missing; expected the library and its Python binding; pip install pyseccomp, and apt-get install libseccomp2"
+            "sandbox: libseccomp is missing; expected the library and its Python binding; pip "
+            "install pyseccomp, and apt-get install libseccomp2"
         ) from None
     import termios
 
@@ -75,19 +84,20 @@ def call_filter() -> bytes:
 
 # %% ../../nbs/rewards/jail.ipynb #a5d705dd
 def _linked(program: str) -> list[str]:
-    "The shared libraries that `program` loads, by the names it has for them."
+    "List the shared libraries that `program` loads, by the names it has for them."
     answer = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
     return re.findall(r"(?:=> |^\s*)(/\S+)", answer, re.MULTILINE)
 
 
 @functools.cache
 def jail_command() -> tuple[str, ...]:
-    "The beginning of every command: the isolator, and what Python needs to see."
+    "Return the beginning of every command: the isolator, and the folders that Python needs."
     program = os.environ.get("POLM_BWRAP") or shutil.which("bwrap")
     if not sys.platform.startswith("linux") or not program:
         raise WrongInput(
-            "sandbox: no isolator is here, so code of a model is not run; expected bubblewrap on Linux; "
-            "apt-get install bubblewrap (dnf, pacman and zypper have it under the same name), or set POLM_BWRAP to its path"
+            "sandbox: no isolator is here, so code of a model is not run; expected bubblewrap "
+            "on Linux; apt-get install bubblewrap (dnf, pacman and zypper have it under the same "
+            "name), or set POLM_BWRAP to its path"
         )
     python, prefix, version = (
         os.path.realpath(sys._base_executable or sys.executable),
@@ -121,7 +131,7 @@ def jail_command() -> tuple[str, ...]:
     ]
     if prefix == Path("/usr"):
         words += ["--ro-bind", str(outside), f"{inside}/{version}"]
-    else:  # a Python of its own: its libraries lie beside its standard library
+    else:  # a Python of its own: its libraries are next to its standard library
         words += ["--ro-bind", str(outside.parent), inside]
         folders.pop(str(outside.parent), None)
     for name in ("site-packages", "dist-packages"):
@@ -172,7 +182,8 @@ def main():
     global parts
     size, seconds, memory, disk, word = take(128).split()
     parts = [("main.py", take(int(size)).decode("utf-8", "surrogatepass"))]
-    MAX = {"CPU": int(seconds), "AS": int(memory), "FSIZE": int(disk), "NOFILE": 64, "STACK": 2**23, "CORE": 1, "MEMLOCK": 0, "MSGQUEUE": 0, "NICE": 0, "RTPRIO": 0}
+    MAX = {"CPU": int(seconds), "AS": int(memory), "FSIZE": int(disk), "NOFILE": 64}
+    MAX |= {"STACK": 2**23, "CORE": 1, "MEMLOCK": 0, "MSGQUEUE": 0, "NICE": 0, "RTPRIO": 0}
     for name, most in MAX.items():
         resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
     if role == "tests":
@@ -224,9 +235,10 @@ import json
 from collections import deque
 sys.set_int_max_str_digits(0)
 SOME = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "deque": deque}
-TYPES = {one.__name__: one for one in (bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict, type(None))}
+BASIC = (bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict, type(None))
+TYPES = {one.__name__: one for one in BASIC}
 def pack(x, own):
-    """Data as JSON can hold it; `own(x)` stands for whatever is not data."""
+    """Data as JSON can hold it; what is not data becomes `own(x)`."""
     kind = type(x)
     if x is None or kind in (bool, int, str):
         return x
@@ -307,7 +319,11 @@ def serve(line, names):
         return ["own", len(things) - 1, type(x).__name__]
     def given(x):
         return things[x[1]]
-    line.send(["ready", {name: x.__name__ if isinstance(x, types.ModuleType) else "" for name, x in names.items() if isinstance(name, str)}])
+    modules = {}
+    for name, x in names.items():
+        if isinstance(name, str):
+            modules[name] = x.__name__ if isinstance(x, types.ModuleType) else ""
+    line.send(["ready", modules])
     while (asked := line.receive()) is not None:
         what, target, *rest = asked
         try:
@@ -320,8 +336,12 @@ def serve(line, names):
                 after = [None if b is None else pack(a, mine) for a, b in zip(args, before)]
                 changed = [None if a == b else a for a, b in zip(after, before)]
             else:
-                found = {"get": lambda: x, "attr": lambda: getattr(x, *rest), "set": lambda: setattr(x, rest[0], unpack(rest[1], given)), "item": lambda: x[unpack(rest[0], given)],
-                         "len": lambda: len(x), "iter": lambda: iter(x), "next": lambda: next(x), "repr": lambda: repr(x), "str": lambda: str(x)}[what]()
+                ways = {"get": lambda: x, "attr": lambda: getattr(x, *rest)}
+                ways |= {"set": lambda: setattr(x, rest[0], unpack(rest[1], given))}
+                ways |= {"item": lambda: x[unpack(rest[0], given)], "len": lambda: len(x)}
+                ways |= {"iter": lambda: iter(x), "next": lambda: next(x)}
+                ways |= {"repr": lambda: repr(x), "str": lambda: str(x)}
+                found = ways[what]()
             reply = ["found", pack(found, mine), changed]
         except Exception as error:
             import linecache, traceback
@@ -335,7 +355,10 @@ def serve(line, names):
 # %% ../../nbs/rewards/jail.ipynb #d9753651
 ASK_HEAD = '''
 def ask_all(source, line, leave):
-    """Run tests in this process; what they take from the program is asked for over `line`. `leave(word)` ends the process."""
+    """Run tests in this process. What they take from the program is asked for over `line`.
+
+    `leave(word)` ends the process.
+    """
     import ast, builtins, importlib, linecache, traceback
     linecache.cache["tests.py"] = len(source), None, source.splitlines(True), "tests.py"
     def left():
@@ -351,7 +374,10 @@ def ask_all(source, line, leave):
     def own(x):
         if isinstance(x, Foreign):
             return ["own", x._at]
-        raise TypeError(f"tests hand over a {type(x).__name__}; expected numbers, text, lists, tuples, sets, dicts, or what the program returned")
+        raise TypeError(
+            f"tests hand over a {type(x).__name__}; expected numbers, text, lists, tuples, sets, "
+            "dicts, or what the program returned"
+        )
 '''
 
 # %% ../../nbs/rewards/jail.ipynb #5cb37432
@@ -436,7 +462,8 @@ ASK_NAMES = """\
         tree = ast.parse(source)
     except SyntaxError:
         tree = ast.Module([], [])
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    calls = [node for node in calls if isinstance(node.func, ast.Name)]
     handed = {part.id for call in calls for part in call.args if isinstance(part, ast.Name)}
     inner = set()
     for call in calls:
@@ -444,13 +471,14 @@ ASK_NAMES = """\
             inner.add(call.func.id)
     python = set(dir(builtins))
     others = ({call.func.id for call in calls} | handed) & set(names) - python
-    modules = {node.value.id for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)}
+    owners = [node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    modules = {owner.id for owner in owners if isinstance(owner, ast.Name)}
 """
 
 # %% ../../nbs/rewards/jail.ipynb #1edd4bb5
 ASK_RUN = '''\
     class Names(dict):
-        """The names of the tests; one that they do not define is the program's, but for Python's own functions."""
+        """The names of the tests; others are the program's, but for Python's own functions."""
         def __missing__(self, name):
             if name not in names or name.startswith("__"):
                 raise KeyError(name)
@@ -466,7 +494,8 @@ ASK_RUN = '''\
         leave(b"memory")
     except BaseException as error:
         frames = [f for f in traceback.format_tb(error.__traceback__) if "<string>" not in f]
-        text = ["Traceback (most recent call last):\\n", *frames, *getattr(error, "frames", ()), *traceback.format_exception_only(error)]
+        text = ["Traceback (most recent call last):\\n", *frames, *getattr(error, "frames", ())]
+        text += traceback.format_exception_only(error)
         print("".join(map(str, text)), end="", file=sys.stderr, flush=True)
         leave(b"object" if suspects else b"")
     leave(None)

@@ -23,7 +23,11 @@ from ..training.evaluate import eval_no_grad
 
 # %% ../../nbs/rewards/learned.ipynb #9ba08f5b
 def encode_sides(tokenizer, row: dict, max_length: int, head: str) -> dict:
-    "A row (prompt, chosen, rejected) as two encoded rows: each answer after the prompt, or after the prompt and the other answer."
+    """Encode a row (prompt, chosen, rejected) as two rows, one for each answer.
+
+    A pointwise `head` reads the answer after the prompt, a pairwise one after the prompt and
+    the other answer.
+    """
     sides = encode(tokenizer, row, "preference", max_length)
     if head == "pointwise":
         return sides
@@ -94,7 +98,7 @@ def padding_for(tokenizer, ends: set[int]) -> int | None:
 
 
 def score_rows(scorer: Scorer, examples: list[dict], pad_id: int, rows: int = 32) -> Tensor:
-    "Rewards [n] of encoded rows; rows of like length go through the model together."
+    "Compute rewards [n] of encoded rows; rows of like length go through the model together."
     device, order, out = (
         next(scorer.parameters()).device,
         sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"])),
@@ -110,25 +114,32 @@ def score_rows(scorer: Scorer, examples: list[dict], pad_id: int, rows: int = 32
     return out
 
 # %% ../../nbs/rewards/learned.ipynb #f6a804e7
-def together(rewards: Tensor, how: str = "mean") -> Tensor:
-    "Rewards [n] of an ensemble from those of its members [members, n]: mean, or min (worst case; Coste et al. 2023, eq. 3, 4)."
-    return rewards.mean(0) if how == "mean" else rewards.min(0).values
+def together(rewards: Tensor, reduction: str = "mean") -> Tensor:
+    """Combine rewards [members, n] of an ensemble into rewards [n]: mean, or min (worst case).
+
+    Coste et al. 2023, eq. 3, 4.
+    """
+    return rewards.mean(0) if reduction == "mean" else rewards.min(0).values
 
 # %% ../../nbs/rewards/learned.ipynb #f839187d
 def members(spec: str) -> tuple[list[str], str]:
-    "`a+b`, `min(a+b)` or `a` as models and how their rewards are put together. Raises `WrongInput`."
+    """Parse `a+b`, `min(a+b)` or `a` into models and how their rewards are combined.
+
+    Raises: `WrongInput` for an empty name.
+    """
     found = re.fullmatch(r"(mean|min)\((.+)\)", spec.strip())
-    how, inside = (found[1], found[2]) if found else ("mean", spec.strip())
+    reduction, inside = (found[1], found[2]) if found else ("mean", spec.strip())
     names = [name.strip() for name in inside.split("+")]
     if not all(names):
         raise WrongInput(
-            f"reward model {spec!r}: a name is empty; expected a run, a folder or a Hub id, or several as a+b+c or min(a+b+c)"
+            f"reward model {spec!r}: a name is empty; expected a run, a folder or a Hub id, or "
+            "several as a+b+c or min(a+b+c)"
         )
-    return names, how
+    return names, reduction
 
 
 def _member(spec: str, device: str, dtype: str, rows: int) -> Callable[[list, list], list]:
-    "One model as a function from prompts and completions to rewards."
+    "Load one model as a function from prompts and completions to rewards."
     model, tokenizer = (
         load_model(spec, dtype=dtype, device=device, head="any"),
         load_tokenizer(spec),
@@ -138,7 +149,8 @@ def _member(spec: str, device: str, dtype: str, rows: int) -> Callable[[list, li
         if type(model).__name__.endswith("ForSequenceClassification"):
             found = "its head does not read the last token"
         raise WrongInput(
-            f"reward model {spec!r}: {found}; expected a reward model, such as a run of `polm run reward`"
+            f"reward model {spec!r}: {found}; expected a reward model, such as a run of `polm "
+            "run reward`"
         )
     scorer, pad = Scorer(model.requires_grad_(False).eval()), tokenizer.pad_token_id
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 4096
@@ -176,18 +188,20 @@ def _member(spec: str, device: str, dtype: str, rows: int) -> Callable[[list, li
 
 
 def load_reward(spec: str, device: str = "auto", dtype: str = "auto", rows: int = 32) -> Callable:
-    """A reward function with TRL's signature from a reward model: a run, a folder, a Hub id, or an ensemble of them (`a+b+c`, `min(a+b+c)`).
+    """Load a reward model as a reward function with TRL's signature.
 
-    It is called with `prompts` and `completions` (strings, or lists of turns) and returns one number a completion; `rows` go through a model at once.
-    Raises `WrongInput` where there is no such model or it is no reward model.
+    `spec` is a run, a folder, a Hub id, or an ensemble of them (`a+b+c`, `min(a+b+c)`).
+    The function is called with `prompts` and `completions` (strings, or lists of turns) and
+    returns one number a completion. `rows` of them go through a model at once.
+    Raises: `WrongInput` where there is no such model or it is no reward model.
     """
-    names, how = members(spec)
+    names, reduction = members(spec)
     each = [_member(name, device, dtype, rows) for name in names]
 
     def model(prompts, completions, **columns) -> list[float | None]:
         found = [member(prompts, completions) for member in each]
         return [
-            None if None in values else together(torch.tensor(values)[:, None], how).item()
+            None if None in values else together(torch.tensor(values)[:, None], reduction).item()
             for values in zip(*found)
         ]
 

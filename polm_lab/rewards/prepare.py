@@ -25,11 +25,13 @@ def prepare_on_policy(
     rewards: list[Reward] | Callable[[bool], str] | None = None,
     held_rewards: list[Reward] | None = None,
 ) -> OnPolicy:
-    """What the steps of an on-policy method need, from its settings.
+    """Prepare the steps of an on-policy method from its settings.
 
-    `rewards` takes the place of the knob: rewards that are made already, or a function that gives
-    the knob's text, and gets whether the data says what is correct. `held_rewards` score held-out
-    rows, if others are to. With a `beta` above 0 there is a reference. Raises `WrongInput`.
+    Instead of the knob's, `rewards` may be rewards that are made already.
+    It may also be a function of whether the data says what is correct, which returns the knob's
+    text. Other rewards for held-out rows are `held_rewards`.
+    With a `beta` above 0 there is a reference.
+    Raises: `WrongInput`.
     """
     rows = load_data(settings.data, "prompt")
     held_out = load_held_out(settings.data, settings.eval_data, "prompt", settings.eval_rows)
@@ -50,7 +52,7 @@ def prepare_on_policy(
 
 # %% ../../nbs/rewards/prepare.ipynb #a95b3c62
 def learned_reward(settings: OnPolicySettings, run: Run, known: bool) -> str:
-    """The knob `rewards` with a reward model that is trained now for `learned`.
+    """Train a reward model now for `learned` in the knob `rewards`, and return the knob's text.
 
     Where the truth is `known`, the gold rule is added, with weight 0. The record gets the new text.
     Raises: `WrongInput` in several processes: a reward model is trained by one.

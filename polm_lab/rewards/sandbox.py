@@ -24,20 +24,21 @@ from .jail import ASK, RUNNER, SERVE, TALK, call_filter, jail_command
 # %% ../../nbs/rewards/sandbox.ipynb #180143b3
 @dataclass(frozen=True)
 class Execution:
-    "What came of running some code."
+    "The result of running some code."
 
     clean_exit: bool  # it left by itself, with status 0; this says nothing about tests
     stdout: str  # what it printed, as text that nobody has escaped
     stderr: str
     reason: str  # why it did not leave so: error, exit, time, memory, output or signal
     seconds: float  # wall time of the code, without the start of Python
-    ended: bool  # the last line of its tests was reached; without tests: of the program, if that is to be believed
-    cheat: str = (
-        ""  # what looked like deceiving the tests, where they did not pass: left, object or broken
-    )
+    # the last line of its tests was reached; without tests: of the program, if it can be believed
+    ended: bool
+    # what looked like deceiving the tests, where they did not pass: left, object or broken
+    cheat: str = ""
 
 
-START = 20.0  # seconds that the isolator and Python may take to start, or to be gone after a kill, on a machine that is busy
+# seconds that the isolator and Python may take to start, or to end after a kill, on a busy machine
+START = 20.0
 LONGEST = 2**24  # characters
 LIMITS = {
     "seconds": (0.01, 3600),
@@ -56,10 +57,13 @@ def run_code(
     output_kib: int = 64,
     tests: str = "",
 ) -> Execution:
-    """Run `code` as a Python program in the sandbox, and wait for it; `tests` is a second piece of code that sees the program's names from another sandbox.
+    """Run `code` as a Python program in the sandbox, and wait for it.
 
-    `seconds` of wall time, `memory_mib` MiB of address space, `disk_mib` MiB to write in `/tmp` (0: nothing can be written), `output_kib` KiB
-    for stdout and stderr together. Nothing of it is left when this returns. Raises `WrongInput` where there is no sandbox or a limit is out of range.
+    `tests` is a second piece of code, in another sandbox, that sees the program's names.
+    The limits are `seconds` of wall time, `memory_mib` MiB of address space, `disk_mib` MiB to
+    write in `/tmp` (0: nothing can be written), and `output_kib` KiB for stdout and stderr
+    together. Nothing of it is left when this returns.
+    Raises: `WrongInput` where there is no sandbox or a limit is out of range.
     """
     for name, text in (("code", code), ("stdin", stdin), ("tests", tests)):
         if not isinstance(text, str):
@@ -68,7 +72,8 @@ def run_code(
             )
         if len(text) > LONGEST:
             raise WrongInput(
-                f"sandbox: {name} has {len(text):,} characters; expected at most {LONGEST:,}; shorten it"
+                f"sandbox: {name} has {len(text):,} characters; expected at most {LONGEST:,}; "
+                "shorten it"
             )
     given = dict(seconds=seconds, memory_mib=memory_mib, disk_mib=disk_mib, output_kib=output_kib)
     for name, (low, high) in LIMITS.items():
@@ -78,7 +83,8 @@ def run_code(
             or not low <= given[name] <= high
         ):
             raise WrongInput(
-                f"sandbox: {name} = {given[name]!r}; expected a number from {low:g} to {high:,}; change it"
+                f"sandbox: {name} = {given[name]!r}; expected a number from {low:g} to "
+                f"{high:,}; change it"
             )
     isolator()
     return _execute(code, stdin, tests, **given)
@@ -87,7 +93,7 @@ def run_code(
 def _execute(
     code, stdin="", tests="", seconds=2.0, memory_mib=256, disk_mib=0, output_kib=64
 ) -> Execution:
-    "`run_code` without its checks."
+    "Do the work of `run_code`, without its checks."
     limits = int(seconds) + 1, int(memory_mib * 2**20), int(disk_mib * 2**20)
     pipes = [os.pipe(), os.pipe()] if tests else []  # to the program, to the tests
     lines = [(pipes[0][0], pipes[1][1]), (pipes[1][0], pipes[0][1])] if tests else [()]
@@ -109,13 +115,16 @@ def _execute(
 # %% ../../nbs/rewards/sandbox.ipynb #4b20cdac
 @dataclass
 class _Inside:
-    "A sandbox that runs: its process, what it is still to be given, its pipe of control and the secret word that it says at its end."
+    """A running sandbox, with its process and its pipe of control.
+
+    `given` is the input that it has not read yet, and `word` the secret word of its end.
+    """
 
     process: subprocess.Popen
     given: bytes
     control: io.FileIO
     word: bytes
-    said: bytes = b""
+    reported: bytes = b""
     started: float | None = None
 
     def kill(self):
@@ -126,7 +135,11 @@ class _Inside:
 
 
 def _start(role: str, text: str, stdin: str, limits: tuple, line: tuple) -> _Inside:
-    "Start a sandbox: `role` is alone, program or tests, `limits` (CPU seconds, memory, disk in bytes), `line` the ends (hear, say) of its pipes to the other one."
+    """Start a sandbox for a role: alone, program or tests.
+
+    `limits` are CPU seconds, memory and disk in bytes. `line` has the ends (hear, say) of its
+    pipes to the other sandbox.
+    """
     jail = list(jail_command())
     if limits[2]:
         jail += ["--size", str(limits[2]), "--tmpfs", "/tmp", "--chdir", "/tmp"]
@@ -185,11 +198,9 @@ def _start(role: str, text: str, stdin: str, limits: tuple, line: tuple) -> _Ins
 
 # %% ../../nbs/rewards/sandbox.ipynb #aecb6bda
 def _watch(inside: list[_Inside], seconds: float, room: int) -> Execution:
-    "Feed the processes, read what they print, and kill all of them when their time or room is up."
-    program, last = (
-        inside[0],
-        inside[-1],
-    )  # the last one has the last word: the tests, or a program alone
+    "Feed the processes, read their output, and kill all when their time or room is up."
+    # the last one decides: the tests, or a program alone
+    program, last = inside[0], inside[-1]
     kept, owner, reason = {}, {}, ""
     for one in inside:
         for stream in (one.process.stdout, one.process.stderr, one.control, one.process.stdin):
@@ -235,15 +246,16 @@ def _watch(inside: list[_Inside], seconds: float, room: int) -> Execution:
                             one is last
                             and one is not program
                             and stream is one.control
-                            and one.said[1:] not in (b"", b"left")
+                            and one.reported[1:] not in (b"", b"left")
                         ):
-                            program.process.kill()  # the verdict is out; a program that left is leaving by itself
+                            # the verdict is out; a program that left is leaving by itself
+                            program.process.kill()
                     elif stream is one.control:
                         if one.started is None:
                             one.started = time.monotonic()
                             if one is program:
                                 deadline = one.started + seconds
-                        one.said = (one.said + data)[:64]
+                        one.reported = (one.reported + data)[:64]
                     elif not reason:
                         kept[stream] += data[:room]
                         room -= len(data)
@@ -255,48 +267,61 @@ def _watch(inside: list[_Inside], seconds: float, room: int) -> Execution:
         finally:
             for one in inside:
                 one.kill()
-    stdout, stderr = (
-        "".join(kept[stream].decode("utf-8", "replace") for stream in streams)
-        for streams in zip(*((one.process.stdout, one.process.stderr) for one in inside))
-    )
+    return _execution(inside, kept, reason, took)
+
+
+def _execution(
+    inside: list[_Inside], kept: dict[io.FileIO, bytes], reason: str, took: float
+) -> Execution:
+    "Decide what the reports, the status and the output of the processes mean."
+    program, last = inside[0], inside[-1]
+    stdout, stderr = "", ""
+    for one in inside:
+        stdout += kept[one.process.stdout].decode("utf-8", "replace")
+        stderr += kept[one.process.stderr].decode("utf-8", "replace")
     if any(one.started is None for one in inside) and not reason:
         raise RuntimeError(
-            f"sandbox: the isolator did not start the program: {' '.join(stderr.split())[-300:] or program.process.returncode}"
+            "sandbox: the isolator did not start the program: "
+            f"{' '.join(stderr.split())[-300:] or program.process.returncode}"
         )
-    verdict = last.said[1:]
+    verdict = last.reported[1:]
     ended = not reason and secrets.compare_digest(verdict, last.word)
     code = 0 if ended else program.process.returncode
-    if (
-        not ended and last is not program and verdict != b"left"
-    ):  # the program was there to the end: its tests failed
-        code = 1
-    if not reason and b"memory" in (verdict, program.said[1:]):
+    if not ended and last is not program and verdict != b"left":
+        code = 1  # the program was there to the end: its tests failed
+    if not reason and b"memory" in (verdict, program.reported[1:]):
         reason = "memory"
     reason = reason or ("" if code == 0 else "signal" if code > 128 or code < 0 else "error")
     clean = not reason
-    left = {b"left": "left"} if clean else {}
-    cheat = (
-        ""
-        if ended or last is program
-        else (left | {b"object": "object", b"broken": "broken"}).get(verdict, "")
-    )
+    cheat = ""
+    if not ended and last is not program:
+        left = {b"left": "left"} if clean else {}
+        cheat = (left | {b"object": "object", b"broken": "broken"}).get(verdict, "")
     return Execution(clean, stdout, stderr, reason, took, ended, cheat)
 
 # %% ../../nbs/rewards/sandbox.ipynb #ca954910
 @functools.cache
 def isolator() -> str:
-    "The isolator in words, tried once in a process; raises `WrongInput`, with what to install, where there is none that works."
+    """Name the isolator, which is tried once in a process.
+
+    Raises: `WrongInput`, with what to install, where there is none that works.
+    """
     try:
         call_filter()
         tried = _execute(PROBE)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         raise WrongInput(
-            f"sandbox: bubblewrap is here and does not work ({' '.join(str(error).split())[-200:]}), so code of a model is not run; "
-            "expected that it may make user namespaces; allow them (sysctl user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns), in Docker --security-opt seccomp=unconfined"
+            "sandbox: bubblewrap is here and does not work "
+            f"({' '.join(str(error).split())[-200:]}), so code of a model is not run; "
+            "expected that it may make user namespaces; allow them (sysctl "
+            "user.max_user_namespaces, kernel.apparmor_restrict_unprivileged_userns), in "
+            "Docker --security-opt seccomp=unconfined"
         ) from None
     if not tried.ended:
         raise WrongInput(
-            f"sandbox: a try was not contained ({' '.join(tried.stderr.split())[-200:] or tried.reason}), so code of a model is not run; expected bubblewrap 0.8 or newer; update it"
+            "sandbox: a try was not contained "
+            f"({' '.join(tried.stderr.split())[-200:] or tried.reason}), so code of a model is "
+            "not run; expected bubblewrap 0.8 or newer; update it"
         )
     version = subprocess.run(
         [jail_command()[0], "--version"], capture_output=True, text=True
@@ -305,7 +330,7 @@ def isolator() -> str:
 
 
 def missing() -> str:
-    "Why no code can be run here, in one line; empty where it can."
+    "Say in one line why no code can be run here; empty where it can."
     try:
         isolator()
     except WrongInput as wrong:
@@ -317,7 +342,8 @@ PROBE = """
 import os, socket, threading
 assert set(os.listdir("/")) <= {"python", "usr", "lib", "lib64", "lib32", "tmp"}, os.listdir("/")
 assert len(os.environ) <= 6 and os.getpid() < 5, (dict(os.environ), os.getpid())
-for attempt in (os.fork, socket.socket, lambda: open("/python/x", "w"), lambda: os.setuid(0), threading.Thread(target=print).start):
+attempts = [os.fork, socket.socket, lambda: open("/python/x", "w"), lambda: os.setuid(0)]
+for attempt in (*attempts, threading.Thread(target=print).start):
     try:
         attempt()
     except (OSError, RuntimeError):
@@ -327,9 +353,11 @@ for attempt in (os.fork, socket.socket, lambda: open("/python/x", "w"), lambda: 
 
 # %% ../../nbs/rewards/sandbox.ipynb #671efba9
 class Pool:
-    """Executions side by side, each in a sandbox of its own: nothing is shared and nothing is kept between them.
+    """Executions side by side, each in a sandbox of its own.
 
-    `workers` run at a time (0: as many as there are processors); `limits` are those of `run_code`. Raises `WrongInput` as `run_code` does.
+    Nothing is shared and nothing is kept between them. `workers` run at a time (0: as many as
+    there are processors); `limits` are those of `run_code`.
+    Raises: `WrongInput` as `run_code` does.
     """
 
     def __init__(self, workers: int = 0, **limits):
@@ -342,7 +370,10 @@ class Pool:
     def map(
         self, codes: list[str], tests: list[str] | None = None, stdins: list[str] | None = None
     ) -> list[Execution]:
-        "Run each code, with its tests and its standard input if there are any; the results in the order of `codes`."
+        """Run each code, with its tests and its standard input if there are any.
+
+        The results are in the order of `codes`.
+        """
         none = [""] * len(codes)
         rows = zip(codes, tests or none, stdins or none, strict=True)
         jobs = [

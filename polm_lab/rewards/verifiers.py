@@ -13,20 +13,24 @@ from .sandbox import Execution, run_code
 
 # %% ../../nbs/rewards/verifiers.ipynb #fd370703
 def code_in(text: str) -> str:
-    "The last fenced block of `text`, or all of it if there is none."
+    "Return the last fenced block of `text`, or all of it if there is none."
     blocks = re.findall(r"```[^\n`]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
     return blocks[-1] if blocks else text
 
 
 def assertions(tests: list[str]) -> str:
-    "Unit tests as a program: assertions as they are, and expressions that must be true."
+    "Join unit tests to a program: assertions, and expressions that must be true."
     return "\n".join(
         test if "assert" in test or "\n" in test else f"assert {test}" for test in tests
     )
 
 
 def humaneval_parts(task: dict, completion: str) -> tuple[str, str]:
-    "Code and tests of a HumanEval row (`prompt`, `test`, `entry_point`) with a completion; what else the prompt defines, the tests have for themselves."
+    """Split a HumanEval row with a completion into code and tests.
+
+    The row has `prompt`, `test`, `entry_point`. The other definitions of the prompt are part of
+    the tests.
+    """
     helpers = ast.parse(task["prompt"] + "    pass\n")
     helpers.body = [
         node for node in helpers.body if getattr(node, "name", "") != task["entry_point"]
@@ -37,17 +41,23 @@ def humaneval_parts(task: dict, completion: str) -> tuple[str, str]:
 
 
 def mbpp_parts(task: dict, code: str) -> tuple[str, str]:
-    "Code and tests of an MBPP row (`test_list`, `test_setup_code`) with code."
+    "Return code and tests of an MBPP row (`test_list`, `test_setup_code`) with code."
     return code_in(code), task.get("test_setup_code", "") + "\n" + assertions(task["test_list"])
 
 
 def check_humaneval(task: dict, completion: str, seconds: float = 10.0, **limits) -> Execution:
-    "Run a completion of a HumanEval row against its tests; `ended` says whether it passed. Chen et al. 2021, arXiv 2107.03374."
+    """Run a completion of a HumanEval row against its tests; `ended` is whether it passed.
+
+    Chen et al. 2021, arXiv 2107.03374.
+    """
     code, tests = humaneval_parts(task, completion)
     return run_code(code, tests=tests, seconds=seconds, **limits)
 
 
 def check_mbpp(task: dict, code: str, seconds: float = 10.0, **limits) -> Execution:
-    "Run code for an MBPP row against its tests; `ended` says whether it passed. Austin et al. 2021, arXiv 2108.07732."
+    """Run code for an MBPP row against its tests; `ended` is whether it passed.
+
+    Austin et al. 2021, arXiv 2108.07732.
+    """
     code, tests = mbpp_parts(task, code)
     return run_code(code, tests=tests, seconds=seconds, **limits)
