@@ -39,13 +39,17 @@ def clocked(page, act: str, holds: str, timeout: float = 120) -> float:
 
 
 def press(words: str) -> str:
-    return f"[...document.querySelectorAll('button')].find(b => b.textContent.trim() === {words!r} && b.offsetParent && !b.disabled).click()"
+    return (
+        f"[...document.querySelectorAll('button')].find(b => b.textContent.trim() === {words!r} "
+        "&& b.offsetParent && !b.disabled).click()"
+    )
 
 
 def drawn(condition: str) -> str:
     "That some visible figure has points of a run whose id `name` fulfils `condition`."
     return (
-        "[...document.querySelectorAll('.js-plotly-plot')].some(p => p.offsetParent && (p.data || []).some(t => { const name = t.name || ''; "
+        "[...document.querySelectorAll('.js-plotly-plot')].some(p => p.offsetParent && (p.data || "
+        "[]).some(t => { const name = t.name || ''; "
         f"return {condition} && t.y && (t.y.length ?? t.y.shape?.[0]) > 0; }}))"
     )
 
@@ -98,7 +102,8 @@ class Rows(list):
         super().append(row)
         what, seconds, bar, busy, remark = row
         print(
-            f"{what:44} {seconds * 1000:6.0f} ms {bar * 1000:5.0f} ms  {busy:4.1f} {'ok  ' if seconds <= bar else 'OVER'} {remark}",
+            f"{what:44} {seconds * 1000:6.0f} ms {bar * 1000:5.0f} ms  {busy:4.1f} "
+            f"{'ok  ' if seconds <= bar else 'OVER'} {remark}",
             flush=True,
         )
 
@@ -150,13 +155,22 @@ def measure(repeats: int) -> list[tuple]:
             found = []
             for number in range(20):
                 at.page.wait_for_timeout(230)
-                field = "[...document.querySelectorAll('input')].find(i => i.offsetParent && i.closest('.widget-inline-hbox')?.querySelector('label')?.textContent === 'steps')"
-                act = f"const i = {field}; i.value = '{3000 + number}'; i.dispatchEvent(new Event('input', {{bubbles: true}})); i.dispatchEvent(new Event('change', {{bubbles: true}}))"
+                field = (
+                    "[...document.querySelectorAll('input')].find(i => i.offsetParent && "
+                    "i.closest('.widget-inline-hbox')?.querySelector('label')?.textContent === "
+                    "'steps')"
+                )
+                act = (
+                    f"const i = {field}; i.value = '{3000 + number}'; i.dispatchEvent(new "
+                    f"Event('input', {{bubbles: true}})); i.dispatchEvent(new Event('change', "
+                    f"{{bubbles: true}}))"
+                )
                 found.append(
                     clocked(
                         at.page,
                         act,
-                        f"[...document.querySelectorAll('.polm-code pre')].some(c => c.textContent.includes('steps {3000 + number}'))",
+                        "[...document.querySelectorAll('.polm-code pre')].some(c => "
+                        f"c.textContent.includes('steps {3000 + number}'))",
                     )
                 )
             assert run.status == "running"
@@ -174,9 +188,17 @@ def measure(repeats: int) -> list[tuple]:
             for steps, metrics in ((1_000_000, NAMES[:1]), (62_500, NAMES)):
                 run = large_run(folder / "runs", steps, metrics)
                 at.tab("Watch")
-                choice = f"[...document.querySelectorAll('select')].find(s => s.offsetParent && [...s.options].some(o => o.textContent.replaceAll('\\u00a0', ' ') === '{run.id}'))"
+                choice = (
+                    "[...document.querySelectorAll('select')].find(s => s.offsetParent && "
+                    "[...s.options].some(o => o.textContent.replaceAll('\\u00a0', ' ') === "
+                    f"'{run.id}'))"
+                )
                 at.wait_for(lambda: at.page.evaluate(f"Boolean({choice})"), 30)
-                act = f"const s = {choice}; s.selectedIndex = [...s.options].findIndex(o => o.textContent === '{run.id}'); s.dispatchEvent(new Event('change', {{bubbles: true}}))"
+                act = (
+                    f"const s = {choice}; s.selectedIndex = [...s.options].findIndex(o => "
+                    f"o.textContent === '{run.id}'); s.dispatchEvent(new Event('change', "
+                    f"{{bubbles: true}}))"
+                )
                 rows.append(
                     (
                         f"a run of {steps:,} x {len(metrics)} points opens",
@@ -202,14 +224,21 @@ def measure(repeats: int) -> list[tuple]:
             found = []
             for _ in range(10):
                 at.page.evaluate(
-                    "globalThis.before = JSON.stringify([...document.querySelector('.js-plotly-plot').data[0].y].slice(0, 40))"
+                    "globalThis.before = "
+                    "JSON.stringify([...document.querySelector('.js-plotly-plot').data[0].y].slice(0, "
+                    "40))"
                 )
-                act = "const h = document.querySelector('.noUi-handle'); h.focus(); h.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowLeft', bubbles: true}))"
+                act = (
+                    "const h = document.querySelector('.noUi-handle'); h.focus(); "
+                    "h.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowLeft', bubbles: "
+                    "true}))"
+                )
                 found.append(
                     clocked(
                         at.page,
                         act,
-                        "JSON.stringify([...document.querySelector('.js-plotly-plot').data[0].y].slice(0, 40)) !== globalThis.before",
+                        "JSON.stringify([...document.querySelector('.js-plotly-plot').data[0].y].slice(0, "
+                        "40)) !== globalThis.before",
                         20,
                     )
                 )

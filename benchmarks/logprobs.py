@@ -140,7 +140,10 @@ def main():
     parser.add_argument(
         "--check",
         action="store_true",
-        help="exit 1 unless memory <= 1/10, time <= 1.3 x dense, gradients within 1e-5 in the case log-prob",
+        help=(
+            "exit 1 unless memory <= 1/10, time <= 1.3 x dense, gradients within 1e-5 in the case "
+            "log-prob"
+        ),
     )
     parser.add_argument("--one", choices=["dense", "ours"], help=argparse.SUPPRESS)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
@@ -153,7 +156,8 @@ def main():
         2 * args.vocab * args.width * args.rows / 1e9,
     )
     print(
-        f"vocabulary {args.vocab:,}, width {args.width}, {args.rows:,} rows, fp32, {args.threads} threads; dW = {weight_mib:.0f} MiB"
+        f"vocabulary {args.vocab:,}, width {args.width}, {args.rows:,} rows, fp32, {args.threads} "
+        f"threads; dW = {weight_mib:.0f} MiB"
     )
     print(
         f"{'case':24}{'':7}{'seconds':>9}{'cpu s':>8}{'limit':>8}{'MiB':>8}{'without dW':>12}{'max diff':>10}{'norm diff':>10}"

@@ -92,7 +92,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder) / "model")
         print(
-            "| option | peak memory beyond imports, MiB | seconds a step | memory, share of the first | time, share of the first |\n|---|---|---|---|---|"
+            "| option | peak memory beyond imports, MiB | seconds a step | memory, share of the "
+            "first | time, share of the first |\n|---|---|---|---|---|"
         )
         first = None
         for name, options in OPTIONS.items():
@@ -112,7 +113,8 @@ def main():
             found = json.loads(done.stdout.strip().split("\n")[-1])
             first = first or found
             print(
-                f"| {name} | {found['mib']:.0f} | {found['seconds']:.2f} | {found['mib'] / first['mib']:.2f} | {found['seconds'] / first['seconds']:.2f} |",
+                f"| {name} | {found['mib']:.0f} | {found['seconds']:.2f} | "
+                f"{found['mib'] / first['mib']:.2f} | {found['seconds'] / first['seconds']:.2f} |",
                 flush=True,
             )
     print(f"\n{time.time() - began:.0f} s in all")

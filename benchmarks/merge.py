@@ -206,7 +206,8 @@ def theirs(
     more = "parameters: {t: 0.4}\n" if algorithm == "slerp" else ""
     file = out.with_suffix(".yml")
     file.write_text(
-        f"merge_method: {name}\nmodels:\n{models}{base}{more}dtype: {dtype}\nout_dtype: {out_dtype}\n"
+        f"merge_method: {name}\nmodels:\n{models}{base}{more}dtype: {dtype}\nout_dtype: "
+        f"{out_dtype}\n"
     )
     return [
         *([Path(mergekit).parent / "python", "-c", STABLE] if stable else [mergekit]),
@@ -349,10 +350,13 @@ def main():
         largest = max(e.size for e in weights.entries.values()) / 2**20
         if names:
             print(
-                f"{sum(e.size for e in weights.entries.values()) / 2e6:.0f} M weights, bf16; largest tensor {largest:.0f} MiB; mergekit {'not given: ours alone' if not args.mergekit else ''}"
+                f"{sum(e.size for e in weights.entries.values()) / 2e6:.0f} M weights, bf16; "
+                f"largest tensor {largest:.0f} MiB; mergekit "
+                f"{'not given: ours alone' if not args.mergekit else ''}"
             )
             print(
-                "| technique | ours, s | mergekit, s | mergekit / ours (min–max) | CPU s | peak MiB | limit, s |\n|---|---|---|---|---|---|---|",
+                "| technique | ours, s | mergekit, s | mergekit / ours (min–max) | CPU s | peak "
+                "MiB | limit, s |\n|---|---|---|---|---|---|---|",
                 flush=True,
             )
         for algorithm in names:
@@ -383,7 +387,10 @@ def main():
             ]
             ratios = sorted(other[0] / mine[0] for mine, other in measured)
             print(
-                f"| {algorithm} | {column[0][0]:.1f} | {column[1][0]:.1f} | {statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f}) | {column[0][1]:.1f} : {column[1][1]:.1f} | {column[0][2]:.0f} : {column[1][2]:.0f} | {statistics.median(limits):.2f} |",
+                f"| {algorithm} | {column[0][0]:.1f} | {column[1][0]:.1f} | "
+                f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f}) | "
+                f"{column[0][1]:.1f} : {column[1][1]:.1f} | {column[0][2]:.0f} : "
+                f"{column[1][2]:.0f} | {statistics.median(limits):.2f} |",
                 flush=True,
             )
             if (

@@ -92,14 +92,16 @@ def main():
             times, lengths[name] = steps_of(name, args.steps)
             found[name].append(times)
             print(
-                f"  {repeat + 1}/{args.repeats} {name}: {statistics.median(cpu for cpu, _ in times):.2f} s of CPU a step",
+                f"  {repeat + 1}/{args.repeats} {name}: "
+                f"{statistics.median(cpu for cpu, _ in times):.2f} s of CPU a step",
                 file=sys.stderr,
             )
     assert len({tuple(each) for each in lengths.values()}) == 1, (
         f"the methods sampled other tokens: {lengths}"
     )
     print(
-        "| method | CPU s a step | wall s a step | CPU, × GRPO (min–max) | wall, × GRPO | bar |\n|---|---|---|---|---|---|"
+        "| method | CPU s a step | wall s a step | CPU, × GRPO (min–max) | wall, × GRPO | bar "
+        "|\n|---|---|---|---|---|---|"
     )
     held = True
     for name in CASES:
@@ -113,11 +115,15 @@ def main():
         held &= middle <= BAR
         verdict = "" if name == "grpo" else f"{BAR} {'holds' if middle <= BAR else 'MISSED'}"
         print(
-            f"| {name} | {statistics.median(sum(cpu, [])):.3f} | {statistics.median(sum(wall, [])):.3f} | {middle:.2f} ({min(ratios):.2f}–{max(ratios):.2f}) | {slow:.2f} | {verdict} |"
+            f"| {name} | {statistics.median(sum(cpu, [])):.3f} | "
+            f"{statistics.median(sum(wall, [])):.3f} | {middle:.2f} "
+            f"({min(ratios):.2f}–{max(ratios):.2f}) | {slow:.2f} | {verdict} |"
         )
     print(
-        f"\n{SAME['batch_size']} completions a step of {statistics.mean(lengths['grpo']):.1f} tokens, {args.threads} threads, {args.repeats} repeats of {args.steps} steps, "
-        f"Python {platform.python_version()}, torch {version('torch')}, transformers {version('transformers')}"
+        f"\n{SAME['batch_size']} completions a step of {statistics.mean(lengths['grpo']):.1f} "
+        f"tokens, {args.threads} threads, {args.repeats} repeats of {args.steps} steps, "
+        f"Python {platform.python_version()}, torch {version('torch')}, transformers "
+        f"{version('transformers')}"
     )
     if args.check and not held:
         sys.exit(1)

@@ -76,7 +76,8 @@ def make_model(folder: Path, steps: int, length: int):
         tokenizer_object=raw, bos_token="w0", eos_token="w1", pad_token="w2"
     ).save_pretrained(folder)
     print(
-        f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, {steps} steps, loss {loss.item():.2f}",
+        f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, {steps} "
+        f"steps, loss {loss.item():.2f}",
         flush=True,
     )
 
@@ -332,10 +333,13 @@ def main() -> int:
             make_model(Path(a.folder), a.train, a.length)
         peers = {"compressor": a.peer} if a.peer else {"published": sys.executable}
         print(
-            f"{a.windows} windows of {a.length} tokens, {a.threads} thread(s), load {os.getloadavg()[0]:.1f}\n"
+            f"{a.windows} windows of {a.length} tokens, {a.threads} thread(s), load "
+            f"{os.getloadavg()[0]:.1f}\n"
         )
         print(
-            "| method | peer | ours, s | peer, s | peer / ours (min–max) | CPU time, peer / ours | peak MiB, ours : peer | perplexity, ours : peer | sparsity | limit, s (share of ours) |"
+            "| method | peer | ours, s | peer, s | peer / ours (min–max) | CPU time, peer / ours "
+            "| peak MiB, ours : peer | perplexity, ours : peer | sparsity | limit, s (share of "
+            "ours) |"
         )
         print("|---|---|---|---|---|---|---|---|---|---|")
         for algorithm in a.algorithm.split(","):
@@ -356,8 +360,12 @@ def main() -> int:
                 ratio = statistics.median(ratios)
                 missed += ratio < BAR or mine["perplexity"] > theirs["perplexity"] * 1.005
                 print(
-                    f"| {algorithm} | {name} | {mine['seconds']:.1f} | {theirs['seconds']:.1f} | {ratio:.2f} ({min(ratios):.2f}–{max(ratios):.2f}) | {work:.2f} | {mine['peak']:.0f} : {theirs['peak']:.0f} "
-                    f"| {mine['perplexity']:.1f} : {theirs['perplexity']:.1f} | {mine['sparsity']:.3f} : {theirs['sparsity']:.3f} | {least:.1f} ({least / mine['seconds']:.0%}) |",
+                    f"| {algorithm} | {name} | {mine['seconds']:.1f} | {theirs['seconds']:.1f} | "
+                    f"{ratio:.2f} ({min(ratios):.2f}–{max(ratios):.2f}) | {work:.2f} | "
+                    f"{mine['peak']:.0f} : {theirs['peak']:.0f} "
+                    f"| {mine['perplexity']:.1f} : {theirs['perplexity']:.1f} | "
+                    f"{mine['sparsity']:.3f} : {theirs['sparsity']:.3f} | {least:.1f} "
+                    f"({least / mine['seconds']:.0%}) |",
                     flush=True,
                 )
     return int(a.check and missed > 0)

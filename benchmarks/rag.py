@@ -217,10 +217,12 @@ def main():
         return one(args)
     encode = child(args, "encode", "ours")["query_ms"]
     print(
-        f"{args.passages:,} passages of {args.words} words, vectors of width {args.width}; encoding a question with tiny: {encode:.1f} ms\n"
+        f"{args.passages:,} passages of {args.words} words, vectors of width {args.width}; "
+        f"encoding a question with tiny: {encode:.1f} ms\n"
     )
     print(
-        "| search | who | build, s | passages/s | CPU, s | memory, MiB | query p50, ms | p99, ms |\n|---|---|---|---|---|---|---|---|"
+        "| search | who | build, s | passages/s | CPU, s | memory, MiB | query p50, ms | p99, ms "
+        "|\n|---|---|---|---|---|---|---|---|"
     )
     missed, notes = [], []
     for case, peer in (("bm25", "bm25s"), ("dense", "FAISS"), ("encoded", "tiny, FAISS")):
@@ -241,7 +243,10 @@ def main():
         for variant, name in (("ours", "Index"), ("theirs", peer)):
             m = middle[variant]
             print(
-                f"| {case} | {name} | {m['build_s']:.2f} | {(2000 if case == 'encoded' else args.passages) / m['build_s']:,.0f} | {m['cpu_s']:.2f} | {m['memory_mib']:.0f} | {m['query_ms']:.2f} | {m['p99_ms']:.2f} |"
+                f"| {case} | {name} | {m['build_s']:.2f} | "
+                f"{(2000 if case == 'encoded' else args.passages) / m['build_s']:,.0f} | "
+                f"{m['cpu_s']:.2f} | {m['memory_mib']:.0f} | {m['query_ms']:.2f} | "
+                f"{m['p99_ms']:.2f} |"
             )
         off = lambda r, key: r["check_s"] if (case, key) == ("dense", "build_s") else 0.0
         every = {
@@ -250,14 +255,17 @@ def main():
         }
         ratios = {key: statistics.median(found) for key, found in every.items()}
         print(
-            f"| {case} | ours / theirs | {ratios['build_s']:.2f} | | {ratios['cpu_s']:.2f} | {ratios['memory_mib']:.2f} | {ratios['query_ms']:.2f} | |"
+            f"| {case} | ours / theirs | {ratios['build_s']:.2f} | | {ratios['cpu_s']:.2f} | "
+            f"{ratios['memory_mib']:.2f} | {ratios['query_ms']:.2f} | |"
         )
         mine, whole = (
             middle["ours"],
             [r["ours"]["build_s"] / r["theirs"]["build_s"] for r in rounds],
         )
         notes.append(
-            f"{case}: build, lowest to highest of {args.repeats}: {min(every['build_s']):.2f} to {max(every['build_s']):.2f}; checks of ids and texts {1000 * mine['check_s']:.0f} ms, with them {statistics.median(whole):.2f} ({min(whole):.2f} to {max(whole):.2f})"
+            f"{case}: build, lowest to highest of {args.repeats}: {min(every['build_s']):.2f} to "
+            f"{max(every['build_s']):.2f}; checks of ids and texts {1000 * mine['check_s']:.0f} "
+            f"ms, with them {statistics.median(whole):.2f} ({min(whole):.2f} to {max(whole):.2f})"
             + (
                 f"; 100 passages added, then a question: {mine['update_s']:.1f} s"
                 if case == "bm25"

@@ -66,7 +66,9 @@ def main():
         )
     ratio = statistics.median(ratios)
     print(
-        f"\ntogether / one by one: {ratio:.1f} (min {min(ratios):.1f}, max {max(ratios):.1f}), {a.questions} questions, at most {a.rounds} rounds, {tokens:.0f} tokens a question; bar 5"
+        f"\ntogether / one by one: {ratio:.1f} (min {min(ratios):.1f}, max {max(ratios):.1f}), "
+        f"{a.questions} questions, at most {a.rounds} rounds, {tokens:.0f} tokens a question; bar "
+        "5"
     )
     sys.exit(a.check and ratio < 5)
 

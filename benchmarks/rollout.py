@@ -132,7 +132,8 @@ def main():
 
     parameters = sum(p.numel() for p in model.parameters())
     print(
-        f"{parameters / 1e6:.1f} M parameters, {a.prompts} prompts x {a.samples} samples, {a.read} prompt tokens, up to {a.new} new, "
+        f"{parameters / 1e6:.1f} M parameters, {a.prompts} prompts x {a.samples} samples, "
+        f"{a.read} prompt tokens, up to {a.new} new, "
         f"{a.threads} threads"
     )
     lasting = lengths["rollout"]
@@ -147,7 +148,8 @@ def main():
         )
     last = seconds["rollout"][-1]
     print(
-        f"\nlimit: {limit:.2f} s of matrix products ({limit / last:.0%} of the last rollout's {last:.2f} s); "
+        f"\nlimit: {limit:.2f} s of matrix products ({limit / last:.0%} of the last rollout's "
+        f"{last:.2f} s); "
         f"reading the prompts once takes {read:.2f} s"
     )
     if a.check and ratio < 2:

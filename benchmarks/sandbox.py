@@ -73,7 +73,8 @@ def main() -> int:
             print(f"| {name} | {found[name]:.0f} |", flush=True)
     slowest = min(value for name, value in found.items() if name.startswith("pool"))
     print(
-        f"\nbar: {BAR} executions/s in the pool: {'holds' if slowest >= BAR else 'missed'} ({slowest:.0f})"
+        f"\nbar: {BAR} executions/s in the pool: {'holds' if slowest >= BAR else 'missed'} "
+        f"({slowest:.0f})"
     )
     return int(args.check and slowest < BAR)
 

@@ -143,7 +143,8 @@ def make_model(folder: Path):
         (folder / f"{method}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
     (folder / "reward.py").write_text(
         "def even(prompts, completions, **columns):\n"
-        "    return [sum(int(w[1:]) % 2 == 0 for w in c.split() if w[1:].isdigit()) / max(1, len(c.split())) for c in completions]\n"
+        "    return [sum(int(w[1:]) % 2 == 0 for w in c.split() if w[1:].isdigit()) / max(1, "
+        "len(c.split())) for c in completions]\n"
     )
 
 
@@ -348,24 +349,29 @@ def main():
             for model in args.models.split(",")
         ]
     print(
-        "| method | model | ours, steps/s | TRL, steps/s | ours / TRL (min–max) | CPU time TRL / ours | whole process, s | peak memory, MiB | bar |"
+        "| method | model | ours, steps/s | TRL, steps/s | ours / TRL (min–max) | CPU time TRL / "
+        "ours | whole process, s | peak memory, MiB | bar |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for r in rows:
         print(
-            f"| {r['method']} | {r['model']} | {r['ours']:.2f} | {r['trl']:.2f} | {r['ratio']:.2f} ({r['low']:.2f}–{r['high']:.2f}) | {r['cpu_ratio']:.2f} "
-            f"| {r['whole'][0]:.1f} : {r['whole'][1]:.1f} | {r['rss'][0]:.0f} : {r['rss'][1]:.0f} | {BARS[r['method']]:.1f} {'holds' if r['holds'] else 'MISSED'} |"
+            f"| {r['method']} | {r['model']} | {r['ours']:.2f} | {r['trl']:.2f} | "
+            f"{r['ratio']:.2f} ({r['low']:.2f}–{r['high']:.2f}) | {r['cpu_ratio']:.2f} "
+            f"| {r['whole'][0]:.1f} : {r['whole'][1]:.1f} | {r['rss'][0]:.0f} : {r['rss'][1]:.0f} "
+            f"| {BARS[r['method']]:.1f} {'holds' if r['holds'] else 'MISSED'} |"
         )
     print()
     for r in rows:
         if "limit" in r:
             print(
-                "{method} {model}: {weights:,} weights, {tokens:.0f} tokens a step, product at {gemm:.0f} GFLOP/s, achieved 6NT/t = {achieved:.0f} GFLOP/s".format(
-                    **r, **r["limit"]
-                )
+                (
+                    "{method} {model}: {weights:,} weights, {tokens:.0f} tokens a step, product at "
+                    "{gemm:.0f} GFLOP/s, achieved 6NT/t = {achieved:.0f} GFLOP/s"
+                ).format(**r, **r["limit"])
             )
         print(
-            f"{r['method']} {r['model']}: loss first to last ours {r['loss'][0][0]:.4f} → {r['loss'][0][1]:.4f}, TRL {r['loss'][1][0]:.4f} → {r['loss'][1][1]:.4f}"
+            f"{r['method']} {r['model']}: loss first to last ours {r['loss'][0][0]:.4f} → "
+            f"{r['loss'][0][1]:.4f}, TRL {r['loss'][1][0]:.4f} → {r['loss'][1][1]:.4f}"
             + (
                 f"; tokens of a completion {r['length'][0]:.1f} : {r['length'][1]:.1f}"
                 if r["length"][0]

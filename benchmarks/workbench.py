@@ -190,7 +190,8 @@ def main() -> int:
         walls, cpu = zip(*times)
         holds = statistics.median(walls) <= bar
         print(
-            f"{name:44}{1000 * statistics.median(walls):12.0f}{1000 * max(walls):13.0f}{1000 * statistics.median(cpu):9.0f}{1000 * bar:9.0f}  {'holds' if holds else 'MISSED'}"
+            f"{name:44}{1000 * statistics.median(walls):12.0f}{1000 * max(walls):13.0f}{1000 * statistics.median(cpu):9.0f}{1000 * bar:9.0f} "
+            f" {'holds' if holds else 'MISSED'}"
         )
         missed += [] if holds else [name]
     if missed:

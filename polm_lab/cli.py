@@ -68,7 +68,8 @@ def check_words(words: list[str]):
     for word in (*words, os.environ.get("POLM_RUNS", "")):
         if any("\ud800" <= letter <= "\udfff" for letter in word):
             raise WrongInput(
-                f"{word}: its bytes are not UTF-8; expected UTF-8, which records are written in; rename the file or folder"
+                f"{word}: its bytes are not UTF-8; expected UTF-8, which records are written in; "
+                "rename the file or folder"
             )
     if words[:1] not in (["run"], ["sweep"]):
         return
@@ -76,7 +77,8 @@ def check_words(words: list[str]):
         name, equals, value = word.partition("=")
         if flag in ("-p", "-g") and equals and re.fullmatch(r"\w[\w-]*", name):
             raise WrongInput(
-                f"{flag} {word}: name and value as one word; expected two; write a space: {flag} {name} {shlex.quote(value)}"
+                f"{flag} {word}: name and value as one word; expected two; write a space: {flag} "
+                f"{name} {shlex.quote(value)}"
             )
 
 # %% ../nbs/cli.ipynb #b8dc5449
@@ -91,9 +93,15 @@ def usage(error: click.UsageError, words: list[str]) -> str:
             if known and (equals or word.startswith("--")):
                 value = value if equals else following
                 flag = "-g" if words[0] == "sweep" and "," in value else "-p"
-                return f"{word}: knobs are set with {flag}; write {flag} {known.pop()} {shlex.quote(value) if value else 'VALUE'}"
+                return (
+                    f"{word}: knobs are set with {flag}; write {flag} {known.pop()} "
+                    f"{shlex.quote(value) if value else 'VALUE'}"
+                )
         if "'-p' requires" in found or "'-g' requires" in found:
-            return f"{found}; expected a knob and its value, such as -p steps 20; `{command} --help` tells more"
+            return (
+                f"{found}; expected a knob and its value, such as -p steps 20; `{command} --help` "
+                "tells more"
+            )
     return f"{found}; `{command} --help` tells how it is called"
 
 
@@ -142,7 +150,8 @@ def _report(run: Run, as_json: bool):
     click.echo(f"{run.id}: {run.status}" + (f" ({record['reason']})" if record["reason"] else ""))
     for part, found in record.get("left_out", {}).items():
         click.echo(
-            f"left out:  {found['equal']} of {found['pairs']} pairs ({part}), whose answers are equal within max_length"
+            f"left out:  {found['equal']} of {found['pairs']} pairs ({part}), whose answers are "
+            "equal within max_length"
         )
     states = (
         record.get("states") or record["summary"]
@@ -160,7 +169,8 @@ def _report(run: Run, as_json: bool):
         click.echo(f"{'rows:':10} {rows} seen by the evaluation") if rows is not None else None
     if record.get("notebook_error"):
         click.echo(
-            f"note: the run is not affected, but a lesson of its page does not hold here ({record['notebook_error']})"
+            "note: the run is not affected, but a lesson of its page does not hold here "
+            f"({record['notebook_error']})"
         )
     for what, name in (("record", ""), ("notebook", "notebook.ipynb"), ("panels", "panels.html")):
         if (run.path / name).exists():
@@ -178,7 +188,10 @@ def _report_answers(run: Run, record: dict):
     if path.exists():
         click.echo(f"answers:   {path}")
         for row in read_lines(path)[:10]:
-            said = f"{row['question']} -> {row['answer']} ({', '.join(row['cited']) or 'in no passage'})"
+            said = (
+                f"{row['question']} -> {row['answer']} "
+                f"({', '.join(row['cited']) or 'in no passage'})"
+            )
             click.echo("".join(c if c.isprintable() else " " for c in said))
 
 
@@ -260,7 +273,8 @@ def _values(pairs, file) -> dict:
             raise
         except Exception as error:  # besides YAMLError: a date with month 13 is a ValueError, a deep nesting a RecursionError
             raise WrongInput(
-                f"{file}: cannot be read as YAML ({' '.join(str(error).split())}); expected lines such as steps: 20; correct the file"
+                f"{file}: cannot be read as YAML ({' '.join(str(error).split())}); expected lines "
+                "such as steps: 20; correct the file"
             ) from None
         if not isinstance(values, dict):
             raise WrongInput(f"{file}: expected `knob: value` lines, found {type(values).__name__}")
@@ -335,7 +349,8 @@ def stop_command(run, out):
 
     stopped = stop(_opened(run, out), timeout=120)
     click.echo(
-        f"{stopped.id}: {stopped.status} at {'trial' if 'sweeps' == stopped.path.parent.name else 'step'} {stopped.read()['step']}"
+        f"{stopped.id}: {stopped.status} at "
+        f"{'trial' if 'sweeps' == stopped.path.parent.name else 'step'} {stopped.read()['step']}"
     )
 
 # %% ../nbs/cli.ipynb #c5bfd4d5
@@ -431,7 +446,8 @@ def sweep_command(method, grid, pairs, file, out, bare, detach, as_json, **asked
     for name, values in grid:
         if name in space:
             raise WrongInput(
-                f"-g {name}: given twice; expected all its values at once, such as {space[name]},{values}"
+                f"-g {name}: given twice; expected all its values at once, such as "
+                f"{space[name]},{values}"
             )
         space[name] = values
     made = create_sweep(plan(method, space, _values(pairs, file), notebook=not bare, **asked), out)
@@ -567,7 +583,8 @@ def doctor_command():
     )
     checks["device"] = (
         True,
-        f"{device}, {torch.get_num_threads()} threads, weights in {str(pick_dtype(torch.device(device))).removeprefix('torch.')}",
+        f"{device}, {torch.get_num_threads()} threads, weights in "
+        f"{str(pick_dtype(torch.device(device))).removeprefix('torch.')}",
     )
     folder = runs_folder()
     free = shutil.disk_usage(folder if folder.exists() else folder.parent).free / 2**30

@@ -174,7 +174,8 @@ def main() -> int:
         for row in pool.map(lambda job: attempt(*job), jobs):
             failed += not row["holds"]
             print(
-                f"{row['page']:28} {row['attempt']:20} {row['seconds']:6.1f} s  {'holds' if row['holds'] else row['error']}",
+                f"{row['page']:28} {row['attempt']:20} {row['seconds']:6.1f} s  "
+                f"{'holds' if row['holds'] else row['error']}",
                 flush=True,
             )
             if asked.to:

@@ -94,7 +94,8 @@ def main(words: list[str]) -> int:
         for row, found in zip(rows, pool.map(verdict, rows)):
             bad += found != "seen"
             print(
-                f"{found:6} {row['file'].removeprefix('polm_lab/')}: {row['before']!r:.60} -> {row['after']!r:.60}",
+                f"{found:6} {row['file'].removeprefix('polm_lab/')}: {row['before']!r:.60} -> "
+                f"{row['after']!r:.60}",
                 flush=True,
             )
     print(f"{len(rows)} faults, {bad} not seen")

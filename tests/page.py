@@ -99,7 +99,8 @@ def run_touched(within: float, workers: int = 2, run=run_notebook, pages=None) -
     with ThreadPoolExecutor(workers) as pool:
         passed = list(pool.map(one, pages))
     print(
-        f"{len(pages) - len(late)} of {len(pages)} touched notebooks run, {passed.count(False)} failed"
+        f"{len(pages) - len(late)} of {len(pages)} touched notebooks run, {passed.count(False)} "
+        "failed"
     )
     if late:
         print(

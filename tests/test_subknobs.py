@@ -240,7 +240,8 @@ def test_a_critic_and_its_weight_are_written(text, part, value, found):
     [
         (
             "",
-            "value = '': expected own, shared or a run of reward, with the weight of its loss if wanted, such as own:0.5",
+            "value = '': expected own, shared or a run of reward, with the weight of its loss if "
+            "wanted, such as own:0.5",
         ),
         (" :0.5", "value = ' :0.5': expected own, shared or a run of reward"),
         ("own:x", "value = 'own:x': weight: found 'x'; expected a number from 0 up, such as 0.5"),
@@ -452,12 +453,14 @@ def test_what_is_written_is_read_again():
         (
             RLAIF,
             {"judge.length": 1},
-            "judge = 'contrast:self': length = 1.0: contrast has no length; expected kind rule; give the kind too",
+            "judge = 'contrast:self': length = 1.0: contrast has no length; expected kind rule; "
+            "give the kind too",
         ),
         (
             RLAIF,
             {"judge.address": "http://k@h"},
-            "judge = 'contrast:self': address = 'http://…': contrast has no address; expected kind openai",
+            "judge = 'contrast:self': address = 'http://…': contrast has no address; expected "
+            "kind openai",
         ),
         (
             RLAIF,

@@ -50,9 +50,11 @@ class Written:
         "run = Run(sys.argv[1])\n"
         "with run.active():\n"
         "    for step in range(run.record['step'] + 1, 11):\n"
-        "        run.log(step, accuracy=run.settings['learning_rate'] * step / 10); run.update(step=step); time.sleep(0.03)\n"
+        "        run.log(step, accuracy=run.settings['learning_rate'] * step / 10); "
+        "run.update(step=step); time.sleep(0.03)\n"
         "        if run.stop_requested(): raise Stopped\n"
-        "        if (run.path / 'ill').exists() and step == 5: (run.path / 'ill').unlink(); raise RuntimeError('ill')\n"
+        "        if (run.path / 'ill').exists() and step == 5: (run.path / 'ill').unlink(); raise "
+        "RuntimeError('ill')\n"
         "    run.frame('after', {'accuracy': run.settings['learning_rate']})\n"
     )
 
@@ -114,7 +116,10 @@ def tree(tmp_path_factory):
     (root / "polm_lab" / "finetuning" / "mini.py").write_text(MINI)
     lines = {
         "parameters": 'steps = 5\nrate = 0.5\npace = 0.0\ndata = ""',
-        "run": 'import polm_lab as lab\nfrom polm_lab.finetuning.mini import Mini\nlab.run("mini", **lab.from_cell(Mini, globals()))',
+        "run": (
+            'import polm_lab as lab\nfrom polm_lab.finetuning.mini import Mini\nlab.run("mini", '
+            "**lab.from_cell(Mini, globals()))"
+        ),
     }
     code = [
         dict(
@@ -286,7 +291,8 @@ def test_a_sweep_of_its_own_process_is_stopped_and_resumed(polm, runs, tree):
 def test_trials_that_outlive_a_killed_sweep_are_taken_over(runs, tmp_path):
     made, code = (
         planned(runs, [0.1, 0.2, 0.3], jobs=2),
-        f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); from test_sweep import *; work_sweep(open_sweep(sys.argv[1]), start=Written(), pause=0.02)",
+        f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); from test_sweep import "
+        "*; work_sweep(open_sweep(sys.argv[1]), start=Written(), pause=0.02)",
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(made.path)], env=os.environ)
     until(lambda: len([r for r in all_runs(runs) if len(r.lines()) >= 2]) == 2)
@@ -406,7 +412,8 @@ def test_ray(runs, tree):
     pytest.importorskip("ray")
     tree = tree | dict(RAY_raylet_start_wait_time_s="600")  # a busy machine
     said = python(
-        "import ray\ndone = lab.sweep('mini', {'rate': [0.1, 0.2]}, on='ray', jobs=2, notebook=False)\nprint(json.dumps([done.id, ray.is_initialized()]))",
+        "import ray\ndone = lab.sweep('mini', {'rate': [0.1, 0.2]}, on='ray', jobs=2, "
+        "notebook=False)\nprint(json.dumps([done.id, ray.is_initialized()]))",
         tree,
     )
     name, left = json.loads(said.strip().split("\n")[-1])
@@ -695,7 +702,8 @@ def test_each_command_does_what_the_button_does(runs, tree, tmp_path):
     values = dict(rate=1e-05, steps=3, data=str(data), seed=0)
     shown = json.loads(
         python(
-            f"lab.launch('mini', **{values!r}); print(json.dumps(lab.commands('mini', {values!r})))",
+            f"lab.launch('mini', **{values!r}); print(json.dumps(lab.commands('mini', "
+            f"{values!r})))",
             tree,
             cwd=tmp_path,
         )

@@ -74,7 +74,10 @@ def test_a_wheel_in_a_clean_environment_runs_dpo(tmp_path):
         text=True,
     ).stdout
     assert where.startswith(str(clean))
-    code = "import polm_lab as lab; states = lab.atlas()['state']; print(len(states), (states == 'runs').sum() > 50, lab.datasets().shape[0] > 40)"
+    code = (
+        "import polm_lab as lab; states = lab.atlas()['state']; print(len(states), (states == "
+        "'runs').sum() > 50, lab.datasets().shape[0] > 40)"
+    )
     atlas = subprocess.run(
         [clean / "bin/python", "-c", code], cwd=elsewhere, env=env, capture_output=True, text=True
     )

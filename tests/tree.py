@@ -57,7 +57,8 @@ def main() -> int:
         print(f"nbs/{name}: not clean; run nbdev_clean")
     for name in stale:
         print(
-            f"polm_lab/{name}: not what the notebooks export; edit the notebook and run nbdev_export"
+            f"polm_lab/{name}: not what the notebooks export; edit the notebook and run "
+            "nbdev_export"
         )
     print(
         f"notebooks clean: {'no' if unclean else 'yes'}, export in sync: {'no' if stale else 'yes'}"

@@ -94,7 +94,8 @@ def pick_device(device: str = "auto"):
             raise RuntimeError("not on this machine")
     except RuntimeError as error:
         raise WrongInput(
-            f"device {device!r}: {first_line(error)}; expected auto, cpu, cuda, cuda:1 or mps, and one that this machine has"
+            f"device {device!r}: {first_line(error)}; expected auto, cpu, cuda, cuda:1 or mps, "
+            "and one that this machine has"
         ) from None
     return found
 
@@ -159,31 +160,37 @@ def check_launch(settings: RunSettings) -> str:
     for what, name in LAUNCHES.items():
         if asked(name) in ("true", "1", "yes"):
             raise WrongInput(
-                f"accelerate: {what} is asked for; expected distributed_type MULTI_GPU, MULTI_CPU or NO, since each process holds the whole model here; change accelerate's configuration, or start with accelerate launch --multi_gpu"
+                f"accelerate: {what} is asked for; expected distributed_type MULTI_GPU, MULTI_CPU "
+                "or NO, since each process holds the whole model here; change accelerate's "
+                "configuration, or start with accelerate launch --multi_gpu"
             )
     backend = asked("ACCELERATE_DYNAMO_BACKEND") or "no"
     if backend != "no":
         raise WrongInput(
-            f"accelerate: dynamo_backend {backend} is asked for; expected no, since nothing is compiled here; start with accelerate launch --dynamo_backend no"
+            f"accelerate: dynamo_backend {backend} is asked for; expected no, since nothing is "
+            "compiled here; start with accelerate launch --dynamo_backend no"
         )
     steps = asked("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") or "1"
     if steps != "1":
         raise WrongInput(
-            f"accelerate: gradient_accumulation_steps {steps} is asked for; expected 1, since a run has a knob for it; take it out there, and write -p accumulate {steps}"
+            f"accelerate: gradient_accumulation_steps {steps} is asked for; expected 1, since a "
+            f"run has a knob for it; take it out there, and write -p accumulate {steps}"
         )
     types = {"bf16": "bfloat16", "fp16": "float16"}
     precision = asked("ACCELERATE_MIXED_PRECISION") or "no"
     if precision != "no" and types.get(precision) != settings.dtype:
         todo = f"write -p dtype {types[precision]}" if precision in types else "take it out there"
         raise WrongInput(
-            f"accelerate: mixed_precision {precision} is asked for, and the run's dtype is {settings.dtype}; expected the same of both; {todo}"
+            f"accelerate: mixed_precision {precision} is asked for, and the run's dtype is "
+            f"{settings.dtype}; expected the same of both; {todo}"
         )
     if (
         asked("ACCELERATE_USE_CPU") in ("true", "1", "yes")
         and pick_device(settings.device).type != "cpu"
     ):
         raise WrongInput(
-            f"accelerate: use_cpu is asked for, and the run's device is {settings.device}; expected the same of both; write -p device cpu"
+            f"accelerate: use_cpu is asked for, and the run's device is {settings.device}; "
+            "expected the same of both; write -p device cpu"
         )
     return "ddp" if process_rank_and_count()[1] > 1 else "none"
 
@@ -193,7 +200,8 @@ def my_share(rows: list) -> list:
     rank, processes = process_rank_and_count()
     if len(rows) % processes:
         raise WrongInput(
-            f"{len(rows)} rows cannot be shared by {processes} processes: make batch_size a multiple of {processes}"
+            f"{len(rows)} rows cannot be shared by {processes} processes: make batch_size a "
+            f"multiple of {processes}"
         )
     size = len(rows) // processes
     return rows[rank * size : (rank + 1) * size]

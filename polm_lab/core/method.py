@@ -119,7 +119,8 @@ def method(
         settings = hints.get("settings")
         if not (isinstance(settings, type) and issubclass(settings, RunSettings)):
             raise WrongInput(
-                f"method {function.__name__}: expected a first argument `settings: <a class of RunSettings or Settings>`, found {settings!r}"
+                f"method {function.__name__}: expected a first argument `settings: <a class of "
+                f"RunSettings or Settings>`, found {settings!r}"
             )
         summary = (function.__doc__ or "").strip().split("\n")[0]
         register_metrics(function.__name__, metrics)
@@ -167,7 +168,8 @@ def find(name: str) -> Method:
         importlib.import_module(files[name])
     if name not in REGISTRY:
         raise WrongInput(
-            f"unknown method {name!r}: {nearest(name, methods())}; `polm methods` tells what each does"
+            f"unknown method {name!r}: {nearest(name, methods())}; `polm methods` tells what each "
+            "does"
         )
     return REGISTRY[name]
 

@@ -32,7 +32,10 @@ _ALL = [
         "what the optimizer makes smaller",
         unit="nats",
         better="down",
-        reading="Falls in supervised and preference methods. In policy-gradient methods it stays near 0 and says little: read the reward.",
+        reading=(
+            "Falls in supervised and preference methods. In policy-gradient methods it stays near "
+            "0 and says little: read the reward."
+        ),
     ),
     Metric(
         "reward",
@@ -120,7 +123,9 @@ _ALL += [
         "entropy_coefficient",
         "weight of the entropy in the loss",
         r"\lambda_t",
-        reading="0 without an entropy bonus. It follows the rewards' variance where the method says so.",
+        reading=(
+            "0 without an entropy bonus. It follows the rewards' variance where the method says so."
+        ),
     ),
     Metric(
         "length",
@@ -141,7 +146,9 @@ _ALL += [
         "zero_std_groups",
         "share of groups whose rewards are all equal",
         unit="share",
-        reading="These groups give no gradient. Near 1 the task is too easy or too hard for the policy.",
+        reading=(
+            "These groups give no gradient. Near 1 the task is too easy or too hard for the policy."
+        ),
         low=0.0,
         high=0.8,
     ),
@@ -163,7 +170,8 @@ _ALL += [
     ),
     Metric(
         "margin",
-        "reward of the chosen completion minus that of the rejected one: of a reward model, or implicit in a policy",
+        "reward of the chosen completion minus that of the rejected one: of a reward model, or "
+        "implicit in a policy",
         r"r(x,y_w)-r(x,y_l)",
         better="up",
         reading="Rises from 0.",
@@ -307,12 +315,16 @@ _ALL += [
         better="up",
         low=0.0,
         high=1.0,
-        reading="High and wrong: the passages are wrong. Low: the reader answers from memory, or makes it up.",
+        reading=(
+            "High and wrong: the passages are wrong. Low: the reader answers from memory, or "
+            "makes it up."
+        ),
     ),
     Metric("stage_ms", "median time of a stage for one question", unit="ms", better="down"),
     Metric(
         "win_rate",
-        "share of prompts where the policy's completion scores higher than the base model's; ties count half",
+        "share of prompts where the policy's completion scores higher than the base model's; ties "
+        "count half",
         unit="share",
         better="up",
         low=0.0,
@@ -333,7 +345,10 @@ _ALL += [
         unit="share",
         low=0.0,
         high=0.99,
-        reading="Fewer weights that count; fewer bytes or less time only where a format or a kernel makes use of it.",
+        reading=(
+            "Fewer weights that count; fewer bytes or less time only where a format or a kernel "
+            "makes use of it."
+        ),
     ),
     Metric(
         "weight_error",
@@ -365,17 +380,24 @@ _ALL += [
         "rows",
         "how many rows the evaluation saw",
         unit="rows",
-        reading="A count, no result. Evaluations compare where the rows are the same; a few rows say little. `rows/NAME` is for a metric that saw another number.",
+        reading=(
+            "A count, no result. Evaluations compare where the rows are the same; a few rows say "
+            "little. `rows/NAME` is for a metric that saw another number."
+        ),
     ),
     Metric(
         "efficacy",
-        "share of edits whose new answer the model gives to the prompt of the edit: each token is the most probable one",
+        "share of edits whose new answer the model gives to the prompt of the edit: each token is "
+        "the most probable one",
         r"P(\arg\max_y\pi(y\mid x)=y')",
         "share",
         better="up",
         low=0.0,
         high=1.0,
-        reading="`/tokens` counts each token by itself, so one of three is a third; `/probability` is that of the whole answer; `/said`: free generation says it.",
+        reading=(
+            "`/tokens` counts each token by itself, so one of three is a third; `/probability` is "
+            "that of the whole answer; `/said`: free generation says it."
+        ),
     ),
     Metric(
         "paraphrase",
@@ -389,17 +411,22 @@ _ALL += [
     ),
     Metric(
         "neighbourhood",
-        "share of prompts for other subjects whose most probable tokens are those from before the edits",
+        "share of prompts for other subjects whose most probable tokens are those from before the "
+        "edits",
         r"P(\arg\max_y\pi(y\mid x)=\arg\max_y\pi_{before}(y\mid x))",
         "share",
         better="up",
         low=0.0,
         high=1.0,
-        reading="What the edits broke of the same relation. `/probability` is that of the answer in the data; `/said`: free generation says what it said.",
+        reading=(
+            "What the edits broke of the same relation. `/probability` is that of the answer in "
+            "the data; `/said`: free generation says what it said."
+        ),
     ),
     Metric(
         "other_relation",
-        "share of prompts for other facts of the edited subjects whose most probable tokens are those from before the edits",
+        "share of prompts for other facts of the edited subjects whose most probable tokens are "
+        "those from before the edits",
         r"\operatorname{neighbourhood}(x')",
         "share",
         better="up",

@@ -361,7 +361,8 @@ class RunLife(RunSteps):
         if self.record["status"] == "finished":
             lock.close()
             raise WrongInput(
-                f"{self.id}: it is finished, nothing is left to do; start a new run to change something"
+                f"{self.id}: it is finished, nothing is left to do; start a new run to change "
+                "something"
             )
         self._begun, self._seconds, over = (
             time.monotonic(),
@@ -482,12 +483,16 @@ class Run(RunLife):
             replace_file(folder / name / "run.json", json.dumps(_plain(record), indent=1))
         except OSError as error:
             raise WrongInput(
-                f"{folder}: runs cannot be written there ({error.strerror}); give another folder with --out"
+                f"{folder}: runs cannot be written there ({error.strerror}); give another folder "
+                "with --out"
             ) from None
         return cls(folder / name)
 
     def __repr__(self):
-        return f"Run({self.id}, {self.status}, step {self.record.get('step')}/{self.record.get('total')})"
+        return (
+            f"Run({self.id}, {self.status}, step "
+            f"{self.record.get('step')}/{self.record.get('total')})"
+        )
 
 # %% ../../nbs/core/run.ipynb #067193f0
 def _now() -> str:

@@ -92,12 +92,14 @@ class Settings(SavedSettings):
     max_length: int = knob(256, "longest row", "tokens", low=2, log=True)
     adapter: str = knob(
         "none",
-        "PEFT adapter by name with its settings, such as `lora:r=8,lora_alpha=16`; `none` trains all weights",
+        "PEFT adapter by name with its settings, such as `lora:r=8,lora_alpha=16`; `none` trains "
+        "all weights",
         parts=ADAPTER,
     )
     chat_template: str = knob(
         "",
-        "template of conversations, for a model that has none: a built-in name or a .jinja file; empty keeps the model's own",
+        "template of conversations, for a model that has none: a built-in name or a .jinja file; "
+        "empty keeps the model's own",
     )
     gradient_checkpointing: bool = knob(
         False, "recompute activations in the backward pass: less memory, about a third more time"

@@ -328,7 +328,8 @@ def _next_run(out) -> Run | None:
             except OSError as error:
                 if run.path.exists() and not said:  # else it was just deleted
                     print(
-                        f"{run.id}: it waits in the queue, since its run.json cannot be written ({error.strerror}); free some space",
+                        f"{run.id}: it waits in the queue, since its run.json cannot be written "
+                        f"({error.strerror}); free some space",
                         flush=True,
                     )
                     said = True

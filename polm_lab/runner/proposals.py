@@ -38,7 +38,8 @@ def choices_of(k: Knob, asked) -> list | dict:
     if isinstance(asked, tuple):
         if len(asked) != 2 or not number:
             raise WrongInput(
-                f"{k.name} = {asked!r}: expected (low, high) of a number's range, or a list of values"
+                f"{k.name} = {asked!r}: expected (low, high) of a number's range, or a list of "
+                "values"
             )
         low, high = map(k.check, asked)
         if OFF in (low, high) or not low < high:
@@ -75,7 +76,8 @@ def grid_points(space: dict) -> list[dict]:
     number = math.prod(map(len, space.values()))
     if number > MOST:
         raise WrongInput(
-            f"sweep: {number:,} combinations; expected at most {MOST:,}; take fewer values, or search random"
+            f"sweep: {number:,} combinations; expected at most {MOST:,}; take fewer values, or "
+            "search random"
         )
     return [dict(zip(space, values)) for values in itertools.product(*space.values())]
 
@@ -144,7 +146,8 @@ def import_optuna():
         import optuna
     except ImportError:
         raise WrongInput(
-            "Optuna is not installed: search tpe needs it; `pip install 'polm_lab[sweep]'`, or search grid or random"
+            "Optuna is not installed: search tpe needs it; `pip install 'polm_lab[sweep]'`, or "
+            "search grid or random"
         ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna

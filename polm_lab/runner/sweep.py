@@ -45,7 +45,8 @@ class Plan:
     metric: str = knob("accuracy", "what the best trial is best in")
     better: str = knob(
         "auto",
-        "whether more (up) or less (down) of the metric is better; auto asks the vocabulary of metrics",
+        "whether more (up) or less (down) of the metric is better; auto asks the vocabulary of "
+        "metrics",
         choices=("auto", "up", "down"),
     )
     prune: bool = knob(
@@ -55,12 +56,14 @@ class Plan:
     jobs: int = knob(1, "trials at the same time", "trials", low=1)
     on: str = knob(
         "local",
-        "where trials run: local is this machine, ray the cluster at $RAY_ADDRESS, or without that one on this machine",
+        "where trials run: local is this machine, ray the cluster at $RAY_ADDRESS, or without "
+        "that one on this machine",
         choices=("local", "ray"),
     )
     notebook: bool = knob(
         True,
-        "run the method's notebook in each trial and keep it; without, the function alone, which is quicker",
+        "run the method's notebook in each trial and keep it; without, the function alone, which "
+        "is quicker",
     )
     search_seed: int = knob(0, "seed of the search", low=0)
 
@@ -77,11 +80,13 @@ def _direction(name: str) -> str:
         better = meaning_of(name.removeprefix("eval/")).better
     except KeyError:
         raise WrongInput(
-            f"metric = {name!r}: {nearest(name, METRICS)}; for a metric of your own say better = 'up' or 'down'"
+            f"metric = {name!r}: {nearest(name, METRICS)}; for a metric of your own say better = "
+            "'up' or 'down'"
         ) from None
     if not better:
         raise WrongInput(
-            f"metric = {name!r}: neither more nor less of it is better; say which is meant with better = 'up' or 'down'"
+            f"metric = {name!r}: neither more nor less of it is better; say which is meant with "
+            "better = 'up' or 'down'"
         )
     return better
 
@@ -190,7 +195,8 @@ def plan(
     )
     if how.search == "grid" and how.trials not in (0, len(points)):
         raise WrongInput(
-            f"trials = {how.trials}: a grid has as many as combinations, here {len(points)}; leave trials out, or search random"
+            f"trials = {how.trials}: a grid has as many as combinations, here {len(points)}; "
+            "leave trials out, or search random"
         )
     for point in points if how.search != "tpe" else ():
         launch.check_settings(method, fixed | point)
@@ -269,7 +275,8 @@ def _on_ray(jobs: int):
             )
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
             raise WrongInput(
-                f"RAY_ADDRESS = {address!r}: no cluster answers there ({' '.join(str(error).split())[:200]})"
+                f"RAY_ADDRESS = {address!r}: no cluster answers there "
+                f"({' '.join(str(error).split())[:200]})"
             ) from None
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cores = [int(node.get("CPU", 0)) for node in nodes]
