@@ -64,8 +64,5 @@ class _Workbench(ModuleType):
         return importlib.import_module("polm_lab.workbench.app").Workbench(out)
 
 
-importlib.import_module(
-    "polm_lab.workbench"
-).__class__ = (
-    _Workbench  # the import system puts the folder under the name that the function should have
-)
+# the import system puts the folder under the name that the function should have
+importlib.import_module("polm_lab.workbench").__class__ = _Workbench

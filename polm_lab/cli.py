@@ -64,7 +64,10 @@ class Lab(click.Group):
 
 
 def check_words(words: list[str]):
-    "Raise `WrongInput` for words of the command line that click would take for something else than was meant, or that no record can hold."
+    """Check the words of the command line.
+
+    Raises: `WrongInput` for words that click would misread, or that no record can hold.
+    """
     for word in (*words, os.environ.get("POLM_RUNS", "")):
         if any("\ud800" <= letter <= "\udfff" for letter in word):
             raise WrongInput(
@@ -83,7 +86,10 @@ def check_words(words: list[str]):
 
 # %% ../nbs/cli.ipynb #b8dc5449
 def usage(error: click.UsageError, words: list[str]) -> str:
-    "What click found wrong with the command line, on one line, and how to say what was probably meant."
+    """Return what click found wrong with the command line, on one line.
+
+    It adds how to write what was probably meant.
+    """
     command = error.ctx.command_path if error.ctx else "polm"
     found = one_line(error.format_message()).rstrip(".")
     if words[:1] in (["run"], ["sweep"]):
@@ -132,20 +138,12 @@ json_option = click.option(
 
 
 def _report(run: Run, as_json: bool):
-    "Say how a run ended; its line is the last of standard output."
+    "Report how a run ended; its line is the last of standard output."
     record = run.read()
     if as_json:
-        click.echo(
-            json.dumps(
-                dict(
-                    run=run.id,
-                    path=str(run.path),
-                    status=run.status,
-                    reason=record["reason"],
-                    summary=record["summary"],
-                )
-            )
-        )
+        facts = dict(run=run.id, path=str(run.path), status=run.status)
+        facts |= dict(reason=record["reason"], summary=record["summary"])
+        click.echo(json.dumps(facts))
         return
     click.echo(f"{run.id}: {run.status}" + (f" ({record['reason']})" if record["reason"] else ""))
     for part, found in record.get("left_out", {}).items():
@@ -153,18 +151,13 @@ def _report(run: Run, as_json: bool):
             f"left out:  {found['equal']} of {found['pairs']} pairs ({part}), whose answers are "
             "equal within max_length"
         )
-    states = (
-        record.get("states") or record["summary"]
-    )  # a recipe has one state of the model after each of its stages
+    # a recipe has one state of the model after each of its stages
+    states = record.get("states") or record["summary"]
     if states:
         import pandas as pd
 
-        _print_frame(
-            pd.DataFrame(
-                {name: without_counts(found) for name, found in states.items()}
-            ).rename_axis("metric"),
-            index=True,
-        )
+        columns = {name: without_counts(found) for name, found in states.items()}
+        _print_frame(pd.DataFrame(columns).rename_axis("metric"), index=True)
         rows = record["summary"].get("after", record["summary"].get("before", {})).get("rows")
         click.echo(f"{'rows:':10} {rows} seen by the evaluation") if rows is not None else None
     if record.get("notebook_error"):
@@ -188,11 +181,9 @@ def _report_answers(run: Run, record: dict):
     if path.exists():
         click.echo(f"answers:   {path}")
         for row in read_lines(path)[:10]:
-            said = (
-                f"{row['question']} -> {row['answer']} "
-                f"({', '.join(row['cited']) or 'in no passage'})"
-            )
-            click.echo("".join(c if c.isprintable() else " " for c in said))
+            cited = ", ".join(row["cited"]) or "in no passage"
+            line = f"{row['question']} -> {row['answer']} ({cited})"
+            click.echo("".join(c if c.isprintable() else " " for c in line))
 
 
 def _show_progress(run: Run, row: dict):
@@ -214,7 +205,10 @@ def _show_progress(run: Run, row: dict):
 
 @contextmanager
 def _stops(run: Run):
-    "Inside, Ctrl-C and SIGTERM ask the run to stop with its state saved; a second Ctrl-C interrupts at once."
+    """Inside, Ctrl-C and SIGTERM ask the run to stop with its state saved.
+
+    A second Ctrl-C interrupts at once.
+    """
 
     def ask(*_):
         run.request_stop()
@@ -248,16 +242,10 @@ def _work(run: Run, as_json: bool):
 def _opened(name: str, out=None) -> Run:
     "The run, or the sweep, of that name: runs are looked through first."
     folder = runs_folder(out)
-    is_path, is_run = (
-        (Path(name) / "run.json").exists(),
-        any(folder.glob(f"*{glob.escape(name)}*/run.json")),
-    )
-    found = open_run(
-        name,
-        folder
-        if is_path or is_run or not any(folder.glob(f"sweeps/*{glob.escape(name)}*/run.json"))
-        else folder / "sweeps",
-    )
+    is_path = (Path(name) / "run.json").exists()
+    is_run = any(folder.glob(f"*{glob.escape(name)}*/run.json"))
+    is_sweep = any(folder.glob(f"sweeps/*{glob.escape(name)}*/run.json"))
+    found = open_run(name, folder / "sweeps" if is_sweep and not (is_path or is_run) else folder)
     return Sweep(found.path) if "space" in found.settings else found
 
 
@@ -271,7 +259,9 @@ def _values(pairs, file) -> dict:
             values = yaml.safe_load(read_text(file)) or {}
         except WrongInput:
             raise
-        except Exception as error:  # besides YAMLError: a date with month 13 is a ValueError, a deep nesting a RecursionError
+        except Exception as error:
+            # besides YAMLError: a date with month 13 is a ValueError, a deep nesting a
+            # RecursionError
             raise WrongInput(
                 f"{file}: cannot be read as YAML ({' '.join(str(error).split())}); expected lines "
                 "such as steps: 20; correct the file"
@@ -364,29 +354,17 @@ def _show_sweep(sweep: Sweep):
 
 
 def _report_sweep(sweep: Sweep, as_json: bool):
-    "Say how a sweep stands."
+    "Report the state of a sweep."
     sweep, best = Sweep(sweep.path), Sweep(sweep.path).best
     if as_json:
-        said = dict(best, path=str(sweep.out / best["run"])) if best else None
-        click.echo(
-            json.dumps(
-                dict(
-                    sweep=sweep.id,
-                    path=str(sweep.path),
-                    status=sweep.status,
-                    reason=sweep.record["reason"],
-                    metric=sweep.settings["metric"],
-                    best=said,
-                    trials=sweep.trials,
-                )
-            )
-        )
+        facts = dict(sweep=sweep.id, path=str(sweep.path), status=sweep.status)
+        facts |= dict(reason=sweep.record["reason"], metric=sweep.settings["metric"])
+        facts["best"] = dict(best, path=str(sweep.out / best["run"])) if best else None
+        click.echo(json.dumps(facts | {"trials": sweep.trials}))
         return
     _print_frame(results(sweep), index=True)
-    click.echo(
-        f"{sweep.id}: {sweep.status}"
-        + (f" ({sweep.record['reason']})" if sweep.record["reason"] else "")
-    )
+    reason = f" ({sweep.record['reason']})" if sweep.record["reason"] else ""
+    click.echo(f"{sweep.id}: {sweep.status}{reason}")
     click.echo(sweep.tell() + (f": {sweep.out / best['run']}" if best else ""))
     click.echo(f"record:    {sweep.path}")
 
@@ -471,6 +449,13 @@ def sweeps_command(out):
     _print_frame(sweep_table(out))
 
 # %% ../nbs/cli.ipynb #5c9961a1
+def _cell(value) -> str:
+    "A value of a table as text; what is missing is empty."
+    if value is None or value != value:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _print_frame(frame, index: bool = False):
     "A DataFrame as a table on the terminal, or as plain aligned text in a pipe or file."
     from rich.console import Console
@@ -481,10 +466,7 @@ def _print_frame(frame, index: bool = False):
         return
     if index:
         frame = frame.reset_index(names=frame.index.name or "")
-    rows = [
-        ["" if v is None or v != v else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row]
-        for row in frame.itertuples(index=False)
-    ]
+    rows = [list(map(_cell, row)) for row in frame.itertuples(index=False)]
     if not sys.stdout.isatty():
         lines = [list(map(str, frame.columns)), *rows]
         widths = [max(map(len, column)) for column in zip(*lines)]
@@ -560,7 +542,7 @@ def doctor_command():
 
     from polm_lab.rewards import sandbox
     from polm_lab.models.load import load_model
-    from polm_lab.core.machine import pick_dtype
+    from polm_lab.core.machine import pick_device, pick_dtype
     from polm_lab.core.run import versions
 
     checks = {name: (True, version) for name, version in versions().items()}
@@ -574,13 +556,7 @@ def doctor_command():
     for name, missing in {**pip, "quarto": "needed to render the pages only"}.items():
         found = shutil.which("quarto") if name == "quarto" else importlib.util.find_spec(name)
         checks[name] = (bool(found), "there" if found else missing)
-    device = (
-        "cuda"
-        if torch.cuda.is_available()
-        else "mps"
-        if torch.backends.mps.is_available()
-        else "cpu"
-    )
+    device = pick_device().type
     checks["device"] = (
         True,
         f"{device}, {torch.get_num_threads()} threads, weights in "
@@ -606,20 +582,15 @@ def doctor_command():
 
 # %% ../nbs/cli.ipynb #d3fed3b7
 def _serve(module: str, name: str, extra: str, words, args):
-    "Replace this process by a server with our `words`, of which `args` say some otherwise; raises `WrongInput` if it is not installed."
+    """Replace this process by a server with our `words`; `args` override some of them.
+
+    Raises: `WrongInput` if the server is not installed.
+    """
     if not importlib.util.find_spec(module):
         raise WrongInput(f'{name} is not installed; `pip install "polm_lab[{extra}]"`')
     given = {word.split("=")[0] for word in args}
-    os.execv(
-        sys.executable,
-        [
-            sys.executable,
-            "-m",
-            module,
-            *(word for word in words if word.split("=")[0] not in given),
-            *args,
-        ],
-    )
+    ours = [word for word in words if word.split("=")[0] not in given]
+    os.execv(sys.executable, [sys.executable, "-m", module, *ours, *args])
 
 
 def _add_folder(variable: str, folder: Path):
@@ -641,25 +612,28 @@ def lab_command(args):
         f"--ServerApp.root_dir={folder.parent}",
         f"--LabApp.default_url=/lab/tree/{folder.name}/index.ipynb",
     ]
-    quiet = [
+    quiet = [  # nothing is asked of other hosts
         "--LabApp.news_url=None",
         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
         "--LabApp.extension_manager=readonly",
-    ]  # nothing is asked of other hosts
-    _add_folder(
-        "JUPYTER_CONFIG_PATH", folder / "_app"
-    )  # which leaves out the news of JupyterLab's makers
+    ]
+    # this configuration leaves out the news of JupyterLab's makers
+    _add_folder("JUPYTER_CONFIG_PATH", folder / "_app")
     _serve("jupyterlab", "JupyterLab", "lab", ours + quiet, args)
 
 # %% ../nbs/cli.ipynb #08418709
-# What the page of the app may load: what this server gives. Widgets are code that comes over the socket.
+# The page of the app may load only what this server gives.
+# Widgets are code that comes over the socket.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
 
 # %% ../nbs/cli.ipynb #dc639c6d
 @polm.command("app", context_settings=passes_on)
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
 def app_command(args):
-    "Open the workbench as an app in the browser, on localhost; ARGS are Voilà's, such as --port 8866 or --no-browser."
+    """Open the workbench as an app in the browser, on localhost.
+
+    ARGS are Voilà's, such as --port 8866 or --no-browser.
+    """
     from polm_lab.runner.launch import notebooks_folder
 
     folder = notebooks_folder()

@@ -19,14 +19,20 @@ UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class WrongInput(ValueError):
-    "Input that the user can mend; the message is one line: where, what was found, what is expected, what to do."
+    """Report input that the user can correct.
+
+    The message is one line: where, what was found, what is expected, what to do.
+    """
 
     def __init__(self, message=""):
         super().__init__(one_line(str(message)))
 
 
 def one_line(text: str) -> str:
-    "`text` on one line that any terminal can show: what came out of a file may hold line breaks, controls, or halves of surrogate pairs."
+    """Return `text` on one line that any terminal can show.
+
+    Text from a file may hold line breaks, control characters, or halves of surrogate pairs.
+    """
     lines = text.splitlines()
     text = " ".join(line.strip() for line in lines) if len(lines) > 1 else "".join(lines)
     return UNSHOWN.sub(
@@ -71,7 +77,10 @@ class Knob:
         return kind + low + (" and" if low and high else "") + high
 
     def check(self, value):
-        "Return `value` as this knob's type; raise `WrongInput` if it is of another type or out of range."
+        """Return `value` as this knob's type.
+
+        Raises: `WrongInput` if it is of another type or out of range.
+        """
         close = difflib.get_close_matches(str(value), map(str, self.choices), n=1)
         guess = f"; did you mean {close[0]!r}?" if close else ""
         wrong = WrongInput(
@@ -91,7 +100,10 @@ class Knob:
 
 # %% ../../nbs/core/knobs.ipynb #49a5fb23
 def _convert(value, kind: type):
-    "`value` as `kind`, from itself or from the text of a command line; nothing is rounded or guessed."
+    """Return `value` as `kind`; it may be text from a command line.
+
+    Nothing is rounded or guessed.
+    """
     if kind is str:
         if not isinstance(value, str):
             raise TypeError
@@ -127,7 +139,10 @@ def knob(
     log: bool = False,
     parts=None,
 ):
-    "A dataclass field that is a knob: `beta: float = knob(0.1, 'strength of the KL constraint', low=0, source='DPO §6')`."
+    """Declare a dataclass field that is a knob.
+
+    `beta: float = knob(0.1, 'strength of the KL constraint', low=0, source='DPO §6')`.
+    """
     facts = dict(
         meaning=meaning,
         unit=unit,

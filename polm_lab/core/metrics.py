@@ -42,7 +42,9 @@ _ALL = [
         "mean reward of the sampled completions",
         r"\frac1n\sum_i r(x_i,y_i)",
         better="up",
-        reading="Should rise. If it rises while held-out accuracy does not, the reward is being gamed.",
+        reading=(
+            "Should rise. If it rises while held-out accuracy does not, the reward is being gamed."
+        ),
     ),
     Metric(
         "reward_std",
@@ -114,10 +116,10 @@ _ALL += [
     ),
     Metric(
         "kl_coefficient",
-        "strength of the KL's toll in the reward",
+        "strength of the KL penalty in the reward",
         r"\beta",
         "reward/nat",
-        "Constant, or steered: it rises while the KL lies above its target.",
+        "Constant, or adapted: it rises while the KL is above its target.",
     ),
     Metric(
         "entropy_coefficient",
@@ -265,7 +267,9 @@ _ALL += [
         better="down",
         low=0.0,
         high=1.0,
-        reading="What refining costs. On good drafts even a small share outweighs what is mended.",
+        reading=(
+            "What refining costs. On good drafts even a small share outweighs what is corrected."
+        ),
     ),
     Metric(
         "incorrect_to_correct",
@@ -275,7 +279,10 @@ _ALL += [
         better="up",
         low=0.0,
         high=1.0,
-        reading="What refining gains; drawing another answer mends too, so compare at equal tokens.",
+        reading=(
+            "What refining gains. Sampling another answer also corrects some, so compare at equal "
+            "tokens."
+        ),
     ),
     Metric(
         "tokens",
@@ -310,7 +317,7 @@ _ALL += [
 _ALL += [
     Metric(
         "faithfulness",
-        "share of answers that stand in a passage that was given",
+        "share of answers that occur in a passage that was given",
         unit="share",
         better="up",
         low=0.0,
@@ -395,8 +402,8 @@ _ALL += [
         low=0.0,
         high=1.0,
         reading=(
-            "`/tokens` counts each token by itself, so one of three is a third; `/probability` is "
-            "that of the whole answer; `/said`: free generation says it."
+            "`/tokens` counts each token by itself, so one of three is a third. `/probability` is "
+            "that of the whole answer. A further part is 1 if the greedy answer contains it."
         ),
     ),
     Metric(
@@ -407,7 +414,9 @@ _ALL += [
         better="up",
         low=0.0,
         high=1.0,
-        reading="Far below efficacy: the prompt was learned, and not the fact. Parts as of efficacy.",
+        reading=(
+            "Far below efficacy: the prompt was learned, and not the fact. Parts as for efficacy."
+        ),
     ),
     Metric(
         "neighbourhood",
@@ -420,7 +429,7 @@ _ALL += [
         high=1.0,
         reading=(
             "What the edits broke of the same relation. `/probability` is that of the answer in "
-            "the data; `/said`: free generation says what it said."
+            "the data. A further part is 1 if free generation gives the same answer as before."
         ),
     ),
     Metric(
@@ -432,7 +441,7 @@ _ALL += [
         better="up",
         low=0.0,
         high=1.0,
-        reading="What the edits broke of the same subject. Parts as of neighbourhood.",
+        reading="What the edits broke of the same subject. Parts as for neighbourhood.",
     ),
     Metric(
         "kept",
@@ -469,8 +478,9 @@ def without_counts(values: dict) -> dict:
 def metric(name: str) -> Metric:
     """The meaning of a logged name.
 
-    `eval/NAME` is NAME on held-out data, `reward/PART` one part of the reward, `forgetting/WORLD` forgetting on one task.
-    A name outside the vocabulary raises `KeyError`.
+    `eval/NAME` is NAME on held-out data, `reward/PART` is one part of the reward, and
+    `forgetting/TASK` is forgetting on one task.
+    Raises: `KeyError` for a name outside the vocabulary.
     """
     if name.startswith("eval/"):
         inner = metric(name[5:])
@@ -506,8 +516,8 @@ _OWNERS: dict[str, str] = {}  # name of a declared metric -> its method
 def register_metrics(owner: str, metrics) -> None:
     """Add the `metrics` of the method `owner` to the vocabulary; `owner` may declare them again.
 
-    Raises: `WrongInput` for a name that the vocabulary or another method has, for a name that
-    cannot be logged, and for a metric that nobody could read.
+    Raises: `WrongInput` for a name that is taken or cannot be logged. It is also raised for a
+    metric without a meaning, or with neither a reading nor a better direction.
     """
     for m in metrics:
         place = f"metric {m.name!r} of {owner}"

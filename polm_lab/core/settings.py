@@ -70,7 +70,7 @@ class SavedSettings(RunSettings):
 class Settings(SavedSettings):
     "What all training shares."
 
-    data: str = knob("sums", "training data: a task, a local file, or a Hub id")
+    data: str = knob("sums", "training data: a built-in task, a local file, or a Hub id")
     eval_data: str = knob("", "evaluation data; empty means the held-out part of `data`")
     eval_rows: int = knob(64, "rows of the evaluation data that are used", "rows", low=1)
     steps: int = knob(100, "optimizer steps", "steps", low=0, log=True)
@@ -143,7 +143,10 @@ def unknown_knob(name: str, known, owner: str) -> WrongInput:
 
 
 def from_cell(cls: type, namespace: dict) -> dict:
-    "The knobs of `cls` that a notebook's parameters cell (and papermill after it) defined in `namespace`."
+    """Return the knobs of `cls` that `namespace` defines.
+
+    A notebook's parameters cell defines them, and papermill after it.
+    """
     return {k.name: namespace[k.name] for k in knobs(cls) if k.name in namespace}
 
 # %% ../../nbs/core/settings.ipynb #38c3c7ff
