@@ -1,10 +1,16 @@
-"""What a person waits for, measured in the browser: first metric, an answer beside training, a large run, a slider.
+"""Measure in the browser how long a person waits.
 
     python benchmarks/browser.py [--repeats 3] [--check]
 
-A real JupyterLab and headless Chromium (see tests/browsing.py). Times are taken inside the page, from the click to the frame in which it is drawn. `cold` is a new kernel with Run pressed as soon as
-the form is there; `warm` is a workbench that has been open for a while. Machine load (mean number of processes that want a processor) stands beside each, as times double when it passes the number of
-processors. `--check` exits 1 unless every bar holds.
+Measured are the first metric, an answer while a run trains, a large run, and a slider.
+It uses a real JupyterLab and headless Chromium (see tests/browsing.py).
+Times are taken inside the page, from the click to the frame in which the result is drawn.
+
+The case `cold` is a new kernel with Run pressed as soon as the form is there.
+The case `warm` is a workbench that has been open for a while.
+The machine load (mean number of processes that want a processor) is printed next to each time.
+Times double when it exceeds the number of processors.
+With `--check` the exit status is 1 unless every bar holds.
 """
 
 import argparse
@@ -28,9 +34,17 @@ from polm_lab.core.run import Run, all_runs  # noqa: E402
 CLOCK = """([act, holds, timeout]) => new Promise((done, fail) => {
   const check = new Function("return " + holds), began = performance.now();
   new Function(act)();
-  const look = () => check() ? done(performance.now() - began) : performance.now() - began > timeout ? fail(new Error("not within the time: " + holds)) : requestAnimationFrame(look);
+  const look = () => {
+    const spent = performance.now() - began;
+    if (check()) done(spent);
+    else if (spent > timeout) fail(new Error("not within the time: " + holds));
+    else requestAnimationFrame(look);
+  };
   look();
 })"""
+
+# the first points of the first curve, as text
+FIGURE = "JSON.stringify([...document.querySelector('.js-plotly-plot').data[0].y].slice(0, 40))"
 
 
 def clocked(page, act: str, holds: str, timeout: float = 120) -> float:
@@ -210,9 +224,8 @@ def measure(repeats: int) -> list[tuple]:
                 )
             at.context.close()
 
-        other = (
-            folder / "slider"
-        )  # a server of its own: JupyterLab opens again what was open in the last one
+        # a server of its own: JupyterLab opens again what was open in the last one
+        other = folder / "slider"
         (other / "runs").mkdir(parents=True)
         with jupyter(other, slider=slider) as (address, _):
             at = Page(browser)
@@ -223,25 +236,13 @@ def measure(repeats: int) -> list[tuple]:
             at.page.wait_for_timeout(3000)
             found = []
             for _ in range(10):
-                at.page.evaluate(
-                    "globalThis.before = "
-                    "JSON.stringify([...document.querySelector('.js-plotly-plot').data[0].y].slice(0, "
-                    "40))"
-                )
+                at.page.evaluate(f"globalThis.before = {FIGURE}")
                 act = (
                     "const h = document.querySelector('.noUi-handle'); h.focus(); "
                     "h.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowLeft', bubbles: "
                     "true}))"
                 )
-                found.append(
-                    clocked(
-                        at.page,
-                        act,
-                        "JSON.stringify([...document.querySelector('.js-plotly-plot').data[0].y].slice(0, "
-                        "40)) !== globalThis.before",
-                        20,
-                    )
-                )
+                found.append(clocked(at.page, act, f"{FIGURE} !== globalThis.before", 20))
                 at.page.wait_for_timeout(300)
             rows.append(
                 (

@@ -1,6 +1,8 @@
-"""Peak memory and time of SFT with each of the memory options, on one model and the same rows; each in a process of its own.
+"""Measure peak memory and time of SFT with each of the memory options.
 
-python benchmarks/memory.py [--steps 6]
+    python benchmarks/memory.py [--steps 6]
+
+All use one model and the same rows; each runs in a process of its own.
 """
 
 import argparse
@@ -25,7 +27,10 @@ OPTIONS = {
 
 
 def make_model(folder: Path):
-    "A random Llama of about 25 M parameters with a vocabulary of 32,000 and the embedded model's tokenizer."
+    """Save a random Llama of about 25 M parameters with the embedded model's tokenizer.
+
+    Its vocabulary has 32,000 entries.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

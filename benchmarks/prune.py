@@ -1,12 +1,22 @@
-"""Wanda and SparseGPT beside llm-compressor: time, perplexity, and how far from the limit.
+"""Compare Wanda and SparseGPT with llm-compressor: time, perplexity, and the limit.
 
-    python benchmarks/prune.py [--peer PYTHON] [--how wanda,sparsegpt] [--repeats 3] [--threads 1] [--windows 32] [--length 256] [--check]
+    python benchmarks/prune.py [--peer PYTHON] [--algorithm wanda,sparsegpt] [--repeats 3]
+                               [--threads 1] [--windows 32] [--length 256] [--check]
 
-A Llama of about 120 M random parameters (16 blocks, width 768, 12 heads, 2,048 neurons), trained for a few steps on a made-up language so that there is something
-to lose; calibration text of the same language. PYTHON is the interpreter of an environment of its own with llm-compressor (`pip install llmcompressor`); without it the
-peer is the algorithm as published, written out here: the sums of each layer by themselves, the inverse by two Cholesky decompositions, one column at a time, a sort
-for each threshold. The two take turns, each in a process of its own; timed is the pruning alone, from a loaded model and tokenized windows. Limit = the matrix products
-alone at the speed measured: each window through the blocks once or twice, and X X^T of each input. `--check` exits 1 unless ours is 1.5 x faster and perplexity is no worse.
+The model is a Llama of about 120 M parameters (16 blocks, width 768, 12 heads, 2,048 neurons).
+It starts random and is trained for a few steps on a made-up language: there is something to lose.
+The calibration text is of the same language.
+
+PYTHON is the interpreter of an environment of its own with llm-compressor
+(`pip install llmcompressor`). Without it the peer is the algorithm as published, written out here.
+It computes the sums of each layer separately and the inverse by two Cholesky decompositions.
+It goes one column at a time, and sorts for each threshold.
+
+The two take turns, each in a process of its own.
+Only the pruning is timed, from a loaded model and tokenized windows.
+Limit = the matrix products alone at the speed measured.
+These are each window through the blocks once or twice, and X X^T of each input.
+With `--check` the exit status is 1 unless ours is 1.5 x faster and perplexity is no worse.
 """
 
 import argparse
@@ -26,7 +36,10 @@ VOCABULARY = 8192
 
 
 def language(rows: int, length: int, seed: int):
-    "Token ids [rows, length] of a made-up language: few words are frequent, and what may follow a word depends on it."
+    """Return token ids [rows, length] of a made-up language.
+
+    Few words are frequent, and what may follow a word depends on it.
+    """
     import torch
 
     g = torch.Generator().manual_seed(seed)
@@ -229,7 +242,11 @@ def published(a, algorithm: str):
 
 
 def limit(a, algorithm: str):
-    "Seconds of the matrix products that cannot be avoided: each window through the linear layers (twice; down once less in the last block), and X X^T of the four inputs."
+    """Return the seconds of the matrix products that cannot be avoided.
+
+    They are each window through the linear layers (twice; down once less in the last block), and
+    X X^T of the four inputs.
+    """
     import torch
 
     model = load(a.folder)
@@ -269,7 +286,7 @@ def child(a, python: str, what: str, algorithm: str) -> dict:
         __file__,
         "--child",
         what,
-        "--how",
+        "--algorithm",
         algorithm,
         "--folder",
         a.folder,
@@ -300,6 +317,14 @@ def child(a, python: str, what: str, algorithm: str) -> dict:
     return found
 
 
+def medians(measured: tuple[dict, ...]) -> dict[str, float]:
+    "The median of each figure."
+    found = {}
+    for name in measured[0]:
+        found[name] = statistics.median(m[name] for m in measured)
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -308,7 +333,7 @@ def main() -> int:
         repeats=3, threads=1, windows=32, length=128, rows=4, train=12
     ).items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--how", default="wanda,sparsegpt")
+    parser.add_argument("--algorithm", default="wanda,sparsegpt")
     parser.add_argument(
         "--peer",
         default=os.environ.get("POLM_LLMCOMPRESSOR", ""),
@@ -350,10 +375,7 @@ def main() -> int:
                 ]
                 ratios = [theirs["seconds"] / mine["seconds"] for mine, theirs in pairs]
                 work = statistics.median(theirs["cpu"] / mine["cpu"] for mine, theirs in pairs)
-                mine, theirs = (
-                    {k: statistics.median(p[i][k] for p in pairs) for k in pairs[0][0]}
-                    for i in (0, 1)
-                )
+                mine, theirs = (medians(each) for each in zip(*pairs))
                 least = min(
                     child(a, sys.executable, "limit", algorithm)["seconds"] for _ in range(2)
                 )

@@ -1,12 +1,19 @@
-"""SFT, DPO, reward models, GRPO and RLOO beside TRL's trainers: steps per second and peak memory on the same model, data and settings.
+"""Compare SFT, DPO, reward models, GRPO and RLOO with TRL's trainers.
 
-    python benchmarks/trl.py [--methods sft,dpo,reward,grpo,rloo] [--models tiny,18M] [--repeats 5] [--threads 2] [--check]
+    python benchmarks/trl.py [--methods sft,dpo,reward,grpo,rloo] [--models tiny,18M]
+                             [--repeats 5] [--threads 2] [--check]
 
-Each measurement is a process of its own; the two engines take turns. `ours` is `engine="lab"`, `TRL` is `engine="trl"`, which hands the
-same settings, rows and order to TRL's public trainer. fp32, fused AdamW, no evaluation, no checkpoint within the timed steps; both write
-metrics at each step. Threads wait as torch has them wait, as they do for users; CPU time holds that waiting. Steps are timed from one
-written metrics line to the next, the first ones left out. Linux only. `--check` exits 1 unless the bars hold: SFT, DPO and reward
-models at least 1.0 x TRL's steps per second, GRPO and RLOO 1.5 x, peak memory at most TRL's.
+It measures steps per second and peak memory on the same model, data and settings.
+Each measurement is a process of its own; the two engines take turns.
+`ours` is `engine="lab"`. `TRL` is `engine="trl"`.
+The latter gives the same settings, rows and order to TRL's public trainer.
+Both use fp32 and fused AdamW, without evaluation or checkpoint within the timed steps.
+Both write metrics at each step.
+Threads wait as torch has them wait, as they do for users; CPU time includes that waiting.
+Steps are timed from one written metrics line to the next, without the first ones.
+Linux only. With `--check` the exit status is 1 unless the bars hold.
+SFT, DPO and reward models need at least 1.0 x TRL's steps per second, GRPO and RLOO 1.5 x.
+Peak memory may be at most TRL's.
 """
 
 import argparse
@@ -94,17 +101,16 @@ WORDS = 32_000  # vocabulary of the larger model
 
 
 def make_model(folder: Path):
-    "A random Llama of 18 M weights (tied head) with a vocabulary of 32,000 whole words, and data for it."
+    """Save a random Llama of 18 M weights (tied head), and data for it.
+
+    Its vocabulary has 32,000 whole words.
+    """
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    vocabulary = {
-        token: i
-        for i, token in enumerate(
-            ["<s>", "</s>", "<pad>", "<unk>", *(f"w{i}" for i in range(WORDS - 4))]
-        )
-    }
+    names = ["<s>", "</s>", "<pad>", "<unk>", *(f"w{i}" for i in range(WORDS - 4))]
+    vocabulary = {token: i for i, token in enumerate(names)}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")

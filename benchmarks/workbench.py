@@ -1,10 +1,16 @@
-"""The workbench's waits: opening large runs, the cockpit, a sweep that goes on, the command line.
+"""Measure the waits of the workbench and the command line.
 
     python benchmarks/workbench.py [--repeats 5] [--check]
 
-Records are written as runs write them, into a temporary folder. The bars are for wall-clock medians; beside them stands the CPU time, which other work on the machine hardly
-changes. Each view is opened once before, so that imports are not counted, and none is sent to a browser. `new point` is one line more in the record, then `refresh`: what a view does twice a second beside a run that trains. The last line is a process
-of its own, imports included. `--check` exits 1 unless every bar holds.
+Measured are opening large runs, the cockpit, a sweep that continues, and the command line.
+Records are written as runs write them, into a temporary folder.
+The bars are for wall-clock medians.
+The CPU time is printed next to them, since other work on the machine hardly changes it.
+Each view is opened once before, so that imports are not counted, and none is sent to a browser.
+The case `new point` is one line more in the record, then `refresh`.
+A view does that twice a second while a run trains.
+The last line is a process of its own, imports included.
+With `--check` the exit status is 1 unless every bar holds.
 """
 
 import argparse
@@ -118,7 +124,10 @@ def growing(run, repeats: int) -> list[tuple]:
 
 
 def sweeping(out, trials: int, repeats: int) -> tuple[list, list, list]:
-    "Opening a sweep of which half is over; a refresh after one trial more; a refresh with nothing new."
+    """Measure a sweep: opening it, a refresh after one trial more, and one with nothing new.
+
+    Half of its trials are over when it is opened.
+    """
     sweep = create_sweep(
         plan(
             "sft",
@@ -190,7 +199,8 @@ def main() -> int:
         walls, cpu = zip(*times)
         holds = statistics.median(walls) <= bar
         print(
-            f"{name:44}{1000 * statistics.median(walls):12.0f}{1000 * max(walls):13.0f}{1000 * statistics.median(cpu):9.0f}{1000 * bar:9.0f} "
+            f"{name:44}{1000 * statistics.median(walls):12.0f}{1000 * max(walls):13.0f}"
+            f"{1000 * statistics.median(cpu):9.0f}{1000 * bar:9.0f} "
             f" {'holds' if holds else 'MISSED'}"
         )
         missed += [] if holds else [name]
