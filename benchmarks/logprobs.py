@@ -12,7 +12,7 @@ It includes the gradient of the weight, [vocab, width], which both paths must re
 The column `without dW` subtracts that gradient from both.
 
 Time = best of `repeats` calls after a warm-up; dense and ours take turns.
-The column `cpu s` = processor time of all threads, which other work on the machine does not stretch.
+The column `cpu s` = processor time of all threads, which other work does not stretch.
 Limit = the matrix products alone, at the speed measured for that shape.
 Dense has 3 of them; ours has a fourth, since it recomputes the logits in the backward pass.
 Linux only (/proc). With `--check` the exit status is 1 unless the bars hold.

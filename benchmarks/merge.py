@@ -53,9 +53,8 @@ SIZES = {
     "4GB": dict(width=2560, inner=6912, layers=26, words=32_000),
 }
 DENSITY = 0.4
-DTYPE = dict(
-    linear="bfloat16", slerp="bfloat16", ties="bfloat16", dare="bfloat16"
-)  # mergekit's usual way: all of it in the models' type
+# mergekit's usual way: all of it in the models' type
+DTYPE = dict(linear="bfloat16", slerp="bfloat16", ties="bfloat16", dare="bfloat16")
 
 
 def shapes(width, inner, layers, words):

@@ -82,9 +82,8 @@ def make_model(folder: Path, steps: int, length: int):
             optimizer.step(),
         )
     model.save_pretrained(folder)
-    raw = Tokenizer(
-        models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w2")
-    )  # llm-compressor asks for a tokenizer, though the windows are tokens
+    # llm-compressor asks for a tokenizer, though the windows are tokens
+    raw = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w2"))
     PreTrainedTokenizerFast(
         tokenizer_object=raw, bos_token="w0", eos_token="w1", pad_token="w2"
     ).save_pretrained(folder)
@@ -106,9 +105,8 @@ def finish(model, length: int, seconds: float, cpu: float):
     "Print what was found: times, peak memory, sparsity, perplexity on text that nobody has seen."
     import torch
 
-    peak = (
-        int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-    )  # since exec: ru_maxrss would begin at what the parent held
+    # since exec: ru_maxrss would begin at the parent's peak
+    peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
     with torch.no_grad():
         ids = language(8, length, 2)
         loss = model(ids, labels=ids).loss.item()

@@ -5,7 +5,8 @@
 
 The model is a Llama of about 10 M random parameters in fp32.
 It has 6 layers, width 320 and a vocabulary of 4,096.
-The call of `generate` gets the prompts repeated `samples` times, `do_sample=True`, and the same limit.
+Its peer `generate` gets the prompts repeated `samples` times, `do_sample=True`, and the same
+limit.
 The end tokens are the same too: 99 ids of the vocabulary.
 A row then ends with probability 0.024 a token, and lengths vary.
 

@@ -31,9 +31,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-sys.path[:] = [
-    p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent
-]  # this file must not hide the package trl
+# this file must not hide the package trl
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
 BARS = {"sft": 1.0, "dpo": 1.0, "reward": 1.0, "grpo": 1.5, "rloo": 1.5}
 WARM = 3  # first steps, which are not timed
 COMMON = dict(

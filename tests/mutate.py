@@ -1,10 +1,17 @@
-"""Put faults into a copy of the package, one by one, and report those that no test sees: `make mutate`.
+"""Put faults into a copy of the package, one by one, and report those that no test sees.
 
-`mutations.csv` lists them: `file` (below the root), `before` (text that occurs there once), `after` (what it becomes) and `tests` (pytest's words, as in a shell).
-Exit status 1 if a fault lives, if a text is not found once, or if a test fails without any fault.
-
+    make mutate
     python tests/mutate.py                    # all of them
     python tests/mutate.py ppo 'kl_estimate'  # those with one of the words in file, text or tests
+
+`mutations.csv` lists them. Its columns are:
+
+- `file`: below the root
+- `before`: a text that occurs there once
+- `after`: the text that replaces it
+- `tests`: pytest's words, as in a shell
+
+Exit status 1 if a fault lives, if a text is not found once, or if a test fails without any fault.
 """
 
 import csv
@@ -25,9 +32,14 @@ def mutations(words: list[str]) -> list[dict]:
     "The rows of mutations.csv, or those that have one of `words`."
     with open(ROOT / "tests" / "mutations.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    return [
-        row for row in rows if not words or any(word in " ".join(row.values()) for word in words)
-    ]
+    if not words:
+        return rows
+    found = []
+    for row in rows:
+        text = " ".join(row.values())
+        if any(word in text for word in words):
+            found.append(row)
+    return found
 
 
 def copy_of_package(folder: Path) -> Path:

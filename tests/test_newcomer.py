@@ -1,4 +1,8 @@
-"""What somebody types or hands over on the first day: words of the command line, files under other encodings and names, a locale of C, numbers in other spellings."""
+"""The input of somebody on the first day.
+
+The cases are words of the command line, files under other encodings and names, a locale of C, and
+numbers in other spellings.
+"""
 
 import gzip
 import json
@@ -19,17 +23,20 @@ from polm_lab.rewards.functions import parse_rewards
 
 # Words
 
+ONE_WORD = "polm: -p steps=2: name and value as one word; expected two; write a space: -p steps 2"
 WORDS = {
-    "run sft -p steps=2": "polm: -p steps=2: name and value as one word; expected two; write a space: -p steps 2",
-    "run sft -p steps=2 -p data=sums": "polm: -p steps=2: name and value as one word; expected two; write a space: -p steps 2",
-    "run sft -p steps=2 --bare": "polm: -p steps=2: name and value as one word; expected two; write a space: -p steps 2",
+    "run sft -p steps=2": ONE_WORD,
+    "run sft -p steps=2 -p data=sums": ONE_WORD,
+    "run sft -p steps=2 --bare": ONE_WORD,
     "sweep sft -g learning_rate=1e-3,1e-4": (
         "polm: -g learning_rate=1e-3,1e-4: name and value as one word; expected two; write a "
         "space: -g learning_rate 1e-3,1e-4"
     ),
     "run sft steps=2": "polm: steps=2: knobs are set with -p; write -p steps 2",
     "run sft --steps 2": "polm: --steps: knobs are set with -p; write -p steps 2",
-    "run sft --learning-rate=0.1": "polm: --learning-rate=0.1: knobs are set with -p; write -p learning_rate 0.1",
+    "run sft --learning-rate=0.1": (
+        "polm: --learning-rate=0.1: knobs are set with -p; write -p learning_rate 0.1"
+    ),
     "sweep sft --steps 2,3": "polm: --steps: knobs are set with -g; write -g steps 2,3",
     "run sft -p steps": (
         "polm: Option '-p' requires 2 arguments; expected a knob and its value, such as -p steps "
@@ -109,7 +116,8 @@ def test_a_locale_of_c_and_names_with_accents(tmp_path):
     )
     assert done.returncode == 0 and not done.stderr, done.stderr
     record = json.loads(next(out.glob("*/run.json")).read_text(encoding="utf-8"))
-    assert record["status"] == "finished" and record["settings"]["data"] == str(data)
+    assert record["status"] == "finished"
+    assert record["settings"]["data"] == str(data)
     assert f"record:    {out}/" in done.stdout.decode()
 
 
@@ -122,12 +130,10 @@ def test_a_message_that_the_terminal_cannot_show(more):
         [POLM, "show", "dö加"], capture_output=True, timeout=300, env={**os.environ, **C, **more}
     )
     line = missing.stderr.decode("latin1" if "latin1" in more.values() else "utf-8").strip()
-    assert (
-        missing.returncode == 2
-        and line.startswith("polm: ")
-        and len(line.splitlines()) == 1
-        and "no such run" in line
-    )
+    assert missing.returncode == 2
+    assert line.startswith("polm: ")
+    assert len(line.splitlines()) == 1
+    assert "no such run" in line
     assert ("dö\\u52a0" if "latin1" in more.values() else "dö加") in line, line
 
 

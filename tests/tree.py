@@ -1,5 +1,6 @@
-"""The notebooks are clean and the package is what they export. Exit status 1 and the names of those that are not.
+"""Check that the notebooks are clean and that the package is what they export.
 
+Exit status 1 and the names of those that are not.
 Works on a copy, so the check changes nothing.
 """
 

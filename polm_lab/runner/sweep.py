@@ -517,10 +517,9 @@ def work_sweep(sweep: Sweep, show=None, start=None, pause: float = 0.5) -> Sweep
 def sweep(method: str, grid: dict, out=None, detached: bool = False, show=None, **values) -> Sweep:
     """Run `method` over the values of `grid`, and return the `Sweep`.
 
-    The `grid` is `{knob: [values]}` or `{knob: (low, high)}`. Knobs of `Plan` (search, trials,
-    metric, better, prune, retries, jobs, on, notebook, search_seed) are among the `values`, next
-    to those of the method that stay fixed. With `detached` a process of its own does the work, and
-    this call returns at once.
+    The `grid` is `{knob: [values]}` or `{knob: (low, high)}`. The `values` are knobs of `Plan`
+    (such as search, trials, metric, prune, retries, jobs, on) and those of the method that stay
+    fixed. With `detached` a process of its own does the work, and this call returns at once.
     Raises: `WrongInput` before anything starts; see `work_sweep` for the rest.
     """
     how = {k.name: values.pop(k.name) for k in knobs(Plan) if k.name in values}
