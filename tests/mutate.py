@@ -7,7 +7,7 @@
 `mutations.csv` lists them. Its columns are:
 
 - `file`: below the root
-- `before`: a text that occurs there once
+- `before`: a text that occurs there once, up to white space
 - `after`: the text that replaces it
 - `tests`: pytest's words, as in a shell
 
@@ -16,6 +16,7 @@ Exit status 1 if a fault lives, if a text is not found once, or if a test fails 
 
 import csv
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -74,17 +75,25 @@ def status_of(tests: str, package: Path) -> int:
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True).returncode
 
 
+def places_of(before: str, text: str) -> list[re.Match]:
+    "Where `before` occurs in `text`; line breaks and other white space may differ."
+    indent = before[: len(before) - len(before.lstrip())]
+    tokens = re.findall(r"\w+|[^\w\s]", before)
+    pattern = re.escape(indent) + r"\s*".join(map(re.escape, tokens))
+    return list(re.finditer(pattern, text))
+
+
 def verdict(row: dict) -> str:
     "`seen`, `lives`, or what is wrong with the row."
     with tempfile.TemporaryDirectory() as folder:
         package = copy_of_package(Path(folder))
         path = package / row["file"]
         text = path.read_text(encoding="utf-8")
-        if text.count(row["before"]) != 1 or row["before"] == row["after"]:
-            return (
-                f"not a fault: its text occurs {text.count(row['before'])} times in {row['file']}"
-            )
-        path.write_text(text.replace(row["before"], row["after"]), encoding="utf-8")
+        places = places_of(row["before"], text)
+        if len(places) != 1 or row["before"] == row["after"]:
+            return f"not a fault: its text occurs {len(places)} times in {row['file']}"
+        begin, end = places[0].span()
+        path.write_text(text[:begin] + row["after"] + text[end:], encoding="utf-8")
         status = status_of(row["tests"], package)
     return {SEEN: "seen", LIVES: "lives"}.get(status, f"pytest ended with {status}")
 
