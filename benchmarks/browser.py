@@ -99,7 +99,7 @@ def stop(at, run):
 
 
 def what_if() -> str:
-    "The what-if cell of the page on DPO."
+    "Return the what-if cell of the page on DPO."
     cells = json.loads((ROOT / "nbs" / "alignment" / "dpo.ipynb").read_text())["cells"]
     return next(
         "".join(c["source"])

@@ -124,7 +124,7 @@ def timed(call):
 
 
 def lowest(times: dict[str, list[dict]], unit: str) -> dict[str, float]:
-    "The lowest figure `unit` of each path."
+    "Return the lowest figure `unit` of each path."
     found = {}
     for name, each in times.items():
         found[name] = min(one[unit] for one in each)

@@ -77,7 +77,7 @@ def shapes(width, inner, layers, words):
 
 
 def make(folder: Path, size: str, seed: int, base: Path | None = None, dtype=torch.bfloat16):
-    "A model of random weights; with `base`, that one with noise, as a tune is."
+    "Save a model of random weights; with `base`, that model with noise, like a fine-tuned one."
     s = SIZES[size]
     plan = {name: (dtype, shape) for name, shape in shapes(**s).items()}
     old = Weights(base) if base else None

@@ -51,7 +51,7 @@ def language(rows: int, length: int, seed: int):
 
 
 def make_model(folder: Path, steps: int, length: int):
-    "The model, trained a little, and its windows."
+    "Save the model, trained for a few steps."
     import torch
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -102,7 +102,7 @@ def load(folder: str):
 
 
 def finish(model, length: int, seconds: float, cpu: float):
-    "Print what was found: times, peak memory, sparsity, perplexity on text that nobody has seen."
+    "Print the results: times, peak memory, sparsity, and perplexity on unseen text."
     import torch
 
     # since exec: ru_maxrss would begin at the parent's peak
@@ -171,7 +171,7 @@ def compressor(a, algorithm: str):
 
 
 def published(a, algorithm: str):
-    "The papers' algorithms, layer by layer and column by column."
+    "Run the papers' algorithms, layer by layer and column by column."
     import torch
 
     model, windows = load(a.folder), language(a.windows, a.length, 1)
@@ -316,7 +316,7 @@ def child(a, python: str, what: str, algorithm: str) -> dict:
 
 
 def medians(measured: tuple[dict, ...]) -> dict[str, float]:
-    "The median of each figure."
+    "Return the median of each figure."
     found = {}
     for name in measured[0]:
         found[name] = statistics.median(m[name] for m in measured)

@@ -39,7 +39,7 @@ NOT_HELD = {("encoded", "memory_mib")}
 
 
 def medians(measured: list[dict]) -> dict[str, float]:
-    "The median of each figure; what was found is none."
+    "Return the median of each figure; what was found is none."
     found = {}
     for name in measured[0]:
         if name != "found":

@@ -61,7 +61,7 @@ def timed(call) -> tuple[float, float]:
 
 
 def large_run(out, steps: int, names) -> Run:
-    "A run with `steps` lines of metrics."
+    "Return a run with `steps` lines of metrics."
     run = Run.create("example", dict(steps=steps), out=out)
     with open(run.path / "metrics.jsonl", "w") as file:
         for step in range(1, steps + 1):
@@ -77,7 +77,7 @@ def large_run(out, steps: int, names) -> Run:
 
 
 def sampled_run(out, rows: int) -> Run:
-    "A run with `rows` completions of 48 tokens in groups of eight, as GRPO records them."
+    "Return a run with `rows` completions of 48 tokens in groups of eight, as GRPO has them."
     run = Run.create(
         "grpo", dict(steps=rows // 64, rewards="correct:1,format:0.2", max_new_tokens=48), out=out
     )
@@ -111,7 +111,7 @@ def opening(view, run, repeats: int) -> list[tuple]:
 
 
 def growing(run, repeats: int) -> list[tuple]:
-    "A line more, and what `refresh` takes; the view stays open."
+    "Time `refresh` after each new line of the record; the view stays open."
     view, times, names = (
         Watch(run),
         [],

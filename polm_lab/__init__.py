@@ -60,7 +60,7 @@ class _Workbench(ModuleType):
     "The folder of modules `polm_lab.workbench`, which can be called too."
 
     def __call__(self, out=None):
-        "The workbench as a widget, for the runs below `out`."
+        "Return the workbench as a widget, for the runs below `out`."
         return importlib.import_module("polm_lab.workbench.app").Workbench(out)
 
 

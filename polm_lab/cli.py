@@ -112,7 +112,7 @@ def usage(error: click.UsageError, words: list[str]) -> str:
 
 
 def _knob_names(words: list[str]) -> set[str]:
-    "The names of the knobs of the first method among the words."
+    "Return the names of the knobs of the first method among the words."
     from polm_lab.core.method import find, methods
 
     named = [word for word in words if word in methods()]
@@ -240,7 +240,7 @@ def _work(run: Run, as_json: bool):
 
 
 def _opened(name: str, out=None) -> Run:
-    "The run, or the sweep, of that name: runs are looked through first."
+    "Return the run, or the sweep, of that name: runs are looked through first."
     folder = runs_folder(out)
     is_path = (Path(name) / "run.json").exists()
     is_run = any(folder.glob(f"*{glob.escape(name)}*/run.json"))
@@ -370,7 +370,7 @@ def _report_sweep(sweep: Sweep, as_json: bool):
 
 
 def _plan_options(command):
-    "The knobs of `Plan` as options."
+    "Return the knobs of `Plan` as options."
     for k in reversed(knobs(Plan)):
         name, words = f"--{k.name.replace('_', '-')}", f"{k.meaning[0].upper()}{k.meaning[1:]}."
         if k.name == "notebook":
@@ -450,14 +450,14 @@ def sweeps_command(out):
 
 # %% ../nbs/cli.ipynb #5c9961a1
 def _cell(value) -> str:
-    "A value of a table as text; what is missing is empty."
+    "Return a value of a table as text; what is missing is empty."
     if value is None or value != value:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _print_frame(frame, index: bool = False):
-    "A DataFrame as a table on the terminal, or as plain aligned text in a pipe or file."
+    "Print a DataFrame as a table on the terminal, or as aligned text in a pipe or file."
     from rich.console import Console
     from rich.table import Table
 
@@ -484,7 +484,7 @@ def _print_frame(frame, index: bool = False):
 @out_option
 @json_option
 def show_command(run, out, as_json):
-    "Show RUN: its settings, last metrics and summary; or a sweep: its trials and the best of them."
+    "Show RUN: its settings, last metrics and summary; or a sweep: its trials and the best."
     found = _opened(run, out)
     if isinstance(found, Sweep):
         return _report_sweep(found, as_json)

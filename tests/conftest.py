@@ -1,4 +1,4 @@
-"What tests share."
+"Helpers that tests share."
 
 import copy
 import os

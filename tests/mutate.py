@@ -44,7 +44,7 @@ def mutations(words: list[str]) -> list[dict]:
 
 
 def copy_of_package(folder: Path) -> Path:
-    "A copy of the package in `folder`, with the data and notebooks that it looks for next to it."
+    "Copy the package to `folder`, with the data and notebooks that it needs next to it."
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "polm_lab", folder / "polm_lab", ignore=ignored)
     for name in ("data", "nbs", "settings.ini"):

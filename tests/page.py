@@ -88,7 +88,7 @@ def runnable(pages: list[str]) -> list[str]:
 
 
 def run_touched(within: float, workers: int = 2, run=run_notebook, pages=None) -> int:
-    "Run the touched notebooks, two at a time, smallest first; start none after `within` seconds."
+    "Run the touched notebooks, two at once, smallest first; start none after `within` seconds."
     pages = runnable(touched() if pages is None else pages)
     pages.sort(key=lambda page: (NOTEBOOKS / f"{page}.ipynb").stat().st_size)
     began, late = time.monotonic(), []

@@ -1,4 +1,7 @@
-"A lesson that does not hold never makes a run fail; the tests of the project insist on claims."
+"""A lesson that does not hold never makes a run fail.
+
+The tests of the project require its claims.
+"""
 
 from types import SimpleNamespace
 

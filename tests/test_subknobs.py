@@ -44,7 +44,7 @@ def written(cls, name: str, text: str, part: str, value) -> str:
 
 
 def details_of(text: str) -> dict:
-    "What PPO reads in the knob `details`."
+    "Return what PPO reads in the knob `details`."
     return DETAILS.values(text, "details")
 
 

@@ -20,17 +20,17 @@ class Joined:
         self.sign = sign
 
     def find(self, name: str) -> Part | None:
-        "The part `name`, or None."
+        "Return the part `name`, or None."
         return self.parts.get(name)
 
     def _values(self, text: str) -> dict[str, str]:
-        "The text of each part."
+        "Return the text of each part."
         pieces = text.split(self.sign.strip(), max(0, len(self.parts) - 1))
         pieces += [""] * len(self.parts)
         return dict(zip(self.parts, map(str.strip, pieces)))
 
     def read(self, text: str, part: Part):
-        "The value of `part` in `text`; as text where it is of another type."
+        "Return the value of `part` in `text`; as text where it is of another type."
         value = self._values(text)[part.name]
         with suppress(ValueError):
             return part.type(value) if value else OFF
@@ -48,7 +48,10 @@ class Joined:
 
 # %% ../../nbs/core/kinds.ipynb #c08b358d
 class Kinds:
-    "`kind:rest`: a word, and a rest with a grammar of its own; `rests`: {kind: (grammar, start)}."
+    """`kind:rest`: a word, and a rest with a grammar of its own.
+
+    `rests`: {kind: (grammar, start)}.
+    """
 
     def __init__(self, meaning: str, rests: dict, none: str = ""):
         first = next(iter(rests))
@@ -60,7 +63,7 @@ class Kinds:
                 self.parts.setdefault(name, part)
 
     def find(self, name: str) -> Part | None:
-        "The part `name`, or None."
+        "Return the part `name`, or None."
         found = [self.parts.get(name), *(grammar.find(name) for grammar, _ in self.rests.values())]
         return next(filter(None, found), None)
 
@@ -71,11 +74,11 @@ class Kinds:
         return kind, rest.strip(), self.rests.get(kind, (Joined(), ""))[0]
 
     def applies(self, text: str, part: Part) -> bool:
-        "Whether the kind of `text` has a place for `part`."
+        "Return whether the kind of `text` has a place for `part`."
         return part == self.head or self._split(text)[2].find(part.name) is not None
 
     def read(self, text: str, part: Part):
-        "The value of `part` in `text`; off where the kind has no such part."
+        "Return the value of `part` in `text`; off where the kind has no such part."
         kind, rest, grammar = self._split(text)
         if part == self.head:
             return kind

@@ -59,7 +59,7 @@ def quiet_libraries():
 
 # %% ../../nbs/core/machine.ipynb #e292a8de
 def first_line(error: Exception) -> str:
-    "The first line of an error of a library, short enough to quote in one of ours."
+    "Return the first line of an error of a library, short enough to quote in one of ours."
     text = " ".join(str(error).strip().split("\n")[0].split())
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
@@ -105,7 +105,7 @@ def pick_device(device: str = "auto"):
 
 # %% ../../nbs/core/machine.ipynb #dd657207
 def pick_dtype(device="auto"):
-    "Return the torch dtype that `auto` means: bf16 on a GPU that has it in hardware, else fp32."
+    "Return the torch dtype of `auto`: bf16 on a GPU that has it in hardware, else fp32."
     import torch
 
     device = pick_device(device)

@@ -158,7 +158,7 @@ def _files() -> dict[str, str]:
 
 
 def find(name: str) -> Method:
-    "The method `name`; raises `WrongInput` with the nearest known names."
+    "Return the method `name`; raises `WrongInput` with the nearest known names."
     files = _files()
     if name not in REGISTRY and name in files:
         importlib.import_module(files[name])
@@ -171,12 +171,15 @@ def find(name: str) -> Method:
 
 
 def load_page(name: str) -> Method | None:
-    "The method `name` with what its page declares; None where no page has that name."
+    "Return the method `name` with what its page declares; None where no page has that name."
     return find(name) if name in REGISTRY or name in _files() else None
 
 
 def metric_of(name: str, *methods: str) -> Metric:
-    "The meaning of a logged name, which `methods` may declare; raises `KeyError` like `metric`."
+    """Return the meaning of a logged name, which `methods` may declare.
+
+    Raises: `KeyError`, like `metric`.
+    """
     with suppress(KeyError):
         return metric(name)
     for one in methods:
@@ -185,7 +188,7 @@ def metric_of(name: str, *methods: str) -> Metric:
 
 
 def methods() -> dict[str, Method]:
-    "All methods by name, in the order of the families."
+    "Return all methods by name, in the order of the families."
     for module in _files().values():
         importlib.import_module(module)
     return dict(

@@ -14,13 +14,13 @@ from .knobs import WrongInput
 # %% ../../nbs/core/metrics.ipynb #5248f958
 @dataclass(frozen=True)
 class Metric:
-    "What one number means."
+    "The meaning of one number."
 
     name: str
     meaning: str
     formula: str = ""  # LaTeX
     unit: str = ""
-    reading: str = ""  # what a high, low, rising or falling value says
+    reading: str = ""  # the meaning of a high, low, rising or falling value
     low: float | None = None  # usual range
     high: float | None = None
     better: str = ""  # "up", "down", or "" where neither is better
@@ -466,17 +466,17 @@ METRICS: dict[str, Metric] = {m.name: m for m in _ALL}
 
 # %% ../../nbs/core/metrics.ipynb #d386d5c4
 def is_count(name: str) -> bool:
-    "Whether a name says how many rows an evaluation saw, and not what it found."
+    "Return whether a name says how many rows an evaluation saw, and not what it found."
     return name.removeprefix("eval/").partition("/")[0] == "rows"
 
 
 def without_counts(values: dict) -> dict:
-    "The entries of an evaluation that are results: all but its counts of rows."
+    "Return the entries of an evaluation that are results: all but its counts of rows."
     return {name: value for name, value in values.items() if not is_count(name)}
 
 
 def metric(name: str) -> Metric:
-    """The meaning of a logged name.
+    """Return the meaning of a logged name.
 
     `eval/NAME` is NAME on held-out data, `reward/PART` is one part of the reward, and
     `forgetting/TASK` is forgetting on one task.

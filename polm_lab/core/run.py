@@ -157,7 +157,7 @@ class RunFile:
         self.record = self.read()
 
     def read(self) -> dict:
-        "What run.json says now."
+        "Return the present content of run.json."
         try:
             record = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
             if not isinstance(record, dict) or not {"method", "settings", "status"} <= set(record):
@@ -200,15 +200,15 @@ class RunFile:
 
 # %% ../../nbs/core/run.ipynb #be83a87b
 class RunLogs(RunFile):
-    "What a run writes line by line: metrics, samples, its log."
+    "The files that a run writes line by line: metrics, samples, its log."
 
     def lines(self, name: str = "metrics") -> list[dict]:
-        "The objects of metrics.jsonl or samples.jsonl."
+        "Return the objects of metrics.jsonl or samples.jsonl."
         lines = read_lines(self.path / f"{name}.jsonl")
         return [current_metrics(line) for line in lines] if name == "metrics" else lines
 
     def last_line(self, name: str = "metrics", characters: int = 1 << 16) -> dict | None:
-        "The newest whole object of metrics.jsonl or samples.jsonl, read from its end."
+        "Return the newest whole object of metrics.jsonl or samples.jsonl, read from its end."
         with suppress(FileNotFoundError), open(self.path / f"{name}.jsonl", "rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - characters))
@@ -257,7 +257,7 @@ class RunLogs(RunFile):
                 file.write(text.rstrip("\n") + "\n")
 
     def rewind(self, step: int):
-        "Forget metrics and samples after `step`: those steps will be run again."
+        "Drop metrics and samples after `step`: those steps will be run again."
         for name in ("metrics", "samples"):
             path = self.path / f"{name}.jsonl"
             if self.writes and path.exists():
@@ -271,7 +271,7 @@ class RunLogs(RunFile):
 
     @property
     def elapsed(self) -> float:
-        "Seconds that the run has been running, over all its lives."
+        "Seconds that the run has been running, over all its processes."
         return self._seconds + time.monotonic() - self._begun
 
 # %% ../../nbs/core/run.ipynb #792d802b
@@ -303,11 +303,11 @@ class RunSteps(RunLogs):
         (self.path / "stop").touch()
 
     def clear_stop(self):
-        "Forget that a stop was asked for: the run is to go on."
+        "Withdraw a stop that was asked for: the run is to continue."
         (self.path / "stop").unlink(missing_ok=True)
 
     def stop_requested(self) -> bool:
-        "Whether somebody asked for the stop."
+        "Return whether somebody asked for the stop."
         return (
             self._stop.is_set()
             or (self.path / "stop").exists()
@@ -322,8 +322,8 @@ class RunSteps(RunLogs):
     def steps(self, total: int, first: int = 1, unit: str = "steps") -> Iterator[int]:
         """Yield the step numbers from `first` to `total`, and show how far the run is.
 
-        A step's metrics are what the caller gives to `log` in it. A run walks its steps once:
-        what an interrupted life logged from `first` on is forgotten. `unit` is the word for steps.
+        A step's metrics are those that the caller logs in it. Earlier logs from `first` on, of a
+        process that was interrupted, are dropped. `unit` is the word for steps.
         Raises: `Stopped` before a step, if the run was asked to stop.
         """
         if self.record.get("total") != total:
@@ -347,7 +347,7 @@ class RunLife(RunSteps):
             yield self
             return
         lock = open(self.path / "lock", "w")
-        for patience in range(20, -1, -1):  # who looks at the status holds the lock for an instant
+        for patience in range(20, -1, -1):  # reading the status holds the lock for an instant
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
@@ -497,7 +497,7 @@ def _now() -> str:
 
 # %% ../../nbs/core/run.ipynb #0e769027
 def all_runs(out=None) -> list[Run]:
-    "The runs below `out`, oldest first; folders that hold no readable run are left out."
+    "Return the runs below `out`, oldest first; folders that hold no readable run are left out."
     found = []
     for path in sorted(runs_folder(out).glob("*/run.json")):
         with suppress(WrongInput):
@@ -506,7 +506,7 @@ def all_runs(out=None) -> list[Run]:
 
 
 def open_run(run, out=None) -> Run:
-    "A run by its path, its id, or a part of the id that only it has."
+    "Return a run by its path, its id, or a part of the id that only it has."
     if isinstance(run, Run):
         return run
     if (Path(run) / "run.json").exists() or (Path(run).is_absolute() and Path(run).is_dir()):
@@ -522,7 +522,10 @@ def open_run(run, out=None) -> Run:
 
 
 def parent_of(model: str) -> list[str]:
-    "The id of the run that made the model `model` (a folder, or a run's id), as a list of parents."
+    """Return the id of the run that made the model `model`, as a list of parents.
+
+    `model` is a folder or a run's id.
+    """
     places = [
         p for path in (Path(model).absolute(), runs_folder() / model) for p in (path, *path.parents)
     ]

@@ -125,7 +125,7 @@ def work(run: Run) -> Run:
 
 
 def _failed_to_begin(run: Run, reason: str):
-    "A run whose process is over and that never began has failed: nobody should wait for it."
+    "Mark a run as failed whose process ended before it began: nobody should wait for it."
     with suppress(OSError, WrongInput):
         now = Run(run.path)
         if now.record["status"] == "created":
@@ -133,7 +133,10 @@ def _failed_to_begin(run: Run, reason: str):
 
 # %% ../../nbs/runner/launch.ipynb #32bb8dec
 def launch(name: str, out=None, parents=None, notebook: bool = True, **values) -> Run:
-    "Start method `name` in a process of its own and return at once; the process outlives this one."
+    """Start method `name` in a process of its own and return at once.
+
+    The process outlives this one.
+    """
     run = create(name, values, out, parents, via="notebook" if notebook else "bare")
     spawn(run)
     return run
@@ -178,14 +181,14 @@ def spawn(run: Run, env: dict | None = None, keep: tuple = ()) -> subprocess.Pop
 
 
 def has_process(run: Run) -> bool:
-    "Whether this machine has a process for a run; the record may not show it yet."
+    "Return whether this machine has a process for a run; the record may not show it yet."
     import psutil
 
     return any(str(run.path) in (p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"]))
 
 # %% ../../nbs/runner/launch.ipynb #8aec5b0f
 def resumable(run) -> Run:
-    "The run, if it can be resumed; raises `WrongInput` that says why not."
+    "Return the run, if it can be resumed; raises `WrongInput` that says why not."
     run = open_run(run)
     status = run.status
     if status in ("finished", "running"):
@@ -299,7 +302,7 @@ PATIENCE = 5.0  # seconds until the queue tries again to write on a full disk
 
 
 def waiting(out=None) -> list[Run]:
-    "The runs of the queue below `out` that have not begun, next one first."
+    "Return the runs of the queue below `out` that have not begun, next one first."
     return sorted(
         (r for r in all_runs(out) if r.record.get("queued") and r.record["status"] == "created"),
         key=lambda r: r.record["queued"],
@@ -373,7 +376,7 @@ def start_queue(out=None) -> subprocess.Popen:
 def work_queue(out=None):
     "Run what is queued below `out`, one run after another, until nothing is left."
     with _lock(out, "next", wait=False) as turn:
-        if not turn:  # one is waiting for its turn already: it will see whatever is queued
+        if not turn:  # another one waits for its turn already and will see all that is queued
             return
         worker = open(runs_folder(out) / ".queue" / "worker", "w")
         fcntl.flock(worker, fcntl.LOCK_EX)
@@ -483,7 +486,7 @@ def compare(*which, out=None):
 
 
 def _before_and_after(summary: dict, name: str) -> str:
-    "A metric of a summary as `before → after`."
+    "Return a metric of a summary as `before → after`."
     return " → ".join(_short(summary.get(when, {}).get(name)) for when in ("before", "after"))
 
 
@@ -492,7 +495,7 @@ def _short(value) -> str:
 
 
 def method_table():
-    "All methods as a DataFrame."
+    "Return all methods as a DataFrame."
     import pandas as pd
 
     rows = [
@@ -536,6 +539,6 @@ def claims(run: Run, **made: bool):
 
 
 def _at_defaults(run: Run) -> bool:
-    "Whether all knobs of a run but its seed have the defaults of its method."
+    "Return whether all knobs of a run but its seed have the defaults of its method."
     defaults = {k.name: k.default for k in knobs(find(run.method).settings) if k.name != "seed"}
     return all(run.settings.get(name, default) == default for name, default in defaults.items())

@@ -102,7 +102,7 @@ def random_points(space: dict, number: int, seed: int) -> list[dict]:
 
 
 def _random_point(space: dict, draw: random.Random) -> dict:
-    "A random value for each knob of `space`."
+    "Return a random value for each knob of `space`."
     return {
         name: draw.choice(values) if isinstance(values, list) else _draw(draw, **values)
         for name, values in space.items()

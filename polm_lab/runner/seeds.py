@@ -21,14 +21,14 @@ COLUMNS = ("seed", "metric", "before", "after")
 
 
 def results_file(method: str) -> Path:
-    "The file with the results of a method over seeds."
+    "Return the file with the results of a method over seeds."
     return data_folder() / "results" / f"{method}.csv"
 
 
 def seed_rows(method: str, seeds: Iterable[int] = (0, 1, 2), out=None, **knobs) -> list[dict]:
-    """Run a method once for each seed; the rows are `COLUMNS`, one for each metric of the summary.
+    """Run a method once for each seed and return its results as rows.
 
-    `out` is the folder of the runs; `knobs` are settings that differ from the defaults.
+    The rows have `COLUMNS`, one row for each metric of the summary. `out` is the folder of the runs; `knobs` are settings that differ from the defaults.
     Raises: `WrongInput` for wrong settings, and what a run raises.
     """
     rows = []
@@ -55,7 +55,7 @@ def write_results(method: str, rows: list[dict], path: Path | None = None) -> Pa
 
 # %% ../../nbs/runner/seeds.ipynb #174c303a
 def span(values: list[str]) -> str:
-    "Return the lowest and the highest of numbers in short form, or the one number that all are."
+    "Return the lowest and the highest number in short form, or one if all are the same."
     numbers = sorted(float(value) for value in values if value)
     if not numbers:
         return ""

@@ -75,7 +75,7 @@ class Plan:
 
 
 def _direction(name: str) -> str:
-    "Whether more (`up`) or less (`down`) of a metric is better, as the vocabulary says."
+    "Return whether more (`up`) or less (`down`) of a metric is better, as the vocabulary says."
     try:
         better = meaning_of(name.removeprefix("eval/")).better
     except KeyError:
@@ -119,13 +119,13 @@ class Sweep(Run):
         )
 
     def run(self, trial: dict) -> Run | None:
-        "The run of a trial; None if it has none, or its folder is gone or damaged."
+        "Return the run of a trial; None if it has none, or its folder is gone or damaged."
         with suppress(WrongInput):
             return Run(self.out / trial["run"]) if trial["run"] else None
 
     @property
     def over(self) -> int:
-        "How many trials need no more work."
+        "The number of trials that need no more work."
         return sum(t["status"] in ("finished", "pruned", "failed") for t in self.trials)
 
     def save(self):
@@ -133,7 +133,7 @@ class Sweep(Run):
         self.update(trials=self.trials, step=self.over)
 
     def tell(self) -> str:
-        "How far it is, in words."
+        "Return how far it is, in words."
         failures, best = sum(len(t["failures"]) for t in self.trials), self.best
         words = [f"{self.over} of {len(self.trials)} trials are over"]
         words += [f"{failures} failure{'s' * (failures > 1)}"] * bool(failures)
@@ -144,12 +144,12 @@ class Sweep(Run):
 
 
 def all_sweeps(out=None) -> list[Sweep]:
-    "The sweeps below `out`, oldest first; what cannot be read is left out."
+    "Return the sweeps below `out`, oldest first; what cannot be read is left out."
     return [Sweep(r.path) for r in all_runs(runs_folder(out) / "sweeps")]
 
 
 def open_sweep(sweep, out=None) -> Sweep:
-    "A sweep by its path, its id, or a part of the id that only it has."
+    "Return a sweep by its path, its id, or a part of the id that only it has."
     if isinstance(sweep, Sweep):
         return sweep
     found = Sweep(open_run(sweep, runs_folder(out) / "sweeps").path)
@@ -296,7 +296,7 @@ def _on_ray(jobs: int):
 
 
 def _on_node(path: str) -> int:
-    "What a Ray task does: run a prepared run in a process of its own."
+    "Run a prepared run in a process of its own, as a Ray task."
     return launch.spawn(Run(path)).wait()
 
 
@@ -315,14 +315,17 @@ PLACES = {"local": _local, "ray": _on_ray}
 
 # %% ../../nbs/runner/sweep.ipynb #6a0e21c7
 class Pruning:
-    "Finds trials that are behind, by their curves; a curve is read again when there is more of it."
+    """Finds trials that are behind, by their curves.
+
+    A curve is read again when there is more of it.
+    """
 
     def __init__(self, sweep: Sweep):
         self.sweep, self.metric = sweep, sweep.settings["metric"]
         self.read = {}  # number of a trial -> bytes of its metrics, and the curve in them
 
     def prunes(self, trial: dict, run: Run) -> bool:
-        "Whether a running trial is now found to be behind; the reason is written down."
+        "Return whether a running trial is now found to be behind; the reason is written down."
         if not self.sweep.settings["prune"] or trial["reason"]:
             return False
         trial["reason"] = self.why_behind(trial, run)
@@ -331,7 +334,7 @@ class Pruning:
         return bool(trial["reason"])
 
     def curve(self, trial: dict, run: Run) -> dict[int, float]:
-        "The curve of a trial: {step: value}."
+        "Return the curve of a trial: {step: value}."
         path = run.path / "metrics.jsonl"
         size = path.stat().st_size if path.exists() else 0
         if self.read.get(trial["number"], (0, {}))[0] != size:
@@ -373,7 +376,7 @@ def reopen_trials(sweep: Sweep):
 
 
 def propose_values(sweep: Sweep, number: int) -> dict:
-    "The values of trial `number`, from the results of the trials so far."
+    "Return the values of trial `number`, from the results of the trials so far."
     asked, so_far = sweep.settings, []
     for trial in sweep.trials:
         if trial["run"] and (trial["status"] == "running" or trial["value"] is not None):
@@ -393,7 +396,7 @@ def halt_trials(sweep: Sweep):
 
 # %% ../../nbs/runner/sweep.ipynb #ab8ff47d
 class Worker:
-    """Who works on a sweep: begins its trials, follows them, and writes down how they end.
+    """Work on a sweep: begin its trials, follow them, and record how they end.
 
     `start(run)` starts a process and returns a function that says whether it is over.
     """
@@ -436,12 +439,12 @@ class Worker:
         self.go(trial, run)
 
     def go(self, trial: dict, run: Run):
-        "Start the process of a trial's run, which goes on from its last checkpoint if it has one."
+        "Start the process of a trial's run, from its last checkpoint if it has one."
         run.clear_stop()
         self.over[trial["number"]] = self.start(run)
 
     def follow(self, trial: dict, stopping: bool):
-        "See how a running trial does: it goes on, is asked to stop, is over, or is tried again."
+        "Check a running trial: it continues, is asked to stop, is over, or is tried again."
         run, over = Run(self.sweep.out / trial["run"]), self.over.get(trial["number"])
         if not over() if over else run.status == "running" or launch.has_process(run):
             if stopping or self.pruning.prunes(trial, run):
@@ -539,7 +542,7 @@ def resume_sweep(sweep, out=None, **how) -> Sweep:
 
 
 def resumable_sweep(sweep, out=None) -> Sweep:
-    "The sweep, if something is left to do; raises `WrongInput` that says why not."
+    "Return the sweep, if something is left to do; raises `WrongInput` that says why not."
     found = open_sweep(sweep, out)
     found.record = found.read()
     if found.status == "running":
@@ -555,7 +558,7 @@ def resumable_sweep(sweep, out=None) -> Sweep:
 
 
 def sweep_command(method: str, grid: dict, fixed: dict | None = None, out=None, **asked) -> str:
-    "The same sweep as a `polm` command, quoted for the shell; arguments as for `plan`."
+    "Return the same sweep as a `polm` command, quoted for the shell; arguments as for `plan`."
     words = ["polm", "sweep", method]
     for name, values in make_space(method, grid).items():
         if isinstance(values, dict):
@@ -615,7 +618,7 @@ def trial_rows(sweep: Sweep) -> list[dict]:
 
 
 def results(sweep, out=None):
-    "The trials of a sweep as a DataFrame, in their order; see `trial_rows`."
+    "Return the trials of a sweep as a DataFrame, in their order; see `trial_rows`."
     import pandas as pd
 
     found = open_sweep(sweep, out)
@@ -623,7 +626,7 @@ def results(sweep, out=None):
 
 
 def sweep_table(out=None):
-    "The sweeps below `out` as a DataFrame, newest first."
+    "Return the sweeps below `out` as a DataFrame, newest first."
     import pandas as pd
 
     rows = []
