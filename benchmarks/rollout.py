@@ -66,9 +66,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, default in dict(
-        prompts=8, num_generations=8, read=192, new=64, threads=2, repeats=5
-    ).items():
+    for name, default in dict(prompts=8, samples=8, read=192, new=64, threads=2, repeats=5).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--check", action="store_true")
     a = parser.parse_args()

@@ -28,7 +28,8 @@ def results_file(method: str) -> Path:
 def seed_rows(method: str, seeds: Iterable[int] = (0, 1, 2), out=None, **knobs) -> list[dict]:
     """Run a method once for each seed and return its results as rows.
 
-    The rows have `COLUMNS`, one row for each metric of the summary. `out` is the folder of the runs; `knobs` are settings that differ from the defaults.
+    The rows have `COLUMNS`, one row for each metric of the summary.
+    The folder of the runs is `out`; `knobs` are settings that differ from the defaults.
     Raises: `WrongInput` for wrong settings, and what a run raises.
     """
     rows = []
