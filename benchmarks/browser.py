@@ -1,10 +1,16 @@
-"""What a person waits for, measured in the browser: first metric, an answer beside training, a large run, a slider.
+"""Measure in the browser how long a person waits.
 
     python benchmarks/browser.py [--repeats 3] [--check]
 
-A real JupyterLab and headless Chromium (see tests/browsing.py). Times are taken inside the page, from the click to the frame in which it is drawn. `cold` is a new kernel with Run pressed as soon as
-the form is there; `warm` is a workbench that has been open for a while. Machine load (mean number of processes that want a processor) stands beside each, as times double when it passes the number of
-processors. `--check` exits 1 unless every bar holds.
+Measured are the first metric, an answer while a run trains, a large run, and a slider.
+It uses a real JupyterLab and headless Chromium (see tests/browsing.py).
+Times are taken inside the page, from the click to the frame in which the result is drawn.
+
+The case `cold` is a new kernel with Run pressed as soon as the form is there.
+The case `warm` is a workbench that has been open for a while.
+The machine load (mean number of processes that want a processor) is printed next to each time.
+Times double when it exceeds the number of processors.
+With `--check` the exit status is 1 unless every bar holds.
 """
 
 import argparse
@@ -28,9 +34,17 @@ from polm_lab.core.run import Run, all_runs  # noqa: E402
 CLOCK = """([act, holds, timeout]) => new Promise((done, fail) => {
   const check = new Function("return " + holds), began = performance.now();
   new Function(act)();
-  const look = () => check() ? done(performance.now() - began) : performance.now() - began > timeout ? fail(new Error("not within the time: " + holds)) : requestAnimationFrame(look);
+  const look = () => {
+    const spent = performance.now() - began;
+    if (check()) done(spent);
+    else if (spent > timeout) fail(new Error("not within the time: " + holds));
+    else requestAnimationFrame(look);
+  };
   look();
 })"""
+
+# the first points of the first curve, as text
+FIGURE = "JSON.stringify([...document.querySelector('.js-plotly-plot').data[0].y].slice(0, 40))"
 
 
 def clocked(page, act: str, holds: str, timeout: float = 120) -> float:
@@ -39,13 +53,17 @@ def clocked(page, act: str, holds: str, timeout: float = 120) -> float:
 
 
 def press(words: str) -> str:
-    return f"[...document.querySelectorAll('button')].find(b => b.textContent.trim() === {words!r} && b.offsetParent && !b.disabled).click()"
+    return (
+        f"[...document.querySelectorAll('button')].find(b => b.textContent.trim() === {words!r} "
+        "&& b.offsetParent && !b.disabled).click()"
+    )
 
 
 def drawn(condition: str) -> str:
     "That some visible figure has points of a run whose id `name` fulfils `condition`."
     return (
-        "[...document.querySelectorAll('.js-plotly-plot')].some(p => p.offsetParent && (p.data || []).some(t => { const name = t.name || ''; "
+        "[...document.querySelectorAll('.js-plotly-plot')].some(p => p.offsetParent && (p.data || "
+        "[]).some(t => { const name = t.name || ''; "
         f"return {condition} && t.y && (t.y.length ?? t.y.shape?.[0]) > 0; }}))"
     )
 
@@ -81,7 +99,7 @@ def stop(at, run):
 
 
 def what_if() -> str:
-    "The what-if cell of the page on DPO."
+    "Return the what-if cell of the page on DPO."
     cells = json.loads((ROOT / "nbs" / "alignment" / "dpo.ipynb").read_text())["cells"]
     return next(
         "".join(c["source"])
@@ -98,7 +116,8 @@ class Rows(list):
         super().append(row)
         what, seconds, bar, busy, remark = row
         print(
-            f"{what:44} {seconds * 1000:6.0f} ms {bar * 1000:5.0f} ms  {busy:4.1f} {'ok  ' if seconds <= bar else 'OVER'} {remark}",
+            f"{what:44} {seconds * 1000:6.0f} ms {bar * 1000:5.0f} ms  {busy:4.1f} "
+            f"{'ok  ' if seconds <= bar else 'OVER'} {remark}",
             flush=True,
         )
 
@@ -150,13 +169,22 @@ def measure(repeats: int) -> list[tuple]:
             found = []
             for number in range(20):
                 at.page.wait_for_timeout(230)
-                field = "[...document.querySelectorAll('input')].find(i => i.offsetParent && i.closest('.widget-inline-hbox')?.querySelector('label')?.textContent === 'steps')"
-                act = f"const i = {field}; i.value = '{3000 + number}'; i.dispatchEvent(new Event('input', {{bubbles: true}})); i.dispatchEvent(new Event('change', {{bubbles: true}}))"
+                field = (
+                    "[...document.querySelectorAll('input')].find(i => i.offsetParent && "
+                    "i.closest('.widget-inline-hbox')?.querySelector('label')?.textContent === "
+                    "'steps')"
+                )
+                act = (
+                    f"const i = {field}; i.value = '{3000 + number}'; i.dispatchEvent(new "
+                    f"Event('input', {{bubbles: true}})); i.dispatchEvent(new Event('change', "
+                    f"{{bubbles: true}}))"
+                )
                 found.append(
                     clocked(
                         at.page,
                         act,
-                        f"[...document.querySelectorAll('.polm-code pre')].some(c => c.textContent.includes('steps {3000 + number}'))",
+                        "[...document.querySelectorAll('.polm-code pre')].some(c => "
+                        f"c.textContent.includes('steps {3000 + number}'))",
                     )
                 )
             assert run.status == "running"
@@ -174,9 +202,17 @@ def measure(repeats: int) -> list[tuple]:
             for steps, metrics in ((1_000_000, NAMES[:1]), (62_500, NAMES)):
                 run = large_run(folder / "runs", steps, metrics)
                 at.tab("Watch")
-                choice = f"[...document.querySelectorAll('select')].find(s => s.offsetParent && [...s.options].some(o => o.textContent.replaceAll('\\u00a0', ' ') === '{run.id}'))"
+                choice = (
+                    "[...document.querySelectorAll('select')].find(s => s.offsetParent && "
+                    "[...s.options].some(o => o.textContent.replaceAll('\\u00a0', ' ') === "
+                    f"'{run.id}'))"
+                )
                 at.wait_for(lambda: at.page.evaluate(f"Boolean({choice})"), 30)
-                act = f"const s = {choice}; s.selectedIndex = [...s.options].findIndex(o => o.textContent === '{run.id}'); s.dispatchEvent(new Event('change', {{bubbles: true}}))"
+                act = (
+                    f"const s = {choice}; s.selectedIndex = [...s.options].findIndex(o => "
+                    f"o.textContent === '{run.id}'); s.dispatchEvent(new Event('change', "
+                    f"{{bubbles: true}}))"
+                )
                 rows.append(
                     (
                         f"a run of {steps:,} x {len(metrics)} points opens",
@@ -188,9 +224,8 @@ def measure(repeats: int) -> list[tuple]:
                 )
             at.context.close()
 
-        other = (
-            folder / "slider"
-        )  # a server of its own: JupyterLab opens again what was open in the last one
+        # a server of its own: JupyterLab opens again what was open in the last one
+        other = folder / "slider"
         (other / "runs").mkdir(parents=True)
         with jupyter(other, slider=slider) as (address, _):
             at = Page(browser)
@@ -201,18 +236,13 @@ def measure(repeats: int) -> list[tuple]:
             at.page.wait_for_timeout(3000)
             found = []
             for _ in range(10):
-                at.page.evaluate(
-                    "globalThis.before = JSON.stringify([...document.querySelector('.js-plotly-plot').data[0].y].slice(0, 40))"
+                at.page.evaluate(f"globalThis.before = {FIGURE}")
+                act = (
+                    "const h = document.querySelector('.noUi-handle'); h.focus(); "
+                    "h.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowLeft', bubbles: "
+                    "true}))"
                 )
-                act = "const h = document.querySelector('.noUi-handle'); h.focus(); h.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowLeft', bubbles: true}))"
-                found.append(
-                    clocked(
-                        at.page,
-                        act,
-                        "JSON.stringify([...document.querySelector('.js-plotly-plot').data[0].y].slice(0, 40)) !== globalThis.before",
-                        20,
-                    )
-                )
+                found.append(clocked(at.page, act, f"{FIGURE} !== globalThis.before", 20))
                 at.page.wait_for_timeout(300)
             rows.append(
                 (

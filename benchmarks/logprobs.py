@@ -1,12 +1,21 @@
-"""The log-prob kernel beside the dense path: time, peak memory and gradients of one forward and backward pass.
+"""Compare the log-prob kernel with the dense path: time, peak memory and gradients.
 
-    python benchmarks/logprobs.py [--vocab 128256] [--width 512] [--rows 2048] [--threads 2] [--repeats 3] [--check]
+    python benchmarks/logprobs.py [--vocab 128256] [--width 512] [--rows 2048] [--threads 2]
+                                  [--repeats 3] [--check]
 
-Dense = `F.linear(hidden, weight)`, `log_softmax`, `gather`, autograd. Every measurement is a process of its own. Memory = highest resident set
-during one call, less the resident set just before it (inputs loaded, thread pools warm): everything the call adds. The gradient of the weight,
-[vocab, width], which both paths must return, is part of it; the column `without dW` takes it off both. Time = best of `repeats` calls after
-a warm-up, dense and ours taking turns; `cpu s` = processor time of all threads, which other work on the machine does not stretch. Limit = the matrix products alone at the speed measured for that shape: 3 for dense; ours has a
-fourth, since it computes the logits again in the backward pass. Linux only (/proc). `--check` exits 1 unless the bars hold.
+One forward and backward pass is measured, each time in a process of its own.
+Dense = `F.linear(hidden, weight)`, `log_softmax`, `gather`, autograd.
+
+Memory = highest resident set during one call, less the resident set just before it.
+By then inputs are loaded and thread pools warm, so it is everything that the call adds.
+It includes the gradient of the weight, [vocab, width], which both paths must return.
+The column `without dW` subtracts that gradient from both.
+
+Time = best of `repeats` calls after a warm-up; dense and ours take turns.
+The column `cpu s` = processor time of all threads, which other work does not stretch.
+Limit = the matrix products alone, at the speed measured for that shape.
+Dense has 3 of them; ours has a fourth, since it recomputes the logits in the backward pass.
+Linux only (/proc). With `--check` the exit status is 1 unless the bars hold.
 """
 
 import argparse
@@ -114,6 +123,14 @@ def timed(call):
     return time.perf_counter() - start
 
 
+def lowest(times: dict[str, list[dict]], unit: str) -> dict[str, float]:
+    "Return the lowest figure `unit` of each path."
+    found = {}
+    for name, each in times.items():
+        found[name] = min(one[unit] for one in each)
+    return found
+
+
 def child(args, **change):
     options = {**{k: v for k, v in vars(args).items() if k not in ("check", "repeats")}, **change}
     command = [
@@ -140,7 +157,10 @@ def main():
     parser.add_argument(
         "--check",
         action="store_true",
-        help="exit 1 unless memory <= 1/10, time <= 1.3 x dense, gradients within 1e-5 in the case log-prob",
+        help=(
+            "exit 1 unless memory <= 1/10, time <= 1.3 x dense, gradients within 1e-5 in the case "
+            "log-prob"
+        ),
     )
     parser.add_argument("--one", choices=["dense", "ours"], help=argparse.SUPPRESS)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
@@ -153,10 +173,12 @@ def main():
         2 * args.vocab * args.width * args.rows / 1e9,
     )
     print(
-        f"vocabulary {args.vocab:,}, width {args.width}, {args.rows:,} rows, fp32, {args.threads} threads; dW = {weight_mib:.0f} MiB"
+        f"vocabulary {args.vocab:,}, width {args.width}, {args.rows:,} rows, fp32, {args.threads} "
+        f"threads; dW = {weight_mib:.0f} MiB"
     )
     print(
-        f"{'case':24}{'':7}{'seconds':>9}{'cpu s':>8}{'limit':>8}{'MiB':>8}{'without dW':>12}{'max diff':>10}{'norm diff':>10}"
+        f"{'case':24}{'':7}{'seconds':>9}{'cpu s':>8}{'limit':>8}{'MiB':>8}{'without dW':>12}"
+        f"{'max diff':>10}{'norm diff':>10}"
     )
     held = True
     for case in [args.case] if args.case else CASES:
@@ -165,10 +187,7 @@ def main():
         for _ in range(args.repeats):
             for name in times:
                 times[name].append(child(args, one=name, case=case, measure="time"))
-        best, cpu = (
-            {name: min(t[unit] for t in found) for name, found in times.items()}
-            for unit in ("seconds", "cpu")
-        )
+        best, cpu = lowest(times, "seconds"), lowest(times, "cpu")
         memory = {name: child(args, one=name, case=case, measure="memory")["mib"] for name in times}
         speed = child(args, one="ours", case=case, measure="speed")
         forward = product / speed["z"] * (2 if kind == "kl" else 1)
@@ -185,7 +204,8 @@ def main():
             own = memory[name] - weight_mib * ("weight" in wants)
             tail = f"{apart['largest']:10.1e}{apart['norm']:10.1e}" if name == "ours" else ""
             print(
-                f"{case:24}{name:7}{best[name]:9.2f}{cpu[name]:8.2f}{limits[name]:8.2f}{memory[name]:8.0f}{own:12.0f}{tail}",
+                f"{case:24}{name:7}{best[name]:9.2f}{cpu[name]:8.2f}{limits[name]:8.2f}"
+                f"{memory[name]:8.0f}{own:12.0f}{tail}",
                 flush=True,
             )
         slower, smaller = best["ours"] / best["dense"], memory["ours"] / memory["dense"]

@@ -1,6 +1,8 @@
-"""Peak memory and time of SFT with each of the memory options, on one model and the same rows; each in a process of its own.
+"""Measure peak memory and time of SFT with each of the memory options.
 
-python benchmarks/memory.py [--steps 6]
+    python benchmarks/memory.py [--steps 6]
+
+All use one model and the same rows; each runs in a process of its own.
 """
 
 import argparse
@@ -25,7 +27,10 @@ OPTIONS = {
 
 
 def make_model(folder: Path):
-    "A random Llama of about 25 M parameters with a vocabulary of 32,000 and the embedded model's tokenizer."
+    """Save a random Llama of about 25 M parameters with the embedded model's tokenizer.
+
+    Its vocabulary has 32,000 entries.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -92,7 +97,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder) / "model")
         print(
-            "| option | peak memory beyond imports, MiB | seconds a step | memory, share of the first | time, share of the first |\n|---|---|---|---|---|"
+            "| option | peak memory beyond imports, MiB | seconds a step | memory, share of the "
+            "first | time, share of the first |\n|---|---|---|---|---|"
         )
         first = None
         for name, options in OPTIONS.items():
@@ -112,7 +118,8 @@ def main():
             found = json.loads(done.stdout.strip().split("\n")[-1])
             first = first or found
             print(
-                f"| {name} | {found['mib']:.0f} | {found['seconds']:.2f} | {found['mib'] / first['mib']:.2f} | {found['seconds'] / first['seconds']:.2f} |",
+                f"| {name} | {found['mib']:.0f} | {found['seconds']:.2f} | "
+                f"{found['mib'] / first['mib']:.2f} | {found['seconds'] / first['seconds']:.2f} |",
                 flush=True,
             )
     print(f"\n{time.time() - began:.0f} s in all")

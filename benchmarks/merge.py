@@ -1,18 +1,30 @@
-"""Merging beside mergekit: wall time of the whole command, peak memory, and equal results, on the same three models of 220 M bf16 weights.
+"""Compare merging with mergekit: wall time, peak memory, and equal results.
 
-    python benchmarks/merge.py [--mergekit PATH] [--techniques linear,slerp,ties,dare] [--repeats 3] [--folder DIR] [--large] [--check]
+    python benchmarks/merge.py [--mergekit PATH] [--algorithms linear,slerp,ties,dare]
+                               [--repeats 3] [--folder DIR] [--large] [--check]
 
-mergekit stands in an environment of its own: `python -m venv ENV && ENV/bin/pip install -c constraints.txt mergekit`, and PATH is `ENV/bin/mergekit-yaml`
-(or $MERGEKIT). `--techniques ''` compares results only, on small models. Ours is `polm run merge --bare`. The two take turns, each in a process of its own, inputs in the page cache. *CPU* is user and system time, which hardly
-depends on what else runs. *Peak* is the largest resident set, mapped files included. *Limit* is the time to read all inputs once and write one output.
+Both merge the same three models of 220 M bf16 weights; the time is that of the whole command.
+An environment of its own holds mergekit:
+`python -m venv ENV && ENV/bin/pip install -c constraints.txt mergekit`.
+PATH is then `ENV/bin/mergekit-yaml` (or $MERGEKIT).
+`--algorithms ''` compares results only, on small models. Ours is `polm run merge --bare`.
+The two take turns, each in a process of its own, with the inputs in the page cache.
+*CPU* is user and system time, which hardly depends on what else runs.
+*Peak* is the largest resident set, mapped files included.
+*Limit* is the time to read all inputs once and write one output.
 `--folder` keeps the models for another time.
 
-TIES keeps the k largest changes of a tensor. Changes of bf16 weights lie on few values, so that several per cent of them are equal to the k-th largest, and which of those stay is up to the sort: ours
-keeps the ones that come first, mergekit those that torch's sort, which is not stable, puts first. So TIES is compared twice: with mergekit as it is, where entries may differ whose change is equal to the
-threshold in one of the models, and none else; and with mergekit told to sort stably, where none may.
+TIES keeps the k largest changes of a tensor.
+Changes of bf16 weights have few distinct values: several per cent equal the k-th largest.
+Which of those are kept depends on the sort. Ours keeps the ones that come first.
+mergekit keeps those that torch's sort, which is not stable, puts first.
+So TIES is compared twice. With mergekit as it is, entries may differ only where their change
+equals the threshold in one of the models. With a stable sort in mergekit, none may differ.
 
-`--large` merges two models of 4.3 GB each by ours alone and watches its memory; it needs 13 GB of disk. `--check` exits 1 unless ours is at least 2 x as fast, its
-peak is at most mergekit's and at most 1 GiB + the largest tensor, and results are equal: linear and SLERP within one bf16 rounding, TIES with the same mask and signs.
+`--large` merges two models of 4.3 GB each by ours alone and watches its memory (13 GB of disk).
+With `--check` the exit status is 1 unless ours is at least 2 x as fast and results are equal.
+Its peak must also be at most mergekit's and at most 1 GiB + the largest tensor.
+Equal means: linear and SLERP within one bf16 rounding, TIES with the same mask and signs.
 """
 
 import argparse
@@ -41,9 +53,8 @@ SIZES = {
     "4GB": dict(width=2560, inner=6912, layers=26, words=32_000),
 }
 DENSITY = 0.4
-DTYPE = dict(
-    linear="bfloat16", slerp="bfloat16", ties="bfloat16", dare="bfloat16"
-)  # mergekit's usual way: all of it in the models' type
+# mergekit's usual way: all of it in the models' type
+DTYPE = dict(linear="bfloat16", slerp="bfloat16", ties="bfloat16", dare="bfloat16")
 
 
 def shapes(width, inner, layers, words):
@@ -66,7 +77,7 @@ def shapes(width, inner, layers, words):
 
 
 def make(folder: Path, size: str, seed: int, base: Path | None = None, dtype=torch.bfloat16):
-    "A model of random weights; with `base`, that one with noise, as a tune is."
+    "Save a model of random weights; with `base`, that model with noise, like a fine-tuned one."
     s = SIZES[size]
     plan = {name: (dtype, shape) for name, shape in shapes(**s).items()}
     old = Weights(base) if base else None
@@ -108,12 +119,15 @@ def make(folder: Path, size: str, seed: int, base: Path | None = None, dtype=tor
 
 
 def timed(command: list, watch: list | None = None, **env) -> tuple[float, float, float]:
-    "(wall seconds, CPU seconds, peak MiB) of a process; `watch` gets (seconds, resident MiB, of which not mapped) ten times a second."
+    """Return (wall seconds, CPU seconds, peak MiB) of a process.
+
+    Ten times a second `watch` gets (seconds, resident MiB, resident MiB that are not mapped).
+    """
     began = time.monotonic()
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             [str(w) for w in command],
-            stdout=said,
+            stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, "HF_HUB_OFFLINE": "1", **env},
         )
@@ -141,8 +155,8 @@ def timed(command: list, watch: list | None = None, **env) -> tuple[float, float
         over.set()
         process.returncode = os.waitstatus_to_exitcode(status)
         if status:
-            said.seek(0)
-            sys.exit(f"{' '.join(map(str, command))}\n{said.read().decode()[-3000:]}")
+            output.seek(0)
+            sys.exit(f"{' '.join(map(str, command))}\n{output.read().decode()[-3000:]}")
     return time.monotonic() - began, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
 
 
@@ -206,7 +220,8 @@ def theirs(
     more = "parameters: {t: 0.4}\n" if algorithm == "slerp" else ""
     file = out.with_suffix(".yml")
     file.write_text(
-        f"merge_method: {name}\nmodels:\n{models}{base}{more}dtype: {dtype}\nout_dtype: {out_dtype}\n"
+        f"merge_method: {name}\nmodels:\n{models}{base}{more}dtype: {dtype}\nout_dtype: "
+        f"{out_dtype}\n"
     )
     return [
         *([Path(mergekit).parent / "python", "-c", STABLE] if stable else [mergekit]),
@@ -217,9 +232,12 @@ def theirs(
 
 
 def compare(algorithm, a: Path, b: Path, folder: Path, density: float) -> dict:
-    """How two results differ: in roundings (spacings of their type at the size of the largest input), and in which entries the base was changed in another direction, or not by both.
+    """Return how two results differ: in roundings, and in mask or sign.
 
-    For TIES, too: how many entries have a change that is equal to the threshold of its model (`at_threshold`), and both figures without those (`elsewhere`).
+    A rounding is the spacing of their type at the size of the largest input. Another mask or sign
+    is an entry of the base that was changed in another direction, or not by both.
+    For TIES, `at_threshold` is the number of entries whose change equals the threshold of its
+    model, and `elsewhere` are both figures without those.
     """
     first, second, inputs = (
         Weights(a),
@@ -299,10 +317,10 @@ def large(folder: Path) -> dict:
     ]
     seconds, cpu, peak = timed(command, watch)
     size = Weights(folder / "base")
-    quarter = [
-        max(m[1] for m in part)
-        for part in (watch[len(watch) * i // 4 : len(watch) * (i + 1) // 4] for i in range(4))
-    ]
+    quarter = []
+    for i in range(4):
+        part = watch[len(watch) * i // 4 : len(watch) * (i + 1) // 4]
+        quarter.append(max(m[1] for m in part))
     return {
         "bytes of each, GB": round(size.size / 1e9, 2),
         "seconds": round(seconds),
@@ -318,7 +336,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--mergekit", default=os.environ.get("MERGEKIT", ""))
-    parser.add_argument("--techniques", default="linear,slerp,ties,dare")
+    parser.add_argument("--algorithms", default="linear,slerp,ties,dare")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where the models are, or are made and left")
     parser.add_argument("--large", action="store_true")
@@ -349,10 +367,13 @@ def main():
         largest = max(e.size for e in weights.entries.values()) / 2**20
         if names:
             print(
-                f"{sum(e.size for e in weights.entries.values()) / 2e6:.0f} M weights, bf16; largest tensor {largest:.0f} MiB; mergekit {'not given: ours alone' if not args.mergekit else ''}"
+                f"{sum(e.size for e in weights.entries.values()) / 2e6:.0f} M weights, bf16; "
+                f"largest tensor {largest:.0f} MiB; mergekit "
+                f"{'not given: ours alone' if not args.mergekit else ''}"
             )
             print(
-                "| technique | ours, s | mergekit, s | mergekit / ours (min–max) | CPU s | peak MiB | limit, s |\n|---|---|---|---|---|---|---|",
+                "| technique | ours, s | mergekit, s | mergekit / ours (min–max) | CPU s | peak "
+                "MiB | limit, s |\n|---|---|---|---|---|---|---|",
                 flush=True,
             )
         for algorithm in names:
@@ -377,13 +398,16 @@ def main():
                     limit(folder, place / "copy", 2 if algorithm in ("linear", "slerp") else 3)
                 )
                 measured.append((mine, other))
-            column = [
-                [statistics.median(pair[who][i] for pair in measured) for i in range(3)]
-                for who in (0, 1)
-            ]
+            # for ours and theirs: medians of wall time, CPU time and peak
+            column = []
+            for each in zip(*measured):
+                column.append([statistics.median(figures) for figures in zip(*each)])
             ratios = sorted(other[0] / mine[0] for mine, other in measured)
             print(
-                f"| {algorithm} | {column[0][0]:.1f} | {column[1][0]:.1f} | {statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f}) | {column[0][1]:.1f} : {column[1][1]:.1f} | {column[0][2]:.0f} : {column[1][2]:.0f} | {statistics.median(limits):.2f} |",
+                f"| {algorithm} | {column[0][0]:.1f} | {column[1][0]:.1f} | "
+                f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f}) | "
+                f"{column[0][1]:.1f} : {column[1][1]:.1f} | {column[0][2]:.0f} : "
+                f"{column[1][2]:.0f} | {statistics.median(limits):.2f} |",
                 flush=True,
             )
             if (
@@ -394,10 +418,8 @@ def main():
                 missed.append(algorithm)
         if args.mergekit:
             print("\nEqual results")
-            for dtype in (
-                "float32",
-                "bfloat16",
-            ):  # 2.8 M weights; mergekit computes in fp32 as we do
+            # 2.8 M weights; mergekit computes in fp32 as we do
+            for dtype in ("float32", "bfloat16"):
                 for algorithm in (
                     "linear",
                     "slerp",
@@ -423,14 +445,11 @@ def main():
                         algorithm, newest / "model", place / "theirs", models[dtype], DENSITY
                     )
                     print(json.dumps(dict(dtype=dtype, **found)), flush=True)
-                    tell = "_elsewhere" if algorithm == "ties" else ""
-                    far, other = (
-                        found["roundings_elsewhere" if tell else "largest_difference_in_roundings"],
-                        found["other_mask_or_sign" + tell],
-                    )
-                    bad = far > (
-                        1 if dtype == "bfloat16" else 64
-                    )  # in fp32 sums are in another order, and mergekit takes the angle in fp32
+                    ending = "_elsewhere" if algorithm == "ties" else ""
+                    roundings = "roundings" if ending else "largest_difference_in_roundings"
+                    far, other = found[roundings + ending], found["other_mask_or_sign" + ending]
+                    # in fp32 sums are in another order, and mergekit takes the angle in fp32
+                    bad = far > (1 if dtype == "bfloat16" else 64)
                     missed += [f"{algorithm} differs"] * (bad or name == "ties" and other > 0)
     if missed:
         print(f"missed: {', '.join(missed)}", file=sys.stderr)

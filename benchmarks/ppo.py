@@ -1,10 +1,14 @@
-"""PPO's step beside GRPO's: the same prompts, the same completions, one update each; CPU time and wall-clock time.
+"""Compare PPO's step with GRPO's: CPU time and wall-clock time.
 
     python benchmarks/ppo.py [--repeats 5] [--steps 6] [--threads 1] [--check]
 
-The methods take turns in one process. With a learning rate of 0 the policy stays as it is, so each step of each method samples the same tokens (asserted). Both
-have a reference model; PPO has a critic on top, as a head on the policy (`shared`) or as a model of its own (`own`). fp32, no evaluation, no checkpoint; steps
-are timed from one written metrics line to the next, the first one left out. `--check` exits 1 if PPO's step costs more than 1.6 x GRPO's CPU time.
+Both have the same prompts, the same completions and one update each.
+The methods take turns in one process. With a learning rate of 0 the policy does not change.
+So each step of each method samples the same tokens (asserted).
+Both have a reference model. PPO also has a critic, as a head on the policy (`shared`) or as a
+model of its own (`own`). All run in fp32, without evaluation or checkpoint.
+Steps are timed from one written metrics line to the next, without the first one.
+With `--check` the exit status is 1 if PPO's step costs more than 1.6 x GRPO's CPU time.
 """
 
 import argparse
@@ -52,7 +56,10 @@ class Over(Exception):
 
 
 def steps_of(name: str, steps: int) -> tuple[list, list]:
-    "(CPU seconds, wall seconds) of each step but the first, and what was sampled: tokens in a completion."
+    """Return (CPU seconds, wall seconds) of each step but the first, and what was sampled.
+
+    What was sampled is the number of tokens in a completion.
+    """
     method, settings = CASES[name]
     marks, log = [], Run.log
 
@@ -70,6 +77,15 @@ def steps_of(name: str, steps: int) -> tuple[list, list]:
     finally:
         Run.log = log
     return [(b[0] - a[0], b[1] - a[1]) for a, b in zip(marks, marks[1:])], lengths
+
+
+def columns(repeats: list[list[tuple]]) -> tuple[list, list]:
+    "CPU seconds and wall seconds of the steps, each as a list for each repeat."
+    cpu, wall = [], []
+    for times in repeats:
+        cpu.append([step[0] for step in times])
+        wall.append([step[1] for step in times])
+    return cpu, wall
 
 
 def main():
@@ -92,32 +108,38 @@ def main():
             times, lengths[name] = steps_of(name, args.steps)
             found[name].append(times)
             print(
-                f"  {repeat + 1}/{args.repeats} {name}: {statistics.median(cpu for cpu, _ in times):.2f} s of CPU a step",
+                f"  {repeat + 1}/{args.repeats} {name}: "
+                f"{statistics.median(cpu for cpu, _ in times):.2f} s of CPU a step",
                 file=sys.stderr,
             )
     assert len({tuple(each) for each in lengths.values()}) == 1, (
         f"the methods sampled other tokens: {lengths}"
     )
     print(
-        "| method | CPU s a step | wall s a step | CPU, × GRPO (min–max) | wall, × GRPO | bar |\n|---|---|---|---|---|---|"
+        "| method | CPU s a step | wall s a step | CPU, × GRPO (min–max) | wall, × GRPO | bar "
+        "|\n|---|---|---|---|---|---|"
     )
     held = True
     for name in CASES:
-        cpu, wall = ([[step[i] for step in times] for times in found[name]] for i in (0, 1))
-        base = [[[step[i] for step in times] for times in found["grpo"]] for i in (0, 1)]
-        ratios = [statistics.median(a) / statistics.median(b) for a, b in zip(cpu, base[0])]
+        cpu, wall = columns(found[name])
+        base_cpu, base_wall = columns(found["grpo"])
+        ratios = [statistics.median(a) / statistics.median(b) for a, b in zip(cpu, base_cpu)]
         slow = statistics.median(
-            statistics.median(a) / statistics.median(b) for a, b in zip(wall, base[1])
+            statistics.median(a) / statistics.median(b) for a, b in zip(wall, base_wall)
         )
         middle = statistics.median(ratios)
         held &= middle <= BAR
         verdict = "" if name == "grpo" else f"{BAR} {'holds' if middle <= BAR else 'MISSED'}"
         print(
-            f"| {name} | {statistics.median(sum(cpu, [])):.3f} | {statistics.median(sum(wall, [])):.3f} | {middle:.2f} ({min(ratios):.2f}–{max(ratios):.2f}) | {slow:.2f} | {verdict} |"
+            f"| {name} | {statistics.median(sum(cpu, [])):.3f} | "
+            f"{statistics.median(sum(wall, [])):.3f} | {middle:.2f} "
+            f"({min(ratios):.2f}–{max(ratios):.2f}) | {slow:.2f} | {verdict} |"
         )
     print(
-        f"\n{SAME['batch_size']} completions a step of {statistics.mean(lengths['grpo']):.1f} tokens, {args.threads} threads, {args.repeats} repeats of {args.steps} steps, "
-        f"Python {platform.python_version()}, torch {version('torch')}, transformers {version('transformers')}"
+        f"\n{SAME['batch_size']} completions a step of {statistics.mean(lengths['grpo']):.1f} "
+        f"tokens, {args.threads} threads, {args.repeats} repeats of {args.steps} steps, "
+        f"Python {platform.python_version()}, torch {version('torch')}, transformers "
+        f"{version('transformers')}"
     )
     if args.check and not held:
         sys.exit(1)

@@ -1,12 +1,22 @@
-"""Wanda and SparseGPT beside llm-compressor: time, perplexity, and how far from the limit.
+"""Compare Wanda and SparseGPT with llm-compressor: time, perplexity, and the limit.
 
-    python benchmarks/prune.py [--peer PYTHON] [--how wanda,sparsegpt] [--repeats 3] [--threads 1] [--windows 32] [--length 256] [--check]
+    python benchmarks/prune.py [--peer PYTHON] [--algorithm wanda,sparsegpt] [--repeats 3]
+                               [--threads 1] [--windows 32] [--length 256] [--check]
 
-A Llama of about 120 M random parameters (16 blocks, width 768, 12 heads, 2,048 neurons), trained for a few steps on a made-up language so that there is something
-to lose; calibration text of the same language. PYTHON is the interpreter of an environment of its own with llm-compressor (`pip install llmcompressor`); without it the
-peer is the algorithm as published, written out here: the sums of each layer by themselves, the inverse by two Cholesky decompositions, one column at a time, a sort
-for each threshold. The two take turns, each in a process of its own; timed is the pruning alone, from a loaded model and tokenized windows. Limit = the matrix products
-alone at the speed measured: each window through the blocks once or twice, and X X^T of each input. `--check` exits 1 unless ours is 1.5 x faster and perplexity is no worse.
+The model is a Llama of about 120 M parameters (16 blocks, width 768, 12 heads, 2,048 neurons).
+It starts random and is trained for a few steps on a made-up language: there is something to lose.
+The calibration text is of the same language.
+
+PYTHON is the interpreter of an environment of its own with llm-compressor
+(`pip install llmcompressor`). Without it the peer is the algorithm as published, written out here.
+It computes the sums of each layer separately and the inverse by two Cholesky decompositions.
+It goes one column at a time, and sorts for each threshold.
+
+The two take turns, each in a process of its own.
+Only the pruning is timed, from a loaded model and tokenized windows.
+Limit = the matrix products alone at the speed measured.
+These are each window through the blocks once or twice, and X X^T of each input.
+With `--check` the exit status is 1 unless ours is 1.5 x faster and perplexity is no worse.
 """
 
 import argparse
@@ -26,7 +36,10 @@ VOCABULARY = 8192
 
 
 def language(rows: int, length: int, seed: int):
-    "Token ids [rows, length] of a made-up language: few words are frequent, and what may follow a word depends on it."
+    """Return token ids [rows, length] of a made-up language.
+
+    Few words are frequent, and what may follow a word depends on it.
+    """
     import torch
 
     g = torch.Generator().manual_seed(seed)
@@ -38,7 +51,7 @@ def language(rows: int, length: int, seed: int):
 
 
 def make_model(folder: Path, steps: int, length: int):
-    "The model, trained a little, and its windows."
+    "Save the model, trained for a few steps."
     import torch
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -69,14 +82,14 @@ def make_model(folder: Path, steps: int, length: int):
             optimizer.step(),
         )
     model.save_pretrained(folder)
-    raw = Tokenizer(
-        models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w2")
-    )  # llm-compressor asks for a tokenizer, though the windows are tokens
+    # llm-compressor asks for a tokenizer, though the windows are tokens
+    raw = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w2"))
     PreTrainedTokenizerFast(
         tokenizer_object=raw, bos_token="w0", eos_token="w1", pad_token="w2"
     ).save_pretrained(folder)
     print(
-        f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, {steps} steps, loss {loss.item():.2f}",
+        f"model: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, {steps} "
+        f"steps, loss {loss.item():.2f}",
         flush=True,
     )
 
@@ -89,12 +102,11 @@ def load(folder: str):
 
 
 def finish(model, length: int, seconds: float, cpu: float):
-    "Print what was found: times, peak memory, sparsity, perplexity on text that nobody has seen."
+    "Print the results: times, peak memory, sparsity, and perplexity on unseen text."
     import torch
 
-    peak = (
-        int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-    )  # since exec: ru_maxrss would begin at what the parent held
+    # since exec: ru_maxrss would begin at the parent's peak
+    peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
     with torch.no_grad():
         ids = language(8, length, 2)
         loss = model(ids, labels=ids).loss.item()
@@ -159,7 +171,7 @@ def compressor(a, algorithm: str):
 
 
 def published(a, algorithm: str):
-    "The papers' algorithms, layer by layer and column by column."
+    "Run the papers' algorithms, layer by layer and column by column."
     import torch
 
     model, windows = load(a.folder), language(a.windows, a.length, 1)
@@ -228,7 +240,11 @@ def published(a, algorithm: str):
 
 
 def limit(a, algorithm: str):
-    "Seconds of the matrix products that cannot be avoided: each window through the linear layers (twice; down once less in the last block), and X X^T of the four inputs."
+    """Return the seconds of the matrix products that cannot be avoided.
+
+    They are each window through the linear layers (twice; down once less in the last block), and
+    X X^T of the four inputs.
+    """
     import torch
 
     model = load(a.folder)
@@ -268,7 +284,7 @@ def child(a, python: str, what: str, algorithm: str) -> dict:
         __file__,
         "--child",
         what,
-        "--how",
+        "--algorithm",
         algorithm,
         "--folder",
         a.folder,
@@ -299,6 +315,14 @@ def child(a, python: str, what: str, algorithm: str) -> dict:
     return found
 
 
+def medians(measured: tuple[dict, ...]) -> dict[str, float]:
+    "Return the median of each figure."
+    found = {}
+    for name in measured[0]:
+        found[name] = statistics.median(m[name] for m in measured)
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -307,7 +331,7 @@ def main() -> int:
         repeats=3, threads=1, windows=32, length=128, rows=4, train=12
     ).items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--how", default="wanda,sparsegpt")
+    parser.add_argument("--algorithm", default="wanda,sparsegpt")
     parser.add_argument(
         "--peer",
         default=os.environ.get("POLM_LLMCOMPRESSOR", ""),
@@ -332,10 +356,13 @@ def main() -> int:
             make_model(Path(a.folder), a.train, a.length)
         peers = {"compressor": a.peer} if a.peer else {"published": sys.executable}
         print(
-            f"{a.windows} windows of {a.length} tokens, {a.threads} thread(s), load {os.getloadavg()[0]:.1f}\n"
+            f"{a.windows} windows of {a.length} tokens, {a.threads} thread(s), load "
+            f"{os.getloadavg()[0]:.1f}\n"
         )
         print(
-            "| method | peer | ours, s | peer, s | peer / ours (min–max) | CPU time, peer / ours | peak MiB, ours : peer | perplexity, ours : peer | sparsity | limit, s (share of ours) |"
+            "| method | peer | ours, s | peer, s | peer / ours (min–max) | CPU time, peer / ours "
+            "| peak MiB, ours : peer | perplexity, ours : peer | sparsity | limit, s (share of "
+            "ours) |"
         )
         print("|---|---|---|---|---|---|---|---|---|---|")
         for algorithm in a.algorithm.split(","):
@@ -346,18 +373,19 @@ def main() -> int:
                 ]
                 ratios = [theirs["seconds"] / mine["seconds"] for mine, theirs in pairs]
                 work = statistics.median(theirs["cpu"] / mine["cpu"] for mine, theirs in pairs)
-                mine, theirs = (
-                    {k: statistics.median(p[i][k] for p in pairs) for k in pairs[0][0]}
-                    for i in (0, 1)
-                )
+                mine, theirs = (medians(each) for each in zip(*pairs))
                 least = min(
                     child(a, sys.executable, "limit", algorithm)["seconds"] for _ in range(2)
                 )
                 ratio = statistics.median(ratios)
                 missed += ratio < BAR or mine["perplexity"] > theirs["perplexity"] * 1.005
                 print(
-                    f"| {algorithm} | {name} | {mine['seconds']:.1f} | {theirs['seconds']:.1f} | {ratio:.2f} ({min(ratios):.2f}–{max(ratios):.2f}) | {work:.2f} | {mine['peak']:.0f} : {theirs['peak']:.0f} "
-                    f"| {mine['perplexity']:.1f} : {theirs['perplexity']:.1f} | {mine['sparsity']:.3f} : {theirs['sparsity']:.3f} | {least:.1f} ({least / mine['seconds']:.0%}) |",
+                    f"| {algorithm} | {name} | {mine['seconds']:.1f} | {theirs['seconds']:.1f} | "
+                    f"{ratio:.2f} ({min(ratios):.2f}–{max(ratios):.2f}) | {work:.2f} | "
+                    f"{mine['peak']:.0f} : {theirs['peak']:.0f} "
+                    f"| {mine['perplexity']:.1f} : {theirs['perplexity']:.1f} | "
+                    f"{mine['sparsity']:.3f} : {theirs['sparsity']:.3f} | {least:.1f} "
+                    f"({least / mine['seconds']:.0%}) |",
                     flush=True,
                 )
     return int(a.check and missed > 0)

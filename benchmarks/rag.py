@@ -1,13 +1,29 @@
-"""The index of passages beside bm25s and FAISS called directly: build rate, memory, and time of a query.
+"""Compare the index of passages with bm25s and FAISS called directly.
 
-    python benchmarks/rag.py [--passages 100000] [--words 80] [--width 384] [--queries 200] [--threads 2] [--repeats 3] [--check]
+    python benchmarks/rag.py [--passages 100000] [--words 80] [--width 384] [--queries 200]
+                             [--threads 2] [--repeats 3] [--check]
 
-Passages are made of 50,000 words drawn as in real text (Zipf), questions of 8 words of a passage. For dense search the vectors are given (random, of length 1), so that what is measured is
-the index and not an encoder; the time in which `tiny` encodes a question is stated beside it, and the build from texts with that encoder is a case of its own (`encoded`, 2,000 passages). Each measurement is a process of its own, ours and the library taking turns; figures are medians over `repeats`.
-Build = from texts (or vectors) to an index that has answered one question. Memory = highest resident set during build and queries, less that before the build. Query = one question, from text
-to passages, median over `queries`; for dense search from a vector. An Index reads passages, which FAISS alone does not: the time in which their ids and texts are checked (text that is not blank, an id that no other has) is stated under the table, and taken off the build of dense
-search, where the vectors are given and all else is a copy of memory. Bars: p50 <= 20 ms a query for BM25 and for dense search with encoding; build time, memory and query time at most 1.1 times the library's; the checks at most 0.5 µs a passage.
-Update = 100 passages are added to the BM25 index and one question is asked: its matrix is made again. Linux only (/proc). `--check` exits 1 unless the bars hold.
+It measures build rate, memory, and time of a query.
+Passages are made of 50,000 words drawn as in real text (Zipf), questions of 8 words of a passage.
+For dense search the vectors are given (random, of length 1): the index is measured, not an encoder.
+The time in which `tiny` encodes a question is printed separately.
+The build from texts with that encoder is a case of its own (`encoded`, 2,000 passages).
+Each measurement is a process of its own; ours and the library take turns.
+Figures are medians over `repeats`.
+
+Build = from texts (or vectors) to an index that has answered one question.
+Memory = highest resident set during build and queries, less that before the build.
+Query = one question, from text to passages, median over `queries`; for dense search from a vector.
+Update = 100 passages are added to the BM25 index, which makes its matrix again, and one question.
+
+An Index reads passages, which FAISS alone does not.
+It checks that texts are not blank and that ids are unique; that time is printed under the table.
+For dense search it is subtracted from the build: vectors are given, the rest is a copy of memory.
+
+Bars: p50 <= 20 ms a query for BM25 and for dense search with encoding.
+Build time, memory and query time are at most 1.1 times the library's.
+The checks take at most 0.5 µs a passage.
+Linux only (/proc). With `--check` the exit status is 1 unless the bars hold.
 """
 
 import argparse
@@ -18,9 +34,17 @@ import sys
 import time
 
 
-NOT_HELD = {
-    ("encoded", "memory_mib")
-}  # 2,000 passages are a few MiB beside what torch keeps while it encodes
+# 2,000 passages are a few MiB, and torch keeps much more while it encodes
+NOT_HELD = {("encoded", "memory_mib")}
+
+
+def medians(measured: list[dict]) -> dict[str, float]:
+    "Return the median of each figure; what was found is none."
+    found = {}
+    for name in measured[0]:
+        if name != "found":
+            found[name] = statistics.median(m[name] for m in measured)
+    return found
 
 
 def resident(field):
@@ -217,47 +241,48 @@ def main():
         return one(args)
     encode = child(args, "encode", "ours")["query_ms"]
     print(
-        f"{args.passages:,} passages of {args.words} words, vectors of width {args.width}; encoding a question with tiny: {encode:.1f} ms\n"
+        f"{args.passages:,} passages of {args.words} words, vectors of width {args.width}; "
+        f"encoding a question with tiny: {encode:.1f} ms\n"
     )
     print(
-        "| search | who | build, s | passages/s | CPU, s | memory, MiB | query p50, ms | p99, ms |\n|---|---|---|---|---|---|---|---|"
+        "| search | who | build, s | passages/s | CPU, s | memory, MiB | query p50, ms | p99, ms "
+        "|\n|---|---|---|---|---|---|---|---|"
     )
     missed, notes = [], []
     for case, peer in (("bm25", "bm25s"), ("dense", "FAISS"), ("encoded", "tiny, FAISS")):
-        rounds = [
-            {variant: child(args, case, variant) for variant in ("ours", "theirs")}
-            for _ in range(args.repeats)
-        ]
+        rounds = []
+        for _ in range(args.repeats):
+            rounds.append({who: child(args, case, who) for who in ("ours", "theirs")})
         if any(r["ours"]["found"] != r["theirs"]["found"] for r in rounds):
             missed.append(f"{case}: other passages are found")
-        middle = {
-            v: {
-                key: statistics.median(r[v][key] for r in rounds)
-                for key in rounds[0][v]
-                if key != "found"
-            }
-            for v in ("ours", "theirs")
-        }
+        middle = {}
+        for who in ("ours", "theirs"):
+            middle[who] = medians([r[who] for r in rounds])
         for variant, name in (("ours", "Index"), ("theirs", peer)):
             m = middle[variant]
             print(
-                f"| {case} | {name} | {m['build_s']:.2f} | {(2000 if case == 'encoded' else args.passages) / m['build_s']:,.0f} | {m['cpu_s']:.2f} | {m['memory_mib']:.0f} | {m['query_ms']:.2f} | {m['p99_ms']:.2f} |"
+                f"| {case} | {name} | {m['build_s']:.2f} | "
+                f"{(2000 if case == 'encoded' else args.passages) / m['build_s']:,.0f} | "
+                f"{m['cpu_s']:.2f} | {m['memory_mib']:.0f} | {m['query_ms']:.2f} | "
+                f"{m['p99_ms']:.2f} |"
             )
-        off = lambda r, key: r["check_s"] if (case, key) == ("dense", "build_s") else 0.0
-        every = {
-            key: [(r["ours"][key] - off(r["ours"], key)) / r["theirs"][key] for r in rounds]
-            for key in ("build_s", "cpu_s", "memory_mib", "query_ms")
-        }
+        every = {}
+        for key in ("build_s", "cpu_s", "memory_mib", "query_ms"):
+            every[key] = []
+            for r in rounds:
+                off = r["ours"]["check_s"] if (case, key) == ("dense", "build_s") else 0.0
+                every[key].append((r["ours"][key] - off) / r["theirs"][key])
         ratios = {key: statistics.median(found) for key, found in every.items()}
         print(
-            f"| {case} | ours / theirs | {ratios['build_s']:.2f} | | {ratios['cpu_s']:.2f} | {ratios['memory_mib']:.2f} | {ratios['query_ms']:.2f} | |"
+            f"| {case} | ours / theirs | {ratios['build_s']:.2f} | | {ratios['cpu_s']:.2f} | "
+            f"{ratios['memory_mib']:.2f} | {ratios['query_ms']:.2f} | |"
         )
-        mine, whole = (
-            middle["ours"],
-            [r["ours"]["build_s"] / r["theirs"]["build_s"] for r in rounds],
-        )
+        mine = middle["ours"]
+        whole = [r["ours"]["build_s"] / r["theirs"]["build_s"] for r in rounds]
         notes.append(
-            f"{case}: build, lowest to highest of {args.repeats}: {min(every['build_s']):.2f} to {max(every['build_s']):.2f}; checks of ids and texts {1000 * mine['check_s']:.0f} ms, with them {statistics.median(whole):.2f} ({min(whole):.2f} to {max(whole):.2f})"
+            f"{case}: build, lowest to highest of {args.repeats}: {min(every['build_s']):.2f} to "
+            f"{max(every['build_s']):.2f}; checks of ids and texts {1000 * mine['check_s']:.0f} "
+            f"ms, with them {statistics.median(whole):.2f} ({min(whole):.2f} to {max(whole):.2f})"
             + (
                 f"; 100 passages added, then a question: {mine['update_s']:.1f} s"
                 if case == "bm25"

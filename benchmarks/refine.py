@@ -1,9 +1,14 @@
-"""Refining a batch with the shared sampler beside refining one question after another.
+"""Compare refining a batch with the shared sampler to one question after another.
 
-    python benchmarks/refine.py [--questions 64] [--alone 12] [--rounds 3] [--threads 2] [--repeats 3] [--check]
+    python benchmarks/refine.py [--questions 64] [--alone 12] [--rounds 3] [--threads 2]
+                                [--repeats 3] [--check]
 
-Sums, the embedded model in fp32, RCI (draft, check, mend; see the page on self-refinement): the same loop, called once with all questions, and once for each of `--alone` of them. Traces are
-the same token for token, which is asserted. The figure is questions per second, median of `--repeats`, the two taking turns; the ratio is taken pair by pair. `--check` exits 1 unless it is 5 or more.
+The task is sums, with the embedded model in fp32, by RCI: draft, check, correct.
+See the page on self-refinement.
+The same loop is called once with all questions, and once for each of `--alone` of them.
+Traces are the same token for token, which is asserted.
+The figure is questions per second, median of `--repeats`; the two take turns.
+The ratio is taken pair by pair. With `--check` the exit status is 1 unless it is 5 or more.
 """
 
 import argparse
@@ -66,7 +71,9 @@ def main():
         )
     ratio = statistics.median(ratios)
     print(
-        f"\ntogether / one by one: {ratio:.1f} (min {min(ratios):.1f}, max {max(ratios):.1f}), {a.questions} questions, at most {a.rounds} rounds, {tokens:.0f} tokens a question; bar 5"
+        f"\ntogether / one by one: {ratio:.1f} (min {min(ratios):.1f}, max {max(ratios):.1f}), "
+        f"{a.questions} questions, at most {a.rounds} rounds, {tokens:.0f} tokens a question; bar "
+        "5"
     )
     sys.exit(a.check and ratio < 5)
 

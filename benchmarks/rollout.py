@@ -1,14 +1,25 @@
-"""Sampling beside `model.generate`: tokens per second, where the time goes, and the limit.
+"""Compare sampling with `model.generate`: tokens per second, and the limit.
 
-    python benchmarks/rollout.py [--prompts 8] [--samples 8] [--read 192] [--new 64] [--threads 2] [--repeats 5] [--check]
+    python benchmarks/rollout.py [--prompts 8] [--samples 8] [--read 192] [--new 64]
+                                 [--threads 2] [--repeats 5] [--check]
 
-A Llama of about 10 M random parameters (6 layers, width 320, vocabulary 4,096) in fp32. `generate` gets the prompts repeated `samples`
-times, `do_sample=True`, the same limit and the same end tokens: 99 ids of the vocabulary, so that a row ends with probability 0.024 a token
-and lengths vary. The two take turns in one process; the figure is the median of the ratios of neighbouring runs, in new tokens per second
-(end tokens counted, padding not). `plain` is `rollout(share=False)`: one prefill, a cache written in place, rows that leave, but a copy of the
-prompt's keys and values for each row. Limit = the matrix products that cannot be avoided (every prompt token once, every new token that is
-read once) at the speed measured for products of the same shapes; attention, norms, sampling and Python come on top. `--check` exits 1 unless
-the ratio is 2 or more.
+The model is a Llama of about 10 M random parameters in fp32.
+It has 6 layers, width 320 and a vocabulary of 4,096.
+Its peer `generate` gets the prompts repeated `samples` times, `do_sample=True`, and the same
+limit.
+The end tokens are the same too: 99 ids of the vocabulary.
+A row then ends with probability 0.024 a token, and lengths vary.
+
+The two take turns in one process.
+The figure is the median of the ratios of neighbouring runs, in new tokens per second.
+End tokens are counted, padding is not.
+`plain` is `rollout(share=False)`: one prefill, a cache written in place, rows that leave.
+It has a copy of the prompt's keys and values for each row.
+
+Limit = the matrix products that cannot be avoided, at the speed measured for those shapes.
+Those are every prompt token once, and every new token that is read once.
+Attention, norms, sampling and Python come on top.
+With `--check` the exit status is 1 unless the ratio is 2 or more.
 """
 
 import argparse
@@ -32,7 +43,10 @@ def timed(call):
 
 
 def gemm_seconds(model, rows, times):
-    "Seconds of the linear layers of one forward pass over `rows` tokens, as bare matrix products: median of `times`."
+    """Return the seconds of the linear layers of one forward pass over `rows` tokens.
+
+    They run as bare matrix products; the result is the median of `times`.
+    """
     layers = [
         m
         for name, m in model.named_modules()
@@ -52,9 +66,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, default in dict(
-        prompts=8, num_generations=8, read=192, new=64, threads=2, repeats=5
-    ).items():
+    for name, default in dict(prompts=8, samples=8, read=192, new=64, threads=2, repeats=5).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--check", action="store_true")
     a = parser.parse_args()
@@ -111,11 +123,13 @@ def main():
                 if seed >= 0:
                     rates[way].append(sum(lengths[way]) / spent)
                     seconds[way].append(spent)
-        # the limit, for the last rollout: all prompt tokens, then each step's rows, and the head for every sampled token
-        sizes = [sum(n > t for n in lengths["rollout"]) for t in range(1, max(lengths["rollout"]))]
-        cost = {
-            rows: gemm_seconds(model, rows, 5) for rows in sorted({8 * -(-n // 8) for n in sizes})
-        }
+        # the limit, for the last rollout: all prompt tokens, then each step's rows, and the head
+        # for every sampled token
+        sizes = []
+        for t in range(1, max(lengths["rollout"])):
+            sizes.append(sum(n > t for n in lengths["rollout"]))
+        padded = sorted({8 * -(-n // 8) for n in sizes})
+        cost = {rows: gemm_seconds(model, rows, 5) for rows in padded}
         body = gemm_seconds(model, a.prompts * a.read, 3) + sum(
             cost[8 * -(-n // 8)] * n / (8 * -(-n // 8)) for n in sizes
         )
@@ -132,7 +146,8 @@ def main():
 
     parameters = sum(p.numel() for p in model.parameters())
     print(
-        f"{parameters / 1e6:.1f} M parameters, {a.prompts} prompts x {a.samples} samples, {a.read} prompt tokens, up to {a.new} new, "
+        f"{parameters / 1e6:.1f} M parameters, {a.prompts} prompts x {a.samples} samples, "
+        f"{a.read} prompt tokens, up to {a.new} new, "
         f"{a.threads} threads"
     )
     lasting = lengths["rollout"]
@@ -143,11 +158,13 @@ def main():
     for way in ways:
         ratio = statistics.median(r / g for r, g in zip(rates[way], rates["generate"]))
         print(
-            f"{way:10}{statistics.median(seconds[way]):9.2f}{statistics.median(rates[way]):10.0f}{ratio:12.2f}"
+            f"{way:10}{statistics.median(seconds[way]):9.2f}"
+            f"{statistics.median(rates[way]):10.0f}{ratio:12.2f}"
         )
     last = seconds["rollout"][-1]
     print(
-        f"\nlimit: {limit:.2f} s of matrix products ({limit / last:.0%} of the last rollout's {last:.2f} s); "
+        f"\nlimit: {limit:.2f} s of matrix products ({limit / last:.0%} of the last rollout's "
+        f"{last:.2f} s); "
         f"reading the prompts once takes {read:.2f} s"
     )
     if a.check and ratio < 2:

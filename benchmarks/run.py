@@ -1,8 +1,10 @@
-"""Run every benchmark beside this file, each in a process of its own, and print their tables.
+"""Run every benchmark of this folder, each in a process of its own, and print the tables.
 
     python benchmarks/run.py [NAME ...] [--quick] [--check]
 
-NAME: the name of a file beside this one; all of them by default. `--quick`: one repeat, where a benchmark repeats. `--check`: exit 1 if a bar is missed.
+NAME is the name of a file of this folder; the default is all of them.
+With `--quick` a benchmark that repeats has one repeat.
+With `--check` the exit status is 1 if a bar is missed.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Executions a second in the sandbox, beside what Python and the isolator cost by themselves.
+"""Measure executions a second in the sandbox, against bare Python and the bare isolator.
 
     python benchmarks/sandbox.py [--number 200] [--workers 2] [--check]
 
-`--check`: exit 1 if the pool gives fewer than 50 executions a second.
+With `--check` the exit status is 1 if the pool gives fewer than 50 executions a second.
 """
 
 import argparse
@@ -73,7 +73,8 @@ def main() -> int:
             print(f"| {name} | {found[name]:.0f} |", flush=True)
     slowest = min(value for name, value in found.items() if name.startswith("pool"))
     print(
-        f"\nbar: {BAR} executions/s in the pool: {'holds' if slowest >= BAR else 'missed'} ({slowest:.0f})"
+        f"\nbar: {BAR} executions/s in the pool: {'holds' if slowest >= BAR else 'missed'} "
+        f"({slowest:.0f})"
     )
     return int(args.check and slowest < BAR)
 

@@ -1,12 +1,19 @@
-"""SFT, DPO, reward models, GRPO and RLOO beside TRL's trainers: steps per second and peak memory on the same model, data and settings.
+"""Compare SFT, DPO, reward models, GRPO and RLOO with TRL's trainers.
 
-    python benchmarks/trl.py [--methods sft,dpo,reward,grpo,rloo] [--models tiny,18M] [--repeats 5] [--threads 2] [--check]
+    python benchmarks/trl.py [--methods sft,dpo,reward,grpo,rloo] [--models tiny,18M]
+                             [--repeats 5] [--threads 2] [--check]
 
-Each measurement is a process of its own; the two engines take turns. `ours` is `engine="lab"`, `TRL` is `engine="trl"`, which hands the
-same settings, rows and order to TRL's public trainer. fp32, fused AdamW, no evaluation, no checkpoint within the timed steps; both write
-metrics at each step. Threads wait as torch has them wait, as they do for users; CPU time holds that waiting. Steps are timed from one
-written metrics line to the next, the first ones left out. Linux only. `--check` exits 1 unless the bars hold: SFT, DPO and reward
-models at least 1.0 x TRL's steps per second, GRPO and RLOO 1.5 x, peak memory at most TRL's.
+It measures steps per second and peak memory on the same model, data and settings.
+Each measurement is a process of its own; the two engines take turns.
+`ours` is `engine="lab"`. `TRL` is `engine="trl"`.
+The latter gives the same settings, rows and order to TRL's public trainer.
+Both use fp32 and fused AdamW, without evaluation or checkpoint within the timed steps.
+Both write metrics at each step.
+Threads wait as torch has them wait, as they do for users; CPU time includes that waiting.
+Steps are timed from one written metrics line to the next, without the first ones.
+Linux only. With `--check` the exit status is 1 unless the bars hold.
+SFT, DPO and reward models need at least 1.0 x TRL's steps per second, GRPO and RLOO 1.5 x.
+Peak memory may be at most TRL's.
 """
 
 import argparse
@@ -24,9 +31,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-sys.path[:] = [
-    p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent
-]  # this file must not hide the package trl
+# this file must not hide the package trl
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
 BARS = {"sft": 1.0, "dpo": 1.0, "reward": 1.0, "grpo": 1.5, "rloo": 1.5}
 WARM = 3  # first steps, which are not timed
 COMMON = dict(
@@ -94,17 +100,16 @@ WORDS = 32_000  # vocabulary of the larger model
 
 
 def make_model(folder: Path):
-    "A random Llama of 18 M weights (tied head) with a vocabulary of 32,000 whole words, and data for it."
+    """Save a random Llama of 18 M weights (tied head), and data for it.
+
+    Its vocabulary has 32,000 whole words.
+    """
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    vocabulary = {
-        token: i
-        for i, token in enumerate(
-            ["<s>", "</s>", "<pad>", "<unk>", *(f"w{i}" for i in range(WORDS - 4))]
-        )
-    }
+    names = ["<s>", "</s>", "<pad>", "<unk>", *(f"w{i}" for i in range(WORDS - 4))]
+    vocabulary = {token: i for i, token in enumerate(names)}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
@@ -143,7 +148,8 @@ def make_model(folder: Path):
         (folder / f"{method}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
     (folder / "reward.py").write_text(
         "def even(prompts, completions, **columns):\n"
-        "    return [sum(int(w[1:]) % 2 == 0 for w in c.split() if w[1:].isdigit()) / max(1, len(c.split())) for c in completions]\n"
+        "    return [sum(int(w[1:]) % 2 == 0 for w in c.split() if w[1:].isdigit()) / max(1, "
+        "len(c.split())) for c in completions]\n"
     )
 
 
@@ -348,24 +354,29 @@ def main():
             for model in args.models.split(",")
         ]
     print(
-        "| method | model | ours, steps/s | TRL, steps/s | ours / TRL (min–max) | CPU time TRL / ours | whole process, s | peak memory, MiB | bar |"
+        "| method | model | ours, steps/s | TRL, steps/s | ours / TRL (min–max) | CPU time TRL / "
+        "ours | whole process, s | peak memory, MiB | bar |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for r in rows:
         print(
-            f"| {r['method']} | {r['model']} | {r['ours']:.2f} | {r['trl']:.2f} | {r['ratio']:.2f} ({r['low']:.2f}–{r['high']:.2f}) | {r['cpu_ratio']:.2f} "
-            f"| {r['whole'][0]:.1f} : {r['whole'][1]:.1f} | {r['rss'][0]:.0f} : {r['rss'][1]:.0f} | {BARS[r['method']]:.1f} {'holds' if r['holds'] else 'MISSED'} |"
+            f"| {r['method']} | {r['model']} | {r['ours']:.2f} | {r['trl']:.2f} | "
+            f"{r['ratio']:.2f} ({r['low']:.2f}–{r['high']:.2f}) | {r['cpu_ratio']:.2f} "
+            f"| {r['whole'][0]:.1f} : {r['whole'][1]:.1f} | {r['rss'][0]:.0f} : {r['rss'][1]:.0f} "
+            f"| {BARS[r['method']]:.1f} {'holds' if r['holds'] else 'MISSED'} |"
         )
     print()
     for r in rows:
         if "limit" in r:
             print(
-                "{method} {model}: {weights:,} weights, {tokens:.0f} tokens a step, product at {gemm:.0f} GFLOP/s, achieved 6NT/t = {achieved:.0f} GFLOP/s".format(
-                    **r, **r["limit"]
-                )
+                (
+                    "{method} {model}: {weights:,} weights, {tokens:.0f} tokens a step, product at "
+                    "{gemm:.0f} GFLOP/s, achieved 6NT/t = {achieved:.0f} GFLOP/s"
+                ).format(**r, **r["limit"])
             )
         print(
-            f"{r['method']} {r['model']}: loss first to last ours {r['loss'][0][0]:.4f} → {r['loss'][0][1]:.4f}, TRL {r['loss'][1][0]:.4f} → {r['loss'][1][1]:.4f}"
+            f"{r['method']} {r['model']}: loss first to last ours {r['loss'][0][0]:.4f} → "
+            f"{r['loss'][0][1]:.4f}, TRL {r['loss'][1][0]:.4f} → {r['loss'][1][1]:.4f}"
             + (
                 f"; tokens of a completion {r['length'][0]:.1f} : {r['length'][1]:.1f}"
                 if r["length"][0]

@@ -1,10 +1,16 @@
-"""The workbench's waits: opening large runs, the cockpit, a sweep that goes on, the command line.
+"""Measure the waits of the workbench and the command line.
 
     python benchmarks/workbench.py [--repeats 5] [--check]
 
-Records are written as runs write them, into a temporary folder. The bars are for wall-clock medians; beside them stands the CPU time, which other work on the machine hardly
-changes. Each view is opened once before, so that imports are not counted, and none is sent to a browser. `new point` is one line more in the record, then `refresh`: what a view does twice a second beside a run that trains. The last line is a process
-of its own, imports included. `--check` exits 1 unless every bar holds.
+Measured are opening large runs, the cockpit, a sweep that continues, and the command line.
+Records are written as runs write them, into a temporary folder.
+The bars are for wall-clock medians.
+The CPU time is printed next to them, since other work on the machine hardly changes it.
+Each view is opened once before, so that imports are not counted, and none is sent to a browser.
+The case `new point` is one line more in the record, then `refresh`.
+A view does that twice a second while a run trains.
+The last line is a process of its own, imports included.
+With `--check` the exit status is 1 unless every bar holds.
 """
 
 import argparse
@@ -55,7 +61,7 @@ def timed(call) -> tuple[float, float]:
 
 
 def large_run(out, steps: int, names) -> Run:
-    "A run with `steps` lines of metrics."
+    "Return a run with `steps` lines of metrics."
     run = Run.create("example", dict(steps=steps), out=out)
     with open(run.path / "metrics.jsonl", "w") as file:
         for step in range(1, steps + 1):
@@ -71,7 +77,7 @@ def large_run(out, steps: int, names) -> Run:
 
 
 def sampled_run(out, rows: int) -> Run:
-    "A run with `rows` completions of 48 tokens in groups of eight, as GRPO records them."
+    "Return a run with `rows` completions of 48 tokens in groups of eight, as GRPO has them."
     run = Run.create(
         "grpo", dict(steps=rows // 64, rewards="correct:1,format:0.2", max_new_tokens=48), out=out
     )
@@ -105,7 +111,7 @@ def opening(view, run, repeats: int) -> list[tuple]:
 
 
 def growing(run, repeats: int) -> list[tuple]:
-    "A line more, and what `refresh` takes; the view stays open."
+    "Time `refresh` after each new line of the record; the view stays open."
     view, times, names = (
         Watch(run),
         [],
@@ -118,7 +124,10 @@ def growing(run, repeats: int) -> list[tuple]:
 
 
 def sweeping(out, trials: int, repeats: int) -> tuple[list, list, list]:
-    "Opening a sweep of which half is over; a refresh after one trial more; a refresh with nothing new."
+    """Measure a sweep: opening it, a refresh after one trial more, and one with nothing new.
+
+    Half of its trials are over when it is opened.
+    """
     sweep = create_sweep(
         plan(
             "sft",
@@ -190,7 +199,9 @@ def main() -> int:
         walls, cpu = zip(*times)
         holds = statistics.median(walls) <= bar
         print(
-            f"{name:44}{1000 * statistics.median(walls):12.0f}{1000 * max(walls):13.0f}{1000 * statistics.median(cpu):9.0f}{1000 * bar:9.0f}  {'holds' if holds else 'MISSED'}"
+            f"{name:44}{1000 * statistics.median(walls):12.0f}{1000 * max(walls):13.0f}"
+            f"{1000 * statistics.median(cpu):9.0f}{1000 * bar:9.0f} "
+            f" {'holds' if holds else 'MISSED'}"
         )
         missed += [] if holds else [name]
     if missed:

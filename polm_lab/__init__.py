@@ -60,12 +60,9 @@ class _Workbench(ModuleType):
     "The folder of modules `polm_lab.workbench`, which can be called too."
 
     def __call__(self, out=None):
-        "The workbench as a widget, for the runs below `out`."
+        "Return the workbench as a widget, for the runs below `out`."
         return importlib.import_module("polm_lab.workbench.app").Workbench(out)
 
 
-importlib.import_module(
-    "polm_lab.workbench"
-).__class__ = (
-    _Workbench  # the import system puts the folder under the name that the function should have
-)
+# the import system puts the folder under the name that the function should have
+importlib.import_module("polm_lab.workbench").__class__ = _Workbench

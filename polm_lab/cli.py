@@ -64,11 +64,15 @@ class Lab(click.Group):
 
 
 def check_words(words: list[str]):
-    "Raise `WrongInput` for words of the command line that click would take for something else than was meant, or that no record can hold."
+    """Check the words of the command line.
+
+    Raises: `WrongInput` for words that click would misread, or that no record can hold.
+    """
     for word in (*words, os.environ.get("POLM_RUNS", "")):
         if any("\ud800" <= letter <= "\udfff" for letter in word):
             raise WrongInput(
-                f"{word}: its bytes are not UTF-8; expected UTF-8, which records are written in; rename the file or folder"
+                f"{word}: its bytes are not UTF-8; expected UTF-8, which records are written in; "
+                "rename the file or folder"
             )
     if words[:1] not in (["run"], ["sweep"]):
         return
@@ -76,12 +80,16 @@ def check_words(words: list[str]):
         name, equals, value = word.partition("=")
         if flag in ("-p", "-g") and equals and re.fullmatch(r"\w[\w-]*", name):
             raise WrongInput(
-                f"{flag} {word}: name and value as one word; expected two; write a space: {flag} {name} {shlex.quote(value)}"
+                f"{flag} {word}: name and value as one word; expected two; write a space: {flag} "
+                f"{name} {shlex.quote(value)}"
             )
 
 # %% ../nbs/cli.ipynb #b8dc5449
 def usage(error: click.UsageError, words: list[str]) -> str:
-    "What click found wrong with the command line, on one line, and how to say what was probably meant."
+    """Return what click found wrong with the command line, on one line.
+
+    It adds how to write what was probably meant.
+    """
     command = error.ctx.command_path if error.ctx else "polm"
     found = one_line(error.format_message()).rstrip(".")
     if words[:1] in (["run"], ["sweep"]):
@@ -91,14 +99,20 @@ def usage(error: click.UsageError, words: list[str]) -> str:
             if known and (equals or word.startswith("--")):
                 value = value if equals else following
                 flag = "-g" if words[0] == "sweep" and "," in value else "-p"
-                return f"{word}: knobs are set with {flag}; write {flag} {known.pop()} {shlex.quote(value) if value else 'VALUE'}"
+                return (
+                    f"{word}: knobs are set with {flag}; write {flag} {known.pop()} "
+                    f"{shlex.quote(value) if value else 'VALUE'}"
+                )
         if "'-p' requires" in found or "'-g' requires" in found:
-            return f"{found}; expected a knob and its value, such as -p steps 20; `{command} --help` tells more"
+            return (
+                f"{found}; expected a knob and its value, such as -p steps 20; `{command} --help` "
+                "tells more"
+            )
     return f"{found}; `{command} --help` tells how it is called"
 
 
 def _knob_names(words: list[str]) -> set[str]:
-    "The names of the knobs of the first method among the words."
+    "Return the names of the knobs of the first method among the words."
     from polm_lab.core.method import find, methods
 
     named = [word for word in words if word in methods()]
@@ -124,43 +138,32 @@ json_option = click.option(
 
 
 def _report(run: Run, as_json: bool):
-    "Say how a run ended; its line is the last of standard output."
+    "Report how a run ended; its line is the last of standard output."
     record = run.read()
     if as_json:
-        click.echo(
-            json.dumps(
-                dict(
-                    run=run.id,
-                    path=str(run.path),
-                    status=run.status,
-                    reason=record["reason"],
-                    summary=record["summary"],
-                )
-            )
-        )
+        facts = dict(run=run.id, path=str(run.path), status=run.status)
+        facts |= dict(reason=record["reason"], summary=record["summary"])
+        click.echo(json.dumps(facts))
         return
     click.echo(f"{run.id}: {run.status}" + (f" ({record['reason']})" if record["reason"] else ""))
     for part, found in record.get("left_out", {}).items():
         click.echo(
-            f"left out:  {found['equal']} of {found['pairs']} pairs ({part}), whose answers are equal within max_length"
+            f"left out:  {found['equal']} of {found['pairs']} pairs ({part}), whose answers are "
+            "equal within max_length"
         )
-    states = (
-        record.get("states") or record["summary"]
-    )  # a recipe has one state of the model after each of its stages
+    # a recipe has one state of the model after each of its stages
+    states = record.get("states") or record["summary"]
     if states:
         import pandas as pd
 
-        _print_frame(
-            pd.DataFrame(
-                {name: without_counts(found) for name, found in states.items()}
-            ).rename_axis("metric"),
-            index=True,
-        )
+        columns = {name: without_counts(found) for name, found in states.items()}
+        _print_frame(pd.DataFrame(columns).rename_axis("metric"), index=True)
         rows = record["summary"].get("after", record["summary"].get("before", {})).get("rows")
         click.echo(f"{'rows:':10} {rows} seen by the evaluation") if rows is not None else None
     if record.get("notebook_error"):
         click.echo(
-            f"note: the run is not affected, but a lesson of its page does not hold here ({record['notebook_error']})"
+            "note: the run is not affected, but a lesson of its page does not hold here "
+            f"({record['notebook_error']})"
         )
     for what, name in (("record", ""), ("notebook", "notebook.ipynb"), ("panels", "panels.html")):
         if (run.path / name).exists():
@@ -178,8 +181,9 @@ def _report_answers(run: Run, record: dict):
     if path.exists():
         click.echo(f"answers:   {path}")
         for row in read_lines(path)[:10]:
-            said = f"{row['question']} -> {row['answer']} ({', '.join(row['cited']) or 'in no passage'})"
-            click.echo("".join(c if c.isprintable() else " " for c in said))
+            cited = ", ".join(row["cited"]) or "in no passage"
+            line = f"{row['question']} -> {row['answer']} ({cited})"
+            click.echo("".join(c if c.isprintable() else " " for c in line))
 
 
 def _show_progress(run: Run, row: dict):
@@ -201,7 +205,10 @@ def _show_progress(run: Run, row: dict):
 
 @contextmanager
 def _stops(run: Run):
-    "Inside, Ctrl-C and SIGTERM ask the run to stop with its state saved; a second Ctrl-C interrupts at once."
+    """Inside, Ctrl-C and SIGTERM ask the run to stop with its state saved.
+
+    A second Ctrl-C interrupts at once.
+    """
 
     def ask(*_):
         run.request_stop()
@@ -233,18 +240,12 @@ def _work(run: Run, as_json: bool):
 
 
 def _opened(name: str, out=None) -> Run:
-    "The run, or the sweep, of that name: runs are looked through first."
+    "Return the run, or the sweep, of that name: runs are looked through first."
     folder = runs_folder(out)
-    is_path, is_run = (
-        (Path(name) / "run.json").exists(),
-        any(folder.glob(f"*{glob.escape(name)}*/run.json")),
-    )
-    found = open_run(
-        name,
-        folder
-        if is_path or is_run or not any(folder.glob(f"sweeps/*{glob.escape(name)}*/run.json"))
-        else folder / "sweeps",
-    )
+    is_path = (Path(name) / "run.json").exists()
+    is_run = any(folder.glob(f"*{glob.escape(name)}*/run.json"))
+    is_sweep = any(folder.glob(f"sweeps/*{glob.escape(name)}*/run.json"))
+    found = open_run(name, folder / "sweeps" if is_sweep and not (is_path or is_run) else folder)
     return Sweep(found.path) if "space" in found.settings else found
 
 
@@ -258,9 +259,12 @@ def _values(pairs, file) -> dict:
             values = yaml.safe_load(read_text(file)) or {}
         except WrongInput:
             raise
-        except Exception as error:  # besides YAMLError: a date with month 13 is a ValueError, a deep nesting a RecursionError
+        except Exception as error:
+            # besides YAMLError: a date with month 13 is a ValueError, a deep nesting a
+            # RecursionError
             raise WrongInput(
-                f"{file}: cannot be read as YAML ({' '.join(str(error).split())}); expected lines such as steps: 20; correct the file"
+                f"{file}: cannot be read as YAML ({' '.join(str(error).split())}); expected lines "
+                "such as steps: 20; correct the file"
             ) from None
         if not isinstance(values, dict):
             raise WrongInput(f"{file}: expected `knob: value` lines, found {type(values).__name__}")
@@ -335,7 +339,8 @@ def stop_command(run, out):
 
     stopped = stop(_opened(run, out), timeout=120)
     click.echo(
-        f"{stopped.id}: {stopped.status} at {'trial' if 'sweeps' == stopped.path.parent.name else 'step'} {stopped.read()['step']}"
+        f"{stopped.id}: {stopped.status} at "
+        f"{'trial' if 'sweeps' == stopped.path.parent.name else 'step'} {stopped.read()['step']}"
     )
 
 # %% ../nbs/cli.ipynb #c5bfd4d5
@@ -349,35 +354,23 @@ def _show_sweep(sweep: Sweep):
 
 
 def _report_sweep(sweep: Sweep, as_json: bool):
-    "Say how a sweep stands."
+    "Report the state of a sweep."
     sweep, best = Sweep(sweep.path), Sweep(sweep.path).best
     if as_json:
-        said = dict(best, path=str(sweep.out / best["run"])) if best else None
-        click.echo(
-            json.dumps(
-                dict(
-                    sweep=sweep.id,
-                    path=str(sweep.path),
-                    status=sweep.status,
-                    reason=sweep.record["reason"],
-                    metric=sweep.settings["metric"],
-                    best=said,
-                    trials=sweep.trials,
-                )
-            )
-        )
+        facts = dict(sweep=sweep.id, path=str(sweep.path), status=sweep.status)
+        facts |= dict(reason=sweep.record["reason"], metric=sweep.settings["metric"])
+        facts["best"] = dict(best, path=str(sweep.out / best["run"])) if best else None
+        click.echo(json.dumps(facts | {"trials": sweep.trials}))
         return
     _print_frame(results(sweep), index=True)
-    click.echo(
-        f"{sweep.id}: {sweep.status}"
-        + (f" ({sweep.record['reason']})" if sweep.record["reason"] else "")
-    )
+    reason = f" ({sweep.record['reason']})" if sweep.record["reason"] else ""
+    click.echo(f"{sweep.id}: {sweep.status}{reason}")
     click.echo(sweep.tell() + (f": {sweep.out / best['run']}" if best else ""))
     click.echo(f"record:    {sweep.path}")
 
 
 def _plan_options(command):
-    "The knobs of `Plan` as options."
+    "Return the knobs of `Plan` as options."
     for k in reversed(knobs(Plan)):
         name, words = f"--{k.name.replace('_', '-')}", f"{k.meaning[0].upper()}{k.meaning[1:]}."
         if k.name == "notebook":
@@ -431,7 +424,8 @@ def sweep_command(method, grid, pairs, file, out, bare, detach, as_json, **asked
     for name, values in grid:
         if name in space:
             raise WrongInput(
-                f"-g {name}: given twice; expected all its values at once, such as {space[name]},{values}"
+                f"-g {name}: given twice; expected all its values at once, such as "
+                f"{space[name]},{values}"
             )
         space[name] = values
     made = create_sweep(plan(method, space, _values(pairs, file), notebook=not bare, **asked), out)
@@ -455,8 +449,15 @@ def sweeps_command(out):
     _print_frame(sweep_table(out))
 
 # %% ../nbs/cli.ipynb #5c9961a1
+def _cell(value) -> str:
+    "Return a value of a table as text; what is missing is empty."
+    if value is None or value != value:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _print_frame(frame, index: bool = False):
-    "A DataFrame as a table on the terminal, or as plain aligned text in a pipe or file."
+    "Print a DataFrame as a table on the terminal, or as aligned text in a pipe or file."
     from rich.console import Console
     from rich.table import Table
 
@@ -465,10 +466,7 @@ def _print_frame(frame, index: bool = False):
         return
     if index:
         frame = frame.reset_index(names=frame.index.name or "")
-    rows = [
-        ["" if v is None or v != v else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row]
-        for row in frame.itertuples(index=False)
-    ]
+    rows = [list(map(_cell, row)) for row in frame.itertuples(index=False)]
     if not sys.stdout.isatty():
         lines = [list(map(str, frame.columns)), *rows]
         widths = [max(map(len, column)) for column in zip(*lines)]
@@ -486,7 +484,7 @@ def _print_frame(frame, index: bool = False):
 @out_option
 @json_option
 def show_command(run, out, as_json):
-    "Show RUN: its settings, last metrics and summary; or a sweep: its trials and the best of them."
+    "Show RUN: its settings, last metrics and summary; or a sweep: its trials and the best."
     found = _opened(run, out)
     if isinstance(found, Sweep):
         return _report_sweep(found, as_json)
@@ -544,7 +542,7 @@ def doctor_command():
 
     from polm_lab.rewards import sandbox
     from polm_lab.models.load import load_model
-    from polm_lab.core.machine import pick_dtype
+    from polm_lab.core.machine import pick_device, pick_dtype
     from polm_lab.core.run import versions
 
     checks = {name: (True, version) for name, version in versions().items()}
@@ -558,16 +556,11 @@ def doctor_command():
     for name, missing in {**pip, "quarto": "needed to render the pages only"}.items():
         found = shutil.which("quarto") if name == "quarto" else importlib.util.find_spec(name)
         checks[name] = (bool(found), "there" if found else missing)
-    device = (
-        "cuda"
-        if torch.cuda.is_available()
-        else "mps"
-        if torch.backends.mps.is_available()
-        else "cpu"
-    )
+    device = pick_device().type
     checks["device"] = (
         True,
-        f"{device}, {torch.get_num_threads()} threads, weights in {str(pick_dtype(torch.device(device))).removeprefix('torch.')}",
+        f"{device}, {torch.get_num_threads()} threads, weights in "
+        f"{str(pick_dtype(torch.device(device))).removeprefix('torch.')}",
     )
     folder = runs_folder()
     free = shutil.disk_usage(folder if folder.exists() else folder.parent).free / 2**30
@@ -589,20 +582,15 @@ def doctor_command():
 
 # %% ../nbs/cli.ipynb #d3fed3b7
 def _serve(module: str, name: str, extra: str, words, args):
-    "Replace this process by a server with our `words`, of which `args` say some otherwise; raises `WrongInput` if it is not installed."
+    """Replace this process by a server with our `words`; `args` override some of them.
+
+    Raises: `WrongInput` if the server is not installed.
+    """
     if not importlib.util.find_spec(module):
         raise WrongInput(f'{name} is not installed; `pip install "polm_lab[{extra}]"`')
     given = {word.split("=")[0] for word in args}
-    os.execv(
-        sys.executable,
-        [
-            sys.executable,
-            "-m",
-            module,
-            *(word for word in words if word.split("=")[0] not in given),
-            *args,
-        ],
-    )
+    ours = [word for word in words if word.split("=")[0] not in given]
+    os.execv(sys.executable, [sys.executable, "-m", module, *ours, *args])
 
 
 def _add_folder(variable: str, folder: Path):
@@ -624,25 +612,28 @@ def lab_command(args):
         f"--ServerApp.root_dir={folder.parent}",
         f"--LabApp.default_url=/lab/tree/{folder.name}/index.ipynb",
     ]
-    quiet = [
+    quiet = [  # nothing is asked of other hosts
         "--LabApp.news_url=None",
         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
         "--LabApp.extension_manager=readonly",
-    ]  # nothing is asked of other hosts
-    _add_folder(
-        "JUPYTER_CONFIG_PATH", folder / "_app"
-    )  # which leaves out the news of JupyterLab's makers
+    ]
+    # this configuration leaves out the news of JupyterLab's makers
+    _add_folder("JUPYTER_CONFIG_PATH", folder / "_app")
     _serve("jupyterlab", "JupyterLab", "lab", ours + quiet, args)
 
 # %% ../nbs/cli.ipynb #08418709
-# What the page of the app may load: what this server gives. Widgets are code that comes over the socket.
+# The page of the app may load only what this server gives.
+# Widgets are code that comes over the socket.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
 
 # %% ../nbs/cli.ipynb #dc639c6d
 @polm.command("app", context_settings=passes_on)
 @click.argument("args", nargs=-1, type=click.UNPROCESSED)
 def app_command(args):
-    "Open the workbench as an app in the browser, on localhost; ARGS are Voilà's, such as --port 8866 or --no-browser."
+    """Open the workbench as an app in the browser, on localhost.
+
+    ARGS are Voilà's, such as --port 8866 or --no-browser.
+    """
     from polm_lab.runner.launch import notebooks_folder
 
     folder = notebooks_folder()

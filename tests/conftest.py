@@ -1,4 +1,4 @@
-"What tests share."
+"Helpers that tests share."
 
 import copy
 import os
@@ -18,7 +18,10 @@ POLM = Path(sys.executable).parent / "polm"
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    "A test that runs code of a model is skipped where no sandbox works, and says so; with POLM_SANDBOX=required (as in CI) it fails."
+    """Skip a test that runs code of a model where no sandbox works, and say so.
+
+    With POLM_SANDBOX=required (as in CI) it fails instead.
+    """
     try:
         return (yield)
     except WrongInput as wrong:
@@ -28,7 +31,10 @@ def pytest_runtest_call(item):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    "With `--durations=N`, write the N slowest parts of tests to runs/durations.txt too, and the seconds of each file."
+    """With `--durations=N`, write the N slowest parts of tests to runs/durations.txt too.
+
+    The file also has the seconds of each test file.
+    """
     if not config.getoption("durations"):
         return
     parts, files = [], Counter()

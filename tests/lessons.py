@@ -1,13 +1,16 @@
-"""Run the pages under other seeds, threads and rounding, and print which cell of which page does not hold.
-
-A lesson's claim holds over seeds 0 to 4, one and two threads, and weights moved by 1e-6, or it is not made. This takes about an hour and a half:
+"""Run the pages under other seeds, threads and rounding, and print the cells that fail.
 
     python tests/lessons.py                       # all pages
     python tests/lessons.py alignment/ppo         # one page
     python tests/lessons.py _template/            # the templates of methods
     python tests/lessons.py --tries moved bf16    # some of the tries
 
-A page without knobs has no seed to set. A try with a seed then changes what the package draws on that page: order of rows, samples, random models.
+A lesson's claim must hold over seeds 0 to 4, one and two threads, and weights moved by 1e-6.
+All pages take about an hour and a half.
+
+A page without knobs has no seed to set.
+A try with a seed then changes what the package draws on that page: order of rows, samples, random
+models.
 """
 
 import argparse
@@ -25,7 +28,9 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 ROOT = Path(__file__).parent.parent
-TRIES = {  # name -> changes of knobs, threads, share by which each weight is moved; the suite has seed 0 and one thread
+# name -> changes of knobs, threads, share by which each weight is moved
+# (the suite has seed 0 and one thread)
+TRIES = {
     "seed 1, two threads": ({"seed": 1}, 2, 0.0),
     "seed 2, moved": ({"seed": 2}, 1, 1e-6),
     "seed 3": ({"seed": 3}, 1, 0.0),
@@ -77,18 +82,23 @@ _batches.Order.__init__ = _drawn
 
 
 def pages(wanted: list[str]) -> list[Path]:
-    "The notebooks that are tested and the templates, or those whose path has one of the words `wanted`."
+    """Return the notebooks that are tested and the templates.
+
+    With `wanted`, only those whose path has one of these words.
+    """
     found = {p.relative_to(ROOT / "nbs"): p for p in sorted((ROOT / "nbs").rglob("*.ipynb"))}
     tried = {
         name: p
         for name, p in found.items()
         if not re.search(r"(^|/)[_.](?!template/)", name.as_posix())
     }
-    return [
-        p
-        for name, p in tried.items()
-        if not wanted or any(word in name.as_posix() for word in wanted)
-    ]
+    if not wanted:
+        return list(tried.values())
+    found = []
+    for name, path in tried.items():
+        if any(word in name.as_posix() for word in wanted):
+            found.append(path)
+    return found
 
 
 def has_parameters(notebook) -> bool:
@@ -97,7 +107,10 @@ def has_parameters(notebook) -> bool:
 
 
 def prepared(path: Path, changes: dict, moved: float):
-    "The notebook at `path` without its cells for people, with knobs changed or other draws, and weights moved."
+    """Return the notebook at `path` without its cells for people.
+
+    Knobs are changed, or other random numbers drawn, and weights are moved by the share `moved`.
+    """
     notebook = nbformat.read(path, as_version=4)
     cells = [nbformat.v4.new_code_cell(MOVE.replace("{by}", repr(moved)))] if moved else []
     if "seed" in changes and not has_parameters(notebook):
@@ -174,7 +187,8 @@ def main() -> int:
         for row in pool.map(lambda job: attempt(*job), jobs):
             failed += not row["holds"]
             print(
-                f"{row['page']:28} {row['attempt']:20} {row['seconds']:6.1f} s  {'holds' if row['holds'] else row['error']}",
+                f"{row['page']:28} {row['attempt']:20} {row['seconds']:6.1f} s  "
+                f"{'holds' if row['holds'] else row['error']}",
                 flush=True,
             )
             if asked.to:

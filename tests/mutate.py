@@ -1,10 +1,17 @@
-"""Put faults into a copy of the package, one by one, and report those that no test sees: `make mutate`.
+"""Put faults into a copy of the package, one by one, and report those that no test sees.
 
-`mutations.csv` lists them: `file` (below the root), `before` (text that occurs there once, however its lines are broken), `after` (what it becomes) and `tests` (pytest's words, as in a shell).
-Exit status 1 if a fault lives, if a text is not found once, or if a test fails without any fault.
-
+    make mutate
     python tests/mutate.py                    # all of them
     python tests/mutate.py ppo 'kl_estimate'  # those with one of the words in file, text or tests
+
+`mutations.csv` lists them. Its columns are:
+
+- `file`: below the root
+- `before`: a text that occurs there once, up to white space
+- `after`: the text that replaces it
+- `tests`: pytest's words, as in a shell
+
+Exit status 1 if a fault lives, if a text is not found once, or if a test fails without any fault.
 """
 
 import csv
@@ -26,22 +33,18 @@ def mutations(words: list[str]) -> list[dict]:
     "The rows of mutations.csv, or those that have one of `words`."
     with open(ROOT / "tests" / "mutations.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    return [
-        row for row in rows if not words or any(word in " ".join(row.values()) for word in words)
-    ]
-
-
-def pattern(text: str) -> re.Pattern:
-    "A pattern that finds source text however its lines are broken."
-    parts = []
-    for token in re.findall(r"\w+|[^\w\s]", text):
-        comma = r",?\s*" if token in ")]}" else ""  # a trailing one
-        parts.append(comma + re.escape(token))
-    return re.compile(r"\s*".join(parts))
+    if not words:
+        return rows
+    found = []
+    for row in rows:
+        text = " ".join(row.values())
+        if any(word in text for word in words):
+            found.append(row)
+    return found
 
 
 def copy_of_package(folder: Path) -> Path:
-    "A copy of the package in `folder`, with the data and notebooks that it looks for next to it."
+    "Copy the package to `folder`, with the data and notebooks that it needs next to it."
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "polm_lab", folder / "polm_lab", ignore=ignored)
     for name in ("data", "nbs", "settings.ini"):
@@ -72,17 +75,25 @@ def status_of(tests: str, package: Path) -> int:
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True).returncode
 
 
+def places_of(before: str, text: str) -> list[re.Match]:
+    "Where `before` occurs in `text`; line breaks and other white space may differ."
+    indent = before[: len(before) - len(before.lstrip())]
+    tokens = re.findall(r"\w+|[^\w\s]", before)
+    pattern = re.escape(indent) + r"\s*".join(map(re.escape, tokens))
+    return list(re.finditer(pattern, text))
+
+
 def verdict(row: dict) -> str:
     "`seen`, `lives`, or what is wrong with the row."
     with tempfile.TemporaryDirectory() as folder:
         package = copy_of_package(Path(folder))
         path = package / row["file"]
         text = path.read_text(encoding="utf-8")
-        places = list(pattern(row["before"]).finditer(text))
+        places = places_of(row["before"], text)
         if len(places) != 1 or row["before"] == row["after"]:
             return f"not a fault: its text occurs {len(places)} times in {row['file']}"
-        start, end = places[0].span()
-        path.write_text(text[:start] + row["after"] + text[end:], encoding="utf-8")
+        begin, end = places[0].span()
+        path.write_text(text[:begin] + row["after"] + text[end:], encoding="utf-8")
         status = status_of(row["tests"], package)
     return {SEEN: "seen", LIVES: "lives"}.get(status, f"pytest ended with {status}")
 
@@ -104,7 +115,8 @@ def main(words: list[str]) -> int:
         for row, found in zip(rows, pool.map(verdict, rows)):
             bad += found != "seen"
             print(
-                f"{found:6} {row['file'].removeprefix('polm_lab/')}: {row['before']!r:.60} -> {row['after']!r:.60}",
+                f"{found:6} {row['file'].removeprefix('polm_lab/')}: {row['before']!r:.60} -> "
+                f"{row['after']!r:.60}",
                 flush=True,
             )
     print(f"{len(rows)} faults, {bad} not seen")

@@ -1,9 +1,12 @@
-"""Check one page, or the pages that differ from main: `make page P=alignment/dpo`, and the last step of `make quick`.
+"""Check one page, or the pages that differ from main.
 
-`python tests/page.py alignment/dpo` exports, runs the notebook, runs the tests that hold it, and renders it:
-with Quarto where it is installed, else through the filter that the site puts before Quarto.
-`python tests/page.py --touched` runs the notebooks that differ from main or are new. None is started
-after `--within` seconds (default 60); those that were not run are printed.
+`make page P=alignment/dpo` runs `python tests/page.py alignment/dpo`.
+It exports, runs the notebook, runs the tests that check it, and renders it with Quarto.
+Where Quarto is not installed, the filter that the site puts before Quarto is used instead.
+
+The last step of `make quick` runs `python tests/page.py --touched`.
+It runs the notebooks that differ from main or are new.
+None is started after `--within` seconds (default 60); those that were not run are printed.
 Exit status 1 if anything fails, 2 if there is no such page.
 """
 
@@ -85,7 +88,7 @@ def runnable(pages: list[str]) -> list[str]:
 
 
 def run_touched(within: float, workers: int = 2, run=run_notebook, pages=None) -> int:
-    "Run the touched notebooks, two at a time, the smallest first, and start none after `within` seconds."
+    "Run the touched notebooks, two at once, smallest first; start none after `within` seconds."
     pages = runnable(touched() if pages is None else pages)
     pages.sort(key=lambda page: (NOTEBOOKS / f"{page}.ipynb").stat().st_size)
     began, late = time.monotonic(), []
@@ -99,7 +102,8 @@ def run_touched(within: float, workers: int = 2, run=run_notebook, pages=None) -
     with ThreadPoolExecutor(workers) as pool:
         passed = list(pool.map(one, pages))
     print(
-        f"{len(pages) - len(late)} of {len(pages)} touched notebooks run, {passed.count(False)} failed"
+        f"{len(pages) - len(late)} of {len(pages)} touched notebooks run, {passed.count(False)} "
+        "failed"
     )
     if late:
         print(

@@ -1,7 +1,8 @@
-"""Prints the pattern of the notebooks that are not run here: drafts, and, where no sandbox works, the pages that run code of a model.
+"""Print the pattern of the notebooks that are not run here.
 
-`POLM_SANDBOX=required` (as in CI) leaves nothing out: there those pages fail without a sandbox. With `--hidden` it prints the tests that look at the sandbox,
-at a browser or at Quarto.
+These are drafts, and, where no sandbox works, the pages that run code of a model.
+With `POLM_SANDBOX=required` (as in CI) none is left out: those pages fail without a sandbox.
+With `--hidden` it prints the tests that look at the sandbox, at a browser or at Quarto.
 """
 
 import os

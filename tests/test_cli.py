@@ -38,19 +38,19 @@ def last_json(done):
 def test_run_goes_through_papermill_and_leaves_the_notebook(polm, runs):
     done = polm("run", "sft", *SHORT, "--json")
     assert done.returncode == 0, done.stderr
-    said = last_json(done)
-    assert said["status"] == "finished" and set(said["summary"]) == {"before", "after"}
-    run = lab.open_run(said["run"])
+    report = last_json(done)
+    assert report["status"] == "finished"
+    assert set(report["summary"]) == {"before", "after"}
+    run = lab.open_run(report["run"])
     notebook = json.loads((run.path / "notebook.ipynb").read_text())
     injected = [
         c for c in notebook["cells"] if "injected-parameters" in c["metadata"].get("tags", [])
     ]
-    assert len(injected) == 1 and "steps = 3" in "".join(injected[0]["source"])
-    assert (
-        len(run.lines()) == 3
-        and run.settings["steps"] == 3
-        and (run.path / "model" / "model.safetensors").exists()
-    )
+    assert len(injected) == 1
+    assert "steps = 3" in "".join(injected[0]["source"])
+    assert len(run.lines()) == 3
+    assert run.settings["steps"] == 3
+    assert (run.path / "model" / "model.safetensors").exists()
     assert len(all_runs(runs)) == 1, "the notebook uses the run that was prepared for it"
 
 
@@ -62,17 +62,18 @@ def test_bare_equals_the_notebook(polm):
     assert (bare.path / "model/model.safetensors").read_bytes() == (
         through.path / "model/model.safetensors"
     ).read_bytes()
-    assert not (bare.path / "notebook.ipynb").exists() and bare.summary == through.summary
+    assert not (bare.path / "notebook.ipynb").exists()
+    assert bare.summary == through.summary
 
 
 def test_knobs_from_a_file_are_overridden_by_options(polm, tmp_path):
     (tmp_path / "knobs.yaml").write_text(
         "steps: 2\nlearning_rate: 1e-4\ndata: sums\neval_rows: 4\n"
     )
-    said = last_json(
+    report = last_json(
         polm("run", "sft", "--bare", "--json", "-f", tmp_path / "knobs.yaml", "-p", "steps", "1")
     )
-    settings = lab.open_run(said["run"]).settings
+    settings = lab.open_run(report["run"]).settings
     assert (settings["steps"], settings["learning_rate"], settings["data"]) == (1, 1e-4, "sums")
 
 
@@ -98,21 +99,24 @@ def test_stop_and_resume(polm, runs):
     )
     until = time.monotonic() + 120
     while not (all_runs(runs) and all_runs(runs)[0].lines()):
-        assert time.monotonic() < until and process.poll() is None
+        assert time.monotonic() < until
+        assert process.poll() is None
         time.sleep(0.1)
     run = all_runs(runs)[0]
     stopped = polm("stop", run.id)
-    assert stopped.returncode == 0 and "stopped at step" in stopped.stdout
+    assert stopped.returncode == 0
+    assert "stopped at step" in stopped.stdout
     assert process.wait(timeout=60) == 130
     at = len(run.lines())
-    assert run.status == "stopped" and run.read()["step"] == at
+    assert run.status == "stopped"
+    assert run.read()["step"] == at
     run.update(settings={**run.settings, "steps": at + 2})
     assert polm("resume", run.id).returncode == 0
-    assert run.status == "finished" and [row["step"] for row in run.lines()] == list(
-        range(1, at + 3)
-    )
+    assert run.status == "finished"
+    assert [row["step"] for row in run.lines()] == list(range(1, at + 3))
     again = polm("resume", run.id)
-    assert again.returncode == 2 and "finished" in again.stderr
+    assert again.returncode == 2
+    assert "finished" in again.stderr
 
 
 def test_ctrl_c_stops_a_notebook_run_with_its_state_saved(runs):
@@ -124,17 +128,20 @@ def test_ctrl_c_stops_a_notebook_run_with_its_state_saved(runs):
     )
     until = time.monotonic() + 180
     while not (all_runs(runs) and all_runs(runs)[0].lines()):
-        assert time.monotonic() < until and process.poll() is None
+        assert time.monotonic() < until
+        assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=120) == 130, process.stderr.read()
     run = all_runs(runs)[0]
-    assert run.status == "stopped" and list((run.path / "checkpoints").glob("step-*"))
+    assert run.status == "stopped"
+    assert list((run.path / "checkpoints").glob("step-*"))
 
 
 def test_launch_outlives_its_caller_and_can_be_waited_for():
     run = lab.launch("sft", notebook=False, steps=3, data="sums", eval_rows=4, batch_size=4)
-    assert lab.wait(run, timeout=120).status == "finished" and len(run.lines()) == 3
+    assert lab.wait(run, timeout=120).status == "finished"
+    assert len(run.lines()) == 3
 
 
 def test_looking(polm):
@@ -149,9 +156,12 @@ def test_looking(polm):
         model=str(a.path / "model"),
     )
     assert b.record["parents"] == [a.id]
-    assert list(lab.runs()["run"]) == [b.id, a.id] and "learning_rate" in lab.compare(a, b).index
+    assert list(lab.runs()["run"]) == [b.id, a.id]
+    assert "learning_rate" in lab.compare(a, b).index
     shown = polm("show", b.id)
-    assert shown.returncode == 0 and b.id in shown.stdout and "perplexity" in shown.stdout
+    assert shown.returncode == 0
+    assert b.id in shown.stdout
+    assert "perplexity" in shown.stdout
     assert a.id in polm("runs").stdout
     assert "learning_rate" in polm("compare", a.id, b.id).stdout
     listed = polm("methods").stdout
@@ -160,8 +170,10 @@ def test_looking(polm):
 
 
 def test_doctor(polm):
-    said = polm("doctor")
-    assert said.returncode == 0 and "torch" in said.stdout and "tiny" in said.stdout
+    done = polm("doctor")
+    assert done.returncode == 0
+    assert "torch" in done.stdout
+    assert "tiny" in done.stdout
 
 
 def test_another_folder_for_runs(polm, tmp_path):
@@ -202,11 +214,9 @@ def test_two_processes_by_accelerate(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (
-        len(all_runs(tmp_path)) == 1
-        and all_runs(tmp_path)[0].status == "finished"
-        and all_runs(tmp_path)[0].record["processes"] == 2
-    )
+    assert len(all_runs(tmp_path)) == 1
+    assert all_runs(tmp_path)[0].status == "finished"
+    assert all_runs(tmp_path)[0].record["processes"] == 2
     assert all_runs(tmp_path)[0].record["parallel"] == "ddp"
     refused = subprocess.run(
         [POLM, "run", "sft"],
@@ -214,7 +224,8 @@ def test_two_processes_by_accelerate(tmp_path):
         text=True,
         env={**os.environ, "WORLD_SIZE": "2", "RANK": "0"},
     )
-    assert refused.returncode == 2 and "--bare" in refused.stderr
+    assert refused.returncode == 2
+    assert "--bare" in refused.stderr
 
 
 @pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["--version"]])

@@ -1,5 +1,10 @@
-"""Every command in README and CONTRIBUTING: those of polm are run (training ones with fewer steps and without their notebook, which other tests run),
-targets of make are resolved, pytest's files and names are collected, and what is only mentioned must be there. Adding a method is run in test_template."""
+"""Check every command in README and CONTRIBUTING.
+
+- Those of polm are run; training ones with fewer steps and without their notebook, which other
+  tests run.
+- Targets of make are resolved, and pytest's files and names are collected.
+- Everything that is only mentioned must exist. Adding a method is run in test_template.
+"""
 
 import ast
 import os
@@ -66,6 +71,8 @@ def program(line: str) -> list[str]:
     return [Path(words[0]).name, *words[1:]] if words else [""]
 
 
+# these wait, or need a run: the options of the command have to exist
+HELP_ONLY = ("lab", "app", "resume", "stop", "show", "compare", "sweep")
 COMMANDS = sorted({(page, line) for page, text in PAGES.items() for line in blocks(text)})
 MENTIONED = sorted({(page, line) for page, text in PAGES.items() for line in mentions(text)})
 
@@ -99,27 +106,17 @@ def check(words: list[str]):
             *([] if "--bare" in rest else ["--bare"]),
             *([] if "eval_rows" in rest else ["-p", "eval_rows", 4]),
         )
-    elif name == "polm" and rest[:1] in (
-        ["lab"],
-        ["app"],
-        ["resume"],
-        ["stop"],
-        ["show"],
-        ["compare"],
-        ["sweep"],
-    ):
-        done = call(
-            BIN / "polm", rest[0], "--help"
-        )  # these wait, or need a run: its options have to be there
+    elif name == "polm" and rest and rest[0] in HELP_ONLY:
+        done = call(BIN / "polm", rest[0], "--help")
         for option in re.findall(r"(?<=\s)--?[a-z][\w-]*", " " + " ".join(rest)):
             assert option in done.stdout, f"{option} is no option of polm {rest[0]}"
     elif name == "polm":
         done = call(BIN / "polm", *rest)
-    elif (
-        name == "polm_site" and rest[0] == "execute"
-    ):  # takes minutes: that it looks for its page is enough
+    elif name == "polm_site" and rest[0] == "execute":
+        # takes minutes: it is enough that it looks for its page
         done = call(BIN / "polm_site", "execute", "no/such/page")
-        assert done.returncode == 2 and "no/such/page" in done.stderr
+        assert done.returncode == 2
+        assert "no/such/page" in done.stderr
         return
     elif name == "polm_site":
         done = (
@@ -139,7 +136,8 @@ def check(words: list[str]):
         )
     elif name == "nbdev_test":
         paths = [w for w in rest if w.endswith(".ipynb")]
-        assert all((ROOT / p).is_file() for p in paths) and (BIN / name).is_file()
+        assert all((ROOT / p).is_file() for p in paths)
+        assert (BIN / name).is_file()
         return
     elif name == "pip":
         extras = re.findall(r"polm_lab\[(\w+)\]", " ".join(rest))
@@ -182,7 +180,8 @@ def test_a_command_in_the_text_is_there(page, line):
 
 
 def test_there_are_commands_and_a_wrong_one_is_caught():
-    assert len(COMMANDS) >= 8 and {"README.md", "CONTRIBUTING.md"} == {page for page, _ in COMMANDS}
+    assert len(COMMANDS) >= 8
+    assert {"README.md", "CONTRIBUTING.md"} == {page for page, _ in COMMANDS}
     for wrong in (
         ["make", "rnu"],
         ["polm", "rnus"],

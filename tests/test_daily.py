@@ -1,4 +1,7 @@
-"The daily commands: `make` prints its targets, `make quick` has its tests, `make page` finds a page and what holds it."
+"""The daily commands: `make` prints its targets, `make quick` has its tests.
+
+`make page` finds a page and the tests that check it.
+"""
 
 import re
 import subprocess
@@ -15,16 +18,20 @@ def test_make_alone_prints_every_target():
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = re.search(r"^\.PHONY: (.*)", text, re.M)[1].split()
     printed = re.findall(r"^  make (\w+) +\S", done.stdout, re.M)
-    assert done.returncode == 0 and printed == targets and {"quick", "page", "test"} < set(printed)
+    assert done.returncode == 0
+    assert printed == targets
+    assert {"quick", "page", "test"} < set(printed)
 
 
 def test_the_fast_tests_are_there():
     lines = (ROOT / "tests" / "fast.txt").read_text(encoding="utf-8").split()
     files = [line for line in lines if not line.startswith("--deselect=")]
-    assert "tests/test_layout.py" in files and all((ROOT / f).is_file() for f in files)
+    assert "tests/test_layout.py" in files
+    assert all((ROOT / f).is_file() for f in files)
     for line in set(lines) - set(files):
         file, name = line.removeprefix("--deselect=").split("::")
-        assert file in files and f"def {name}(" in (ROOT / file).read_text(encoding="utf-8")
+        assert file in files
+        assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -50,7 +57,8 @@ def test_the_tests_of_a_page():
     ((*files,),) = page.tests_for("workbench/cockpit")
     assert files == ["tests/test_cockpit.py"]
     (by_import,) = page.tests_for("models/rollout")
-    assert "tests/test_rollout.py" in by_import and "tests/test_conformance.py" not in by_import
+    assert "tests/test_rollout.py" in by_import
+    assert "tests/test_conformance.py" not in by_import
 
 
 def test_touched_pages_differ_from_main_or_are_new(tmp_path):
@@ -88,13 +96,14 @@ def test_touched_notebooks_end_in_time_and_a_failure_is_the_exit_status(capsys):
         return name != "core/run"
 
     assert page.run_touched(60, run=run, pages=pages[:1]) == 0
-    assert page.run_touched(60, run=run, pages=list(pages)) == 1 and sorted(seen[1:]) == sorted(
-        pages
-    )
+    assert page.run_touched(60, run=run, pages=list(pages)) == 1
+    assert sorted(seen[1:]) == sorted(pages)
     capsys.readouterr()
-    assert page.run_touched(-1, run=run, pages=list(pages)) == 0 and len(seen) == 4
+    assert page.run_touched(-1, run=run, pages=list(pages)) == 0
+    assert len(seen) == 4
     printed = capsys.readouterr().out
-    assert "0 of 3 touched notebooks run" in printed and all(name in printed for name in pages)
+    assert "0 of 3 touched notebooks run" in printed
+    assert all(name in printed for name in pages)
 
 
 def test_durations_are_written_where_they_are_asked_for(tmp_path):
@@ -116,5 +125,6 @@ def test_durations_are_written_where_they_are_asked_for(tmp_path):
     )
     assert done.returncode == 0, done.stdout
     slowest, files = place.read_text().split("\n\n")
-    assert len(slowest.split("\n")) == 3 and slowest.count("tests/test_fused_ranks.py::") == 3
+    assert len(slowest.split("\n")) == 3
+    assert slowest.count("tests/test_fused_ranks.py::") == 3
     assert re.fullmatch(r" +[\d.]+ s in all  tests/test_fused_ranks.py\n", files)

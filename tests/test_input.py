@@ -1,6 +1,9 @@
-"""What a user can get wrong, at the command line: one clear line, exit status 2 (or a failed run with its reason), before compute, nothing earlier lost.
+"""Wrong input at the command line ends in one clear line.
 
-Each case is a line of a table: what is wrong, the files it needs, the command, and words that the message must have.
+The exit status is 2, or the run has failed with its reason. That happens before any compute, and
+nothing earlier is lost.
+Each case is a line of a table: what is wrong, the files it needs, the command, and words that the
+message must have.
 """
 
 import json
@@ -333,18 +336,21 @@ def test_finished_and_damaged_runs(runs, capsys):
     assert "checkpoint cannot be read" in refused(capsys, [newest.name], "resume", run.id)
     shutil.rmtree(newest)
     assert attempt(capsys, "resume", run.id)[0] == 0, "the checkpoint before it is whole"
-    assert [row["step"] for row in run.lines()] == [1, 2, 3, 4] and (
-        run.path / "model" / "model.safetensors"
-    ).read_bytes() != weights
+    assert [row["step"] for row in run.lines()] == [1, 2, 3, 4]
+    assert (run.path / "model" / "model.safetensors").read_bytes() != weights
     (run.path / "run.json").write_text("{")
     refused(capsys, ["run.json", "damaged"], "show", run.path)
 
 
 FULL = """
 mount -t tmpfs -o size=12m tmpfs {disk} && cp -r {earlier} {disk}/earlier
-{polm} run sft --bare --out {disk} -p data sums -p steps 3 -p save_every 1 -p eval_rows 4 -p batch_size 4
+{polm} run sft --bare --out {disk} -p data sums -p steps 3 -p save_every 1 -p eval_rows 4 \\
+    -p batch_size 4
 echo "exit $?"
-cat {disk}/*-sft-*/run.json > {seen}/run.json; cat {disk}/*-sft-*/metrics.jsonl > {seen}/metrics.jsonl; ls {disk}/*-sft-*/checkpoints > {seen}/checkpoints; diff -r {earlier} {disk}/earlier && echo same
+cat {disk}/*-sft-*/run.json > {seen}/run.json
+cat {disk}/*-sft-*/metrics.jsonl > {seen}/metrics.jsonl
+ls {disk}/*-sft-*/checkpoints > {seen}/checkpoints
+diff -r {earlier} {disk}/earlier && echo same
 """
 
 
@@ -405,9 +411,8 @@ def test_a_loss_that_is_not_finite_keeps_its_batch(runs):
             lambda step, meter: [[batch]],
             lambda m, b, _: (m(b["x"]) * float("inf")).sum(),
         )
-    assert run.status == "failed" and torch.equal(
-        load_file(run.path / "nonfinite-step-1.safetensors")["x"], batch["x"]
-    )
+    assert run.status == "failed"
+    assert torch.equal(load_file(run.path / "nonfinite-step-1.safetensors")["x"], batch["x"])
 
 
 def test_the_table_is_long_enough():

@@ -32,14 +32,16 @@ SETTINGS = {
     ),
 }
 
+# a method that is added is killed too
 SETTINGS |= {
     name: dict(steps=40, data="sums", batch_size=16) | m.small
     for name, m in methods().items()
     if m.trains and name not in SETTINGS
-}  # a method that is added is killed too
+}
+# it learns by PPO's loop, where the others imitate
 SETTINGS["critic-coderl"] = SETTINGS["critic"] | dict(
     algorithm="coderl", data="", steps=16, batch_size=8
-)  # learns by PPO's loop, where the others imitate
+)
 
 
 def words(settings):
@@ -70,10 +72,10 @@ def test_killed_and_resumed_equals_uninterrupted(name, runs, tmp_path):
     whole = start(
         "run", name.partition("-")[0], "--bare", "--out", tmp_path / "whole", *words(SETTINGS[name])
     )
-    code, said = whole.wait(timeout=600), whole.stderr.read().decode()
+    code, message = whole.wait(timeout=600), whole.stderr.read().decode()
     if code == 2:  # without a sandbox the suite leaves it out
-        raise WrongInput(said)
-    assert code == 0, said
+        raise WrongInput(message)
+    assert code == 0, message
     reference = all_runs(tmp_path / "whole")[0]
     assert reference.status == "finished"
     training = reference.lines()[-1]["seconds"] + 1.0
@@ -102,10 +104,18 @@ def test_killed_and_resumed_equals_uninterrupted(name, runs, tmp_path):
 
     print(f"{name}: {kills} kills")
     assert kills >= min(KILLS, 2), "the run ended before it was killed: make it longer"
-    assert model_bytes(run) == model_bytes(reference) and model_bytes(run)
+    assert model_bytes(run) == model_bytes(reference)
+    assert model_bytes(run)
     assert [row["step"] for row in run.lines()] == list(range(1, SETTINGS[name]["steps"] + 1))
     timed = ("seconds", "tokens_per_second", "memory_mib")
-    strip = lambda rows: [{k: v for k, v in row.items() if k not in timed} for row in rows]
+
+    def strip(rows: list[dict]) -> list[dict]:
+        "The rows without their times."
+        stripped = []
+        for row in rows:
+            stripped.append({k: v for k, v in row.items() if k not in timed})
+        return stripped
+
     assert strip(run.lines()) == strip(reference.lines()), (
         "the metrics are those of the uninterrupted run"
     )

@@ -1,4 +1,7 @@
-"A lesson that does not hold never makes a run fail; the tests of the project insist on claims."
+"""A lesson that does not hold never makes a run fail.
+
+The tests of the project require its claims.
+"""
 
 from types import SimpleNamespace
 
@@ -35,9 +38,9 @@ def test_a_lesson_before_the_run_does_not_stop_it(tmp_path):
     run = prepared(tmp_path)
     launch._after_failed_cell(run, FAILED)
     record = Run(run.path).record
-    assert (
-        record["status"] == "finished" and record["notebook_error"] and record["summary"]["after"]
-    )
+    assert record["status"] == "finished"
+    assert record["notebook_error"]
+    assert record["summary"]["after"]
 
 
 def test_another_error_before_the_run_fails_it(tmp_path):

@@ -1,4 +1,8 @@
-"""What somebody types or hands over on the first day: words of the command line, files under other encodings and names, a locale of C, numbers in other spellings."""
+"""The input of somebody on the first day.
+
+The cases are words of the command line, files under other encodings and names, a locale of C, and
+numbers in other spellings.
+"""
 
 import gzip
 import json
@@ -19,18 +23,30 @@ from polm_lab.rewards.functions import parse_rewards
 
 # Words
 
+ONE_WORD = "polm: -p steps=2: name and value as one word; expected two; write a space: -p steps 2"
 WORDS = {
-    "run sft -p steps=2": "polm: -p steps=2: name and value as one word; expected two; write a space: -p steps 2",
-    "run sft -p steps=2 -p data=sums": "polm: -p steps=2: name and value as one word; expected two; write a space: -p steps 2",
-    "run sft -p steps=2 --bare": "polm: -p steps=2: name and value as one word; expected two; write a space: -p steps 2",
-    "sweep sft -g learning_rate=1e-3,1e-4": "polm: -g learning_rate=1e-3,1e-4: name and value as one word; expected two; write a space: -g learning_rate 1e-3,1e-4",
+    "run sft -p steps=2": ONE_WORD,
+    "run sft -p steps=2 -p data=sums": ONE_WORD,
+    "run sft -p steps=2 --bare": ONE_WORD,
+    "sweep sft -g learning_rate=1e-3,1e-4": (
+        "polm: -g learning_rate=1e-3,1e-4: name and value as one word; expected two; write a "
+        "space: -g learning_rate 1e-3,1e-4"
+    ),
     "run sft steps=2": "polm: steps=2: knobs are set with -p; write -p steps 2",
     "run sft --steps 2": "polm: --steps: knobs are set with -p; write -p steps 2",
-    "run sft --learning-rate=0.1": "polm: --learning-rate=0.1: knobs are set with -p; write -p learning_rate 0.1",
+    "run sft --learning-rate=0.1": (
+        "polm: --learning-rate=0.1: knobs are set with -p; write -p learning_rate 0.1"
+    ),
     "sweep sft --steps 2,3": "polm: --steps: knobs are set with -g; write -g steps 2,3",
-    "run sft -p steps": "polm: Option '-p' requires 2 arguments; expected a knob and its value, such as -p steps 20; `polm --help` tells more",
+    "run sft -p steps": (
+        "polm: Option '-p' requires 2 arguments; expected a knob and its value, such as -p steps "
+        "20; `polm --help` tells more"
+    ),
     "run": "polm: Missing argument 'METHOD'; `polm run --help` tells how it is called",
-    "runn": "polm: No such command 'runn'. (Did you mean one of: 'run', 'runs'?); `polm --help` tells how it is called",
+    "runn": (
+        "polm: No such command 'runn'. (Did you mean one of: 'run', 'runs'?); `polm --help` tells "
+        "how it is called"
+    ),
 }
 
 
@@ -55,9 +71,9 @@ def test_names_in_capitals():
 def test_a_name_that_is_not_utf8(capsys):
     name = os.fsdecode(b"d\xe9.jsonl")
     assert polm.main(args=["run", "sft", "--bare", "-p", "data", name]) == 2
-    assert (
-        capsys.readouterr().err
-        == "polm: d\\udce9.jsonl: its bytes are not UTF-8; expected UTF-8, which records are written in; rename the file or folder\n"
+    assert capsys.readouterr().err == (
+        "polm: d\\udce9.jsonl: its bytes are not UTF-8; expected UTF-8, which records are "
+        "written in; rename the file or folder\n"
     )
 
 
@@ -100,7 +116,8 @@ def test_a_locale_of_c_and_names_with_accents(tmp_path):
     )
     assert done.returncode == 0 and not done.stderr, done.stderr
     record = json.loads(next(out.glob("*/run.json")).read_text(encoding="utf-8"))
-    assert record["status"] == "finished" and record["settings"]["data"] == str(data)
+    assert record["status"] == "finished"
+    assert record["settings"]["data"] == str(data)
     assert f"record:    {out}/" in done.stdout.decode()
 
 
@@ -113,12 +130,10 @@ def test_a_message_that_the_terminal_cannot_show(more):
         [POLM, "show", "dö加"], capture_output=True, timeout=300, env={**os.environ, **C, **more}
     )
     line = missing.stderr.decode("latin1" if "latin1" in more.values() else "utf-8").strip()
-    assert (
-        missing.returncode == 2
-        and line.startswith("polm: ")
-        and len(line.splitlines()) == 1
-        and "no such run" in line
-    )
+    assert missing.returncode == 2
+    assert line.startswith("polm: ")
+    assert len(line.splitlines()) == 1
+    assert "no such run" in line
     assert ("dö\\u52a0" if "latin1" in more.values() else "dö加") in line, line
 
 
@@ -154,7 +169,10 @@ def test_text_in_16_or_32_bits_is_named(codec, named, name, text, tmp_path):
     read = load_documents if name.endswith(".md") else read_file
     with pytest.raises(WrongInput) as wrong:
         read(tmp_path / name)
-    expected = f"{tmp_path / name}: text in {named}; expected UTF-8; convert it with iconv -f {named} -t UTF-8, or save it as UTF-8 where it was written"
+    expected = (
+        f"{tmp_path / name}: text in {named}; expected UTF-8; convert it with iconv -f {named} -t "
+        "UTF-8, or save it as UTF-8 where it was written"
+    )
     assert str(wrong.value) == expected
     if not name.endswith(".gz"):  # the command does what it says
         done = subprocess.run(
@@ -178,7 +196,8 @@ OTHERS = {
     "a spreadsheet": (
         b"PK\x03\x04" + bytes(50),
         "d.csv",
-        "a zip archive, such as a spreadsheet or a document; expected text under this name; unpack it, or save its table as .csv",
+        "a zip archive, such as a spreadsheet or a document; expected text under this name; "
+        "unpack it, or save its table as .csv",
     ),
     "parquet as lines": (
         b"PAR1\x15\x04",
@@ -188,17 +207,20 @@ OTHERS = {
     "a pointer": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n",
         "d.parquet",
-        "a Git LFS pointer, which stands for a file that was not fetched; expected a parquet file under this name; fetch it with git lfs pull",
+        "a Git LFS pointer, which stands for a file that was not fetched; expected a parquet file "
+        "under this name; fetch it with git lfs pull",
     ),
     "a web page": (
         b"<!DOCTYPE html><html>404</html>",
         "d.jsonl",
-        "an HTML page, such as the error page of a failed download; expected rows under this name; download the file again",
+        "an HTML page, such as the error page of a failed download; expected rows under this "
+        "name; download the file again",
     ),
     "a web page as parquet": (
         b"<html>404</html>",
         "d.parquet",
-        "an HTML page, such as the error page of a failed download; expected a parquet file under this name; download the file again",
+        "an HTML page, such as the error page of a failed download; expected a parquet file under "
+        "this name; download the file again",
     ),
     "a PDF": (
         b"%PDF-1.7\n\xe2\xe3\n",
@@ -245,9 +267,8 @@ def test_parquet_with_a_column_twice(tmp_path):
     )
     with pytest.raises(WrongInput) as wrong:
         read_file(path)
-    assert (
-        str(wrong.value)
-        == f"{path}: columns ['text', 'text']; expected a name for each column, each once; rename them"
+    assert str(wrong.value) == (
+        f"{path}: columns ['text', 'text']; expected a name for each column, each once; rename them"
     )
 
 

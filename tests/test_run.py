@@ -36,7 +36,8 @@ def test_a_killed_process_is_dead_at_once_and_its_run_can_go_on():
     assert run.status == "running"
     process.kill()
     process.wait()
-    assert run.status == "dead" and run.read()["status"] == "running"
+    assert run.status == "dead"
+    assert run.read()["status"] == "running"
     with Run(run.path).active():
         pass
     assert run.status == "finished"
@@ -98,7 +99,8 @@ def test_a_finished_run_is_not_run_again():
     with pytest.raises(WrongInput, match="finished"):
         with Run(run.path).active():
             pass
-    assert run.status == "finished" and len(run.lines()) == 1
+    assert run.status == "finished"
+    assert len(run.lines()) == 1
 
 
 def test_sigterm_asks_for_a_stop():
@@ -121,7 +123,8 @@ with run.active():
     processes = [subprocess.Popen([sys.executable, "-c", start, str(i)]) for i in range(10)]
     assert [p.wait(timeout=60) for p in processes] == [0] * 10
     found = all_runs(runs)
-    assert len(found) == 10 and {r.status for r in found} == {"finished"}
+    assert len(found) == 10
+    assert {r.status for r in found} == {"finished"}
     for run in found:
         lines = run.lines()
         assert [row["step"] for row in lines] == list(range(1, 51))
@@ -146,7 +149,9 @@ def test_numbers_that_are_not_finite_are_null_in_the_record():
     run = Run.create("example", {})
     run.log(1, loss=float("nan"), reward=float("inf"))
     text = (run.path / "metrics.jsonl").read_text()
-    assert "NaN" not in text and "Infinity" not in text and json.loads(text)["loss"] is None
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert json.loads(text)["loss"] is None
 
 
 def test_runs_are_opened_by_id_part_and_path(runs):
@@ -156,7 +161,8 @@ def test_runs_are_opened_by_id_part_and_path(runs):
         open_run(a.id[:8])
     with pytest.raises(WrongInput, match="no such run"):
         open_run("grpo")
-    assert parent_of(str(b.path / "model")) == parent_of(b.id) == [b.id] and parent_of("tiny") == []
+    assert parent_of(str(b.path / "model")) == parent_of(b.id) == [b.id]
+    assert parent_of("tiny") == []
 
 
 def test_a_damaged_record_says_so(runs):
@@ -194,7 +200,7 @@ def test_a_run_records_its_dtype_and_goes_on_with_it(tmp_path):
 
 
 def test_steps_count_show_and_end_when_asked(monkeypatch):
-    "A stop ends the walk before the next step; the life that follows forgets what the first one logged."
+    "A stop ends the loop before the next step; a resumed run drops what was logged before."
     shown = []
     show = lambda self, step, metrics: shown.append((step, self.total, dict(metrics)))  # noqa: E731
     monkeypatch.setattr("polm_lab.core.run.Progress.__call__", show)
@@ -212,7 +218,8 @@ def test_steps_count_show_and_end_when_asked(monkeypatch):
     with Run(run.path).active() as again:
         walked = [step for step in again.steps(3) if not again.log(step, loss=2.0)]
     assert walked == [row["step"] for row in run.lines()] == [1, 2, 3]
-    assert {row["loss"] for row in run.lines()} == {2.0} and run.lines("samples") == []
+    assert {row["loss"] for row in run.lines()} == {2.0}
+    assert run.lines("samples") == []
 
 
 def test_a_walk_from_a_later_step_keeps_what_came_before():

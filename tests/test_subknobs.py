@@ -1,4 +1,7 @@
-"Knobs whose value is a short string: their parts are knobs of their own, and the string stays the short form."
+"""Knobs whose value is a short string.
+
+Their parts are knobs of their own, and the string is still the short form.
+"""
 
 import dataclasses
 import json
@@ -41,22 +44,26 @@ def written(cls, name: str, text: str, part: str, value) -> str:
 
 
 def details_of(text: str) -> dict:
-    "What PPO reads in the knob `details`."
+    "Return what PPO reads in the knob `details`."
     return DETAILS.values(text, "details")
 
 
-# Declared -----------------------------------------------------------------------------------------------------------
+# Declared -----------------------------------------------------------------------------------------
 
 
 def test_the_parts_are_declared_with_type_range_and_meaning():
     details = parts_of(PPO, "details")
     assert list(details) == list(DETAILS.parts)
-    assert {k.type for k in details.values()} == {bool, float} and details["normalize"].type is bool
-    assert details["clip_value"].default == 0.2 and details["entropy"].default == OFF
-    assert details["normalize"].default is True and details["whiten_rewards"].default is False
+    assert {k.type for k in details.values()} == {bool, float}
+    assert details["normalize"].type is bool
+    assert details["clip_value"].default == 0.2
+    assert details["entropy"].default == OFF
+    assert details["normalize"].default is True
+    assert details["whiten_rewards"].default is False
     for method in ("grpo", "ppo", "rloo"):
         rewards = parts_of(find(method).settings, "rewards")
-        assert list(rewards) == list(LIBRARY) and rewards["correct"].default == 1.0
+        assert list(rewards) == list(LIBRARY)
+        assert rewards["correct"].default == 1.0
     assert parts_of(Prune, "allocation")["rule"].choices == (
         "uniform",
         "outliers",
@@ -80,19 +87,15 @@ def test_strings_are_kept_and_parse_as_before():
     assert [f.name for f in dataclasses.fields(PPO) if "." in f.name] == []
 
 
-# Reading and writing ------------------------------------------------------------------------------------------------
+# Reading and writing ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "text, part, value, found",
     [
         ("normalize,clip_value:0.2", "clip_value", 0.3, "normalize,clip_value:0.3"),
-        (
-            "normalize,clip_value",
-            "clip_value",
-            0.2,
-            "normalize,clip_value",
-        ),  # as it was: 0.2 is what it means
+        # unchanged: 0.2 is its default
+        ("normalize,clip_value", "clip_value", 0.2, "normalize,clip_value"),
         ("normalize, clip_value:0.2", "clip_value", OFF, "normalize"),
         ("clip_value:0.2,clip_value:0.3,normalize", "clip_value", OFF, "normalize"),
         ("normalize,clip_value:0.2", "normalize", "off", "clip_value:0.2"),
@@ -181,17 +184,20 @@ def test_weights_of_tunes_are_written(text, part, value, found):
 
 def test_weights_of_tunes_are_parts_with_a_place():
     found = parts_of(Merge, "weights")
-    assert list(found) == ["1", "2", "3", "4"] and {k.type for k in found.values()} == {float}
+    assert list(found) == ["1", "2", "3", "4"]
+    assert {k.type for k in found.values()} == {float}
     assert all(k.default == OFF and k.low < 0 < k.high for k in found.values())
     made = make_settings(Merge, {"weights.2": 0.3, "weights.1": 0.7})
-    assert made.weights == "0.7,0.3" and weight_rules(made.weights, 2)("any") == [0.7, 0.3]
+    assert made.weights == "0.7,0.3"
+    assert weight_rules(made.weights, 2)("any") == [0.7, 0.3]
     draw = random.Random(0)
     for _ in range(100):
         pair = [draw.uniform(-1, 1) * 10 ** draw.randint(-6, 0) for _ in range(2)]
         values = {f"weights.{n}": value for n, value in enumerate(pair, 1)}
         text = make_settings(Merge, dict(weights=RULES) | values).weights
         rule = weight_rules(text, 2)
-        assert rule("model.norm.weight") == pair and rule("model.layers.1.mlp") == [1, 0]
+        assert rule("model.norm.weight") == pair
+        assert rule("model.layers.1.mlp") == [1, 0]
         assert [value_named(Merge, dict(weights=text), name) for name in values] == pair
 
 
@@ -240,7 +246,8 @@ def test_a_critic_and_its_weight_are_written(text, part, value, found):
     [
         (
             "",
-            "value = '': expected own, shared or a run of reward, with the weight of its loss if wanted, such as own:0.5",
+            "value = '': expected own, shared or a run of reward, with the weight of its loss if "
+            "wanted, such as own:0.5",
         ),
         (" :0.5", "value = ' :0.5': expected own, shared or a run of reward"),
         ("own:x", "value = 'own:x': weight: found 'x'; expected a number from 0 up, such as 0.5"),
@@ -253,7 +260,8 @@ def test_a_critic_and_its_weight_are_written(text, part, value, found):
 def test_a_wrong_critic_is_refused_as_a_whole(text, found):
     with pytest.raises(WrongInput) as wrong:
         CRITIC.values(text, "value")
-    assert str(wrong.value).startswith(found) and "\n" not in str(wrong.value)
+    assert str(wrong.value).startswith(found)
+    assert "\n" not in str(wrong.value)
 
 
 LIST = Listed(
@@ -283,7 +291,8 @@ def test_all_values_of_a_list_are_checked(text, found):
     )
     with pytest.raises(WrongInput) as wrong:
         LIST.values(text, "list")
-    assert str(wrong.value).startswith(f"list = {text!r}: {found}") and "\n" not in str(wrong.value)
+    assert str(wrong.value).startswith(f"list = {text!r}: {found}")
+    assert "\n" not in str(wrong.value)
 
 
 @pytest.mark.parametrize(
@@ -377,7 +386,7 @@ def test_what_is_written_is_read_again():
                 assert found[name] == value
 
 
-# Checks -------------------------------------------------------------------------------------------------------------
+# Checks -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -452,12 +461,14 @@ def test_what_is_written_is_read_again():
         (
             RLAIF,
             {"judge.length": 1},
-            "judge = 'contrast:self': length = 1.0: contrast has no length; expected kind rule; give the kind too",
+            "judge = 'contrast:self': length = 1.0: contrast has no length; expected kind rule; "
+            "give the kind too",
         ),
         (
             RLAIF,
             {"judge.address": "http://k@h"},
-            "judge = 'contrast:self': address = 'http://…': contrast has no address; expected kind openai",
+            "judge = 'contrast:self': address = 'http://…': contrast has no address; expected "
+            "kind openai",
         ),
         (
             RLAIF,
@@ -501,7 +512,8 @@ def test_what_is_written_is_read_again():
 def test_a_wrong_part_is_refused_in_one_line(cls, values, found):
     with pytest.raises(WrongInput) as wrong:
         make_settings(cls, values)
-    assert str(wrong.value).startswith(found) and "\n" not in str(wrong.value)
+    assert str(wrong.value).startswith(found)
+    assert "\n" not in str(wrong.value)
 
 
 def test_a_part_of_a_part_less_knob_and_unknown_ones_by_name():
@@ -510,7 +522,7 @@ def test_a_part_of_a_part_less_knob_and_unknown_ones_by_name():
     assert compose(PPO, dict(beta=1)) == dict(beta=1)
 
 
-# The form -----------------------------------------------------------------------------------------------------------
+# The form -----------------------------------------------------------------------------------------
 
 
 def test_the_form_shows_the_parts_and_they_write_the_string():
@@ -528,16 +540,17 @@ def test_the_form_shows_the_parts_and_they_write_the_string():
     form.fields["details"].control.value = "entropy"
     assert (clip.value, normalize.value, fields["details.entropy"].value) == (OFF, False, 0.01)
     clip.control.value = "-3"
-    assert form.problem.startswith("details.clip_value = '-3'") and form.values == dict(
-        details="entropy"
-    )
+    assert form.problem.startswith("details.clip_value = '-3'")
+    assert form.values == dict(details="entropy")
     clip.control.value = "0.3"
     assert not form.problem
     form.load({"details.clip_value": 0.7})
-    assert clip.value == 0.7 and form.values["details"].count("0.7") == 1
+    assert clip.value == 0.7
+    assert form.values["details"].count("0.7") == 1
     for field in form.fields.values():
         field.undo.click()
-    assert form.values == {} and clip.value == 0.2
+    assert form.values == {}
+    assert clip.value == 0.2
 
 
 def test_the_form_shows_the_critic_and_a_slider_of_its_weight():
@@ -548,25 +561,30 @@ def test_the_form_shows_the_critic_and_a_slider_of_its_weight():
     weight.slider.value = 0.4
     assert form.values == dict(value="shared:0.4")
     kind.control.value = "runs/a:b"
-    assert form.values == dict(value="runs/a:b:0.4") and form.settings().value == "runs/a:b:0.4"
+    assert form.values == dict(value="runs/a:b:0.4")
+    assert form.settings().value == "runs/a:b:0.4"
     weight.control.value = "-1"
-    assert form.problem.startswith("value.weight = '-1'") and form.values == dict(
-        value="runs/a:b:0.4"
-    )
+    assert form.problem.startswith("value.weight = '-1'")
+    assert form.values == dict(value="runs/a:b:0.4")
     form.fields["value"].control.value = "own"
-    assert (kind.value, weight.value) == ("own", 0.5) and not form.problem
+    assert (kind.value, weight.value) == ("own", 0.5)
+    assert not form.problem
     form.fields["value"].undo.click()
-    assert form.values == {} and weight.value == 0.1
+    assert form.values == {}
+    assert weight.value == 0.1
 
 
 def test_a_part_that_needs_another_says_so_in_the_form():
     form = Form("grpo")
     rank = form.parts["adapter"].fields["adapter.r"]
     rank.control.value = "8"
-    assert "give the kind too" in rank.problem and form.values == {} and rank.value == OFF
+    assert "give the kind too" in rank.problem
+    assert form.values == {}
+    assert rank.value == OFF
     form.parts["adapter"].fields["adapter.kind"].control.value = "lora"
     rank.control.value = "8"
-    assert form.values == dict(adapter="lora:r=8") and not form.problem
+    assert form.values == dict(adapter="lora:r=8")
+    assert not form.problem
     form.parts["rewards"].fields["rewards.format"].slider.value = 0.2
     assert form.values["rewards"] == "correct,format:0.2"
 
@@ -575,9 +593,11 @@ def test_the_weights_of_tunes_have_sliders():
     form = Form("merge")
     first, second = (form.parts["weights"].fields[f"weights.{n}"] for n in (1, 2))
     second.slider.value = 0.4
-    assert form.values == dict(weights="1,0.4") and first.value == 1.0
+    assert form.values == dict(weights="1,0.4")
+    assert first.value == 1.0
     first.slider.value = 0.6
-    assert form.settings().weights == "0.6,0.4" and not form.problem
+    assert form.settings().weights == "0.6,0.4"
+    assert not form.problem
     form.fields["weights"].control.value = r"0.7,0.3; mlp=1,0"
     assert (first.value, second.value) == (0.7, 0.3)
     second.control.value = "off"
@@ -597,7 +617,8 @@ def test_the_form_shows_the_parts_that_the_kind_of_a_judge_has():
     fields["judge.kind"].control.value = "rule"
     assert seen() == ["judge.kind", *(f"judge.{name}" for name in LIBRARY)]
     fields["judge.length"].slider.value = 0.5
-    assert form.values == dict(judge="rule:correct,length:0.5") and not form.problem
+    assert form.values == dict(judge="rule:correct,length:0.5")
+    assert not form.problem
     fields["judge.kind"].control.value = "openai"
     assert seen() == ["judge.kind", "judge.model", "judge.address"]
     assert form.problem.startswith("judge: found 'openai' and nothing after it")
@@ -606,10 +627,11 @@ def test_the_form_shows_the_parts_that_the_kind_of_a_judge_has():
     assert not form.problem
     assert form.settings().judge == "openai:http://localhost:8000/v1#small"
     form.fields["judge"].undo.click()
-    assert form.values == {} and seen() == ["judge.kind", "judge.model"]
+    assert form.values == {}
+    assert seen() == ["judge.kind", "judge.model"]
 
 
-# Sweeps -------------------------------------------------------------------------------------------------------------
+# Sweeps -------------------------------------------------------------------------------------------
 
 
 def test_a_sweep_varies_parts():
@@ -691,7 +713,8 @@ def test_a_sweep_varies_the_weights_of_tunes():
 def test_what_a_sweep_refuses(grid, fixed, found):
     with pytest.raises(WrongInput) as wrong:
         sweep.plan("ppo", grid, fixed, metric="reward")
-    assert found in str(wrong.value) and "\n" not in str(wrong.value)
+    assert found in str(wrong.value)
+    assert "\n" not in str(wrong.value)
 
 
 def test_a_sweep_of_parts_runs_is_shown_and_is_picked_up_again(runs):
@@ -722,11 +745,14 @@ def test_a_slider_of_a_part_that_is_off_may_be_rounded_by_the_browser():
         if field.value == OFF and field._place:
             start, moved = field.slider.value, moved + 1
             field.slider.value = start + field.slider.step / 4
-            assert field.value == OFF and not field.problem and not form.problem
-    assert moved and form.fields["adapter"].value == "none"
+            assert field.value == OFF
+            assert not field.problem
+            assert not form.problem
+    assert moved
+    assert form.fields["adapter"].value == "none"
 
 
-# The command line ---------------------------------------------------------------------------------------------------
+# The command line ---------------------------------------------------------------------------------
 
 
 def test_a_part_on_the_command_line(polm, runs):
@@ -754,9 +780,11 @@ def test_a_part_on_the_command_line(polm, runs):
     assert record["settings"]["rewards"] == "correct,format:0.2"
     assert not any("." in name for name in record["settings"])
     done = polm("run", "ppo", "-p", "details.clip_valeu", "3")
-    assert done.returncode == 2 and "did you mean 'clip_value'" in done.stderr
+    assert done.returncode == 2
+    assert "did you mean 'clip_value'" in done.stderr
     done = polm("run", "ppo", "--details.clip_value", "3")
-    assert done.returncode == 2 and "write -p details.clip_value 3" in done.stderr
+    assert done.returncode == 2
+    assert "write -p details.clip_value 3" in done.stderr
 
 
 def test_a_judge_on_the_command_line(polm, runs):
@@ -777,7 +805,8 @@ def test_a_judge_on_the_command_line(polm, runs):
 def test_commands_clone_and_presets_hold_the_string(runs):
     said = launch.commands("ppo", {"details.clip_value": 0.3})
     text = PPO().details.replace("clip_value:0.2", "clip_value:0.3")
-    assert f"-p details {text}" in said["polm"] and f"details={text!r}" in said["python"]
+    assert f"-p details {text}" in said["polm"]
+    assert f"details={text!r}" in said["python"]
     run = launch.create("ppo", dict(details="normalize"))
     assert launch.clone(run, **{"details.clip_value": 0.3}) == dict(
         details="normalize,clip_value:0.3"

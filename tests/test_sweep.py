@@ -43,16 +43,21 @@ def until(true, seconds=60):
 
 
 class Written:
-    "Starts processes that import no torch: each writes ten steps of a curve that ends at its learning rate."
+    """Start processes that import no torch.
+
+    Each writes ten steps of a curve that ends at its learning rate.
+    """
 
     code = (
         "import sys, time; from polm_lab.core.run import Run, Stopped\n"
         "run = Run(sys.argv[1])\n"
         "with run.active():\n"
         "    for step in range(run.record['step'] + 1, 11):\n"
-        "        run.log(step, accuracy=run.settings['learning_rate'] * step / 10); run.update(step=step); time.sleep(0.03)\n"
+        "        run.log(step, accuracy=run.settings['learning_rate'] * step / 10); "
+        "run.update(step=step); time.sleep(0.03)\n"
         "        if run.stop_requested(): raise Stopped\n"
-        "        if (run.path / 'ill').exists() and step == 5: (run.path / 'ill').unlink(); raise RuntimeError('ill')\n"
+        "        if (run.path / 'ill').exists() and step == 5: (run.path / 'ill').unlink(); raise "
+        "RuntimeError('ill')\n"
         "    run.frame('after', {'accuracy': run.settings['learning_rate']})\n"
     )
 
@@ -105,7 +110,10 @@ def mini(settings: Mini, run: Run) -> None:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    "The environment of a copy of this package that has one method more, with its notebook: it loads no torch."
+    """Return the environment of a copy of this package with one method more.
+
+    The method has a notebook and loads no torch.
+    """
     root = tmp_path_factory.mktemp("tree")
     shutil.copytree(
         ROOT / "polm_lab", root / "polm_lab", ignore=shutil.ignore_patterns("__pycache__")
@@ -114,7 +122,10 @@ def tree(tmp_path_factory):
     (root / "polm_lab" / "finetuning" / "mini.py").write_text(MINI)
     lines = {
         "parameters": 'steps = 5\nrate = 0.5\npace = 0.0\ndata = ""',
-        "run": 'import polm_lab as lab\nfrom polm_lab.finetuning.mini import Mini\nlab.run("mini", **lab.from_cell(Mini, globals()))',
+        "run": (
+            'import polm_lab as lab\nfrom polm_lab.finetuning.mini import Mini\nlab.run("mini", '
+            "**lab.from_cell(Mini, globals()))"
+        ),
     }
     code = [
         dict(
@@ -178,35 +189,27 @@ def test_a_grid_of_runs_through_papermill(polm, runs, tree, tmp_path, monkeypatc
         **tree,
     )
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.strip().split("\n")[-1])
-    assert (
-        said["status"] == "finished" and [t["status"] for t in said["trials"]] == ["finished"] * 2
-    )
-    found = lab.open_run(said["best"]["run"])
-    assert (
-        said["best"]["value"] == 0.2 == found.summary["after"]["accuracy"]
-        and said["best"]["values"] == {"rate": 0.2}
-        and said["best"]["path"] == str(found.path)
-    )
-    assert (
-        (found.path / "notebook.ipynb").exists()
-        and found.record["sweep"] == said["sweep"]
-        and found.record["via"] == "notebook"
-    )
-    shown = polm("show", said["sweep"])
-    assert (
-        shown.returncode == 0
-        and found.id in shown.stdout
-        and said["sweep"] in polm("sweeps").stdout
-    )
-    table = lab.results(said["sweep"])
-    assert list(table["rate"]) == [0.2, 0.1] and list(table["step"]) == [5, 5]
-    again = polm("resume", said["sweep"])
-    assert (
-        again.returncode == 2
-        and "finished" in again.stderr
-        and len(again.stderr.strip().split("\n")) == 1
-    )
+    report = json.loads(done.stdout.strip().split("\n")[-1])
+    assert report["status"] == "finished"
+    assert [t["status"] for t in report["trials"]] == ["finished"] * 2
+    found = lab.open_run(report["best"]["run"])
+    assert report["best"]["value"] == 0.2 == found.summary["after"]["accuracy"]
+    assert report["best"]["values"] == {"rate": 0.2}
+    assert report["best"]["path"] == str(found.path)
+    assert (found.path / "notebook.ipynb").exists()
+    assert found.record["sweep"] == report["sweep"]
+    assert found.record["via"] == "notebook"
+    shown = polm("show", report["sweep"])
+    assert shown.returncode == 0
+    assert found.id in shown.stdout
+    assert report["sweep"] in polm("sweeps").stdout
+    table = lab.results(report["sweep"])
+    assert list(table["rate"]) == [0.2, 0.1]
+    assert list(table["step"]) == [5, 5]
+    again = polm("resume", report["sweep"])
+    assert again.returncode == 2
+    assert "finished" in again.stderr
+    assert len(again.stderr.strip().split("\n")) == 1
 
 
 def test_a_killed_sweep_goes_on_where_it_was(polm, runs, tree):
@@ -233,23 +236,20 @@ def test_a_killed_sweep_goes_on_where_it_was(polm, runs, tree):
     until(lambda: all_runs(runs) and len(all_runs(runs)[0].lines()) > 3)
     process.kill(), process.wait()
     (made,) = all_sweeps(runs)
-    assert made.status == "dead" and ends(made) == ["running", "waiting"]
+    assert made.status == "dead"
+    assert ends(made) == ["running", "waiting"]
     first = all_runs(runs)[0]
-    with suppress(
-        ProcessLookupError
-    ):  # the trial goes on without the sweep, unless it is killed too
+    # the trial continues without the sweep, unless it is killed too
+    with suppress(ProcessLookupError):
         os.kill(first.read()["pid"], signal.SIGKILL)
     until(lambda: first.status == "dead")
     assert polm("resume", made.id, **tree).returncode == 0
     done = open_sweep(made.path)
-    assert (
-        done.status == "finished"
-        and len(all_runs(runs)) == 2
-        and all(t["failures"] == [] for t in done.trials)
-    )
-    assert [row["step"] for row in first.lines()] == list(range(1, 21)) and done.best["values"] == {
-        "rate": 0.2
-    }
+    assert done.status == "finished"
+    assert len(all_runs(runs)) == 2
+    assert all(t["failures"] == [] for t in done.trials)
+    assert [row["step"] for row in first.lines()] == list(range(1, 21))
+    assert done.best["values"] == {"rate": 0.2}
 
 
 def test_a_sweep_of_its_own_process_is_stopped_and_resumed(polm, runs, tree):
@@ -273,67 +273,61 @@ def test_a_sweep_of_its_own_process_is_stopped_and_resumed(polm, runs, tree):
     made = open_sweep(json.loads(started.stdout)["sweep"])
     until(lambda: all_runs(runs) and all_runs(runs)[0].lines())
     stopped = polm("stop", made.id)
-    assert (
-        stopped.returncode == 0
-        and "stopped at trial 0" in stopped.stdout
-        and all_runs(runs)[0].status == "stopped"
-    )
+    assert stopped.returncode == 0
+    assert "stopped at trial 0" in stopped.stdout
+    assert all_runs(runs)[0].status == "stopped"
     assert ends(open_sweep(made.path)) == ["stopped", "waiting"]
     again = polm("stop", made.id)
-    assert again.returncode == 2 and "it is stopped" in again.stderr
+    assert again.returncode == 2
+    assert "it is stopped" in again.stderr
 
 
 def test_trials_that_outlive_a_killed_sweep_are_taken_over(runs, tmp_path):
     made, code = (
         planned(runs, [0.1, 0.2, 0.3], jobs=2),
-        f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); from test_sweep import *; work_sweep(open_sweep(sys.argv[1]), start=Written(), pause=0.02)",
+        f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); from test_sweep import "
+        "*; work_sweep(open_sweep(sys.argv[1]), start=Written(), pause=0.02)",
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(made.path)], env=os.environ)
     until(lambda: len([r for r in all_runs(runs) if len(r.lines()) >= 2]) == 2)
     process.kill(), process.wait()
     start = Written()
     done = resume_sweep(made.path, start=start, pause=0.02)
-    assert start.started == [2] and done.status == "finished" and len(all_runs(runs)) == 3
-    assert [t["value"] for t in done.trials] == [0.1, 0.2, 0.3] and all(
-        len(r.lines()) == 10 for r in all_runs(runs)
-    )
+    assert start.started == [2]
+    assert done.status == "finished"
+    assert len(all_runs(runs)) == 3
+    assert [t["value"] for t in done.trials] == [0.1, 0.2, 0.3]
+    assert all(len(r.lines()) == 10 for r in all_runs(runs))
 
 
 def test_a_run_that_was_made_and_not_written_down_is_found_again(runs):
     made = planned(runs, [0.1])
     stray = launch.create("sft", SHORT | {"learning_rate": 0.1}, runs)
     stray.update(sweep=made.id, trial=0)  # and here the sweep was killed
-    assert (
-        work_sweep(made, start=Written(), pause=0.02).trials[0]["run"] == stray.id
-        and len(all_runs(runs)) == 1
-    )
+    assert work_sweep(made, start=Written(), pause=0.02).trials[0]["run"] == stray.id
+    assert len(all_runs(runs)) == 1
 
 
 def test_failures_are_retried_and_reported(runs):
     start = Written(ill={1})
     done = work_sweep(planned(runs, [0.1, 0.2]), start=start, pause=0.02)
-    assert (
-        start.started == [0, 1, 1]
-        and [t["value"] for t in done.trials] == [0.1, 0.2]
-        and done.trials[1]["failures"] == ["RuntimeError: ill"]
-    )
-    assert list(results(done)["tries"]) == [1, 2] and [
-        row["step"] for row in Run(runs / done.trials[1]["run"]).lines()
-    ] == list(range(1, 11))
+    assert start.started == [0, 1, 1]
+    assert [t["value"] for t in done.trials] == [0.1, 0.2]
+    assert done.trials[1]["failures"] == ["RuntimeError: ill"]
+    assert list(results(done)["tries"]) == [1, 2]
+    assert [row["step"] for row in Run(runs / done.trials[1]["run"]).lines()] == list(range(1, 11))
     start = Written(ill={0})
     done = work_sweep(planned(runs, [0.1, 0.2], retries=0), start=start, pause=0.02)
-    assert (
-        start.started == [0, 1]
-        and ends(done) == ["failed", "finished"]
-        and "1 of 2 trials failed: RuntimeError: ill" in done.read()["reason"]
-    )
-    assert "ill" in results(done)["reason"][0] and done.best["values"]["learning_rate"] == 0.2
+    assert start.started == [0, 1]
+    assert ends(done) == ["failed", "finished"]
+    assert "1 of 2 trials failed: RuntimeError: ill" in done.read()["reason"]
+    assert "ill" in results(done)["reason"][0]
+    assert done.best["values"]["learning_rate"] == 0.2
     hopeless = planned(runs, [0.1], retries=0)
     with pytest.raises(RuntimeError, match="all 1 trials failed: RuntimeError: ill"):
         work_sweep(hopeless, start=Written(ill={0}), pause=0.02)
-    assert hopeless.status == "failed" and ends(
-        resume_sweep(hopeless, start=Written(), pause=0.02)
-    ) == ["finished"]
+    assert hopeless.status == "failed"
+    assert ends(resume_sweep(hopeless, start=Written(), pause=0.02)) == ["finished"]
 
 
 def test_stopped_and_resumed(runs):
@@ -342,15 +336,14 @@ def test_stopped_and_resumed(runs):
         work_sweep(
             made, show=lambda s: s.trials[0]["run"] and s.request_stop(), start=start, pause=0.02
         )
-    assert made.status == "stopped" and ends(made) == ["stopped", "waiting"]
+    assert made.status == "stopped"
+    assert ends(made) == ["stopped", "waiting"]
     with pytest.raises(WrongInput, match="it is stopped"):
         launch.stop(made)
     resume_sweep(made, start=start, pause=0.02)
-    assert (
-        made.status == "finished"
-        and start.started == [0, 0, 1]
-        and len(Run(runs / made.trials[0]["run"]).lines()) == 10
-    )
+    assert made.status == "finished"
+    assert start.started == [0, 0, 1]
+    assert len(Run(runs / made.trials[0]["run"]).lines()) == 10
     with pytest.raises(WrongInput, match="nothing is left"):
         resume_sweep(made)
 
@@ -361,11 +354,14 @@ def test_a_deleted_run_and_a_metric_that_is_not_there(runs):
             shutil.rmtree(runs / sweep.trials[0]["run"], ignore_errors=True)
 
     done = work_sweep(planned(runs, [0.1, 0.2]), show=delete, start=Written(), pause=0.02)
-    assert ends(done) == ["failed", "finished"] and "gone" in done.trials[0]["reason"]
+    assert ends(done) == ["failed", "finished"]
+    assert "gone" in done.trials[0]["reason"]
     made, start = planned(runs, [0.1, 0.2], metric="perplexity"), Written()
     with pytest.raises(WrongInput, match="metric = 'perplexity'.*accuracy"):
         work_sweep(made, start=start, pause=0.02)
-    assert start.started == [0] and made.status == "failed" and "accuracy" in made.record["reason"]
+    assert start.started == [0]
+    assert made.status == "failed"
+    assert "accuracy" in made.record["reason"]
 
 
 def test_pruning_and_a_resumed_search_that_proposes_the_same(runs):
@@ -379,19 +375,16 @@ def test_pruning_and_a_resumed_search_that_proposes_the_same(runs):
             cut, show=lambda s: s.trials[5]["run"] and s.request_stop(), start=Written(), pause=0.01
         )
     resume_sweep(cut, start=Written(), pause=0.01)
-    assert [t["values"] for t in cut.trials] == [t["values"] for t in whole.trials] and len(
-        {t["values"]["learning_rate"] for t in whole.trials}
-    ) == 7
+    assert [t["values"] for t in cut.trials] == [t["values"] for t in whole.trials]
+    assert len({t["values"]["learning_rate"] for t in whole.trials}) == 7
 
     pruned = planned(runs / "c", [0.9, 0.8, 0.7, 0.6, 0.1], prune=True)
     work_sweep(pruned, start=Written(), pause=0.01)
     assert ends(pruned) == ["finished"] * 4 + ["pruned"], pruned.trials
     last = Run(runs / "c" / pruned.trials[4]["run"])
-    assert (
-        last.status == "stopped"
-        and pruned.trials[4]["reason"].startswith("pruned at step")
-        and len(last.lines()) < 10
-    )
+    assert last.status == "stopped"
+    assert pruned.trials[4]["reason"].startswith("pruned at step")
+    assert len(last.lines()) < 10
 
 
 def test_trials_at_the_same_time_differ():
@@ -405,11 +398,12 @@ def test_trials_at_the_same_time_differ():
 def test_ray(runs, tree):
     pytest.importorskip("ray")
     tree = tree | dict(RAY_raylet_start_wait_time_s="600")  # a busy machine
-    said = python(
-        "import ray\ndone = lab.sweep('mini', {'rate': [0.1, 0.2]}, on='ray', jobs=2, notebook=False)\nprint(json.dumps([done.id, ray.is_initialized()]))",
+    printed = python(
+        "import ray\ndone = lab.sweep('mini', {'rate': [0.1, 0.2]}, on='ray', jobs=2, "
+        "notebook=False)\nprint(json.dumps([done.id, ray.is_initialized()]))",
         tree,
     )
-    name, left = json.loads(said.strip().split("\n")[-1])
+    name, left = json.loads(printed.strip().split("\n")[-1])
     done = open_sweep(name)
     assert not left, "the cluster that was started for the sweep is gone"
     assert (
@@ -464,7 +458,7 @@ def test_a_wrong_plan_writes_nothing(case, runs):
     assert not runs.exists()
 
 
-def test_what_is_not_installed_is_said_in_one_line(monkeypatch, capsys):
+def test_what_is_not_installed_is_refused_in_one_line(monkeypatch, capsys):
     for module, words in (
         ("optuna", ["sweep", "sft", "-g", "steps", "1,2", "--search", "tpe"]),
         ("ray", ["sweep", "sft", "-g", "steps", "1,2", "--on", "ray"]),
@@ -478,8 +472,10 @@ def test_what_is_not_installed_is_said_in_one_line(monkeypatch, capsys):
                 lambda name, *more: None if name == module else real(name, *more),
             )
             assert cli.main(args=words) == 2
-            said = capsys.readouterr().err.strip().split("\n")
-            assert len(said) == 1 and "not installed" in said[0] and "pip install" in said[0], said
+            printed = capsys.readouterr().err.strip().split("\n")
+            assert (
+                len(printed) == 1 and "not installed" in printed[0] and "pip install" in printed[0]
+            ), printed
 
 
 def test_an_app_gets_further_arguments_and_stays_on_this_machine(monkeypatch):
@@ -492,12 +488,11 @@ def test_an_app_gets_further_arguments_and_stays_on_this_machine(monkeypatch):
     monkeypatch.setattr("os.execv", lambda program, words: asked.append(words))
     cli.main(args=["app", "--port", "8877", "--no-browser"])
     cli.main(args=["lab", "--port=8877"])
-    assert (
-        asked[0][1:3] == ["-m", "voila"]
-        and "--Voila.ip=127.0.0.1" in asked[0]
-        and asked[0][-3:] == ["--port", "8877", "--no-browser"]
-    )
-    assert asked[1][1:3] == ["-m", "jupyterlab"] and asked[1][-1] == "--port=8877"
+    assert asked[0][1:3] == ["-m", "voila"]
+    assert "--Voila.ip=127.0.0.1" in asked[0]
+    assert asked[0][-3:] == ["--port", "8877", "--no-browser"]
+    assert asked[1][1:3] == ["-m", "jupyterlab"]
+    assert asked[1][-1] == "--port=8877"
 
 
 def test_the_command_of_a_sweep_is_the_sweep(runs, capsys):
@@ -525,38 +520,33 @@ def test_the_command_of_a_sweep_is_the_sweep(runs, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("polm_lab.cli.create_sweep", note)
         assert cli.main(args=shlex.split(line)[1:]) == 2
-    assert seen["planned"] == plan("sft", grid, {"data": "it's $HOME"}, **options) and seen[
-        "out"
-    ] == str(runs)
+    assert seen["planned"] == plan("sft", grid, {"data": "it's $HOME"}, **options)
+    assert seen["out"] == str(runs)
 
 
 def test_the_form_starts_a_sweep_shows_it_and_survives_its_loss(runs, monkeypatch):
     view = Sweeps(runs)
-    assert view.pick.options == (("none yet", ""),) and view.start.disabled
+    assert view.pick.options == (("none yet", ""),)
+    assert view.start.disabled
     view.add.value = "learning_rate"
-    assert (
-        view.varied.value == "learning_rate 0.001"
-        and view.add.value == ""
-        and "peak learning rate" in view.hints.value
-    )
+    assert view.varied.value == "learning_rate 0.001"
+    assert view.add.value == ""
+    assert "peak learning rate" in view.hints.value
     view.varied.value, view.fixed.value = "learning_rate 0.1, 0.2", "steps 2\ndata sums"
     view.how["jobs"].control.value = "none"
-    assert "expected a whole number" in view.message.value and view.start.disabled
+    assert "expected a whole number" in view.message.value
+    assert view.start.disabled
     view.how["jobs"].control.value = "1"
-    assert (
-        view.message.value == "2 trials, 1 at a time"
-        and "learning_rate 0.1,0.2" in view.command.text
-    )
+    assert view.message.value == "2 trials, 1 at a time"
+    assert "learning_rate 0.1,0.2" in view.command.text
     monkeypatch.setattr(
         "polm_lab.runner.launch.spawn", lambda made: work_sweep(made, start=Written(), pause=0.02)
     )
     view.start.click()
     found = open_sweep(view.chosen, runs)
-    assert (
-        found.status == "finished"
-        and [row["status"] for row in view.table.rows] == ["finished"] * 2
-        and "0.2" in view.state.value
-    )
+    assert found.status == "finished"
+    assert [row["status"] for row in view.table.rows] == ["finished"] * 2
+    assert "0.2" in view.state.value
     view.table.selected = [1]
     assert view.selected_run == found.trials[1]["run"]
     view.dark = True
@@ -571,7 +561,8 @@ def test_the_form_starts_a_sweep_shows_it_and_survives_its_loss(runs, monkeypatc
     assert "damaged" in again.state.value
     shutil.rmtree(found.path)
     again.refresh()
-    assert "no run is there" in again.state.value and again.resume.disabled
+    assert "no run is there" in again.state.value
+    assert again.resume.disabled
 
 
 def test_only_what_is_new_is_drawn(runs, monkeypatch):
@@ -592,7 +583,8 @@ def test_only_what_is_new_is_drawn(runs, monkeypatch):
     made.trials[-1].update(status="finished", value=0.9)
     made.save()
     view.refresh()
-    assert sent == ["table", "figure"] and len(view.figure.data[0].line.color) == 200
+    assert sent == ["table", "figure"]
+    assert len(view.figure.data[0].line.color) == 200
 
 
 # Copies, the queue, the commands
@@ -616,20 +608,20 @@ def test_clone(runs):
 def test_the_queue_outlives_who_filled_it_and_its_own_process(runs, tree, polm):
     python("for seed in range(3): lab.enqueue('mini', notebook=False, seed=seed, pace=0.2)", tree)
     out = launch.waiting(runs)[-1]
-    assert launch.stop(out).status == "stopped" and out.read()["reason"] == "taken out of the queue"
-    first, second = (
-        next(r for r in all_runs(runs) if r.settings["seed"] == seed) for seed in (0, 1)
-    )
+    assert launch.stop(out).status == "stopped"
+    assert out.read()["reason"] == "taken out of the queue"
+    by_seed = {run.settings["seed"]: run for run in all_runs(runs)}
+    first, second = by_seed[0], by_seed[1]
     until(lambda: first.status == "running")
     assert list(lab.runs()["status"]).count("queued") == 1
     for process in psutil.process_iter(["cmdline"]):
         if "work-queue" in (process.info["cmdline"] or []) and str(runs) in process.info["cmdline"]:
             process.kill()
-    python(
-        "lab.enqueue('mini', notebook=False, seed=3).request_stop()", tree
-    )  # whoever comes next finds the queue as it was left
+    # the next run that is queued finds the queue as it was left
+    python("lab.enqueue('mini', notebook=False, seed=3).request_stop()", tree)
     until(lambda: second.status == "finished")
-    assert first.status == "finished" and not out.lines()
+    assert first.status == "finished"
+    assert not out.lines()
     until(lambda: not launch.waiting(runs))
     assert (second.path / "lock").stat().st_mtime >= (
         first.path / "metrics.jsonl"
@@ -655,7 +647,8 @@ def test_a_run_of_the_queue_that_is_killed_or_deleted_does_not_hold_up_the_next(
 
     monkeypatch.setattr(launch, "spawn", start)
     launch.work_queue(runs)
-    assert started == [killed.id, last.id] and not launch.waiting(runs)
+    assert started == [killed.id, last.id]
+    assert not launch.waiting(runs)
 
 
 def test_the_queue_waits_while_the_disk_is_full(runs, monkeypatch, capsys):
@@ -672,14 +665,12 @@ def test_the_queue_waits_while_the_disk_is_full(runs, monkeypatch, capsys):
     monkeypatch.setattr(launch, "spawn", lambda run, keep: subprocess.Popen(["true"]))
     monkeypatch.setattr(launch, "PATIENCE", 0.01)
     launch.work_queue(runs)
-    said = capsys.readouterr().out.strip().split("\n")
-    assert (
-        len(tries) == 3
-        and len(said) == 1
-        and run.id in said[0]
-        and "No space left" in said[0]
-        and not launch.waiting(runs)
-    )
+    printed = capsys.readouterr().out.strip().split("\n")
+    assert len(tries) == 3
+    assert len(printed) == 1
+    assert run.id in printed[0]
+    assert "No space left" in printed[0]
+    assert not launch.waiting(runs)
 
 
 def test_a_run_whose_process_dies_before_it_begins_has_failed(runs, monkeypatch):
@@ -696,7 +687,8 @@ def test_each_command_does_what_the_button_does(runs, tree, tmp_path):
     values = dict(rate=1e-05, steps=3, data=str(data), seed=0)
     shown = json.loads(
         python(
-            f"lab.launch('mini', **{values!r}); print(json.dumps(lab.commands('mini', {values!r})))",
+            f"lab.launch('mini', **{values!r}); print(json.dumps(lab.commands('mini', "
+            f"{values!r})))",
             tree,
             cwd=tmp_path,
         )
@@ -718,19 +710,15 @@ def test_each_command_does_what_the_button_does(runs, tree, tmp_path):
         assert done.returncode == 0, (line, done.stderr[-2000:])
     found = all_runs(runs)
     until(lambda: all(r.status == "finished" for r in found))
-    assert (
-        len(found) == 4
-        and found[0].settings["rate"] == 1e-5
-        and found[0].settings["data"] == str(data)
-    )
-    assert all(
-        r.settings == found[0].settings
-        and [row["accuracy"] for row in r.lines()] == [row["accuracy"] for row in found[0].lines()]
-        for r in found
-    )
-    assert (runs / "mini.ipynb").exists() and sum(
-        (r.path / "notebook.ipynb").exists() for r in found
-    ) == 3
+    assert len(found) == 4
+    assert found[0].settings["rate"] == 1e-5
+    assert found[0].settings["data"] == str(data)
+    curve = [row["accuracy"] for row in found[0].lines()]
+    for each in found:
+        assert each.settings == found[0].settings
+        assert [row["accuracy"] for row in each.lines()] == curve
+    assert (runs / "mini.ipynb").exists()
+    assert sum((r.path / "notebook.ipynb").exists() for r in found) == 3
     assert (
         shown["polm"].startswith("polm run mini -p rate 1e-05") and "seed" not in shown["python"]
     ), "what equals the default is not written"

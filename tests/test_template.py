@@ -1,4 +1,7 @@
-"A reader adds a method by following CONTRIBUTING.md: copies the template, changes names, exports, and touches no other file."
+"""A reader adds a method by following CONTRIBUTING.md.
+
+The reader copies the template, changes names, exports, and touches no other file.
+"""
 
 import json
 import os

@@ -1,4 +1,7 @@
-"A wheel built from the repository runs a method in a clean environment: the notebooks and the model travel in it."
+"""A wheel built from the repository runs a method in a clean environment.
+
+It contains the notebooks and the model.
+"""
 
 import json
 import os
@@ -44,9 +47,8 @@ def test_a_wheel_in_a_clean_environment_runs_dpo(tmp_path):
     clean = tmp_path / "clean"
     venv.create(clean, with_pip=True)
     site = Path(sysconfig.get_path("purelib", vars={"base": str(clean)}))
-    (site / "requirements.pth").write_text(
-        sysconfig.get_path("purelib") + "\n"
-    )  # the installed requirements, without this project's source tree
+    # the installed requirements, without this project's source tree
+    (site / "requirements.pth").write_text(sysconfig.get_path("purelib") + "\n")
     subprocess.run(
         [clean / "bin/pip", "install", "--quiet", "--no-deps", wheel],
         check=True,
@@ -65,7 +67,8 @@ def test_a_wheel_in_a_clean_environment_runs_dpo(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.strip().split("\n")[-1])
-    assert said["status"] == "finished" and said["path"].startswith(str(elsewhere / "runs"))
+    assert said["status"] == "finished"
+    assert said["path"].startswith(str(elsewhere / "runs"))
     where = subprocess.run(
         [clean / "bin/python", "-c", "import polm_lab; print(polm_lab.__file__)"],
         cwd=elsewhere,
@@ -74,7 +77,10 @@ def test_a_wheel_in_a_clean_environment_runs_dpo(tmp_path):
         text=True,
     ).stdout
     assert where.startswith(str(clean))
-    code = "import polm_lab as lab; states = lab.atlas()['state']; print(len(states), (states == 'runs').sum() > 50, lab.datasets().shape[0] > 40)"
+    code = (
+        "import polm_lab as lab; states = lab.atlas()['state']; print(len(states), (states == "
+        "'runs').sum() > 50, lab.datasets().shape[0] > 40)"
+    )
     atlas = subprocess.run(
         [clean / "bin/python", "-c", code], cwd=elsewhere, env=env, capture_output=True, text=True
     )
@@ -82,4 +88,5 @@ def test_a_wheel_in_a_clean_environment_runs_dpo(tmp_path):
     refused = subprocess.run(
         [clean / "bin/polm_site", "check"], cwd=elsewhere, env=env, capture_output=True, text=True
     )
-    assert refused.returncode == 2 and "the source tree, where the site is made" in refused.stderr
+    assert refused.returncode == 2
+    assert "the source tree, where the site is made" in refused.stderr

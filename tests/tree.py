@@ -1,5 +1,6 @@
-"""The notebooks are clean and the package is what they export. Exit status 1 and the names of those that are not.
+"""Check that the notebooks are clean and that the package is what they export.
 
+Exit status 1 and the names of those that are not.
 Works on a copy, so the check changes nothing.
 """
 
@@ -57,7 +58,8 @@ def main() -> int:
         print(f"nbs/{name}: not clean; run nbdev_clean")
     for name in stale:
         print(
-            f"polm_lab/{name}: not what the notebooks export; edit the notebook and run nbdev_export"
+            f"polm_lab/{name}: not what the notebooks export; edit the notebook and run "
+            "nbdev_export"
         )
     print(
         f"notebooks clean: {'no' if unclean else 'yes'}, export in sync: {'no' if stale else 'yes'}"

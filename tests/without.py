@@ -1,4 +1,6 @@
-"""Run a command as on a machine where some programs are missing: `python tests/without.py bwrap chromium quarto -- make test`.
+"""Run a command as on a machine where some programs are missing.
+
+    python tests/without.py bwrap chromium quarto -- make test
 
 The command's PATH is one folder of links to all programs of today's PATH but those.
 """

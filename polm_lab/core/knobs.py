@@ -19,14 +19,20 @@ UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class WrongInput(ValueError):
-    "Input that the user can mend; the message is one line: where, what was found, what is expected, what to do."
+    """Report input that the user can correct.
+
+    The message is one line: where, what was found, what is expected, what to do.
+    """
 
     def __init__(self, message=""):
         super().__init__(one_line(str(message)))
 
 
 def one_line(text: str) -> str:
-    "`text` on one line that any terminal can show: what came out of a file may hold line breaks, controls, or halves of surrogate pairs."
+    """Return `text` on one line that any terminal can show.
+
+    Text from a file may hold line breaks, control characters, or halves of surrogate pairs.
+    """
     lines = text.splitlines()
     text = " ".join(line.strip() for line in lines) if len(lines) > 1 else "".join(lines)
     return UNSHOWN.sub(
@@ -35,7 +41,7 @@ def one_line(text: str) -> str:
 
 
 def nearest(word: str, words) -> str:
-    "The known `words`, with a guess first: `did you mean 'dpo'? known: dpo, grpo, sft`."
+    "Return the known `words`, with a guess first: `did you mean 'dpo'? known: dpo, grpo, sft`."
     words = sorted(words)
     same = [known for known in words if known.lower() == str(word).strip().lower()]  # SFT for sft
     close = same[:1] or difflib.get_close_matches(str(word), words, n=1)
@@ -44,7 +50,7 @@ def nearest(word: str, words) -> str:
 # %% ../../nbs/core/knobs.ipynb #9ca58b33
 @dataclass(frozen=True)
 class Knob:
-    "What is known of one setting."
+    "The facts of one setting."
 
     name: str
     type: type  # str, int, float or bool
@@ -71,7 +77,10 @@ class Knob:
         return kind + low + (" and" if low and high else "") + high
 
     def check(self, value):
-        "Return `value` as this knob's type; raise `WrongInput` if it is of another type or out of range."
+        """Return `value` as this knob's type.
+
+        Raises: `WrongInput` if it is of another type or out of range.
+        """
         close = difflib.get_close_matches(str(value), map(str, self.choices), n=1)
         guess = f"; did you mean {close[0]!r}?" if close else ""
         wrong = WrongInput(
@@ -91,7 +100,10 @@ class Knob:
 
 # %% ../../nbs/core/knobs.ipynb #49a5fb23
 def _convert(value, kind: type):
-    "`value` as `kind`, from itself or from the text of a command line; nothing is rounded or guessed."
+    """Return `value` as `kind`; it may be text from a command line.
+
+    Nothing is rounded or guessed.
+    """
     if kind is str:
         if not isinstance(value, str):
             raise TypeError
@@ -127,7 +139,10 @@ def knob(
     log: bool = False,
     parts=None,
 ):
-    "A dataclass field that is a knob: `beta: float = knob(0.1, 'strength of the KL constraint', low=0, source='DPO §6')`."
+    """Declare a dataclass field that is a knob.
+
+    `beta: float = knob(0.1, 'strength of the KL constraint', low=0, source='DPO §6')`.
+    """
     facts = dict(
         meaning=meaning,
         unit=unit,
@@ -145,7 +160,10 @@ OFF = "off"  # the value of a part that the string does not name
 
 @dataclass(frozen=True)
 class Part(Knob):
-    "An entry of a short string; its default is its value where the string names it without one."
+    """An entry of a short string.
+
+    Its default is its value where the string names it without one.
+    """
 
     optional: bool = True  # the string may leave it out
 
@@ -181,7 +199,7 @@ def _number(text: str) -> float | None:
 
 
 def _written(value) -> str:
-    "A value as a short string holds it; a number comes back as the same number."
+    "Return a value as a short string holds it; a number comes back as the same number."
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
@@ -196,14 +214,14 @@ def _checked(part: Part, text: str, where: str) -> float:
 
 
 class Grammar:
-    "How a short string holds its parts; each form has `read` and `write`."
+    "The form in which a short string holds its parts; each form has `read` and `write`."
 
     def __init__(self, *parts: Part, other: Part | None = None):
         self.parts = {part.name: part for part in parts}
         self.other = other  # for names with a colon that are not listed: `module:function`
 
     def find(self, name: str) -> Part | None:
-        "The part `name`, or None."
+        "Return the part `name`, or None."
         if name not in self.parts and self.other and ":" in name:
             return replace(self.other, name=name)
         return self.parts.get(name)
@@ -213,7 +231,7 @@ class Listed(Grammar):
     "`a,b:0.2`: names with commas between them, with a number where one is wanted."
 
     def _entries(self, items: list[str], name: str) -> dict[int, float | None]:
-        "The places of the entries `name` in `items`, each with its number or None."
+        "Return the places of the entries `name` in `items`, each with its number or None."
         found = {}
         for place, item in enumerate(map(str.strip, items)):
             head, _, last = item.rpartition(":")
@@ -224,7 +242,10 @@ class Listed(Grammar):
         return found
 
     def values(self, text: str, where: str) -> dict[str, float]:
-        "The entries of `text`, the value of knob `where`, with their numbers; raises `WrongInput`."
+        """Return the entries of `text`, the value of knob `where`, with their numbers.
+
+        Raises: `WrongInput`.
+        """
         found, where = {}, f"{where} = {text!r}"
         for item in filter(None, map(str.strip, text.split(","))):
             name, colon, number = map(str.strip, item.partition(":"))
@@ -235,7 +256,7 @@ class Listed(Grammar):
         return found
 
     def read(self, text: str, part: Part):
-        "The value of `part` in `text`; the last one, where `text` names it twice."
+        "Return the value of `part` in `text`; the last one, where `text` names it twice."
         numbers = list(self._entries(text.split(","), part.name).values())
         if part.type is bool:
             return bool(numbers)
@@ -257,14 +278,17 @@ class Listed(Grammar):
 
 # %% ../../nbs/core/knobs.ipynb #5d0b7e21
 class Weighted(Grammar):
-    "`word:0.5`: any word, such as a path, and its number. A path with a colon needs the number."
+    """`word:0.5`: any word, such as a path, and its number.
+
+    A path with a colon needs the number.
+    """
 
     def __init__(self, word: Part, number: Part):
         super().__init__(replace(word, optional=False), replace(number, optional=False))
         self.word, self.number = self.parts.values()
 
     def values(self, text: str, where: str) -> dict:
-        "The word and the number in `text`, the value of knob `where`; raises `WrongInput`."
+        "Return the word and the number in `text`, the value of knob `where`; raises `WrongInput`."
         spec = text if ":" in text else f"{text}:{self.number.default}"
         word, _, number = map(str.strip, spec.rpartition(":"))
         if not word:
@@ -275,7 +299,7 @@ class Weighted(Grammar):
         return {self.word.name: word, self.number.name: weight}
 
     def read(self, text: str, part: Part):
-        "The value of `part` in `text`; a colon that no number follows belongs to the word."
+        "Return the value of `part` in `text`; a colon that no number follows belongs to the word."
         word, _, number = text.strip().rpartition(":")
         if not word or _number(number) is None:
             word, number = text.strip(), self.number.default
@@ -297,7 +321,7 @@ class Options(Grammar):
         self.head, self.none = parts[0], none
 
     def _pieces(self, text: str) -> tuple[str, list[str]]:
-        "The word, and its settings as `name=value`; a list's items are with its name."
+        "Return the word, and its settings as `name=value`; a list's items are with its name."
         kind, _, rest = text.strip().partition(":")
         pieces = []
         for piece in filter(None, rest.split(",")):
@@ -308,7 +332,7 @@ class Options(Grammar):
         return kind.strip() or self.none, pieces
 
     def read(self, text: str, part: Part):
-        "The value of `part` in `text`; as text where it is of another type."
+        "Return the value of `part` in `text`; as text where it is of another type."
         kind, pieces = self._pieces(text)
         if part == self.head:
             return kind
@@ -345,11 +369,14 @@ class Word(Grammar):
         super().__init__(replace(part, choices=(*part.choices, "own"), optional=False))
 
     def read(self, text: str, part: Part) -> str:
-        "The word of `text`."
+        "Return the word of `text`."
         return text if text in part.choices else "own"
 
     def write(self, text: str, part: Part, value: str) -> str:
-        "The word `value`. Raises `WrongInput` for `own` where no text of one's own is there."
+        """Return the word `value`.
+
+        Raises: `WrongInput` for `own` if the string has no text of its own.
+        """
         if value == self.read(text, part):
             return text
         if value == "own":

@@ -23,9 +23,10 @@ from .settings import RunSettings
 
 # %% ../../nbs/core/machine.ipynb #b23a209a
 def use_utf8():
-    """Have paths and texts in UTF-8 whatever the locale says: else this process is replaced by one that reads them so, and its children inherit it.
+    """Read and write paths and texts as UTF-8, whatever the locale says.
 
-    What a terminal of another encoding cannot show is escaped.
+    If Python started with another encoding, this process is replaced by one in UTF-8 mode, and its
+    child processes inherit that mode. What a terminal of another encoding cannot show is escaped.
     """
     if not sys.flags.utf8_mode and codecs.lookup(sys.getfilesystemencoding()).name != "utf-8":
         os.environ["PYTHONUTF8"] = "1"
@@ -37,17 +38,18 @@ def use_utf8():
 # %% ../../nbs/core/machine.ipynb #7f3fe131
 @contextmanager
 def quiet_libraries():
-    "No progress bars, load reports and warnings of the libraries: what matters of them is raised as `WrongInput`."
+    """Silence progress bars, load reports and warnings of the libraries.
+
+    What matters in them is raised as `WrongInput`.
+    """
     from transformers.utils import logging
 
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with (
-            warnings.catch_warnings(),
-            redirect_stderr(io.StringIO()),
-        ):  # some tuners draw bars of their own
+        # some tuners draw bars of their own
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -57,13 +59,16 @@ def quiet_libraries():
 
 # %% ../../nbs/core/machine.ipynb #e292a8de
 def first_line(error: Exception) -> str:
-    "The first line of an error of a library, short enough to stand in one of ours."
+    "Return the first line of an error of a library, short enough to quote in one of ours."
     text = " ".join(str(error).strip().split("\n")[0].split())
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 # %% ../../nbs/core/machine.ipynb #ca534f47
 def data_folder() -> Path:
-    "The folder with the project's own data: `polm_lab/_data` in an installed wheel, else `data` of the source tree."
+    """Return the folder with the project's own data.
+
+    It is `polm_lab/_data` in an installed wheel, else `data` of the source tree.
+    """
     package = Path(polm_lab.__file__).parent
     return package / "_data" if (package / "_data").is_dir() else package.parent / "data"
 
@@ -72,17 +77,16 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 # %% ../../nbs/core/machine.ipynb #d66706cc
 def pick_device(device: str = "auto"):
-    "The torch device for `device`; auto means cuda, else mps, else cpu. Raises `WrongInput` if it is not there."
+    """Return the torch device for `device`; auto means cuda, else mps, else cpu.
+
+    Raises: `WrongInput` if this machine does not have it.
+    """
     import torch
 
     if str(device) == "auto":
-        return torch.device(
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         found = torch.device(device)
         there = {
@@ -94,13 +98,14 @@ def pick_device(device: str = "auto"):
             raise RuntimeError("not on this machine")
     except RuntimeError as error:
         raise WrongInput(
-            f"device {device!r}: {first_line(error)}; expected auto, cpu, cuda, cuda:1 or mps, and one that this machine has"
+            f"device {device!r}: {first_line(error)}; expected auto, cpu, cuda, cuda:1 or mps, "
+            "and one that this machine has"
         ) from None
     return found
 
 # %% ../../nbs/core/machine.ipynb #dd657207
 def pick_dtype(device="auto"):
-    "Return the torch dtype that `auto` means: bf16 on a GPU that has it in hardware, else fp32."
+    "Return the torch dtype of `auto`: bf16 on a GPU that has it in hardware, else fp32."
     import torch
 
     device = pick_device(device)
@@ -121,7 +126,10 @@ def torch_dtype(name, device):
 
 # %% ../../nbs/core/machine.ipynb #70e16f5d
 def seed_of(*parts) -> int:
-    "A seed in [0, 2**63) from any parts that print the same each time: `seed_of(settings.seed, step, 'rollout')`."
+    """Return a seed in [0, 2**63) from any parts that print the same each time.
+
+    `seed_of(settings.seed, step, 'rollout')`.
+    """
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
@@ -139,7 +147,8 @@ def process_rank_and_count() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-LAUNCHES = {  # what accelerate calls a way to share the work that no method here has -> the environment variable by which it asks for it
+# Ways to share the work that no method here has: accelerate's name -> its environment variable
+LAUNCHES = {
     "distributed_type: FSDP": "ACCELERATE_USE_FSDP",
     "distributed_type: DEEPSPEED": "ACCELERATE_USE_DEEPSPEED",
     "distributed_type: MEGATRON_LM": "ACCELERATE_USE_MEGATRON_LM",
@@ -148,9 +157,11 @@ LAUNCHES = {  # what accelerate calls a way to share the work that no method her
 
 
 def check_launch(settings: RunSettings) -> str:
-    """How the processes of a run share the work: `none`, or `ddp` (each holds the whole model and takes its share of the rows).
+    """Return how the processes of a run share the work: `none` or `ddp`.
 
-    Raises `WrongInput` for what the configuration of `accelerate launch` asks for and the run would not do: accelerate itself trains as DDP where it cannot shard, and says nothing.
+    With `ddp` each process holds the whole model and takes its share of the rows.
+    Raises: `WrongInput` for anything that `accelerate launch` is configured to do and the run
+    would not do. Where accelerate cannot shard, it trains as DDP without a warning.
     """
 
     def asked(name: str) -> str:
@@ -159,41 +170,51 @@ def check_launch(settings: RunSettings) -> str:
     for what, name in LAUNCHES.items():
         if asked(name) in ("true", "1", "yes"):
             raise WrongInput(
-                f"accelerate: {what} is asked for; expected distributed_type MULTI_GPU, MULTI_CPU or NO, since each process holds the whole model here; change accelerate's configuration, or start with accelerate launch --multi_gpu"
+                f"accelerate: {what} is asked for; expected distributed_type MULTI_GPU, MULTI_CPU "
+                "or NO, since each process holds the whole model here; change accelerate's "
+                "configuration, or start with accelerate launch --multi_gpu"
             )
     backend = asked("ACCELERATE_DYNAMO_BACKEND") or "no"
     if backend != "no":
         raise WrongInput(
-            f"accelerate: dynamo_backend {backend} is asked for; expected no, since nothing is compiled here; start with accelerate launch --dynamo_backend no"
+            f"accelerate: dynamo_backend {backend} is asked for; expected no, since nothing is "
+            "compiled here; start with accelerate launch --dynamo_backend no"
         )
     steps = asked("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") or "1"
     if steps != "1":
         raise WrongInput(
-            f"accelerate: gradient_accumulation_steps {steps} is asked for; expected 1, since a run has a knob for it; take it out there, and write -p accumulate {steps}"
+            f"accelerate: gradient_accumulation_steps {steps} is asked for; expected 1, since a "
+            f"run has a knob for it; take it out there, and write -p accumulate {steps}"
         )
     types = {"bf16": "bfloat16", "fp16": "float16"}
     precision = asked("ACCELERATE_MIXED_PRECISION") or "no"
     if precision != "no" and types.get(precision) != settings.dtype:
         todo = f"write -p dtype {types[precision]}" if precision in types else "take it out there"
         raise WrongInput(
-            f"accelerate: mixed_precision {precision} is asked for, and the run's dtype is {settings.dtype}; expected the same of both; {todo}"
+            f"accelerate: mixed_precision {precision} is asked for, and the run's dtype is "
+            f"{settings.dtype}; expected the same of both; {todo}"
         )
     if (
         asked("ACCELERATE_USE_CPU") in ("true", "1", "yes")
         and pick_device(settings.device).type != "cpu"
     ):
         raise WrongInput(
-            f"accelerate: use_cpu is asked for, and the run's device is {settings.device}; expected the same of both; write -p device cpu"
+            f"accelerate: use_cpu is asked for, and the run's device is {settings.device}; "
+            "expected the same of both; write -p device cpu"
         )
     return "ddp" if process_rank_and_count()[1] > 1 else "none"
 
 
 def my_share(rows: list) -> list:
-    "The rows of this process: equal runs of the list. Raises `WrongInput` if they cannot be shared equally."
+    """Return the rows of this process: equal, consecutive parts of the list.
+
+    Raises: `WrongInput` if they cannot be shared equally.
+    """
     rank, processes = process_rank_and_count()
     if len(rows) % processes:
         raise WrongInput(
-            f"{len(rows)} rows cannot be shared by {processes} processes: make batch_size a multiple of {processes}"
+            f"{len(rows)} rows cannot be shared by {processes} processes: make batch_size a "
+            f"multiple of {processes}"
         )
     size = len(rows) // processes
     return rows[rank * size : (rank + 1) * size]

@@ -18,14 +18,8 @@ from .settings import RunSettings, Settings, knobs
 from .metrics import Metric, metric, register_metrics
 
 # %% ../../nbs/core/method.ipynb #e1adbcd8
-FAMILIES = (
-    "finetuning",
-    "alignment",
-    "reasoning",
-    "efficiency",
-    "integration",
-    "recipes",
-)  # folders, in the order of the survey
+# folders, in the order of the survey
+FAMILIES = ("finetuning", "alignment", "reasoning", "efficiency", "integration", "recipes")
 NEEDS = {  # word -> meaning; what a method needs besides a model and its rows
     "reference": "a frozen copy of the model at the start, for the KL or the implicit reward",
     "reward": "functions or a reward model that score an answer",
@@ -35,7 +29,9 @@ NEEDS = {  # word -> meaning; what a method needs besides a model and its rows
     "right answers or tests": "questions whose answers can be checked",
     "tunes of one base": "several models that were trained from the same one",
     "a library": "documents that answers are looked up in",
-    "questions with answers and passages": "questions, their answers, and the passages that hold these",
+    "questions with answers and passages": (
+        "questions, their answers, and the passages that hold these"
+    ),
 }
 EXPLANATIONS = {  # word -> meaning; how the cockpit explains a reward (see workbench/why)
     "group": "the reward against the mean of its group, over the group's spread",
@@ -98,10 +94,11 @@ def method(
 ):
     """Record a function `name(settings: SettingsClass, run: Run) -> None` as the method `name`.
 
-    A notebook that is run defines its method a second time; the newer record then takes the place of the older.
-    `needs` are words of NEEDS. `explain` says how the cockpit explains a reward of this method: a
-    word of EXPLANATIONS, or a function (row, rows of its group, settings) that gives sentences, or
-    the word that fits the row. `metrics` are the method's own and join the vocabulary.
+    A notebook that is run defines its method a second time; the newer record replaces the older.
+    The `needs` are words of NEEDS. How the cockpit explains a reward is given by `explain`.
+    It is a word of EXPLANATIONS, or a function (row, rows of its group, settings).
+    The function returns sentences, or the word that fits the row.
+    The `metrics` are the method's own and join the vocabulary.
     Raises: `WrongInput` for an unknown word and for a metric that is declared elsewhere.
     """
     if family not in FAMILIES:
@@ -119,7 +116,8 @@ def method(
         settings = hints.get("settings")
         if not (isinstance(settings, type) and issubclass(settings, RunSettings)):
             raise WrongInput(
-                f"method {function.__name__}: expected a first argument `settings: <a class of RunSettings or Settings>`, found {settings!r}"
+                f"method {function.__name__}: expected a first argument `settings: <a class of "
+                f"RunSettings or Settings>`, found {settings!r}"
             )
         summary = (function.__doc__ or "").strip().split("\n")[0]
         register_metrics(function.__name__, metrics)
@@ -147,11 +145,10 @@ def method(
 # %% ../../nbs/core/method.ipynb #dce77219
 def _files() -> dict[str, str]:
     "Module names of the families' folders: {last part: full name}."
-    package = (
-        sys.modules[__name__.split(".")[0]]
-        if __name__ != "__main__"
-        else importlib.import_module("polm_lab")
-    )
+    if __name__ == "__main__":
+        package = importlib.import_module("polm_lab")
+    else:
+        package = sys.modules[__name__.split(".")[0]]
     root = Path(package.__file__).parent
     return {
         p.stem: f"polm_lab.{family}.{p.stem}"
@@ -161,24 +158,28 @@ def _files() -> dict[str, str]:
 
 
 def find(name: str) -> Method:
-    "The method `name`; raises `WrongInput` with the nearest known names."
+    "Return the method `name`; raises `WrongInput` with the nearest known names."
     files = _files()
     if name not in REGISTRY and name in files:
         importlib.import_module(files[name])
     if name not in REGISTRY:
         raise WrongInput(
-            f"unknown method {name!r}: {nearest(name, methods())}; `polm methods` tells what each does"
+            f"unknown method {name!r}: {nearest(name, methods())}; `polm methods` tells what each "
+            "does"
         )
     return REGISTRY[name]
 
 
 def load_page(name: str) -> Method | None:
-    "The method `name` with what its page declares; None where no page has that name."
+    "Return the method `name` with what its page declares; None where no page has that name."
     return find(name) if name in REGISTRY or name in _files() else None
 
 
 def metric_of(name: str, *methods: str) -> Metric:
-    "The meaning of a logged name, which `methods` may declare; raises `KeyError` like `metric`."
+    """Return the meaning of a logged name, which `methods` may declare.
+
+    Raises: `KeyError`, like `metric`.
+    """
     with suppress(KeyError):
         return metric(name)
     for one in methods:
@@ -187,7 +188,7 @@ def metric_of(name: str, *methods: str) -> Metric:
 
 
 def methods() -> dict[str, Method]:
-    "All methods by name, in the order of the families."
+    "Return all methods by name, in the order of the families."
     for module in _files().values():
         importlib.import_module(module)
     return dict(

@@ -14,13 +14,13 @@ from .knobs import WrongInput
 # %% ../../nbs/core/metrics.ipynb #5248f958
 @dataclass(frozen=True)
 class Metric:
-    "What one number means."
+    "The meaning of one number."
 
     name: str
     meaning: str
     formula: str = ""  # LaTeX
     unit: str = ""
-    reading: str = ""  # what a high, low, rising or falling value says
+    reading: str = ""  # the meaning of a high, low, rising or falling value
     low: float | None = None  # usual range
     high: float | None = None
     better: str = ""  # "up", "down", or "" where neither is better
@@ -32,14 +32,19 @@ _ALL = [
         "what the optimizer makes smaller",
         unit="nats",
         better="down",
-        reading="Falls in supervised and preference methods. In policy-gradient methods it stays near 0 and says little: read the reward.",
+        reading=(
+            "Falls in supervised and preference methods. In policy-gradient methods it stays near "
+            "0 and says little: read the reward."
+        ),
     ),
     Metric(
         "reward",
         "mean reward of the sampled completions",
         r"\frac1n\sum_i r(x_i,y_i)",
         better="up",
-        reading="Should rise. If it rises while held-out accuracy does not, the reward is being gamed.",
+        reading=(
+            "Should rise. If it rises while held-out accuracy does not, the reward is being gamed."
+        ),
     ),
     Metric(
         "reward_std",
@@ -111,16 +116,18 @@ _ALL += [
     ),
     Metric(
         "kl_coefficient",
-        "strength of the KL's toll in the reward",
+        "strength of the KL penalty in the reward",
         r"\beta",
         "reward/nat",
-        "Constant, or steered: it rises while the KL lies above its target.",
+        "Constant, or adapted: it rises while the KL is above its target.",
     ),
     Metric(
         "entropy_coefficient",
         "weight of the entropy in the loss",
         r"\lambda_t",
-        reading="0 without an entropy bonus. It follows the rewards' variance where the method says so.",
+        reading=(
+            "0 without an entropy bonus. It follows the rewards' variance where the method says so."
+        ),
     ),
     Metric(
         "length",
@@ -141,7 +148,9 @@ _ALL += [
         "zero_std_groups",
         "share of groups whose rewards are all equal",
         unit="share",
-        reading="These groups give no gradient. Near 1 the task is too easy or too hard for the policy.",
+        reading=(
+            "These groups give no gradient. Near 1 the task is too easy or too hard for the policy."
+        ),
         low=0.0,
         high=0.8,
     ),
@@ -163,7 +172,8 @@ _ALL += [
     ),
     Metric(
         "margin",
-        "reward of the chosen completion minus that of the rejected one: of a reward model, or implicit in a policy",
+        "reward of the chosen completion minus that of the rejected one: of a reward model, or "
+        "implicit in a policy",
         r"r(x,y_w)-r(x,y_l)",
         better="up",
         reading="Rises from 0.",
@@ -257,7 +267,9 @@ _ALL += [
         better="down",
         low=0.0,
         high=1.0,
-        reading="What refining costs. On good drafts even a small share outweighs what is mended.",
+        reading=(
+            "What refining costs. On good drafts even a small share outweighs what is corrected."
+        ),
     ),
     Metric(
         "incorrect_to_correct",
@@ -267,7 +279,10 @@ _ALL += [
         better="up",
         low=0.0,
         high=1.0,
-        reading="What refining gains; drawing another answer mends too, so compare at equal tokens.",
+        reading=(
+            "What refining gains. Sampling another answer also corrects some, so compare at equal "
+            "tokens."
+        ),
     ),
     Metric(
         "tokens",
@@ -302,17 +317,21 @@ _ALL += [
 _ALL += [
     Metric(
         "faithfulness",
-        "share of answers that stand in a passage that was given",
+        "share of answers that occur in a passage that was given",
         unit="share",
         better="up",
         low=0.0,
         high=1.0,
-        reading="High and wrong: the passages are wrong. Low: the reader answers from memory, or makes it up.",
+        reading=(
+            "High and wrong: the passages are wrong. Low: the reader answers from memory, or "
+            "makes it up."
+        ),
     ),
     Metric("stage_ms", "median time of a stage for one question", unit="ms", better="down"),
     Metric(
         "win_rate",
-        "share of prompts where the policy's completion scores higher than the base model's; ties count half",
+        "share of prompts where the policy's completion scores higher than the base model's; ties "
+        "count half",
         unit="share",
         better="up",
         low=0.0,
@@ -333,7 +352,10 @@ _ALL += [
         unit="share",
         low=0.0,
         high=0.99,
-        reading="Fewer weights that count; fewer bytes or less time only where a format or a kernel makes use of it.",
+        reading=(
+            "Fewer weights that count; fewer bytes or less time only where a format or a kernel "
+            "makes use of it."
+        ),
     ),
     Metric(
         "weight_error",
@@ -365,17 +387,24 @@ _ALL += [
         "rows",
         "how many rows the evaluation saw",
         unit="rows",
-        reading="A count, no result. Evaluations compare where the rows are the same; a few rows say little. `rows/NAME` is for a metric that saw another number.",
+        reading=(
+            "A count, no result. Evaluations compare where the rows are the same; a few rows say "
+            "little. `rows/NAME` is for a metric that saw another number."
+        ),
     ),
     Metric(
         "efficacy",
-        "share of edits whose new answer the model gives to the prompt of the edit: each token is the most probable one",
+        "share of edits whose new answer the model gives to the prompt of the edit: each token is "
+        "the most probable one",
         r"P(\arg\max_y\pi(y\mid x)=y')",
         "share",
         better="up",
         low=0.0,
         high=1.0,
-        reading="`/tokens` counts each token by itself, so one of three is a third; `/probability` is that of the whole answer; `/said`: free generation says it.",
+        reading=(
+            "`/tokens` counts each token by itself, so one of three is a third. `/probability` is "
+            "that of the whole answer. A further part is 1 if the greedy answer contains it."
+        ),
     ),
     Metric(
         "paraphrase",
@@ -385,27 +414,34 @@ _ALL += [
         better="up",
         low=0.0,
         high=1.0,
-        reading="Far below efficacy: the prompt was learned, and not the fact. Parts as of efficacy.",
+        reading=(
+            "Far below efficacy: the prompt was learned, and not the fact. Parts as for efficacy."
+        ),
     ),
     Metric(
         "neighbourhood",
-        "share of prompts for other subjects whose most probable tokens are those from before the edits",
+        "share of prompts for other subjects whose most probable tokens are those from before the "
+        "edits",
         r"P(\arg\max_y\pi(y\mid x)=\arg\max_y\pi_{before}(y\mid x))",
         "share",
         better="up",
         low=0.0,
         high=1.0,
-        reading="What the edits broke of the same relation. `/probability` is that of the answer in the data; `/said`: free generation says what it said.",
+        reading=(
+            "What the edits broke of the same relation. `/probability` is that of the answer in "
+            "the data. A further part is 1 if free generation gives the same answer as before."
+        ),
     ),
     Metric(
         "other_relation",
-        "share of prompts for other facts of the edited subjects whose most probable tokens are those from before the edits",
+        "share of prompts for other facts of the edited subjects whose most probable tokens are "
+        "those from before the edits",
         r"\operatorname{neighbourhood}(x')",
         "share",
         better="up",
         low=0.0,
         high=1.0,
-        reading="What the edits broke of the same subject. Parts as of neighbourhood.",
+        reading="What the edits broke of the same subject. Parts as for neighbourhood.",
     ),
     Metric(
         "kept",
@@ -430,20 +466,21 @@ METRICS: dict[str, Metric] = {m.name: m for m in _ALL}
 
 # %% ../../nbs/core/metrics.ipynb #d386d5c4
 def is_count(name: str) -> bool:
-    "Whether a name says how many rows an evaluation saw, and not what it found."
+    "Return whether a name says how many rows an evaluation saw, and not what it found."
     return name.removeprefix("eval/").partition("/")[0] == "rows"
 
 
 def without_counts(values: dict) -> dict:
-    "The entries of an evaluation that are results: all but its counts of rows."
+    "Return the entries of an evaluation that are results: all but its counts of rows."
     return {name: value for name, value in values.items() if not is_count(name)}
 
 
 def metric(name: str) -> Metric:
-    """The meaning of a logged name.
+    """Return the meaning of a logged name.
 
-    `eval/NAME` is NAME on held-out data, `reward/PART` one part of the reward, `forgetting/WORLD` forgetting on one task.
-    A name outside the vocabulary raises `KeyError`.
+    `eval/NAME` is NAME on held-out data, `reward/PART` is one part of the reward, and
+    `forgetting/TASK` is forgetting on one task.
+    Raises: `KeyError` for a name outside the vocabulary.
     """
     if name.startswith("eval/"):
         inner = metric(name[5:])
@@ -479,8 +516,8 @@ _OWNERS: dict[str, str] = {}  # name of a declared metric -> its method
 def register_metrics(owner: str, metrics) -> None:
     """Add the `metrics` of the method `owner` to the vocabulary; `owner` may declare them again.
 
-    Raises: `WrongInput` for a name that the vocabulary or another method has, for a name that
-    cannot be logged, and for a metric that nobody could read.
+    Raises: `WrongInput` for a name that is taken or cannot be logged. It is also raised for a
+    metric without a meaning, or with neither a reading nor a better direction.
     """
     for m in metrics:
         place = f"metric {m.name!r} of {owner}"

@@ -18,7 +18,7 @@ from .knobs import ADAPTER, Knob, Part, PartKnob, WrongInput, knob, nearest
 
 # %% ../../nbs/core/settings.ipynb #5c742b46
 def redefault(name: str, default, source: str = ""):
-    "The common knob `name` with another default."
+    "Return the common knob `name` with another default."
     common = Settings.__dataclass_fields__[name]
     return field(
         default=default, metadata={**common.metadata, **({"source": source} if source else {})}
@@ -26,7 +26,7 @@ def redefault(name: str, default, source: str = ""):
 
 
 def knobs(settings) -> list[Knob]:
-    "The knobs of a settings class (or instance), a method's own first."
+    "Return the knobs of a settings class (or instance), a method's own first."
     cls = settings if isinstance(settings, type) else type(settings)
     types = get_type_hints(cls)
     found = []
@@ -39,7 +39,7 @@ def knobs(settings) -> list[Knob]:
 
 @dataclass(kw_only=True)
 class RunSettings:
-    "What every run has. Every value is checked when the settings are made."
+    "The settings of every run. Every value is checked when the settings are made."
 
     model: str = knob("tiny", "model to start from: `tiny`, a folder, a run, or a Hub id")
     seed: int = knob(0, "seed of data order, sampling and initialization", low=0, high=2**31 - 1)
@@ -57,7 +57,7 @@ class RunSettings:
 
 @dataclass(kw_only=True)
 class SavedSettings(RunSettings):
-    "What all methods share that save weights."
+    "The settings of all methods that save weights."
 
     save_dtype: str = knob(
         "auto",
@@ -68,9 +68,9 @@ class SavedSettings(RunSettings):
 # %% ../../nbs/core/settings.ipynb #2c56e366
 @dataclass(kw_only=True)
 class Settings(SavedSettings):
-    "What all training shares."
+    "The settings of all training."
 
-    data: str = knob("sums", "training data: a task, a local file, or a Hub id")
+    data: str = knob("sums", "training data: a built-in task, a local file, or a Hub id")
     eval_data: str = knob("", "evaluation data; empty means the held-out part of `data`")
     eval_rows: int = knob(64, "rows of the evaluation data that are used", "rows", low=1)
     steps: int = knob(100, "optimizer steps", "steps", low=0, log=True)
@@ -92,12 +92,14 @@ class Settings(SavedSettings):
     max_length: int = knob(256, "longest row", "tokens", low=2, log=True)
     adapter: str = knob(
         "none",
-        "PEFT adapter by name with its settings, such as `lora:r=8,lora_alpha=16`; `none` trains all weights",
+        "PEFT adapter by name with its settings, such as `lora:r=8,lora_alpha=16`; `none` trains "
+        "all weights",
         parts=ADAPTER,
     )
     chat_template: str = knob(
         "",
-        "template of conversations, for a model that has none: a built-in name or a .jinja file; empty keeps the model's own",
+        "template of conversations, for a model that has none: a built-in name or a .jinja file; "
+        "empty keeps the model's own",
     )
     gradient_checkpointing: bool = knob(
         False, "recompute activations in the backward pass: less memory, about a third more time"
@@ -133,7 +135,7 @@ def make_settings(cls: type, values: dict):
 
 
 def unknown_knob(name: str, known, owner: str) -> WrongInput:
-    "Return the refusal of a knob that `owner` does not have: with its new name, or the nearest."
+    "Return the refusal of a knob that `owner` does not have, with its new or nearest name."
     new = new_name(name, known)
     if new:
         return WrongInput(f"knob {name!r} of {owner} is called {new!r} now; use {new}")
@@ -141,7 +143,10 @@ def unknown_knob(name: str, known, owner: str) -> WrongInput:
 
 
 def from_cell(cls: type, namespace: dict) -> dict:
-    "The knobs of `cls` that a notebook's parameters cell (and papermill after it) defined in `namespace`."
+    """Return the knobs of `cls` that `namespace` defines.
+
+    A notebook's parameters cell defines them, and papermill after it.
+    """
     return {k.name: namespace[k.name] for k in knobs(cls) if k.name in namespace}
 
 # %% ../../nbs/core/settings.ipynb #38c3c7ff
@@ -159,13 +164,13 @@ def share_parts(name: str, parts) -> None:
 
 
 def part_knob(whole: Knob, part: Part) -> PartKnob:
-    "A part of the knob `whole` as a knob; its default is what the default of `whole` says."
+    "Return a part of the knob `whole` as a knob; its default is read from that of `whole`."
     facts = vars(part) | dict(part=part, default=whole.parts.read(whole.default, part))
     return PartKnob(**facts | dict(name=f"{whole.name}.{part.name}"))
 
 
 def part_knobs(settings) -> dict[str, PartKnob]:
-    "All parts of the knobs of a settings class, by their full name, such as `details.clip_value`."
+    "Return all parts of the knobs of a settings class, by full name (`details.clip_value`)."
     found = {}
     for whole in knobs(settings):
         for part in whole.parts.parts.values() if whole.parts else ():
@@ -174,12 +179,15 @@ def part_knobs(settings) -> dict[str, PartKnob]:
 
 
 def knob_names(settings) -> set[str]:
-    "The names of the knobs of a settings class and of their parts."
+    "Return the names of the knobs of a settings class and of their parts."
     return {k.name for k in knobs(settings)} | set(part_knobs(settings))
 
 
 def part_named(settings, name: str) -> tuple[Knob, PartKnob]:
-    "The knob and its part that `name` means; raises `WrongInput` with the nearest names."
+    """Return the knob and its part that `name` means.
+
+    Raises: `WrongInput` with the nearest names.
+    """
     head, _, tail = name.partition(".")
     known = {k.name: k for k in knobs(settings)}
     cls = settings if isinstance(settings, type) else type(settings)
@@ -215,7 +223,7 @@ def compose(settings, values: dict) -> dict:
 
 
 def value_named(settings, values: dict, name: str):
-    "The value of a knob, or of a part such as `details.clip_value`, in the `values` of all knobs."
+    "Return the value of a knob or a part (`details.clip_value`) in the `values` of all knobs."
     if "." not in name:
         return values[name]
     whole, part = part_named(settings, name)

@@ -22,23 +22,26 @@ MOST = 10_000  # trials of a sweep
 
 # %% ../../nbs/runner/proposals.ipynb #d1ef7065
 def choices_of(k: Knob, asked) -> list | dict:
-    "What a knob is tried with: its values as a list, or a range as `{low, high, log}`; raises `WrongInput`."
+    """Return the values that a knob is tried with.
+
+    They are a list, or a range as `{low, high, log}`. Raises: `WrongInput`.
+    """
     number = k.type in (int, float) and not k.choices
     if isinstance(asked, str) and number and asked.count("..") == 1:
         asked = tuple(asked.split(".."))
     elif isinstance(asked, str):
         try:
-            asked = (
-                json.loads(asked)
-                if asked.lstrip().startswith("[")
-                else [word.strip() for word in asked.split(",")]
-            )  # JSON: values may hold commas
+            if asked.lstrip().startswith("["):  # JSON: values may hold commas
+                asked = json.loads(asked)
+            else:
+                asked = [word.strip() for word in asked.split(",")]
         except ValueError as error:
             raise WrongInput(f"{k.name} = {asked!r}: expected a JSON list ({error})") from None
     if isinstance(asked, tuple):
         if len(asked) != 2 or not number:
             raise WrongInput(
-                f"{k.name} = {asked!r}: expected (low, high) of a number's range, or a list of values"
+                f"{k.name} = {asked!r}: expected (low, high) of a number's range, or a list of "
+                "values"
             )
         low, high = map(k.check, asked)
         if OFF in (low, high) or not low < high:
@@ -66,7 +69,10 @@ def make_space(method: str, grid: dict) -> dict[str, list | dict]:
 
 # %% ../../nbs/runner/proposals.ipynb #50755b3e
 def grid_points(space: dict) -> list[dict]:
-    "All combinations, the last knob moving fastest. Raises `WrongInput` for a range, and for too many."
+    """Return all combinations, the last knob moving fastest.
+
+    Raises: `WrongInput` for a range, and for too many combinations.
+    """
     ranges = [name for name, values in space.items() if isinstance(values, dict)]
     if ranges:
         raise WrongInput(
@@ -75,41 +81,48 @@ def grid_points(space: dict) -> list[dict]:
     number = math.prod(map(len, space.values()))
     if number > MOST:
         raise WrongInput(
-            f"sweep: {number:,} combinations; expected at most {MOST:,}; take fewer values, or search random"
+            f"sweep: {number:,} combinations; expected at most {MOST:,}; take fewer values, or "
+            "search random"
         )
     return [dict(zip(space, values)) for values in itertools.product(*space.values())]
 
 
 def random_points(space: dict, number: int, seed: int) -> list[dict]:
-    "`number` random points; ranges are drawn evenly, on a logarithmic scale where they say so. Lists alone are gone through without repeating."
+    """Return `number` random points.
+
+    Ranges are sampled uniformly, on a logarithmic scale where they say so. If all knobs have lists,
+    no combination is repeated.
+    """
     draw = random.Random(seed)
     with suppress(WrongInput):
         points = grid_points(space)
         draw.shuffle(points)
         return points[:number]
-    return [
-        {
-            name: draw.choice(values) if isinstance(values, list) else _draw(draw, **values)
-            for name, values in space.items()
-        }
-        for _ in range(number)
-    ]
+    return [_random_point(space, draw) for _ in range(number)]
+
+
+def _random_point(space: dict, draw: random.Random) -> dict:
+    "Return a random value for each knob of `space`."
+    return {
+        name: draw.choice(values) if isinstance(values, list) else _draw(draw, **values)
+        for name, values in space.items()
+    }
 
 
 def _draw(draw: random.Random, low, high, log: bool):
+    if isinstance(low, int) and log:
+        return min(high, int(math.exp(draw.uniform(math.log(low), math.log(high + 1)))))
     if isinstance(low, int):
-        return (
-            min(high, int(math.exp(draw.uniform(math.log(low), math.log(high + 1)))))
-            if log
-            else draw.randint(low, high)
-        )
+        return draw.randint(low, high)
     return math.exp(draw.uniform(math.log(low), math.log(high))) if log else draw.uniform(low, high)
 
 # %% ../../nbs/runner/proposals.ipynb #452da16b
 def tpe_point(space: dict, trials: list[dict], better: str, seed: int) -> dict:
-    """The next point of a search by Optuna's tree-structured Parzen estimator (Bergstra et al. 2011, Algorithms for hyper-parameter optimization, §4).
+    """Return the next point of a search by Optuna's tree-structured Parzen estimator.
 
-    `trials`: those so far as `{values, value}`. Those without a value still run; they count as bad, so that trials at the same time differ.
+    `trials`: those so far as `{values, value}`. Those without a value still run. They count as bad,
+    so that trials at the same time differ.
+    Source: Bergstra et al. 2011, Algorithms for hyper-parameter optimization, §4.
     """
     optuna = import_optuna()
     kinds = optuna.distributions
@@ -144,7 +157,8 @@ def import_optuna():
         import optuna
     except ImportError:
         raise WrongInput(
-            "Optuna is not installed: search tpe needs it; `pip install 'polm_lab[sweep]'`, or search grid or random"
+            "Optuna is not installed: search tpe needs it; `pip install 'polm_lab[sweep]'`, or "
+            "search grid or random"
         ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
@@ -153,9 +167,10 @@ def import_optuna():
 def is_behind(
     curve: dict[int, float], finished: list[dict[int, float]], better: str, warm: int = 0
 ) -> bool:
-    """Whether a curve `{step: value}` is behind those of `finished` trials by the median rule (Golovin et al. 2017, Google Vizier, §3.2.2).
+    """Return whether a curve `{step: value}` is behind those of `finished` trials.
 
-    It waits for four of them, and for step `warm`. A curve without any number is behind.
+    The median rule waits for four of them, and for step `warm`. A curve without any number is
+    behind. Source: Golovin et al. 2017, Google Vizier, §3.2.2.
     """
     if len(finished) < 4 or not curve or max(curve) < warm:
         return False

@@ -28,7 +28,7 @@ from .proposals import random_points, tpe_point
 # %% ../../nbs/runner/sweep.ipynb #9667c824
 @dataclass(kw_only=True)
 class Plan:
-    "How a sweep goes about it; every value is checked when the plan is made."
+    "How a sweep works; every value is checked when the plan is made."
 
     search: str = knob(
         "grid",
@@ -45,7 +45,8 @@ class Plan:
     metric: str = knob("accuracy", "what the best trial is best in")
     better: str = knob(
         "auto",
-        "whether more (up) or less (down) of the metric is better; auto asks the vocabulary of metrics",
+        "whether more (up) or less (down) of the metric is better; auto asks the vocabulary of "
+        "metrics",
         choices=("auto", "up", "down"),
     )
     prune: bool = knob(
@@ -55,12 +56,14 @@ class Plan:
     jobs: int = knob(1, "trials at the same time", "trials", low=1)
     on: str = knob(
         "local",
-        "where trials run: local is this machine, ray the cluster at $RAY_ADDRESS, or without that one on this machine",
+        "where trials run: local is this machine, ray the cluster at $RAY_ADDRESS, or without "
+        "that one on this machine",
         choices=("local", "ray"),
     )
     notebook: bool = knob(
         True,
-        "run the method's notebook in each trial and keep it; without, the function alone, which is quicker",
+        "run the method's notebook in each trial and keep it; without, the function alone, which "
+        "is quicker",
     )
     search_seed: int = knob(0, "seed of the search", low=0)
 
@@ -72,22 +75,27 @@ class Plan:
 
 
 def _direction(name: str) -> str:
-    "Whether more (`up`) or less (`down`) of a metric is better, as the vocabulary says."
+    "Return whether more (`up`) or less (`down`) of a metric is better, as the vocabulary says."
     try:
         better = meaning_of(name.removeprefix("eval/")).better
     except KeyError:
         raise WrongInput(
-            f"metric = {name!r}: {nearest(name, METRICS)}; for a metric of your own say better = 'up' or 'down'"
+            f"metric = {name!r}: {nearest(name, METRICS)}; for a metric of your own say better = "
+            "'up' or 'down'"
         ) from None
     if not better:
         raise WrongInput(
-            f"metric = {name!r}: neither more nor less of it is better; say which is meant with better = 'up' or 'down'"
+            f"metric = {name!r}: neither more nor less of it is better; say which is meant with "
+            "better = 'up' or 'down'"
         )
     return better
 
 # %% ../../nbs/runner/sweep.ipynb #69c7933c
 class Sweep(Run):
-    "A sweep's folder: a run whose work is other runs. Make one with `sweep`, open one with `open_sweep`."
+    """A sweep, as its folder: a run whose work is other runs.
+
+    Make one with `sweep`, open one with `open_sweep`.
+    """
 
     def __repr__(self):
         return f"Sweep({self.id}, {self.status}: {self.tell()})"
@@ -111,13 +119,13 @@ class Sweep(Run):
         )
 
     def run(self, trial: dict) -> Run | None:
-        "The run of a trial; None if it has none, or its folder is gone or damaged."
+        "Return the run of a trial; None if it has none, or its folder is gone or damaged."
         with suppress(WrongInput):
             return Run(self.out / trial["run"]) if trial["run"] else None
 
     @property
     def over(self) -> int:
-        "How many trials need no more work."
+        "The number of trials that need no more work."
         return sum(t["status"] in ("finished", "pruned", "failed") for t in self.trials)
 
     def save(self):
@@ -125,28 +133,23 @@ class Sweep(Run):
         self.update(trials=self.trials, step=self.over)
 
     def tell(self) -> str:
-        "How far it is, in words."
+        "Return how far it is, in words."
         failures, best = sum(len(t["failures"]) for t in self.trials), self.best
         words = [f"{self.over} of {len(self.trials)} trials are over"]
         words += [f"{failures} failure{'s' * (failures > 1)}"] * bool(failures)
-        words += (
-            [
-                f"best {self.settings['metric']} {best['value']:.4g} with "
-                + ", ".join(f"{k} = {v}" for k, v in best["values"].items())
-            ]
-            if best
-            else []
-        )
+        if best:
+            values = ", ".join(f"{k} = {v}" for k, v in best["values"].items())
+            words.append(f"best {self.settings['metric']} {best['value']:.4g} with {values}")
         return "; ".join(words)
 
 
 def all_sweeps(out=None) -> list[Sweep]:
-    "The sweeps below `out`, oldest first; what cannot be read is left out."
+    "Return the sweeps below `out`, oldest first; what cannot be read is left out."
     return [Sweep(r.path) for r in all_runs(runs_folder(out) / "sweeps")]
 
 
 def open_sweep(sweep, out=None) -> Sweep:
-    "A sweep by its path, its id, or a part of the id that only it has."
+    "Return a sweep by its path, its id, or a part of the id that only it has."
     if isinstance(sweep, Sweep):
         return sweep
     found = Sweep(open_run(sweep, runs_folder(out) / "sweeps").path)
@@ -158,9 +161,11 @@ def open_sweep(sweep, out=None) -> Sweep:
 def plan(
     method: str, grid: dict, fixed: dict | None = None, **asked
 ) -> tuple[str, dict, list[dict | None]]:
-    """Method, settings and points of a sweep, checked and not yet written: `fixed` are the values of the other knobs, `asked` the knobs of `Plan`.
+    """Return method, settings and points of a sweep, checked and not yet written.
 
-    Raises `WrongInput`; every point of a grid and of a random search is checked, and of TPE each value by itself.
+    `fixed` are the values of the other knobs, `asked` the knobs of `Plan`. Every point of a grid
+    and of a random search is checked, and of TPE each value by itself.
+    Raises: `WrongInput`.
     """
     space = make_space(method, grid)
     fixed = compose(find(method).settings, fixed or {})
@@ -172,25 +177,24 @@ def plan(
             )
     first = {name: v[0] if isinstance(v, list) else v["low"] for name, v in space.items()}
     launch.check_settings(method, fixed | first)
-    whole = {
-        name: value for name, value in first.items() if "." not in name
-    }  # parts change strings
+    # parts change strings
+    whole = {name: value for name, value in first.items() if "." not in name}
     _, settings = launch.check_settings(method, fixed | whole)
     fixed, number = {name: getattr(settings, name) for name in fixed}, how.trials or 10
     if how.search == "tpe":
         import_optuna()
     if how.on == "ray":
         _ray()
-    points = (
-        [None] * number
-        if how.search == "tpe"
-        else grid_points(space)
-        if how.search == "grid"
-        else random_points(space, number, how.search_seed)
-    )
+    if how.search == "tpe":
+        points = [None] * number
+    elif how.search == "grid":
+        points = grid_points(space)
+    else:
+        points = random_points(space, number, how.search_seed)
     if how.search == "grid" and how.trials not in (0, len(points)):
         raise WrongInput(
-            f"trials = {how.trials}: a grid has as many as combinations, here {len(points)}; leave trials out, or search random"
+            f"trials = {how.trials}: a grid has as many as combinations, here {len(points)}; "
+            "leave trials out, or search random"
         )
     for point in points if how.search != "tpe" else ():
         launch.check_settings(method, fixed | point)
@@ -212,9 +216,10 @@ def create_sweep(planned: tuple, out=None) -> Sweep:
 
 # %% ../../nbs/runner/sweep.ipynb #31f8e602
 def curve_of(run: Run, metric: str) -> dict[int, float]:
-    "`metric` over the steps of a run, so far; not a number where what was logged is none."
+    "Return `metric` over the steps of a run so far; NaN where the logged value is null."
     rows = run.lines()
-    name = next((n for n in (f"eval/{metric}", metric) if any(n in row for row in rows)), None)
+    logged = set().union(*rows)
+    name = next((n for n in (f"eval/{metric}", metric) if n in logged), None)
     return {
         row["step"]: math.nan if row[name] is None else float(row[name])
         for row in rows
@@ -223,7 +228,10 @@ def curve_of(run: Run, metric: str) -> dict[int, float]:
 
 
 def result_of(run: Run, metric: str) -> float | None:
-    "The value of `metric` that a run ended with; None if that is no number. Raises `WrongInput` if it has none."
+    """Return the value of `metric` that a run ended with; None if that is no number.
+
+    Raises: `WrongInput` if the run has no such metric.
+    """
     after = run.summary.get("after", {})
     values = [after[metric]] if metric in after else list(curve_of(run, metric).values())
     if not values:
@@ -236,14 +244,11 @@ def result_of(run: Run, metric: str) -> float | None:
 @contextmanager
 def _local(jobs: int):
     "Processes of this machine, which share its cores."
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    env = (
-        {}
-        if "OMP_NUM_THREADS" in os.environ or jobs == 1
-        else {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
-    )
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    env = {}
+    if "OMP_NUM_THREADS" not in os.environ and jobs != 1:
+        env = {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
 
     def start(run: Run):
         process = launch.spawn(run, env=env)
@@ -269,7 +274,8 @@ def _on_ray(jobs: int):
             )
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
             raise WrongInput(
-                f"RAY_ADDRESS = {address!r}: no cluster answers there ({' '.join(str(error).split())[:200]})"
+                f"RAY_ADDRESS = {address!r}: no cluster answers there "
+                f"({' '.join(str(error).split())[:200]})"
             ) from None
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cores = [int(node.get("CPU", 0)) for node in nodes]
@@ -290,7 +296,7 @@ def _on_ray(jobs: int):
 
 
 def _on_node(path: str) -> int:
-    "What a Ray task does: run a prepared run in a process of its own."
+    "Run a prepared run in a process of its own, as a Ray task."
     return launch.spawn(Run(path)).wait()
 
 
@@ -309,14 +315,17 @@ PLACES = {"local": _local, "ray": _on_ray}
 
 # %% ../../nbs/runner/sweep.ipynb #6a0e21c7
 class Pruning:
-    "Finds trials that are behind, by their curves; a curve is read again when there is more of it."
+    """Finds trials that are behind, by their curves.
+
+    A curve is read again when there is more of it.
+    """
 
     def __init__(self, sweep: Sweep):
         self.sweep, self.metric = sweep, sweep.settings["metric"]
         self.read = {}  # number of a trial -> bytes of its metrics, and the curve in them
 
     def prunes(self, trial: dict, run: Run) -> bool:
-        "Whether a running trial is now found to be behind; the reason is written down."
+        "Return whether a running trial is now found to be behind; the reason is written down."
         if not self.sweep.settings["prune"] or trial["reason"]:
             return False
         trial["reason"] = self.why_behind(trial, run)
@@ -325,7 +334,7 @@ class Pruning:
         return bool(trial["reason"])
 
     def curve(self, trial: dict, run: Run) -> dict[int, float]:
-        "The curve of a trial: {step: value}."
+        "Return the curve of a trial: {step: value}."
         path = run.path / "metrics.jsonl"
         size = path.stat().st_size if path.exists() else 0
         if self.read.get(trial["number"], (0, {}))[0] != size:
@@ -346,15 +355,17 @@ class Pruning:
 
 
 def reopen_trials(sweep: Sweep):
-    "Give another chance to what is not over: an earlier worker was stopped or killed, or the trial had failed."
+    """Reopen the trials that are not over.
+
+    An earlier worker was stopped or killed, or the trial had failed.
+    """
     runs = [run for run in all_runs(sweep.out) if run.record.get("sweep") == sweep.id]
     strays = {run.record["trial"]: run.id for run in runs}
     for trial in sweep.trials:
         if trial["status"] in ("finished", "pruned"):
             continue
-        trial["run"] = trial["run"] or strays.get(
-            trial["number"]
-        )  # killed between making the run and writing it down
+        # a stray: the worker was killed between making the run and writing it down
+        trial["run"] = trial["run"] or strays.get(trial["number"])
         run = sweep.run(trial)
         status = "running" if run else "waiting"
         trial.update(status=status, run=run and run.id, failures=[], reason=None)
@@ -365,7 +376,7 @@ def reopen_trials(sweep: Sweep):
 
 
 def propose_values(sweep: Sweep, number: int) -> dict:
-    "The values of trial `number`, from the results of the trials so far."
+    "Return the values of trial `number`, from the results of the trials so far."
     asked, so_far = sweep.settings, []
     for trial in sweep.trials:
         if trial["run"] and (trial["status"] == "running" or trial["value"] is not None):
@@ -385,7 +396,7 @@ def halt_trials(sweep: Sweep):
 
 # %% ../../nbs/runner/sweep.ipynb #ab8ff47d
 class Worker:
-    """Who works on a sweep: begins its trials, follows them, and writes down how they end.
+    """Work on a sweep: begin its trials, follow them, and record how they end.
 
     `start(run)` starts a process and returns a function that says whether it is over.
     """
@@ -396,7 +407,10 @@ class Worker:
         self.pruning = Pruning(sweep)
 
     def look(self, stopping: bool) -> bool:
-        "Follow the running trials, and begin waiting ones unless it is `stopping`; whether any run."
+        """Follow the running trials, and begin waiting ones unless it is `stopping`.
+
+        Returns whether any trial runs.
+        """
         running = [t for t in self.sweep.trials if t["status"] == "running"]
         for trial in running:
             try:
@@ -404,15 +418,11 @@ class Worker:
             except (WrongInput, OSError):
                 if self.sweep.run(trial):
                     raise
-                self.end(
-                    trial,
-                    "failed",
-                    reason=f"{trial['run']}: its folder is gone, or its run.json damaged",
-                )
+                reason = f"{trial['run']}: its folder is gone, or its run.json damaged"
+                self.end(trial, "failed", reason=reason)
         free = self.asked["jobs"] - sum(t["status"] == "running" for t in running)
-        for trial in [t for t in self.sweep.trials if t["status"] == "waiting"][
-            : 0 if stopping else free
-        ]:
+        waiting = [t for t in self.sweep.trials if t["status"] == "waiting"]
+        for trial in waiting[: 0 if stopping else free]:
             self.begin(trial)
         return any(t["status"] == "running" for t in self.sweep.trials)
 
@@ -429,12 +439,12 @@ class Worker:
         self.go(trial, run)
 
     def go(self, trial: dict, run: Run):
-        "Start the process of a trial's run, which goes on from its last checkpoint if it has one."
+        "Start the process of a trial's run, from its last checkpoint if it has one."
         run.clear_stop()
         self.over[trial["number"]] = self.start(run)
 
     def follow(self, trial: dict, stopping: bool):
-        "See how a running trial does: it goes on, is asked to stop, is over, or is tried again."
+        "Check a running trial: it continues, is asked to stop, is over, or is tried again."
         run, over = Run(self.sweep.out / trial["run"]), self.over.get(trial["number"])
         if not over() if over else run.status == "running" or launch.has_process(run):
             if stopping or self.pruning.prunes(trial, run):
@@ -472,17 +482,16 @@ class Worker:
 
 # %% ../../nbs/runner/sweep.ipynb #5298355f
 def work_sweep(sweep: Sweep, show=None, start=None, pause: float = 0.5) -> Sweep:
-    """Work on a sweep until all its trials are over; `show(sweep)` is called whenever something changed. `start` takes the place of `PLACES`, see `Worker`.
+    """Work on a sweep until all its trials are over.
 
-    Raises `Stopped` when it was asked to stop (the trials have saved their states), `WrongInput` if a run lacks the metric or another process works on the sweep,
-    and `RuntimeError` if all trials failed.
+    `show(sweep)` is called whenever something changed. `start` replaces `PLACES`, see `Worker`.
+    Raises: `Stopped` when it was asked to stop and the trials have saved their states;
+    `RuntimeError` if all trials failed. It raises `WrongInput` if a run lacks the metric or another
+    process works on the sweep.
     """
-    with (
-        sweep.active(),
-        nullcontext(start)
-        if start
-        else PLACES[sweep.settings["on"]](sweep.settings["jobs"]) as start,
-    ):
+    asked = sweep.settings
+    place = nullcontext(start) if start else PLACES[asked["on"]](asked["jobs"])
+    with sweep.active(), place as start:
         worker, more, before = Worker(sweep, start), True, None
         try:
             reopen_trials(sweep)
@@ -495,10 +504,8 @@ def work_sweep(sweep: Sweep, show=None, start=None, pause: float = 0.5) -> Sweep
         except BaseException:
             halt_trials(sweep)
             raise
-        ends, failed = (
-            {t["status"] for t in sweep.trials},
-            [t for t in sweep.trials if t["status"] == "failed"],
-        )
+        ends = {t["status"] for t in sweep.trials}
+        failed = [t for t in sweep.trials if t["status"] == "failed"]
         if stopping and {"waiting", "stopped"} & ends:
             raise Stopped(f"{sweep.id}: stopped; `polm resume {sweep.id}` goes on from there")
         if ends == {"failed"}:
@@ -511,10 +518,12 @@ def work_sweep(sweep: Sweep, show=None, start=None, pause: float = 0.5) -> Sweep
 
 # %% ../../nbs/runner/sweep.ipynb #9ee5f88b
 def sweep(method: str, grid: dict, out=None, detached: bool = False, show=None, **values) -> Sweep:
-    """Run `method` over the values of `grid`, `{knob: [values]}` or `{knob: (low, high)}`, and return the `Sweep`.
+    """Run `method` over the values of `grid`, and return the `Sweep`.
 
-    `values` are knobs of `Plan` (search, trials, metric, better, prune, retries, jobs, on, notebook, search_seed) and those of the method that stay fixed.
-    With `detached` a process of its own does the work and this call returns at once. Raises `WrongInput` before anything starts; see `work_sweep` for the rest.
+    The `grid` is `{knob: [values]}` or `{knob: (low, high)}`. The `values` are knobs of `Plan`
+    (such as search, trials, metric, prune, retries, jobs, on) and those of the method that stay
+    fixed. With `detached` a process of its own does the work, and this call returns at once.
+    Raises: `WrongInput` before anything starts; see `work_sweep` for the rest.
     """
     how = {k.name: values.pop(k.name) for k in knobs(Plan) if k.name in values}
     made = create_sweep(plan(method, grid, values, **how), out)
@@ -525,12 +534,15 @@ def sweep(method: str, grid: dict, out=None, detached: bool = False, show=None, 
 
 
 def resume_sweep(sweep, out=None, **how) -> Sweep:
-    "Go on with a sweep that was stopped or killed; the failed trials of one that is over are tried again. `how` as for `work_sweep`."
+    """Continue a sweep that was stopped or killed; `how` as for `work_sweep`.
+
+    The failed trials of a sweep that is over are tried again.
+    """
     return work_sweep(resumable_sweep(sweep, out), **how)
 
 
 def resumable_sweep(sweep, out=None) -> Sweep:
-    "The sweep, if something is left to do; raises `WrongInput` that says why not."
+    "Return the sweep, if something is left to do; raises `WrongInput` that says why not."
     found = open_sweep(sweep, out)
     found.record = found.read()
     if found.status == "running":
@@ -546,20 +558,16 @@ def resumable_sweep(sweep, out=None) -> Sweep:
 
 
 def sweep_command(method: str, grid: dict, fixed: dict | None = None, out=None, **asked) -> str:
-    "The same sweep as a `polm` command, quoted for the shell; arguments as for `plan`."
+    "Return the same sweep as a `polm` command, quoted for the shell; arguments as for `plan`."
     words = ["polm", "sweep", method]
     for name, values in make_space(method, grid).items():
         if isinstance(values, dict):
             text = f"{values['low']}..{values['high']}"
         else:
             text = ",".join(map(str, values))
-            text = (
-                text
-                if text.split(",") == [str(v).strip() for v in values]
-                and all(map(str, values))
-                and ".." not in text
-                else json.dumps(values)
-            )
+            same = text.split(",") == [str(v).strip() for v in values] and all(map(str, values))
+            if not same or ".." in text:
+                text = json.dumps(values)
         words += ["-g", name, text]
     for name, value in (fixed or {}).items():
         words += ["-p", name, str(value)]
@@ -575,7 +583,10 @@ def sweep_command(method: str, grid: dict, fixed: dict | None = None, out=None, 
 
 # %% ../../nbs/runner/sweep.ipynb #16aaafc1
 def trial_rows(sweep: Sweep) -> list[dict]:
-    "One row a trial: swept knobs, the metric, step, seconds, and what went wrong. Only of trials that run the run is read."
+    """Return one row a trial: swept knobs, the metric, step, seconds, and what went wrong.
+
+    The run's own record is read only for running trials.
+    """
     rows, metric = [], sweep.settings["metric"]
     for trial in sweep.trials:
         facts, run = trial, sweep.run(trial) if trial["status"] == "running" else None
@@ -607,7 +618,7 @@ def trial_rows(sweep: Sweep) -> list[dict]:
 
 
 def results(sweep, out=None):
-    "The trials of a sweep as a DataFrame, in their order; see `trial_rows`."
+    "Return the trials of a sweep as a DataFrame, in their order; see `trial_rows`."
     import pandas as pd
 
     found = open_sweep(sweep, out)
@@ -615,7 +626,7 @@ def results(sweep, out=None):
 
 
 def sweep_table(out=None):
-    "The sweeps below `out` as a DataFrame, newest first."
+    "Return the sweeps below `out` as a DataFrame, newest first."
     import pandas as pd
 
     rows = []
