@@ -22,10 +22,12 @@ def group_advantages(
     eps: float = 1e-4,
     batch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Advantages [rows] of rewards [rows] in groups of `samples`, and the spread [groups] of each group's rewards.
+    """Compare each reward with the mean of its group: advantages [rows], spread [groups].
 
-    NaN marks a completion without a reward: it counts in no mean and gets advantage 0. `scale` is group, batch or none; for batch, `batch` are the rewards of all
-    processes. DeepSeekMath §4.1.2; scale none: Dr. GRPO (Liu et al. 2025).
+    `rewards` [rows] are in groups of `samples`; the spread is that of a group's rewards.
+    NaN marks a completion without a reward: it counts in no mean and gets advantage 0.
+    `scale` is group, batch or none. For batch, `batch` has the rewards of all processes.
+    Source: DeepSeekMath §4.1.2; scale none: Dr. GRPO (Liu et al. 2025).
     """
     groups = rewards.double().view(-1, samples)
     centered = groups - groups.nanmean(1, keepdim=True)
@@ -33,23 +35,27 @@ def group_advantages(
     if scale == "group":
         centered = centered / (spread[:, None] + eps)
     elif scale == "batch":
-        centered = centered / (
-            group_spread((rewards if batch is None else batch).double().view(1, -1)) + eps
-        )
+        everything = rewards if batch is None else batch
+        centered = centered / (group_spread(everything.double().view(1, -1)) + eps)
     return centered.nan_to_num(0.0).flatten().to(rewards.dtype), spread.to(rewards.dtype)
 
 
 def group_spread(groups: Tensor) -> Tensor:
-    "Sample standard deviation of each row of [groups, samples] without NaN; 0 where fewer than two are left."
+    """Return the sample standard deviation [groups] of each row of [groups, samples].
+
+    NaN is left out; a row with fewer than two numbers has 0.
+    """
     known = groups.isfinite()
     off = (groups - groups.nanmean(1, keepdim=True)).masked_fill(~known, 0.0)
     return (off.square().sum(1) / (known.sum(1) - 1).clamp_min(1)).sqrt()
 
 # %% ../../nbs/training/advantages.ipynb #bb22d9b8
 def leave_one_out(rewards: Tensor, samples: int) -> Tensor:
-    """Advantages [rows] of rewards [rows] in groups of `samples`: each reward minus the mean of the others of its group.
+    """Subtract from each reward [rows] the mean of the others of its group of `samples`.
 
-    NaN marks a completion without a reward: it counts in no mean and gets advantage 0, as does one that has no other. Ahmadian et al. 2024, §3.
+    NaN marks a completion without a reward: it counts in no mean and gets advantage 0.
+    So does a completion whose group has no other reward.
+    Source: Ahmadian et al. 2024, §3.
     """
     groups = rewards.double().view(-1, samples)
     others = groups.isfinite().sum(1, keepdim=True) - 1
@@ -58,7 +64,7 @@ def leave_one_out(rewards: Tensor, samples: int) -> Tensor:
 
 # %% ../../nbs/training/advantages.ipynb #138b5ca5
 def all_gather_values(values: Tensor) -> Tensor:
-    "Values [n] of all processes."
+    "Gather the values [n] of all processes."
     if process_rank_and_count()[1] == 1:
         return values
     from accelerate.utils import gather_object
@@ -67,16 +73,14 @@ def all_gather_values(values: Tensor) -> Tensor:
 
 
 def masked_moments(x: Tensor, mask: Tensor | None = None) -> tuple[float, float]:
-    "Mean and sample variance of the entries of `x` where `mask` (same shape) is 1, over all processes."
+    """Return mean and sample variance of the entries of `x` where `mask` is 1.
+
+    `mask` has the shape of `x`. The moments are those over all processes.
+    """
     x = (x if mask is None else x[mask.bool()]).double().flatten()
-    n, total = (
-        all_gather_values(
-            torch.stack([torch.tensor(float(len(x)), dtype=torch.float64), x.sum().cpu()])
-        )
-        .view(-1, 2)
-        .sum(0)
-        .tolist()
-    )
+    count = torch.tensor(float(len(x)), dtype=torch.float64)
+    counts = all_gather_values(torch.stack([count, x.sum().cpu()]))
+    n, total = counts.view(-1, 2).sum(0).tolist()
     mean = total / max(n, 1)
     squares = all_gather_values((x - mean).square().sum()[None].cpu()).sum().item()
     return mean, squares / max(n - 1, 1)
@@ -89,9 +93,11 @@ def whiten(
     moments: tuple[float, float] | None = None,
     eps: float = 1e-8,
 ) -> Tensor:
-    """`x` scaled to variance 1, and with `shift_mean` to mean 0, over the entries where `mask` (same shape) is 1; the others become 0.
+    """Scale `x` to variance 1, and with `shift_mean` to mean 0, where `mask` is 1.
 
-    `moments` (mean, variance) are given where the entries are spread over several batches. Ziegler et al. 2019, `lm-human-preferences`.
+    `mask` has the shape of `x`; entries outside it become 0.
+    `moments` (mean, variance) are given where the entries are spread over several batches.
+    Source: Ziegler et al. 2019, `lm-human-preferences`.
     """
     mean, variance = masked_moments(x, mask) if moments is None else moments
     scaled = (x - mean) / math.sqrt(variance + eps) + (0.0 if shift_mean else mean)
@@ -99,12 +105,20 @@ def whiten(
 
 # %% ../../nbs/training/advantages.ipynb #68f5b0a0
 def clipped_objective(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
-    "min(ρ A, clip(ρ, 1 - low, 1 + high) A), to be made large; Schulman et al. 2017, eq. 7, with two bounds as in DAPO eq. 10."
+    """Return min(ρ A, clip(ρ, 1 - low, 1 + high) A), which is to be maximized.
+
+    `ratio` ρ and `advantages` A have one shape, [n] or [rows, time].
+    Source: Schulman et al. 2017, eq. 7, with two bounds as in DAPO eq. 10.
+    """
     return torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
 
 # %% ../../nbs/training/advantages.ipynb #2c369451
 def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
-    "Estimate of KL(policy || reference) from the log-prob of a sampled token under both, in nats: k1, k2 or k3; http://joschu.net/blog/kl-approx.html."
+    """Estimate KL(policy || reference) in nats from the log-probs of sampled tokens.
+
+    `logp` and `ref_logp` have one shape; `kind` is k1, k2 or k3.
+    Source: Schulman 2020, http://joschu.net/blog/kl-approx.html.
+    """
     gap = logp - ref_logp
     if kind == "k1":
         return gap

@@ -156,7 +156,7 @@ def drop_equal(
                 "raise max_length, or shorten what comes before the difference"
             )
         left_out = run.record.get("left_out", {})
-        if part not in left_out:  # a run that is resumed has said so
+        if part not in left_out:  # a resumed run has already reported it
             run.note(f"left out: {found}")
         run.update(left_out={**left_out, part: dict(equal=len(equal), pairs=len(pairs))})
     renumbered = [dict(pair, row=number) for number, pair in enumerate(kept)]
@@ -180,7 +180,7 @@ def answer_batches(examples: list[dict], rows: int, pad_id: int) -> list[dict]:
     """Encoded rows as microbatches of at most `rows` rows, each row with as many `sides`.
 
     Tensors are [sides x rows, time], all first sides first. `rows` [rows] are the rows' numbers,
-    `weight` is how many there are; what they say about their answers is from `marks_of`.
+    `weight` is how many there are. See `marks_of` for what they say about their answers.
     """
     groups, batches = {}, []
     for example in examples:
@@ -217,9 +217,8 @@ def side_logps(policy, batch: dict) -> tuple[Tensor, ...]:
 
 def batch_answers(policy, batch: dict, reference: Callable) -> tuple[Answers, ...]:
     "The sides of a batch; `reference(batch)` gives each side's log-probabilities [rows] under it."
-    tokens = (
-        batch["completion_mask"][:, 1:].sum(1).clamp(min=1)
-    )  # a first token has nothing before it
+    # a first token has nothing before it
+    tokens = batch["completion_mask"][:, 1:].sum(1).clamp(min=1)
     columns = side_logps(policy, batch), reference(batch), tokens.chunk(batch["sides"])
     return tuple(Answers(*side) for side in zip(*columns))
 

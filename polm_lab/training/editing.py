@@ -63,8 +63,8 @@ def probes_of(edits: list[dict]) -> list[Probe]:
 class Answer:
     """What a model answers to a probe.
 
-    For each token of the target the most probable one (`top`), and whether it is `right`; the
-    `logp` of the target in nats; the greedy `text`.
+    For each token of the target, `top` is the most probable one and `right` whether it is the
+    target's. `logp` is that of the target, in nats. `text` is the greedy answer.
     """
 
     top: list[int]
@@ -112,17 +112,17 @@ def contains_answer(text: str, target: str) -> bool:
 
 # %% ../../nbs/training/editing.ipynb #7ee95558
 def score_probe(probe: Probe, now: Answer, before: Answer) -> dict[str, float]:
-    "The four figures of one probe: all tokens, share of tokens, probability, said."
+    "The four figures of one probe: all tokens, share of tokens, probability, greedy answer."
     if probe.what in ("efficacy", "paraphrase"):
-        hits, said = now.right, contains_answer(now.text, probe.target)
+        hits, given = now.right, contains_answer(now.text, probe.target)
     else:
         hits = [a == b for a, b in zip(now.top, before.top, strict=True)]
-        said = now.text == before.text
+        given = now.text == before.text
     return {
         "": float(all(hits)),
         "/tokens": sum(hits) / len(hits),
         "/probability": math.exp(now.logp),
-        "/said": float(said),
+        "/said": float(given),
     }
 
 
@@ -143,7 +143,9 @@ def score_edits(probes: list[Probe], now: list[Answer], before: list[Answer]) ->
 class EditSettings(SavedSettings):
     "What all editing shares."
 
-    data: str = knob("facts#8", "facts to change, rows of kind edit: a task, a file or a Hub id")
+    data: str = knob(
+        "facts#8", "facts to change, rows of kind edit: a built-in task, a file or a Hub id"
+    )
 
 
 def edit_rows(probes: list[Probe], before: list[Answer], now: list[Answer]) -> list[dict]:

@@ -68,7 +68,7 @@ def watch(run: Run, total: int, unit="rows", what="what was made is kept") -> Ca
     "A function of how many of `total` are done: shows it, and raises `Stopped` where asked to."
     progress = Progress(run, total)
 
-    def heard(done: int):
+    def check(done: int):
         progress(done, {})
         if run.stop_requested() and done < total:
             raise Stopped(
@@ -76,16 +76,16 @@ def watch(run: Run, total: int, unit="rows", what="what was made is kept") -> Ca
                 f" `polm resume {run.id}` goes on from there"
             )
 
-    return heard
+    return check
 
 
 def watched(run: Run, found: Iterator, total: int, size: int = 1, *words: str) -> Iterator:
     "Yield what `found` yields, `size` of `total` at a time, under `watch(run, total, *words)`."
-    heard = watch(run, total, *words)
-    with closing(found):  # whoever stops here asks nothing more
+    check = watch(run, total, *words)
+    with closing(found):  # after a stop here nothing more is asked
         for number, one in enumerate(found, 1):
             yield one
-            heard(min(number * size, total))
+            check(min(number * size, total))
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
@@ -147,8 +147,8 @@ def make_rows(
 
     `make(rows, seeds)` returns a list of new rows for each of at most `size` rows; `at_once` calls
     are under way at a time. `verdict(row, kept)` is "kept", or why not.
-    `source` is the data spec of `rows` (the run's own unless told otherwise). `part` begins the
-    names of the files of one of several rounds.
+    `source` is the data spec of `rows`, by default the run's own. `part` begins the names of the
+    files of one of several rounds.
 
     Writes asked.jsonl, rows.jsonl and data.jsonl, and counts into the summary.
     Raises `Stopped`, what `make` raises, and `WrongInput` if no row is kept.

@@ -49,7 +49,8 @@ class OnPolicySettings(Settings):
 
     rewards: str = knob(
         "correct",
-        "reward functions with weights, such as correct:1.0,format:0.2, or file.py:function; see the page on rewards",
+        "reward functions with weights, such as correct:1.0,format:0.2, or file.py:function; "
+        "see the page on rewards",
     )
     num_generations: int = knob(
         8,
@@ -72,7 +73,8 @@ class OnPolicySettings(Settings):
         size = self.batch_size * self.accumulate
         if size % self.num_generations:
             raise WrongInput(
-                f"batch_size x accumulate = {size} completions a step: expected a multiple of num_generations = {self.num_generations}, so that groups are whole"
+                f"batch_size x accumulate = {size} completions a step: expected a multiple of "
+                f"num_generations = {self.num_generations}, so that groups are whole"
             )
 
 # %% ../../nbs/training/onpolicy.ipynb #e9bee0aa
@@ -89,9 +91,8 @@ class Group:
     ended: list[bool]
     parts: dict[str, list[float | None]]
     rewards: list[float]
-    ref_logps: list[list[float]] = field(
-        default_factory=list
-    )  # one list a completion, empty without a reference
+    # one list a completion, empty without a reference
+    ref_logps: list[list[float]] = field(default_factory=list)
 
     def __post_init__(self):
         self.ref_logps = self.ref_logps or [[] for _ in self.completions]
@@ -113,43 +114,45 @@ def draw_groups(
     greedy: bool = False,
     longest: int = 0,
 ) -> list[Group]:
-    """Sample and score a group for each of `chosen` (slot, row, prompt's tokens), seeded by (`seed`, slot).
+    """Sample and score a group for each of `chosen` (slot, row, prompt's tokens).
 
-    `greedy`: one completion each, the likeliest token at every place. `longest` (tokens) replaces `settings.max_new_tokens`.
+    The draws are seeded by (`seed`, slot). With `greedy` a group is one completion, the most
+    probable token at every place. `longest` (tokens) replaces `settings.max_new_tokens`.
     """
     g = 1 if greedy else settings.num_generations
-    how = (
-        dict(temperature=0.0)
-        if greedy
-        else dict(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k)
-    )
+    sampling = dict(temperature=0.0)
+    if not greedy:
+        sampling = {name: getattr(settings, name) for name in ("temperature", "top_p", "top_k")}
+    seeds = []
+    for slot, _, _ in chosen:
+        seeds += row_seeds(seed_of(settings.seed, *seed, slot), g)
     rolled = rollout(
         policy.model,
         tokenizer,
         [prompt for _, _, prompt in chosen],
         num_generations=g,
         max_new_tokens=longest or settings.max_new_tokens,
-        seeds=[
-            s for slot, _, _ in chosen for s in row_seeds(seed_of(settings.seed, *seed, slot), g)
-        ],
-        **how,
+        seeds=seeds,
+        **sampling,
     )
     rows = [row for _, row, _ in chosen for _ in range(g)]
     scores = reward_fn(rows, rolled.texts, rolled.completions, rolled.ended)
-    return [
-        Group(
+    groups = []
+    for n, (slot, row, prompt) in enumerate(chosen):
+        part = slice(n * g, (n + 1) * g)
+        group = Group(
             slot,
             row,
             prompt,
-            rolled.completions[i : i + g],
-            rolled.texts[i : i + g],
-            rolled.logps[i : i + g],
-            rolled.ended[i : i + g],
-            {name: values[i : i + g] for name, values in scores.parts.items()},
-            scores.total[i : i + g],
+            rolled.completions[part],
+            rolled.texts[part],
+            rolled.logps[part],
+            rolled.ended[part],
+            {name: values[part] for name, values in scores.parts.items()},
+            scores.total[part],
         )
-        for i, (slot, row, prompt) in zip(range(0, len(rows), g), chosen)
-    ]
+        groups.append(group)
+    return groups
 
 # %% ../../nbs/training/onpolicy.ipynb #c1a42d15
 def rewards_of(groups: list[Group]) -> Tensor:
@@ -174,63 +177,61 @@ def log_group_metrics(groups: list[Group], meter: Meter):
 
 def encode_prompts(tokenizer, rows: list[dict], settings: OnPolicySettings) -> list[list[int]]:
     "The rows' prompts as tokens, each with room for an answer. Raises `WrongInput`."
-    prompts, longest = (
-        [encode(tokenizer, row, "prompt", settings.max_length)["input_ids"] for row in rows],
-        settings.max_length - settings.max_new_tokens,
-    )
+    longest, encoded = settings.max_length - settings.max_new_tokens, []
+    for row in rows:
+        encoded.append(encode(tokenizer, row, "prompt", settings.max_length))
+    prompts = [example["input_ids"] for example in encoded]
     for row, prompt in zip(rows, prompts):
         if len(prompt) > longest:
-            found = f"{row.where}: prompt has {len(prompt)} tokens"
             raise WrongInput(
-                f"{found}; expected at most max_length - max_new_tokens = {longest}; raise max_length or shorten the prompt"
+                f"{row.where}: prompt has {len(prompt)} tokens; "
+                f"expected at most max_length - max_new_tokens = {longest}; "
+                "raise max_length or shorten the prompt"
             )
     return prompts
 
 # %% ../../nbs/training/onpolicy.ipynb #5dcfbaa6
 def align_to_tokens(values: list[list[float]], prompts: list[list[int]], time: int) -> Tensor:
-    "Values of completion tokens as [rows, time], each beside its token; 0 elsewhere."
-    return torch.tensor(
-        [
-            [0.0] * len(prompt) + list(row) + [0.0] * (time - len(prompt) - len(row))
-            for row, prompt in zip(values, prompts)
-        ]
-    )
+    "Place the values of completion tokens at the tokens: [rows, time], 0 elsewhere."
+    rows = []
+    for row, prompt in zip(values, prompts):
+        rest = time - len(prompt) - len(row)
+        rows.append([0.0] * len(prompt) + list(row) + [0.0] * rest)
+    return torch.tensor(rows)
 
 
 def make_batches(
     groups: list[Group], size: int, pad_id: int, chosen: list[int] | None = None
 ) -> list[dict]:
-    """The groups' completions (or the `chosen` of them, numbered from 0 over all groups) as microbatches of at most `size` rows.
+    """Divide the groups' completions into microbatches of at most `size` rows.
 
-    `rows` [rows] says which completions are in a batch, `ended` [rows] whether they ended; `old_logp` (and `ref_logp`, where the groups have it) [rows, time] stand
-    beside their tokens; `prefix` [rows, 2] is (slot, tokens of the prompt). A method adds `weight`.
+    With `chosen`, only these completions are used; they are numbered from 0 over all groups.
+    `rows` [rows] has the numbers of the completions in a batch, `ended` [rows] whether they ended.
+    `old_logp` [rows, time] has log-probabilities at the tokens, and so has `ref_logp` if the groups
+    have it. `prefix` [rows, 2] is (slot, tokens of the prompt). A method adds `weight`.
     """
-    flat, samples, batches = (
-        [(group, i) for group in groups for i in range(len(group.completions))],
-        len(groups[0].completions),
-        [],
-    )
+    flat = [(group, i) for group in groups for i in range(len(group.completions))]
+    samples, batches = len(groups[0].completions), []
     lengths = [len(group.prompt) + len(group.completions[i]) for group, i in flat]
-    order = sorted(
-        range(len(flat)),
-        key=lambda r: (-max(lengths[r - r % samples :][:samples]), r // samples, -lengths[r]),
-    )
+
+    def place(r: int) -> tuple[int, int, int]:
+        "Groups with the longest row come first; in a group the longest row does."
+        return -max(lengths[r - r % samples :][:samples]), r // samples, -lengths[r]
+
+    order = sorted(range(len(flat)), key=place)
     order = order if chosen is None else [r for r in order if r in set(chosen)]
     for start in range(0, len(order), size):
         rows = order[start : start + size]
         inside = [flat[r] for r in rows]
-        batch = collate(
-            [as_example(group.prompt, group.completions[i]) for group, i in inside], pad_id
-        )
+        examples = [as_example(group.prompt, group.completions[i]) for group, i in inside]
+        batch = collate(examples, pad_id)
         prompts, time = [group.prompt for group, _ in inside], batch["input_ids"].shape[1]
-        batch["prefix"] = torch.tensor(
-            [[group.slot, len(group.prompt)] for group, _ in inside]
-        )  # a group's prompt is read once
+        # with this the prompt of a group is read once
+        batch["prefix"] = torch.tensor([[group.slot, len(group.prompt)] for group, _ in inside])
         batch["old_logp"] = align_to_tokens([group.logps[i] for group, i in inside], prompts, time)
-        if all(group.ref_logps[i] for group, i in inside):
-            batch["ref_logp"] = align_to_tokens(
-                [group.ref_logps[i] for group, i in inside], prompts, time
-            )
+        ref_logps = [group.ref_logps[i] for group, i in inside]
+        if all(ref_logps):
+            batch["ref_logp"] = align_to_tokens(ref_logps, prompts, time)
         batch["ended"] = torch.tensor([group.ended[i] for group, i in inside])
         batches.append(dict(batch, rows=torch.tensor(rows)))
     return batches
@@ -249,15 +250,14 @@ def token_values(batches: list[dict], name: str) -> list[list[float]]:
 def token_stats(
     policy, batch: dict, temperature: float, entropy: bool = False, **more
 ) -> TokenStats:
-    "Log-probs [rows, time] of the completions' tokens at the sampling temperature; `more` goes to the policy."
+    """Return log-probs [rows, time] of the completions' tokens at the sampling temperature.
+
+    They are in nats. With `entropy`, the result has entropies too; `more` goes to the policy.
+    """
     device = next(policy.parameters()).device
-    ids, attention, target, prefix = (
-        batch[name].to(device)
-        for name in ("input_ids", "attention_mask", "completion_mask", "prefix")
-    )
-    return policy(
-        ids, attention, target, temperature=temperature, entropy=entropy, prefix=prefix, **more
-    )
+    names = ("input_ids", "attention_mask", "completion_mask")
+    more |= dict(temperature=temperature, entropy=entropy, prefix=batch["prefix"].to(device))
+    return policy(*(batch[name].to(device) for name in names), **more)
 
 
 def add_reference_logps(
@@ -267,22 +267,21 @@ def add_reference_logps(
     flat = [logps for group in groups for logps in group.ref_logps]
     with eval_no_grad(reference):
         for batch in batches:
-            batch["ref_logp"], learned = (
-                token_stats(reference, batch, temperature).logp.cpu(),
-                batch["completion_mask"].bool(),
-            )
+            batch["ref_logp"] = token_stats(reference, batch, temperature).logp.cpu()
+            learned = batch["completion_mask"].bool()
             for row, values, mask in zip(batch["rows"].tolist(), batch["ref_logp"], learned):
                 flat[row].extend(values[mask].tolist())
 
 
 def sequence_kl(batches: list[dict], kind: str) -> Tensor:
-    "Estimate of the KL of each completion [rows] to the reference, summed over its tokens, in nats: what may be taken off its reward."
+    """Estimate the KL of each completion [rows] to the reference, in nats.
+
+    It is the sum over the completion's tokens, which a method may subtract from the reward.
+    """
     found = torch.zeros(sum(len(batch["rows"]) for batch in batches))
     for batch in batches:
-        found[batch["rows"]] = (
-            kl_estimate(batch["old_logp"], batch["ref_logp"], kind)
-            * batch["completion_mask"].bool()
-        ).sum(1)
+        of_tokens = kl_estimate(batch["old_logp"], batch["ref_logp"], kind)
+        found[batch["rows"]] = (of_tokens * batch["completion_mask"].bool()).sum(1)
     return found
 
 
@@ -295,9 +294,12 @@ def policy_metrics(
     high: float,
     ratio: Tensor | None = None,
 ):
-    """Metrics of the learned tokens of a microbatch: how far the policy is from the one that sampled and from the reference, and how certain.
+    """Log `ratio_max`, `clip_fraction`, `entropy` and `kl` of a microbatch's learned tokens.
 
-    `ratio` [n] where it is not that of the tokens.
+    `stats` and `old_logp` [rows, time] are those of the current policy and of the one that sampled.
+    `low` and `high` bound the ratio. `ratio` [n] replaces the ratios of the tokens.
+    `kl` is the k3 estimate of the current policy's KL to the reference, in nats a token, without a
+    weight: its tokens are those that the policy of the rollout sampled.
     """
     learned = batch["completion_mask"].bool()
     ratio = (stats.logp.detach() - old_logp)[learned].exp() if ratio is None else ratio
@@ -312,15 +314,21 @@ def starting_model(policy: Policy, settings: Settings) -> Policy:
     "The model at the start, frozen: the policy without its new adapter, or loaded again."
     if getattr(policy.model, "fresh_adapter", False) and hasattr(policy.model, "disable_adapter"):
         return Policy(policy.model, adapter=False)
-    model = load_model(settings.model, dtype=settings.dtype, device=settings.device).requires_grad_(
-        False
-    )
-    return Policy(model.eval())
+    model = load_model(settings.model, dtype=settings.dtype, device=settings.device)
+    return Policy(model.requires_grad_(False).eval())
 
 # %% ../../nbs/training/onpolicy.ipynb #14174905
 def recorded_steps(steps: int, count: int = 20) -> set[int]:
     "The steps, from 0, whose samples go into the record: the first, the last, and others spread evenly."
     return {round(i * (steps - 1) / (count - 1)) for i in range(count)}
+
+
+def _texts_of_tokens(tokenizer, before: int, ids: list[int]) -> list[str]:
+    "The text of each of `ids` after the token `before`; alone it may lose the space before it."
+    texts = []
+    for a, b in zip([before, *ids[:-1]], ids):
+        texts.append(tokenizer.decode([a, b])[len(tokenizer.decode([a])) :])
+    return texts
 
 
 def sample_rows(
@@ -331,48 +339,36 @@ def sample_rows(
     limit: int = 32,
     **per_token: list[list[float]],
 ) -> list[dict]:
-    """Rows for samples.jsonl: whole groups, as many as fit into `limit` rows.
+    """Return rows for samples.jsonl: whole groups, as many as fit into `limit` rows.
 
-    `advantages` [rows]; None for answers that nothing is learned from, which then belong to no group. `per_token` are further values of each token, such as
-    `values=` of a value model, one list a completion.
+    `advantages` [rows] is None for answers that are not trained on; they belong to no group.
+    `per_token` are further values of each token, such as `values=` of a value model: one list a
+    completion.
     """
     rows, size = [], len(groups[0].rewards)
     for g, group in enumerate(groups[: max(1, limit // size)]):
         for i, ids in enumerate(group.completions):
-            before = [group.prompt[-1], *ids[:-1]]  # a token alone may lose the space before it
-            tokens = [
-                tokenizer.decode([a, b])[len(tokenizer.decode([a])) :] for a, b in zip(before, ids)
-            ]
-            row = dict(group=group.slot) if advantages is not None else dict(held_out=True)
-            row |= dict(
-                prompt=group.row["prompt"],
-                completion=group.texts[i],
-                reward=group.rewards[i],
-                rewards={name: values[i] for name, values in group.parts.items()},
-            )
-            row |= (
-                dict(advantage=round(advantages[g * size + i].item(), 5))
-                if advantages is not None
-                else {}
-            )
-            row |= (
-                dict(answer=group.row["answer"]) if "answer" in group.row else {}
-            )  # what would have been right, for whoever reads the record
+            number = g * size + i
+            row = dict(held_out=True) if advantages is None else dict(group=group.slot)
+            row |= dict(prompt=group.row["prompt"], completion=group.texts[i])
+            row["reward"] = group.rewards[i]
+            row["rewards"] = {name: values[i] for name, values in group.parts.items()}
+            if advantages is not None:
+                row["advantage"] = round(advantages[number].item(), 5)
+            if "answer" in group.row:  # the right answer, for readers of the record
+                row["answer"] = group.row["answer"]
+            tokens = _texts_of_tokens(tokenizer, group.prompt[-1], ids)
             row |= dict(ended=group.ended[i], tokens=tokens, ids=ids)
-            each = (
-                dict(logp=group.logps, ref_logp=group.ref_logps) if advantages is not None else {}
-            )  # TRL's trainer keeps them to itself
-            found = {name: values[i] for name, values in each.items() if values} | {
-                name: values[g * size + i] for name, values in per_token.items()
-            }
-            rows.append(
-                row
-                | {
-                    name: [round(float(x), 4) for x in values]
-                    for name, values in found.items()
-                    if len(values)
-                }
-            )
+            found = {}
+            if advantages is not None:
+                if group.logps:  # TRL's trainer keeps them to itself
+                    found["logp"] = group.logps[i]
+                found["ref_logp"] = group.ref_logps[i]
+            found |= {name: values[number] for name, values in per_token.items()}
+            for name, values in found.items():
+                if len(values):
+                    row[name] = [round(float(x), 4) for x in values]
+            rows.append(row)
     return rows
 
 # %% ../../nbs/training/onpolicy.ipynb #8b79d77f
@@ -494,9 +490,8 @@ class OnPolicy:
         self.run, self.settings, self.policy, self.tokenizer = run, settings, policy, tokenizer
         self.rows, self.reward_fn, self.reference = rows, reward_fn, reference
         self.held_reward_fn = held_reward_fn or reward_fn
-        judges = [
-            parent for model in getattr(reward_fn, "models", ()) for parent in parent_of(model)
-        ]
+        models = getattr(reward_fn, "models", ())
+        judges = [parent for model in models for parent in parent_of(model)]
         run.update(parents=[*dict.fromkeys([*run.record["parents"], *judges])])
         switch_off_dropout(policy)
         self.prompts = encode_prompts(tokenizer, rows, settings)
@@ -565,9 +560,8 @@ class OnPolicy:
         totals = torch.tensor(scores.total)
         # a reward may apply to some rows only
         applies = totals.isfinite().view(-1, self.settings.num_generations).any(1).sum().item()
-        return with_rows(
-            found | {"reward": totals.nanmean().item()}, found["rows"], {"reward": applies}
-        )
+        found["reward"] = totals.nanmean().item()
+        return with_rows(found, found["rows"], {"reward": applies})
 
 # %% ../../nbs/training/onpolicy.ipynb #93e7aba8
 @dataclass
@@ -637,7 +631,7 @@ def _train_in_trl(collector: OnPolicy, trl: InTRL) -> None:
     settings, reward_fn, tokenizer = collector.settings, collector.reward_fn, collector.tokenizer
     config = trl.config(settings) | dict(reward_weights=reward_fn.weights)
 
-    def heard(*judged):
+    def record_step(*judged):
         collector.record.record_trl_step(*judged, trl.advantages)
 
     train_with_trl(
@@ -650,5 +644,5 @@ def _train_in_trl(collector: OnPolicy, trl: InTRL) -> None:
         collector.evaluate,
         config=config,
         rows_per_step=collector.order.rows_per_step,
-        reward_funcs=reward_fn.for_trl(end_tokens(collector.policy.model, tokenizer), heard),
+        reward_funcs=reward_fn.for_trl(end_tokens(collector.policy.model, tokenizer), record_step),
     )

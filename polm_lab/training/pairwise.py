@@ -123,6 +123,11 @@ def couples(sides: tuple[Answers, ...], marks: dict) -> tuple[Answers, Answers]:
     return sides[0], sides[1]
 
 # %% ../../nbs/training/pairwise.ipynb #35c82220
+def _on(part, device) -> list[Tensor]:
+    "The tensors of `part` on a device."
+    return [value.to(device) for value in part]
+
+
 @torch.no_grad()
 def set_baseline(
     policy: Policy, objective: Objective, batches: list[dict], reference: Callable
@@ -137,8 +142,8 @@ def set_baseline(
     if process_rank_and_count()[1] > 1:
         from accelerate.utils import gather_object
 
-        found = gather_object([[value.cpu() for value in part] for part in parts])
-        parts = [[value.to(device) for value in part] for part in found]
+        found = gather_object([_on(part, "cpu") for part in parts])
+        parts = [_on(part, device) for part in found]
     *answers, labels = (torch.cat(column) for column in zip(*parts))
     last = None if policy.baseline.isnan() else policy.baseline.clone()
     policy.baseline.copy_(objective.baseline(Answers(*answers), labels, last))
@@ -267,8 +272,8 @@ class PairEvaluation:
 
     def samples(self) -> list[dict]:
         "Rows for samples.jsonl of eight held-out prompts: answers, and the policy's own."
-        said, answers = self.common.rolled, []
-        sampled = zip(said.prompts, said.completions, said.texts)
+        rolled, answers = self.common.rolled, []
+        sampled = zip(rolled.prompts, rolled.completions, rolled.texts)
         for row, pair, (prompt, completion, text) in list(zip(self.rows, self.pairs, sampled))[:8]:
             for side, encoded in shown_sides(pair):
                 answers.append((encoded, dict(prompt=row["prompt"], side=side)))
@@ -299,8 +304,8 @@ def train_pairs_with_trl(
     config, more = dict(objective.trl), {}
     if any(pair["doubt"] for pair in pairs):
         raise WrongInput(
-            "engine = 'trl': the data has a column `probability` below 1, of which TRL's "
-            "DPOTrainer takes no notice; use engine = 'lab', or remove the column"
+            "engine = 'trl': the data has a column `probability` below 1, which TRL's "
+            "DPOTrainer ignores; use engine = 'lab', or remove the column"
         )
     asked = getattr(settings, "reference", "auto")
     if asked == "copy":

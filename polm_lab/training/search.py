@@ -76,7 +76,7 @@ def continuing(
     model,  # a causal LM
     tokenizer,
     prompt: list[int],  # token ids
-    branches: int,  # candidates of each row, its likeliest tokens; as many as are kept
+    branches: int,  # candidates of each row, its most probable tokens; as many as are kept
     max_new_tokens: int = 64,
     stop: tuple[str, ...] = (),
 ) -> Callable:
@@ -203,7 +203,8 @@ def compare_widths(
     Raises: Stopped between two widths; a run that is resumed does all of it again, the same.
     """
 
-    def likeliest(question: int, group: list[Answer]) -> float:
+    def best_of(question: int, group: list[Answer]) -> float:
+        "Score of the most probable sample."
         return worth(rows[question], max(group, key=lambda one: one.logp).text)
 
     run.rewind(-1)
@@ -220,7 +221,7 @@ def compare_widths(
         sums |= {"tokens": sum(budget.spent for budget in budgets)}
         means = {name: total / len(rows) for name, total in sums.items()}
         if samples:
-            right, cost = samples.compared(means["tokens"], likeliest)
+            right, cost = samples.compared(means["tokens"], best_of)
             means |= {"accuracy/best": right, "tokens/best": cost}
         lines = []
         for question, (row, one, reward) in enumerate(zip(rows, found, rewards)):
