@@ -57,8 +57,9 @@ def sides_of(example: dict) -> list[dict]:
 def marks_of(examples: list[dict]) -> dict[str, Tensor]:
     """What encoded rows of one kind say about their answers.
 
-    `doubt` [rows] of pairs, if any has one. `labels` [rows] of unpaired rows: whether each is good.
-    `scores` [rows, answers] of ranked rows, best first; NaN where a row has fewer answers.
+    Pairs have `doubt` [rows], if any of them is doubtful. Unpaired rows have `labels` [rows]:
+    whether each is good. Ranked rows have `scores` [rows, answers], best first. They are NaN where
+    a row has fewer answers.
     """
     first, marks = examples[0], {}
     if "label" in first:

@@ -104,7 +104,7 @@ def subrun(whole: Run, label: str, name: str, parents=None, inside: bool = False
 
     It is created if it is missing, resumed if it was interrupted, and reused if it is finished.
     Its folder is next to that of `whole`. With `inside` it is in the folder `parts` of `whole`,
-    which the table of runs does not list: use that for the many parts of a comparison.
+    which the table of runs does not list. Use that for the many parts of a comparison.
     A stop of `whole` also stops the part that is running.
 
     Raises: `Stopped`, if `whole` was asked to stop before or during the part.

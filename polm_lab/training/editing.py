@@ -63,8 +63,10 @@ def probes_of(edits: list[dict]) -> list[Probe]:
 class Answer:
     """What a model answers to a probe.
 
-    For each token of the target, `top` is the most probable one and `right` whether it is the
-    target's. `logp` is that of the target, in nats. `text` is the greedy answer.
+    - `top`: the most probable token at each place of the target.
+    - `right`: whether it is the token of the target.
+    - `logp`: log-probability of the target, in nats.
+    - `text`: the greedy answer.
     """
 
     top: list[int]

@@ -285,13 +285,16 @@ def train_with_trl(
 ) -> None:
     """Train `policy` in place with TRL's `<trainer>Trainer`, as `fit` and `save_model` do.
 
-    `trainer` is SFT, DPO, GRPO, ... The record is written and the model is saved.
-    `rows` are dataset rows as that trainer takes them, in the order of our loop. `rows_per_step` of
-    them make a step; the default is batch_size × accumulate.
-    `config` are further arguments of `<trainer>Config`, which override those of `trl_arguments`.
-    `trainer_arguments` go to the trainer: reward functions, reference model, data_collator.
-    With a collator every column reaches it.
-    `evaluate()` returns metrics of the policy as it is. `merge` is that of `fit`.
+    The record is written and the model is saved.
+
+    - `trainer`: SFT, DPO, GRPO, ...
+    - `rows`: dataset rows as that trainer takes them.
+    - `rows_per_step`: rows of a step, in the order of our loop; default batch_size × accumulate.
+    - `config`: further arguments of `<trainer>Config`, which override those of `trl_arguments`.
+    - `trainer_arguments` go to the trainer: reward functions, reference model, data_collator. With
+      a collator every column reaches it.
+    - `evaluate()` returns metrics of the policy as it is.
+    - `merge`: that of `fit`.
 
     Raises: `WrongInput` for what TRL refuses; `Stopped` if the run was asked to stop (its state is
     saved); `FloatingPointError` if the loss is not finite.

@@ -156,7 +156,8 @@ def scorer(spec: str, rows: list[dict]) -> Callable[[dict, str], float] | None:
 def other_tasks(settings, tokenizer) -> tuple[str, ...]:
     """Return the synthetic tasks that the run's data are not from: forgetting is measured there.
 
-    A model that was not pretrained on the tasks has none. One that was has the vocabulary of `tiny`.
+    A model that was not pretrained on the tasks has none. One that was has the vocabulary of
+    `tiny`.
     """
     from polm_lab.models.sources import built_in_models
     from polm_lab.models.tokenizers import load_tokenizer
@@ -281,11 +282,14 @@ class Evaluation:
 
     `rows` are held-out rows as loaded; `kind` is their dataset type (`text`, `completion`,
     `preference`, `unpaired`, `ranked`, `prompt`).
-    Rows with a good answer (`good_answers`) give `perplexity`. Rows with a scorer give `accuracy`
-    and `length` of samples, and `pass_at_k` for `num_generations` > 1.
-    `reference` adds `kl` on the policy's own samples.
-    `others` (names of tasks) adds `perplexity/NAME` on text that the run does not train on.
-    It also adds `forgetting`, the mean rise of that loss since the first call.
+
+    - Rows with a good answer (`good_answers`) give `perplexity`.
+    - Rows with a scorer give `accuracy` and `length` of samples, and `pass_at_k` for
+      `num_generations` > 1.
+    - `reference` adds `kl` on the policy's own samples.
+    - `others` (names of tasks) adds `perplexity/NAME` on text that the run does not train on. It
+      also adds `forgetting`, the mean rise of that loss since the first call.
+
     The result has the number of rows that were seen as `rows`; see `with_rows`.
     The policy answers at most `prompts` rows, by default all of them.
     """

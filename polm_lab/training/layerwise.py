@@ -220,9 +220,10 @@ class BlockInputs(NamedTuple):
 def visit_blocks(model, windows: Tensor, rows: int, visit, measure: bool = True) -> Iterator[dict]:
     """Call `visit(block, inputs)` on each block of `model` in turn, and yield its facts.
 
-    A visit changes its block in place; `inputs` is a `BlockInputs`. `windows` [windows, time] are
-    calibration tokens, and `rows` windows go through the block at once. With `measure`, the facts
-    have `output_error`, the share of the first batch's output that the visit lost.
+    A visit changes its block in place; `inputs` is a `BlockInputs`.
+    The calibration tokens are `windows` [windows, time]; `rows` of them go through the block at
+    once. With `measure`, the facts have `output_error`, the share of the first batch's output that
+    the visit lost.
     """
     for inputs in map(BlockInputs._make, walk(model, windows, rows)):
         before = inputs.forward(0) if measure else None
@@ -281,9 +282,9 @@ def load_for_calibration(settings, run: Run):
 
 
 def log_blocks(run: Run, steps: Iterator[dict]):
-    """Log the facts of each block as `steps` yields them, and return what `steps` returns at its end.
+    """Log the facts of each block as `steps` yields them, and return what `steps` returns.
 
-    Raises `Stopped` after a block if somebody asked for it.
+    Raises: `Stopped` after a block if the run was asked to stop.
     """
     progress, step = Progress(run, run.record["total"]), 0
     while True:
@@ -328,8 +329,9 @@ def carry_out(run: Run, settings: Calibrated, plan, measures=cost) -> None:
 def compress(run: Run, settings: Calibrated, visit, measures=cost) -> None:
     """Run a method that changes a model block by block with calibration text.
 
-    `visit(block, inputs)` changes a block in place and returns facts for the log. See `visit_blocks`.
-    `measures(model)` adds metrics to the evaluation of the model, before and after.
+    - `visit(block, inputs)` changes a block in place and returns facts for the log; see
+      `visit_blocks`.
+    - `measures(model)` adds metrics to the evaluation of the model, before and after.
     """
 
     def plan(model, windows):

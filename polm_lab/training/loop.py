@@ -311,15 +311,16 @@ def fit(
 ) -> None:
     """Train `policy` in place for `settings.steps` steps, and write the record.
 
-    `updates(step, meter)` yields, for each optimizer update of the step, the list of microbatches
-    of this process. A microbatch is a dict of tensors with `weight`, the number of units that its
-    loss sums over, and usually `input_ids` and `attention_mask` [rows, time].
-    `loss(policy, batch, meter)` returns the summed loss, a scalar with gradient.
-    `evaluate()` returns metrics of the policy as it is. Before the last evaluation the weights are
-    rounded to the type that they are saved in; with `merge`, the adapter of `policy.model` is
-    merged into it first.
+    - `updates(step, meter)` yields, for each optimizer update of the step, the list of microbatches
+      of this process. A microbatch is a dict of tensors. Its `weight` is the number of units that
+      its loss sums over. Usually it has `input_ids` and `attention_mask` [rows, time] too.
+    - `loss(policy, batch, meter)` returns the summed loss, a scalar with gradient.
+    - `evaluate()` returns metrics of the policy as it is.
 
-    Raises `Stopped` if the run was asked to stop (its state is saved), `FloatingPointError` if the
+    Before the last evaluation the weights are rounded to the type that they are saved in. With
+    `merge`, the adapter of `policy.model` is merged into it before that.
+
+    Raises: `Stopped` if the run was asked to stop (its state is saved); `FloatingPointError` if the
     loss is not finite (the batch is saved).
     """
     accelerator = make_accelerator(settings)

@@ -55,20 +55,21 @@ class Objective:
     """What one method makes of its rows; `train_pairs` does the rest.
 
     `kind` says which rows, and `loss` gives the loss [rows] of a microbatch of them:
-    preference: `loss(chosen, rejected, doubt)` of two `Answers`; `doubt` [rows], or 0.0, is the
-    probability that a pair is the wrong way round.
-    unpaired: `loss(answers, labels, baseline)`; `labels` [rows] say which answers are good.
-    ranked: `loss(answers, scores)`, both [rows, answers], best first.
 
-    `reward(answers)` gives the implicit rewards, in the shape of the answers.
-    `reference` is false for an objective that looks at no `ref_logp`; others need settings with the
-    knob `reference`. `metrics(better, worse)` gives further metrics of `couples`, each [couples].
-    `trl` are the arguments of TRL's DPOConfig that mean the same; None where TRL has no such loss.
+    - preference: `loss(chosen, rejected, doubt)` of two `Answers`. `doubt` [rows], or 0.0, is the
+      probability that a pair is the wrong way round.
+    - unpaired: `loss(answers, labels, baseline)`; `labels` [rows] say which answers are good.
+    - ranked: `loss(answers, scores)`, both [rows, answers], best first.
 
-    `baseline(answers, labels, last)`, on unpaired rows, is called once a step with all rows of the
-    step, before any of them is learned; `last` is what it gave the step before, or None. What it
-    gives, a scalar, is the `baseline` of the loss, which is 0.0 without. With `mismatch` its
-    answers are those to other prompts (see `mismatched`).
+    - `reward(answers)` gives the implicit rewards, in the shape of the answers.
+    - `reference`: false for an objective that ignores `ref_logp`. Others need settings with the
+      knob `reference`.
+    - `metrics(better, worse)` gives further metrics of `couples`, each [couples].
+    - `trl`: the arguments of TRL's DPOConfig for this loss; None where TRL has no such loss.
+    - `baseline(answers, labels, last)` is for unpaired rows. It is called once a step with all rows
+      of the step, before training on any of them. Its result of the step before is `last`, or None.
+      Its result, a scalar, is the `baseline` of the loss, which is 0.0 without.
+    - `mismatch`: the answers of the baseline are those to other prompts (see `mismatched`).
 
     Raises: `WrongInput` for another kind, and for a baseline of other rows.
     """
