@@ -209,8 +209,8 @@ def make_batches(
     A method adds `weight` to a batch, which has
 
     - `rows` [rows]: the numbers of its completions, and `ended` [rows]: whether they ended;
-    - `old_logp` [rows, time]: log-probabilities at the tokens, in nats; `ref_logp` is the same under
-      the reference, if the groups have it;
+    - `old_logp` [rows, time]: log-probabilities at the tokens, in nats; `ref_logp` is the same
+      under the reference, if the groups have it;
     - `prefix` [rows, 2]: (slot, tokens of the prompt).
     """
     flat = [(group, i) for group in groups for i in range(len(group.completions))]
