@@ -211,9 +211,9 @@ def launched(tmp_path, config, *words):
 
 def test_two_processes_are_launched_with_fsdp(tmp_path):
     done = launched(tmp_path, dict(distributed_type="FSDP", fsdp_config=FSDP))
-    said = {line for line in done.stderr.splitlines() if line.startswith("polm: ")}
+    errors = {line for line in done.stderr.splitlines() if line.startswith("polm: ")}
     assert done.returncode
-    assert said == {f"polm: accelerate: distributed_type: FSDP is asked for; {WHOLE}"}
+    assert errors == {f"polm: accelerate: distributed_type: FSDP is asked for; {WHOLE}"}
     [run] = all_runs(tmp_path / "runs")
     record = json.loads((run.path / "run.json").read_text())
     assert record["status"] == "failed"

@@ -231,12 +231,12 @@ def test_the_solvers_complaint_reaches_the_model(words):
     prompts, trace = revisions(words, row, bad, ToolCritic(solver), REVISERS["follow"])
     assert len(prompts) == 2
     assert trace.over in ("satisfied", "rounds")
-    said = [words_of(prompt) for prompt in prompts]
-    assert "x ** x" in said[0]
-    assert "the solver cannot read it" in said[0]
-    assert "x * 2" in said[1]
-    assert "f(x, 0) = 7 has no solution" in said[1]
-    assert all(words_of(words.draft(row)).split("\n")[0] in text for text in said)
+    prompt_texts = [words_of(prompt) for prompt in prompts]
+    assert "x ** x" in prompt_texts[0]
+    assert "the solver cannot read it" in prompt_texts[0]
+    assert "x * 2" in prompt_texts[1]
+    assert "f(x, 0) = 7 has no solution" in prompt_texts[1]
+    assert all(words_of(words.draft(row)).split("\n")[0] in text for text in prompt_texts)
 
 
 @pytest.mark.parametrize("words", [CodeWords(), Words()])
@@ -256,10 +256,10 @@ def test_what_a_program_did_wrong_reaches_the_model(words):
     prompts, trace = revisions(
         words, row, ["x + nothing", "x", "x + y"], critic, REVISERS["follow"]
     )
-    said = [words_of(prompt) for prompt in prompts]
-    assert "x + nothing" in said[0]
-    assert outcomes["x + nothing"] in said[0]
-    assert outcomes["x"] in said[1]
+    prompt_texts = [words_of(prompt) for prompt in prompts]
+    assert "x + nothing" in prompt_texts[0]
+    assert outcomes["x + nothing"] in prompt_texts[0]
+    assert outcomes["x"] in prompt_texts[1]
     assert trace.answer == "x + y"
 
 

@@ -160,12 +160,12 @@ def test_an_endpoint_that_dies_ends_in_one_line_and_what_it_said_is_kept(server,
     assert "\n" not in str(caught.value)
     assert "503" in str(caught.value)
     assert run.status == "failed"
-    said = len(run.lines("asked"))
-    assert 0 < said < len(ROWS)
+    answered = len(run.lines("asked"))
+    assert 0 < answered < len(ROWS)
     server.dead, server.asked = False, -100
     with run.active():
         kept = make_rows(run, ROWS, make, at_once=3)
-    assert server.asked + 100 == len(ROWS) - said
+    assert server.asked + 100 == len(ROWS) - answered
     assert [r["completion"] for r in kept] == ["fine"] * 20
     assert run.status == "finished"
 

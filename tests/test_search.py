@@ -152,7 +152,7 @@ def test_selected_rows_equal_rows_that_were_computed_apart(kind, share):
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad(), evaluating(model), shared_prefix(model, share) as shared:
         batch = Batch(model, prompts, samples, 6, shared)
-        said = [list(prompt) for prompt in prompts for _ in range(samples)]
+        sequences = [list(prompt) for prompt in prompts for _ in range(samples)]
         for rows in (
             [0, 1, 2, 3, 4, 5, 6, 7],
             [7, 0, 0, 2, 2, 2, 5, 5, 1, 6, 0],
@@ -161,14 +161,14 @@ def test_selected_rows_equal_rows_that_were_computed_apart(kind, share):
             compact_places([True, False, True, True]),
         ):
             batch.select(rows)
-            said = [list(said[row]) for row in rows]
-            for one, logits in zip(said, batch.logits):
+            sequences = [list(sequences[row]) for row in rows]
+            for one, logits in zip(sequences, batch.logits):
                 assert (model(torch.tensor([one])).logits[0, -1] - logits).abs().max() < 2e-3
             token = torch.randint(4, 128, (len(rows),), generator=generator)
             batch.step(token)
-            for one, k in zip(said, token.tolist()):
+            for one, k in zip(sequences, token.tolist()):
                 one.append(k)
-            for one, logits in zip(said, batch.logits):
+            for one, logits in zip(sequences, batch.logits):
                 assert (model(torch.tensor([one])).logits[0, -1] - logits).abs().max() < 2e-3
 
 

@@ -217,7 +217,10 @@ def side_logps(policy, batch: dict) -> tuple[Tensor, ...]:
 
 
 def batch_answers(policy, batch: dict, reference: Callable) -> tuple[Answers, ...]:
-    "The sides of a batch; `reference(batch)` gives each side's log-probabilities [rows] under it."
+    """Return the sides of a batch as `Answers`.
+
+    `reference(batch)` gives each side's log-probabilities [rows] under the reference.
+    """
     # a first token has nothing before it
     tokens = batch["completion_mask"][:, 1:].sum(1).clamp(min=1)
     columns = side_logps(policy, batch), reference(batch), tokens.chunk(batch["sides"])

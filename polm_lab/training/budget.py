@@ -77,7 +77,7 @@ def step_hooks(model: torch.nn.Module) -> list:
 
 # %% ../../nbs/training/budget.ipynb #afeb1439
 def with_total_step(adapter: str, steps: int) -> str:
-    "Add the run's length to the knob `adapter` as `total_step`, where it is needed and missing."
+    "Add the run's length to the knob `adapter` as `total_step` if it is needed and missing."
     if adapter.partition(":")[0] != "adalora" or "total_step" in adapter:
         return adapter
     return adapter + ("," if ":" in adapter else ":") + f"total_step={steps}"

@@ -176,7 +176,7 @@ def chunked_is_dense(method: Method, out, base: Run) -> tuple[float, bool]:
 
 
 def resumed_is_uninterrupted(method: Method, out, base: Run) -> tuple[float, bool]:
-    "Bytes that differ between a run and the same run stopped after its second step and resumed."
+    "Bytes that differ between a run and the same run stopped after two steps and resumed."
     settings = dict(base.settings)
     run = Run.create(method.name, settings, out=out)
     with mock.patch.object(Run, "stop_requested", lambda self: self.record["step"] == 2):

@@ -24,7 +24,7 @@ from ..core.run import Run, Stopped
 
 # %% ../../nbs/training/engine.ipynb #9960df4e
 def trl_class(name: str):
-    "A public class of TRL, such as `SFTTrainer`; raises `WrongInput` where TRL is not installed."
+    "A public class of TRL, such as `SFTTrainer`. Raises `WrongInput` if TRL is not installed."
     try:
         import trl
     except ImportError:
@@ -190,7 +190,7 @@ def paired_collator(pad_id: int):
 
 
 def in_our_order(rows: list[dict], settings: Settings, rows_per_step: int):
-    "A `datasets.Dataset` of the rows of step 0, 1, ... as our loop takes them; nothing is copied."
+    "A `datasets.Dataset` of the rows of step 0, 1, ... in the order of our loop, not copied."
     from datasets import Dataset
 
     from polm_lab.data.batches import Order
@@ -260,8 +260,28 @@ def last_checkpoint(run: Run) -> tuple[Path | None, int]:
     return None, 0
 
 # %% ../../nbs/training/engine.ipynb #a696f73d
+def _train(make_trainer, model, record, checkpoint: Path | None) -> int:
+    "Train `model` with the trainer that `make_trainer()` returns; gives the steps that are done."
+    from accelerate.state import AcceleratorState
+    from transformers import PrinterCallback
+
+    from polm_lab.core.machine import quiet_libraries
+
+    # a notebook runs several methods, with different precisions, in one process
+    AcceleratorState._reset_state()
+    own_forward = vars(model).get("forward")
+    with quiet_libraries():
+        made = record.trainer = make_trainer()
+        made.remove_callback(PrinterCallback)
+        try:
+            made.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            _restore(model, own_forward)
+    return made.state.global_step
+
+
 def _restore(model, forward) -> None:
-    "Take off what TRL and accelerate put on `model` for the time of the training."
+    "Remove what TRL and accelerate added to `model` for the time of the training."
     vars(model).pop("forward", None)
     if forward:
         model.forward = forward
@@ -299,10 +319,7 @@ def train_with_trl(
     Raises: `WrongInput` for what TRL refuses; `Stopped` if the run was asked to stop (its state is
     saved); `FloatingPointError` if the loss is not finite.
     """
-    from accelerate.state import AcceleratorState
-    from transformers import PrinterCallback
-
-    from polm_lab.core.machine import pick_device, quiet_libraries
+    from polm_lab.core.machine import pick_device
     from polm_lab.models.save import save_model
     from polm_lab.training.loop import as_saved, check_tracker, keep_in_32_bits
 
@@ -327,12 +344,11 @@ def train_with_trl(
     if settings.steps:
         per_step = rows_per_step or settings.batch_size * settings.accumulate
         record, model = _record(run, settings, evaluate), policy.model
-        # a notebook runs several methods, with different precisions, in one process
-        AcceleratorState._reset_state()
-        own_forward = vars(model).get("forward")
-        with quiet_libraries():
+        record.rows_per_step = per_step
+
+        def make_trainer():
             try:
-                made = trainer_class(
+                return trainer_class(
                     model=model,
                     args=config_class(**arguments),
                     train_dataset=in_our_order(rows, settings, per_step),
@@ -345,13 +361,8 @@ def train_with_trl(
                 raise WrongInput(
                     f"engine = 'trl': {trainer}Trainer refuses: {' '.join(str(error).split())}"
                 ) from error
-            made.remove_callback(PrinterCallback)
-            record.trainer, record.rows_per_step = made, per_step
-            try:
-                made.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            finally:
-                _restore(model, own_forward)
-        done = made.state.global_step
+
+        done = _train(make_trainer, model, record, checkpoint)
         if done < settings.steps:
             raise Stopped(
                 f"{run.id}: stopped after step {done}; `polm resume {run.id}` goes on from there"

@@ -62,7 +62,7 @@ def sequence_logps(
 
 
 def _batch_on(examples: list[dict], pad_id: int, policy: Policy) -> tuple[torch.Tensor, ...]:
-    "The arguments of `policy` for encoded rows: ids, attention mask, completion mask [rows, time]."
+    "Encoded rows as arguments of `policy`: ids, attention mask, completion mask [rows, time]."
     device, batch = next(policy.parameters()).device, collate(examples, pad_id)
     names = ("input_ids", "attention_mask", "completion_mask")
     return tuple(batch[name].to(device) for name in names)

@@ -235,7 +235,9 @@ def visit_blocks(model, windows: Tensor, rows: int, visit, measure: bool = True)
 
 # %% ../../nbs/training/layerwise.ipynb #123da2c5
 def set_summary(settings, tokenizer, measures):
-    """Return `evaluate(model)` for before and after: what the model can do, and `measures(model)`.
+    """Return the function `evaluate(model)` that gives the summary before and after.
+
+    It measures what the model can do, and adds `measures(model)`.
 
     Data are read now, so that what is wrong with them is reported before anything is computed.
     """

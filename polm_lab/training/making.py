@@ -25,7 +25,7 @@ from .loop import Progress
 
 # %% ../../nbs/training/making.ipynb #e69cd028
 def _append(path: Path, row: dict) -> str:
-    "Append one line to a .jsonl file in one write, and return it. Raises `OSError` on a full disk."
+    "Append a line to a .jsonl file in one write, and return it. Raises `OSError` on a full disk."
     line = json.dumps(row, default=str) + "\n"
     with open(path, "ab", buffering=0) as file:
         if file.write(line.encode()) != len(line.encode()):

@@ -587,7 +587,7 @@ class InTRL:
 
 
 def trl_sampling(settings: OnPolicySettings) -> dict:
-    "The knobs of sampling as arguments that all configurations of TRL's on-policy trainers have."
+    "The knobs of sampling as arguments of all of TRL's configurations of on-policy trainers."
     return dict(
         num_generations=settings.num_generations,
         max_completion_length=settings.max_new_tokens,

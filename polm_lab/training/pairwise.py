@@ -46,7 +46,10 @@ def pair_metrics(reward_chosen: Tensor, reward_rejected: Tensor) -> dict[str, Te
 
 
 def wrong_way(smoothing: float, doubt: Tensor | float) -> Tensor | float:
-    "Probability that a pair is the wrong way round: its label is wrong or the pair, but not both."
+    """Return the probability that a pair is the wrong way round.
+
+    Either its label is wrong or the pair, but not both.
+    """
     return smoothing + doubt - 2 * smoothing * doubt
 
 
@@ -109,7 +112,7 @@ class Objective:
 
 # %% ../../nbs/training/pairwise.ipynb #58287e27
 def couples(sides: tuple[Answers, ...], marks: dict) -> tuple[Answers, Answers]:
-    """All couples of a better and a worse answer that rows hold: better ones, worse ones [couples].
+    """Return all couples of a better and a worse answer: better ones, worse ones [couples].
 
     A pair is one couple. Each good unpaired answer is better than each bad one of the same rows.
     A ranked answer is better than those of its row that have a lower score.
@@ -133,7 +136,7 @@ def _on(part, device) -> list[Tensor]:
 def set_baseline(
     policy: Policy, objective: Objective, batches: list[dict], reference: Callable
 ) -> None:
-    "Ask the objective for the baseline of a step, from this process's `batches` and the others'."
+    "Ask the objective for the baseline of a step, from the `batches` of all processes."
     device, parts = policy.baseline.device, []
     for batch in batches:
         batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}

@@ -68,9 +68,9 @@ def pick_reference(asked: str, has_adapter: bool, switchable: bool, visits: int,
 def precompute(
     policy: Policy, examples: list[dict], visited: list[int], pad_id: int, rows: int, path: Path
 ) -> Tensor:
-    """Reference log-probabilities [rows, sides] of the rows numbered in `visited`; NaN elsewhere.
+    """Compute the reference log-probabilities [rows, sides] of the rows numbered in `visited`.
 
-    They are kept in the safetensors file `path`, and read from there the next time.
+    Other rows are NaN. The values are kept in the safetensors file `path`, and read from there the next time.
     """
     from safetensors.torch import load_file, save_file
 
