@@ -17,7 +17,7 @@ from ..core.run import Run, Stopped, open_run, parent_of
 
 # %% ../../nbs/training/chain.ipynb #3749e299
 def check_settings(name: str, values: dict) -> tuple[Method, RunSettings]:
-    "The method and its settings; raises `WrongInput` before anything is written."
+    "Return the method and its settings; raises `WrongInput` before anything is written."
     found = find(name)
     settings = make_settings(found.settings, values)
     engine = getattr(settings, "engine", "lab")
@@ -59,7 +59,7 @@ def _full_data(value: str) -> str:
 
 
 def _full_path(value: str) -> str:
-    "`value` as a full path if something is there, else as it is: a built-in name or a Hub id."
+    "Return `value` as a full path if it exists, else as it is: a built-in name or a Hub id."
     path = Path(value).expanduser()
     return str(path.absolute()) if value and path.exists() else value
 

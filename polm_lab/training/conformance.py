@@ -61,12 +61,12 @@ def continue_run(method: Method, run: Run) -> Run:
 
 
 def weights_file(run: Run) -> bytes:
-    "The bytes of the weights that a run saved."
+    "Return the bytes of the weights that a run saved."
     return b"".join(p.read_bytes() for p in sorted((run.path / "model").glob("*.safetensors")))
 
 
 def saved_update(run: Run) -> torch.Tensor:
-    "How a run changed the weights, as one vector."
+    "Return the change of the weights by a run, as one vector."
     made = load_model(run.path / "model", "float32", "cpu", head="any")
     head = "score" if hasattr(made, "score") else "lm"
     settings = run.settings
@@ -77,7 +77,7 @@ def saved_update(run: Run) -> torch.Tensor:
 
 
 def series(run: Run, name: str) -> list[float]:
-    "The metric `name` of each step."
+    "Return the metric `name` of each step."
     return [row[name] for row in run.lines()]
 
 
@@ -106,14 +106,14 @@ CLOSE = 2e-3
 
 
 def same_seed(method: Method, out, base: Run) -> tuple[float, bool]:
-    "Bytes that differ between two runs with one seed."
+    "Count the bytes that differ between two runs with one seed."
     a, b = weights_file(base), weights_file(short_run(method, out))
     differ = sum(x != y for x, y in zip(a, b)) + abs(len(a) - len(b))
     return float(differ), differ == 0 and len(a) > 0
 
 
 def batches_add_up(method: Method, out, base: Run) -> tuple[float, bool]:
-    "Distance between one batch and two half batches a step."
+    "Measure the distance between one batch and two half batches a step."
     half = base.settings["batch_size"] // 2
     gap = distance(short_run(method, out, batch_size=half, accumulate=2), base)
     return gap, gap < CLOSE
@@ -121,7 +121,7 @@ def batches_add_up(method: Method, out, base: Run) -> tuple[float, bool]:
 
 @contextmanager
 def replaced_everywhere(original, other):
-    "Inside, every module of the project that imported `original` sees `other`."
+    "Replace `original` by `other` in every module of the project, as a context."
     patches = []
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith(("polm_lab", "__main__")):
@@ -137,7 +137,7 @@ def replaced_everywhere(original, other):
 
 
 def padding_is_nothing(method: Method, out, base: Run) -> tuple[float, bool]:
-    "Distance to a run whose batches carry seven more columns of padding."
+    "Measure the distance to a run whose batches have seven more columns of padding."
     collate = batches.collate
 
     def wider(examples, pad_id, *args, **kwargs):
@@ -153,7 +153,7 @@ def padding_is_nothing(method: Method, out, base: Run) -> tuple[float, bool]:
 
 # %% ../../nbs/training/conformance.ipynb #1554917e
 def chunked_is_dense(method: Method, out, base: Run) -> tuple[float, bool]:
-    "Distance to a run whose log-probs come from plain log-softmax over the whole vocabulary."
+    "Measure the distance to a run whose log-probs come from plain log-softmax."
 
     def dense(
         hidden,
@@ -176,7 +176,7 @@ def chunked_is_dense(method: Method, out, base: Run) -> tuple[float, bool]:
 
 
 def resumed_is_uninterrupted(method: Method, out, base: Run) -> tuple[float, bool]:
-    "Bytes that differ between a run and the same run stopped after two steps and resumed."
+    "Count the bytes that differ if a run is stopped after two steps and resumed."
     settings = dict(base.settings)
     run = Run.create(method.name, settings, out=out)
     with mock.patch.object(Run, "stop_requested", lambda self: self.record["step"] == 2):
@@ -201,7 +201,7 @@ LAUNCH = (
 
 
 def two_processes_are_one(method: Method, out, base: Run) -> tuple[float, bool]:
-    "Distance to the same run by two processes of `accelerate launch`."
+    "Measure the distance to the same run by two processes of `accelerate launch`."
     pairs = [word for k, v in base.settings.items() for word in ("-p", k, str(v))]
     folder = Path(out) / "two"
     polm = str(Path(sys.executable).parent / "polm")
@@ -229,7 +229,7 @@ LOGGED = ("loss", "grad_norm", "learning_rate", "tokens_per_second", "memory_mib
 
 
 def missing_metrics(run: Run) -> list[str]:
-    "What the lines and the summary of a run lack: steps, metrics, names in the vocabulary."
+    "List what lines and summary of a run lack: steps, metrics, names in the vocabulary."
     lines, summary = run.lines(), run.read()["summary"]
     missing = [f"summary {when}" for when in ("before", "after") if not summary.get(when)]
     if [row["step"] for row in lines] != list(range(1, run.settings["steps"] + 1)):
@@ -247,7 +247,7 @@ def missing_metrics(run: Run) -> list[str]:
 
 
 def record_complete(method: Method, out, base: Run) -> tuple[float, bool]:
-    "Things missing from a run's folder."
+    "Count the things that are missing from a run's folder."
     record = base.read()
     missing = [name for name in FIELDS if record.get(name) in (None, "")]
     missing += [f"status {base.status}"] if base.status != "finished" else []

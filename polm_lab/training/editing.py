@@ -45,7 +45,7 @@ class Probe:
 
 
 def probes_of(edits: list[dict]) -> list[Probe]:
-    "All that is asked about edits, without facts that should stay and are edited themselves."
+    "Return the probes of edits, without facts that should stay and are edited themselves."
     changed = {row["prompt"] for row in edits}
     for row in edits:
         changed.update(row.get("paraphrases", []))
@@ -76,7 +76,7 @@ class Answer:
 
 
 def target_tokens(tokenizer, probe: Probe) -> dict:
-    "Prompt and target as an encoded row, without an end of text."
+    "Encode prompt and target as a row, without an end of text."
     row = {"prompt": probe.prompt, "completion": probe.target}
     example = encode(tokenizer, row, "completion", 1 << 20)
     ids, mask = example["input_ids"], example["completion_mask"]
@@ -86,7 +86,7 @@ def target_tokens(tokenizer, probe: Probe) -> dict:
 
 @torch.no_grad()
 def read_answers(model, tokenizer, probes: list[Probe], max_new_tokens=16, rows=16) -> list[Answer]:
-    "What `model` answers to each probe; `rows` go through it at once."
+    "Return the answer of `model` to each probe; `rows` go through it at once."
     found = []
     examples = [target_tokens(tokenizer, probe) for probe in probes]
     for start in range(0, len(probes), rows):
@@ -108,13 +108,13 @@ def read_answers(model, tokenizer, probes: list[Probe], max_new_tokens=16, rows=
 
 
 def contains_answer(text: str, target: str) -> bool:
-    "Whether `text` has the words of `target`, in any case."
+    "Return whether `text` has the words of `target`, in any case."
     words = re.escape(plain_words(target))
     return bool(re.search(rf"(?<!\w){words}(?!\w)", plain_words(text)))
 
 # %% ../../nbs/training/editing.ipynb #7ee95558
 def score_probe(probe: Probe, now: Answer, before: Answer) -> dict[str, float]:
-    "The four figures of one probe: all tokens, share of tokens, probability, greedy answer."
+    "Score a probe: all tokens, share of tokens, probability, greedy answer."
     if probe.what in ("efficacy", "paraphrase"):
         hits, given = now.right, contains_answer(now.text, probe.target)
     else:
@@ -129,7 +129,7 @@ def score_probe(probe: Probe, now: Answer, before: Answer) -> dict[str, float]:
 
 
 def score_edits(probes: list[Probe], now: list[Answer], before: list[Answer]) -> dict[str, float]:
-    "Means over the probes of each kind, by metric; `rows/NAME` says over how many."
+    "Return means over the probes of each kind, by metric; `rows/NAME` says over how many."
     found, seen = {}, {}
     scores = [score_probe(*each) for each in zip(probes, now, before, strict=True)]
     for what in PROBED:
@@ -151,7 +151,7 @@ class EditSettings(SavedSettings):
 
 
 def edit_rows(probes: list[Probe], before: list[Answer], now: list[Answer]) -> list[dict]:
-    "What is recorded of each probe: its answer and the target's probability, before and after."
+    "Return the record of each probe: answer and target's probability, before and after."
     out = []
     for probe, old, new in zip(probes, before, now):
         facts = {"probability_before": math.exp(old.logp), "probability_after": math.exp(new.logp)}

@@ -24,7 +24,7 @@ from ..core.run import Run, Stopped
 
 # %% ../../nbs/training/engine.ipynb #9960df4e
 def trl_class(name: str):
-    "A public class of TRL, such as `SFTTrainer`. Raises `WrongInput` if TRL is not installed."
+    "Return a public class of TRL, such as `SFTTrainer`. Raises `WrongInput` without TRL."
     try:
         import trl
     except ImportError:
@@ -134,7 +134,7 @@ NAMES = {  # TRL's -> ours
 
 
 def our_metrics(logs: dict) -> dict[str, float]:
-    "What TRL logged in one step under the names of core.metrics; the rest is left out."
+    "Return what TRL logged in a step under the names of core.metrics; omit the rest."
     found = {
         NAMES[name]: value for name, value in logs.items() if name in NAMES and value is not None
     }
@@ -160,7 +160,7 @@ def labelled_rows(examples: list[dict]) -> list[dict]:
 
 
 def paired_rows(examples: list[dict]) -> list[dict]:
-    "Encoded pairs (`chosen`, `rejected`) for DPOTrainer, to be read by `paired_collator`."
+    "Return encoded pairs (`chosen`, `rejected`) for DPOTrainer and `paired_collator`."
     rows = []
     for example in examples:
         pair = {side: example[side] for side in ("chosen", "rejected")}
@@ -190,7 +190,7 @@ def paired_collator(pad_id: int):
 
 
 def in_our_order(rows: list[dict], settings: Settings, rows_per_step: int):
-    "A `datasets.Dataset` of the rows of step 0, 1, ... in the order of our loop, not copied."
+    "Return a `datasets.Dataset` of the rows of step 0, 1, ... in our order, not copied."
     from datasets import Dataset
 
     from polm_lab.data.batches import Order
@@ -201,7 +201,7 @@ def in_our_order(rows: list[dict], settings: Settings, rows_per_step: int):
 
 # %% ../../nbs/training/engine.ipynb #e185a028
 def _record(run: Run, settings: Settings, evaluate):
-    "The callback; a function makes it, so that transformers is imported late."
+    "Make the callback. It is made in a function so that transformers is imported late."
     from transformers import TrainerCallback
 
     from polm_lab.training.loop import Progress, any_process, is_evaluated, not_finite, peak_memory
@@ -245,7 +245,7 @@ def _record(run: Run, settings: Settings, evaluate):
 
 # %% ../../nbs/training/engine.ipynb #4bb9d8be
 def last_checkpoint(run: Run) -> tuple[Path | None, int]:
-    "TRL's newest whole checkpoint and the steps done by then, or (None, 0)."
+    "Return TRL's newest complete checkpoint and the steps done by then, or (None, 0)."
     found = sorted(
         (run.path / "checkpoints").glob("checkpoint-*"),
         key=lambda p: int(p.name.split("-")[1]),

@@ -32,7 +32,7 @@ from ..models.rollout import Rollout, rollout
 # %% ../../nbs/training/evaluate.ipynb #e9b7ccab
 @contextmanager
 def eval_no_grad(policy):
-    "Inside, the model neither drops out nor keeps gradients."
+    "Switch dropout and gradients off, as a context."
     # a new wrapper is in training mode, the model in it may not be
     training = [module for module in policy.modules() if module.training]
     policy.eval()
@@ -62,7 +62,7 @@ def sequence_logps(
 
 
 def _batch_on(examples: list[dict], pad_id: int, policy: Policy) -> tuple[torch.Tensor, ...]:
-    "Encoded rows as arguments of `policy`: ids, attention mask, completion mask [rows, time]."
+    "Collate rows for `policy`: ids, attention mask, completion mask [rows, time]."
     device, batch = next(policy.parameters()).device, collate(examples, pad_id)
     names = ("input_ids", "attention_mask", "completion_mask")
     return tuple(batch[name].to(device) for name in names)
@@ -77,18 +77,18 @@ def learned_tokens(examples: list[dict]) -> int:
 
 
 def mean_nll(policy: Policy, examples: list[dict], pad_id: int, rows: int = 16) -> float:
-    "Mean negative log-probability of the learned tokens of encoded rows, in nats a token."
+    "Return the mean negative log-probability of the learned tokens, in nats a token."
     tokens = max(1, learned_tokens(examples))
     return -sequence_logps(policy, examples, pad_id, rows).double().sum().item() / tokens
 
 
 def perplexity(policy: Policy, examples: list[dict], pad_id: int, rows: int = 16) -> float:
-    "exp of `mean_nll`: 1 is certain, the vocabulary's size is ignorance."
+    "Return exp of `mean_nll`: 1 is certain, the vocabulary's size is ignorance."
     return math.exp(min(700.0, mean_nll(policy, examples, pad_id, rows)))
 
 # %% ../../nbs/training/evaluate.ipynb #b2d420eb
 def pass_at_k(n: int, c: int, k: int) -> float:
-    "Probability that k of n samples hold a right one, where c of the n are right."
+    "Return the probability that k of n samples hold a right one, where c of n are right."
     if not 0 <= c <= n or not 1 <= k <= n:
         raise WrongInput(f"pass_at_k(n={n}, c={c}, k={k}): expected 0 ≤ c ≤ n and 1 ≤ k ≤ n")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
@@ -124,7 +124,7 @@ def last_number(text: str) -> str | None:
 
 
 def plain_words(text: str) -> str:
-    "Lower-case `text` with single spaces, without the full stop of any script at its ends."
+    "Return `text` in lower case with single spaces, without the full stop of any script."
     return " ".join(text.split()).strip(" .。．｡।۔။።").lower()
 
 
@@ -192,7 +192,7 @@ def task_names(spec: str) -> set[str]:
 
 # %% ../../nbs/training/evaluate.ipynb #3c1ad1a9
 def as_example(prompt: list[int], completion: list[int]) -> dict:
-    "A prompt with a sampled completion as an encoded row whose completion is learned."
+    "Return prompt and sampled completion as an encoded row whose completion is learned."
     return {
         "input_ids": [*prompt, *completion],
         "completion_mask": [0] * len(prompt) + [1] * len(completion),
@@ -200,7 +200,7 @@ def as_example(prompt: list[int], completion: list[int]) -> dict:
 
 
 def examples_of(rolled: Rollout) -> list[dict]:
-    "The sampled completions as encoded rows."
+    "Return the sampled completions as encoded rows."
     samples = len(rolled.completions) // len(rolled.prompts)
     prompts = [rolled.prompts[i // samples] for i in range(len(rolled.completions))]
     return [as_example(*pair) for pair in zip(prompts, rolled.completions)]
@@ -209,7 +209,7 @@ def examples_of(rolled: Rollout) -> list[dict]:
 def mean_kl(
     policy: Policy, reference: Policy, examples: list[dict], pad_id: int, rows: int = 16
 ) -> float:
-    "Mean over the learned tokens of KL(policy || reference), in nats a token."
+    "Return the mean over the learned tokens of KL(policy || reference), in nats a token."
     total = 0.0
     with eval_no_grad(policy), eval_no_grad(reference):
         for start in range(0, len(examples), rows):
@@ -230,7 +230,7 @@ def win_rate(scores: list[float], base_scores: list[float]) -> float:
 
 # %% ../../nbs/training/evaluate.ipynb #4d4136e6
 def latency_ms(model, tokens: int = 16, repeats: int = 3) -> float:
-    "Median time for one new token of one sequence, greedy, in milliseconds."
+    "Measure the median time for one new token of one sequence, greedy, in milliseconds."
     times = []
     prompt = [model.config.vocab_size // 2] * 4
     for _ in range(repeats):
@@ -241,12 +241,12 @@ def latency_ms(model, tokens: int = 16, repeats: int = 3) -> float:
 
 
 def cost(model) -> dict[str, float]:
-    "Size and speed of a model."
+    "Measure size and speed of a model."
     return {"size_mib": size_mib(model), "latency_ms": latency_ms(model)}
 
 # %% ../../nbs/training/evaluate.ipynb #764c16c1
 def good_answers(rows: list[dict], kind: str) -> list[dict]:
-    """Rows with the best answer that they hold as `completion`.
+    """Return rows with the best answer that they hold as `completion`.
 
     Unpaired rows whose answer is bad are left out, and so are all rows of a kind without answers.
     """
@@ -332,7 +332,7 @@ class Evaluation:
             self.others[name] = encoded(TASKS[name].rows("text", 16, seed, "test"), "text")
 
     def sample(self) -> Rollout:
-        "Completions of the held-out prompts by the policy as it is now."
+        "Sample completions of the held-out prompts from the policy as it is now."
         return rollout(
             self.policy.model,
             self.tokenizer,
@@ -344,7 +344,7 @@ class Evaluation:
         )
 
     def scores(self, texts: list[str]) -> list[float]:
-        "The scores of completions of the held-out prompts, in the order of `sample`."
+        "Score completions of the held-out prompts, in the order of `sample`."
         rows = [self.rows[i // self.num_generations] for i in range(len(texts))]
         return [self.score(row, text) for row, text in zip(rows, texts)]
 
@@ -389,7 +389,7 @@ class Evaluation:
 
 # %% ../../nbs/training/evaluate.ipynb #2fc711d3
 def win_rate_against(evaluation: Evaluation, base: Policy) -> float:
-    """Win rate of the policy's last answers to the held-out prompts over those of `base`.
+    """Return the win rate of the policy's last answers to the held-out prompts over `base`.
 
     The answers of `base` are sampled here, from the same random numbers.
     """
@@ -428,5 +428,5 @@ def lm_eval(
 
 # %% ../../nbs/training/evaluate.ipynb #449e8c1d
 def result_of(text: str) -> str:
-    "What an answer comes to: its last number, or its words where it has none."
+    "Return the result of an answer: its last number, or its words if it has none."
     return last_number(text) or " ".join(text.split()).lower()

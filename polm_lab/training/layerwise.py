@@ -140,7 +140,7 @@ OWN_ARGUMENTS = ("past_key_values", "use_cache", "hidden_states")  # not those o
 
 
 def _block_arguments(model, blocks, window: Tensor) -> dict[int, dict]:
-    "The keyword arguments that each block gets, such as positions and masks, by its number."
+    "Return the keyword arguments of each block, such as positions and masks, by its number."
     found = {}
 
     def catch(index):
@@ -159,7 +159,7 @@ def _block_arguments(model, blocks, window: Tensor) -> dict[int, dict]:
 
 
 def _first_hidden(model, block: nn.Module, batches) -> list[Tensor]:
-    "The hidden states that go into the first block, for each batch of windows."
+    "Return the hidden states that go into the first block, for each batch of windows."
     hidden = []
 
     def look(block, args, kwargs):

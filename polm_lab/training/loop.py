@@ -74,7 +74,7 @@ class Meter:
         self.parts[name] = (total, count + values.numel())
 
     def merge(self, others: Iterable["Meter"]) -> "Meter":
-        "One meter with what this and the others counted."
+        "Return one meter with what this and the others counted."
         merged = Meter()
         for parts in (self.parts, *(o.parts for o in others)):
             for name, (total, count) in parts.items():
@@ -84,7 +84,7 @@ class Meter:
         return merged
 
     def means(self) -> dict[str, float]:
-        "Mean (or maximum) by name."
+        "Return the mean (or maximum) by name."
         return {
             name: total if name.endswith("_max") else total / max(count, 1e-30)
             for name, (total, count) in self.parts.items()
@@ -103,7 +103,7 @@ def check_tracker(tracker: str) -> None:
 
 
 def make_accelerator(settings: Settings):
-    "accelerate's view of this machine for these settings. Raises `WrongInput`."
+    "Make accelerate's view of this machine for these settings. Raises `WrongInput`."
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
@@ -129,7 +129,7 @@ def make_accelerator(settings: Settings):
 
 # %% ../../nbs/training/loop.ipynb #d81961a5
 def gather_meters(meter: Meter) -> Meter:
-    "The meters of all processes as one."
+    "Merge the meters of all processes."
     if process_rank_and_count()[1] == 1:
         return meter
     from accelerate.utils import gather_object
@@ -140,7 +140,7 @@ def gather_meters(meter: Meter) -> Meter:
 
 # %% ../../nbs/training/loop.ipynb #5edb904b
 def load_policy(settings: Settings):
-    "The policy that the settings ask for, and its tokenizer."
+    "Load the policy that the settings ask for, and its tokenizer."
     from polm_lab.models.logprobs import Policy
     from polm_lab.models.load import load_model
     from polm_lab.models.tokenizers import load_tokenizer
@@ -175,7 +175,7 @@ def token_batches(
 
 # %% ../../nbs/training/loop.ipynb #9935fd19
 def checkpoints(run: Run) -> list[Path]:
-    "The whole checkpoints of a run, oldest first."
+    "List the complete checkpoints of a run, oldest first."
     return sorted((run.path / "checkpoints").glob("step-*"))
 
 
@@ -221,7 +221,7 @@ def load_checkpoint(run: Run, accelerator) -> int:
 
 # %% ../../nbs/training/loop.ipynb #6d50ac1d
 def optimizer_for(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    "AdamW over the trainable weights; only matrices decay."
+    "Make AdamW over the trainable weights; only matrices decay."
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         dict(params=[p for p in trainable if p.ndim >= 2], weight_decay=settings.weight_decay),
@@ -240,7 +240,7 @@ def keep_in_32_bits(model: torch.nn.Module) -> None:
 
 
 def tokens_in(batch: dict) -> int:
-    "Tokens of a microbatch without padding; 0 where it has none."
+    "Count the tokens of a microbatch without padding; 0 if it has none."
     if batch.get("attention_mask") is not None:
         return int(batch["attention_mask"].sum())
     return batch["input_ids"].numel() if "input_ids" in batch else 0
@@ -278,7 +278,7 @@ class Updater:
         return tokens
 
     def total_weight(self, batches: list[dict]) -> float:
-        "Weight of the microbatches of all processes."
+        "Return the weight of the microbatches of all processes."
         total = sum(float(batch["weight"]) for batch in batches)
         if self.accelerator.num_processes == 1:
             return total
@@ -386,7 +386,7 @@ def as_saved(run: Run, settings: Settings, policy: torch.nn.Module, merge: bool 
 
 
 def is_evaluated(done: int, settings: Settings) -> bool:
-    "Whether an evaluation follows after `done` steps; the one after the last frames the run."
+    "Return whether an evaluation follows `done` steps; that of the last frames the run."
     return bool(settings.eval_every) and done % settings.eval_every == 0 and done < settings.steps
 
 
@@ -402,14 +402,14 @@ def save_or_stop(run: Run, settings: Settings, accelerator, done: int) -> None:
 
 
 def any_process(accelerator, flag: bool) -> bool:
-    "Whether any process says yes: all must do the same."
+    "Return whether `flag` is set in any process: all must do the same."
     if accelerator.num_processes == 1:
         return flag
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)).item())
 
 
 def peak_memory(device: torch.device) -> float:
-    "Peak memory in MiB: of the device on a GPU, else of the process."
+    "Return peak memory in MiB: of the device on a GPU, else of the process."
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
     status = Path("/proc/self/status")

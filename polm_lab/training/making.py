@@ -45,7 +45,7 @@ class Kept:
                 file.write(b"\n")
 
     def get(self, parts: list, make: Callable[[], dict]) -> dict:
-        "What is known under `parts`, else what `make` gives now, as the file has it."
+        "Return what is known under `parts`, or what `make` gives now, as the file has it."
         key = hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:24]
         if key not in self.known:
             row = dict(key=key, **make())
@@ -65,7 +65,7 @@ def in_order(ask: Callable, items, at_once: int = 1) -> Iterator:
 
 
 def watch(run: Run, total: int, unit="rows", what="what was made is kept") -> Callable:
-    "A function of how many of `total` are done: shows it, and raises `Stopped` where asked to."
+    "Return a function of the number done: shows progress, and raises `Stopped` if asked to."
     progress = Progress(run, total)
 
     def check(done: int):
@@ -106,12 +106,12 @@ MADE = ("id", "parents", "verdict")  # columns of a row that was made
 
 
 def parent_of_row(row: dict, source: str, number: int):
-    "The id of a row that was made before; else the data and the number of the row in it."
+    "Return the id of a row that was made before, or the data and the row's number in it."
     return row["id"] if "parents" in row else {"data": source, "row": number}
 
 
 def finish_row(row: dict, parent, verdict: Callable, kept: list[dict], place: int = 0) -> dict:
-    """A row from `make` with id, parents and verdict; `place` is its place among its siblings.
+    """Add id, parents and verdict to a row from `make`; `place` is that among its siblings.
 
     Raises `TypeError` for a verdict that is no text.
     """
@@ -126,7 +126,7 @@ def finish_row(row: dict, parent, verdict: Callable, kept: list[dict], place: in
 
 
 def verdict_counts(rows: list[dict]) -> dict[str, float]:
-    "How many rows were made, the share that was kept, and the number of each verdict."
+    "Count the rows that were made, the share that was kept, and each verdict."
     counts = Counter(row["verdict"] for row in rows)
     share = counts[KEPT] / len(rows) if rows else 0.0
     return {"rows": len(rows), "kept": share} | {f"verdict/{v}": counts[v] for v in sorted(counts)}
@@ -195,7 +195,7 @@ def _make(run, rows, make, verdict, source, size, at_once, part):
 
 # %% ../../nbs/training/making.ipynb #1a66b841
 def _without_facts(row: dict) -> Row:
-    "A row without what was known of how it was made: a copy of it is a new row."
+    "Remove from a row how it was made: a copy of it is a new row."
     facts = MADE if "parents" in row else ()
     plain = {name: value for name, value in row.items() if name not in facts}
     return Row(plain, getattr(row, "where", "row"), getattr(row, "skip", False))
@@ -208,7 +208,7 @@ def _summarize(run: Run, given: int, out: list[dict]) -> None:
 
 
 def _nothing(source: str, out: list[dict]) -> str:
-    "The message of a run that kept no row."
+    "Return the message of a run that kept no row."
     counts = Counter(row["verdict"] for row in out).most_common(4)
     why = ", ".join(f"{word} {count}" for word, count in counts) or "nothing was made"
     return (

@@ -156,12 +156,12 @@ def draw_groups(
 
 # %% ../../nbs/training/onpolicy.ipynb #c1a42d15
 def rewards_of(groups: list[Group]) -> Tensor:
-    "Rewards [rows] of all completions; NaN for one without a reward."
+    "Return rewards [rows] of all completions; NaN for one without a reward."
     return torch.tensor([reward for group in groups for reward in group.rewards])
 
 
 def log_group_metrics(groups: list[Group], meter: Meter):
-    "Metrics of all groups that were drawn."
+    "Log the metrics of all groups that were drawn."
     for group in groups:
         rewards = torch.tensor(group.rewards, dtype=torch.float64)
         meter.add("reward", rewards[~rewards.isnan()])
@@ -176,7 +176,7 @@ def log_group_metrics(groups: list[Group], meter: Meter):
 
 
 def encode_prompts(tokenizer, rows: list[dict], settings: OnPolicySettings) -> list[list[int]]:
-    "The rows' prompts as tokens, each with room for an answer. Raises `WrongInput`."
+    "Encode the rows' prompts, each with room for an answer. Raises `WrongInput`."
     longest, encoded = settings.max_length - settings.max_new_tokens, []
     for row in rows:
         encoded.append(encode(tokenizer, row, "prompt", settings.max_length))
@@ -218,7 +218,7 @@ def make_batches(
     lengths = [len(group.prompt) + len(group.completions[i]) for group, i in flat]
 
     def place(r: int) -> tuple[int, int, int]:
-        "Groups with the longest row come first; in a group the longest row does."
+        "Sort groups by their longest row, and rows in a group by length, the longest first."
         return -max(lengths[r - r % samples :][:samples]), r // samples, -lengths[r]
 
     order = sorted(range(len(flat)), key=place)
@@ -241,7 +241,7 @@ def make_batches(
 
 
 def token_values(batches: list[dict], name: str) -> list[list[float]]:
-    "Values `name` [rows, time] at the learned tokens, one list a completion."
+    "Return values `name` [rows, time] at the learned tokens, one list a completion."
     found = [[] for batch in batches for _ in batch["rows"]]
     for batch in batches:
         learned = batch["completion_mask"].bool()
@@ -317,7 +317,7 @@ def policy_metrics(
 
 
 def starting_model(policy: Policy, settings: Settings) -> Policy:
-    "The model at the start, frozen: the policy without its new adapter, or loaded again."
+    "Return the start model, frozen: the policy without its new adapter, or loaded again."
     if getattr(policy.model, "fresh_adapter", False) and hasattr(policy.model, "disable_adapter"):
         return Policy(policy.model, adapter=False)
     model = load_model(settings.model, dtype=settings.dtype, device=settings.device)
@@ -333,7 +333,7 @@ def recorded_steps(steps: int, count: int = 20) -> set[int]:
 
 
 def _texts_of_tokens(tokenizer, before: int, ids: list[int]) -> list[str]:
-    "The text of each of `ids` after the token `before`; alone it may lose the space before it."
+    "Decode each of `ids` after the token before it; alone it may lose its leading space."
     texts = []
     for a, b in zip([before, *ids[:-1]], ids):
         texts.append(tokenizer.decode([a, b])[len(tokenizer.decode([a])) :])
@@ -384,7 +384,7 @@ def sample_rows(
 def trl_groups(
     arguments: dict, parts: dict, totals: list[float], tokenizer, size: int
 ) -> list[Group]:
-    "What TRL's trainer sampled and our rewards gave, as groups of `size`."
+    "Return samples of TRL's trainer, with our rewards, as groups of `size`."
     ids, ended, groups = arguments["completion_ids"], arguments["ended"], []
     for slot, i in enumerate(range(0, len(ids), size)):
         row, inside = dict(prompt=arguments["prompts"][i]), slice(i, i + size)
@@ -439,7 +439,7 @@ class Recorder:
             self.run.sample(step + 1, rows)
 
     def watch(self) -> list[dict]:
-        "The watched answers; the random state of training stays as it is."
+        "Sample the watched answers; the random state of training stays as it is."
         if not self.watched:
             return []
 
@@ -527,7 +527,7 @@ class OnPolicy:
         )
 
     def step(self, step: int, meter: Meter, resample: int = 0) -> tuple[list[Group], list[dict]]:
-        """This process's groups of the step, and their microbatches.
+        """Return this process's groups of the step, and their microbatches.
 
         These have log-probs under the sampling policy and the reference. A group whose rewards are
         all equal is exchanged for one of another prompt up to `resample` times (DAPO §3.2).
@@ -542,7 +542,7 @@ class OnPolicy:
         return groups, batches
 
     def _exchange(self, groups, step: int, attempt: int, meter: Meter) -> list[Group]:
-        "The groups, with others of other prompts where all rewards are equal."
+        "Replace groups whose rewards are all equal by groups of other prompts."
         seed, rows = self.settings.seed, len(self.rows)
         slots = [group.slot for group in groups if group.equal]
         others = [(slot, seed_of(seed, step, attempt, slot) % rows) for slot in slots]
@@ -557,13 +557,13 @@ class OnPolicy:
         return groups
 
     def greedy(self, groups: list[Group]) -> list[Group]:
-        "The greedy answer to the prompt of each group, as groups of one."
+        "Return the greedy answer to the prompt of each group, as groups of one."
         chosen = [(g.slot, g.row, g.prompt) for g in groups]
         asked = (self.policy, self.tokenizer, self.reward_fn, chosen, self.settings)
         return draw_groups(*asked, greedy=True)
 
     def evaluate(self) -> dict[str, float]:
-        "The frame of the run: what `Evaluation` gives, KL included, and the mean reward."
+        "Return the summary of the policy: `Evaluation`, KL included, and the mean reward."
         evaluation = self.evaluation
         # without β it is needed here only, and takes no memory while training
         evaluation.reference = self.reference or starting_model(self.policy, self.settings)
@@ -587,7 +587,7 @@ class InTRL:
 
 
 def trl_sampling(settings: OnPolicySettings) -> dict:
-    "The knobs of sampling as arguments of all of TRL's configurations of on-policy trainers."
+    "Return the knobs of sampling as arguments of TRL's on-policy configurations."
     return dict(
         num_generations=settings.num_generations,
         max_completion_length=settings.max_new_tokens,

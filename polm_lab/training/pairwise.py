@@ -38,7 +38,7 @@ ROWS = ("preference", "unpaired", "ranked")  # kinds of rows that an objective c
 
 
 def pair_metrics(reward_chosen: Tensor, reward_rejected: Tensor) -> dict[str, Tensor]:
-    "What is watched of pairs, a vector [pairs] for each name; an equal pair is half right."
+    "Return the metrics of pairs, a vector [pairs] for each name; a tie is half right."
     reward_chosen, reward_rejected = reward_chosen.detach(), reward_rejected.detach()
     margin = reward_chosen - reward_rejected
     rewards = dict(reward_chosen=reward_chosen, reward_rejected=reward_rejected)
@@ -96,7 +96,7 @@ class Objective:
             )
 
     def losses(self, sides: tuple[Answers, ...], marks: dict) -> Tensor:
-        "The loss [rows] of rows from their sides, and what the rows say about them."
+        "Return the loss [rows] from sides, and from what the rows say about them."
         if self.kind == "unpaired":
             return self.loss(sides[0], marks["labels"], marks.get("baseline", 0.0))
         if self.kind == "ranked":
@@ -104,7 +104,7 @@ class Objective:
         return self.loss(*sides, marks.get("doubt", 0.0))
 
     def watched(self, chosen: Answers, rejected: Answers) -> dict[str, Tensor]:
-        "All metrics of couples, a vector [couples] for each name, without gradient."
+        "Return all metrics of couples, a vector [couples] for each name, without gradient."
         found = pair_metrics(self.reward(chosen), self.reward(rejected))
         found |= dict(logp_chosen=chosen.logp.detach(), logp_rejected=rejected.logp.detach())
         more = self.metrics(chosen, rejected) if self.metrics else {}
@@ -128,7 +128,7 @@ def couples(sides: tuple[Answers, ...], marks: dict) -> tuple[Answers, Answers]:
 
 # %% ../../nbs/training/pairwise.ipynb #35c82220
 def _on(part, device) -> list[Tensor]:
-    "The tensors of `part` on a device."
+    "Move the tensors of `part` to a device."
     return [value.to(device) for value in part]
 
 
@@ -162,7 +162,7 @@ def with_baseline(
     size: int,
     pad_id: int,
 ) -> Callable:
-    """The batch source `updates` with the `baseline` of its step in each microbatch.
+    """Return the batch source `updates` with the step's `baseline` in each microbatch.
 
     `others` are the `mismatched` rows of an objective that asks for them. They go through the model
     in microbatches of at most `size` rows.
@@ -185,7 +185,7 @@ def with_baseline(
 def sample_rows(
     policy: Policy, start: Policy, tokenizer, answers: list[tuple[dict, dict]], reward: Callable
 ) -> list[dict]:
-    """Rows for samples.jsonl of (encoded answer, facts).
+    """Return rows for samples.jsonl of (encoded answer, facts).
 
     A row has the answer's text, its implicit `reward(Answers)`, and its tokens with their
     log-probabilities under policy and start model.
@@ -209,7 +209,7 @@ def sample_rows(
 
 # %% ../../nbs/training/pairwise.ipynb #04690c15
 def shown_sides(example: dict) -> list[tuple[str, dict]]:
-    "The encoded answers of a row that are shown in samples, each with its name in SIDES."
+    "Return the encoded answers of a row for samples, each with its name in SIDES."
     sides = sides_of(example)
     if len(sides) == 1:
         return [(SIDES[0] if example["label"] else SIDES[1], sides[0])]
@@ -253,11 +253,11 @@ class PairEvaluation:
         )
 
     def logps(self) -> Tensor:
-        "Log-probabilities [rows, sides] of the held-out rows under the policy as it is."
+        "Return log-probabilities [rows, sides] of the held-out rows under the policy."
         return logps_table(self.policy, self.pairs, self.tokenizer.pad_token_id, self.size)
 
     def start_model(self) -> Policy:
-        "The model as it was when the run started; in memory only while it is asked."
+        "Return the model as it was when the run started; in memory only while it is used."
         return self.start or load_policy(self.settings)[0]
 
     def __call__(self) -> dict[str, float]:
@@ -275,7 +275,7 @@ class PairEvaluation:
         return with_rows(found | means, found["rows"], seen)
 
     def samples(self) -> list[dict]:
-        "Rows for samples.jsonl of eight held-out prompts: answers, and the policy's own."
+        "Return rows for samples.jsonl of eight held-out prompts: answers, and the policy's own."
         rolled, answers = self.common.rolled, []
         sampled = zip(rolled.prompts, rolled.completions, rolled.texts)
         for row, pair, (prompt, completion, text) in list(zip(self.rows, self.pairs, sampled))[:8]:
@@ -297,7 +297,7 @@ def train_pairs_with_trl(
     pairs: list[dict],
     evaluate: Callable,
 ) -> None:
-    """What `train_pairs` does, by TRL's DPOTrainer.
+    """Do what `train_pairs` does with TRL's DPOTrainer.
 
     A model with an adapter gets its reference in TRL's way: the adapter as it was at the start.
 
