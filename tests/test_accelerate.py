@@ -1,7 +1,7 @@
 """Requests of an `accelerate launch` configuration are carried out and recorded, or refused.
 
-A refusal is one line, before anything is computed. accelerate's own code makes the environment of
-a configuration, so a change of its names shows here.
+A refusal is one line, before anything is computed. The environment of a configuration is made by
+accelerate's own code, so a change of its names shows here.
 """
 
 import json

@@ -145,10 +145,11 @@ def make_rows(
 ) -> list[dict]:
     """Make rows out of `rows` in a run's folder, and return those that were kept.
 
-    `make(rows, seeds)` returns a list of new rows for each of at most `size` rows; `at_once` calls
-    are under way at a time. `verdict(row, kept)` is "kept", or why not.
-    `source` is the data spec of `rows`, by default the run's own. `part` begins the names of the
-    files of one of several rounds.
+    - `make(rows, seeds)` returns a list of new rows for each of at most `size` rows; `at_once`
+      calls are under way at a time.
+    - `verdict(row, kept)` returns "kept", or why not.
+    - `source`: the data spec of `rows`, by default the run's own.
+    - `part`: the beginning of the names of files, for one of several rounds.
 
     Writes asked.jsonl, rows.jsonl and data.jsonl, and counts into the summary.
     Raises `Stopped`, what `make` raises, and `WrongInput` if no row is kept.

@@ -70,7 +70,8 @@ def precompute(
 ) -> Tensor:
     """Compute the reference log-probabilities [rows, sides] of the rows numbered in `visited`.
 
-    Other rows are NaN. The values are kept in the safetensors file `path`, and read from there the next time.
+    Other rows are NaN. The values are kept in the safetensors file `path`, and read from there the
+    next time.
     """
     from safetensors.torch import load_file, save_file
 
