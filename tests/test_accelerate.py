@@ -1,6 +1,7 @@
-"""What a configuration of `accelerate launch` asks for is done and recorded, or refused in one line before anything is computed.
+"""Requests of an `accelerate launch` configuration are carried out and recorded, or refused.
 
-The environment that a configuration leads to is made by accelerate's own code, so a change of its names shows here.
+A refusal is one line, before anything is computed. The environment of a configuration is made by
+accelerate's own code, so a change of its names shows here.
 """
 
 import json
@@ -32,7 +33,12 @@ FSDP = {
     "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
     "fsdp_state_dict_type": "FULL_STATE_DICT",
 }
-WHOLE = "expected distributed_type MULTI_GPU, MULTI_CPU or NO, since each process holds the whole model here; change accelerate's configuration, or start with accelerate launch --multi_gpu"
+WHOLE = (
+    "expected distributed_type MULTI_GPU, MULTI_CPU or NO, since each process holds the whole "
+    "model here; change accelerate's configuration, or start with accelerate launch --multi_gpu"
+)
+
+OTHER_TYPE = "is asked for, and the run's dtype is float32; expected the same of both"
 
 
 def environment(tmp_path, **config) -> dict:
@@ -74,18 +80,19 @@ ASKED = {
     "bf16": (
         dict(mixed_precision="bf16"),
         {},
-        "accelerate: mixed_precision bf16 is asked for, and the run's dtype is float32; expected the same of both; write -p dtype bfloat16",
+        f"accelerate: mixed_precision bf16 {OTHER_TYPE}; write -p dtype bfloat16",
     ),
     "bf16, and the run too": (dict(mixed_precision="bf16"), {"dtype": "bfloat16"}, None),
     "fp16": (
         dict(mixed_precision="fp16"),
         {},
-        "accelerate: mixed_precision fp16 is asked for, and the run's dtype is float32; expected the same of both; write -p dtype float16",
+        f"accelerate: mixed_precision fp16 {OTHER_TYPE}; write -p dtype float16",
     ),
     "dynamo": (
         dict(dynamo_config={"dynamo_backend": "INDUCTOR"}),
         {},
-        "accelerate: dynamo_backend inductor is asked for; expected no, since nothing is compiled here; start with accelerate launch --dynamo_backend no",
+        "accelerate: dynamo_backend inductor is asked for; expected no, since nothing is compiled "
+        "here; start with accelerate launch --dynamo_backend no",
     ),
 }
 
@@ -129,17 +136,21 @@ def test_a_configuration_of_accelerate(case, tmp_path, monkeypatch):
         (
             "ACCELERATE_MIXED_PRECISION",
             "fp8",
-            "accelerate: mixed_precision fp8 is asked for, and the run's dtype is float32; expected the same of both; take it out there",
+            f"accelerate: mixed_precision fp8 {OTHER_TYPE}; take it out there",
         ),
         (
             "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
             "4",
-            "accelerate: gradient_accumulation_steps 4 is asked for; expected 1, since a run has a knob for it; take it out there, and write -p accumulate 4",
+            "accelerate: gradient_accumulation_steps 4 is asked for; expected 1, since a run has a "
+            "knob for it; take it out there, and write -p accumulate 4",
         ),
     ],
 )
 def test_what_a_variable_asks_for(name, value, message, monkeypatch, runs):
-    "The launchers for DeepSpeed and the rest set these; the run fails with the reason, and nothing is computed."
+    """The launchers for DeepSpeed and others set these variables.
+
+    The run fails with the reason, and nothing is computed.
+    """
     clean(monkeypatch)
     monkeypatch.setenv(name, value)
     for engine in ("lab", "trl"):
@@ -154,7 +165,8 @@ def test_what_a_variable_asks_for(name, value, message, monkeypatch, runs):
 def test_a_run_of_one_process_records_none(monkeypatch, runs):
     clean(monkeypatch)
     run = lab.run("sft", data="sums", steps=0, eval_rows=1)
-    assert run.read()["parallel"] == "none" and run.read()["processes"] == 1
+    assert run.read()["parallel"] == "none"
+    assert run.read()["processes"] == 1
 
 
 def launched(tmp_path, config, *words):
@@ -199,15 +211,12 @@ def launched(tmp_path, config, *words):
 
 def test_two_processes_are_launched_with_fsdp(tmp_path):
     done = launched(tmp_path, dict(distributed_type="FSDP", fsdp_config=FSDP))
-    said = {line for line in done.stderr.splitlines() if line.startswith("polm: ")}
-    assert done.returncode and said == {
-        f"polm: accelerate: distributed_type: FSDP is asked for; {WHOLE}"
-    }
+    errors = {line for line in done.stderr.splitlines() if line.startswith("polm: ")}
+    assert done.returncode
+    assert errors == {f"polm: accelerate: distributed_type: FSDP is asked for; {WHOLE}"}
     [run] = all_runs(tmp_path / "runs")
     record = json.loads((run.path / "run.json").read_text())
-    assert (
-        record["status"] == "failed"
-        and record["reason"].startswith("accelerate: distributed_type: FSDP")
-        and not run.lines()
-        and record["summary"] == {}
-    )
+    assert record["status"] == "failed"
+    assert record["reason"].startswith("accelerate: distributed_type: FSDP")
+    assert not run.lines()
+    assert record["summary"] == {}

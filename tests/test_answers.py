@@ -162,7 +162,7 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-# What an objective sees -------------------------------------------------------------------------
+# What an objective sees ---------------------------------------------------------------------------
 
 
 def test_couples_of_unpaired_rows_and_of_rankings():
@@ -204,9 +204,8 @@ def test_a_batch_and_a_table_show_the_same_answers(tokenizer, start, kind):
         found, at = stacked(found), (batch["rows"], slice(count))
         assert found.logp.shape == (len(batch["rows"]), count)
         assert torch.allclose(found.logp, known[at].logp, atol=2e-4)
-        assert torch.equal(found.ref_logp, known[at].ref_logp) and torch.equal(
-            found.tokens, known[at].tokens
-        )
+        assert torch.equal(found.ref_logp, known[at].ref_logp)
+        assert torch.equal(found.tokens, known[at].tokens)
         for name in ("labels", "scores"):
             if name in marks:
                 assert torch.equal(
@@ -246,7 +245,8 @@ def test_rankings_that_teach_nothing_are_left_out(tokenizer, tmp_path):
         encode_answers(tokenizer, rows, 64, "ranked"),
     )
     left, kept = drop_equal(run, "train", rows, examples, 64)
-    assert [row.where for row in left] == ["a:2"] and kept[0]["row"] == 0
+    assert [row.where for row in left] == ["a:2"]
+    assert kept[0]["row"] == 0
     assert run.read()["left_out"] == dict(train=dict(equal=2, pairs=3))
     with pytest.raises(
         WrongInput, match="1 of 1 rows .train. rank no two answers of different tokens"
@@ -266,10 +266,8 @@ def test_a_row_gets_the_answer_to_another_prompt(tokenizer):
         row = dict(rows[n], completion=rows[taken]["completion"])
         [expected] = encode_answers(tokenizer, [row], 128, "unpaired")
         assert others[n]["row"] == 6 + n
-        assert (
-            others[n]["input_ids"] == expected["input_ids"]
-            and others[n]["completion_mask"] == expected["completion_mask"]
-        )
+        assert others[n]["input_ids"] == expected["input_ids"]
+        assert others[n]["completion_mask"] == expected["completion_mask"]
     longest = max(len(other["input_ids"]) for other in others)
     assert (
         max(len(other["input_ids"]) for other in mismatched(examples, longest - 1)) == longest - 1
@@ -316,11 +314,9 @@ def test_a_baseline_is_of_the_whole_step(page, tokenizer, start):
         assert len(batches) == 6 // size
         for batch in batches:
             z = batch["baseline"]
-            assert (
-                z.item() == pytest.approx(expected, abs=1e-3)
-                and not z.requires_grad
-                and abs(expected) > 0.05
-            )
+            assert z.item() == pytest.approx(expected, abs=1e-3)
+            assert not z.requires_grad
+            assert abs(expected) > 0.05
             sides = batch_answers(policy, batch, reference)
             assert torch.equal(
                 objective.losses(sides, batch), page.kto_loss(sides[0], batch["labels"], z, 0.1)
@@ -329,7 +325,9 @@ def test_a_baseline_is_of_the_whole_step(page, tokenizer, start):
                 objective.losses(sides, batch), page.kto_loss(sides[0], batch["labels"], 0.0, 0.1)
             )
     [_] = source(1, None)
-    assert [n for n, _ in asked] == [6] * 3 and asked[0][1] is None and asked[1][1] is None
+    assert [n for n, _ in asked] == [6] * 3
+    assert asked[0][1] is None
+    assert asked[1][1] is None
     assert asked[2][1].item() == pytest.approx(expected, abs=1e-3)
 
 
@@ -343,7 +341,8 @@ def test_a_baseline_is_of_the_whole_step(page, tokenizer, start):
 def test_a_wrong_objective_is_refused_in_one_line(changes, words):
     with pytest.raises(WrongInput) as wrong:
         Objective(None, None, **changes)
-    assert words in str(wrong.value) and "\n" not in str(wrong.value)
+    assert words in str(wrong.value)
+    assert "\n" not in str(wrong.value)
 
 
 def test_trl_and_wrong_data_are_refused(page, tmp_path):
@@ -362,7 +361,7 @@ def test_trl_and_wrong_data_are_refused(page, tmp_path):
             )
 
 
-# Closed forms -----------------------------------------------------------------------------------
+# Closed forms -------------------------------------------------------------------------------------
 
 
 def test_kto_by_hand(page):
@@ -384,10 +383,8 @@ def test_kto_by_hand(page):
         assert value == pytest.approx(weight - weight * s, rel=1e-9)
         assert slope == pytest.approx(-sign * weight * beta * s * (1 - s), rel=1e-9)
     logps = torch.tensor([1.0, 4.0]), torch.tensor([0.0, 1.0])
-    assert (
-        page.z0(Answers(*logps, None), None, None) == 2.0
-        and page.z0(Answers(*logps[::-1], None), None, None) == 0.0
-    )
+    assert page.z0(Answers(*logps, None), None, None) == 2.0
+    assert page.z0(Answers(*logps[::-1], None), None, None) == 0.0
 
 
 def test_plackett_luce_by_hand(page):
@@ -405,9 +402,8 @@ def test_plackett_luce_by_hand(page):
             expected -= math.log(weights[k] / rest)
             for j in range(k, 4):
                 pulls[j] += beta * weights[j] / rest
-        assert value == pytest.approx(expected, rel=1e-9) and slopes == pytest.approx(
-            pulls, rel=1e-8, abs=1e-12
-        )
+        assert value == pytest.approx(expected, rel=1e-9)
+        assert slopes == pytest.approx(pulls, rel=1e-8, abs=1e-12)
 
 
 def test_a_ranking_of_two_is_dpo(page):
@@ -416,7 +412,7 @@ def test_a_ranking_of_two_is_dpo(page):
     assert torch.allclose(page.plackett_luce(answers, None, 0.3), dpo_loss(*pair, 0.3))
 
 
-# Whole runs -------------------------------------------------------------------------------------
+# Whole runs ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name, first", [("ktolike", 0.5), ("listwise", math.log(120))])
@@ -431,11 +427,15 @@ def test_a_run_begins_undecided_and_learns(page, tmp_path, name, first):
             assert a[metric] == pytest.approx(b[metric], abs=2e-4)
     before, after = (run.summary[when] for when in ("before", "after"))
     assert run.lines()[0]["loss"] == pytest.approx(first, rel=1e-5)
-    assert before["margin"] == 0.0 and before["accuracy"] == 0.5
-    assert after["margin"] > 0.05 and after["accuracy"] > 0.7
-    assert {"perplexity", "kl", "reward", "logp_chosen"} <= set(after) and after["kl"] > 0
+    assert before["margin"] == 0.0
+    assert before["accuracy"] == 0.5
+    assert after["margin"] > 0.05
+    assert after["accuracy"] > 0.7
+    assert {"perplexity", "kl", "reward", "logp_chosen"} <= set(after)
+    assert after["kl"] > 0
     sides = [row["side"] for row in run.lines("samples")]
-    assert set(sides) == {"chosen", "rejected", "sampled"} and sides.count("sampled") == 8
+    assert set(sides) == {"chosen", "rejected", "sampled"}
+    assert sides.count("sampled") == 8
     assert all(len(row["ids"]) == len(row["logp"]) for row in run.lines("samples"))
 
 
@@ -458,7 +458,8 @@ def test_the_data_of_a_run_may_be_a_file(page, tmp_path, kind):
     run = Run.create(name, {}, out=tmp_path)
     getattr(page, name)(page.Mine(**SHORT | dict(data=str(data), eval_rows=4)), run)
     losses = [row["loss"] for row in run.lines()]
-    assert len(losses) == 3 and run.summary["after"]["perplexity"] > 1
+    assert len(losses) == 3
+    assert run.summary["after"]["perplexity"] > 1
     assert (
         losses[0] == pytest.approx(0.5)
         if kind == "unpaired"

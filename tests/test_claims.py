@@ -1,4 +1,7 @@
-"Where a page makes a claim about a method, the code does it: held-out rows, unlabelled inputs, λ of eq. 39, complaints that reach the model, marks of a judge."
+"""Where a page makes a claim about a method, the code does it.
+
+Held-out rows, unlabelled inputs, λ of eq. 39, errors that reach the model, scores of a judge.
+"""
 
 import json
 import math
@@ -51,7 +54,7 @@ def runs(tmp_path, monkeypatch):
     return tmp_path
 
 
-# Model soup -----------------------------------------------------------------------------------------------------------
+# Model soup ---------------------------------------------------------------------------------------
 
 
 def test_rows_to_choose_on_are_held_out_and_not_those_of_the_report():
@@ -59,8 +62,10 @@ def test_rows_to_choose_on_are_held_out_and_not_those_of_the_report():
     trained = {prompt_text(row) for row in load_data("sums", "completion")}
     held_out = [prompt_text(row) for row in load_data("sums", "completion", "test")]
     found = [prompt_text(row) for row in rows_apart("sums", "completion", ["sums", "chat"], 32, 48)]
-    assert len(found) == 48 and set(found) <= set(held_out)
-    assert not set(found) & reported and not set(found) & trained
+    assert len(found) == 48
+    assert set(found) <= set(held_out)
+    assert not set(found) & reported
+    assert not set(found) & trained
     assert found == [words for words in held_out if words not in reported][:48]
 
 
@@ -80,11 +85,13 @@ def test_the_greedy_soup_is_chosen_on_held_out_rows(tunes, runs, monkeypatch):
         calibration_samples=6,
         algorithm="greedy",
     )
-    assert run.status == "finished" and run.read()["chosen"]
+    assert run.status == "finished"
+    assert run.read()["chosen"]
     words = load_tokenizer("tiny")
     rows = rows_apart("sums", "completion", ["sums"], 4, 6)
     wanted = [encode(words, row, "completion", 256)["input_ids"] for row in rows]
-    assert [example["input_ids"] for example in read[0]] == wanted and read[0] == read[1]
+    assert [example["input_ids"] for example in read[0]] == wanted
+    assert read[0] == read[1]
     reported = [
         encode(words, row, "completion", 256)["input_ids"]
         for row in load_data("sums", "completion", "test")[:4]
@@ -104,19 +111,20 @@ def test_a_file_whose_held_out_rows_all_are_in_the_report_is_refused(tunes, runs
     )
     with pytest.raises(WrongInput) as error:
         lab.run("fuse", **shared, eval_rows=32)
-    assert (
-        "few.jsonl" in str(error.value)
-        and "lower rows" in str(error.value)
-        and "\n" not in str(error.value)
-    )
+    assert "few.jsonl" in str(error.value)
+    assert "lower rows" in str(error.value)
+    assert "\n" not in str(error.value)
     assert lab.run("fuse", **shared, eval_rows=1, calibration_samples=2).status == "finished"
 
 
-# AdaMerging -----------------------------------------------------------------------------------------------------------
+# AdaMerging ---------------------------------------------------------------------------------------
 
 
 def test_adamerging_reads_prompts_alone(tunes, runs):
-    "The same prompts with other answers, and with none: the same coefficients, to the bit. The entropy is that of the first prediction after a prompt."
+    """Other answers to the same prompts, or none, give the same coefficients, to the bit.
+
+    The entropy is that of the first prediction after a prompt.
+    """
     rows = load_data("sums", "prompt", "test")[40:80]
     answers = {"right": lambda n: str(n), "wrong": lambda n: "no idea at all", "none": None}
     found = {}
@@ -148,7 +156,7 @@ def test_adamerging_reads_prompts_alone(tunes, runs):
         )
 
 
-# MetaGPT --------------------------------------------------------------------------------------------------------------
+# MetaGPT ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scaling", [None, 0.1])
@@ -162,15 +170,16 @@ def test_the_lambda_of_metagpt_is_that_of_eq_39(tunes, runs, scaling):
         save_dtype="float32",
         **({} if scaling is None else dict(scaling=scaling)),
     )
-    start = {
-        name: p.detach() for name, p in load_model("tiny", "float32", "cpu").named_parameters()
-    }
-    states = [
-        {name: p.detach() for name, p in load_model(path, "float32", "cpu").named_parameters()}
-        for path in tunes
-    ]
-    vectors = [{name: state[name] - start[name] for name in start} for state in states]
-    squares = [sum(v.double().square().sum().item() for v in vector.values()) for vector in vectors]
+
+    def parameters(path):
+        model = load_model(path, "float32", "cpu")
+        return {name: p.detach() for name, p in model.named_parameters()}
+
+    start, vectors, squares = parameters("tiny"), [], []
+    for state in map(parameters, tunes):
+        vectors.append({name: state[name] - start[name] for name in start})
+        parts = [v.double().square().sum().item() for v in vectors[-1].values()]
+        squares.append(sum(parts))
     shares = [square / sum(squares) for square in squares]
     assert shares[0] == pytest.approx(0.2, abs=0.01)  # spreads of 0.002 and 0.004: one to four
     made = load_file(run.path / "model" / "model.safetensors")
@@ -179,7 +188,7 @@ def test_the_lambda_of_metagpt_is_that_of_eq_39(tunes, runs, scaling):
         assert torch.allclose(made[name].float(), wanted, atol=1e-6)
 
 
-# Complaints that reach the model --------------------------------------------------------------------------------------
+# Complaints that reach the model ------------------------------------------------------------------
 
 
 def revisions(words, row, drafts, critic, reviser):
@@ -212,23 +221,30 @@ def words_of(prompt) -> str:
 
 @pytest.mark.parametrize("words", [CodePrompts(), Prompts()])
 def test_the_solvers_complaint_reaches_the_model(words):
-    "Logic-LM: first what cannot be read, then what has no solution; each repair is asked for with the try and the complaint."
+    """Logic-LM: the first program cannot be parsed, and the second has no solution.
+
+    The prompt of each repair has the program and the solver's error message.
+    """
     assert ALGORITHMS["logic_lm"].reviser == "follow"
     row = dict(equations(1)[0], y=0, value=7)
     bad = ["x ** x", "x * 2", "x + 7"]
     prompts, trace = revisions(words, row, bad, ToolCritic(solver), REVISERS["follow"])
-    assert len(prompts) == 2 and trace.over in ("satisfied", "rounds")
-    said = [words_of(prompt) for prompt in prompts]
-    assert "x ** x" in said[0] and "the solver cannot read it" in said[0]
-    assert "x * 2" in said[1] and "f(x, 0) = 7 has no solution" in said[1]
-    assert all(words_of(words.draft(row)).split("\n")[0] in text for text in said)
+    assert len(prompts) == 2
+    assert trace.over in ("satisfied", "rounds")
+    prompt_texts = [words_of(prompt) for prompt in prompts]
+    assert "x ** x" in prompt_texts[0]
+    assert "the solver cannot read it" in prompt_texts[0]
+    assert "x * 2" in prompt_texts[1]
+    assert "f(x, 0) = 7 has no solution" in prompt_texts[1]
+    assert all(words_of(words.draft(row)).split("\n")[0] in text for text in prompt_texts)
 
 
 @pytest.mark.parametrize("words", [CodePrompts(), Prompts()])
 def test_what_a_program_did_wrong_reaches_the_model(words):
-    "Self-Debug: the failed program and what its tests said are in the prompt of the repair."
+    "Self-Debug: the failed program and the output of its tests are in the prompt of the repair."
     way = ALGORITHMS["self_debug"]
-    assert way.reviser == "follow" and way.critic == "tests"
+    assert way.reviser == "follow"
+    assert way.critic == "tests"
     row = dict(TASKS["code"].rows("prompt", 1, 0, "test")[0])
     outcomes = {
         "x + nothing": "NameError: name 'nothing' is not defined",
@@ -240,9 +256,11 @@ def test_what_a_program_did_wrong_reaches_the_model(words):
     prompts, trace = revisions(
         words, row, ["x + nothing", "x", "x + y"], critic, REVISERS["follow"]
     )
-    said = [words_of(prompt) for prompt in prompts]
-    assert "x + nothing" in said[0] and outcomes["x + nothing"] in said[0]
-    assert outcomes["x"] in said[1] and trace.answer == "x + y"
+    prompt_texts = [words_of(prompt) for prompt in prompts]
+    assert "x + nothing" in prompt_texts[0]
+    assert outcomes["x + nothing"] in prompt_texts[0]
+    assert outcomes["x"] in prompt_texts[1]
+    assert trace.answer == "x + y"
 
 
 def test_a_run_of_logic_lm_shows_its_complaints(runs):
@@ -269,16 +287,16 @@ def test_a_run_of_logic_lm_shows_its_complaints(runs):
     assert seen >= 2, "no answer was revised: the test shows nothing"
 
 
-# Marks of a judge -----------------------------------------------------------------------------------------------------
+# Marks of a judge ---------------------------------------------------------------------------------
 
 
 def test_a_mark_is_the_mean_of_the_marks_by_their_probabilities():
     "Scaled from 1 to 10 to [-1, 1]; what the ten answers have in common counts nothing."
     never = -math.inf
-    assert mark_of([never] * 9 + [-3.0]) == 1.0 and mark_of([-5.0] + [never] * 9) == -1.0
-    assert mark_of([-7.0] * 10) == pytest.approx(0.0) and mark_of(
-        [0.0] + [never] * 8 + [0.0]
-    ) == pytest.approx(0.0)
+    assert mark_of([never] * 9 + [-3.0]) == 1.0
+    assert mark_of([-5.0] + [never] * 9) == -1.0
+    assert mark_of([-7.0] * 10) == pytest.approx(0.0)
+    assert mark_of([0.0] + [never] * 8 + [0.0]) == pytest.approx(0.0)
     found = mark_of([math.log(0.25), never, never, math.log(0.75), *[never] * 6])
     assert found == pytest.approx(2 * (0.25 * 1 + 0.75 * 4 - 1) / 9 - 1)
     assert mark_of([x - 100.0 for x in (1.0, 2.0, 3.0)]) == pytest.approx(mark_of([1.0, 2.0, 3.0]))
@@ -317,7 +335,10 @@ def test_the_mark_of_a_model_is_that_of_the_ten_answers():
     ],
 )
 def test_the_mark_of_an_endpoint(content, top, mark, soft):
-    "From the probabilities of its tokens; where 10 comes as two tokens, or without probabilities, the number alone counts."
+    """The score comes from the probabilities of its tokens.
+
+    If 10 is two tokens, or without probabilities, the number alone counts.
+    """
     listed = [dict(token=token, logprob=math.log(p)) for token, p in top]
     logprobs = (
         dict(content=[dict(token=top[0][0], logprob=listed[0]["logprob"], top_logprobs=listed)])
@@ -325,7 +346,8 @@ def test_the_mark_of_an_endpoint(content, top, mark, soft):
         else None
     )
     found, from_probabilities = mark_in(dict(message=dict(content=content), logprobs=logprobs))
-    assert found == pytest.approx(mark) and from_probabilities == soft
+    assert found == pytest.approx(mark)
+    assert from_probabilities == soft
     with pytest.raises(Unreadable):
         mark_in(dict(message=dict(content="a fine reply"), logprobs=None))
     token = dict(token="7", logprob=math.nan)
@@ -353,15 +375,16 @@ def test_direct_rlaif_learns_from_marks(runs):
         [("Be polite.", "Be rude.")],
     )
     kept = [json.loads(line) for line in open(run.path / "marks.jsonl")]
-    assert (
-        run.status == "finished" and len(kept) >= 8 and all(-1 <= row["mark"] <= 1 for row in kept)
-    )
+    assert run.status == "finished"
+    assert len(kept) >= 8
+    assert all(-1 <= row["mark"] <= 1 for row in kept)
     assert kept[0]["mark"] == pytest.approx(
         judge.mark(dict(prompt=kept[0]["prompt"]), kept[0]["reply"]), abs=1e-4
     )
     marks = {row["reply"]: row["mark"] for row in kept}
     learned = [row for row in run.lines("samples") if row["step"] == 1]
-    assert learned and all(
+    assert learned
+    assert all(
         marks[row["completion"]] == pytest.approx(row["reward"], abs=1e-4) for row in learned
     )
     for judge in ("contrast:self", "rule:correct"):
@@ -371,17 +394,19 @@ def test_direct_rlaif_learns_from_marks(runs):
 
 
 def test_words_end_in_any_script():
-    "The full stop of a script is no part of an answer, a letter next to a Chinese one stands alone, and 4 is not in 2004."
+    """The full stop of a script is no part of an answer.
+
+    A letter next to a Chinese one is a word of its own, and 4 is not in 2004.
+    """
     from polm_lab.rewards.judges import verdict
     from polm_lab.training.evaluate import matches
     from polm_lab.reasoning.refine.tools import searched
 
-    assert (
-        matches(dict(answer="北京"), "北京。") == 1.0
-        and matches(dict(answer="दिल्ली"), "दिल्ली।") == 1.0
-        and matches(dict(answer="北京"), "南京。") == 0.0
-    )
+    assert matches(dict(answer="北京"), "北京。") == 1.0
+    assert matches(dict(answer="दिल्ली"), "दिल्ली।") == 1.0
+    assert matches(dict(answer="北京"), "南京。") == 0.0
     assert verdict(dict(message=dict(content="答案是A。")))[0] == 1.0
     found = searched(lambda question: ["It was founded in 2004."])
-    assert not found(dict(prompt="When?"), "4").fine and found(dict(prompt="When?"), "2004").fine
+    assert not found(dict(prompt="When?"), "4").fine
+    assert found(dict(prompt="When?"), "2004").fine
     assert searched(lambda question: ["首都是北京。"])(dict(prompt="首都?"), "北京").fine

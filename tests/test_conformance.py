@@ -33,7 +33,8 @@ def test_every_training_method_has_the_property(base, prop, tmp_path):
     assert holds, f"{method.name}: {prop.__name__} = {figure:.3g}"
 
 
-# A method that trains six things. Its default is above; the others learn by the same loop from other rows, or, as CodeRL, by PPO's.
+# A method that trains six things. Its default is above. The others learn by the same loop from
+# other rows, or, like CodeRL, by that of PPO.
 BITS = (check.same_seed, check.resumed_is_uninterrupted, check.record_complete)
 VARIANTS = [
     (learn, prop) for learn in ("selfee", "critique", "refiner", "editor") for prop in BITS
@@ -143,9 +144,13 @@ MUTATIONS = [
 
 
 def test_the_suite_sees_processes_that_do_not_share_their_counts(tmp_path, monkeypatch):
-    "Each process divides by its own number of tokens: broken in the processes that the property starts."
+    """Each process divides by its own number of tokens.
+
+    The fault is in the processes that the property starts.
+    """
     (tmp_path / "sitecustomize.py").write_text(
-        "import accelerate\naccelerate.Accelerator.reduce = lambda self, tensor, *args, **kwargs: tensor\n"
+        "import accelerate\n"
+        "accelerate.Accelerator.reduce = lambda self, tensor, *args, **kwargs: tensor\n"
     )
     method = find("sft")
     base = check.short_run(method, tmp_path / "base")
@@ -165,7 +170,7 @@ def test_the_suite_sees_a_broken_property(prop, mutation, settings, tmp_path):
     assert not holds, f"{mutation.__name__} went unseen ({prop.__name__} = {figure:.3g})"
 
 
-# In 16 bits ------------------------------------------------------------------------------------------------------------
+# In 16 bits ---------------------------------------------------------------------------------------
 
 FLAGS = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 HAS_BF16 = re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", FLAGS) is not None
@@ -177,7 +182,10 @@ HAS_BF16 = re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", FLAGS) is not None
 )
 @pytest.mark.parametrize("name", TRAINED)
 def test_in_bf16_the_bits_are_the_same_and_the_record_is_complete(name, tmp_path):
-    "What depends on the order of rounding (batches that add up, padding, chunks) is not asked for in 16 bits."
+    """Other properties depend on the order of rounding: batches that add up, padding, chunks.
+
+    They are not required in 16 bits.
+    """
     method = find(name)
     method = dataclasses.replace(method, small=method.small | dict(dtype="bfloat16"))
     base = check.short_run(method, tmp_path / "base")

@@ -1,4 +1,7 @@
-"Editing: the score of a model whose every answer is known, what is asked, wrong rows in one line, runs that fail and begin again."
+"""Editing: the score of a model with known answers, the prompts, wrong rows, failed runs.
+
+Wrong rows are refused in one line, and runs that fail begin again.
+"""
 
 import json
 import math
@@ -60,7 +63,10 @@ def answer(model, word: str, after: str) -> None:
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    "A folder with a Llama that is a table of words: no layer adds anything, and the head maps a word to the next."
+    """A folder with a Llama that is a table of words.
+
+    No layer adds anything, and the head maps a word to the next.
+    """
     folder = tmp_path_factory.mktemp("table")
     config = LlamaConfig(
         vocab_size=SIZE,
@@ -144,9 +150,8 @@ def test_the_score_of_a_model_whose_answers_are_known(table, tmp_path):
     ]
     assert (rows["home of Ada"]["before"], rows["home of Ada"]["after"]) == ("Bonn", "Rome later")
     assert (rows["home of Eve"]["after"], rows["home of Eve"]["holds"]) == ("Rome later", False)
-    assert rows["Ada job"]["holds"] and rows["Ada job"]["probability_after"] == pytest.approx(
-        P, rel=1e-4
-    )
+    assert rows["Ada job"]["holds"]
+    assert rows["Ada job"]["probability_after"] == pytest.approx(P, rel=1e-4)
 
 
 def test_a_fact_that_is_learned_whole_is_said_and_the_saved_model_says_it(table, tmp_path):
@@ -167,11 +172,9 @@ def test_a_fact_that_is_learned_whole_is_said_and_the_saved_model_says_it(table,
         load_tokenizer(str(run.path / "model")),
     )
     [found] = read_answers(saved, tokenizer, [Probe(0, "efficacy", EDIT["prompt"], EDIT["target"])])
-    assert (
-        found.text == "Rome now"
-        and all(found.right)
-        and found.logp == pytest.approx(2 * math.log(P), rel=1e-4)
-    )
+    assert found.text == "Rome now"
+    assert all(found.right)
+    assert found.logp == pytest.approx(2 * math.log(P), rel=1e-4)
 
 
 def test_the_end_of_the_text_is_no_part_of_the_answer(table, tmp_path):
@@ -181,9 +184,8 @@ def test_the_end_of_the_text_is_no_part_of_the_answer(table, tmp_path):
         run, settings, lambda model, edits: answer(model, "Ada", "Rome")
     )  # which goes on with `later`
     after = run.summary["after"]
-    assert after["efficacy"] == after["efficacy/said"] == 1 and after[
-        "efficacy/probability"
-    ] == pytest.approx(P, rel=1e-4)
+    assert after["efficacy"] == after["efficacy/said"] == 1
+    assert after["efficacy/probability"] == pytest.approx(P, rel=1e-4)
 
 
 def test_padding_and_batches_change_no_answer():
@@ -242,8 +244,10 @@ def test_kinds_that_are_not_asked_are_not_scored():
 
 def test_facts_to_change_are_seen_before_a_run():
     seen = preview_data("facts#3", "edit")
-    assert seen["rows"] == 3 and {"paraphrases", "neighbours", "others"} <= set(seen["columns"])
-    assert "Question" in seen["first"][0]["neighbours"] and known_data("edit") == ["facts"]
+    assert seen["rows"] == 3
+    assert {"paraphrases", "neighbours", "others"} <= set(seen["columns"])
+    assert "Question" in seen["first"][0]["neighbours"]
+    assert known_data("edit") == ["facts"]
 
 
 WRONG = {
@@ -268,12 +272,11 @@ def test_wrong_rows_are_one_line_before_anything_is_computed(table, tmp_path, na
     run = new_run(settings, tmp_path)
     with pytest.raises(WrongInput) as caught, run.active():
         edit_model(run, settings, lambda model, edits: pytest.fail("applied"))
-    assert (
-        "\n" not in str(caught.value)
-        and "edits.jsonl:2:" in str(caught.value)
-        and part in str(caught.value)
-    )
-    assert run.status == "failed" and run.summary == {}
+    assert "\n" not in str(caught.value)
+    assert "edits.jsonl:2:" in str(caught.value)
+    assert part in str(caught.value)
+    assert run.status == "failed"
+    assert run.summary == {}
 
 
 def test_a_run_that_fails_begins_again(table, tmp_path):
@@ -286,14 +289,13 @@ def test_a_run_that_fails_begins_again(table, tmp_path):
 
     with pytest.raises(WrongInput), run.active():
         edit_model(run, settings, broken)
-    assert (
-        run.status == "failed"
-        and not (run.path / "edits.jsonl").exists()
-        and "after" not in run.summary
-    )
+    assert run.status == "failed"
+    assert not (run.path / "edits.jsonl").exists()
+    assert "after" not in run.summary
     with run.active():
         edit_model(run, settings, lambda model, edits: run.log(1, loss=1.0))
-    assert [row["loss"] for row in run.lines()] == [1.0] and run.status == "finished"
+    assert [row["loss"] for row in run.lines()] == [1.0]
+    assert run.status == "finished"
 
 
 def test_a_task_that_the_model_knows_shows_what_an_edit_costs_elsewhere(tmp_path):
@@ -306,7 +308,8 @@ def test_a_task_that_the_model_knows_shows_what_an_edit_costs_elsewhere(tmp_path
             weight.data += 0.05 * torch.randn_like(weight)
 
     edit_model(run, settings, shake)
-    assert run.summary["after"]["forgetting"] > 0.1 and "perplexity/sums" in run.summary["before"]
+    assert run.summary["after"]["forgetting"] > 0.1
+    assert "perplexity/sums" in run.summary["before"]
     assert "perplexity/facts" not in run.summary["before"]
 
 

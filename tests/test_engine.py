@@ -1,4 +1,4 @@
-"""`engine="trl"`: TRL's trainers learn from the same tokens with the same loss, gradient and schedule, and leave the same record."""
+"""`engine="trl"`: TRL's trainers have our tokens, loss, gradient and schedule, and our record."""
 
 import copy
 import json
@@ -148,7 +148,8 @@ def test_sft_loss_and_gradient_equal_trls_on_its_own_batch(
 
     packed = collate(rows, tokenizer.pad_token_id, pack=4 * 64 if padding_free else 0)
     if not padding_free:
-        assert torch.equal(packed["input_ids"], batch["input_ids"]) and torch.equal(
+        assert torch.equal(packed["input_ids"], batch["input_ids"])
+        assert torch.equal(
             packed["completion_mask"].bool() & (packed["input_ids"] >= 0), batch["labels"] != -100
         )
     stats = Policy(ours)(
@@ -159,7 +160,8 @@ def test_sft_loss_and_gradient_equal_trls_on_its_own_batch(
     )
     mean = sft_loss(stats.logp) / sum(sum(row["completion_mask"][1:]) for row in rows)
     mean.backward()
-    assert abs(mean.item() - theirs.item()) <= 1e-5 * theirs.item() and theirs.item() > 1
+    assert abs(mean.item() - theirs.item()) <= 1e-5 * theirs.item()
+    assert theirs.item() > 1
     assert error(gradient(ours), gradient(model)) <= 1e-5
 
 
@@ -191,10 +193,8 @@ def test_dpo_batch_of_trl_holds_our_tokens(small, tmp_path):
     for row, mask, real, side in zip(
         batch["input_ids"], batch["completion_mask"], batch["attention_mask"], sides
     ):
-        assert row[real.bool()].tolist() == side["input_ids"] and mask[real.bool()].tolist() == [
-            0,
-            *side["completion_mask"][1:],
-        ]
+        assert row[real.bool()].tolist() == side["input_ids"]
+        assert mask[real.bool()].tolist() == [0, *side["completion_mask"][1:]]
     assert (
         abs(trainer.compute_loss(model, dict(batch)).item() - math.log(2)) < 1e-6
     )  # policy = reference
@@ -203,7 +203,8 @@ def test_dpo_batch_of_trl_holds_our_tokens(small, tmp_path):
 def test_a_whole_run_leaves_a_complete_record(small, runs):
     run = lab.run("sft", engine="trl", model=str(small), **COMMON, eval_every=3)
     rows = run.lines()
-    assert run.status == "finished" and [row["step"] for row in rows] == list(range(1, 7))
+    assert run.status == "finished"
+    assert [row["step"] for row in rows] == list(range(1, 7))
     names = {name for row in rows for name in row} - {"step", "seconds"}
     assert {
         "loss",
@@ -226,12 +227,11 @@ def test_a_whole_run_leaves_a_complete_record(small, runs):
     assert found == pytest.approx(
         run.summary["after"]["perplexity"], rel=1e-5
     )  # what was saved is what was trained
-    assert (run.path / "model" / "tokenizer.json").exists() and not list(
-        (run.path / "checkpoints").glob("step-*")
-    )
+    assert (run.path / "model" / "tokenizer.json").exists()
+    assert not list((run.path / "checkpoints").glob("step-*"))
 
 
-RATES = {  # of the peak, at each of six steps of which three warm up
+RATES = {  # of the peak, at each of six steps; the first three warm up
     "constant": [1 / 3, 2 / 3, 1, 1, 1, 1],
     "linear": [1 / 3, 2 / 3, 1, 1, 2 / 3, 1 / 3],
     "cosine": [1 / 3, 2 / 3, 1, 1, 0.75, 0.25],
@@ -250,10 +250,8 @@ def test_both_engines_learn_the_same_from_the_first_step_on(small, runs, schedul
             RATES[schedule], rel=1e-12
         )
     for a, b in zip(ours.lines(), theirs.lines(), strict=True):
-        assert (
-            abs(a["loss"] - b["loss"]) < 1e-4 * a["loss"]
-            and abs(a["grad_norm"] - b["grad_norm"]) < 1e-3 * a["grad_norm"]
-        )
+        assert abs(a["loss"] - b["loss"]) < 1e-4 * a["loss"]
+        assert abs(a["grad_norm"] - b["grad_norm"]) < 1e-3 * a["grad_norm"]
     assert ours.lines()[0]["loss"] - ours.lines()[-1]["loss"] > 0.1, (
         "nothing was learned, so nothing was compared"
     )
@@ -291,15 +289,15 @@ def test_stopped_and_resumed_equals_uninterrupted(small, runs, monkeypatch):
         lab.run("sft", **same)
     monkeypatch.setattr(Run, "log", log)
     run = next(r for r in all_runs(runs) if r.id != whole.id)
-    assert run.status == "stopped" and last_checkpoint(run)[1] == 4
+    assert run.status == "stopped"
+    assert last_checkpoint(run)[1] == 4
     torn = run.path / "checkpoints" / "checkpoint-5"  # a kill while a newer checkpoint was written
     torn.mkdir()
     (torn / "model.safetensors").write_bytes(b"half")
     run.log(5, loss=99.0)  # and after a step that no checkpoint has
     resumed = lab.resume(run)
-    assert resumed.status == "finished" and [row["step"] for row in resumed.lines()] == list(
-        range(1, 7)
-    )
+    assert resumed.status == "finished"
+    assert [row["step"] for row in resumed.lines()] == list(range(1, 7))
     assert [row["loss"] for row in resumed.lines()] == [row["loss"] for row in whole.lines()]
     a, b = (
         load_model(r.path / "model", dtype="float32", device="cpu").state_dict()
@@ -328,24 +326,20 @@ def test_a_loss_that_is_not_finite_ends_the_run_unrecorded(small, examples, tmp_
             labelled_rows(examples),
             config=dict(dataset_kwargs={"skip_prepare_dataset": True}),
         )
-    assert (
-        run.status == "failed"
-        and "not finite" in run.read()["reason"]
-        and run.lines() == []
-        and last_checkpoint(run) == (None, 0)
-    )
-    assert (run.path / "nonfinite-step-1.safetensors").exists() and "forward" not in vars(
-        policy.model
-    )
+    assert run.status == "failed"
+    assert "not finite" in run.read()["reason"]
+    assert run.lines() == []
+    assert last_checkpoint(run) == (None, 0)
+    assert (run.path / "nonfinite-step-1.safetensors").exists()
+    assert "forward" not in vars(policy.model)
 
 
 def test_lora_trains_the_adapter_alone(small, runs):
     run = lab.run(
         "sft", **dict(COMMON, model=str(small), engine="trl", adapter="lora:r=2", steps=2)
     )
-    assert (run.path / "model" / "adapter_config.json").exists() and json.loads(
-        (run.path / "run.json").read_text()
-    )["status"] == "finished"
+    assert (run.path / "model" / "adapter_config.json").exists()
+    assert json.loads((run.path / "run.json").read_text())["status"] == "finished"
 
 
 def test_wrong_input_is_one_line(small, examples, tmp_path, monkeypatch):

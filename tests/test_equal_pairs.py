@@ -1,4 +1,7 @@
-"""Rows that teach nothing: pairs whose answers are equal within `max_length` are counted and left out, or the run is refused; every pairwise method behaves alike."""
+"""Rows that teach nothing: pairs whose answers are equal within `max_length`.
+
+They are counted and left out, or the run is refused. Every pairwise method behaves alike.
+"""
 
 import json
 import math
@@ -51,13 +54,11 @@ def put(path, rows):
 
 
 def test_such_a_pair_has_no_margin_and_no_gradient(tokenizer):
-    "What a run on it alone showed: a loss of log 2 whatever the weights, and gradients of rounding."
+    """A run on it alone had a loss of log 2 for all weights, and gradients of rounding."""
     [whole], [cut] = (encode_answers(tokenizer, [LATE], length) for length in (512, LENGTH))
-    assert (
-        whole["chosen"] != whole["rejected"]
-        and cut["chosen"] == cut["rejected"]
-        and len(cut["chosen"]["input_ids"]) == LENGTH
-    )
+    assert whole["chosen"] != whole["rejected"]
+    assert cut["chosen"] == cut["rejected"]
+    assert len(cut["chosen"]["input_ids"]) == LENGTH
     model = load_model("tiny", dtype="float32", device="cpu")
     norms = {}
     for name, pair in dict(whole=whole, cut=cut).items():
@@ -93,8 +94,10 @@ def test_equal_pairs_are_left_out_and_counted(way, tmp_path, runs):
         for line in (mixed.path / "log.txt").read_text().splitlines()
         if line.startswith("left out: ")
     ]
-    assert len(notes) == 2 and notes[0].startswith(
-        f"left out: {train['equal']} of {len(rows)} pairs (train) hold the same tokens on both sides within max_length = {LENGTH}, first {data}:"
+    assert len(notes) == 2
+    assert notes[0].startswith(
+        f"left out: {train['equal']} of {len(rows)} pairs (train) hold the same tokens on both "
+        f"sides within max_length = {LENGTH}, first {data}:"
     )
     pure = lab.run(
         method,
@@ -110,10 +113,8 @@ def test_equal_pairs_are_left_out_and_counted(way, tmp_path, runs):
         [row["loss"] for row in pure.lines()], rel=1e-5
     )
     [finding] = [f for f in diagnose(mixed) if f.rule == "equal_pairs"]
-    assert (
-        finding.severity == "warning"
-        and f"{train['equal']} of {len(rows)} pairs (train, " in finding.evidence
-    )
+    assert finding.severity == "warning"
+    assert f"{train['equal']} of {len(rows)} pairs (train, " in finding.evidence
     assert "equal_pairs" not in {f.rule for f in diagnose(pure)}
 
 
@@ -123,11 +124,15 @@ def test_a_run_on_nothing_else_is_refused(way, tmp_path, runs, capsys):
     data = put(tmp_path / "d.jsonl", [LATE] * 40)
     words = [word for name, value in (SHORT | knobs).items() for word in ("-p", name, str(value))]
     assert polm.main(args=["run", method, "--bare", "-p", "data", data, *words]) == 2
-    expected = f"hold the same tokens on both sides within max_length = {LENGTH}, first {data}:1; expected answers that differ within it; raise max_length, or shorten what comes before the difference"
-    said = capsys.readouterr()
-    assert said.err == f"polm: data: 38 of 38 pairs (train) {expected}\n"
+    assert capsys.readouterr().err == (
+        "polm: data: 38 of 38 pairs (train) hold the same tokens on both sides "
+        f"within max_length = {LENGTH}, first {data}:1; expected answers that differ within it; "
+        "raise max_length, or shorten what comes before the difference\n"
+    )
     [run] = all_runs(runs)
-    assert run.status == "failed" and not run.lines() and run.summary == {}
+    assert run.status == "failed"
+    assert not run.lines()
+    assert run.summary == {}
 
 
 def test_the_command_line_says_so(tmp_path, runs, capsys):
@@ -151,9 +156,8 @@ def test_numbers_follow_the_rows_that_are_left(tokenizer, tmp_path):
     run = Run.create("dpo", {}, out=tmp_path)
     for encode in (encode_answers, encode_for_reward):
         left, pairs = drop_equal(run, "train", rows, encode(tokenizer, rows, LENGTH), LENGTH)
-        assert [row.where for row in left] == ["a:2", "a:5"] and [
-            pair["row"] for pair in pairs
-        ] == [0, 1]
+        assert [row.where for row in left] == ["a:2", "a:5"]
+        assert [pair["row"] for pair in pairs] == [0, 1]
         assert tokenizer.decode(pairs[1]["chosen"]["input_ids"]).startswith("2+1=")
     assert run.read()["left_out"] == {"train": dict(equal=2, pairs=4)}
     rows[2].skip = False
@@ -163,38 +167,34 @@ def test_numbers_follow_the_rows_that_are_left(tokenizer, tmp_path):
 
 
 def test_a_pairwise_answer_that_is_cut_away_is_left_out(tokenizer, tmp_path):
-    "The pairwise head reads the other answer first: where that fills the row, nothing is left of the answer itself."
+    """The pairwise head reads the other answer first.
+
+    If that one fills the row, nothing is left of the answer itself.
+    """
     rows = [
         Row(EARLY, "a:1"),
         Row({"prompt": "1+1=", "chosen": "2", "rejected": f"3{SAME}"}, "a:2"),
     ]
     run = Run.create("reward", {}, out=tmp_path)
     for head, left in (("pointwise", ["a:1", "a:2"]), ("pairwise", ["a:1"])):
-        assert [
-            row.where
-            for row in drop_equal(
-                run, "train", rows, encode_for_reward(tokenizer, rows, LENGTH, head), LENGTH
-            )[0]
-        ] == left
+        pairs = encode_for_reward(tokenizer, rows, LENGTH, head)
+        kept, _ = drop_equal(run, "train", rows, pairs, LENGTH)
+        assert [row.where for row in kept] == left
 
 
 def test_other_rows_that_teach_nothing(tokenizer):
-    "A text of one token has nothing to predict; classes that are cut to the same tokens cannot be told apart."
+    """A text of one token has nothing to predict.
+
+    Classes that are cut to the same tokens cannot be distinguished.
+    """
     row = Row({"text": tokenizer.eos_token}, "a:1")
     with pytest.raises(WrongInput) as wrong:
         encode_rows(tokenizer, [row], "text", LENGTH)
-    assert (
-        str(wrong.value)
-        == "a:1: nothing to learn: no token but the first; expected at least one more; remove this row"
+    assert str(wrong.value) == (
+        "a:1: nothing to learn: no token but the first; expected at least one more; remove this row"
     )
-    assert (
-        len(
-            encode_rows(
-                tokenizer, [Row(row, "a:1", skip=True), Row({"text": "two"}, "a:2")], "text", LENGTH
-            )
-        )
-        == 1
-    )
+    rows = [Row(row, "a:1", skip=True), Row({"text": "two"}, "a:2")]
+    assert len(encode_rows(tokenizer, rows, "text", LENGTH)) == 1
     policy = Policy(load_model("tiny", dtype="float32", device="cpu"))
     rows = [Row({"prompt": "1+1=", "completion": f"{SAME}2"}, "a:1")]
     assert class_accuracy(policy, tokenizer, rows, [f"{SAME}2", f"{SAME}3"], 512) in (0.0, 1.0)

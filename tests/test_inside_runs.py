@@ -1,4 +1,7 @@
-"What a run computes with its formulas, recomputed from its own record: the KL of RLOO and GRPO, PPO's entropy bonus, perplexity, forgetting."
+"""The formulas inside of a run, recomputed from its own record.
+
+The KL of RLOO and GRPO, PPO's entropy bonus, perplexity, forgetting.
+"""
 
 import math
 
@@ -16,7 +19,8 @@ from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.training.advantages import group_advantages, leave_one_out
 from polm_lab.data.tasks import TASKS
 
-# A large learning rate moves the policy away from its reference in a step or two, so that the KL weighs as much as the reward.
+# A large learning rate moves the policy away from its reference in a step or two, so that the KL
+# has as much weight as the reward.
 FAR = dict(
     data="sums",
     steps=3,
@@ -37,12 +41,12 @@ def few_rows(monkeypatch):
 
 
 def steps_of(run):
-    "The sampled answers of each step after the first, in whose the policy is still its reference."
+    "The sampled answers of each step after the first, in which the policy is still its reference."
     rows = [row for row in run.lines("samples") if "advantage" in row and row["step"] > 1]
-    return {
-        step: [row for row in rows if row["step"] == step]
-        for step in sorted({row["step"] for row in rows})
-    }
+    found = {}
+    for row in sorted(rows, key=lambda row: row["step"]):
+        found.setdefault(row["step"], []).append(row)
+    return found
 
 
 def gaps(row):
@@ -60,7 +64,8 @@ def k3(gap):
 def test_rloo_takes_beta_times_the_kl_off_the_reward(algorithm, beta, tmp_path):
     run = check.short_run(find("rloo"), tmp_path, algorithm=algorithm, beta=beta, **FAR)
     found = steps_of(run)
-    assert list(found) == [2, 3] and all(len(rows) == 8 for rows in found.values())
+    assert list(found) == [2, 3]
+    assert all(len(rows) == 8 for rows in found.values())
     tolls = []
     for rows in found.values():
         rewards, each = (
@@ -100,7 +105,8 @@ def test_grpo_adds_beta_times_k3_to_the_loss(beta, tmp_path):
     for step, rows in steps_of(run).items():
         divergence = torch.stack([k3(gaps(row)).mean() for row in rows]).mean().item()
         advantage = torch.tensor([row["advantage"] for row in rows]).mean().item()
-        assert divergence > 0.01 and logged[step]["loss"] == pytest.approx(
+        assert divergence > 0.01
+        assert logged[step]["loss"] == pytest.approx(
             beta * divergence - advantage, rel=5e-3, abs=2e-5
         )
         tokens = torch.cat([k3(gaps(row)) for row in rows])
@@ -147,9 +153,8 @@ def test_ppo_takes_the_entropy_off_its_loss(tmp_path):
         assert row["entropy_coefficient"] == weight
     (entropy,) = entropies  # of the same answers by the same policy
     assert entropy > 0.1
-    assert losses[0.5] == pytest.approx(losses[0] - 0.5 * entropy, abs=1e-5) and losses[
-        2
-    ] == pytest.approx(losses[0] - 2 * entropy, abs=1e-5)
+    assert losses[0.5] == pytest.approx(losses[0] - 0.5 * entropy, abs=1e-5)
+    assert losses[2] == pytest.approx(losses[0] - 2 * entropy, abs=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -172,12 +177,10 @@ def test_perplexity_is_of_learned_tokens_alone(tiny):
         every.append(of_tokens)
         learned.append(of_tokens[torch.tensor(row["completion_mask"][1:]).bool()])
     pad, mean = tokenizer.pad_token_id, -torch.cat(learned).mean().item()
-    assert mean_nll(policy, rows, pad) == pytest.approx(mean, rel=1e-5) and perplexity(
-        policy, rows, pad
-    ) == pytest.approx(math.exp(mean), rel=1e-5)
-    assert abs(-torch.cat(every).mean().item() - mean) > 0.05 and len(torch.cat(every)) > 1.5 * len(
-        torch.cat(learned)
-    )
+    assert mean_nll(policy, rows, pad) == pytest.approx(mean, rel=1e-5)
+    assert perplexity(policy, rows, pad) == pytest.approx(math.exp(mean), rel=1e-5)
+    assert abs(-torch.cat(every).mean().item() - mean) > 0.05
+    assert len(torch.cat(every)) > 1.5 * len(torch.cat(learned))
     assert perplexity(policy, rows, pad, rows=2) == pytest.approx(math.exp(mean), rel=1e-5)
 
 
@@ -201,7 +204,8 @@ def test_forgetting_is_above_zero_where_other_text_got_worse(tiny):
         math.log(after[f"perplexity/{name}"]) - math.log(before[f"perplexity/{name}"])
         for name in ("chat", "facts")
     ]
-    assert min(worse) > 0.05 and after["forgetting"] == pytest.approx(sum(worse) / 2, rel=1e-9)
+    assert min(worse) > 0.05
+    assert after["forgetting"] == pytest.approx(sum(worse) / 2, rel=1e-9)
     assert after == with_rows(
         after, 3, {"perplexity/chat": 16, "perplexity/facts": 16, "forgetting": 32}
     )

@@ -1,4 +1,4 @@
-"Making data: a kill in the middle, a torn line, an endpoint that dies, parents that lead back, verdicts that are counted."
+"Making data: kills, torn lines, endpoints that fail, parents that lead back, counted verdicts."
 
 import json
 import os
@@ -68,7 +68,9 @@ def whole(tmp_path_factory):
 def test_batches_and_threads_make_the_same_rows(whole, tmp_path, size, at_once):
     run, maker = new_run(tmp_path), Maker()
     kept = make_rows(run, ROWS, maker, odd, size=size, at_once=at_once)
-    assert files(run) == files(whole) and kept == whole.lines("data") and len(kept) == 10
+    assert files(run) == files(whole)
+    assert kept == whole.lines("data")
+    assert len(kept) == 10
     assert sorted(maker.asked) == sorted(row["prompt"] for row in ROWS)
 
 
@@ -77,15 +79,18 @@ def test_what_dies_in_the_middle_is_resumed_and_asked_nothing_twice(whole, tmp_p
     run, maker = new_run(tmp_path), Maker(8, lose)
     with pytest.raises(WrongInput, match="gone"), run.active():
         make_rows(run, ROWS, maker, odd, size=size, at_once=at_once)
-    assert run.status == "failed" and run.read()["reason"] == "the endpoint is gone"
+    assert run.status == "failed"
+    assert run.read()["reason"] == "the endpoint is gone"
     answered = {row["row"] for row in run.lines("asked")}
-    assert answered and not (run.path / "data.jsonl").exists()
+    assert answered
+    assert not (run.path / "data.jsonl").exists()
     again = Maker()
     with run.active():
         make_rows(run, ROWS, again, odd, size=size, at_once=at_once)
     starts = [start for start in range(0, len(ROWS), size) if start not in answered]
     wanted = [row["prompt"] for start in starts for row in ROWS[start : start + size]]
-    assert sorted(again.asked) == sorted(wanted) and files(run) == files(whole)
+    assert sorted(again.asked) == sorted(wanted)
+    assert files(run) == files(whole)
     make_rows(run, ROWS, Maker(1, lose), odd)  # what is finished asks nothing
 
 
@@ -97,7 +102,8 @@ def test_a_torn_last_line_costs_one_question_and_no_other(whole, tmp_path):
     (run.path / "data.jsonl").unlink()
     maker = Maker()
     make_rows(run, ROWS, maker, odd)
-    assert maker.asked == [ROWS[-1]["prompt"]] and files(run) == files(whole)
+    assert maker.asked == [ROWS[-1]["prompt"]]
+    assert files(run) == files(whole)
     (run.path / "data.jsonl").unlink()
     make_rows(run, ROWS, Maker(1, lose), odd)  # the answer after the torn line is whole
 
@@ -129,11 +135,13 @@ def test_a_kill_in_the_middle_changes_nothing(whole, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     answered = len(run.lines("asked"))
-    assert run.status == "dead" and 8 <= answered < len(ROWS)
+    assert run.status == "dead"
+    assert 8 <= answered < len(ROWS)
     maker = Maker()
     with run.active():
         make_rows(run, ROWS, maker, odd)
-    assert len(maker.asked) == len(ROWS) - answered and files(run) == files(whole)
+    assert len(maker.asked) == len(ROWS) - answered
+    assert files(run) == files(whole)
 
 
 def test_an_endpoint_that_dies_ends_in_one_line_and_what_it_said_is_kept(server, tmp_path):
@@ -149,15 +157,16 @@ def test_an_endpoint_that_dies_ends_in_one_line_and_what_it_said_is_kept(server,
     run = new_run(tmp_path)
     with pytest.raises(WrongInput) as caught, run.active():
         make_rows(run, ROWS, make, at_once=3)
-    assert "\n" not in str(caught.value) and "503" in str(caught.value) and run.status == "failed"
-    said = len(run.lines("asked"))
-    assert 0 < said < len(ROWS)
+    assert "\n" not in str(caught.value)
+    assert "503" in str(caught.value)
+    assert run.status == "failed"
+    answered = len(run.lines("asked"))
+    assert 0 < answered < len(ROWS)
     server.dead, server.asked = False, -100
     with run.active():
         kept = make_rows(run, ROWS, make, at_once=3)
-    assert (
-        server.asked + 100 == len(ROWS) - said and [r["completion"] for r in kept] == ["fine"] * 20
-    )
+    assert server.asked + 100 == len(ROWS) - answered
+    assert [r["completion"] for r in kept] == ["fine"] * 20
     assert run.status == "finished"
 
 
@@ -165,12 +174,14 @@ def test_a_stop_keeps_what_was_made(whole, tmp_path):
     run = new_run(tmp_path)
     with pytest.raises(Stopped, match="stopped after 5 of 20 rows"), run.active():
         make_rows(run, ROWS, Maker(5, run.request_stop), odd)
-    assert run.status == "stopped" and len(run.lines("asked")) == len(run.lines("rows")) == 5
+    assert run.status == "stopped"
+    assert len(run.lines("asked")) == len(run.lines("rows")) == 5
     run.clear_stop()
     maker = Maker()
     with run.active():
         make_rows(run, ROWS, maker, odd)
-    assert len(maker.asked) == 15 and files(run) == files(whole)
+    assert len(maker.asked) == 15
+    assert files(run) == files(whole)
 
 
 def test_parents_lead_back_through_two_rounds(tmp_path):
@@ -182,14 +193,12 @@ def test_parents_lead_back_through_two_rounds(tmp_path):
         assert all(set(row) == {"prompt", "completion", "draw"} for row in rows), (
             "facts are taken off"
         )
-        twice = [[row | {"completion": text} for text in "ab"] for row in rows]
-        return twice
+        return [[row | {"completion": "a"}, row | {"completion": "b"}] for row in rows]
 
     second = make_rows(run, first, pairs)
     assert [row["parents"] for row in second] == [[row["id"]] for row in first for _ in range(2)]
-    assert len({row["id"] for row in first + second}) == 12 and {r["verdict"] for r in second} == {
-        "kept"
-    }
+    assert len({row["id"] for row in first + second}) == 12
+    assert {r["verdict"] for r in second} == {"kept"}
     joined = make_rows(
         run, first, lambda rows, seeds: [[{"prompt": "x", "parents": ["a", "b"]}]], part="joined-"
     )
@@ -231,12 +240,11 @@ def test_nothing_kept_is_one_line_with_the_counts(tmp_path):
         make_rows(
             run, ROWS, Maker(), lambda row, kept: "dull" if row["completion"] < "5" else "old"
         )
-    assert (
-        "none of 20 rows" in str(caught.value)
-        and "dull" in str(caught.value)
-        and "\n" not in str(caught.value)
-    )
-    assert len(run.lines("rows")) == 20 and not (run.path / "data.jsonl").exists()
+    assert "none of 20 rows" in str(caught.value)
+    assert "dull" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(run.lines("rows")) == 20
+    assert not (run.path / "data.jsonl").exists()
 
 
 def test_a_maker_or_a_verdict_that_is_wrong_says_so(tmp_path):
@@ -257,9 +265,8 @@ def test_rows_know_their_place_and_seeds_depend_on_the_number_alone(tmp_path):
     other = Maker()
     made = make_rows(new_run(tmp_path), ROWS[:5], other)
     assert [where for where, _ in seen] == [f"file:{n}" for n in range(1, 21)]
-    assert [row["draw"] for row in made] == [seed for _, seed in seen[:5]] and len(
-        {s for _, s in seen}
-    ) == 20
+    assert [row["draw"] for row in made] == [seed for _, seed in seen[:5]]
+    assert len({s for _, s in seen}) == 20
 
 
 def test_other_processes_wait_and_read(whole, tmp_path):
@@ -280,7 +287,8 @@ def test_an_answer_is_the_same_now_and_after_a_resume(tmp_path):
     odd_things = {"pair": (1, 2), "many": {3: "three"}, "path": Path("a/b")}
     now = Kept(tmp_path / "k.jsonl").get(["q"], lambda: odd_things)
     later = Kept(tmp_path / "k.jsonl").get(["q"], lambda: pytest.fail("asked again"))
-    assert now == later == read_lines(tmp_path / "k.jsonl")[0] and now["pair"] == [1, 2]
+    assert now == later == read_lines(tmp_path / "k.jsonl")[0]
+    assert now["pair"] == [1, 2]
 
 
 def test_a_failure_cancels_what_waits(tmp_path):
@@ -295,4 +303,5 @@ def test_a_failure_cancels_what_waits(tmp_path):
 
     with pytest.raises(WrongInput):
         list(in_order(ask, range(200), at_once=2))
-    assert len(begun) < 20 and json.dumps(begun[:2]) == "[0, 1]"
+    assert len(begun) < 20
+    assert json.dumps(begun[:2]) == "[0, 1]"

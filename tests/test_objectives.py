@@ -1,5 +1,9 @@
-"""Each exported objective against numbers that are worked out here with plain arithmetic, so that no sign, term or constant can change unseen."""
+"""Each exported objective against numbers that are computed here with plain arithmetic.
 
+So no sign, term or constant can change unseen.
+"""
+
+import itertools
 import math
 
 import pytest
@@ -38,7 +42,7 @@ def sigmoid(x):
     return 1 / (1 + math.exp(-x))
 
 
-# Pairs ----------------------------------------------------------------------------------------------------------------
+# Pairs --------------------------------------------------------------------------------------------
 
 
 def test_dpo():
@@ -89,16 +93,12 @@ def test_reward_model():
 def test_distances_of_rewards():
     one = torch.tensor([[[0.0, 1.0], [2.0, 0.0]], [[1.0, 0.0], [0.0, 3.0]]], dtype=torch.float64)
     mean = [sum(one[s].flatten().tolist()) / 4 for s in range(2)]
-    expected = [
-        [
-            [one[s, a, n].item() + 0.9 * mean[n] - mean[s] - 0.9 * sum(mean) / 2 for n in range(2)]
-            for a in range(2)
-        ]
-        for s in range(2)
-    ]
+    expected = []
+    for s, a, n in itertools.product(range(2), repeat=3):
+        expected.append(one[s, a, n].item() + 0.9 * mean[n] - mean[s] - 0.9 * sum(mean) / 2)
     half = t(0.5, 0.5)
     found = epic.epic_form(one, 0.9, half, half)
-    close(found.flatten(), torch.tensor(expected).flatten().tolist(), 1e-6)
+    close(found.flatten(), torch.tensor(expected).tolist(), 1e-6)
     close(epic.half_distance(t(3.0, 0.0), t(0.0, 5.0)), math.sqrt(2) / 2)
     stay = torch.zeros(2, 2, 2).double()
     stay[:, 0, 0], stay[:, 1, 1] = 1.0, 1.0  # action 0 leads to state 0, action 1 to state 1
@@ -106,13 +106,13 @@ def test_distances_of_rewards():
     gamma, mean_paid = 0.5, [0.0, 2.0]
     total = sum(mean_paid) / (1 - gamma) / 2  # mean of the two values
     value = [m + gamma * total for m in mean_paid]
-    advantages = [[paid[s][a] + gamma * value[a] - value[s] for a in range(2)] for s in range(2)]
-    close(epic.starc_form(one, stay, gamma).flatten(), [x for row in advantages for x in row])
+    advantages = [paid[s][a] + gamma * value[a] - value[s] for s in range(2) for a in range(2)]
+    close(epic.starc_form(one, stay, gamma).flatten(), advantages)
     close(epic.answer_distance(torch.tensor([[0.0, 1.0]]), torch.tensor([[5.0, 7.0]])), 0.0, 1e-7)
     close(epic.answer_distance(torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]])), 1.0)
 
 
-# One's own answers ----------------------------------------------------------------------------------------------------
+# One's own answers --------------------------------------------------------------------------------
 
 
 def test_advantages_of_groups():
@@ -210,12 +210,10 @@ def test_ppo():
     close(ppo.value_loss(t(1.0), t(0.0), t(2.0)), [0.5])
     close(ppo.value_loss(t(1.0), t(0.0), t(2.0), 0.2), [1.8**2 / 2])
     close(ppo.value_loss(t(1.0), t(0.0), t(-2.0), 0.2), [9 / 2])
-    assert ppo.adapt_kl_coefficient(0.1, 0.2, 0.1) == pytest.approx(
-        0.1 * 1.02
-    ) and ppo.adapt_kl_coefficient(0.1, 0.095, 0.1) == pytest.approx(0.1 * (1 - 0.005))
-    assert ppo.entropy_weight(0.1, 2.0, 0.5) == pytest.approx(
-        0.1 * (1 - math.exp(-1))
-    ) and ppo.entropy_weight(0.1, -2.0, 0.5) == pytest.approx(0.1 * math.exp(-1))
+    assert ppo.adapt_kl_coefficient(0.1, 0.2, 0.1) == pytest.approx(0.1 * 1.02)
+    assert ppo.adapt_kl_coefficient(0.1, 0.095, 0.1) == pytest.approx(0.1 * (1 - 0.005))
+    assert ppo.entropy_weight(0.1, 2.0, 0.5) == pytest.approx(0.1 * (1 - math.exp(-1)))
+    assert ppo.entropy_weight(0.1, -2.0, 0.5) == pytest.approx(0.1 * math.exp(-1))
 
 
 def test_rewards():
@@ -229,7 +227,7 @@ def test_rewards():
     assert overoptimization.best_of_n_kl(4) == pytest.approx(math.log(4) - 3 / 4)
 
 
-# Supervised, evaluation, the loop ---------------------------------------------------------------------------------------
+# Supervised, evaluation, the loop -----------------------------------------------------------------
 
 
 def test_log_probs_of_rows():
@@ -305,7 +303,7 @@ def test_wsd_falls_in_the_last_fifth():
     ] == pytest.approx([1.0, 1.0, 1.0, 0.5, 0.25])
 
 
-# Few weights, fewer weights -----------------------------------------------------------------------------------------------
+# Few weights, fewer weights -----------------------------------------------------------------------
 
 
 def test_adapters():
@@ -365,7 +363,7 @@ def test_sensitive_blocks_keep_more():
     close(shares, [0.5 + 0.125 - 0.0, 0.5 + 0.125 - 0.1, 0.5 + 0.125 - 0.2])
 
 
-# Merged weights -------------------------------------------------------------------------------------------------------------
+# Merged weights -----------------------------------------------------------------------------------
 
 
 def test_merging():
@@ -395,9 +393,8 @@ def test_merging():
         1e-6,
     )
     kept = task_vectors.dare(torch.ones(20_000), 0.25, torch.Generator().manual_seed(0))
-    assert set(kept.unique().tolist()) == {0.0, 4.0} and kept.mean().item() == pytest.approx(
-        1.0, abs=0.05
-    )
+    assert set(kept.unique().tolist()) == {0.0, 4.0}
+    assert kept.mean().item() == pytest.approx(1.0, abs=0.05)
 
 
 def test_fusing():
@@ -417,7 +414,7 @@ def test_fusing():
     close(half.exp(), [0.25 * 0.2 + 0.75 * 0.6])
 
 
-# Found passages -------------------------------------------------------------------------------------------------------------
+# Found passages -----------------------------------------------------------------------------------
 
 
 def test_retrieval():

@@ -1,4 +1,4 @@
-"On-policy steps: closed forms of advantages, whitening and KL, groups and batches, and the answers that are watched."
+"On-policy steps: closed forms of advantages, whitening and KL; groups, batches, watched answers."
 
 import math
 import random
@@ -62,9 +62,8 @@ def test_advantages_of_a_group():
         + [1 / (math.sqrt(2) + 1e-4), -1 / (math.sqrt(2) + 1e-4)]
         + [0.0] * 6
     )
-    assert torch.allclose(advantages, torch.tensor(expected)) and torch.allclose(
-        spread, torch.tensor([std, 0, math.sqrt(2), 0])
-    )
+    assert torch.allclose(advantages, torch.tensor(expected))
+    assert torch.allclose(spread, torch.tensor([std, 0, math.sqrt(2), 0]))
     assert (
         group_advantages(rewards, 4, "none")[0].tolist()
         == [0.5, -0.5, -0.5, 0.5, 0, 0, 0, 0, 1, -1] + [0.0] * 6
@@ -100,33 +99,22 @@ def test_kl_estimates_on_a_known_pair():
     assert kl_estimate(logp, logp, "k3").item() == 0.0
 
 
-def test_batches_hold_each_completion_once_beside_its_log_probs():
+def test_batches_hold_each_completion_once_next_to_its_log_probs():
     row = Row({"prompt": "1+1="})
-    groups = [
-        Group(
-            s,
-            row,
-            [5, 6, 7][: s + 1],
-            [[8] * (i + 1) for i in range(4)],
-            [""] * 4,
-            [[-float(s * 10 + i)] * (i + 1) for i in range(4)],
-            [i < 3 for i in range(4)],
-            {},
-            [0.0] * 4,
-        )
-        for s in range(2)
-    ]
+    groups = []
+    for s, prompt in enumerate(([5], [5, 6])):
+        completions = [[8] * (i + 1) for i in range(4)]
+        logps = [[-float(s * 10 + i)] * (i + 1) for i in range(4)]
+        ended = [True, True, True, False]
+        groups.append(Group(s, row, prompt, completions, [""] * 4, logps, ended, {}, [0.0] * 4))
     batches = make_batches(groups, 3, 0)
-    assert sorted(r for b in batches for r in b["rows"].tolist()) == list(range(8)) and [
-        len(b["rows"]) for b in batches
-    ] == [3, 3, 2]
+    assert sorted(r for b in batches for r in b["rows"].tolist()) == list(range(8))
+    assert [len(b["rows"]) for b in batches] == [3, 3, 2]
     for b in batches:
         for n, r in enumerate(b["rows"].tolist()):
             learned = b["completion_mask"][n].bool()
-            assert (
-                b["old_logp"][n][learned].tolist() == groups[r // 4].logps[r % 4]
-                and not b["old_logp"][n][~learned].any()
-            )
+            assert b["old_logp"][n][learned].tolist() == groups[r // 4].logps[r % 4]
+            assert not b["old_logp"][n][~learned].any()
             assert b["ended"][n].item() == (r % 4 < 3)
     assert align_to_tokens([[1.0]], [[1, 2]], 4).tolist() == [[0, 0, 1, 0]]
 
@@ -145,12 +133,10 @@ def test_samples_are_whole_groups_within_a_limit(loaded):
         [0.0] * 4,
     )
     rows = sample_rows([group] * 5, torch.zeros(20), tokenizer, limit=10)
-    assert (
-        len(rows) == 8
-        and "".join(rows[0]["tokens"]) == "the 2 of"
-        and "ref_logp" not in rows[0]
-        and rows[0]["group"] == 3
-    )
+    assert len(rows) == 8
+    assert "".join(rows[0]["tokens"]) == "the 2 of"
+    assert "ref_logp" not in rows[0]
+    assert rows[0]["group"] == 3
 
 
 def test_a_group_is_the_same_whoever_draws_it(loaded):
@@ -179,17 +165,15 @@ def test_leave_one_out_is_the_reward_minus_the_mean_of_the_others():
         ),
         4,
     ).view(5, 4)
-    assert (
-        torch.allclose(found[0], torch.tensor([2, -2, -2, 2]) / 3)
-        and not found[1].any()
-        and found[2].tolist() == [2, -2, 0, 0]
-        and not found[3:].any()
-    )
+    assert torch.allclose(found[0], torch.tensor([2, -2, -2, 2]) / 3)
+    assert not found[1].any()
+    assert found[2].tolist() == [2, -2, 0, 0]
+    assert not found[3:].any()
     rewards = torch.randn(3, 5, dtype=torch.float64)
-    direct = torch.stack(
-        [rewards[:, i] - rewards[:, [j for j in range(5) if j != i]].mean(1) for i in range(5)], 1
-    )
-    assert torch.allclose(leave_one_out(rewards.flatten(), 5).view(3, 5), direct)
+    found = leave_one_out(rewards.flatten(), 5).view(3, 5)
+    for i in range(5):
+        others = [j for j in range(5) if j != i]
+        assert torch.allclose(found[:, i], rewards[:, i] - rewards[:, others].mean(1))
 
 
 def test_whitening_counts_learned_entries_only():
@@ -199,12 +183,10 @@ def test_whitening_counts_learned_entries_only():
     )
     white, kept = whiten(x, mask), whiten(x, mask, shift_mean=False)
     inside = mask.bool()
-    assert (
-        white[inside].mean().abs() < 1e-6
-        and abs(white[inside].std().item() - 1) < 1e-6
-        and not white[~inside].any()
-        and not kept[~inside].any()
-    )
+    assert white[inside].mean().abs() < 1e-6
+    assert abs(white[inside].std().item() - 1) < 1e-6
+    assert not white[~inside].any()
+    assert not kept[~inside].any()
     assert torch.allclose(kept[inside], white[inside] + x[inside].mean())
     parts = [
         whiten(x[i : i + 1], mask[i : i + 1], moments=masked_moments(x, mask)) for i in range(4)
@@ -230,9 +212,8 @@ def test_the_kl_of_a_completion_counts_its_tokens_only(loaded):
             [[-1.5], [-1.0, -1.0, -1.0]],
         )
     ]
-    assert sequence_kl(make_batches(groups, 1, 0), "k1").tolist() == [0.5, -3.0] and sequence_kl(
-        make_batches(groups, 2, 0), "k2"
-    ).tolist() == [0.125, 2.5]
+    assert sequence_kl(make_batches(groups, 1, 0), "k1").tolist() == [0.5, -3.0]
+    assert sequence_kl(make_batches(groups, 2, 0), "k2").tolist() == [0.125, 2.5]
 
 
 def example(loaded, tmp_path, judge, steps=3, **settings):
@@ -299,7 +280,8 @@ def test_two_held_out_answers_are_watched_at_each_recorded_step_off_the_randomne
     )  # the cockpit shows how the answer changed over the steps
     tokenizer = loaded[0]
     for row in rows:
-        assert len(row["ids"]) == len(row["tokens"]) and token_ids(tokenizer, row) == row["ids"]
+        assert len(row["ids"]) == len(row["tokens"])
+        assert token_ids(tokenizer, row) == row["ids"]
         assert tokenizer.decode(row["ids"], skip_special_tokens=True) == row["completion"]
 
 
@@ -350,20 +332,20 @@ def test_each_completion_learns_from_its_own_advantage(loaded, tmp_path):
 
     seen, run = trained(loaded, tmp_path, compare, updates=2)
     [groups] = groups_seen  # sampled once, learned from twice
-    assert len(seen) == 8 and sorted(r for b in seen[:4] for r in b["rows"].tolist()) == list(
-        range(8)
-    )
+    assert len(seen) == 8
+    assert sorted(r for b in seen[:4] for r in b["rows"].tolist()) == list(range(8))
     for batch in seen:
-        assert batch["weight"] == 2.0 and batch["advantages"].tolist() == [
+        assert batch["weight"] == 2.0
+        assert batch["advantages"].tolist() == [
             10 * r + len(groups[r // 2].completions[r % 2]) for r in batch["rows"].tolist()
         ]
     rows = [row for row in run.lines("samples") if "group" in row]
     assert [row["advantage"] for row in rows] == [
         10 * r + row["reward"] for r, row in enumerate(rows)
-    ] and "advantages" not in rows[0]
-    assert (run.path / "model" / "model.safetensors").exists() and run.lines()[0][
-        "advantage_std"
-    ] > 20
+    ]
+    assert "advantages" not in rows[0]
+    assert (run.path / "model" / "model.safetensors").exists()
+    assert run.lines()[0]["advantage_std"] > 20
 
 
 def test_a_method_may_give_each_token_its_advantage_and_say_what_it_weighs(loaded, tmp_path):
@@ -374,44 +356,36 @@ def test_a_method_may_give_each_token_its_advantage_and_say_what_it_weighs(loade
         return torch.zeros(8)
 
     seen, run = trained(loaded, tmp_path, compare)
-    assert [b["weight"] for b in seen] == [float(b["completion_mask"].sum()) for b in seen] and all(
-        b["advantages"].ndim == 2 for b in seen
-    )
+    assert [b["weight"] for b in seen] == [float(b["completion_mask"].sum()) for b in seen]
+    assert all(b["advantages"].ndim == 2 for b in seen)
     rows = [row for row in run.lines("samples") if "group" in row]
-    assert len(rows) == 8 and all(
-        row["advantages"] == [n + 1.0 for n in range(len(row["ids"]))] for row in rows
-    )
+    assert len(rows) == 8
+    for row in rows:
+        assert row["advantages"] == [n + 1.0 for n in range(len(row["ids"]))]
 
 
 def test_groups_that_are_not_whole_are_refused_when_the_settings_are_made():
     with pytest.raises(WrongInput, match="multiple of num_generations = 8"):
         OnPolicySettings(num_generations=8, batch_size=12)
-    assert (
-        OnPolicySettings(num_generations=8, batch_size=12, accumulate=2).num_generations == 8
-        and recorded_steps(1) == {0}
-        and recorded_steps(3) == {0, 1, 2}
-    )
+    assert OnPolicySettings(num_generations=8, batch_size=12, accumulate=2).num_generations == 8
+    assert recorded_steps(1) == {0}
+    assert recorded_steps(3) == {0, 1, 2}
 
 
 def test_what_if_advantages_and_kl_are_the_closed_forms():
     found = what_if_advantages([1.0, 0, 0, 0])
-    assert (
-        found["rloo"] == pytest.approx([1, -1 / 3, -1 / 3, -1 / 3])
-        and found["dr_grpo"] == [0.75, -0.25, -0.25, -0.25]
-        and found["grpo"][0] == pytest.approx(1.5, abs=1e-3)
-    )
+    assert found["rloo"] == pytest.approx([1, -1 / 3, -1 / 3, -1 / 3])
+    assert found["dr_grpo"] == [0.75, -0.25, -0.25, -0.25]
+    assert found["grpo"][0] == pytest.approx(1.5, abs=1e-3)
     (k1, k2, k3), exact = what_if_kl(1.0)[0].values(), what_if_kl(1.0)[1]
-    assert (
-        k1[0] == pytest.approx(exact) == pytest.approx(k3[0])
-        and k3[1] < k1[1] / 2
-        and abs(k2[0] / exact - 1) < 0.1
-    )
+    assert k1[0] == pytest.approx(exact) == pytest.approx(k3[0])
+    assert k3[1] < k1[1] / 2
+    assert abs(k2[0] / exact - 1) < 0.1
     assert what_if_kl(0.0)[1] == pytest.approx(0, abs=1e-12)
     torch.manual_seed(0)
     p = (3.0 * torch.linspace(-1, 1, 8)).softmax(0)
     gap = p.log()[torch.multinomial(p, 100_000, replacement=True)] - math.log(1 / 8)
     sampled = {"k1": gap, "k2": gap**2 / 2, "k3": (-gap).exp() - 1 + gap}
     for kind, (mean, noise) in what_if_kl(3.0)[0].items():
-        assert sampled[kind].mean().item() == pytest.approx(
-            mean, abs=5 * noise / 100_000**0.5
-        ) and sampled[kind].std().item() == pytest.approx(noise, rel=0.1)
+        assert sampled[kind].mean().item() == pytest.approx(mean, abs=5 * noise / 100_000**0.5)
+        assert sampled[kind].std().item() == pytest.approx(noise, rel=0.1)

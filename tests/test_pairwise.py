@@ -1,4 +1,7 @@
-"The shape of methods on pairs: what an objective sees, the template against TRL, an objective without a reference, doubts and further metrics."
+"""The shape of methods on pairs: what an objective sees, and the template against TRL.
+
+Also an objective without a reference, doubts and further metrics.
+"""
 
 import copy
 import json
@@ -38,7 +41,10 @@ SHORT = dict(
 
 @pytest.fixture(scope="module")
 def template():
-    "The exported code of the template as a module; its method is known while the tests of this file run."
+    """The exported code of the template as a module.
+
+    Its method is registered while the tests of this file run.
+    """
     module = types.ModuleType("template_of_pairwise")
     for cell in json.loads((ROOT / "nbs/_template/pairwise.ipynb").read_text(encoding="utf-8"))[
         "cells"
@@ -68,7 +74,7 @@ def without_reference(**more) -> Objective:
     return Objective(loss, mean_logp, reference=False, **more)
 
 
-# What an objective sees -------------------------------------------------------------------------------------------
+# What an objective sees ---------------------------------------------------------------------------
 
 
 def test_a_batch_and_a_table_show_the_same_answers(tokenizer, start):
@@ -87,15 +93,19 @@ def test_a_batch_and_a_table_show_the_same_answers(tokenizer, start):
             assert torch.equal(side.tokens, other.tokens[rows])
         seen += len(rows)
     lengths = [sum(pair["rejected"]["completion_mask"]) for pair in pairs]
-    assert seen == 5 and known[1].tokens.tolist() == lengths and len(set(lengths)) > 1
+    assert seen == 5
+    assert known[1].tokens.tolist() == lengths
+    assert len(set(lengths)) > 1
 
 
 def test_one_of_two_errors_turns_a_pair():
-    assert wrong_way(0.1, 0.0) == 0.1 and wrong_way(0.0, 0.3) == 0.3 and wrong_way(0.5, 0.3) == 0.5
+    assert wrong_way(0.1, 0.0) == 0.1
+    assert wrong_way(0.0, 0.3) == 0.3
+    assert wrong_way(0.5, 0.3) == 0.5
     assert wrong_way(0.1, 0.2) == pytest.approx(0.1 * 0.8 + 0.9 * 0.2)
 
 
-# The template -----------------------------------------------------------------------------------------------------
+# The template -------------------------------------------------------------------------------------
 
 
 def test_ipo_by_hand(template):
@@ -119,7 +129,8 @@ def test_a_doubted_pair_pulls_like_the_mean_over_both_labels(template):
         torch.autograd.grad(x.sum(), a.logp)[0]
         for x in (template.ipo_loss(a, b, 0.2, doubt), mixed)
     )
-    assert torch.allclose(found, expected, atol=1e-5) and found.abs().max() > 0.1
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert found.abs().max() > 0.1
 
 
 @pytest.mark.parametrize("tau", [0.1, 1.0])
@@ -128,10 +139,9 @@ def test_ipo_loss_and_gradient_are_trls(template, tokenizer, start, tmp_path, ta
 
     from trl import DPOConfig, DPOTrainer
 
-    rows = [
-        {k: r[k] for k in ("prompt", "chosen", "rejected")}
-        for r in load_data("chat", "preference")[:5]
-    ]
+    rows = []
+    for row in load_data("chat", "preference")[:5]:
+        rows.append({name: row[name] for name in ("prompt", "chosen", "rejected")})
     config = DPOConfig(
         str(tmp_path),
         per_device_train_batch_size=5,
@@ -176,10 +186,11 @@ def test_ipo_by_trl_trains_the_same_model(template, runs):
     assert ours.summary["after"]["margin"] == pytest.approx(
         theirs.summary["after"]["margin"], abs=5e-3
     )
-    assert ours.summary["before"]["margin"] == 0.0 and ours.summary["after"]["margin"] != 0.0
+    assert ours.summary["before"]["margin"] == 0.0
+    assert ours.summary["after"]["margin"] != 0.0
 
 
-# Objectives of other kinds ----------------------------------------------------------------------------------------
+# Objectives of other kinds ------------------------------------------------------------------------
 
 
 def test_an_objective_without_a_reference_asks_for_none(tmp_path, monkeypatch):
@@ -193,10 +204,8 @@ def test_an_objective_without_a_reference_asks_for_none(tmp_path, monkeypatch):
     monkeypatch.setattr(pairwise, "logps_table", counted)
     monkeypatch.setattr(pairwise, "make_reference", None)
     run = run_of(without_reference(), tmp_path)
-    assert (
-        passes == [4, 4]
-        and run.summary["after"]["margin"] != run.summary["before"]["margin"] != 0.0
-    )
+    assert passes == [4, 4]
+    assert run.summary["after"]["margin"] != run.summary["before"]["margin"] != 0.0
     assert {"kl", "logp_chosen", "accuracy", "reward"} <= set(run.summary["after"])
     assert "reference" not in "\n".join(
         run.path.joinpath("log.txt").read_text().splitlines()
@@ -226,11 +235,13 @@ def test_doubts_of_the_data_reach_the_loss(tmp_path):
     found = run_of(objective, tmp_path / "runs", data=str(data), batch_size=16, steps=4).lines()
     assert 0.0 < sum(row["loss"] for row in found) / 4 < 0.4
     counts = [row["loss"] * 16 / 0.4 for row in found]  # how many of a batch are doubted
-    assert counts == pytest.approx([round(n) for n in counts], abs=1e-4) and sum(counts) > 0
+    assert counts == pytest.approx([round(n) for n in counts], abs=1e-4)
+    assert sum(counts) > 0
 
 
 def test_further_metrics_are_logged_with_and_without_training(tmp_path):
     objective = without_reference(metrics=lambda a, b: dict(length_chosen=a.tokens.float()))
     run = run_of(objective, tmp_path)
-    assert run.lines()[0]["length_chosen"] >= 1 and run.summary["before"]["length_chosen"] >= 1
+    assert run.lines()[0]["length_chosen"] >= 1
+    assert run.summary["before"]["length_chosen"] >= 1
     assert math.isfinite(run.lines()[-1]["loss"])

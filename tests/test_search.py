@@ -1,4 +1,7 @@
-"Search: beams against a search over all sequences and against transformers, rows that are forked, draws of forks, and budgets."
+"""Search: beams against a search over all sequences and against transformers.
+
+Also forked rows, draws of forks, and budgets.
+"""
 
 import itertools
 import math
@@ -125,7 +128,8 @@ def test_one_beam_is_greedy_and_wide_ones_have_the_log_probs_of_a_plain_pass(kin
     for prompt in some_prompts():
         (one,), budget = beam(model, prompt, 1, 12)
         greedy = rollout(model, None, [prompt], max_new_tokens=12, temperature=0)
-        assert one.state.tokens == greedy.completions[0] and one.state.ended == greedy.ended[0]
+        assert one.state.tokens == greedy.completions[0]
+        assert one.state.ended == greedy.ended[0]
         assert budget.spent == len(prompt) + len(one.state.tokens)
         for row in (one.state for one in beam(model, prompt, 4, 12)[0]):
             plain = recomputed(model, prompt, row.tokens, 1.0)
@@ -138,14 +142,17 @@ def test_one_beam_is_greedy_and_wide_ones_have_the_log_probs_of_a_plain_pass(kin
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_selected_rows_equal_rows_that_were_computed_apart(kind, share):
-    "Rows of padded prompts are dropped, reordered and repeated, more of them than before; then two tokens are read."
+    """Rows of padded prompts are dropped, reordered and repeated, and then two tokens are read.
+
+    There are more rows than before.
+    """
     from polm_lab.models.rollout import shared_prefix
 
     model, prompts, samples = make(kind), some_prompts(), 2
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad(), evaluating(model), shared_prefix(model, share) as shared:
         batch = Batch(model, prompts, samples, 6, shared)
-        said = [list(prompt) for prompt in prompts for _ in range(samples)]
+        sequences = [list(prompt) for prompt in prompts for _ in range(samples)]
         for rows in (
             [0, 1, 2, 3, 4, 5, 6, 7],
             [7, 0, 0, 2, 2, 2, 5, 5, 1, 6, 0],
@@ -154,19 +161,20 @@ def test_selected_rows_equal_rows_that_were_computed_apart(kind, share):
             compact_places([True, False, True, True]),
         ):
             batch.select(rows)
-            said = [list(said[row]) for row in rows]
-            for one, logits in zip(said, batch.logits):
+            sequences = [list(sequences[row]) for row in rows]
+            for one, logits in zip(sequences, batch.logits):
                 assert (model(torch.tensor([one])).logits[0, -1] - logits).abs().max() < 2e-3
             token = torch.randint(4, 128, (len(rows),), generator=generator)
             batch.step(token)
-            for one, k in zip(said, token.tolist()):
+            for one, k in zip(sequences, token.tolist()):
                 one.append(k)
-            for one, logits in zip(said, batch.logits):
+            for one, logits in zip(sequences, batch.logits):
                 assert (model(torch.tensor([one])).logits[0, -1] - logits).abs().max() < 2e-3
 
 
 def test_a_dropped_batch_moves_as_few_rows_as_it_can():
-    assert compact_places([True] * 4) == [0, 1, 2, 3] and compact_places([False] * 3) == []
+    assert compact_places([True] * 4) == [0, 1, 2, 3]
+    assert compact_places([False] * 3) == []
     assert compact_places([False, True, False, True, True]) == [3, 1, 4]
 
 
@@ -177,14 +185,11 @@ def test_steps_without_an_answer_are_a_rollout():
     walk = steps(model, None, prompts, 2, 16, 0.8, seeds=seeds)
     first = list(next(walk))
     lengths = [len(rows) for rows in walk]
-    assert (
-        [row.number for row in first] == list(range(8))
-        and lengths == sorted(lengths, reverse=True)
-        and len(set(lengths)) > 1
-    )
-    assert [row.tokens for row in first] == rolled.completions and [
-        row.ended for row in first
-    ] == rolled.ended
+    assert [row.number for row in first] == list(range(8))
+    assert lengths == sorted(lengths, reverse=True)
+    assert len(set(lengths)) > 1
+    assert [row.tokens for row in first] == rolled.completions
+    assert [row.ended for row in first] == rolled.ended
     assert [row.prompt for row in first] == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
@@ -198,14 +203,12 @@ def test_a_row_that_is_sent_twice_draws_differently_and_the_first_goes_on_as_if_
         rows = walk.send([0] * 16)
         for rows in walk:
             pass
-        assert len(rows) == 16 and rows[0].tokens == whole.completions[0]
-        assert len({row.seed for row in rows}) == 16 and all(
-            row.tokens[:3] == whole.completions[0][:3] for row in rows
-        )
-        assert (
-            len({tuple(row.tokens) for row in rows}) > 8
-            and len({row.tokens[3] for row in rows}) > 3
-        )
+        assert len(rows) == 16
+        assert rows[0].tokens == whole.completions[0]
+        assert len({row.seed for row in rows}) == 16
+        assert all(row.tokens[:3] == whole.completions[0][:3] for row in rows)
+        assert len({tuple(row.tokens) for row in rows}) > 8
+        assert len({row.tokens[3] for row in rows}) > 3
         for row in rows:
             assert (
                 recomputed(model, prompt, row.tokens, 1.0) - torch.tensor(row.logps)
@@ -225,12 +228,14 @@ def test_whoever_reads_the_steps_computes_as_before():
     model = make("gpt2", resid_pdrop=0.5).train()
     walk = steps(model, None, [[5, 6]], 2, 8)
     next(walk)
-    assert torch.is_grad_enabled() and not model.training
+    assert torch.is_grad_enabled()
+    assert not model.training
     loss = model(torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss
     loss.backward()
     first = [list(row.tokens) for row in next(walk)]
     walk.close()
-    assert model.training and model.config._attn_implementation == "sdpa"
+    assert model.training
+    assert model.config._attn_implementation == "sdpa"
     assert [c[:2] for c in rollout(model, None, [[5, 6]], 2, 8).completions] == first
 
 
@@ -261,11 +266,11 @@ def test_what_cannot_go_on_is_refused():
 def test_a_budget_is_never_exceeded_and_is_used(tokens):
     model, width = make(eos_token_id=None), 3
     kept, budget = beam(model, [5, 6, 7], width, 12, tokens)
-    assert budget.spent <= tokens and budget.read == 3
+    assert budget.spent <= tokens
+    assert budget.read == 3
     length = len(kept[0].state.tokens)
-    assert budget.written == 1 + width * (length - 1) and (
-        length == 12 or budget.spent + width > tokens
-    )
+    assert budget.written == 1 + width * (length - 1)
+    assert length == 12 or budget.spent + width > tokens
 
 
 def test_no_room_for_a_first_token_is_said():
@@ -275,13 +280,11 @@ def test_no_room_for_a_first_token_is_said():
 
 def test_a_payment_is_taken_whole_or_not_at_all():
     budget = Budget(5)
-    assert (
-        budget.pay(2, 2)
-        and not budget.pay(1, 1)
-        and budget.spent == 4
-        and budget.pay(written=1)
-        and not budget.pay(1)
-    )
+    assert budget.pay(2, 2)
+    assert not budget.pay(1, 1)
+    assert budget.spent == 4
+    assert budget.pay(written=1)
+    assert not budget.pay(1)
 
 
 def test_best_of_n_keeps_the_best_and_the_first_among_equals():
@@ -299,12 +302,12 @@ def test_best_of_n_keeps_the_best_and_the_first_among_equals():
         else []
     )
     budget = Budget(17)
-    bests = [[one.state[0] for one in kept] for kept in search(propose, score, 2, budget)]
-    assert (
-        bests == [["a"], ["b", "a"], ["b", "c"], ["b", "c"]]
-        and scored == list("abcd")
-        and budget.spent == 16
-    )
+    bests = []
+    for kept in search(propose, score, 2, budget):
+        bests.append([one.state[0] for one in kept])
+    assert bests == [["a"], ["b", "a"], ["b", "c"], ["b", "c"]]
+    assert scored == list("abcd")
+    assert budget.spent == 16
 
 
 def test_a_score_for_each_candidate_or_an_error():
@@ -319,7 +322,11 @@ def test_a_score_for_each_candidate_or_an_error():
         )
 
 
-# Samples for the same tokens -------------------------------------------------------------------------
+def seen_of(sample):
+    return sample.tokens, round(sample.logp, 3)
+
+
+# Samples for the same tokens ----------------------------------------------------------------------
 
 
 def test_samples_drawn_bit_by_bit_are_those_drawn_at_once_and_cost_what_they_are():
@@ -333,16 +340,18 @@ def test_samples_drawn_bit_by_bit_are_those_drawn_at_once_and_cost_what_they_are
         assert n == 8 or samples.cost(n + 1) > tokens
         value, cost = samples.compared(tokens, lambda question, some: len(some) + question)
         assert (value, cost) == (n + 1.5, samples.cost(n))
-    assert sizes[0] == 1 and sizes[-1] == 8 and len(set(sizes)) > 3
+    assert sizes[0] == 1
+    assert sizes[-1] == 8
+    assert len(set(sizes)) > 3
     whole = sampled(model, None, prompts, 8, 10, seed=3)
     whole.draw(8)
-    tokens = lambda groups: [
-        [(one.tokens, round(one.logp, 3)) for one in group] for group in groups
-    ]
-    assert tokens(whole.groups) == tokens(samples.groups)
+    for group, other in zip(whole.groups, samples.groups, strict=True):
+        assert list(map(seen_of, group)) == list(map(seen_of, other))
     by_hand = sum(map(len, prompts)) + sum(one.tokens for group in whole.groups for one in group)
     assert whole.cost(8) == by_hand / 4
-    assert most_for(5, [3, 5, 6]) == 2 and most_for(1, [3, 5, 6]) == 1 and most_for(5, []) == 1
+    assert most_for(5, [3, 5, 6]) == 2
+    assert most_for(1, [3, 5, 6]) == 1
+    assert most_for(5, []) == 1
 
 
 def test_a_search_is_recorded_with_its_tokens_and_samples_to_compare(tmp_path):
@@ -359,16 +368,14 @@ def test_a_search_is_recorded_with_its_tokens_and_samples_to_compare(tmp_path):
             run, rows, lambda row, text: float(text == "good"), [1, 3], answer, 45, samples
         )
     before, after = run.summary["before"], run.summary["after"]
-    assert before["rows"] == 4 and before["tokens"] == (
-        sum(map(len, prompts)) / 4 + before["length"]
-    )
-    assert (
-        after["tokens"] > before["tokens"] and after["logp_chosen"] >= before["logp_chosen"] - 1e-4
-    )
-    assert (before["accuracy/best"], before["tokens/best"]) == (1.0, 10.0) and before[
-        "accuracy"
-    ] == 0
-    assert [line["step"] for line in run.lines()] == [1, 3] and len(run.lines("samples")) == 8
+    assert before["rows"] == 4
+    assert before["tokens"] == (sum(map(len, prompts)) / 4 + before["length"])
+    assert after["tokens"] > before["tokens"]
+    assert after["logp_chosen"] >= before["logp_chosen"] - 1e-4
+    assert (before["accuracy/best"], before["tokens/best"]) == (1.0, 10.0)
+    assert before["accuracy"] == 0
+    assert [line["step"] for line in run.lines()] == [1, 3]
+    assert len(run.lines("samples")) == 8
     assert all(line["tokens"] <= 45 for line in run.lines("samples"))
 
 

@@ -42,23 +42,24 @@ class Answers:
 
 
 def stacked(sides: tuple[Answers, ...]) -> Answers:
-    "Sides [rows] as one `Answers` [rows, sides]."
+    "Stack sides [rows] to one `Answers` [rows, sides]."
     columns = zip(*((side.logp, side.ref_logp, side.tokens) for side in sides))
     return Answers(*(torch.stack(column, 1) for column in columns))
 
 
 def sides_of(example: dict) -> list[dict]:
-    "The encoded answers of an encoded row: chosen and rejected, the only one, or best first."
+    "Return the encoded answers of a row: chosen and rejected, the only one, or best first."
     if "chosen" in example:
         return [example[side] for side in SIDES]
     return example["completions"] if "completions" in example else [example]
 
 
 def marks_of(examples: list[dict]) -> dict[str, Tensor]:
-    """What encoded rows of one kind say about their answers.
+    """Return what encoded rows of one kind say about their answers.
 
-    `doubt` [rows] of pairs, if any has one. `labels` [rows] of unpaired rows: whether each is good.
-    `scores` [rows, answers] of ranked rows, best first; NaN where a row has fewer answers.
+    Pairs have `doubt` [rows], if any of them is doubtful. Unpaired rows have `labels` [rows]:
+    whether each is good. Ranked rows have `scores` [rows, answers], best first. They are NaN where
+    a row has fewer answers.
     """
     first, marks = examples[0], {}
     if "label" in first:
@@ -74,7 +75,7 @@ def marks_of(examples: list[dict]) -> dict[str, Tensor]:
 
 # %% ../../nbs/training/answers.ipynb #3a2e79e5
 def flip_probability(row: dict) -> float:
-    "1 minus the row's `probability` that chosen is the better one; 0 without the column."
+    "Return 1 minus the row's `probability` that chosen is better; 0 without the column."
     sure = row.get("probability", 1.0)
     number = isinstance(sure, (int, float)) and not isinstance(sure, bool)
     if not number or not 0 <= sure <= 1:
@@ -86,7 +87,7 @@ def flip_probability(row: dict) -> float:
 
 
 def best_first(ranked: dict) -> dict:
-    "An encoded ranked row with its answers in the order of their scores, the best first."
+    "Sort the answers of an encoded ranked row by their scores, the best first."
     scores = ranked["scores"]
     order = sorted(range(len(scores)), key=lambda k: -scores[k])
     completions = [ranked["completions"][k] for k in order]
@@ -96,7 +97,7 @@ def best_first(ranked: dict) -> dict:
 def encode_answers(
     tokenizer, rows: list[dict], max_length: int, kind: str = "preference"
 ) -> list[dict]:
-    """Rows of a kind, encoded: what `encode` gives, with the number of the row as `row`.
+    """Encode rows of a kind; each result has the number of its row as `row`.
 
     Pairs get their `doubt` too (see `flip_probability`), and ranked answers are best first.
     A row that cannot be encoded is refused, or left out if its data was loaded with `skip`.
@@ -130,11 +131,11 @@ def teaches(example: dict) -> bool:
 def drop_equal(
     run: Run, part: str, rows: list[dict], pairs: list[dict], max_length: int
 ) -> tuple[list[dict], list[dict]]:
-    """The rows and the encoded rows (`pairs`) of `part` (train, held out) whose answers differ.
+    """Drop the rows and the encoded rows (`pairs`) of `part` whose answers do not differ.
 
-    Cut at `max_length` tokens, two answers can be the same, or gone (`lost`): such a pair has no
-    margin and no gradient, whatever the model. How many there were goes into the record, as
-    `left_out`. What is kept is numbered anew.
+    `part` is train or held out. Cut at `max_length` tokens, two answers can be the same, or gone
+    (`lost`). Such a pair has no margin and no gradient, for any model. Their number goes into the
+    record, as `left_out`. The kept rows are numbered anew.
 
     Raises: `WrongInput` if no pair is left to train on.
     """
@@ -156,7 +157,7 @@ def drop_equal(
                 "raise max_length, or shorten what comes before the difference"
             )
         left_out = run.record.get("left_out", {})
-        if part not in left_out:  # a run that is resumed has said so
+        if part not in left_out:  # a resumed run has already reported it
             run.note(f"left out: {found}")
         run.update(left_out={**left_out, part: dict(equal=len(equal), pairs=len(pairs))})
     renumbered = [dict(pair, row=number) for number, pair in enumerate(kept)]
@@ -166,7 +167,7 @@ def drop_equal(
 def split_rows(
     run: Run, settings: Settings, rows: list[dict], held_rows: list[dict], encode_rows: Callable
 ) -> tuple[list[dict], list[dict], list[dict]]:
-    """Encoded training rows, held-out rows, and those encoded; all teach something.
+    """Return encoded training rows, held-out rows, and those encoded; all teach something.
 
     `encode_rows(rows)` gives encoded rows, each with its number as `row`.
     """
@@ -177,10 +178,10 @@ def split_rows(
 
 # %% ../../nbs/training/answers.ipynb #0803b5e6
 def answer_batches(examples: list[dict], rows: int, pad_id: int) -> list[dict]:
-    """Encoded rows as microbatches of at most `rows` rows, each row with as many `sides`.
+    """Divide encoded rows into microbatches of at most `rows` rows with equally many `sides`.
 
     Tensors are [sides x rows, time], all first sides first. `rows` [rows] are the rows' numbers,
-    `weight` is how many there are; what they say about their answers is from `marks_of`.
+    `weight` is how many there are. See `marks_of` for what they say about their answers.
     """
     groups, batches = {}, []
     for example in examples:
@@ -196,7 +197,7 @@ def answer_batches(examples: list[dict], rows: int, pad_id: int) -> list[dict]:
 
 
 def answer_updates(examples: list[dict], order: Order, settings: Settings, pad_id: int) -> Callable:
-    "The batch source of `fit` for encoded rows; `truncated` counts answers at `max_length`."
+    "Return the batch source of `fit`; its metric `truncated` counts answers at `max_length`."
     rows = max(1, settings.batch_size // process_rank_and_count()[1])
 
     def updates(step: int, meter: Meter):
@@ -210,22 +211,24 @@ def answer_updates(examples: list[dict], order: Order, settings: Settings, pad_i
 
 
 def side_logps(policy, batch: dict) -> tuple[Tensor, ...]:
-    "Summed log-probabilities [rows] of each side of a batch, in nats."
+    "Return the summed log-probabilities [rows] of each side of a batch, in nats."
     stats = policy(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
     return stats.logp.sum(1).chunk(batch["sides"])
 
 
 def batch_answers(policy, batch: dict, reference: Callable) -> tuple[Answers, ...]:
-    "The sides of a batch; `reference(batch)` gives each side's log-probabilities [rows] under it."
-    tokens = (
-        batch["completion_mask"][:, 1:].sum(1).clamp(min=1)
-    )  # a first token has nothing before it
+    """Return the sides of a batch as `Answers`.
+
+    `reference(batch)` gives each side's log-probabilities [rows] under the reference.
+    """
+    # a first token has nothing before it
+    tokens = batch["completion_mask"][:, 1:].sum(1).clamp(min=1)
     columns = side_logps(policy, batch), reference(batch), tokens.chunk(batch["sides"])
     return tuple(Answers(*side) for side in zip(*columns))
 
 # %% ../../nbs/training/answers.ipynb #3ed3f675
 def logps_table(policy: Policy, examples: list[dict], pad_id: int, rows: int) -> Tensor:
-    "Log-probabilities [rows, sides] of encoded rows under the policy as it is; no gradient."
+    "Return log-probabilities [rows, sides] of encoded rows under the policy; no gradient."
     places, sides = [], []
     most = max((len(sides_of(example)) for example in examples), default=0)
     for k in range(most):
@@ -240,7 +243,7 @@ def logps_table(policy: Policy, examples: list[dict], pad_id: int, rows: int) ->
 
 
 def table_answers(examples: list[dict], logps: Tensor, ref_logps: Tensor) -> tuple[Answers, ...]:
-    "The sides of encoded rows whose log-probabilities [rows, sides] are known."
+    "Return the sides of encoded rows whose log-probabilities [rows, sides] are known."
     sides = []
     for k, columns in enumerate(zip(logps.unbind(1), ref_logps.unbind(1))):
         lengths = []
@@ -252,7 +255,7 @@ def table_answers(examples: list[dict], logps: Tensor, ref_logps: Tensor) -> tup
 
 # %% ../../nbs/training/answers.ipynb #75a4acf7
 def mismatched(examples: list[dict], max_length: int) -> list[dict]:
-    """Each encoded unpaired row with the answer of the next row that has another prompt.
+    """Give each encoded unpaired row the answer of the next row that has another prompt.
 
     They are numbered after the rows themselves, from `len(examples)`.
 

@@ -32,14 +32,14 @@ class RankBudget:
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> "RankBudget | None":
-        "The budget of the AdaLoRA adapter in `model`; None without one that is trained."
+        "Return the budget of the AdaLoRA adapter in `model`; None without a trained one."
         for module in model.modules():
             if type(module).__name__ == "AdaLoraModel" and module.trainable_adapter_name:
                 return cls(module) if any(p.requires_grad for p in module.parameters()) else None
         return None
 
     def penalty(self) -> torch.Tensor:
-        "How far the factors are from orthogonal, weighted, a scalar; Zhang et al. 2023, eq. 4."
+        "Return the weighted distance of the factors from orthogonal; Zhang et al. 2023, eq. 4."
         norms = []
         for name, p in self.tuner.named_parameters():
             if p.requires_grad and ("lora_A" in name or "lora_B" in name):
@@ -71,13 +71,13 @@ class RankBudget:
 
 
 def step_hooks(model: torch.nn.Module) -> list:
-    "The hooks of what in `model` takes part in each step of training. Raises `WrongInput`."
+    "Return the hooks of the parts of `model` that change in each step. Raises `WrongInput`."
     budget = RankBudget.of(model)
     return [budget] if budget else []
 
 # %% ../../nbs/training/budget.ipynb #afeb1439
 def with_total_step(adapter: str, steps: int) -> str:
-    "The knob `adapter` with the run's length as `total_step`, where its kind needs one and has none."
+    "Add the run's length to the knob `adapter` as `total_step` if it is needed and missing."
     if adapter.partition(":")[0] != "adalora" or "total_step" in adapter:
         return adapter
     return adapter + ("," if ":" in adapter else ":") + f"total_step={steps}"

@@ -17,47 +17,58 @@ from ..core.run import Run, Stopped, open_run, parent_of
 
 # %% ../../nbs/training/chain.ipynb #3749e299
 def check_settings(name: str, values: dict) -> tuple[Method, RunSettings]:
-    "The method and its settings; raises `WrongInput` before anything is written."
+    "Return the method and its settings; raises `WrongInput` before anything is written."
     found = find(name)
     settings = make_settings(found.settings, values)
     engine = getattr(settings, "engine", "lab")
     if engine not in found.engines:
         raise WrongInput(f"engine = {engine!r}: {name} runs on {', '.join(found.engines)}")
-    for knob in {"model", "data", "eval_data", "chat_template"} & {
-        k.name for k in knobs(settings)
-    }:  # a run can be resumed from another folder
-        full = _full_data if knob.endswith("data") else _full_path
-        setattr(settings, knob, full(getattr(settings, knob)))
+    paths = {"model", "data", "eval_data", "chat_template"}
+    for own in paths & {k.name for k in knobs(settings)}:
+        # with full paths a run can be resumed from another folder
+        full = _full_data if own.endswith("data") else _full_path
+        setattr(settings, own, full(getattr(settings, own)))
     if hasattr(settings, "rewards"):
-        settings.rewards = re.sub(
-            r"[^\s,:]+\.py(?=:)", lambda found: _full_path(found[0]), settings.rewards
-        )
-        settings.rewards = re.sub(
-            r"(?<=model:)[^\s,:]+",
-            lambda found: re.sub(r"[^+()]+", lambda name: _full_path(name[0]), found[0]),
-            settings.rewards,
-        )
+        settings.rewards = _full_rewards(settings.rewards)
     return found, settings
 
 
+def _full_rewards(rewards: str) -> str:
+    "Return the knob `rewards` with full paths of its Python files and its reward models."
+
+    def full(found: re.Match) -> str:
+        return _full_path(found[0])
+
+    def full_models(found: re.Match) -> str:
+        return re.sub(r"[^+()]+", full, found[0])
+
+    rewards = re.sub(r"[^\s,:]+\.py(?=:)", full, rewards)
+    return re.sub(r"(?<=model:)[^\s,:]+", full_models, rewards)
+
+
 def _full_data(value: str) -> str:
-    "A data spec with the full path of its file; a task, a Hub id, or what is no single spec as it is."
+    """Return a data spec with the full path of its file.
+
+    A built-in task, a Hub id, or a text that is no single spec is returned unchanged.
+    """
     try:
         return parse_spec(value).absolute()
-    except (
-        WrongInput
-    ):  # whoever reads the data says what is wrong, and knows where several may be given
+    except WrongInput:
+        # the code that reads the data reports the error, and knows where several specs may be given
         return value
 
 
 def _full_path(value: str) -> str:
-    "`value` as a full path if something is there, else as it is: a built-in name or a Hub id."
+    "Return `value` as a full path if it exists, else as it is: a built-in name or a Hub id."
     path = Path(value).expanduser()
     return str(path.absolute()) if value and path.exists() else value
 
 
 def create(name: str, values: dict, out=None, parents=None, via: str = "python") -> Run:
-    "A new run of method `name`, checked and not yet started. Its parents are those given, or the run that made its model."
+    """Create a run of method `name`, checked and not yet started.
+
+    Its parents are `parents`, or the run that made its model. Raises: `WrongInput`.
+    """
     _, settings = check_settings(name, values)
     facts = {k.name: getattr(settings, k.name) for k in knobs(settings)}
     return Run.create(
@@ -76,10 +87,9 @@ def execute(run: Run) -> Run:
 
     found, settings = check_settings(run.method, run.settings)
     with run.active():
-        if settings.dtype == "auto":  # a run that is resumed on another machine goes on as it began
-            settings.dtype = run.record.get("dtype") or str(
-                pick_dtype(settings.device)
-            ).removeprefix("torch.")
+        if settings.dtype == "auto":  # a run resumed on another machine keeps its type
+            picked = str(pick_dtype(settings.device)).removeprefix("torch.")
+            settings.dtype = run.record.get("dtype") or picked
         run.update(
             dtype=settings.dtype,
             device=str(pick_device(settings.device)),
@@ -90,20 +100,22 @@ def execute(run: Run) -> Run:
 
 
 def subrun(whole: Run, label: str, name: str, parents=None, inside: bool = False, **values) -> Run:
-    """The finished run of method `name` that is the part `label` of the run `whole`: made, gone on with, or, if it is finished, taken as it is.
+    """Return the finished run of method `name` that is the part `label` of the run `whole`.
 
-    It lies beside `whole`, or, `inside`, in its folder `parts`, where the table of runs does not list it: for the many parts of a comparison.
-    A stop of `whole` is one of the part that runs. Raises `Stopped`, after it or where one was asked for before.
+    It is created if it is missing, resumed if it was interrupted, and reused if it is finished.
+    Its folder is next to that of `whole`. With `inside` it is in the folder `parts` of `whole`,
+    which the table of runs does not list. Use that for the many parts of a comparison.
+    A stop of `whole` also stops the part that is running.
+
+    Raises: `Stopped`, if `whole` was asked to stop before or during the part.
     """
     stopped = Stopped(
         f"{whole.id}: stopped at its part {label!r}; `polm resume {whole.id}` goes on from there"
     )
     if whole.stop_requested():
         raise stopped
-    made, place = (
-        whole.record.get("stages", {}),
-        whole.path / "parts" if inside else whole.path.parent,
-    )
+    made = whole.record.get("stages", {})
+    place = whole.path / "parts" if inside else whole.path.parent
     if label not in made:
         child = create(name, values, out=place, parents=parents, via="bare")
         whole.update(stages={**made, label: str(child.path.relative_to(whole.path.parent))})

@@ -45,7 +45,7 @@ class Probe:
 
 
 def probes_of(edits: list[dict]) -> list[Probe]:
-    "All that is asked about edits, without facts that should stay and are edited themselves."
+    "Return the probes of edits, without facts that should stay and are edited themselves."
     changed = {row["prompt"] for row in edits}
     for row in edits:
         changed.update(row.get("paraphrases", []))
@@ -63,8 +63,10 @@ def probes_of(edits: list[dict]) -> list[Probe]:
 class Answer:
     """What a model answers to a probe.
 
-    For each token of the target the most probable one (`top`), and whether it is `right`; the
-    `logp` of the target in nats; the greedy `text`.
+    - `top`: the most probable token at each place of the target.
+    - `right`: whether it is the token of the target.
+    - `logp`: log-probability of the target, in nats.
+    - `text`: the greedy answer.
     """
 
     top: list[int]
@@ -74,7 +76,7 @@ class Answer:
 
 
 def target_tokens(tokenizer, probe: Probe) -> dict:
-    "Prompt and target as an encoded row, without an end of text."
+    "Encode prompt and target as a row, without an end of text."
     row = {"prompt": probe.prompt, "completion": probe.target}
     example = encode(tokenizer, row, "completion", 1 << 20)
     ids, mask = example["input_ids"], example["completion_mask"]
@@ -84,7 +86,7 @@ def target_tokens(tokenizer, probe: Probe) -> dict:
 
 @torch.no_grad()
 def read_answers(model, tokenizer, probes: list[Probe], max_new_tokens=16, rows=16) -> list[Answer]:
-    "What `model` answers to each probe; `rows` go through it at once."
+    "Return the answer of `model` to each probe; `rows` go through it at once."
     found = []
     examples = [target_tokens(tokenizer, probe) for probe in probes]
     for start in range(0, len(probes), rows):
@@ -106,28 +108,28 @@ def read_answers(model, tokenizer, probes: list[Probe], max_new_tokens=16, rows=
 
 
 def contains_answer(text: str, target: str) -> bool:
-    "Whether `text` has the words of `target`, in any case."
+    "Return whether `text` has the words of `target`, in any case."
     words = re.escape(plain_words(target))
     return bool(re.search(rf"(?<!\w){words}(?!\w)", plain_words(text)))
 
 # %% ../../nbs/training/editing.ipynb #7ee95558
 def score_probe(probe: Probe, now: Answer, before: Answer) -> dict[str, float]:
-    "The four figures of one probe: all tokens, share of tokens, probability, said."
+    "Score a probe: all tokens, share of tokens, probability, greedy answer."
     if probe.what in ("efficacy", "paraphrase"):
-        hits, said = now.right, contains_answer(now.text, probe.target)
+        hits, given = now.right, contains_answer(now.text, probe.target)
     else:
         hits = [a == b for a, b in zip(now.top, before.top, strict=True)]
-        said = now.text == before.text
+        given = now.text == before.text
     return {
         "": float(all(hits)),
         "/tokens": sum(hits) / len(hits),
         "/probability": math.exp(now.logp),
-        "/said": float(said),
+        "/said": float(given),
     }
 
 
 def score_edits(probes: list[Probe], now: list[Answer], before: list[Answer]) -> dict[str, float]:
-    "Means over the probes of each kind, by metric; `rows/NAME` says over how many."
+    "Return means over the probes of each kind, by metric; `rows/NAME` says over how many."
     found, seen = {}, {}
     scores = [score_probe(*each) for each in zip(probes, now, before, strict=True)]
     for what in PROBED:
@@ -143,11 +145,13 @@ def score_edits(probes: list[Probe], now: list[Answer], before: list[Answer]) ->
 class EditSettings(SavedSettings):
     "What all editing shares."
 
-    data: str = knob("facts#8", "facts to change, rows of kind edit: a task, a file or a Hub id")
+    data: str = knob(
+        "facts#8", "facts to change, rows of kind edit: a built-in task, a file or a Hub id"
+    )
 
 
 def edit_rows(probes: list[Probe], before: list[Answer], now: list[Answer]) -> list[dict]:
-    "What is recorded of each probe: its answer and the target's probability, before and after."
+    "Return the record of each probe: answer and target's probability, before and after."
     out = []
     for probe, old, new in zip(probes, before, now):
         facts = {"probability_before": math.exp(old.logp), "probability_after": math.exp(new.logp)}

@@ -24,7 +24,7 @@ from ..core.run import Run, Stopped
 
 # %% ../../nbs/training/engine.ipynb #9960df4e
 def trl_class(name: str):
-    "A public class of TRL, such as `SFTTrainer`; raises `WrongInput` where TRL is not installed."
+    "Return a public class of TRL, such as `SFTTrainer`. Raises `WrongInput` without TRL."
     try:
         import trl
     except ImportError:
@@ -34,34 +34,44 @@ def trl_class(name: str):
     return getattr(trl, name)
 
 
-def trl_arguments(settings: Settings, run: Run) -> dict:
-    "The common settings as arguments of a TRL configuration (all derive from transformers' TrainingArguments); output goes below the run's folder."
+def _check_for_trl(settings: Settings, device, processes: int) -> None:
+    "Raise `WrongInput` for settings that TRL's trainers cannot follow."
     import torch
 
-    from polm_lab.core.machine import pick_device, pick_dtype
-    from polm_lab.core.machine import process_rank_and_count
-
-    device, processes = pick_device(settings.device), process_rank_and_count()[1]
-    dtype = (
-        str(pick_dtype(device)).removeprefix("torch.")
-        if settings.dtype == "auto"
-        else settings.dtype
-    )
     if device.type == "cuda" and (
         device.index or (processes == 1 and torch.cuda.device_count() > 1)
     ):
         raise WrongInput(
-            f"engine = 'trl', device = {settings.device!r}, {torch.cuda.device_count()} GPUs: in one process TRL trains on the only GPU that it sees; "
-            "set CUDA_VISIBLE_DEVICES to one GPU and device to cuda, or start with `accelerate launch`"
+            f"engine = 'trl', device = {settings.device!r}, {torch.cuda.device_count()} GPUs: "
+            "in one process TRL trains on the only GPU that it sees; set CUDA_VISIBLE_DEVICES to "
+            "one GPU and device to cuda, or start with `accelerate launch`"
         )
     if settings.adapter.partition(":")[0] == "adalora":
         raise WrongInput(
-            f"engine = 'trl', adapter = {settings.adapter!r}: TRL's trainers never give ranks back; expected another adapter, such as lora; or use engine lab"
+            f"engine = 'trl', adapter = {settings.adapter!r}: TRL's trainers never give ranks "
+            "back; expected another adapter, such as lora; or use engine lab"
         )
     if settings.batch_size % processes:
         raise WrongInput(
-            f"{settings.batch_size} rows cannot be shared by {processes} processes: make batch_size a multiple of {processes}"
+            f"{settings.batch_size} rows cannot be shared by {processes} processes: "
+            f"make batch_size a multiple of {processes}"
         )
+
+
+def trl_arguments(settings: Settings, run: Run) -> dict:
+    """Return the common settings as arguments of a TRL configuration.
+
+    All of TRL's configurations derive from transformers' TrainingArguments. Output goes below the
+    run's folder. Raises: `WrongInput` for settings that TRL cannot follow.
+    """
+    from polm_lab.core.machine import pick_device, pick_dtype
+    from polm_lab.core.machine import process_rank_and_count
+
+    device, processes = pick_device(settings.device), process_rank_and_count()[1]
+    dtype = settings.dtype
+    if dtype == "auto":
+        dtype = str(pick_dtype(device)).removeprefix("torch.")
+    _check_for_trl(settings, device, processes)
     return dict(
         output_dir=str(run.path / "checkpoints"),
         max_steps=settings.steps,
@@ -90,7 +100,10 @@ def trl_arguments(settings: Settings, run: Run) -> dict:
 
 
 def trl_optimizers(model, settings: Settings) -> tuple:
-    "The optimizer and the schedule of our loop for the trainable weights of `model`, as a trainer's argument `optimizers`."
+    """Return our loop's optimizer and schedule for the trainable weights of `model`.
+
+    They are the argument `optimizers` of a trainer.
+    """
     import torch
 
     from polm_lab.training.loop import learning_rate_at, optimizer_for
@@ -121,7 +134,7 @@ NAMES = {  # TRL's -> ours
 
 
 def our_metrics(logs: dict) -> dict[str, float]:
-    "What TRL logged in one step under the names of core.metrics; the rest is left out."
+    "Return what TRL logged in a step under the names of core.metrics; omit the rest."
     found = {
         NAMES[name]: value for name, value in logs.items() if name in NAMES and value is not None
     }
@@ -133,70 +146,65 @@ def our_metrics(logs: dict) -> dict[str, float]:
 
 # %% ../../nbs/training/engine.ipynb #81336852
 def labelled_rows(examples: list[dict]) -> list[dict]:
-    "Encoded rows (`input_ids`, `completion_mask`) for SFTTrainer: `labels` are -100 where nothing is learned, and at the first token, which has nothing before it."
-    return [
-        dict(
-            input_ids=e["input_ids"],
-            labels=[
-                t if m and i else -100
-                for i, (t, m) in enumerate(zip(e["input_ids"], e["completion_mask"]))
-            ],
-        )
-        for e in examples
-    ]
+    """Return encoded rows (`input_ids`, `completion_mask`) as SFTTrainer takes them.
+
+    `labels` are -100 where nothing is learned, and at the first token, which has nothing before it.
+    """
+    rows = []
+    for example in examples:
+        ids = example["input_ids"]
+        learned = enumerate(zip(ids, example["completion_mask"]))
+        labels = [token if mask and place else -100 for place, (token, mask) in learned]
+        rows.append(dict(input_ids=ids, labels=labels))
+    return rows
 
 
 def paired_rows(examples: list[dict]) -> list[dict]:
-    "Encoded pairs (`chosen`, `rejected`) for DPOTrainer, to be read by `paired_collator`."
-    return [
-        dict(
-            prompt="",
-            chosen="",
-            rejected="",
-            pair={side: e[side] for side in ("chosen", "rejected")},
-        )
-        for e in examples
-    ]
+    "Return encoded pairs (`chosen`, `rejected`) for DPOTrainer and `paired_collator`."
+    rows = []
+    for example in examples:
+        pair = {side: example[side] for side in ("chosen", "rejected")}
+        rows.append(dict(prompt="", chosen="", rejected="", pair=pair))
+    return rows
 
 
 def paired_collator(pad_id: int):
-    "A collator for `paired_rows`: a batch as DPOTrainer wants it, the chosen rows first, then the rejected ones, and what it has precomputed."
+    """Return a collator for `paired_rows`, whose batches are as DPOTrainer expects them.
+
+    The chosen rows come first, then the rejected ones, and then what the trainer has precomputed.
+    """
 
     def collate_pairs(rows: list[dict]) -> dict:
         import torch
 
         from polm_lab.data.batches import collate
 
-        batch = collate(
-            [row["pair"][side] for side in ("chosen", "rejected") for row in rows], pad_id
-        )
-        batch["completion_mask"] = batch.pop("completion_mask")
-        return batch | {
-            name: torch.tensor([row[name] for row in rows])
-            for name in ("ref_chosen_logps", "ref_rejected_logps")
-            if name in rows[0]
-        }
+        sides = [row["pair"][side] for side in ("chosen", "rejected") for row in rows]
+        batch = dict(collate(sides, pad_id))
+        for name in ("ref_chosen_logps", "ref_rejected_logps"):
+            if name in rows[0]:
+                batch[name] = torch.tensor([row[name] for row in rows])
+        return batch
 
     return collate_pairs
 
 
 def in_our_order(rows: list[dict], settings: Settings, rows_per_step: int):
-    "A `datasets.Dataset` of the rows of step 0, 1, ... as our loop takes them; nothing is copied."
+    "Return a `datasets.Dataset` of the rows of step 0, 1, ... in our order, not copied."
     from datasets import Dataset
 
     from polm_lab.data.batches import Order
 
     order = Order(len(rows), rows_per_step, settings.seed)
-    return Dataset.from_list(rows).select(
-        [i for step in range(settings.steps) for i in order.rows(step)]
-    )
+    visits = [i for step in range(settings.steps) for i in order.rows(step)]
+    return Dataset.from_list(rows).select(visits)
 
 # %% ../../nbs/training/engine.ipynb #e185a028
 def _record(run: Run, settings: Settings, evaluate):
-    "The callback; a function makes it, so that transformers is imported late."
+    "Make the callback. It is made in a function so that transformers is imported late."
     from transformers import TrainerCallback
 
-    from polm_lab.training.loop import Progress, any_process, not_finite, peak_memory
+    from polm_lab.training.loop import Progress, any_process, is_evaluated, not_finite, peak_memory
 
     class Record(TrainerCallback):
         "Writes a run's record while a TRL trainer trains."
@@ -223,20 +231,13 @@ def _record(run: Run, settings: Settings, evaluate):
                 batch = self.trainer.data_collator([self.trainer.train_dataset[i] for i in rows])
                 not_finite(run, step - 1, batch if isinstance(batch, dict) else {})
             if tokens is not None and self.tokens is not None:  # TRL counts over all steps
-                metrics["tokens_per_second"] = round(
-                    (tokens - self.tokens) / (time.perf_counter() - self.began), 1
-                )
+                seconds = time.perf_counter() - self.began
+                metrics["tokens_per_second"] = round((tokens - self.tokens) / seconds, 1)
             self.tokens = tokens
             metrics["memory_mib"] = peak_memory(args.device)
-            if (
-                evaluate
-                and settings.eval_every
-                and step % settings.eval_every == 0
-                and step < settings.steps
-            ):
-                metrics |= {
-                    f"eval/{name}": value for name, value in without_counts(evaluate()).items()
-                }
+            if evaluate and is_evaluated(step, settings):
+                found = without_counts(evaluate())
+                metrics |= {f"eval/{name}": value for name, value in found.items()}
             run.log(step, **metrics)
             self.progress(step, metrics)
 
@@ -244,7 +245,7 @@ def _record(run: Run, settings: Settings, evaluate):
 
 # %% ../../nbs/training/engine.ipynb #4bb9d8be
 def last_checkpoint(run: Run) -> tuple[Path | None, int]:
-    "TRL's newest whole checkpoint and the steps done by then, or (None, 0)."
+    "Return TRL's newest complete checkpoint and the steps done by then, or (None, 0)."
     found = sorted(
         (run.path / "checkpoints").glob("checkpoint-*"),
         key=lambda p: int(p.name.split("-")[1]),
@@ -259,6 +260,35 @@ def last_checkpoint(run: Run) -> tuple[Path | None, int]:
     return None, 0
 
 # %% ../../nbs/training/engine.ipynb #a696f73d
+def _train(make_trainer, model, record, checkpoint: Path | None) -> int:
+    "Train `model` with the trainer that `make_trainer()` returns; gives the steps that are done."
+    from accelerate.state import AcceleratorState
+    from transformers import PrinterCallback
+
+    from polm_lab.core.machine import quiet_libraries
+
+    # a notebook runs several methods, with different precisions, in one process
+    AcceleratorState._reset_state()
+    own_forward = vars(model).get("forward")
+    with quiet_libraries():
+        made = record.trainer = make_trainer()
+        made.remove_callback(PrinterCallback)
+        try:
+            made.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            _restore(model, own_forward)
+    return made.state.global_step
+
+
+def _restore(model, forward) -> None:
+    "Remove what TRL and accelerate added to `model` for the time of the training."
+    vars(model).pop("forward", None)
+    if forward:
+        model.forward = forward
+    if "ref" in getattr(model, "peft_config", {}):  # DPOTrainer's copy of the adapter as it was
+        model.delete_adapter("ref")
+
+
 def train_with_trl(
     run: Run,
     settings: Settings,
@@ -273,48 +303,39 @@ def train_with_trl(
     merge: bool = False,
     **trainer_arguments,
 ) -> None:
-    """Train `policy` in place with TRL's `<trainer>Trainer` ("SFT", "DPO", "GRPO", ...), write the record, and save the model: what `fit` and `save_model` do.
+    """Train `policy` in place with TRL's `<trainer>Trainer`, as `fit` and `save_model` do.
 
-    `rows` are dataset rows as that trainer takes them; `rows_per_step` of them (default batch_size × accumulate) make a step, in the order of our loop.
-    `config` are further arguments of `<trainer>Config` and win over those of `trl_arguments`; `trainer_arguments` go to the trainer (reward functions,
-    reference model, data_collator; with a collator every column reaches it). `evaluate()` returns metrics of the policy as it is.
-    `merge` as in `fit`.
+    The record is written and the model is saved.
 
-    Raises `WrongInput` for what TRL refuses, `Stopped` if the run was asked to stop (its state is saved), `FloatingPointError` if the loss is not finite.
+    - `trainer`: SFT, DPO, GRPO, ...
+    - `rows`: dataset rows as that trainer takes them.
+    - `rows_per_step`: rows of a step, in the order of our loop; default batch_size × accumulate.
+    - `config`: further arguments of `<trainer>Config`, which override those of `trl_arguments`.
+    - `trainer_arguments` go to the trainer: reward functions, reference model, data_collator. With
+      a collator every column reaches it.
+    - `evaluate()` returns metrics of the policy as it is.
+    - `merge`: that of `fit`.
+
+    Raises: `WrongInput` for what TRL refuses; `Stopped` if the run was asked to stop (its state is
+    saved); `FloatingPointError` if the loss is not finite.
     """
-    import torch
-    from accelerate.state import AcceleratorState
-    from transformers import PrinterCallback
-
-    from polm_lab.core.machine import quiet_libraries, pick_device
+    from polm_lab.core.machine import pick_device
     from polm_lab.models.save import save_model
-    from polm_lab.training.loop import as_saved
+    from polm_lab.training.loop import as_saved, check_tracker, keep_in_32_bits
 
     trainer_class, config_class = trl_class(f"{trainer}Trainer"), trl_class(f"{trainer}Config")
-    arguments = {
-        **trl_arguments(settings, run),
-        **(dict(remove_unused_columns=False) if "data_collator" in trainer_arguments else {}),
-        **(config or {}),
-    }
-    arguments = {
-        name: value
-        for name, value in arguments.items()
-        if name != "max_length" or name in config_class.__dataclass_fields__
-    }
+    arguments = trl_arguments(settings, run)
+    if "data_collator" in trainer_arguments:
+        arguments["remove_unused_columns"] = False
+    arguments |= config or {}
+    if "max_length" not in config_class.__dataclass_fields__:
+        arguments.pop("max_length", None)
     if settings.tracker != "none":
-        import importlib.util
-
-        if not importlib.util.find_spec(settings.tracker):
-            raise WrongInput(
-                f"tracker = {settings.tracker!r}: the package {settings.tracker} is not installed; `pip install {settings.tracker}`, or tracker none"
-            )
+        check_tracker(settings.tracker)
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.path / "tensorboard")
-    for p in policy.parameters():  # as in our loop: what is trained is kept in 32 bits
-        if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16):
-            p.data = p.data.float()
-    run.update(
-        device=str(pick_device(settings.device)), processes=int(os.environ.get("WORLD_SIZE", 1))
-    )
+    keep_in_32_bits(policy)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    run.update(device=str(pick_device(settings.device)), processes=processes)
     checkpoint, done = last_checkpoint(run)
     run.rewind(done)
     if evaluate and "before" not in run.record["summary"]:
@@ -323,11 +344,11 @@ def train_with_trl(
     if settings.steps:
         per_step = rows_per_step or settings.batch_size * settings.accumulate
         record, model = _record(run, settings, evaluate), policy.model
-        AcceleratorState._reset_state()  # a notebook runs several methods, with different precisions, in one process
-        own_forward = vars(model).get("forward")
-        with quiet_libraries():
+        record.rows_per_step = per_step
+
+        def make_trainer():
             try:
-                made = trainer_class(
+                return trainer_class(
                     model=model,
                     args=config_class(**arguments),
                     train_dataset=in_our_order(rows, settings, per_step),
@@ -340,21 +361,11 @@ def train_with_trl(
                 raise WrongInput(
                     f"engine = 'trl': {trainer}Trainer refuses: {' '.join(str(error).split())}"
                 ) from error
-            made.remove_callback(PrinterCallback)
-            record.trainer, record.rows_per_step = made, per_step
-            try:
-                made.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            finally:  # what TRL and accelerate put over the model's forward ends with the training
-                vars(model).pop("forward", None)
-                if own_forward:
-                    model.forward = own_forward
-                if "ref" in getattr(
-                    model, "peft_config", {}
-                ):  # DPOTrainer's copy of the adapter as it was
-                    model.delete_adapter("ref")
-        if made.state.global_step < settings.steps:
+
+        done = _train(make_trainer, model, record, checkpoint)
+        if done < settings.steps:
             raise Stopped(
-                f"{run.id}: stopped after step {made.state.global_step}; `polm resume {run.id}` goes on from there"
+                f"{run.id}: stopped after step {done}; `polm resume {run.id}` goes on from there"
             )
 
     as_saved(run, settings, policy, merge)

@@ -32,10 +32,9 @@ from ..models.rollout import Rollout, rollout
 # %% ../../nbs/training/evaluate.ipynb #e9b7ccab
 @contextmanager
 def eval_no_grad(policy):
-    "Inside, the model neither drops out nor keeps gradients."
-    training = [
-        m for m in policy.modules() if m.training
-    ]  # a wrapper that is new trains, a model in it may not
+    "Switch dropout and gradients off, as a context."
+    # a new wrapper is in training mode, the model in it may not be
+    training = [module for module in policy.modules() if module.training]
     policy.eval()
     try:
         with torch.no_grad():
@@ -48,62 +47,68 @@ def eval_no_grad(policy):
 def sequence_logps(
     policy: Policy, examples: list[dict], pad_id: int, rows: int = 16
 ) -> torch.Tensor:
-    "Summed log-probability of the learned tokens of each encoded row [n], in nats; rows of like length go through the model together."
-    device, order, out = (
-        next(policy.parameters()).device,
-        sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"])),
-        torch.zeros(len(examples)),
-    )
+    """Sum the log-probabilities of the learned tokens of each encoded row: [n], in nats.
+
+    Rows of similar length go through the model together.
+    """
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
+    out = torch.zeros(len(examples))
     with eval_no_grad(policy):
         for start in range(0, len(order), rows):
             part = order[start : start + rows]
-            batch = {
-                k: v.to(device) for k, v in collate([examples[i] for i in part], pad_id).items()
-            }
-            out[part] = (
-                policy(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
-                .logp.sum(1)
-                .float()
-                .cpu()
-            )
+            batch = _batch_on([examples[i] for i in part], pad_id, policy)
+            out[part] = policy(*batch).logp.sum(1).float().cpu()
     return out
 
 
+def _batch_on(examples: list[dict], pad_id: int, policy: Policy) -> tuple[torch.Tensor, ...]:
+    "Collate rows for `policy`: ids, attention mask, completion mask [rows, time]."
+    device, batch = next(policy.parameters()).device, collate(examples, pad_id)
+    names = ("input_ids", "attention_mask", "completion_mask")
+    return tuple(batch[name].to(device) for name in names)
+
+
 def learned_tokens(examples: list[dict]) -> int:
-    "How many tokens of encoded rows are learned; a first token has nothing before it and does not count."
+    """Count the tokens of encoded rows that are learned.
+
+    A first token has nothing before it and does not count.
+    """
     return sum(sum(e["completion_mask"][1:]) for e in examples)
 
 
 def mean_nll(policy: Policy, examples: list[dict], pad_id: int, rows: int = 16) -> float:
-    "Mean negative log-probability of the learned tokens of encoded rows, in nats a token."
-    return -sequence_logps(policy, examples, pad_id, rows).double().sum().item() / max(
-        1, learned_tokens(examples)
-    )
+    "Return the mean negative log-probability of the learned tokens, in nats a token."
+    tokens = max(1, learned_tokens(examples))
+    return -sequence_logps(policy, examples, pad_id, rows).double().sum().item() / tokens
 
 
 def perplexity(policy: Policy, examples: list[dict], pad_id: int, rows: int = 16) -> float:
-    "exp of `mean_nll`: 1 is certain, the vocabulary's size is ignorance."
+    "Return exp of `mean_nll`: 1 is certain, the vocabulary's size is ignorance."
     return math.exp(min(700.0, mean_nll(policy, examples, pad_id, rows)))
 
 # %% ../../nbs/training/evaluate.ipynb #b2d420eb
 def pass_at_k(n: int, c: int, k: int) -> float:
-    "Chance that k samples, drawn from n of which c are right, hold a right one."
+    "Return the probability that k of n samples hold a right one, where c of n are right."
     if not 0 <= c <= n or not 1 <= k <= n:
         raise WrongInput(f"pass_at_k(n={n}, c={c}, k={k}): expected 0 ≤ c ≤ n and 1 ≤ k ≤ n")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
 NUMBER = re.compile(  # a sign counts where nothing is subtracted: −5 in `x = −5`, 3 in `5-3`
-    r"(?:(?<![0-9A-Za-z_.)\]])[-+−])?(?:\d+(?:,\d+)*(?:\.\d+)?|(?<!\d)\.\d+)(?:[eE][-+]?\d{1,3}(?!\d))?"
+    r"(?:(?<![0-9A-Za-z_.)\]])[-+−])?"
+    r"(?:\d+(?:,\d+)*(?:\.\d+)?|(?<!\d)\.\d+)"
+    r"(?:[eE][-+]?\d{1,3}(?!\d))?"
 )
 GROUPED = re.compile(r"\d{1,3}(?:,\d{2,3})*,\d{3}(?:\D.*)?")  # 1,250 and 1,00,000
 AMOUNT = re.compile(rf"\s*[$€£¥]?\s*({NUMBER.pattern})\s*[%$€£¥]?\s*\.?\s*")
 
 
 def last_number(text: str) -> str | None:
-    """The last number in `text` in one spelling: `'so 1,250.0 in all'` → `'1250'`, `'.5'` → `'0.5'`, `'1e3'` → `'1000'`.
+    """Return the last number in `text` in one spelling, or None without a number.
 
-    A comma groups digits where three follow it; a single other one is a decimal comma (`'0,5'` → `'0.5'`), and several part a list.
+    Examples: `'so 1,250.0 in all'` → `'1250'`, `'.5'` → `'0.5'`, `'1e3'` → `'1000'`.
+    A comma groups digits if three follow it. A single other comma is a decimal comma:
+    `'0,5'` → `'0.5'`. Several other commas separate the numbers of a list.
     """
     found = NUMBER.findall(text)
     if not found:
@@ -119,14 +124,16 @@ def last_number(text: str) -> str | None:
 
 
 def plain_words(text: str) -> str:
-    "Lower-case `text` with single spaces, without the full stop of any script at its ends."
+    "Return `text` in lower case with single spaces, without the full stop of any script."
     return " ".join(text.split()).strip(" .。．｡।۔။።").lower()
 
 
 def matches(row: dict, text: str) -> float:
-    """1 if the completion gives `row['answer']`: the last number if the answer is one, else the same words.
+    """Return 1 if the completion gives `row['answer']`, else 0.
 
-    Numbers are compared as numbers (`.5` is `0.5`, `1,000` is `1000`). A sign of currency or `%` is left out on both sides, so `50%` is `50` and not `0.5`.
+    If the answer is a number, the last number of the completion is compared with it; otherwise all
+    words are. Numbers are compared as numbers: `.5` is `0.5`, `1,000` is `1000`. A currency sign or
+    `%` is removed on both sides, so `50%` is `50` and not `0.5`.
     """
     answer = str(row["answer"])
     amount = AMOUNT.fullmatch(answer)
@@ -136,7 +143,10 @@ def matches(row: dict, text: str) -> float:
 
 
 def scorer(spec: str, rows: list[dict]) -> Callable[[dict, str], float] | None:
-    "How completions of these rows are scored in [0, 1]: by the task's gold rule, by the `answer` column, or not at all (None)."
+    """Return the function that scores completions of these rows in [0, 1], or None.
+
+    It is the gold rule of the task, or else a comparison with the column `answer`.
+    """
     task = parse_spec(spec).task
     if task:
         return TASKS[task].score
@@ -144,21 +154,28 @@ def scorer(spec: str, rows: list[dict]) -> Callable[[dict, str], float] | None:
 
 
 def other_tasks(settings, tokenizer) -> tuple[str, ...]:
-    "Synthetic tasks other than those the run's data are from, for a model that was pretrained on them (it has tiny's vocabulary): forgetting shows there."
+    """Return the synthetic tasks that the run's data are not from: forgetting is measured there.
+
+    A model that was not pretrained on the tasks has none. One that was has the vocabulary of
+    `tiny`.
+    """
     from polm_lab.models.sources import built_in_models
     from polm_lab.models.tokenizers import load_tokenizer
 
-    if (
-        "tiny" not in built_in_models()
-        or tokenizer.get_vocab() != load_tokenizer("tiny").get_vocab()
-    ):
+    if "tiny" not in built_in_models():
+        return ()
+    if tokenizer.get_vocab() != load_tokenizer("tiny").get_vocab():
         return ()
     mine = task_names(settings.data) | task_names(settings.eval_data)
     return tuple(name for name in TASKS if name not in mine)
 
 # %% ../../nbs/training/evaluate.ipynb #9a5e2fbf
 def task_names(spec: str) -> set[str]:
-    "The tasks that data are from: the task itself; for a file in a run's folder, such as its preferences, those of the run's data."
+    """Return the synthetic tasks that data are from.
+
+    A task is from itself. A file in a run's folder, such as its preferences, is from the tasks of
+    the run's data.
+    """
     asked = parse_spec(spec)
     if asked.task:
         return {asked.task}
@@ -169,19 +186,13 @@ def task_names(spec: str) -> set[str]:
         facts = json.loads(record.read_text(encoding="utf-8"))
         source = str(facts.get("rows_from") or facts["settings"].get("data") or "")
         itself = Path(parse_spec(source).name).parent == record.parent
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        WrongInput,
-    ):  # no record of a run: a file like any other
-        return set()
+    except (OSError, ValueError, LookupError, AttributeError, WrongInput):
+        return set()  # no record of a run: a file like any other
     return set() if itself else task_names(source)
 
 # %% ../../nbs/training/evaluate.ipynb #3c1ad1a9
 def as_example(prompt: list[int], completion: list[int]) -> dict:
-    "A prompt with a sampled completion as an encoded row whose completion is learned."
+    "Return prompt and sampled completion as an encoded row whose completion is learned."
     return {
         "input_ids": [*prompt, *completion],
         "completion_mask": [0] * len(prompt) + [1] * len(completion),
@@ -189,40 +200,29 @@ def as_example(prompt: list[int], completion: list[int]) -> dict:
 
 
 def examples_of(rolled: Rollout) -> list[dict]:
-    "The sampled completions as encoded rows."
-    num_generations = len(rolled.completions) // len(rolled.prompts)
-    return [
-        as_example(rolled.prompts[i // num_generations], completion)
-        for i, completion in enumerate(rolled.completions)
-    ]
+    "Return the sampled completions as encoded rows."
+    samples = len(rolled.completions) // len(rolled.prompts)
+    prompts = [rolled.prompts[i // samples] for i in range(len(rolled.completions))]
+    return [as_example(*pair) for pair in zip(prompts, rolled.completions)]
 
 
 def mean_kl(
     policy: Policy, reference: Policy, examples: list[dict], pad_id: int, rows: int = 16
 ) -> float:
-    "Mean over the learned tokens of KL(policy || reference), in nats a token."
-    device, total = next(policy.parameters()).device, 0.0
+    "Return the mean over the learned tokens of KL(policy || reference), in nats a token."
+    total = 0.0
     with eval_no_grad(policy), eval_no_grad(reference):
         for start in range(0, len(examples), rows):
-            batch = {
-                k: v.to(device) for k, v in collate(examples[start : start + rows], pad_id).items()
-            }
-            total += (
-                policy(
-                    batch["input_ids"],
-                    batch["attention_mask"],
-                    batch["completion_mask"],
-                    reference=reference,
-                )
-                .kl.double()
-                .sum()
-                .item()
-            )
+            batch = _batch_on(examples[start : start + rows], pad_id, policy)
+            total += policy(*batch, reference=reference).kl.double().sum().item()
     return total / max(1, learned_tokens(examples))
 
 
 def win_rate(scores: list[float], base_scores: list[float]) -> float:
-    "Share of prompts where the policy's completion scores higher than the base model's; a tie counts half."
+    """Return the share of prompts where the policy's score beats that of the base model.
+
+    A tie counts half.
+    """
     wins = [
         1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(scores, base_scores, strict=True)
     ]
@@ -230,28 +230,23 @@ def win_rate(scores: list[float], base_scores: list[float]) -> float:
 
 # %% ../../nbs/training/evaluate.ipynb #4d4136e6
 def latency_ms(model, tokens: int = 16, repeats: int = 3) -> float:
-    "Median time for one new token of one sequence, greedy, in milliseconds."
+    "Measure the median time for one new token of one sequence, greedy, in milliseconds."
     times = []
+    prompt = [model.config.vocab_size // 2] * 4
     for _ in range(repeats):
         began = time.perf_counter()
-        rolled = rollout(
-            model,
-            None,
-            [[model.config.vocab_size // 2] * 4],
-            max_new_tokens=tokens,
-            temperature=0.0,
-        )
+        rolled = rollout(model, None, [prompt], max_new_tokens=tokens, temperature=0.0)
         times.append((time.perf_counter() - began) / len(rolled.completions[0]) * 1000)
     return sorted(times)[repeats // 2]
 
 
 def cost(model) -> dict[str, float]:
-    "Size and speed of a model."
+    "Measure size and speed of a model."
     return {"size_mib": size_mib(model), "latency_ms": latency_ms(model)}
 
 # %% ../../nbs/training/evaluate.ipynb #764c16c1
 def good_answers(rows: list[dict], kind: str) -> list[dict]:
-    """Rows with the best answer that they hold as `completion`.
+    """Return rows with the best answer that they hold as `completion`.
 
     Unpaired rows whose answer is bad are left out, and so are all rows of a kind without answers.
     """
@@ -271,12 +266,14 @@ def good_answers(rows: list[dict], kind: str) -> list[dict]:
 def with_rows(
     found: dict[str, float], rows: int, seen: dict[str, int] | None = None
 ) -> dict[str, float]:
-    "An evaluation with `rows`, how many rows it saw, and `rows/NAME` for each metric NAME that saw another number by `seen`."
-    others = {
-        f"rows/{name}": count
-        for name, count in (seen or {}).items()
-        if name in found and count != rows
-    }
+    """Add to an evaluation how many rows it saw, as `rows`.
+
+    `seen` has the number of rows of single metrics. Where it is another one, `rows/NAME` says so.
+    """
+    others = {}
+    for name, count in (seen or {}).items():
+        if name in found and count != rows:
+            others[f"rows/{name}"] = count
     return found | {"rows": rows} | others
 
 # %% ../../nbs/training/evaluate.ipynb #e925c631
@@ -285,11 +282,16 @@ class Evaluation:
 
     `rows` are held-out rows as loaded; `kind` is their dataset type (`text`, `completion`,
     `preference`, `unpaired`, `ranked`, `prompt`).
-    Rows with a good answer (`good_answers`) give `perplexity`; rows with a scorer give sampled
-    `accuracy` and `length` (and `pass_at_k` for `num_generations` > 1).
-    `reference` adds `kl` on the policy's own samples. `others` (names of tasks) adds `perplexity/NAME` on text that the run does not train
-    on, and `forgetting`, the mean rise of its loss since the first call. `rows` says how many rows it saw; see `with_rows`.
-    At most `prompts` rows are asked, all of them unless told otherwise.
+
+    - Rows with a good answer (`good_answers`) give `perplexity`.
+    - Rows with a scorer give `accuracy` and `length` of samples, and `pass_at_k` for
+      `num_generations` > 1.
+    - `reference` adds `kl` on the policy's own samples.
+    - `others` (names of tasks) adds `perplexity/NAME` on text that the run does not train on. It
+      also adds `forgetting`, the mean rise of that loss since the first call.
+
+    The result has the number of rows that were seen as `rows`; see `with_rows`.
+    The policy answers at most `prompts` rows, by default all of them.
     """
 
     def __init__(
@@ -310,39 +312,27 @@ class Evaluation:
         seed: int = 0,
         before: dict | None = None,
     ):
-        self.policy, self.tokenizer, self.score, self.reference = (
-            policy,
-            tokenizer,
-            score,
-            reference,
-        )
-        self.num_generations, self.temperature, self.max_new_tokens, self.seed, self.before = (
-            num_generations,
-            temperature,
-            max_new_tokens,
-            seed,
-            before,
-        )
-        learned = rows if kind == "text" else good_answers(rows, kind)
-        self.examples = [
-            encode(tokenizer, row, "text" if kind == "text" else "completion", max_length)
-            for row in learned
-        ]
-        sampled = [row for row in rows if "prompt" in row][:prompts] if score or reference else []
-        self.rows, self.prompts = (
-            sampled,
-            [encode(tokenizer, row, "prompt", max_length)["input_ids"] for row in sampled],
-        )
-        self.others = {
-            name: [
-                encode(tokenizer, row, "text", max_length)
-                for row in TASKS[name].rows("text", 16, seed, "test")
-            ]
-            for name in others
-        }
+
+        def encoded(part: list[dict], kind: str) -> list[dict]:
+            return [encode(tokenizer, row, kind, max_length) for row in part]
+
+        self.policy, self.reference, self.tokenizer = policy, reference, tokenizer
+        self.score, self.seed, self.before = score, seed, before
+        self.num_generations, self.temperature = num_generations, temperature
+        self.max_new_tokens = max_new_tokens
+        if kind == "text":
+            self.examples = encoded(rows, "text")
+        else:
+            self.examples = encoded(good_answers(rows, kind), "completion")
+        asked = score or reference
+        self.rows = [row for row in rows if "prompt" in row][:prompts] if asked else []
+        self.prompts = [example["input_ids"] for example in encoded(self.rows, "prompt")]
+        self.others = {}
+        for name in others:
+            self.others[name] = encoded(TASKS[name].rows("text", 16, seed, "test"), "text")
 
     def sample(self) -> Rollout:
-        "Completions of the held-out prompts by the policy as it is now."
+        "Sample completions of the held-out prompts from the policy as it is now."
         return rollout(
             self.policy.model,
             self.tokenizer,
@@ -354,34 +344,36 @@ class Evaluation:
         )
 
     def scores(self, texts: list[str]) -> list[float]:
-        "The scores of completions of the held-out prompts, in the order of `sample`."
-        return [
-            self.score(self.rows[i // self.num_generations], text) for i, text in enumerate(texts)
-        ]
+        "Score completions of the held-out prompts, in the order of `sample`."
+        rows = [self.rows[i // self.num_generations] for i in range(len(texts))]
+        return [self.score(row, text) for row, text in zip(rows, texts)]
+
+    def answer_metrics(self) -> dict[str, float]:
+        "Sample answers to the held-out prompts and measure them."
+        # the samples are kept for code that scores them in another way
+        found, rolled = {}, self.sample()
+        self.rolled = rolled
+        if self.score:
+            scores = self.scores(rolled.texts)
+            found["accuracy"] = sum(scores) / len(scores)
+            k = self.num_generations
+            if k > 1:
+                groups = [scores[i : i + k] for i in range(0, len(scores), k)]
+                chances = [pass_at_k(k, group.count(1.0), k) for group in groups]
+                found["pass_at_k"] = sum(chances) / len(chances)
+        found["length"] = sum(map(len, rolled.completions)) / len(rolled.completions)
+        found["truncated"] = 1 - sum(rolled.ended) / len(rolled.ended)
+        if self.reference is not None:
+            pad = self.tokenizer.pad_token_id
+            found["kl"] = mean_kl(self.policy, self.reference, examples_of(rolled), pad)
+        return found
 
     def __call__(self) -> dict[str, float]:
         pad, found, seen = self.tokenizer.pad_token_id, {}, {}
         if self.examples:
             found["perplexity"] = perplexity(self.policy, self.examples, pad)
         if self.prompts:
-            rolled = self.rolled = (
-                self.sample()
-            )  # kept for whoever scores the same samples in another way
-            if self.score:
-                scores = self.scores(rolled.texts)
-                found["accuracy"] = sum(scores) / len(scores)
-                if self.num_generations > 1:
-                    right = [
-                        sum(s == 1.0 for s in scores[i : i + self.num_generations])
-                        for i in range(0, len(scores), self.num_generations)
-                    ]
-                    found["pass_at_k"] = sum(
-                        pass_at_k(self.num_generations, c, self.num_generations) for c in right
-                    ) / len(right)
-            found["length"] = sum(map(len, rolled.completions)) / len(rolled.completions)
-            found["truncated"] = 1 - sum(rolled.ended) / len(rolled.ended)
-            if self.reference is not None:
-                found["kl"] = mean_kl(self.policy, self.reference, examples_of(rolled), pad)
+            found |= self.answer_metrics()
             seen |= {name: len(self.prompts) for name in found if name != "perplexity"}
         for name, examples in self.others.items():
             found[f"perplexity/{name}"] = perplexity(self.policy, examples, pad)
@@ -389,17 +381,15 @@ class Evaluation:
         if self.before is None:
             self.before = found
         elif self.others:
-            rises = [
-                math.log(found[f"perplexity/{n}"] / self.before[f"perplexity/{n}"])
-                for n in self.others
-            ]
+            names = [f"perplexity/{name}" for name in self.others]
+            rises = [math.log(found[name] / self.before[name]) for name in names]
             found["forgetting"] = sum(rises) / len(rises)
             seen["forgetting"] = sum(map(len, self.others.values()))
         return with_rows(found, len(self.examples or self.prompts), seen)
 
 # %% ../../nbs/training/evaluate.ipynb #2fc711d3
 def win_rate_against(evaluation: Evaluation, base: Policy) -> float:
-    """Win rate of the policy's last answers to the held-out prompts over those of `base`.
+    """Return the win rate of the policy's last answers to the held-out prompts over `base`.
 
     The answers of `base` are sampled here, from the same random numbers.
     """
@@ -412,7 +402,10 @@ def win_rate_against(evaluation: Evaluation, base: Policy) -> float:
 def lm_eval(
     model, tokenizer, tasks: list[str], limit: int | None = None, **options
 ) -> dict[str, float]:
-    "Results of lm-eval tasks as `task/metric`. Raises `WrongInput` where lm-eval is not installed or does not know a task."
+    """Return the results of lm-eval tasks as `task/metric`.
+
+    Raises: `WrongInput` if lm-eval is not installed or does not know a task.
+    """
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -435,5 +428,5 @@ def lm_eval(
 
 # %% ../../nbs/training/evaluate.ipynb #449e8c1d
 def result_of(text: str) -> str:
-    "What an answer comes to: its last number, or its words where it has none."
+    "Return the result of an answer: its last number, or its words if it has none."
     return last_number(text) or " ".join(text.split()).lower()

@@ -25,7 +25,7 @@ from .loop import Progress
 
 # %% ../../nbs/training/making.ipynb #e69cd028
 def _append(path: Path, row: dict) -> str:
-    "Append one line to a .jsonl file in one write, and return it. Raises `OSError` on a full disk."
+    "Append a line to a .jsonl file in one write, and return it. Raises `OSError` on a full disk."
     line = json.dumps(row, default=str) + "\n"
     with open(path, "ab", buffering=0) as file:
         if file.write(line.encode()) != len(line.encode()):
@@ -45,7 +45,7 @@ class Kept:
                 file.write(b"\n")
 
     def get(self, parts: list, make: Callable[[], dict]) -> dict:
-        "What is known under `parts`, else what `make` gives now, as the file has it."
+        "Return what is known under `parts`, or what `make` gives now, as the file has it."
         key = hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:24]
         if key not in self.known:
             row = dict(key=key, **make())
@@ -65,10 +65,10 @@ def in_order(ask: Callable, items, at_once: int = 1) -> Iterator:
 
 
 def watch(run: Run, total: int, unit="rows", what="what was made is kept") -> Callable:
-    "A function of how many of `total` are done: shows it, and raises `Stopped` where asked to."
+    "Return a function of the number done: shows progress, and raises `Stopped` if asked to."
     progress = Progress(run, total)
 
-    def heard(done: int):
+    def check(done: int):
         progress(done, {})
         if run.stop_requested() and done < total:
             raise Stopped(
@@ -76,16 +76,16 @@ def watch(run: Run, total: int, unit="rows", what="what was made is kept") -> Ca
                 f" `polm resume {run.id}` goes on from there"
             )
 
-    return heard
+    return check
 
 
 def watched(run: Run, found: Iterator, total: int, size: int = 1, *words: str) -> Iterator:
     "Yield what `found` yields, `size` of `total` at a time, under `watch(run, total, *words)`."
-    heard = watch(run, total, *words)
-    with closing(found):  # whoever stops here asks nothing more
+    check = watch(run, total, *words)
+    with closing(found):  # after a stop here nothing more is asked
         for number, one in enumerate(found, 1):
             yield one
-            heard(min(number * size, total))
+            check(min(number * size, total))
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
@@ -106,12 +106,12 @@ MADE = ("id", "parents", "verdict")  # columns of a row that was made
 
 
 def parent_of_row(row: dict, source: str, number: int):
-    "The id of a row that was made before; else the data and the number of the row in it."
+    "Return the id of a row that was made before, or the data and the row's number in it."
     return row["id"] if "parents" in row else {"data": source, "row": number}
 
 
 def finish_row(row: dict, parent, verdict: Callable, kept: list[dict], place: int = 0) -> dict:
-    """A row from `make` with id, parents and verdict; `place` is its place among its siblings.
+    """Add id, parents and verdict to a row from `make`; `place` is that among its siblings.
 
     Raises `TypeError` for a verdict that is no text.
     """
@@ -126,7 +126,7 @@ def finish_row(row: dict, parent, verdict: Callable, kept: list[dict], place: in
 
 
 def verdict_counts(rows: list[dict]) -> dict[str, float]:
-    "How many rows were made, the share that was kept, and the number of each verdict."
+    "Count the rows that were made, the share that was kept, and each verdict."
     counts = Counter(row["verdict"] for row in rows)
     share = counts[KEPT] / len(rows) if rows else 0.0
     return {"rows": len(rows), "kept": share} | {f"verdict/{v}": counts[v] for v in sorted(counts)}
@@ -145,10 +145,11 @@ def make_rows(
 ) -> list[dict]:
     """Make rows out of `rows` in a run's folder, and return those that were kept.
 
-    `make(rows, seeds)` returns a list of new rows for each of at most `size` rows; `at_once` calls
-    are under way at a time. `verdict(row, kept)` is "kept", or why not.
-    `source` is the data spec of `rows` (the run's own unless told otherwise). `part` begins the
-    names of the files of one of several rounds.
+    - `make(rows, seeds)` returns a list of new rows for each of at most `size` rows; `at_once`
+      calls are under way at a time.
+    - `verdict(row, kept)` returns "kept", or why not.
+    - `source`: the data spec of `rows`, by default the run's own.
+    - `part`: the beginning of the names of files, for one of several rounds.
 
     Writes asked.jsonl, rows.jsonl and data.jsonl, and counts into the summary.
     Raises `Stopped`, what `make` raises, and `WrongInput` if no row is kept.
@@ -195,7 +196,7 @@ def _make(run, rows, make, verdict, source, size, at_once, part):
 
 # %% ../../nbs/training/making.ipynb #1a66b841
 def _without_facts(row: dict) -> Row:
-    "A row without what was known of how it was made: a copy of it is a new row."
+    "Remove from a row how it was made: a copy of it is a new row."
     facts = MADE if "parents" in row else ()
     plain = {name: value for name, value in row.items() if name not in facts}
     return Row(plain, getattr(row, "where", "row"), getattr(row, "skip", False))
@@ -208,7 +209,7 @@ def _summarize(run: Run, given: int, out: list[dict]) -> None:
 
 
 def _nothing(source: str, out: list[dict]) -> str:
-    "The message of a run that kept no row."
+    "Return the message of a run that kept no row."
     counts = Counter(row["verdict"] for row in out).most_common(4)
     why = ", ".join(f"{word} {count}" for word, count in counts) or "nothing was made"
     return (

@@ -38,7 +38,7 @@ ROWS = ("preference", "unpaired", "ranked")  # kinds of rows that an objective c
 
 
 def pair_metrics(reward_chosen: Tensor, reward_rejected: Tensor) -> dict[str, Tensor]:
-    "What is watched of pairs, a vector [pairs] for each name; an equal pair is half right."
+    "Return the metrics of pairs, a vector [pairs] for each name; a tie is half right."
     reward_chosen, reward_rejected = reward_chosen.detach(), reward_rejected.detach()
     margin = reward_chosen - reward_rejected
     rewards = dict(reward_chosen=reward_chosen, reward_rejected=reward_rejected)
@@ -46,7 +46,10 @@ def pair_metrics(reward_chosen: Tensor, reward_rejected: Tensor) -> dict[str, Te
 
 
 def wrong_way(smoothing: float, doubt: Tensor | float) -> Tensor | float:
-    "Probability that a pair is the wrong way round: its label is wrong or the pair, but not both."
+    """Return the probability that a pair is the wrong way round.
+
+    Either its label is wrong or the pair, but not both.
+    """
     return smoothing + doubt - 2 * smoothing * doubt
 
 
@@ -55,20 +58,21 @@ class Objective:
     """What one method makes of its rows; `train_pairs` does the rest.
 
     `kind` says which rows, and `loss` gives the loss [rows] of a microbatch of them:
-    preference: `loss(chosen, rejected, doubt)` of two `Answers`; `doubt` [rows], or 0.0, is the
-    probability that a pair is the wrong way round.
-    unpaired: `loss(answers, labels, baseline)`; `labels` [rows] say which answers are good.
-    ranked: `loss(answers, scores)`, both [rows, answers], best first.
 
-    `reward(answers)` gives the implicit rewards, in the shape of the answers.
-    `reference` is false for an objective that looks at no `ref_logp`; others need settings with the
-    knob `reference`. `metrics(better, worse)` gives further metrics of `couples`, each [couples].
-    `trl` are the arguments of TRL's DPOConfig that mean the same; None where TRL has no such loss.
+    - preference: `loss(chosen, rejected, doubt)` of two `Answers`. `doubt` [rows], or 0.0, is the
+      probability that a pair is the wrong way round.
+    - unpaired: `loss(answers, labels, baseline)`; `labels` [rows] say which answers are good.
+    - ranked: `loss(answers, scores)`, both [rows, answers], best first.
 
-    `baseline(answers, labels, last)`, on unpaired rows, is called once a step with all rows of the
-    step, before any of them is learned; `last` is what it gave the step before, or None. What it
-    gives, a scalar, is the `baseline` of the loss, which is 0.0 without. With `mismatch` its
-    answers are those to other prompts (see `mismatched`).
+    - `reward(answers)` gives the implicit rewards, in the shape of the answers.
+    - `reference`: false for an objective that ignores `ref_logp`. Others need settings with the
+      knob `reference`.
+    - `metrics(better, worse)` gives further metrics of `couples`, each [couples].
+    - `trl`: the arguments of TRL's DPOConfig for this loss; None where TRL has no such loss.
+    - `baseline(answers, labels, last)` is for unpaired rows. It is called once a step with all rows
+      of the step, before training on any of them. Its result of the step before is `last`, or None.
+      Its result, a scalar, is the `baseline` of the loss, which is 0.0 without.
+    - `mismatch`: the answers of the baseline are those to other prompts (see `mismatched`).
 
     Raises: `WrongInput` for another kind, and for a baseline of other rows.
     """
@@ -92,7 +96,7 @@ class Objective:
             )
 
     def losses(self, sides: tuple[Answers, ...], marks: dict) -> Tensor:
-        "The loss [rows] of rows from their sides, and what the rows say about them."
+        "Return the loss [rows] from sides, and from what the rows say about them."
         if self.kind == "unpaired":
             return self.loss(sides[0], marks["labels"], marks.get("baseline", 0.0))
         if self.kind == "ranked":
@@ -100,7 +104,7 @@ class Objective:
         return self.loss(*sides, marks.get("doubt", 0.0))
 
     def watched(self, chosen: Answers, rejected: Answers) -> dict[str, Tensor]:
-        "All metrics of couples, a vector [couples] for each name, without gradient."
+        "Return all metrics of couples, a vector [couples] for each name, without gradient."
         found = pair_metrics(self.reward(chosen), self.reward(rejected))
         found |= dict(logp_chosen=chosen.logp.detach(), logp_rejected=rejected.logp.detach())
         more = self.metrics(chosen, rejected) if self.metrics else {}
@@ -108,7 +112,7 @@ class Objective:
 
 # %% ../../nbs/training/pairwise.ipynb #58287e27
 def couples(sides: tuple[Answers, ...], marks: dict) -> tuple[Answers, Answers]:
-    """All couples of a better and a worse answer that rows hold: better ones, worse ones [couples].
+    """Return all couples of a better and a worse answer: better ones, worse ones [couples].
 
     A pair is one couple. Each good unpaired answer is better than each bad one of the same rows.
     A ranked answer is better than those of its row that have a lower score.
@@ -123,11 +127,16 @@ def couples(sides: tuple[Answers, ...], marks: dict) -> tuple[Answers, Answers]:
     return sides[0], sides[1]
 
 # %% ../../nbs/training/pairwise.ipynb #35c82220
+def _on(part, device) -> list[Tensor]:
+    "Move the tensors of `part` to a device."
+    return [value.to(device) for value in part]
+
+
 @torch.no_grad()
 def set_baseline(
     policy: Policy, objective: Objective, batches: list[dict], reference: Callable
 ) -> None:
-    "Ask the objective for the baseline of a step, from this process's `batches` and the others'."
+    "Ask the objective for the baseline of a step, from the `batches` of all processes."
     device, parts = policy.baseline.device, []
     for batch in batches:
         batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
@@ -137,8 +146,8 @@ def set_baseline(
     if process_rank_and_count()[1] > 1:
         from accelerate.utils import gather_object
 
-        found = gather_object([[value.cpu() for value in part] for part in parts])
-        parts = [[value.to(device) for value in part] for part in found]
+        found = gather_object([_on(part, "cpu") for part in parts])
+        parts = [_on(part, device) for part in found]
     *answers, labels = (torch.cat(column) for column in zip(*parts))
     last = None if policy.baseline.isnan() else policy.baseline.clone()
     policy.baseline.copy_(objective.baseline(Answers(*answers), labels, last))
@@ -153,7 +162,7 @@ def with_baseline(
     size: int,
     pad_id: int,
 ) -> Callable:
-    """The batch source `updates` with the `baseline` of its step in each microbatch.
+    """Return the batch source `updates` with the step's `baseline` in each microbatch.
 
     `others` are the `mismatched` rows of an objective that asks for them. They go through the model
     in microbatches of at most `size` rows.
@@ -176,7 +185,7 @@ def with_baseline(
 def sample_rows(
     policy: Policy, start: Policy, tokenizer, answers: list[tuple[dict, dict]], reward: Callable
 ) -> list[dict]:
-    """Rows for samples.jsonl of (encoded answer, facts).
+    """Return rows for samples.jsonl of (encoded answer, facts).
 
     A row has the answer's text, its implicit `reward(Answers)`, and its tokens with their
     log-probabilities under policy and start model.
@@ -200,7 +209,7 @@ def sample_rows(
 
 # %% ../../nbs/training/pairwise.ipynb #04690c15
 def shown_sides(example: dict) -> list[tuple[str, dict]]:
-    "The encoded answers of a row that are shown in samples, each with its name in SIDES."
+    "Return the encoded answers of a row for samples, each with its name in SIDES."
     sides = sides_of(example)
     if len(sides) == 1:
         return [(SIDES[0] if example["label"] else SIDES[1], sides[0])]
@@ -244,11 +253,11 @@ class PairEvaluation:
         )
 
     def logps(self) -> Tensor:
-        "Log-probabilities [rows, sides] of the held-out rows under the policy as it is."
+        "Return log-probabilities [rows, sides] of the held-out rows under the policy."
         return logps_table(self.policy, self.pairs, self.tokenizer.pad_token_id, self.size)
 
     def start_model(self) -> Policy:
-        "The model as it was when the run started; in memory only while it is asked."
+        "Return the model as it was when the run started; in memory only while it is used."
         return self.start or load_policy(self.settings)[0]
 
     def __call__(self) -> dict[str, float]:
@@ -266,9 +275,9 @@ class PairEvaluation:
         return with_rows(found | means, found["rows"], seen)
 
     def samples(self) -> list[dict]:
-        "Rows for samples.jsonl of eight held-out prompts: answers, and the policy's own."
-        said, answers = self.common.rolled, []
-        sampled = zip(said.prompts, said.completions, said.texts)
+        "Return rows for samples.jsonl of eight held-out prompts: answers, and the policy's own."
+        rolled, answers = self.common.rolled, []
+        sampled = zip(rolled.prompts, rolled.completions, rolled.texts)
         for row, pair, (prompt, completion, text) in list(zip(self.rows, self.pairs, sampled))[:8]:
             for side, encoded in shown_sides(pair):
                 answers.append((encoded, dict(prompt=row["prompt"], side=side)))
@@ -288,7 +297,7 @@ def train_pairs_with_trl(
     pairs: list[dict],
     evaluate: Callable,
 ) -> None:
-    """What `train_pairs` does, by TRL's DPOTrainer.
+    """Do what `train_pairs` does with TRL's DPOTrainer.
 
     A model with an adapter gets its reference in TRL's way: the adapter as it was at the start.
 
@@ -299,8 +308,8 @@ def train_pairs_with_trl(
     config, more = dict(objective.trl), {}
     if any(pair["doubt"] for pair in pairs):
         raise WrongInput(
-            "engine = 'trl': the data has a column `probability` below 1, of which TRL's "
-            "DPOTrainer takes no notice; use engine = 'lab', or remove the column"
+            "engine = 'trl': the data has a column `probability` below 1, which TRL's "
+            "DPOTrainer ignores; use engine = 'lab', or remove the column"
         )
     asked = getattr(settings, "reference", "auto")
     if asked == "copy":

@@ -24,7 +24,7 @@ from .evaluate import eval_no_grad
 
 # %% ../../nbs/training/reference.ipynb #7a3ae6f9
 def reference_knob():
-    "The knob `reference` of a method whose objective needs one."
+    "Make the knob `reference` of a method whose objective needs one."
     meaning = (
         "where log π_ref comes from: a copy of the start model, the model with its adapter off, "
         "computed once before training; auto: what is cheapest"
@@ -33,7 +33,7 @@ def reference_knob():
 
 
 def can_switch_off(policy: Policy, batch: dict) -> bool:
-    "Whether the model with its adapter off gives this batch the log-probabilities of now."
+    "Return whether switching the adapter off leaves the log-probabilities of a batch."
     if not hasattr(policy.model, "disable_adapter"):
         return False
     device = next(policy.parameters()).device
@@ -45,7 +45,7 @@ def can_switch_off(policy: Policy, batch: dict) -> bool:
 
 
 def pick_reference(asked: str, has_adapter: bool, switchable: bool, visits: int, rows: int) -> str:
-    """The way to the reference for `visits` visits of `rows` different rows.
+    """Choose the way to the reference for `visits` visits of `rows` different rows.
 
     Raises: `WrongInput` where `adapter` is asked for and impossible.
     """
@@ -68,9 +68,10 @@ def pick_reference(asked: str, has_adapter: bool, switchable: bool, visits: int,
 def precompute(
     policy: Policy, examples: list[dict], visited: list[int], pad_id: int, rows: int, path: Path
 ) -> Tensor:
-    """Reference log-probabilities [rows, sides] of the rows numbered in `visited`; NaN elsewhere.
+    """Compute the reference log-probabilities [rows, sides] of the rows numbered in `visited`.
 
-    They are kept in the safetensors file `path`, and read from there the next time.
+    Other rows are NaN. The values are kept in the safetensors file `path`, and read from there the
+    next time.
     """
     from safetensors.torch import load_file, save_file
 
@@ -89,7 +90,7 @@ def precompute(
 
 
 def no_reference(batch: dict) -> Tensor:
-    "Zeros [sides, rows] for an objective without a reference."
+    "Return zeros [sides, rows] for an objective without a reference."
     return torch.zeros(batch["sides"], len(batch["rows"]), device=batch["rows"].device)
 
 
@@ -102,10 +103,11 @@ def make_reference(
     rows: int,
     run: Run,
 ) -> tuple[Callable, Policy | None]:
-    """The reference of a run that will visit the rows numbered in `visits`, and the start model.
+    """Make the reference of a run that visits the rows numbered in `visits`.
 
-    The reference is a function from a batch to the log-probabilities [rows] of each side. The start
-    model is None where nothing keeps it in memory. Call this while `policy` is the start model.
+    Returns the reference and the start model. The reference is a function from a batch to the
+    log-probabilities [rows] of each side. The start model is None if nothing keeps it in memory.
+    Call this while `policy` is the start model.
     """
     switchable = can_switch_off(policy, answer_batches(examples[:1], 1, pad_id)[0])
     visited, has_adapter = sorted(set(visits)), hasattr(policy.model, "disable_adapter")

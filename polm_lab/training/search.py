@@ -76,13 +76,14 @@ def continuing(
     model,  # a causal LM
     tokenizer,
     prompt: list[int],  # token ids
-    branches: int,  # candidates of each row, its likeliest tokens; as many as are kept
+    branches: int,  # candidates of each row, its most probable tokens; as many as are kept
     max_new_tokens: int = 64,
     stop: tuple[str, ...] = (),
 ) -> Callable:
-    """A `propose` that continues each kept row by one token; a candidate's state is a `Writing`.
+    """Make a `propose` that continues each kept row by one token.
 
-    Rows that have ended stay and compete. Raises `WrongInput` as `steps` does.
+    The state of a candidate is a `Writing`. Rows that have ended stay and compete.
+    Raises: `WrongInput` as `steps` does.
     """
     walk = steps(model, tokenizer, [prompt], 1, max_new_tokens, 0, stop=stop, branches=branches)
     rows: list[Writing] = []
@@ -102,7 +103,7 @@ def continuing(
 
 
 def log_probability(row: Writing, power: float = 0.0) -> float:
-    """Log-probability of what a row wrote, in nats, divided by its length to the power `power`.
+    """Divide a row's log-probability, in nats, by its length to the power `power`.
 
     0 is the sum over tokens, 1 their mean. Source: Wu et al. 2016, §7, where the length is
     replaced by (5 + length) / 6.
@@ -111,7 +112,7 @@ def log_probability(row: Writing, power: float = 0.0) -> float:
 
 # %% ../../nbs/training/search.ipynb #c2462082
 def most_for(tokens: float, costs: list[float]) -> int:
-    "How many samples `tokens` pay for, at least one; `costs[n - 1]` is what n of them cost."
+    "Count the samples that `tokens` pay for, at least one; n samples cost `costs[n - 1]`."
     return max([n for n, cost in enumerate(costs, 1) if cost <= tokens], default=1)
 
 
@@ -134,12 +135,12 @@ class Samples:
             self.groups[question].append(one)
 
     def cost(self, n: int) -> float:
-        "Tokens of n samples, mean over the questions."
+        "Return the tokens of n samples, mean over the questions."
         prices = [self.price(question, group[:n]) for question, group in enumerate(self.groups)]
         return sum(prices) / len(prices)
 
     def within(self, tokens: float) -> list[list]:
-        "For each question as many samples as `tokens` pay for, one at least and `most` at most."
+        "Return for each question as many samples as `tokens` pay for, from one to `most`."
         drawn = len(self.groups[0])
         while drawn < 1 or drawn < self.most and self.cost(drawn) <= tokens:
             drawn = min(self.most, max(1, 2 * drawn))
@@ -148,7 +149,7 @@ class Samples:
         return [group[:n] for group in self.groups]
 
     def compared(self, tokens: float, value: Callable[[int, list], float]) -> tuple[float, float]:
-        "Mean of value(question, samples) for the samples that `tokens` pay for, and their cost."
+        "Return the mean value(question, samples) of what `tokens` pay for, and its cost."
         groups = self.within(tokens)
         values = [value(question, group) for question, group in enumerate(groups)]
         return sum(values) / len(values), self.cost(len(groups[0]))
@@ -172,7 +173,7 @@ def sampled(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> Samples:
-    "Sampled answers of each prompt; the draws depend on the seed, the prompt and the number."
+    "Sample answers of each prompt, from seeds of `seed`, the prompt and the number."
 
     def make(wanted: list[tuple[int, int]]) -> list[Answer]:
         seeds = [seed_of(seed, "sampled", question, number) for question, number in wanted]
@@ -203,7 +204,8 @@ def compare_widths(
     Raises: Stopped between two widths; a run that is resumed does all of it again, the same.
     """
 
-    def likeliest(question: int, group: list[Answer]) -> float:
+    def best_of(question: int, group: list[Answer]) -> float:
+        "Score of the most probable sample."
         return worth(rows[question], max(group, key=lambda one: one.logp).text)
 
     run.rewind(-1)
@@ -220,7 +222,7 @@ def compare_widths(
         sums |= {"tokens": sum(budget.spent for budget in budgets)}
         means = {name: total / len(rows) for name, total in sums.items()}
         if samples:
-            right, cost = samples.compared(means["tokens"], likeliest)
+            right, cost = samples.compared(means["tokens"], best_of)
             means |= {"accuracy/best": right, "tokens/best": cost}
         lines = []
         for question, (row, one, reward) in enumerate(zip(rows, found, rewards)):
