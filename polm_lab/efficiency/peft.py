@@ -88,7 +88,8 @@ def adapter_list(text: str) -> list[tuple[str, float]]:
             found.append((spec.strip(), float(rate) if rate else RATES.get(kind, 5e-3)))
         except ValueError:
             raise WrongInput(
-                f"adapters: {piece!r}: the learning rate {rate!r} is no number; expected ADAPTER@RATE, such as lora:r=8@0.003, with ; between"
+                f"adapters: {piece!r}: the learning rate {rate!r} is no number; "
+                "expected ADAPTER@RATE, such as lora:r=8@0.003, with ; between"
             ) from None
     if len(set(found)) != len(found) or not found:
         raise WrongInput(
@@ -138,7 +139,8 @@ class PEFT(RunSettings):
 
     adapters: str = knob(
         "all",
-        "adapters to compare, with ; between, each with @ and its learning rate if it is not to be the usual one; all takes every one that fits",
+        "adapters to compare, with ; between, each with @ and its learning rate if it is not to "
+        "be the usual one; all takes every one that fits",
     )
     data: str = knob("sums", "rows to learn: a task, a local file, or a Hub id")
     steps: int = knob(12, "steps of each", "steps", low=1)

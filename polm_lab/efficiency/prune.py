@@ -80,7 +80,8 @@ class Prune(Calibrated):
     )
     sparsity: float = knob(
         0.5,
-        "share of the weights of the blocks' linear layers that become zero; a pattern N:M sets it to 1 − N/M",
+        "share of the weights of the blocks' linear layers that become zero; "
+        "a pattern N:M sets it to 1 − N/M",
         "share",
         low=0,
         high=0.99,
@@ -118,7 +119,8 @@ class Prune(Calibrated):
     )
     within: str = knob(
         "auto",
-        "where magnitude and wanda compare weights: each row, or the layer; auto as in the papers: rows for wanda and DSnoT, else the layer",
+        "where magnitude and wanda compare weights: each row, or the layer; "
+        "auto as in the papers: rows for wanda and DSnoT, else the layer",
         choices=("auto", "row", "layer"),
     )
     block: int = knob(
@@ -331,7 +333,8 @@ def prune(settings: Prune, run: Run) -> None:
     pattern = parse_pattern(settings.pattern)
     if settings.swaps and settings.algorithm == "sparsegpt":
         raise WrongInput(
-            "swaps with algorithm = 'sparsegpt': its weights are fitted to its mask; expected algorithm = magnitude or wanda, or swaps = 0"
+            "swaps with algorithm = 'sparsegpt': its weights are fitted to its mask; "
+            "expected algorithm = magnitude or wanda, or swaps = 0"
         )
     wanted = 1 - pattern[0] / pattern[1] if pattern else settings.sparsity
 
@@ -343,7 +346,8 @@ def prune(settings: Prune, run: Run) -> None:
                 and settings.block % pattern[1]
             ):
                 raise WrongInput(
-                    f"pattern = {settings.pattern}: a layer has {layer.in_features} columns (and block is {settings.block}); expected an M that divides them"
+                    f"pattern = {settings.pattern}: a layer has {layer.in_features} columns (and "
+                    f"block is {settings.block}); expected an M that divides them"
                 )
         shares = sparsities(
             model,

@@ -50,7 +50,8 @@ class Slim(Calibrated):
 
     algorithm: str = knob(
         "flap",
-        "what is cut out and how it is chosen: heads and neurons by gradient (taylor) or by fluctuation (flap), dimensions (slicegpt), blocks (depth)",
+        "what is cut out and how it is chosen: heads and neurons by gradient (taylor) or by "
+        "fluctuation (flap), dimensions (slicegpt), blocks (depth)",
         choices=("taylor", "flap", "slicegpt", "depth"),
     )
     ratio: float = knob(
@@ -202,7 +203,8 @@ def check_cut(model, settings: Slim):
         # a family may differ in ways that nobody thought of
         found = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise WrongInput(
-            f"model: algorithm = {settings.algorithm} does not fit a {model.config.model_type} model ({found}); "
+            f"model: algorithm = {settings.algorithm} does not fit a {model.config.model_type} "
+            f"model ({found}); "
             f"expected one such as Llama, Mistral or Qwen; {OTHER}"
         ) from error
 

@@ -44,7 +44,8 @@ class Fuse(Experts):
     data: str = knob("", "data of each tune, in their order, separated by commas; empty: the tasks")
     calibration_samples: int = knob(
         48,
-        "rows of each tune's data that are looked at: training rows; greedy: held-out rows that the report leaves out; adamerging: their prompts alone",
+        "rows of each tune's data that are looked at: training rows; "
+        "greedy: held-out rows that the report leaves out; adamerging: their prompts alone",
         "rows",
         low=1,
     )

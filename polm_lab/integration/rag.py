@@ -70,13 +70,15 @@ class RAG(Library, RunSettings):
     eval_rows: int = redefault("eval_rows", 128)
     encoder: str = knob(
         "",
-        "encoder of dense search: a run of `retriever`, or any of sentence-transformers; empty: a retriever is trained first, where there are other questions than those to ask",
+        "encoder of dense search: a run of `retriever`, or any of sentence-transformers; "
+        "empty: a retriever is trained first, where there are other questions than those to ask",
     )
     retriever_steps: int = knob(40, "steps of that retriever", "steps", low=1)
     index: str = knob("", "folder to keep the index in; used again if it is there")
     endpoint: str = knob(
         "",
-        "a reader behind an OpenAI-compatible endpoint, in place of model: openai:http://host:port/v1#name",
+        "a reader behind an OpenAI-compatible endpoint, in place of model: "
+        "openai:http://host:port/v1#name",
     )
     key_variable: str = knob("", "environment variable with the endpoint's key")
     max_new_tokens: int = knob(16, "longest answer", "tokens", low=1)
@@ -107,7 +109,8 @@ class LocalReader:
     ):
         if prompt_format == "chat" and not has_chat_template(tokenizer):
             raise WrongInput(
-                "prompt_format = 'chat': the reader's tokenizer has no chat template; expected form plain, or a model for conversations"
+                "prompt_format = 'chat': the reader's tokenizer has no chat template; "
+                "expected form plain, or a model for conversations"
             )
         self.policy, self.tokenizer, self.prompt_format, self.max_new_tokens = (
             policy,
@@ -133,7 +136,8 @@ class LocalReader:
             except WrongInput:
                 if not texts:
                     raise WrongInput(
-                        f"question {question[:60]!r}…: longer than the reader's context of {self.longest} tokens; expected a shorter one; shorten it"
+                        f"question {question[:60]!r}…: longer than the reader's context of "
+                        f"{self.longest} tokens; expected a shorter one; shorten it"
                     ) from None
                 shorter = shortened(texts[0])
                 texts = texts[:-1] if len(texts) > 1 else [shorter] if shorter else []
@@ -251,7 +255,9 @@ class Rag:
     ):
         if isinstance(reader, EndpointReader) and (rerank != "none" or reading == "apart"):
             raise WrongInput(
-                f"rerank = {rerank!r}, reading = {reading!r}: an endpoint does not tell how likely a given text is; expected rerank none and reading together, or a local model"
+                f"rerank = {rerank!r}, reading = {reading!r}: an endpoint does not tell how "
+                "likely a given text is; expected rerank none and reading together, "
+                "or a local model"
             )
         self.index, self.reader, self.search, self.top_k_passages, self.rerank, self.reading = (
             index,
@@ -488,12 +494,14 @@ def not_counted(questions: list[dict]) -> list[str]:
     silent = sum(not answers_of(q) for q in questions)
     if silent:
         notes.append(
-            f"{silent} of {asked} questions have no answer to compare with: they are asked, and get no score"
+            f"{silent} of {asked} questions have no answer to compare with: they are asked, "
+            "and get no score"
         )
     lost = sum(bool(answers_of(q)) and not q["positives"] for q in questions)
     if lost:
         notes.append(
-            f"the answers of {lost} of {asked} questions are in no passage: they do not count for recall and mrr"
+            f"the answers of {lost} of {asked} questions are in no passage: "
+            "they do not count for recall and mrr"
         )
     return notes
 
@@ -544,7 +552,8 @@ def rag(settings: RAG, run: Run) -> None:
         todo = "name one as encoder, or give other questions as data and these as eval_data"
         if search == "dense":
             raise WrongInput(
-                f"search = 'dense': {why}; expected an encoder, or such questions; {todo}, or take search bm25"
+                f"search = 'dense': {why}; expected an encoder, or such questions; "
+                f"{todo}, or take search bm25"
             )
         search = "bm25"
         notes.append(f"search is bm25, not hybrid: {why}; {todo}")
@@ -568,12 +577,15 @@ def rag(settings: RAG, run: Run) -> None:
     index = Index.open(settings.index, encoder) if kept else Index(passages, encoder)
     if index.passages != passages:
         raise WrongInput(
-            f"index = {settings.index!r}: holds {len(index)} passages, not the {len(passages)} of this library; expected an index of the same documents; name another folder, or leave index empty"
+            f"index = {settings.index!r}: holds {len(index)} passages, "
+            f"not the {len(passages)} of this library; expected an index of the same documents; "
+            "name another folder, or leave index empty"
         )
     if search == "hybrid" and index.vectors is None:
         search = "bm25"
         notes.append(
-            f"search is bm25, not hybrid: the index in {settings.index} has no vectors; build it with an encoder"
+            f"search is bm25, not hybrid: the index in {settings.index} has no vectors; "
+            "build it with an encoder"
         )
     if settings.index and not kept:
         index.save(settings.index)

@@ -66,7 +66,9 @@ def bitfit_masks(model: torch.nn.Module) -> dict[str, Tensor]:
     }
     if not any(mask.any() for mask in masks.values()):
         raise WrongInput(
-            f"BitFit: {type(model).__name__} has no biases; expected a model that has some, such as GPT-2; take the adapter ln_tuning, which trains the norms"
+            f"BitFit: {type(model).__name__} has no biases; "
+            "expected a model that has some, such as GPT-2; "
+            "take the adapter ln_tuning, which trains the norms"
         )
     return masks
 

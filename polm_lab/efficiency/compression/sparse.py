@@ -24,7 +24,8 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
     found = re.fullmatch(r"(\d+):(\d+)", pattern.strip())
     if not found or not 0 < int(found[1]) < int(found[2]):
         raise WrongInput(
-            f"pattern = {pattern!r}: expected N:M with 0 < N < M, such as 2:4, where N of M neighbours stay; or empty"
+            f"pattern = {pattern!r}: expected N:M with 0 < N < M, such as 2:4, "
+            "where N of M neighbours stay; or empty"
         )
     return int(found[1]), int(found[2])
 
@@ -43,7 +44,8 @@ def smallest(
         keep, of = pattern
         if width % of:
             raise WrongInput(
-                f"pattern = {keep}:{of}: a layer has {width} columns, which {of} does not divide; choose an M that divides it"
+                f"pattern = {keep}:{of}: a layer has {width} columns, which {of} does not divide; "
+                "choose an M that divides it"
             )
         groups, count = score.reshape(-1, of), of - keep
     if not count:
@@ -79,7 +81,8 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     )  # H = RRᵀ with R upper triangular, from the flipped matrix; U = R⁻¹
     if wrong.item():
         raise WrongInput(
-            f"damping = {damping:g}: H is not positive definite in 32 bits; raise damping (0.1) or samples"
+            f"damping = {damping:g}: H is not positive definite in 32 bits; "
+            "raise damping (0.1) or samples"
         )
     eye = torch.eye(len(hessian), device=hessian.device)
     return torch.linalg.solve_triangular(factor, eye, upper=False).flip(0, 1).contiguous()
@@ -103,7 +106,8 @@ def sparsegpt(
     block = block or max(of, min(128, weight.shape[1] // 4) // of * of)
     if weight.shape[1] % of or block % of:
         raise WrongInput(
-            f"pattern = {keep}:{of}: a layer has {weight.shape[1]} columns and block is {block}; M must divide both"
+            f"pattern = {keep}:{of}: a layer has {weight.shape[1]} columns and block is {block}; "
+            "M must divide both"
         )
     U = inverse_factor(hessian, damping)
     W = weight.float().T.clone(

@@ -29,7 +29,9 @@ def layers_of(block: nn.Module) -> dict[str, nn.Linear]:
     }
     if set(found) != set(LAYERS):
         raise WrongInput(
-            f"model: its blocks have the linear layers {', '.join(sorted(found))}; expected {', '.join(LAYERS)}, as in Llama, Mistral and Qwen; algorithm = depth needs none of these"
+            f"model: its blocks have the linear layers {', '.join(sorted(found))}; "
+            f"expected {', '.join(LAYERS)}, as in Llama, Mistral and Qwen; "
+            "algorithm = depth needs none of these"
         )
     return found
 

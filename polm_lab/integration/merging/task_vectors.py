@@ -126,7 +126,9 @@ def della_density(delta: Tensor, density: float, epsilon: float) -> Tensor:
     "Chance of each entry [rows, columns] to be kept: rises with its rank in the row from density − epsilon/2 to density + epsilon/2."
     if not (0 < density - epsilon / 2 and density + epsilon / 2 <= 1):
         raise WrongInput(
-            f"epsilon = {epsilon}: with density {density} chances go from {density - epsilon / 2:.3g} to {density + epsilon / 2:.3g}; expected them within (0, 1]; lower epsilon"
+            f"epsilon = {epsilon}: with density {density} chances go from "
+            f"{density - epsilon / 2:.3g} to {density + epsilon / 2:.3g}; "
+            "expected them within (0, 1]; lower epsilon"
         )
     rows = delta.abs().reshape(-1, delta.shape[-1])
     rank = torch.empty_like(rows).scatter_(

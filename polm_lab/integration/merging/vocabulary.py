@@ -104,7 +104,8 @@ def align(models: list[Weights], how: str, scratch: Path) -> tuple[list[Weights]
             else f"{rows[at]} embeddings, not {rows[0]}"
         )
         raise WrongInput(
-            f"{models[at].spec}: another vocabulary than {models[0].spec} ({detail}); expected the same; leave it out, or say tokenizer base or union"
+            f"{models[at].spec}: another vocabulary than {models[0].spec} ({detail}); "
+            "expected the same; leave it out, or say tokenizer base or union"
         )
     order = list(
         range(rows[0])

@@ -92,14 +92,16 @@ def _pdf(path: Path) -> str:
         reader = PdfReader(io.BytesIO(path.read_bytes()))
         if reader.is_encrypted and not reader.decrypt(""):
             raise WrongInput(
-                f"{path}: an encrypted PDF; expected one that opens without a password; decrypt it first"
+                f"{path}: an encrypted PDF; expected one that opens without a password; "
+                "decrypt it first"
             )
         return "\n\n".join(page.extract_text() for page in reader.pages)
     except WrongInput:
         raise
     except Exception as error:  # whatever a parser of a large format raises on a broken file
         raise WrongInput(
-            f"{path}: a broken PDF ({type(error).__name__}: {' '.join(str(error).split())[:100]}); expected a whole one; copy it again"
+            f"{path}: a broken PDF ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:100]}); expected a whole one; copy it again"
         ) from None
 
 
@@ -117,7 +119,8 @@ def _documents_of(path: Path, name: str) -> list[Document]:
         )
         if key is None:
             raise WrongInput(
-                f"{rows[0].where}: columns {', '.join(rows[0])}; expected a column text (or passage, context, contents, body); rename the column"
+                f"{rows[0].where}: columns {', '.join(rows[0])}; "
+                "expected a column text (or passage, context, contents, body); rename the column"
             )
         for row in rows:
             if not isinstance(row.get(key), str):
@@ -145,7 +148,8 @@ def _documents_of(path: Path, name: str) -> list[Document]:
     )
     if not text.strip():
         why = (
-            "no text can be taken from this PDF: it holds pictures only, or nothing; run OCR on it first"
+            "no text can be taken from this PDF: it holds pictures only, or nothing; "
+            "run OCR on it first"
             if suffix in BOOKS
             else "empty; expected some text; remove it"
         )
@@ -162,7 +166,8 @@ def load_documents(path, skip: bool = False, say: Callable[[str], None] = print)
     if not path.exists():
         there = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
         raise WrongInput(
-            f"{path}: no such file or folder; {nearest(path.name, there) if there else 'expected documents'}"
+            f"{path}: no such file or folder; "
+            f"{nearest(path.name, there) if there else 'expected documents'}"
         )
     files = (
         [path]
@@ -175,7 +180,8 @@ def load_documents(path, skip: bool = False, say: Callable[[str], None] = print)
     )
     if path.is_file() and _suffix(path) not in KNOWN:
         raise WrongInput(
-            f"{path}: unknown ending {path.suffix or '(none)'}; expected {', '.join(KNOWN)}; rename or convert the file"
+            f"{path}: unknown ending {path.suffix or '(none)'}; expected {', '.join(KNOWN)}; "
+            "rename or convert the file"
         )
     found = []
     for file in files:
@@ -189,6 +195,7 @@ def load_documents(path, skip: bool = False, say: Callable[[str], None] = print)
             say(f"left out: {wrong}")
     if not found:
         raise WrongInput(
-            f"{path}: no documents; expected at least one of {', '.join(KNOWN)}; give another folder"
+            f"{path}: no documents; expected at least one of {', '.join(KNOWN)}; "
+            "give another folder"
         )
     return found

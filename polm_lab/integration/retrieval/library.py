@@ -95,7 +95,8 @@ def open_library(
     if asked.task == "facts":
         if given.task != "facts":
             raise WrongInput(
-                f"eval_data = {eval_data!r}: the invented library has held-out questions of its own; expected eval_data empty with data facts; give your questions as data"
+                f"eval_data = {eval_data!r}: the invented library has held-out questions of its "
+                "own; expected eval_data empty with data facts; give your questions as data"
             )
         passages, questions = invented_library()
         most = {"train": asked.limit, "test": min(rows, given.limit or rows) if eval_data else rows}
@@ -119,7 +120,9 @@ def open_library(
     parts["test"] = parts["test"][:rows]
     if not parts["train"] or not parts["test"]:
         raise WrongInput(
-            f"data {data!r}: {len(parts['train'])} questions to learn from and {len(parts['test'])} held out; expected at least one of each; give more rows, or others as eval_data"
+            f"data {data!r}: {len(parts['train'])} questions to learn from and "
+            f"{len(parts['test'])} held out; expected at least one of each; "
+            "give more rows, or others as eval_data"
         )
     for number, row in enumerate(parts["train"] + parts["test"]):
         asked = text_of(row["prompt"])
@@ -133,7 +136,10 @@ def open_library(
         )
         if lacks:
             raise WrongInput(
-                f"{getattr(row, 'where', 'row')}: no {lacks}; expected question, answer{'' if corpus else ' and context (or a corpus of documents)'}; add the column"
+                f"{getattr(row, 'where', 'row')}: no {lacks}; "
+                "expected question, "
+                f"answer{'' if corpus else ' and context (or a corpus of documents)'}; "
+                "add the column"
             )
         row["question"] = asked
     passages = _passages(corpus, words, texts, data)
@@ -199,7 +205,8 @@ def open_questions(
         if not isinstance(row.get("answer"), str | None):
             kind = type(row["answer"]).__name__
             raise WrongInput(
-                f"{where}: answer is {kind} {row['answer']!r:.40}; expected text, or none; correct it"
+                f"{where}: answer is {kind} {row['answer']!r:.40}; expected text, or none; "
+                "correct it"
             )
         if not (row.get("answer") or "").strip():
             row.pop("answer", None)
