@@ -152,7 +152,10 @@ share_parts(
 
 # %% ../../nbs/efficiency/prune.ipynb #bc4ed8dd
 def allocate(sensitivity: Tensor, sparsity: float, band: float, sizes: Tensor) -> list[float]:
-    "Sparsity of each block, from `sparsity` − `band` (most sensitive) to + `band`, shifted so that the mean over `sizes` weights is `sparsity` (Yin et al. 2023, §3.2)."
+    """Return the sparsity of each block, from `sparsity` − `band` (most sensitive) to + `band`.
+
+    All are shifted so that the mean over `sizes` weights is `sparsity`. Yin et al. 2023, §3.2.
+    """
     spread = (sensitivity.max() - sensitivity.min()).clamp_min(1e-12)
     less = (sensitivity - sensitivity.min()) / spread * 2 * band
     wanted = sparsity + (less * sizes).sum() / sizes.sum() - less
@@ -286,7 +289,10 @@ def prune_block(
     swaps: int = 0,
     **more,
 ) -> dict:
-    "Prune one block in place: a visit; returns the share of zeros of its linear layers. `more` as in `prune_layers`."
+    """Prune one block in place, and return the share of zeros of its linear layers.
+
+    This is a visit of `visit_blocks`. `more` as in `prune_layers`.
+    """
     if algorithm == "magnitude" and not swaps:  # reads nothing
         groups = [Inputs(False)]
         groups[0].layers = linear_layers(module)
@@ -312,7 +318,8 @@ def prune_model(
 ) -> Iterator[dict]:
     """Prune a model's blocks in place, one at a time, each to its sparsity of `shares`.
 
-    Yields of each its sparsity and, if `measure`, what the first batch's output lost. `more` as in `prune_layers`.
+    Yields each block's sparsity and, if `measure`, the loss of its first batch's output.
+    `more` as in `prune_layers`.
     """
     visit = lambda block, inputs: prune_block(
         block, inputs, shares[inputs.index], algorithm, pattern, swaps, **more

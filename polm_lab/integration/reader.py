@@ -312,7 +312,8 @@ def evaluate_reader(
 @method(
     family="integration",
     title="Reader",
-    paper="Lewis et al. 2020; Guu et al. 2020; Lin et al. 2023; Borgeaud et al. 2022; survey §7.2.2",
+    paper="Lewis et al. 2020; Guu et al. 2020; Lin et al. 2023; Borgeaud et al. 2022; "
+    "survey §7.2.2",
     data="prompt",
     needs=("questions with answers and passages",),
     small=dict(data="facts", top_k_passages=2, refresh=2, temperature=0.2),

@@ -125,8 +125,9 @@ def contrastive_loss(
 
 
 def in_batch(rows: list[dict]) -> tuple[Tensor, Tensor]:
-    """Return `right` and `allowed` of `contrastive_loss` for rows `{passages, right, good}` of a step.
+    """Return `right` and `allowed` of `contrastive_loss` for the rows of a step.
 
+    Rows are `{passages, right, good}`.
     `right` [questions] is the place of each row's right passage among all passages of the step.
     `allowed` [questions, passages] marks the passages that the row is compared with.
     A passage that is good for a question is never its negative, whichever row it comes from.
@@ -312,7 +313,7 @@ def teach(
 ) -> list[dict]:
     """Return rows `{question, passages, right, good, target}`.
 
-    `passages` are the numbers of a question's passages, `right` is the place of the good one among them.
+    `passages` are the numbers of a question's passages, `right` is the good one's place among them.
     `good` has the numbers of all that are as good; `target` is log p_LM, with a reader or a reward.
     Left out: questions without a known right passage, or whose candidates are equally good.
     Raises: `WrongInput` if no question is left.

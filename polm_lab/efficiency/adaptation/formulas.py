@@ -14,7 +14,10 @@ from ...core.knobs import WrongInput
 
 # %% ../../../nbs/efficiency/adaptation/formulas.ipynb #84aed4e5
 def adapter_layer(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    "Houlsby's adapter: `x` [.., width], `down` [b, width], `up` [width, b] (survey eq. 24; σ is ReLU, biases omitted)."
+    """Apply Houlsby's adapter to `x` [.., width].
+
+    `down` is [b, width], `up` is [width, b]. Survey eq. 24; σ is ReLU, biases are omitted.
+    """
     return x + torch.relu(x @ down.T) @ up.T
 
 
@@ -24,7 +27,11 @@ def soft_prompt(embedded: Tensor, prompt: Tensor) -> Tensor:
 
 
 def prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
-    "Causal attention of `q`, `k`, `v` [rows, heads, time, d] that also sees the trained `prefix_k` and `prefix_v` [heads, n, d] (Li & Liang 2021, eq. 3)."
+    """Compute causal attention that also sees a trained prefix of keys and values.
+
+    `q`, `k`, `v` are [rows, heads, time, d]; `prefix_k` and `prefix_v` are [heads, n, d].
+    Li & Liang 2021, eq. 3.
+    """
     rows, _, time_, d = q.shape
     k, v = (
         torch.cat([p.expand(rows, -1, -1, -1), own], 2) for p, own in ((prefix_k, k), (prefix_v, v))
@@ -34,7 +41,10 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v
 
 # %% ../../../nbs/efficiency/adaptation/formulas.ipynb #f28bd3d0
 def ia3_attention(q: Tensor, k: Tensor, v: Tensor, l_k: Tensor, l_v: Tensor) -> Tensor:
-    "Causal attention with rescaled keys and values: `q`, `k`, `v` [rows, heads, time, d], `l_k` and `l_v` [heads, 1, d] (survey eq. 26)."
+    """Compute causal attention with rescaled keys and values.
+
+    `q`, `k`, `v` are [rows, heads, time, d]; `l_k` and `l_v` are [heads, 1, d]. Survey eq. 26.
+    """
     none = k.new_zeros(k.shape[1], 0, k.shape[-1])
     return prefix_attention(q, l_k * k, l_v * v, none, none)
 
@@ -42,7 +52,10 @@ def ia3_attention(q: Tensor, k: Tensor, v: Tensor, l_k: Tensor, l_v: Tensor) -> 
 def ia3_feed_forward(
     x: Tensor, first: Tensor, second: Tensor, l_ff: Tensor, activation=torch.relu
 ) -> Tensor:
-    "`x` [.., width] through `first` [inner, width] and `second` [width, inner] with the inner channels rescaled by `l_ff` [inner] (survey eq. 27)."
+    """Apply a feed-forward layer whose inner channels are rescaled by `l_ff` [inner].
+
+    `x` is [.., width], `first` is [inner, width], `second` is [width, inner]. Survey eq. 27.
+    """
     return (l_ff * activation(x @ first.T)) @ second.T
 
 # %% ../../../nbs/efficiency/adaptation/formulas.ipynb #25e2672e
@@ -74,64 +87,79 @@ def bitfit_masks(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def fish_masks(squares: dict[str, Tensor], share: float) -> dict[str, Tensor]:
-    "1 for the `share` of all weights with the largest `squares`, their mean squared gradients over rows (FishMask, Sung et al. 2021, §3). Ties go to the first."
+    """Return 1 for the `share` of all weights with the largest `squares`, 0 for all others.
+
+    `squares` are mean squared gradients over rows. Of equal values the first are chosen.
+    FishMask: Sung et al. 2021, §3.
+    """
     if not 0 < share <= 1:
         raise WrongInput(f"FishMask: share = {share}; expected a number above 0 and up to 1")
     flat = torch.cat([s.flatten() for s in squares.values()])
     chosen = torch.zeros_like(flat)
     chosen[flat.argsort(descending=True, stable=True)[: max(1, round(share * len(flat)))]] = 1
-    return {
-        name: part.view_as(s)
-        for (name, s), part in zip(
-            squares.items(), chosen.split([s.numel() for s in squares.values()])
-        )
-    }
+    parts = chosen.split([s.numel() for s in squares.values()])
+    return {name: part.view_as(squares[name]) for name, part in zip(squares, parts)}
 
 # %% ../../../nbs/efficiency/adaptation/formulas.ipynb #43f0a9cf
 def lora(
     x: Tensor, weight: Tensor, a: Tensor, b: Tensor, alpha: float, rank_stabilized: bool = False
 ) -> Tensor:
-    "`x` [.., in] through `weight` [out, in] and its change of rank r: `a` [r, in], `b` [out, r], scaled by α/r, or α/√r (survey eq. 29; rsLoRA)."
+    """Apply `weight` [out, in] and its change of rank r to `x` [.., in].
+
+    `a` is [r, in], `b` is [out, r]; the change is scaled by α/r, or by α/√r (rsLoRA).
+    Survey eq. 29.
+    """
     return x @ weight.T + alpha / len(a) ** (0.5 if rank_stabilized else 1) * (x @ a.T @ b.T)
 
 
 def dora(
     x: Tensor, weight: Tensor, a: Tensor, b: Tensor, alpha: float, magnitude: Tensor
 ) -> Tensor:
-    "LoRA for the direction of each output's weights, with its own length, `magnitude` [out] (DoRA, Liu et al. 2024, eq. 5; the norm gets no gradient, §4.3)."
+    """Apply LoRA to the direction of each output's weights; `magnitude` [out] is their length.
+
+    DoRA: Liu et al. 2024, eq. 5; the norm gets no gradient, §4.3.
+    """
     changed = weight + alpha / len(a) * b @ a
     return x @ changed.T * (magnitude / changed.norm(dim=1).detach())
 
 
 def pissa_start(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    "(a, b, frozen): the r largest singular directions of `weight`, and what remains; b a + frozen = weight (PiSSA, Meng et al. 2024, eq. 2–4; α = r)."
+    """Return (a, b, frozen): the r largest singular directions of `weight`, and what remains.
+
+    b a + frozen = weight. PiSSA: Meng et al. 2024, eq. 2–4; α = r.
+    """
     u, s, v = torch.linalg.svd(weight, full_matrices=False)
     a, b = s[:r, None].sqrt() * v[:r], u[:, :r] * s[:r].sqrt()
     return a, b, weight - b @ a
 
 
 def lora_ga_start(gradient: Tensor, r: int, gamma: float = 16.0) -> tuple[Tensor, Tensor]:
-    "(a, b) so that the first step follows the best approximation of `gradient` [out, in] of rank 2r (LoRA-GA, Wang et al. 2024, algorithm 1)."
+    """Return (a, b) whose first step follows the best rank-2r approximation of `gradient`.
+
+    `gradient` is [out, in]. LoRA-GA: Wang et al. 2024, algorithm 1.
+    """
     u, _, v = torch.linalg.svd(gradient, full_matrices=False)
     size = len(gradient) ** 0.25 / gamma**0.5
     return size * v[:r], size * u[:, r : 2 * r]
 
 
 def lora_plus_groups(named, learning_rate: float, ratio: float = 16.0) -> list[dict]:
-    "Groups for the optimizer: all `b` (peft: lora_B) learn `ratio` times as fast (LoRA+, Hayou et al. 2024, §4; 16 is theirs)."
+    """Return the optimizer's groups: all `b` (peft: lora_B) learn `ratio` times as fast.
+
+    LoRA+: Hayou et al. 2024, §4; 16 is theirs.
+    """
     named = list(named)
     is_b = [name.rpartition(".")[2] == "b" or "lora_B" in name for name, _ in named]
-    return [
-        dict(
-            params=[p for (_, p), yes in zip(named, is_b) if yes == fast],
-            lr=learning_rate * (ratio if fast else 1),
-        )
-        for fast in (False, True)
-    ]
+    slow = [p for (_, p), yes in zip(named, is_b) if not yes]
+    fast = [p for (_, p), yes in zip(named, is_b) if yes]
+    return [dict(params=slow, lr=learning_rate), dict(params=fast, lr=learning_rate * ratio)]
 
 
 def rank_errors(change: Tensor) -> Tensor:
-    "Relative error (Frobenius) of the best approximation of `change` [out, in] of rank 0, 1, 2, ... (Eckart & Young 1936)."
+    """Return the relative Frobenius error of the best approximation of each rank 0, 1, 2, ...
+
+    `change` is [out, in]. Eckart & Young 1936.
+    """
     squares = torch.linalg.svdvals(change) ** 2
     left = torch.cat([squares.flip(0).cumsum(0).flip(0), squares.new_zeros(1)])
     return (left / left[0]).clamp(min=0).sqrt()

@@ -37,7 +37,10 @@ CELLS = "button input select td text th".split()
 
 @dataclass(frozen=True)
 class Document:
-    "A text with a name: `source` is the file that it came from, with the row or page after a colon."
+    """A text with a name.
+
+    `source` is the file that it came from, with the row or page after a colon.
+    """
 
     id: str
     text: str
@@ -49,7 +52,9 @@ def _plain(path: Path) -> str:
 
 
 def html_text(page: str) -> str:
-    """The text of an HTML page: a block a paragraph, a row or an item a line, a space between cells.
+    """Return the text of an HTML page.
+
+    Blocks become paragraphs, rows and items become lines, and cells have a space between them.
 
     Inline elements do not part a word. Scripts, styles and navigation are left out, and so are the
     readings over Japanese words (`rt`), which BeautifulSoup knows.
@@ -158,9 +163,12 @@ def _documents_of(path: Path, name: str) -> list[Document]:
 
 # %% ../../../nbs/integration/retrieval/documents.ipynb #8021e6bb
 def load_documents(path, skip: bool = False, say: Callable[[str], None] = print) -> list[Document]:
-    """The documents of a file, or of all files below a folder whose ending is known (.txt .md .html .pdf; rows of .jsonl .json .csv .parquet with a column `text`, or with `context` as in SQuAD).
+    """Return the documents of a file, or of all files below a folder whose ending is known.
 
-    `skip` leaves out what cannot be read and says so through `say`. Raises `WrongInput` for the first bad file otherwise, and if there is no document at all.
+    Endings: .txt .md .html .pdf, and rows of .jsonl .json .csv .parquet.
+    Rows have a column `text`, or `context` as in SQuAD.
+    `skip` leaves out what cannot be read and reports it through `say`.
+    Raises: `WrongInput` for the first bad file without `skip`, and if there is no document at all.
     """
     path = Path(path).expanduser()
     if not path.exists():

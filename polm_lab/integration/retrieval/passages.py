@@ -29,9 +29,11 @@ def _config(path: Path, default: dict | list):
 
 # %% ../../../nbs/integration/retrieval/passages.ipynb #ca456c3b
 class Encoder:
-    """Texts to vectors of length 1, by a model `spec`: a folder of sentence-transformers, any transformer, a run of `retriever`, a Hub id.
+    """Encode texts as vectors of length 1, by a model `spec`.
 
-    `identity` names it by content. Raises `WrongInput` for modules that are not known, or a folder that cannot be read.
+    It is a folder of sentence-transformers, any transformer, a run of `retriever`, or a Hub id.
+    `identity` names the encoder by content.
+    Raises: `WrongInput` for unknown modules, or a folder that cannot be read.
     """
 
     def __init__(self, spec: str, device: str = "auto", max_length: int = 256, rows: int = 64):
@@ -108,7 +110,10 @@ class Encoder:
         self.identity = seal.hexdigest()[:16]
 
     def __call__(self, texts: list[str], side: str = "document") -> np.ndarray:
-        "Vectors [n, width] in float32 of texts; `side` is query or document, whose prompt is put before them."
+        """Return vectors [n, width] of texts, in float32.
+
+        `side` is query or document; its prompt is put before the texts.
+        """
         import torch
 
         before, out = self.prompts.get(side, ""), np.zeros((len(texts), self.width), np.float32)
@@ -208,7 +213,10 @@ def _checked(passages: Iterable[dict], known=frozenset()) -> tuple[list[dict], l
 
 
 def fuse_ranks(rankings: list[list[int]], constant: int = 60) -> list[tuple[int, float]]:
-    "Items by the sum of 1 / (constant + rank) over rankings, best first (Cormack et al. 2009); of equals the one that was ranked first."
+    """Rank items by the sum of 1 / (constant + rank) over rankings, best first.
+
+    Of equal items, the one that was ranked first comes first. Cormack et al. 2009.
+    """
     parts: dict[int, list[float]] = {}
     for ranking in rankings:
         for rank, item in enumerate(ranking, 1):
@@ -220,7 +228,10 @@ def fuse_ranks(rankings: list[list[int]], constant: int = 60) -> list[tuple[int,
 
 # %% ../../../nbs/integration/retrieval/passages.ipynb #af53c3c6
 class Passages:
-    "Passages that can be added and taken out, with a BM25 matrix and, with an encoder, vectors. Raises `WrongInput`."
+    """Passages that can be added and removed, with a BM25 matrix and, with an encoder, vectors.
+
+    Raises: `WrongInput` for passages without id or text, or ids that are not there.
+    """
 
     def __init__(self, passages: Iterable[dict], encoder: Encoder | None = None):
         self.passages, texts = _checked(passages)
@@ -281,7 +292,10 @@ class Searchable(Passages):
     def ranked(
         self, questions: list[str], k: int = 5, how: str = "bm25"
     ) -> list[list[tuple[int, float]]]:
-        "(number of the passage, score) of the `k` best of each question, best first. BM25 leaves out passages that share no word with the question."
+        """Return (number of the passage, score) of the `k` best for each question, best first.
+
+        BM25 leaves out passages that share no word with the question.
+        """
         if how not in HOWS:
             raise WrongInput(f"search = {how!r}: {nearest(how, HOWS)}")
         for number, question in enumerate(questions, 1):
@@ -318,7 +332,10 @@ class Index(Searchable):
     "Passages that can be searched by words, and with an encoder by meaning. Raises `WrongInput`."
 
     def save(self, folder) -> Path:
-        "Write the index to `folder`, all at once; whoever opens it meanwhile gets the old one. Raises `WrongInput` while another process writes there."
+        """Write the index to `folder` atomically: until it is done, readers get the old one.
+
+        Raises: `WrongInput` while another process writes there.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()) and not any(
@@ -368,11 +385,10 @@ class Index(Searchable):
 
     @classmethod
     def open(cls, folder, encoder: Encoder | None = None) -> "Index":
-        """The index that was saved in `folder`, with the encoder that made its vectors (given, or loaded from where it was).
+        """Open the index in `folder` with its encoder, which is given or loaded from where it was.
 
-        Where another version of `words_of` made its BM25 matrix, that is made again from the passages.
-
-        Raises `WrongInput` if there is none, a file is damaged, or the encoder is another one.
+        If another version of `words_of` made the BM25 matrix, it is built again from the passages.
+        Raises: `WrongInput` if there is none, a file is damaged, or the encoder is another one.
         """
         import bm25s
 
