@@ -1,4 +1,7 @@
-"""The comparison of adapters: what fits is trained, what does not is said, and a comparison that was killed goes on."""
+"""Check the comparison of adapters.
+
+Adapters that fit are trained, others are reported, and a killed comparison continues.
+"""
 
 import pytest
 
@@ -82,7 +85,7 @@ def test_a_named_adapter_that_does_not_fit_is_an_error_before_training():
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("", "expected all"),
         ("lora:r=8@fast", "'fast' is no number"),
@@ -91,8 +94,8 @@ def test_a_named_adapter_that_does_not_fit_is_an_error_before_training():
         ("lora:rank=8", "no setting 'rank'"),
     ],
 )
-def test_wrong_lists(text, said):
-    with pytest.raises(WrongInput, match=said):
+def test_wrong_lists(text, message):
+    with pytest.raises(WrongInput, match=message):
         adapter_list(text)
 
 

@@ -104,7 +104,7 @@ def sparsegpt(
 ) -> Tensor:
     """Return weights with the share `sparsity` 0, the others refitted to the same outputs.
 
-    `weight` is [out, in], `gram` is H = XXᵀ [in, in].
+    `weight` is [out, in], `hessian` is H = XXᵀ [in, in].
     `block`: columns that share a choice of mask; 0 is a quarter of all, at most 128.
     `parts`: numbers of rows of the matrices that `weight` stacks, each with a mask of its own.
     Frantar and Alistarh 2023, algorithm 1.
