@@ -364,12 +364,19 @@ def prune(settings: Prune, run: Run) -> None:
             settings.band,
             settings.calibration_batch_size,
         )
-        more = {
-            name: getattr(settings, name)
-            for name in ("swaps", "swap_in", "within", "block", "damping", "rows")
-        }
         return prune_model(
-            model, windows, shares, settings.algorithm, pattern, measure=True, **more
+            model,
+            windows,
+            shares,
+            settings.algorithm,
+            pattern,
+            settings.swaps,
+            settings.calibration_batch_size,
+            measure=True,
+            swap_in=settings.swap_in,
+            within=settings.within,
+            block=settings.block,
+            damping=settings.damping,
         )
 
     carry_out(run, settings, plan, size_and_zeros)
