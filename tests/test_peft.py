@@ -46,7 +46,7 @@ def test_two_adapters_are_compared_and_their_runs_stay_out_of_the_table():
 def test_a_comparison_that_broke_off_takes_finished_parts_as_they_are(monkeypatch):
     import polm_lab.efficiency.peft as page
 
-    run, real, calls = create("peft", dict(adapters="lora:r=2; ia3", **SHORT)), page.stage, []
+    run, real, calls = create("peft", dict(adapters="lora:r=2; ia3", **SHORT)), page.subrun, []
 
     def breaks(whole, label, *args, **values):
         calls.append(label)
@@ -54,12 +54,12 @@ def test_a_comparison_that_broke_off_takes_finished_parts_as_they_are(monkeypatc
             raise KeyboardInterrupt
         return real(whole, label, *args, **values)
 
-    monkeypatch.setattr(page, "stage", breaks)
+    monkeypatch.setattr(page, "subrun", breaks)
     with pytest.raises(BaseException):
         execute(run)
     first = dict(lab.open_run(run.id).record["stages"])
     done = lab.open_run(run.path.parent / first["lora:r=2@0.005"]).record["ended"]
-    monkeypatch.setattr(page, "stage", real)
+    monkeypatch.setattr(page, "subrun", real)
     run = execute(lab.open_run(run.id))
     assert run.status == "finished" and len(run.record["table"]) == 2
     assert (
