@@ -480,5 +480,7 @@ def test_the_command_line_prunes_and_says_what_is_wrong(polm, runs):
 
 def test_patterns():
     assert (
-        parse_pattern("2:4") == (2, 4) and parse_pattern("") is None and Prune().how == "sparsegpt"
+        parse_pattern("2:4") == (2, 4)
+        and parse_pattern("") is None
+        and Prune().algorithm == "sparsegpt"
     )

@@ -78,7 +78,7 @@ class RAG(Library, RunSettings):
     index: str = knob("", "folder to keep the index in; used again if it is there")
     endpoint: str = knob(
         "",
-        "a reader behind an OpenAI-compatible endpoint, in place of model: "
+        "a reader behind an OpenAI-compatible endpoint, instead of model: "
         "openai:http://host:port/v1#name",
     )
     key_variable: str = knob("", "environment variable with the endpoint's key")

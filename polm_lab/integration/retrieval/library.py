@@ -227,7 +227,7 @@ def open_questions(
 
 
 def _others(data: str, given: str) -> bool:
-    "Whether `data` has questions beside those of `given` that are asked."
+    "Whether `data` has questions other than those of `given` that are asked."
     source = data.partition("#")[0]
     if source == "facts":
         return False  # about another library
