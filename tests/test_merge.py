@@ -772,7 +772,7 @@ def test_every_technique_is_described_and_rules_are_read():
     assert set(ALGORITHMS) == known and callable(examine) and callable(save_model)
     assert all(how.meaning for how in ALGORITHMS.values())
     choices = {k.name: k.choices for k in knobs(page.Fuse)}
-    assert set(page.TECHNIQUES) == set(choices["algorithm"])
+    assert set(page.ALGORITHMS) == set(choices["algorithm"])
     rule = weight_rules("2,1; up_proj=0,1;", 2)
     assert (
         rule("x.up_proj.weight") == [0, 1]

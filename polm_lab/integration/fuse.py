@@ -223,7 +223,7 @@ class Fusing:
     pad: int  # id of the padding token
 
     def __post_init__(self):
-        self.initial_coefficient, *self.states = map(weights_of, (self.base, *self.tunes))
+        self.start, *self.states = map(weights_of, (self.base, *self.tunes))
 
 
 def weights_of(policy: Policy) -> dict[str, Tensor]:
