@@ -132,13 +132,13 @@ class LocalReader:
         """
         room, texts = self.longest - self.max_new_tokens, list(passages)
         while True:
-            said = (
+            message = (
                 chat_prompt(question, texts)
                 if self.prompt_format == "chat"
                 else reading_rows(question, texts, "")["prompt"]
             )
             try:
-                return encode(self.tokenizer, {"prompt": said}, "prompt", room)["input_ids"]
+                return encode(self.tokenizer, {"prompt": message}, "prompt", room)["input_ids"]
             except WrongInput:
                 if not texts:
                     raise WrongInput(
@@ -244,8 +244,8 @@ class Reading:
     cited: list[int] = field(init=False)
 
     def __post_init__(self):
-        said = re.sub(r"\s*[\[［【]\d+[\]］】]", "", self.answer).strip().strip(".。．｡।။។")
-        self.cited = [n for n, hit in enumerate(self.hits, 1) if holds(hit.text, said)]
+        plain_answer = re.sub(r"\s*[\[［【]\d+[\]］】]", "", self.answer).strip().strip(".。．｡।။។")
+        self.cited = [n for n, hit in enumerate(self.hits, 1) if holds(hit.text, plain_answer)]
 
     @property
     def faithful(self) -> bool:

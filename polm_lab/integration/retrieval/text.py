@@ -240,11 +240,11 @@ def cut(text: str, words: int = 100) -> list[str]:
         if len(current) * 2 >= words:
             found.append(current)
             current = []
-        for said in _sentences(paragraph):
-            if current and len(current) + len(said) > words:
+        for sentence in _sentences(paragraph):
+            if current and len(current) + len(sentence) > words:
                 found.append(current)
                 current = []
-            for part in [said] if len(said) <= words else _clauses(said, words):
+            for part in [sentence] if len(sentence) <= words else _clauses(sentence, words):
                 if len(current) + len(part) > words:
                     found.append(current)
                     current = []
@@ -254,7 +254,7 @@ def cut(text: str, words: int = 100) -> list[str]:
 
 def shortened(text: str) -> str:
     "The first half of a text, in words; nothing where it has one."
-    words = [word for said in _sentences(text) for word in said]
+    words = [word for sentence in _sentences(text) for word in sentence]
     return "".join(words[: len(words) // 2]).strip()
 
 
