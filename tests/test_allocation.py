@@ -1,4 +1,7 @@
-"Which block gives up more: the more a block minds, the fewer of its weights go (OWL by outliers, SAMSP by the Hessian), with the values written out."
+"""The more sensitive a block, the fewer of its weights go, with the values written out.
+
+OWL goes by outliers, SAMSP by the Hessian.
+"""
 
 import pytest
 import torch
@@ -41,7 +44,10 @@ def group(weights, x) -> list[Inputs]:
 
 
 def test_the_most_sensitive_block_keeps_most():
-    "S_i = s + mean(λ-scaled D) − 2λ (D_i − min D) / (max D − min D): the sign is what makes it OWL (Yin et al. 2023, §3.2)."
+    """S_i = s + mean(λ-scaled D) − 2λ (D_i − min D) / (max D − min D).
+
+    The sign is what makes it OWL. Yin et al. 2023, §3.2.
+    """
     found = allocate(torch.tensor([0.0, 0.5, 1.0]), 0.5, 0.1, torch.ones(3))
     assert found == pytest.approx([0.6, 0.5, 0.4])
     assert allocate(torch.tensor([7.0, 3.0, 5.0]), 0.7, 0.08, torch.ones(3)) == pytest.approx(
@@ -87,7 +93,8 @@ def test_the_factor_is_how_far_above_the_mean_an_outlier_is(factor, share):
 
 def test_outliers_count_inputs_and_all_layers_of_a_block():
     x = torch.diag(torch.tensor([1.0, 1.0, 1.0, 40.0]))  # norms of the inputs
-    # 32 scores: 24 of 1 and 8 of 40, a mean of 10.75: 40 is not over 5 times that; with a single large column in one of two layers it is
+    # 32 scores: 24 of 1 and 8 of 40, a mean of 10.75: 40 is not over 5 times that
+    # with a single large column in one of two layers it is
     assert block_sensitivity(None, group([torch.ones(4, 4)] * 2, x), "outliers") == 0.0
     quiet = torch.ones(4, 4)
     quiet[:, 3] = 0.0

@@ -1,4 +1,7 @@
-"Ties of fused ranks: of items with equal sums the one that was ranked first comes first, whatever the order of the additions."
+"""Check ties of fused ranks.
+
+Of items with equal sums the one that was ranked first comes first, whatever the order of additions.
+"""
 
 from fractions import Fraction
 
@@ -8,7 +11,10 @@ from polm_lab.integration.retrieval.passages import fuse_ranks
 
 
 def exact(rankings, constant=60):
-    "The rule with whole numbers: by the sum, then by the first place an item was seen, ranking by ranking."
+    """The rule with whole numbers: by the sum, then by the first place an item was seen.
+
+    Rankings are read one after the other.
+    """
     sums = {}
     for ranking in rankings:
         for rank, item in enumerate(ranking, 1):
@@ -39,7 +45,10 @@ def test_of_equals_the_first_that_was_ranked(rankings, expected):
 
 
 def test_no_sum_is_decided_by_rounding():
-    "All ways in which three, four and five rankings can be rotations of one list: every item has the same sum."
+    """All ways in which three, four and five rankings can be rotations of one list.
+
+    Every item has the same sum.
+    """
     for size in (3, 4, 5, 7):
         items = list(range(size))
         rankings = [items[start:] + items[:start] for start in range(size)]

@@ -1,4 +1,7 @@
-"Merging: each formula by hand and against a plain version, the stream against the formula, what is refused, vocabularies, the run and its parents."
+"""Check merging: each formula by hand and against a plain version, the stream against the formula.
+
+Also refused input, vocabularies, the run and its parents.
+"""
 
 import json
 import math
@@ -60,6 +63,11 @@ def values(path):
     return load_file((path / "model.safetensors"))
 
 
+def float_values(folder) -> dict:
+    "All tensors of a model's folder in float32."
+    return {name: value.float() for name, value in values(folder).items()}
+
+
 def three(models):
     return values(model_path("tiny")), values(models / "a"), values(models / "b")
 
@@ -68,7 +76,7 @@ def pair(models):
     return [str(models / "a"), str(models / "b")]
 
 
-# Formulas ------------------------------------------------------------------------------------------------------------
+# Formulas ---------------------------------------------------------------------------------------
 
 
 def plain_ties(base, tunes, density):
@@ -130,7 +138,10 @@ def test_trim_by_pieces_is_trim_of_the_whole():
 
 
 def test_ties_of_bf16_models_trims_equals_as_a_stable_sort_does(models, tmp_path):
-    "Changes of bf16 weights lie on few values: several per cent of them equal the threshold. The stream keeps those that come first, whatever its blocks."
+    """The stream keeps the first of the changes that equal the threshold, whatever its blocks.
+
+    Changes of bf16 weights lie on few values: several per cent of them equal the threshold.
+    """
     names, folders, base = (
         ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "model.norm.weight"],
         [],
@@ -157,7 +168,7 @@ def test_ties_of_bf16_models_trims_equals_as_a_stable_sort_does(models, tmp_path
             dtype=torch.float32,
         )
     )
-    start, a, b = ({n: v.float() for n, v in values(f).items()} for f in folders)
+    start, a, b = map(float_values, folders)
     for name in names:
         deltas, equal = [t[name] - start[name] for t in (a, b)], 0
         for delta in deltas:
@@ -226,7 +237,7 @@ def test_drops_are_right_in_the_mean():
     assert torch.allclose(chance, torch.tensor([[0.7, 0.3, 0.5], [0.3, 0.7, 0.5]]))
 
 
-# The stream ----------------------------------------------------------------------------------------------------------
+# The stream -------------------------------------------------------------------------------------
 
 
 def test_the_stream_is_the_formula(models, tmp_path):
@@ -242,7 +253,9 @@ def test_the_stream_is_the_formula(models, tmp_path):
             merge_models("tiny", pair(models), tmp_path / algorithm, algorithm, "3,1", scaling=0.5)
         )
         assert max((done[n] - formula(n)).abs().max() for n in done) < 1e-6, algorithm
-    squares = [sum((t[n] - start[n]).double().square().sum().item() for n in start) for t in (a, b)]
+    squares = []
+    for t in (a, b):
+        squares.append(sum((t[n] - start[n]).double().square().sum().item() for n in start))
     done = values(merge_models("tiny", pair(models), tmp_path / "metagpt", "metagpt"))
     shares = [s / sum(squares) for s in squares]
     assert (
@@ -375,7 +388,7 @@ def test_models_of_other_types_meet_in_fp32(models, tmp_path):
     ) < 1e-6 and all(v.dtype == torch.float32 for v in done.values())
 
 
-# What is refused ------------------------------------------------------------------------------------------------------
+# What is refused --------------------------------------------------------------------------------
 
 
 def refused(words, models, out, algorithm="ties", **more):
@@ -463,7 +476,7 @@ def test_models_that_do_not_belong_together(models, tmp_path):
     assert before == {p: p.read_bytes() for p in models.rglob("*.safetensors")}
 
 
-# Vocabularies ---------------------------------------------------------------------------------------------------------
+# Vocabularies -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -506,7 +519,7 @@ def test_another_vocabulary_is_refused_or_resolved(models, enlarged, tmp_path):
     )
 
 
-# With data -----------------------------------------------------------------------------------------------------------
+# With data --------------------------------------------------------------------------------------
 
 
 def test_regmean_is_least_squares():
@@ -590,7 +603,7 @@ def test_soups_means_and_ensembles():
             ensemble(logp, bad)
 
 
-# Runs ----------------------------------------------------------------------------------------------------------------
+# Runs -------------------------------------------------------------------------------------------
 
 
 def test_a_merge_is_a_run_with_its_parents(models, runs, tmp_path):
@@ -679,14 +692,22 @@ import shutil
 from polm_lab.training.chain import create, execute
 from polm_lab.core.run import all_runs
 free = shutil.disk_usage
-shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40)  # there was room when the run began; somebody else took it
-for name, values in (("merge", dict(models="{models}", tasks="")), ("prune", dict(algorithm="magnitude", calibration_samples=2, eval_rows=2)), ("fuse", dict(models="{models}", tasks="", data="sums,chat", algorithm="regmean", calibration_samples=2))):
+# there was room when the run began; somebody else took it
+shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40)
+few = dict(calibration_samples=2)
+merged = dict(models="{models}", tasks="")
+for name, values in (
+    ("merge", merged),
+    ("prune", few | dict(algorithm="magnitude", eval_rows=2)),
+    ("fuse", few | merged | dict(data="sums,chat", algorithm="regmean")),
+):
     try:
         execute(create(name, values, out="{disk}/runs"))
     except Exception as error:
         print(name, type(error).__name__, str(error).replace(chr(10), " / "))
 for run in all_runs("{disk}/runs"):
-    print(run.method, run.status, (run.path / "model").exists(), sorted(p.name for p in run.path.iterdir() if "model" in p.name))
+    models = sorted(p.name for p in run.path.iterdir() if "model" in p.name)
+    print(run.method, run.status, (run.path / "model").exists(), models)
 END
 """
 
@@ -702,11 +723,11 @@ def test_a_disk_that_fills_half_way_ends_the_run_and_leaves_no_model(models, tmp
     )
     if "unshare" in done.stderr or "mount:" in done.stderr:
         pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
-    said = done.stdout.strip().splitlines()
-    assert [line.split()[0] for line in said[:3]] == ["merge", "prune", "fuse"] and all(
-        "No space left" in line for line in said[:3]
+    printed = done.stdout.strip().splitlines()
+    assert [line.split()[0] for line in printed[:3]] == ["merge", "prune", "fuse"] and all(
+        "No space left" in line for line in printed[:3]
     ), done.stdout + done.stderr
-    assert sorted(said[3:]) == [
+    assert sorted(printed[3:]) == [
         "fuse failed False []",
         "merge failed False []",
         "prune failed False []",
@@ -751,7 +772,7 @@ def test_every_technique_is_described_and_rules_are_read():
     assert set(ALGORITHMS) == known and callable(examine) and callable(save_model)
     assert all(how.meaning for how in ALGORITHMS.values())
     choices = {k.name: k.choices for k in knobs(page.Fuse)}
-    assert set(page.TECHNIQUES) == set(choices["algorithm"])
+    assert set(page.ALGORITHMS) == set(choices["algorithm"])
     rule = weight_rules("2,1; up_proj=0,1;", 2)
     assert (
         rule("x.up_proj.weight") == [0, 1]

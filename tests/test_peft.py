@@ -1,4 +1,7 @@
-"""The comparison of adapters: what fits is trained, what does not is said, and a comparison that was killed goes on."""
+"""Check the comparison of adapters.
+
+Adapters that fit are trained, others are reported, and a killed comparison continues.
+"""
 
 import pytest
 
@@ -43,7 +46,7 @@ def test_two_adapters_are_compared_and_their_runs_stay_out_of_the_table():
 def test_a_comparison_that_broke_off_takes_finished_parts_as_they_are(monkeypatch):
     import polm_lab.efficiency.peft as page
 
-    run, real, calls = create("peft", dict(adapters="lora:r=2; ia3", **SHORT)), page.stage, []
+    run, real, calls = create("peft", dict(adapters="lora:r=2; ia3", **SHORT)), page.subrun, []
 
     def breaks(whole, label, *args, **values):
         calls.append(label)
@@ -51,12 +54,12 @@ def test_a_comparison_that_broke_off_takes_finished_parts_as_they_are(monkeypatc
             raise KeyboardInterrupt
         return real(whole, label, *args, **values)
 
-    monkeypatch.setattr(page, "stage", breaks)
+    monkeypatch.setattr(page, "subrun", breaks)
     with pytest.raises(BaseException):
         execute(run)
     first = dict(lab.open_run(run.id).record["stages"])
     done = lab.open_run(run.path.parent / first["lora:r=2@0.005"]).record["ended"]
-    monkeypatch.setattr(page, "stage", real)
+    monkeypatch.setattr(page, "subrun", real)
     run = execute(lab.open_run(run.id))
     assert run.status == "finished" and len(run.record["table"]) == 2
     assert (
@@ -82,7 +85,7 @@ def test_a_named_adapter_that_does_not_fit_is_an_error_before_training():
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("", "expected all"),
         ("lora:r=8@fast", "'fast' is no number"),
@@ -91,8 +94,8 @@ def test_a_named_adapter_that_does_not_fit_is_an_error_before_training():
         ("lora:rank=8", "no setting 'rank'"),
     ],
 )
-def test_wrong_lists(text, said):
-    with pytest.raises(WrongInput, match=said):
+def test_wrong_lists(text, message):
+    with pytest.raises(WrongInput, match=message):
         adapter_list(text)
 
 

@@ -1,4 +1,7 @@
-"Pruning: what a notebook cannot show (command line, broken input, other architectures, a full disk), and properties over random cases."
+"""Check pruning where a notebook cannot: command line, broken input, architectures, a full disk.
+
+Also properties over random cases.
+"""
 
 import copy
 import json
@@ -82,7 +85,10 @@ def test_exactly_the_asked_number_goes(sparsity):
 @pytest.mark.parametrize("kind", ["normal", "ties", "zeros", "columns"])
 @pytest.mark.parametrize("within", ["row", "layer"])
 def test_the_smallest_go_however_they_are_found(kind, within):
-    "Partition on the processor, topk elsewhere: what stays is never smaller than what goes, with equals, too, and in a matrix that is a view."
+    """What stays is never smaller than what goes, with equals, too, and in a matrix that is a view.
+
+    The processor uses partition, other devices topk.
+    """
     score = torch.randn(9, 200, generator=torch.Generator().manual_seed(2)).abs()
     score = {
         "normal": score,
@@ -142,7 +148,7 @@ def test_strips_and_parts_change_nothing():
 
 
 def test_sparsegpt_leaves_its_input_as_it_is():
-    for out in (1, 4):  # the transpose of one row is contiguous as it stands
+    for out in (1, 4):  # the transpose of one row is contiguous already
         W = torch.ones(out, 16)
         sparsegpt(W, torch.eye(16), 0.5)
         assert torch.equal(W, torch.ones(out, 16))
@@ -166,7 +172,10 @@ def test_swaps_keep_the_number_and_the_pattern():
 
 
 def test_swaps_are_those_of_the_paper_one_row_at_a_time():
-    "Which weight comes back and which goes: Zhang et al. 2023, eq. 3 and 5, written out for a row; made while the expected square of the row's error falls."
+    """Which weight comes back and which goes, for a row: Zhang et al. 2023, eq. 3 and 5.
+
+    A swap is made while the expected square of the row's error falls.
+    """
     g = torch.Generator().manual_seed(3)
     W, X = (
         torch.randn(12, 24, generator=g),
@@ -195,7 +204,7 @@ def test_swaps_are_those_of_the_paper_one_row_at_a_time():
     assert made > 5
 
 
-def test_swaps_stay_in_attention_unless_told_otherwise(base, windows):
+def test_swaps_stay_in_attention_by_default(base, windows):
     changed = {}
     for where in ("attention", "all"):
         model, plain = copy.deepcopy(base), copy.deepcopy(base)
@@ -355,6 +364,14 @@ def test_same_settings_same_bits(runs):
     ).read_bytes()
 
 
+def lines_without_seconds(run) -> list[dict]:
+    "The logged lines of a run without their times."
+    found = []
+    for row in run.lines():
+        found.append({k: v for k, v in row.items() if k != "seconds"})
+    return found
+
+
 @pytest.mark.parametrize(
     "name, values",
     [
@@ -378,8 +395,8 @@ def test_a_stop_comes_after_the_block_and_a_new_start_gives_the_same_bits(
         and not (stopped.path / "model").exists()
     )
     again = lab.resume(stopped)
-    without = lambda run: [{k: v for k, v in row.items() if k != "seconds"} for row in run.lines()]
-    assert again.status == "finished" and without(again) == without(whole)
+    assert again.status == "finished"
+    assert lines_without_seconds(again) == lines_without_seconds(whole)
     assert (again.path / "model/model.safetensors").read_bytes() == (
         whole.path / "model/model.safetensors"
     ).read_bytes()
@@ -463,5 +480,7 @@ def test_the_command_line_prunes_and_says_what_is_wrong(polm, runs):
 
 def test_patterns():
     assert (
-        parse_pattern("2:4") == (2, 4) and parse_pattern("") is None and Prune().algorithm == "sparsegpt"
+        parse_pattern("2:4") == (2, 4)
+        and parse_pattern("") is None
+        and Prune().algorithm == "sparsegpt"
     )

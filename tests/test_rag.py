@@ -1,4 +1,7 @@
-"Retrieval: broken documents, killed builds, encoders of every layout, readers that fail, and a retriever that is what it was trained to be."
+"""Check retrieval: broken documents, killed builds, encoders of every layout, readers that fail.
+
+Also that a retriever is saved as it was trained.
+"""
 
 import gzip
 import json
@@ -6,7 +9,7 @@ import math
 import os
 import pickle
 import random
-import algorithm
+import signal
 import subprocess
 import sys
 import time
@@ -24,7 +27,7 @@ from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.integration.retrieval.text import cut, cut_documents, holds
 from polm_lab.integration.retrieval.documents import load_documents
 from polm_lab.integration.retrieval.library import open_library
-from polm_lab.integration.retrieval.passages import HOWS, Encoder, Index
+from polm_lab.integration.retrieval.passages import HOWS, Encoder, Index, ids_of
 from polm_lab.data.batches import Order
 from polm_lab.integration.rag import (
     EndpointReader,
@@ -62,7 +65,8 @@ def pdf(text: str) -> bytes:
     objects = [
         b"<< /Type /Catalog /Pages 2 0 R >>",
         b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
-        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R /Resources << /Font << /F1 5 0 R >> >> >>",
+        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R "
+        b"/Resources << /Font << /F1 5 0 R >> >> >>",
         b"<< /Length %d >>\nstream\n%s\nendstream" % (len(stream), stream),
         b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
     ]
@@ -91,9 +95,8 @@ def test_a_pdf_is_read_and_a_broken_one_is_named(tmp_path):
     one_line(lambda: load_documents(tmp_path / "cut.pdf"), "cut.pdf", "broken PDF")
     one_line(lambda: load_documents(tmp_path / "empty.pdf"), "empty.pdf", "OCR")
     rng = random.Random(0)
-    for n in range(
-        40
-    ):  # a parser of a large format meets what nobody thought of: each must end in one line, or in a text
+    # a parser of a large format meets what nobody thought of: each must end in one line, or in a text
+    for n in range(40):
         damaged = bytearray(whole)
         for _ in range(8):
             damaged[rng.randrange(len(damaged))] = rng.randrange(256)
@@ -118,13 +121,13 @@ def test_what_is_no_text_is_refused_or_left_out(tmp_path):
         "x.docx": "no such file",
     }.items():
         one_line(lambda: load_documents(tmp_path / name), name, word)
-    heard = []
-    one_line(lambda: load_documents(tmp_path, skip=True, say=heard.append), "no documents")
+    notes = []
+    one_line(lambda: load_documents(tmp_path, skip=True, say=notes.append), "no documents")
     (tmp_path / "good.txt").write_text("Adran plays the lute.")
-    heard.clear()
-    assert [d.id for d in load_documents(tmp_path, skip=True, say=heard.append)] == [
+    notes.clear()
+    assert [d.id for d in load_documents(tmp_path, skip=True, say=notes.append)] == [
         "good.txt"
-    ] and len(heard) == 4
+    ] and len(notes) == 4
 
 
 def test_a_document_of_50_mb_is_cut(tmp_path):
@@ -287,9 +290,7 @@ def test_an_updated_index_equals_one_built_afresh(tiny_encoder, tmp_path):
         fresh, questions = Index(index.passages, tiny_encoder), ["barbeck cordale", "falham dorton"]
         for how in HOWS:
             ours, theirs = (i.search(questions, 5, how) for i in (index, fresh))
-            assert [[h.id for h in hits] for hits in ours] == [
-                [h.id for h in hits] for hits in theirs
-            ]
+            assert list(map(ids_of, ours)) == list(map(ids_of, theirs))
             assert np.allclose(
                 [h.score for hits in ours for h in hits],
                 [h.score for hits in theirs for h in hits],
@@ -336,16 +337,16 @@ def test_killed_builds_leave_a_whole_index(tmp_path):
         )
         assert process.stdout.readline() == "begin\n"
         time.sleep(rng.uniform(0, 0.4))
-        process.send_signal(algorithm.SIGKILL)
+        process.send_signal(signal.SIGKILL)
         process.wait()
         index = Index.open(folder)
         assert len(index) == 3000 and len({p["text"].split()[0] for p in index.passages}) == 1
         word = index.passages[0]["text"].split()[0]
         assert index.search([f"{word} 17"])[0][0].text == f"{word} 17"
         seen.add(word)
-    assert (
-        seen <= {"old", "new"}
-    )  # how many kills hit which side depends on the machine; test_killed_at_each_step_of_a_build hits both
+    # how many kills hit which side depends on the machine
+    # test_killed_at_each_step_of_a_build hits both
+    assert seen <= {"old", "new"}
     Index.open(folder).save(folder)
     assert len(list(folder.glob("build-*"))) == 1, (
         "what killed builds left is cleared away by the next one"
@@ -374,7 +375,7 @@ def test_killed_at_each_step_of_a_build(tmp_path):
             def deadly(*args, **kwargs):
                 calls[0] += 1
                 if calls[0] == step[1]:
-                    os.kill(os.getpid(), algorithm.SIGKILL)
+                    os.kill(os.getpid(), signal.SIGKILL)
                 return plain(*args, **kwargs)
 
             setattr(where, step[0], deadly)
@@ -464,17 +465,10 @@ def test_reading_apart_takes_the_likeliest_answer(local):
     options = list(dict.fromkeys(local.write([(question, [t]) for t in texts])))
     end = local.tokenizer.eos_token
     weights = torch.tensor([6 / 11, 3 / 11, 2 / 11])
-    marginal = [
-        float(
-            (
-                weights
-                * local.likelihood(
-                    [local.prompt(question, [t]) for t in texts], [f" {o}{end}"] * 3
-                ).exp()
-            ).sum()
-        )
-        for o in options
-    ]
+    prompts, marginal = [local.prompt(question, [t]) for t in texts], []
+    for option in options:
+        logps = local.likelihood(prompts, [f" {option}{end}"] * 3)
+        marginal.append(float((weights * logps.exp()).sum()))
     assert len(options) > 1 and read.answer == options[int(np.argmax(marginal))]
     for order in (
         hits[0][:2],
@@ -681,15 +675,16 @@ def test_the_contrastive_loss_and_its_gradient_are_dprs_written_out():
         dict(passages=[2, 7], right=1, good={7}),
     ]
     right, allowed = in_batch(rows)
-    # of the passages 7 9 5 7 2 7 of the step: the second question has 9 for good, the third came with 7 as the first did, and neither is held against them
+    # the passages of the step are 7 9 5 7 2 7; for the second question 9 is good as well
+    # the third came with 7, as the first did; good passages are no negatives
     assert right.tolist() == [0, 2, 5]
     assert allowed.int().tolist() == [[1, 1, 1, 0, 1, 0], [1, 0, 1, 1, 1, 1], [0, 1, 1, 0, 1, 1]]
     losses, pull_q, pull_d = [], torch.zeros_like(q), torch.zeros_like(d)
     for i, row in enumerate(rows):
         among = [j for j in range(6) if allowed[i, j]]
-        parts = {
-            j: math.exp(sum((q[i, w] * d[j, w]).item() for w in range(4)) / tau) for j in among
-        }
+        parts = {}
+        for j in among:
+            parts[j] = math.exp(sum((q[i, w] * d[j, w]).item() for w in range(4)) / tau)
         losses.append(-math.log(parts[right[i].item()] / sum(parts.values())))
         for j in among:  # the gradient at a score is its probability, less 1 for the right one
             at = (parts[j] / sum(parts.values()) - (j == right[i].item())) / tau
@@ -731,7 +726,8 @@ def test_marginal_losses_and_their_gradients_written_out():
         torch.ones(1, 2),
     )
     run = lambda loss: loss(torch.log_softmax(scores, 0)[None], logp[None], mask)
-    # RAG-sequence: 0.7 · 0.72 + 0.3 · 0.05 = 0.519; each token of a passage has that passage's share of it
+    # RAG-sequence: 0.7 · 0.72 + 0.3 · 0.05 = 0.519
+    # each token of a passage has that passage's share of it
     loss, share = (
         run(sequence_loss),
         torch.tensor([0.504 / 0.519, 0.015 / 0.519], dtype=torch.float64),
@@ -740,7 +736,8 @@ def test_marginal_losses_and_their_gradients_written_out():
     assert math.isclose(loss.item(), -math.log(0.519), rel_tol=1e-12) and torch.allclose(
         at_logp, -share[:, None].expand(2, 2), atol=1e-12
     )
-    # REALM, §3.3: the gradient of log p(y|x) at the score of a passage is (p(y|z,x) / p(y|x) - 1) p(z|x)
+    # REALM, §3.3: the gradient of log p(y|x) at the score of a passage
+    # is (p(y|z,x) / p(y|x) - 1) p(z|x)
     realm = torch.tensor([(0.72 / 0.519 - 1) * 0.7, (0.05 / 0.519 - 1) * 0.3], dtype=torch.float64)
     assert torch.allclose(-at_scores, realm, atol=1e-12) and realm[0] > 0 > realm[1]
     # RAG-token: (0.7 · 0.9 + 0.3 · 0.1) (0.7 · 0.8 + 0.3 · 0.5) = 0.66 · 0.71
@@ -864,10 +861,12 @@ def test_a_readers_verdict_is_its_likelihood_of_the_answer():
         before = tokenizer(
             f"Passage: {passages[n]['text']}\nQuestion: {row['question']}\nAnswer:"
         ).input_ids
-        said = tokenizer(f" {learned[0]['answer']}").input_ids + [tokenizer.eos_token_id]
-        logits = model(torch.tensor([before + said])).logits[0].log_softmax(-1)
+        answer_ids = tokenizer(f" {learned[0]['answer']}").input_ids + [tokenizer.eos_token_id]
+        logits = model(torch.tensor([before + answer_ids])).logits[0].log_softmax(-1)
         likely.append(
-            math.exp(sum(logits[len(before) + t - 1, token].item() for t, token in enumerate(said)))
+            math.exp(
+                sum(logits[len(before) + t - 1, token].item() for t, token in enumerate(answer_ids))
+            )
         )
     target = (torch.tensor(likely) / settings.reader_temperature).log_softmax(0)
     assert (

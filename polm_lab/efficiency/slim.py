@@ -50,7 +50,8 @@ class Slim(Calibrated):
 
     algorithm: str = knob(
         "flap",
-        "what is cut out and how it is chosen: heads and neurons by gradient (taylor) or by fluctuation (flap), dimensions (slicegpt), blocks (depth)",
+        "what is cut out and how it is chosen: heads and neurons by gradient (taylor) or by "
+        "fluctuation (flap), dimensions (slicegpt), blocks (depth)",
         choices=("taylor", "flap", "slicegpt", "depth"),
     )
     ratio: float = knob(
@@ -87,7 +88,10 @@ def slice_model(model, windows: Tensor, ratio: float, rows: int = 8):
 # %% ../../nbs/efficiency/slim.ipynb #06a7b063
 @torch.no_grad()
 def block_influence(model, windows: Tensor, rows: int) -> list[float]:
-    "1 − mean cosine between input and output of each block, over all tokens (Men et al. 2024, eq. 1)."
+    """Return 1 − mean cosine between input and output of each block, over all tokens.
+
+    Men et al. 2024, eq. 1.
+    """
     blocks = blocks_of(model, linear=False)
     found = [0.0] * len(blocks)
 
@@ -124,7 +128,10 @@ def blocks_gone(count: int, ratio: float) -> int:
 def importance_of(
     block: nn.Module, inputs: BlockInputs, algorithm: str, width: int
 ) -> tuple[dict[str, Tensor], dict[str, Inputs]]:
-    "Importance of the neurons (`down_proj`) and heads (`o_proj`) of a block, and for flap the inputs of these layers."
+    """Return the importance of a block's neurons (`down_proj`) and heads (`o_proj`).
+
+    With flap, the inputs of these layers are returned as well.
+    """
     if algorithm == "taylor":
         return dict(zip(("down_proj", "o_proj"), taylor(block, width))), {}
     layers, read = layers_of(block), {}
@@ -149,7 +156,10 @@ def cut_widths(
     compensate: bool = True,
     rows: int = 8,
 ):
-    "Cut neurons and heads of all blocks in place (`algorithm`: taylor or flap); yields each block's number and what the first batch's output lost, and last the configuration's new sizes."
+    """Cut neurons and heads of all blocks in place (`algorithm`: taylor or flap).
+
+    Yields each block's number and the loss of its first batch's output, and last the new sizes.
+    """
     neurons, heads, width = widths(model, ratio, target)
     biases = new_biases(model, algorithm, ratio, target, compensate)
     if algorithm == "taylor":
@@ -202,7 +212,8 @@ def check_cut(model, settings: Slim):
         # a family may differ in ways that nobody thought of
         found = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise WrongInput(
-            f"model: algorithm = {settings.algorithm} does not fit a {model.config.model_type} model ({found}); "
+            f"model: algorithm = {settings.algorithm} does not fit a {model.config.model_type} "
+            f"model ({found}); "
             f"expected one such as Llama, Mistral or Qwen; {OTHER}"
         ) from error
 

@@ -44,7 +44,8 @@ class Fuse(Experts):
     data: str = knob("", "data of each tune, in their order, separated by commas; empty: the tasks")
     calibration_samples: int = knob(
         48,
-        "rows of each tune's data that are looked at: training rows; greedy: held-out rows that the report leaves out; adamerging: their prompts alone",
+        "rows of each tune's data that are looked at: training rows; "
+        "greedy: held-out rows that the report leaves out; adamerging: their prompts alone",
         "rows",
         low=1,
     )
@@ -76,7 +77,10 @@ class Fuse(Experts):
 
 # %% ../../nbs/integration/fuse.ipynb #2c98f09f
 def fisher_mean(parts: list[Tensor], fishers: list[Tensor]) -> Tensor:
-    "Mean of tensors, entry by entry weighted by Fisher information; the plain mean where nobody has any."
+    """Return the mean of tensors, each entry weighted by its Fisher information.
+
+    Where no tensor has any, it is the plain mean.
+    """
     total = sum(fishers)
     weighted = sum(part * fisher for part, fisher in zip(parts, fishers))
     return torch.where(total > 0, weighted / total.clamp_min(1e-38), sum(parts) / len(parts))
@@ -102,7 +106,11 @@ def fisher_information(
 
 # %% ../../nbs/integration/fuse.ipynb #3c03afb5
 def regmean(weights: list[Tensor], grams: list[Tensor], shrink: float = 1.0) -> Tensor:
-    "Weights [outputs, inputs] of the linear layer that is nearest in outputs to all given ones, each on inputs with Gram matrix [inputs, inputs]."
+    """Return the weights of the linear layer whose outputs are nearest to all given ones.
+
+    Weights are [outputs, inputs].
+    Each given layer counts on its own inputs, by their Gram matrix [inputs, inputs].
+    """
     shrunk = [shrink * g.double() + (1 - shrink) * torch.diag(g.diagonal().double()) for g in grams]
     total = sum(shrunk)
     total += (
@@ -114,7 +122,10 @@ def regmean(weights: list[Tensor], grams: list[Tensor], shrink: float = 1.0) -> 
 
 
 def input_grams(policy: Policy, calibration_samples: list[dict], pad_id: int) -> dict[str, Tensor]:
-    "Gram matrix of the inputs of each linear layer over all real tokens of the rows, by the name of its weight."
+    """Return the Gram matrix of each linear layer's inputs, by the name of its weight.
+
+    It is a sum over all tokens of the rows that are no padding.
+    """
     found, hooks, real = {}, [], None
 
     def watch(name):
@@ -151,14 +162,18 @@ def merged_state(
     start: dict[str, Tensor], vectors: list[dict[str, Tensor]], coefficients: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     "Weights from coefficients {layer: [tunes]}, with gradients to them."
-    return {
-        name: value + sum(c * v[name] for c, v in zip(coefficients[layer_of(name)], vectors))
-        for name, value in start.items()
-    }
+    merged = {}
+    for name, value in start.items():
+        terms = zip(coefficients[layer_of(name)], vectors)
+        merged[name] = value + sum(c * vector[name] for c, vector in terms)
+    return merged
 
 
 def prediction_entropy(policy: Policy, state: dict[str, Tensor], prompt: list[int]) -> Tensor:
-    "Entropy in nats of the token that a model with the weights `state` expects after the token ids `prompt`."
+    """Return the entropy in nats of the next token after the token ids `prompt`.
+
+    The model has the weights `state`.
+    """
     ids = torch.tensor([prompt], device=next(policy.parameters()).device)
     logits = functional_call(policy.model, state, (ids,), dict(use_cache=False)).logits
     logp = torch.log_softmax(logits[0, -1].float(), -1)
@@ -166,14 +181,17 @@ def prediction_entropy(policy: Policy, state: dict[str, Tensor], prompt: list[in
 
 # %% ../../nbs/integration/fuse.ipynb #46036c83
 def greedy_soup(states: list[dict[str, Tensor]], loss) -> tuple[dict[str, Tensor], list[int]]:
-    "The uniform mean of the models that were let in, and their numbers; `loss(state)` is what must not rise."
+    """Return the uniform mean of the chosen models, and their numbers.
+
+    A model is added if `loss(state)` of the mean does not rise.
+    """
     alone = [loss(state) for state in states]
     order = sorted(range(len(states)), key=lambda i: alone[i])
     chosen, soup, best = order[:1], states[order[0]], alone[order[0]]
     for i in order[1:]:
-        tried = {
-            name: sum(states[j][name] for j in [*chosen, i]) / (len(chosen) + 1) for name in soup
-        }
+        tried, members = {}, [*chosen, i]
+        for name in soup:
+            tried[name] = sum(states[j][name] for j in members) / len(members)
         found = loss(tried)
         if found <= best:
             chosen, soup, best = [*chosen, i], tried, found
@@ -181,7 +199,10 @@ def greedy_soup(states: list[dict[str, Tensor]], loss) -> tuple[dict[str, Tensor
 
 # %% ../../nbs/integration/fuse.ipynb #e5eb5254
 def ensemble(logps: list[Tensor], weights: list[float]) -> Tensor:
-    "Log of the weighted mean of probabilities that are given as logs (survey eq. 36); weights are ≥ 0 and divided by their sum."
+    """Return the log of the weighted mean of probabilities that are given as logs.
+
+    Weights are ≥ 0 and divided by their sum. Survey eq. 36.
+    """
     if min(weights) < 0 or not sum(weights):
         raise WrongInput(
             f"weights of an ensemble: {weights}; expected numbers ≥ 0 that are not all 0"
@@ -202,7 +223,7 @@ class Fusing:
     pad: int  # id of the padding token
 
     def __post_init__(self):
-        self.initial_coefficient, *self.states = map(weights_of, (self.base, *self.tunes))
+        self.start, *self.states = map(weights_of, (self.base, *self.tunes))
 
 
 def weights_of(policy: Policy) -> dict[str, Tensor]:
@@ -253,8 +274,9 @@ def by_regression(at: Fusing) -> dict[str, Tensor]:
 def by_entropy(at: Fusing) -> dict[str, Tensor]:
     "AdaMerging; the record has the coefficients, and the entropy at each step."
     wanted, start = at.settings, at.start
-    vectors = [{name: state[name] - start[name] for name in start} for state in at.states]
-    coefficients = {}
+    vectors, coefficients = [], {}
+    for state in at.states:
+        vectors.append({name: state[name] - start[name] for name in start})
     for layer in dict.fromkeys(map(layer_of, start)):
         coefficients[layer] = torch.full(
             (len(vectors),), wanted.initial_coefficient, requires_grad=True

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['Reader', 'sequence_loss', 'token_loss', 'each_loss', 'responsibilities', 'Pair', 'reading_batch', 'candidates',
-           'best_passages', 'reader']
+           'best_passages', 'LearnedSearch', 'load_search', 'fixed_candidates', 'recall_of', 'rows_of_other_tasks',
+           'evaluate_reader', 'reader']
 
 # %% ../../nbs/integration/reader.ipynb #3e079e8d
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ..data.batches import Order, collate
 from ..data.encode import encode
@@ -28,7 +30,7 @@ from ..core.machine import my_share, process_rank_and_count
 from ..models.layers import switch_off_dropout
 from ..data.tasks import TASKS
 from .retrieval.library import Library, open_library
-from .retrieval.passages import HOWS, Encoder, Hit, Index
+from .retrieval.passages import HOWS, Encoder, Hit, Index, hits_of, numbers_of
 from .rag import LocalReader, Rag, measure_arm
 from polm_lab.integration.retriever import (
     DualEncoder,
@@ -46,7 +48,8 @@ class Reader(Library, Settings):
 
     loss: str = knob(
         "sequence",
-        "how the passages of a question enter its loss: all in one context, each alone, or summed out by sequence or token",
+        "how the passages of a question enter its loss: all in one context, each alone, "
+        "or summed out by sequence or token",
         choices=("context", "each", "sequence", "token"),
         source="Lewis et al. 2020, §2.1",
     )
@@ -60,17 +63,20 @@ class Reader(Library, Settings):
     )
     search: str = knob(
         "bm25",
-        "how passages are found; for sequence and token, dense is the encoder that learns, and the others give it candidates to weigh",
+        "how passages are found; for sequence and token, dense is the encoder that learns, "
+        "and the others give it candidates to weigh",
         choices=HOWS,
     )
     encoder: str = knob(
         "tiny",
-        "encoder: a run of `retriever`, or any causal LM; for dense and hybrid search, any of sentence-transformers",
+        "encoder: a run of `retriever`, or any causal LM; "
+        "for dense and hybrid search, any of sentence-transformers",
     )
     temperature: float = knob(0.05, "temperature τ of p(z|x)", low=0.001, high=10, log=True)
     refresh: int = knob(
         0,
-        "for sequence and token: 0 keeps the passages' vectors (RAG); n learns them too and encodes all again each n steps (REALM)",
+        "for sequence and token: 0 keeps the passages' vectors (RAG); "
+        "n learns them too and encodes all again each n steps (REALM)",
         "steps",
         low=0,
         source="Guu et al. 2020, §3.3: 500",
@@ -81,17 +87,27 @@ class Reader(Library, Settings):
 
 # %% ../../nbs/integration/reader.ipynb #4074786d
 def sequence_loss(log_weights: Tensor, logp: Tensor, mask: Tensor) -> Tensor:
-    "-log Σ_z p(z|x) Π_t π(y_t|x,z) [questions] from log p(z|x) [questions, k], log π(y_t|x,z) [questions, k, time], and mask [questions, time]. Lewis et al. 2020, §2.1."
+    """Return -log Σ_z p(z|x) Π_t π(y_t|x,z) [questions], in nats.
+
+    `log_weights` is log p(z|x) [questions, k], `logp` is log π(y_t|x,z) [questions, k, time].
+    `mask` is [questions, time]. Lewis et al. 2020, §2.1.
+    """
     return -torch.logsumexp(log_weights + (logp * mask[:, None]).sum(2), 1)
 
 
 def token_loss(log_weights: Tensor, logp: Tensor, mask: Tensor) -> Tensor:
-    "-Σ_t log Σ_z p(z|x) π(y_t|x,z) [questions], arguments as in `sequence_loss`. Lewis et al. 2020, §2.1."
+    """Return -Σ_t log Σ_z p(z|x) π(y_t|x,z) [questions], in nats; arguments as in `sequence_loss`.
+
+    Lewis et al. 2020, §2.1.
+    """
     return -(torch.logsumexp(log_weights[:, :, None] + logp, 1) * mask).sum(1)
 
 
 def each_loss(logp: Tensor, mask: Tensor) -> Tensor:
-    "-1/k Σ_z log π(y|x,z) [questions]; of one context with all passages, k is 1. Lin et al. 2023, eq. 3."
+    """Return -1/k Σ_z log π(y|x,z) [questions], in nats; with one context of all passages, k is 1.
+
+    Lin et al. 2023, eq. 3.
+    """
     return -(logp * mask[:, None]).sum(2).mean(1)
 
 
@@ -101,7 +117,7 @@ def responsibilities(log_weights: Tensor, logp: Tensor, mask: Tensor) -> Tensor:
 
 # %% ../../nbs/integration/reader.ipynb #4312c6e6
 class Pair(torch.nn.Module):
-    "A reader (`Policy`) and, where it learns, an encoder with the vectors of all passages [passages, width]."
+    "A reader and, where it learns, an encoder with all passages' vectors [passages, width]."
 
     def __init__(
         self, reader: Policy, encoder: DualEncoder | None = None, vectors: Tensor | None = None
@@ -112,7 +128,10 @@ class Pair(torch.nn.Module):
             self.register_buffer("vectors", vectors)
 
     def forward(self, batch: dict) -> tuple[Tensor, Tensor | None]:
-        "log π of the answers' tokens [questions, k, time], and the inner products of questions and passages [questions, k]."
+        """Return log π of the answers' tokens, and the inner products of questions and passages.
+
+        Shapes: [questions, k, time] and [questions, k].
+        """
         stats = self.reader(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
         questions, time = batch["answers"].shape
         logp = stats.logp.new_zeros(len(stats.logp), time).masked_scatter(
@@ -134,9 +153,10 @@ class Pair(torch.nn.Module):
 def reading_batch(
     tokenizer, questions: list[dict], passages: list[list[str]], together: bool, max_length: int
 ) -> dict:
-    """Encoded (question, passages) rows of a microbatch, and `answers` [questions, time], 1 where an answer has a token.
+    """Encode the (question, passages) rows of a microbatch.
 
-    Raises `WrongInput` where a prompt leaves too little room for its answer.
+    `answers` [questions, time] is 1 where an answer has a token.
+    Raises: `WrongInput` where a prompt leaves too little room for its answer.
     """
     rows = [
         reading_rows(q["question"], texts if together else [text], q["answer"])
@@ -149,7 +169,9 @@ def reading_batch(
     for n, q in enumerate(questions):
         if len(set(lengths[n * each : (n + 1) * each])) > 1 or not lengths[n * each]:
             raise WrongInput(
-                f"question {q['question'][:60]!r}: its answer is cut by a long passage; expected rows within max_length = {max_length}; raise it, or cut passages shorter with words"
+                f"question {q['question'][:60]!r}: its answer is cut by a long passage; "
+                f"expected rows within max_length = {max_length}; "
+                "raise it, or cut passages shorter with words"
             )
     lengths = lengths[::each]
     answers = torch.tensor([[1] * n + [0] * (max(lengths) - n) for n in lengths])
@@ -159,31 +181,139 @@ def reading_batch(
 
 
 def candidates(index: Index, questions: list[str], k: int, how: str) -> list[list[int]]:
-    "Numbers of `top_k_passages` passages of each question, best first; where BM25 finds fewer (it leaves out what shares no word), others fill up."
-    found = [[n for n, _ in ranked] for ranked in index.ranked(questions, k, how)]
-    return [
-        row + [n for n in range(len(index)) if n not in row][: k - len(row)]
-        if len(row) < k
-        else row
-        for row in found
-    ]
+    """Return the numbers of `k` passages for each question, best first.
+
+    BM25 leaves out passages that share no word with the question; others fill up its list.
+    """
+    found = [numbers_of(ranked) for ranked in index.ranked(questions, k, how)]
+    for row in found:
+        if len(row) < k:
+            row += [n for n in range(len(index)) if n not in row][: k - len(row)]
+    return found
 
 
 def best_passages(
     scores: Tensor, k: int, among: list[list[int]] | None = None
 ) -> list[list[tuple[int, float]]]:
-    "(number, cosine) of the `top_k_passages` best passages of each question by `scores` [questions, passages], of all or `among`."
+    "(number, cosine) of the `k` best passages by `scores` [questions, passages], or of `among`."
     if among is not None:
         some = torch.tensor(among, device=scores.device)
         scores = torch.full_like(scores, -2.0).scatter(1, some, scores.gather(1, some))
     best = scores.topk(k, dim=1)
     return [list(zip(*row)) for row in zip(best.indices.tolist(), best.values.tolist())]
 
+# %% ../../nbs/integration/reader.ipynb #94dc5e06
+@dataclass
+class LearnedSearch:
+    "The encoder that a joint loss trains, with the encoded passages and questions."
+
+    encoder: DualEncoder
+    tokenizer: PreTrainedTokenizerBase
+    documents: list[dict]
+    questions: list[dict]
+    held_out: list[dict]
+
+    def vectors(self, examples: list[dict], device: torch.device) -> Tensor:
+        "Vectors [n, width] of encoded rows under the encoder as it is now."
+        return vectors_of(self.encoder, examples, self.tokenizer.pad_token_id).to(device)
+
+    def nearest(
+        self, examples: list[dict], vectors: Tensor, k: int, among: list[list[int]] | None = None
+    ) -> list[list[tuple[int, float]]]:
+        "Numbers and cosines of the `k` passages nearest to each question, of all or `among`."
+        asked = self.vectors(examples, vectors.device)
+        return best_passages(asked @ vectors.T, k, among)
+
+    def inputs(self, questions: list[int], numbers: list[list[int]], renewed: bool) -> dict:
+        "What `Pair` needs of questions and their passages; if `renewed`, passages are encoded."
+        pad = self.tokenizer.pad_token_id
+        encoded = collate([self.questions[i] for i in questions], pad)
+        found = dict(
+            question_ids=encoded["input_ids"],
+            question_mask=encoded["attention_mask"],
+            numbers=torch.tensor(numbers),
+        )
+        if renewed:
+            encoded = collate([self.documents[n] for row in numbers for n in row], pad)
+            found["document_ids"] = encoded["input_ids"]
+            found["document_mask"] = encoded["attention_mask"]
+        return found
+
+
+def load_search(
+    settings: Reader, texts: list[str], learned: list[dict], held_out: list[dict]
+) -> LearnedSearch:
+    "Load the encoder and encode passages and questions, each up to 128 tokens."
+    tokenizer = load_tokenizer(settings.encoder)
+    encoder = DualEncoder(load_model(settings.encoder, settings.dtype, settings.device))
+    return LearnedSearch(
+        encoder,
+        tokenizer,
+        encode_texts(tokenizer, texts, "document", 128),
+        encode_texts(tokenizer, [q["question"] for q in learned], "query", 128),
+        encode_texts(tokenizer, [q["question"] for q in held_out], "query", 128),
+    )
+
+
+def fixed_candidates(
+    settings: Reader, passages: list[dict], *parts: list[dict]
+) -> list[list[list[int]]]:
+    "For each part: the numbers of each question's passages by a search that does not learn."
+    encoder = Encoder(settings.encoder, settings.device) if settings.search != "bm25" else None
+    index, found = Index(passages, encoder), []
+    for part in parts:
+        questions = [q["question"] for q in part]
+        found.append(candidates(index, questions, settings.top_k_passages, settings.search))
+    return found
+
+
+def recall_of(numbers: list[list[int]], passages: list[dict], questions: list[dict]) -> Tensor:
+    "1 for each question [questions] that has a right passage among its `numbers`."
+    found = []
+    for row, question in zip(numbers, questions):
+        found.append(float(any(passages[n]["id"] in question["positives"] for n in row)))
+    return torch.tensor(found)
+
+# %% ../../nbs/integration/reader.ipynb #607bcddc
+def rows_of_other_tasks(settings: Reader, tokenizer) -> dict[str, list[dict]]:
+    "Encoded test rows of the tasks that show what training on this one costs."
+    found = {}
+    for name in other_tasks(settings, tokenizer):
+        rows = TASKS[name].rows("text", 16, settings.seed, "test")
+        found[name] = [encode(tokenizer, row, "text", settings.max_length) for row in rows]
+    return found
+
+
+def evaluate_reader(
+    settings: Reader,
+    reader: LocalReader,
+    held_out: list[dict],
+    found: list[list[Hit]],
+    others: dict[str, list[dict]],
+) -> dict[str, float]:
+    "Accuracy, faithfulness and recall with the passages `found`, and perplexity of `others`."
+    pipeline = Rag(
+        None,
+        reader,
+        "dense" if settings.loss in ("sequence", "token") else "bm25",
+        settings.top_k_passages,
+        reading="together" if settings.loss == "context" else "apart",
+    )
+    metrics, _ = measure_arm(pipeline, held_out, found)
+    pad = reader.tokenizer.pad_token_id
+    costs = {
+        f"perplexity/{name}": perplexity(reader.policy, rows, pad) for name, rows in others.items()
+    }
+    counts = {f"perplexity/{name}": len(rows) for name, rows in others.items()}
+    metrics |= costs
+    return with_rows(metrics, len(held_out), ranked_rows(metrics, held_out) | counts)
+
 # %% ../../nbs/integration/reader.ipynb #81f7571a
 @method(
     family="integration",
     title="Reader",
-    paper="Lewis et al. 2020; Guu et al. 2020; Lin et al. 2023; Borgeaud et al. 2022; survey §7.2.2",
+    paper="Lewis et al. 2020; Guu et al. 2020; Lin et al. 2023; Borgeaud et al. 2022; "
+    "survey §7.2.2",
     data="prompt",
     needs=("questions with answers and passages",),
     small=dict(data="facts", top_k_passages=2, refresh=2, temperature=0.2),
@@ -197,138 +327,70 @@ def reader(settings: Reader, run: Run) -> None:
         settings.eval_rows,
         settings.eval_data,
     )
-    joint, together = settings.loss in ("sequence", "token"), settings.loss == "context"
-    if len(passages) < settings.top_k_passages:
+    joint, k = settings.loss in ("sequence", "token"), settings.top_k_passages
+    if len(passages) < k:
         raise WrongInput(
-            f"top_k_passages = {settings.top_k_passages}: the library has {len(passages)} passages; expected at least k; lower k, or give more documents"
+            f"top_k_passages = {k}: the library has {len(passages)} passages; "
+            "expected at least k; lower k, or give more documents"
         )
     policy, tokenizer = load_policy(settings)
-    texts, pad, size = (
-        [p["text"] for p in passages],
-        tokenizer.pad_token_id,
-        max(1, settings.batch_size // process_rank_and_count()[1]),
-    )
-    encoder, frozen = None, not joint or settings.search != "dense"
+    reading = LocalReader(policy, tokenizer)
+    texts = [p["text"] for p in passages]
+    size = max(1, settings.batch_size // process_rank_and_count()[1])
+    pair, search = Pair(policy), None
     if joint:
-        words, encoder = (
-            load_tokenizer(settings.encoder),
-            DualEncoder(load_model(settings.encoder, settings.dtype, settings.device)),
-        )
-        documents, questions, asked = (
-            encode_texts(words, found, side, 128)
-            for found, side in (
-                (texts, "document"),
-                ([q["question"] for q in learned], "query"),
-                ([q["question"] for q in held_out], "query"),
-            )
-        )
-    pair = Pair(
-        policy,
-        encoder,
-        vectors_of(encoder, documents, words.pad_token_id).to(next(policy.parameters()).device)
-        if joint
-        else None,
-    )
-    if frozen:
-        index = Index(
-            passages,
-            Encoder(settings.encoder, settings.device) if settings.search != "bm25" else None,
-        )
-        hits, held_hits = (
-            candidates(
-                index, [q["question"] for q in part], settings.top_k_passages, settings.search
-            )
-            for part in (learned, held_out)
-        )
+        search = load_search(settings, texts, learned, held_out)
+        device = next(policy.parameters()).device
+        pair = Pair(policy, search.encoder, search.vectors(search.documents, device))
+    hits = held_hits = None
+    if not joint or settings.search != "dense":
+        hits, held_hits = fixed_candidates(settings, passages, learned, held_out)
     switch_off_dropout(pair)
     order = Order(len(learned), settings.batch_size * settings.accumulate, settings.seed)
-    others = {
-        name: [
-            encode(tokenizer, row, "text", settings.max_length)
-            for row in TASKS[name].rows("text", 16, settings.seed, "test")
-        ]
-        for name in other_tasks(settings, tokenizer)
-    }
-
-    def find(
-        examples: list[dict], vectors: Tensor, among: list[list[int]] | None
-    ) -> list[list[tuple[int, float]]]:
-        "Numbers and cosines of the `top_k_passages` passages that are nearest now, of all or `among` candidates."
-        asked = vectors_of(encoder, examples, words.pad_token_id).to(vectors.device)
-        return best_passages(asked @ vectors.T, settings.top_k_passages, among)
+    others = rows_of_other_tasks(settings, tokenizer)
 
     def passage_vectors() -> Tensor:
-        return vectors_of(encoder, documents, words.pad_token_id).to(pair.vectors.device)
+        return search.vectors(search.documents, pair.vectors.device)
 
     def evaluate():
         if joint:
-            best = find(
-                asked,
-                passage_vectors() if settings.refresh else pair.vectors,
-                held_hits if frozen else None,
-            )
+            vectors = passage_vectors() if settings.refresh else pair.vectors
+            best = search.nearest(search.held_out, vectors, k, held_hits)
         else:
-            best = [[(n, 1.0) for n in row] for row in held_hits]
-        found = [[Hit(passages[n]["id"], texts[n], score) for n, score in row] for row in best]
-        metrics, _ = measure_arm(
-            Rag(
-                None,
-                LocalReader(policy, tokenizer),
-                "dense" if joint else "bm25",
-                settings.top_k_passages,
-                reading="together" if together else "apart",
-            ),
-            held_out,
-            found,
+            best = [zip(row, [1.0] * len(row)) for row in held_hits]
+        found = [hits_of(passages, row) for row in best]
+        return evaluate_reader(settings, reading, held_out, found, others)
+
+    def passages_of(own: list[int]) -> list[list[int]]:
+        if hits is not None:
+            return [hits[i] for i in own]
+        best = search.nearest([search.questions[i] for i in own], pair.vectors, k)
+        return [numbers_of(row) for row in best]
+
+    def microbatch(asked: list[int], numbers: list[list[int]]) -> dict:
+        chosen = []
+        for row in numbers:
+            chosen.append([texts[n] for n in row])
+        batch = reading_batch(
+            tokenizer,
+            [learned[i] for i in asked],
+            chosen,
+            settings.loss == "context",
+            settings.max_length,
         )
-        metrics |= {
-            f"perplexity/{name}": perplexity(policy, rows, pad) for name, rows in others.items()
-        }
-        seen = ranked_rows(metrics, held_out) | {
-            f"perplexity/{name}": len(rows) for name, rows in others.items()
-        }
-        return with_rows(metrics, len(held_out), seen)
+        if joint:
+            batch |= search.inputs(asked, numbers, bool(settings.refresh))
+        return batch
 
     def updates(step: int, meter: Meter):
         if joint and settings.refresh and step % settings.refresh == 0:
             pair.vectors.copy_(passage_vectors())
         own, batches = my_share(order.rows(step)), []
-        numbers = (
-            [hits[i] for i in own]
-            if frozen
-            else [
-                [n for n, _ in row] for row in find([questions[i] for i in own], pair.vectors, None)
-            ]
-        )
-        good = [{p for p in learned[i]["positives"]} for i in own]
-        meter.add(
-            f"recall/{settings.top_k_passages}",
-            torch.tensor(
-                [float(any(passages[n]["id"] in g for n in row)) for row, g in zip(numbers, good)]
-            ),
-        )
+        numbers = passages_of(own)
+        meter.add(f"recall/{k}", recall_of(numbers, passages, [learned[i] for i in own]))
         for start in range(0, len(own), size):
-            part = range(start, min(start + size, len(own)))
-            batch = reading_batch(
-                tokenizer,
-                [learned[own[i]] for i in part],
-                [[texts[n] for n in numbers[i]] for i in part],
-                together,
-                settings.max_length,
-            )
-            if joint:
-                q = collate([questions[own[i]] for i in part], words.pad_token_id)
-                batch |= dict(
-                    question_ids=q["input_ids"],
-                    question_mask=q["attention_mask"],
-                    numbers=torch.tensor([numbers[i] for i in part]),
-                )
-                if settings.refresh:
-                    d = collate(
-                        [documents[n] for i in part for n in numbers[i]], words.pad_token_id
-                    )
-                    batch |= dict(document_ids=d["input_ids"], document_mask=d["attention_mask"])
-            batches.append(batch)
+            part = slice(start, start + size)
+            batches.append(microbatch(own[part], numbers[part]))
         yield batches
 
     def loss(pair, batch, meter):
@@ -337,12 +399,11 @@ def reader(settings: Reader, run: Run) -> None:
         if not joint:
             return each_loss(logp, mask).sum()
         weights = torch.log_softmax(scores / settings.temperature, 1)
-        return (sequence_loss if settings.loss == "sequence" else token_loss)(
-            weights, logp, mask
-        ).sum()
+        marginal = sequence_loss if settings.loss == "sequence" else token_loss
+        return marginal(weights, logp, mask).sum()
 
     fit(run, settings, pair, updates, loss, evaluate)
     if run.writes:
         save_model(policy.model, tokenizer, run.path / "model")
         if joint:
-            save_encoder(encoder.model, words, run.path / "encoder")
+            save_encoder(search.encoder.model, search.tokenizer, run.path / "encoder")

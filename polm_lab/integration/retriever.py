@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['REWARD', 'Retriever', 'contrastive_loss', 'in_batch', 'distillation_loss', 'DualEncoder', 'encode_texts',
-           'vectors_of', 'from_all', 'with_gradient', 'states_answer', 'reading_rows', 'likelihoods', 'teach',
-           'retrieval_metrics', 'ranked_rows', 'save_encoder', 'retriever']
+           'vectors_of', 'from_all', 'with_gradient', 'states_answer', 'reading_rows', 'likelihoods', 'judged',
+           'labelled_rows', 'scored_rows', 'teach', 'retrieval_metrics', 'ranked_rows', 'save_encoder',
+           'loss_and_pulls', 'chose_right', 'encoder_batches', 'metrics_of_numbers', 'retriever']
 
 # %% ../../nbs/integration/retriever.ipynb #022e2fcb
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +34,7 @@ from ..training.loop import Meter, fit
 from ..core.machine import my_share, process_rank_and_count
 from .retrieval.text import UNSPACED, holds, words_of
 from .retrieval.library import Library, answers_of, open_library
-from .retrieval.passages import HOWS, Encoder, Index, pool
+from .retrieval.passages import HOWS, Encoder, Index, numbers_of, pool
 
 # %% ../../nbs/integration/retriever.ipynb #f2ab48b8
 REWARD = Kinds(
@@ -50,12 +52,15 @@ class Retriever(Library, Settings):
 
     algorithm: str = knob(
         "labels",
-        "what says which passage is good: the labelled one (DPR), a reward (Reward-RAG), or the likelihood of the answer under a reader (RA-DIT, REPLUG)",
+        "which passage is good: the labelled one (DPR), the one with the highest reward "
+        "(Reward-RAG), "
+        "or the one that makes the answer most probable under a reader (RA-DIT, REPLUG)",
         choices=("labels", "reward", "reader"),
     )
     search: str = knob(
         "bm25",
-        "how hard negatives and candidates are found: by words, by the encoder as it is before training, or by both",
+        "how hard negatives and candidates are found: by words, "
+        "by the encoder as it is before training, or by both",
         choices=HOWS,
     )
     negatives: int = knob(
@@ -111,7 +116,8 @@ def contrastive_loss(
 ) -> Tensor:
     """Loss [questions] of questions q [questions, width] among passages d [passages, width].
 
-    `right` [questions] is the number of each question's passage, `allowed` [questions, passages] says which passages it is compared with (the right one always is).
+    `right` [questions] is the number of each question's passage.
+    `allowed` [questions, passages] marks the passages it is compared with, the right one included.
     Karpukhin et al. 2020, eq. 2.
     """
     scores = (q @ d.T / temperature).masked_fill(~allowed, float("-inf"))
@@ -119,23 +125,25 @@ def contrastive_loss(
 
 
 def in_batch(rows: list[dict]) -> tuple[Tensor, Tensor]:
-    """For rows `{passages, right, good}` of a step: the place of each row's right passage [questions] among all passages of the step, and which of these it is compared with [questions, passages].
+    """Return `right` and `allowed` of `contrastive_loss` for the rows of a step.
 
-    A passage that is good for a question, wherever in the step it comes from, is never its negative.
+    Rows are `{passages, right, good}`.
+    `right` [questions] is the place of each row's right passage among all passages of the step.
+    `allowed` [questions, passages] marks the passages that the row is compared with.
+    A passage that is good for a question is never its negative, whichever row it comes from.
     """
     numbers, width = [n for row in rows for n in row["passages"]], len(rows[0]["passages"])
     right = [i * width + row["right"] for i, row in enumerate(rows)]
-    return torch.tensor(right), torch.tensor(
-        [
-            [m == r or n not in row["good"] for m, n in enumerate(numbers)]
-            for row, r in zip(rows, right)
-        ]
-    )
+    allowed = []
+    for row, r in zip(rows, right):
+        allowed.append([m == r or n not in row["good"] for m, n in enumerate(numbers)])
+    return torch.tensor(right), torch.tensor(allowed)
 
 
 def distillation_loss(q: Tensor, d: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """KL(p_R || p_LM) [questions] over the candidates d [questions, candidates, width] of each question, in nats; `target` [questions, candidates] is log p_LM.
+    """KL(p_R || p_LM) [questions] over each question's candidates, in nats.
 
+    `d` is [questions, candidates, width]; `target` [questions, candidates] is log p_LM.
     Lin et al. 2023, eq. 5.
     """
     logp = torch.log_softmax((d @ q[:, :, None])[:, :, 0] / temperature, 1)
@@ -143,7 +151,7 @@ def distillation_loss(q: Tensor, d: Tensor, target: Tensor, temperature: float) 
 
 # %% ../../nbs/integration/retriever.ipynb #b9d8db6d
 class DualEncoder(torch.nn.Module):
-    "Wraps a causal LM; calling it with token ids and mask [rows, time] gives vectors [rows, width] of length 1."
+    "A causal LM that maps token ids and mask [rows, time] to vectors [rows, width] of length 1."
 
     prompts = {"query": "Question: ", "document": "Passage: "}
 
@@ -165,29 +173,22 @@ class DualEncoder(torch.nn.Module):
 
 def encode_texts(tokenizer, texts: list[str], side: str, max_length: int) -> list[dict]:
     "Texts of one side, query or document, as encoded rows with the prompt of that side."
-    return [
-        {"input_ids": ids}
-        for ids in tokenizer(
-            [DualEncoder.prompts[side] + t for t in texts], truncation=True, max_length=max_length
-        ).input_ids
-    ]
+    prompted = [DualEncoder.prompts[side] + t for t in texts]
+    encoded = tokenizer(prompted, truncation=True, max_length=max_length).input_ids
+    return [{"input_ids": ids} for ids in encoded]
 
 
 def vectors_of(encoder: DualEncoder, examples: list[dict], pad_id: int, rows: int = 64) -> Tensor:
     "Vectors [n, width] of encoded rows, without gradients; rows of like length go together."
-    device, order, found = (
-        next(encoder.parameters()).device,
-        sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"])),
-        [None] * len(examples),
-    )
+    device = next(encoder.parameters()).device
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
+    found = [None] * len(examples)
     with eval_no_grad(encoder):
         for start in range(0, len(order), rows):
             part = order[start : start + rows]
             batch = collate([examples[i] for i in part], pad_id)
-            for i, vector in zip(
-                part,
-                encoder(batch["input_ids"].to(device), batch["attention_mask"].to(device)).cpu(),
-            ):
+            ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+            for i, vector in zip(part, encoder(ids, mask).cpu()):
                 found[i] = vector
     return torch.stack(found)
 
@@ -202,13 +203,19 @@ def from_all(vectors: Tensor) -> Tensor:
 
 
 def with_gradient(vectors: Tensor, pull: Tensor, losses: Tensor) -> Tensor:
-    "A scalar whose value is the sum of `losses` and whose gradient at `vectors` [rows, width] is `pull`."
+    """Return a scalar: its value is the sum of `losses`, its gradient at `vectors` is `pull`.
+
+    `vectors` and `pull` are [rows, width].
+    """
     inner = (vectors * pull).sum()
     return inner - inner.detach() + losses.sum()
 
 # %% ../../nbs/integration/retriever.ipynb #24ff426b
 def states_answer(question: str, passage: str, answer: str) -> float:
-    "1 for a passage that holds the answer, plus the share of the question's words that it holds, capital ones only if there are any."
+    """Return 1 if a passage holds the answer, plus the share of the question's words in it.
+
+    Where the question has words with a capital, only these count.
+    """
     words = [w.strip("?.,!'\"") for w in question.split()[1:]]
     names = [w for w in words if w[:1].isupper()] or words
     if UNSPACED.search(question):  # such a script has neither spaces nor capitals
@@ -219,7 +226,7 @@ def states_answer(question: str, passage: str, answer: str) -> float:
 
 
 def reading_rows(question: str, passages: list[str], answer: str) -> dict:
-    "A row (prompt, completion) in which a plain model reads passages and answers; this is how `tiny` was pretrained to read."
+    "A row (prompt, completion) with passages, question and answer, as `tiny` was pretrained on."
     before = f"Passage: {' '.join(passages)}\n" if passages else ""
     return {"prompt": f"{before}Question: {question}\nAnswer:", "completion": f" {answer}"}
 
@@ -236,84 +243,92 @@ def likelihoods(policy: Policy, tokenizer, rows: list[dict], max_length: int) ->
     )
 
 # %% ../../nbs/integration/retriever.ipynb #d24a523d
+def judged(settings: Retriever, asked: list[tuple[dict, list[int]]], texts: list[str]) -> Tensor:
+    """Score each question's candidates [questions, candidates] by the reader or the reward.
+
+    `asked` has (question, numbers of candidates), `texts` is that of all passages by number.
+    With a reader, scores are the likelihoods of the answers, divided by `reader_temperature`.
+    """
+    pairs = [(q, texts[n]) for q, hits in asked for n in hits]
+    if settings.algorithm == "reader":
+        reader = load_model(settings.reader, settings.dtype, settings.device).requires_grad_(False)
+        rows = [reading_rows(q["question"], [text], q["answer"]) for q, text in pairs]
+        logps = likelihoods(Policy(reader), load_tokenizer(settings.reader), rows, 512)
+        scores = logps.exp() / settings.reader_temperature
+    elif settings.reward == "states":
+        scores = []
+        for q, text in pairs:
+            scores.append(max(states_answer(q["question"], text, a) for a in answers_of(q)))
+        scores = torch.tensor(scores)
+    else:
+        spec = settings.reward.removeprefix("model:")
+        judge = load_reward(spec, settings.device, settings.dtype)
+        prompts, completions = [q["question"] for q, _ in pairs], [text for _, text in pairs]
+        scores = torch.tensor(judge(prompts=prompts, completions=completions))
+    return scores.view(-1, settings.candidates)
+
+
+def labelled_rows(
+    settings: Retriever, passages: list[dict], questions: list[dict], found: list[list[int]]
+) -> list[dict]:
+    "Rows of a labelled passage and the hard negatives among those `found`."
+    number, rows = {p["id"]: n for n, p in enumerate(passages)}, []
+    for q, hits in zip(questions, found):
+        good = [number[i] for i in q["positives"]]
+        hard = [n for n in hits if n not in good][: settings.negatives]
+        if good and len(hard) == settings.negatives:
+            chosen = [good[0], *hard]
+            rows.append(dict(question=q["question"], passages=chosen, right=0, good=set(good)))
+    return rows
+
+
+def scored_rows(
+    settings: Retriever, passages: list[dict], questions: list[dict], found: list[list[int]]
+) -> list[dict]:
+    "Rows of the candidates `found`, with the scores of a reader or of a reward."
+    asked = [
+        (q, hits[: settings.candidates])
+        for q, hits in zip(questions, found)
+        if len(hits) >= settings.candidates
+    ]
+    most = settings.steps * settings.batch_size * settings.accumulate
+    slow = settings.algorithm == "reader" or settings.reward != "states"
+    if len(asked) > most and slow:  # a slow model scores only what some step learns from
+        asked = [asked[i] for i in Order(len(asked), most, settings.seed).rows(0)]
+    scores = judged(settings, asked, [p["text"] for p in passages])
+    rows = []
+    for (q, hits), values in zip(asked, scores):
+        best = int(values.argmax())
+        if settings.algorithm == "reader" or values.max() > values.min():
+            good = {hit for hit, value in zip(hits, values) if value == values[best]}
+            target = torch.log_softmax(values, 0)
+            rows.append(
+                dict(question=q["question"], passages=hits, right=best, good=good, target=target)
+            )
+    return rows
+
+
 def teach(
     settings: Retriever, passages: list[dict], questions: list[dict], index: Index
 ) -> list[dict]:
-    """Rows `{question, passages, right, target}`: numbers of a question's passages, the place of the good one among them, or log p_LM over them. Raises `WrongInput`.
+    """Return rows `{question, passages, right, good, target}`.
 
-    Questions from which nothing can be learned (no right passage is known, or all candidates are equally good) are left out.
+    `passages` are the numbers of a question's passages, `right` is the good one's place among them.
+    `good` has the numbers of all that are as good; `target` is log p_LM, with a reader or a reward.
+    Left out: questions without a known right passage, or whose candidates are equally good.
+    Raises: `WrongInput` if no question is left.
     """
-    number, rows = {p["id"]: n for n, p in enumerate(passages)}, []
-    found = [
-        [n for n, _ in hits]
-        for hits in index.ranked(
-            [q["question"] for q in questions],
-            max(settings.candidates, settings.negatives + 8),
-            settings.search,
-        )
-    ]
-    if settings.algorithm == "labels":
-        for q, hits in zip(questions, found):
-            good = [number[i] for i in q["positives"]]
-            hard = [n for n in hits if n not in good][: settings.negatives]
-            if good and len(hard) == settings.negatives:
-                rows.append(
-                    dict(question=q["question"], passages=[good[0], *hard], right=0, good=set(good))
-                )
-    else:
-        asked = [
-            (q, hits[: settings.candidates])
-            for q, hits in zip(questions, found)
-            if len(hits) >= settings.candidates
-        ]
-        most = settings.steps * settings.batch_size * settings.accumulate
-        if len(asked) > most and (
-            settings.algorithm == "reader" or settings.reward != "states"
-        ):  # a model is slow: it judges nothing that no step would ask about
-            asked = [asked[i] for i in Order(len(asked), most, settings.seed).rows(0)]
-        pairs = [(q, n) for q, hits in asked for n in hits]
-        texts = [passages[n]["text"] for _, n in pairs]
-        if settings.algorithm == "reader":
-            reader = Policy(
-                load_model(settings.reader, settings.dtype, settings.device).requires_grad_(False)
-            )
-            read = [
-                reading_rows(q["question"], [text], q["answer"])
-                for (q, _), text in zip(pairs, texts)
-            ]
-            scores = (
-                likelihoods(reader, load_tokenizer(settings.reader), read, 512).exp()
-                / settings.reader_temperature
-            )
-        elif settings.reward == "states":
-            scores = torch.tensor(
-                [
-                    max(states_answer(q["question"], text, a) for a in answers_of(q))
-                    for (q, _), text in zip(pairs, texts)
-                ]
-            )
-        else:
-            judge = load_reward(
-                settings.reward.removeprefix("model:"), settings.device, settings.dtype
-            )
-            scores = torch.tensor(
-                judge(prompts=[q["question"] for q, _ in pairs], completions=texts)
-            )
-        for (q, hits), values in zip(asked, scores.view(-1, settings.candidates)):
-            best = int(values.argmax())
-            if settings.algorithm == "reader" or values.max() > values.min():
-                rows.append(
-                    dict(
-                        question=q["question"],
-                        passages=hits,
-                        right=best,
-                        good={hits[i] for i in range(len(hits)) if values[i] == values[best]},
-                        target=torch.log_softmax(values, 0),
-                    )
-                )
+    asked = [q["question"] for q in questions]
+    count = max(settings.candidates, settings.negatives + 8)
+    found = [numbers_of(hits) for hits in index.ranked(asked, count, settings.search)]
+    collect = labelled_rows if settings.algorithm == "labels" else scored_rows
+    rows = collect(settings, passages, questions, found)
     if not rows:
         raise WrongInput(
-            f"data {settings.data!r}: nothing to learn from {len(questions)} questions with signal {settings.algorithm}; expected questions with right passages and others beside them; give more passages, or fewer negatives or candidates"
+            f"data {settings.data!r}: nothing to learn from {len(questions)} questions "
+            f"with algorithm {settings.algorithm}; "
+            "expected questions with right passages and others next to them; "
+            "give more passages, or fewer negatives or candidates"
         )
     return rows
 
@@ -321,28 +336,33 @@ def teach(
 def retrieval_metrics(
     rankings: list[list[str]], positives: list[list[str]], at: tuple[int, ...] = (1, 5)
 ) -> dict[str, float]:
-    "recall/k and mrr of rankings of passage ids; questions without a right passage do not count, and without any there is nothing."
-    ranks = [
-        next((r for r, i in enumerate(ranking, 1) if i in good), None)
-        for ranking, good in zip(rankings, map(set, positives))
-        if good
-    ]
+    """Return recall/k and mrr of rankings of passage ids.
+
+    Questions without a right passage do not count; if no question has one, the result is empty.
+    """
+    ranks = []
+    for ranking, good in zip(rankings, positives):
+        if good:
+            ranks.append(next((r for r, i in enumerate(ranking, 1) if i in good), math.inf))
     if not ranks:
         return {}
-    n = len(ranks)
-    return {f"recall/{k}": sum(r is not None and r <= k for r in ranks) / n for k in at} | {
-        "mrr": sum(1 / r for r in ranks if r) / n
-    }
+    metrics = {}
+    for k in at:
+        metrics[f"recall/{k}"] = sum(rank <= k for rank in ranks) / len(ranks)
+    return metrics | {"mrr": sum(1 / rank for rank in ranks) / len(ranks)}
 
 
 def ranked_rows(found: dict[str, float], questions: list[dict]) -> dict[str, int]:
-    "How many questions `retrieval_metrics` counted, for each of its metrics in `found`: those with a right passage."
+    "For each retrieval metric in `found`: the number of questions with a right passage."
     count = sum(bool(q["positives"]) for q in questions)
     return {name: count for name in found if name.partition("/")[0] in ("recall", "mrr")}
 
 
 def save_encoder(model, tokenizer, folder) -> Path:
-    "Save a causal LM so that sentence-transformers, transformers and `Encoder` all read it as an encoder: mean of its states, length 1, prompts for both sides."
+    """Save a causal LM as an encoder that sentence-transformers and `Encoder` can load.
+
+    Its vectors are the mean of the states, of length 1; both sides have their prompts.
+    """
     folder = save_model(model, tokenizer, folder)
     kind = "sentence_transformers.models"
     (folder / "1_Pooling").mkdir(exist_ok=True)
@@ -368,6 +388,65 @@ def save_encoder(model, tokenizer, folder) -> Path:
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     return folder
 
+# %% ../../nbs/integration/retriever.ipynb #086b888c
+def loss_and_pulls(
+    settings: Retriever, q: Tensor, d: Tensor, rows: list[dict]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the losses [questions] of a step, and the gradients of their sum at `q` and at `d`.
+
+    `q` is [questions, width]; `d` [questions * passages, width] has each row's passages in turn.
+    """
+    with torch.enable_grad():
+        q, d = q.detach().requires_grad_(), d.detach().requires_grad_()
+        if settings.algorithm == "reader":
+            target = torch.stack([row["target"] for row in rows]).to(q.device)
+            candidates = d.view(len(rows), len(rows[0]["passages"]), -1)
+            losses = distillation_loss(q, candidates, target, settings.temperature)
+        else:
+            right, allowed = (t.to(q.device) for t in in_batch(rows))
+            losses = contrastive_loss(q, d, right, allowed, settings.temperature)
+        pull_q, pull_d = torch.autograd.grad(losses.sum(), (q, d))
+    return losses.detach(), pull_q, pull_d
+
+
+def chose_right(q: Tensor, d: Tensor, rows: list[dict]) -> Tensor:
+    "1 for each question [questions] whose nearest of its own passages is the right one."
+    count = len(rows)
+    scores = (q @ d.T).view(count, count, len(rows[0]["passages"]))
+    own = scores[range(count), range(count)]
+    right = torch.tensor([row["right"] for row in rows])
+    return (own.argmax(1).cpu() == right).float()
+
+
+def encoder_batches(
+    examples: list[dict], losses: Tensor, pull_q: Tensor, pull_d: Tensor, size: int, pad_id: int
+) -> list[dict]:
+    """Return microbatches of `size` questions with their passages, losses and gradients.
+
+    `examples` has all questions, then all passages; `pull_q` and `pull_d` have one row for each.
+    """
+    count = len(losses)
+    width, batches = len(pull_d) // max(1, count), []
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        inside = examples[start:stop]
+        inside += examples[count + start * width : count + stop * width]
+        pull = torch.cat([pull_q[start:stop], pull_d[start * width : stop * width]])
+        batch = collate(inside, pad_id)
+        weight = float(stop - start)
+        batches.append(dict(batch, pull=pull, losses=losses[start:stop], weight=weight))
+    return batches
+
+
+def metrics_of_numbers(
+    rankings: list[list[int]], passages: list[dict], questions: list[dict]
+) -> dict[str, float]:
+    "`retrieval_metrics` of rankings of passage numbers."
+    ids = []
+    for row in rankings:
+        ids.append([passages[n]["id"] for n in row])
+    return retrieval_metrics(ids, [q["positives"] for q in questions])
+
 # %% ../../nbs/integration/retriever.ipynb #d92da640
 @method(
     family="integration",
@@ -386,121 +465,64 @@ def retriever(settings: Retriever, run: Run) -> None:
         settings.eval_rows,
         settings.eval_data,
     )
-    model, tokenizer = (
-        load_model(
-            settings.model,
-            dtype=settings.dtype,
-            device=settings.device,
-            adapter=settings.adapter,
-            seed=settings.seed,
-            gradient_checkpointing=settings.gradient_checkpointing,
-        ),
-        load_tokenizer(settings.model, settings.chat_template),
+    model = load_model(
+        settings.model,
+        dtype=settings.dtype,
+        device=settings.device,
+        adapter=settings.adapter,
+        seed=settings.seed,
+        gradient_checkpointing=settings.gradient_checkpointing,
     )
+    tokenizer = load_tokenizer(settings.model, settings.chat_template)
     if settings.adapter != "none" and not can_merge(model):
         raise WrongInput(
-            f"adapter {settings.adapter!r}: cannot be merged into the model; expected one that can, such as lora: an encoder is saved whole"
+            f"adapter {settings.adapter!r}: cannot be merged into the model; "
+            "expected one that can, such as lora: an encoder is saved whole"
         )
     encoder, pad = DualEncoder(model), tokenizer.pad_token_id
-    index = Index(
-        passages, Encoder(settings.model, settings.device) if settings.search != "bm25" else None
-    )
-    for (
-        module
-    ) in encoder.modules():  # each text is encoded twice in a step, and must come out the same
+    searcher = Encoder(settings.model, settings.device) if settings.search != "bm25" else None
+    index = Index(passages, searcher)
+    # each text is encoded twice in a step, and must come out the same
+    for module in encoder.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     rows = teach(settings, passages, learned, index)
-    documents = encode_texts(
-        tokenizer, [p["text"] for p in passages], "document", settings.max_length
-    )
-    questions = encode_texts(
-        tokenizer, [row["question"] for row in rows], "query", settings.max_length
-    )
-    asked = encode_texts(tokenizer, [q["question"] for q in held_out], "query", settings.max_length)
-    order, size = (
-        Order(len(rows), settings.batch_size * settings.accumulate, settings.seed),
-        max(1, settings.batch_size // process_rank_and_count()[1]),
-    )
-    words = [
-        [passages[n]["id"] for n, _ in hits]
-        for hits in index.ranked([q["question"] for q in held_out], 20, "bm25")
-    ]
-    run.update(rows=len(rows), bm25=retrieval_metrics(words, [q["positives"] for q in held_out]))
+    length, texts = settings.max_length, [p["text"] for p in passages]
+    asked = [q["question"] for q in held_out]
+    documents = encode_texts(tokenizer, texts, "document", length)
+    questions = encode_texts(tokenizer, [row["question"] for row in rows], "query", length)
+    held_out_questions = encode_texts(tokenizer, asked, "query", length)
+    order = Order(len(rows), settings.batch_size * settings.accumulate, settings.seed)
+    size = max(1, settings.batch_size // process_rank_and_count()[1])
+    words = [numbers_of(hits) for hits in index.ranked(asked, 20, "bm25")]
+    run.update(rows=len(rows), bm25=metrics_of_numbers(words, passages, held_out))
 
     def evaluate():
-        scores = vectors_of(encoder, asked, pad) @ vectors_of(encoder, documents, pad).T
+        queries = vectors_of(encoder, held_out_questions, pad)
+        scores = queries @ vectors_of(encoder, documents, pad).T
         best = scores.topk(min(20, len(passages)), dim=1).indices.tolist()
-        found = retrieval_metrics(
-            [[passages[n]["id"] for n in row] for row in best], [q["positives"] for q in held_out]
-        )
+        found = metrics_of_numbers(best, passages, held_out)
         return with_rows(found, len(held_out), ranked_rows(found, held_out))
 
     def updates(step: int, meter: Meter):
+        every = [rows[i] for i in order.rows(step)]
         own = my_share(order.rows(step))
-        width = len(rows[0]["passages"])
-        examples = [questions[i] for i in own] + [
-            documents[n] for i in own for n in rows[i]["passages"]
-        ]
+        first, width = process_rank_and_count()[0] * len(own), len(rows[0]["passages"])
+        examples = [questions[i] for i in own]
+        examples += [documents[n] for i in own for n in rows[i]["passages"]]
+        device = next(encoder.parameters()).device
         vectors = vectors_of(encoder, examples, pad, size * (1 + width))
-        q, d = (
-            from_all(vectors[: len(own)].to(next(encoder.parameters()).device)),
-            from_all(vectors[len(own) :].to(next(encoder.parameters()).device)),
-        )
-        every, first = [rows[i] for i in order.rows(step)], process_rank_and_count()[0] * len(own)
-        with torch.enable_grad():
-            q, d = q.detach().requires_grad_(), d.detach().requires_grad_()
-            if settings.algorithm == "reader":
-                losses = distillation_loss(
-                    q,
-                    d.view(len(every), width, -1),
-                    torch.stack([row["target"] for row in every]).to(q.device),
-                    settings.temperature,
-                )
-            else:
-                losses = contrastive_loss(
-                    q, d, *(t.to(q.device) for t in in_batch(every)), settings.temperature
-                )
-            pulls = torch.autograd.grad(losses.sum(), (q, d))
-        chosen = (
-            ((q @ d.T).view(len(every), len(every), width)[range(len(every)), range(len(every))])
-            .argmax(1)
-            .cpu()
-        )
-        meter.add(
-            "accuracy",
-            (chosen == torch.tensor([row["right"] for row in every]))[
-                first : first + len(own)
-            ].float(),
-        )
-        pull_q, pull_d, losses = (
-            x.detach()[first * n : (first + len(own)) * n]
-            for x, n in ((pulls[0], 1), (pulls[1], width), (losses, 1))
-        )
-        batches = []
-        for start in range(0, len(own), size):
-            part = range(start, min(start + size, len(own)))
-            inside = [
-                *(examples[i] for i in part),
-                *(examples[len(own) + i * width + j] for i in part for j in range(width)),
-            ]
-            pull = torch.cat(
-                [pull_q[part.start : part.stop], pull_d[part.start * width : part.stop * width]]
-            )
-            batches.append(
-                dict(
-                    collate(inside, pad),
-                    pull=pull,
-                    losses=losses[part.start : part.stop],
-                    weight=float(len(part)),
-                )
-            )
-        yield batches
+        q = from_all(vectors[: len(own)].to(device))
+        d = from_all(vectors[len(own) :].to(device))
+        losses, pull_q, pull_d = loss_and_pulls(settings, q, d, every)
+        mine = slice(first, first + len(own))
+        meter.add("accuracy", chose_right(q, d, every)[mine])
+        pull_d = pull_d[first * width : (first + len(own)) * width]
+        yield encoder_batches(examples, losses[mine], pull_q[mine], pull_d, size, pad)
 
     def loss(encoder, batch, meter):
-        return with_gradient(
-            encoder(batch["input_ids"], batch["attention_mask"]), batch["pull"], batch["losses"]
-        )
+        vectors = encoder(batch["input_ids"], batch["attention_mask"])
+        return with_gradient(vectors, batch["pull"], batch["losses"])
 
     fit(run, settings, encoder, updates, loss, evaluate, merge=True)
     if run.writes:

@@ -191,7 +191,7 @@ def rotate(model, Q: Tensor):
 def stream_covariances(model, norms: list, windows: Tensor, rows: int) -> list[Tensor]:
     """Return the covariance [width, width] of what each norm gives, a mean over tokens.
 
-    `windows` [windows, time] go through `calibration_batch_size` at once; the model's gains must be 1.
+    `windows` [windows, time] run in batches of `calibration_batch_size`; the gains must be 1.
     """
     width = model.config.hidden_size
     sums = [torch.zeros(width, width, device=model.device) for _ in norms]

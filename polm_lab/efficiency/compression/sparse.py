@@ -24,7 +24,8 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
     found = re.fullmatch(r"(\d+):(\d+)", pattern.strip())
     if not found or not 0 < int(found[1]) < int(found[2]):
         raise WrongInput(
-            f"pattern = {pattern!r}: expected N:M with 0 < N < M, such as 2:4, where N of M neighbours stay; or empty"
+            f"pattern = {pattern!r}: expected N:M with 0 < N < M, such as 2:4, "
+            "where N of M neighbours stay; or empty"
         )
     return int(found[1]), int(found[2])
 
@@ -32,9 +33,10 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
 def smallest(
     score: Tensor, sparsity: float, pattern: tuple[int, int] | None = None, within: str = "row"
 ) -> Tensor:
-    """True [out, in] where `score` [out, in] is among the smallest: `sparsity` of each row or of the whole layer, or M − N of each M neighbours.
+    """Return True [out, in] where `score` [out, in] is among the smallest.
 
-    Raises `WrongInput` if M does not divide the number of columns.
+    These are the share `sparsity` of each row or of the whole layer, or M − N of each M neighbours.
+    Raises: `WrongInput` if M does not divide the number of columns.
     """
     out, width = score.shape
     groups = score.reshape(1, -1) if within == "layer" else score
@@ -43,7 +45,8 @@ def smallest(
         keep, of = pattern
         if width % of:
             raise WrongInput(
-                f"pattern = {keep}:{of}: a layer has {width} columns, which {of} does not divide; choose an M that divides it"
+                f"pattern = {keep}:{of}: a layer has {width} columns, which {of} does not divide; "
+                "choose an M that divides it"
             )
         groups, count = score.reshape(-1, of), of - keep
     if not count:
@@ -69,7 +72,10 @@ def wanda_score(weight: Tensor, norm: Tensor) -> Tensor:
 
 # %% ../../../nbs/efficiency/compression/sparse.ipynb #9f1104e3
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    "Upper triangular U with UᵀU = (H + damping · mean(diag H) · I)⁻¹ [in, in]; raises `WrongInput` if H is not positive definite even so."
+    """Return the upper triangular U with UᵀU = (H + damping · mean(diag H) · I)⁻¹ [in, in].
+
+    Raises: `WrongInput` if the damped H is not positive definite.
+    """
     hessian = hessian.float().clone()
     diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = 1.0  # inputs that are always 0: their weights go
@@ -79,7 +85,8 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     )  # H = RRᵀ with R upper triangular, from the flipped matrix; U = R⁻¹
     if wrong.item():
         raise WrongInput(
-            f"damping = {damping:g}: H is not positive definite in 32 bits; raise damping (0.1) or samples"
+            f"damping = {damping:g}: H is not positive definite in 32 bits; "
+            "raise damping (0.1) or samples"
         )
     eye = torch.eye(len(hessian), device=hessian.device)
     return torch.linalg.solve_triangular(factor, eye, upper=False).flip(0, 1).contiguous()
@@ -95,15 +102,19 @@ def sparsegpt(
     parts: list[int] | None = None,
     strip: int = 32,
 ) -> Tensor:
-    """Weights [out, in] with `sparsity` of them 0 and the others refitted to the same outputs, given H = XXᵀ [in, in] (Frantar and Alistarh 2023, algorithm 1).
+    """Return weights with the share `sparsity` 0, the others refitted to the same outputs.
 
-    `block`: columns that share a choice of mask; 0: a quarter of all, at most 128. `parts`: numbers of rows of the matrices that `weight` stacks, each with a mask of its own.
+    `weight` is [out, in], `hessian` is H = XXᵀ [in, in].
+    `block`: columns that share a choice of mask; 0 is a quarter of all, at most 128.
+    `parts`: numbers of rows of the matrices that `weight` stacks, each with a mask of its own.
+    Frantar and Alistarh 2023, algorithm 1.
     """
     keep, of = pattern or (0, 1)
     block = block or max(of, min(128, weight.shape[1] // 4) // of * of)
     if weight.shape[1] % of or block % of:
         raise WrongInput(
-            f"pattern = {keep}:{of}: a layer has {weight.shape[1]} columns and block is {block}; M must divide both"
+            f"pattern = {keep}:{of}: a layer has {weight.shape[1]} columns and block is {block}; "
+            "M must divide both"
         )
     U = inverse_factor(hessian, damping)
     W = weight.float().T.clone(
@@ -150,9 +161,12 @@ def swap(
     rounds: int,
     of: int | None = None,
 ) -> Tensor:
-    """The mask `gone` [out, in] after at most `rounds` swaps a row that bring its mean output back (Zhang et al. 2023, eq. 2–5).
+    """Return the mask `gone` [out, in] after at most `rounds` swaps a row.
 
-    `mean`, `variance`, `norm` [in] are of the inputs; `of`: a swap stays among so many neighbours (N:M).
+    Each swap brings the row's mean output closer to that of the dense row.
+    `mean`, `variance`, `norm` [in] are of the inputs.
+    `of`: a swap stays within a group of so many neighbours (the M of N:M).
+    Zhang et al. 2023, eq. 2–5.
     """
     gone, shift, noise, score = (
         gone.clone(),

@@ -23,13 +23,18 @@ OTHER = "use algorithm = depth, or another model"  # what to do where a cut does
 
 
 def layers_of(block: nn.Module) -> dict[str, nn.Linear]:
-    "The seven linear layers of a Llama-like block by name; raises `WrongInput` for a block that is made otherwise."
+    """Return the seven linear layers of a Llama-like block by name.
+
+    Raises: `WrongInput` for a block with other layers.
+    """
     found = {
         name.split(".")[-1]: m for name, m in block.named_modules() if isinstance(m, nn.Linear)
     }
     if set(found) != set(LAYERS):
         raise WrongInput(
-            f"model: its blocks have the linear layers {', '.join(sorted(found))}; expected {', '.join(LAYERS)}, as in Llama, Mistral and Qwen; algorithm = depth needs none of these"
+            f"model: its blocks have the linear layers {', '.join(sorted(found))}; "
+            f"expected {', '.join(LAYERS)}, as in Llama, Mistral and Qwen; "
+            "algorithm = depth needs none of these"
         )
     return found
 
@@ -45,23 +50,27 @@ def shrink(layer: nn.Linear, kept: Tensor, dim: int):
 def cut(
     block: nn.Module, neurons: Tensor | None = None, heads: Tensor | None = None, width: int = 0
 ):
-    "Keep the numbered neurons, and the numbered groups of heads (those that share a key; `width` is that of a head), of a block, in place."
+    """Keep the numbered neurons and groups of heads of a block, in place.
+
+    A group has the heads that share a key; `width` is that of a head.
+    """
     layers = layers_of(block)
     if neurons is not None:
-        (
-            shrink(layers["gate_proj"], neurons, 0),
-            shrink(layers["up_proj"], neurons, 0),
-            shrink(layers["down_proj"], neurons, 1),
-        )
+        shrink(layers["gate_proj"], neurons, 0)
+        shrink(layers["up_proj"], neurons, 0)
+        shrink(layers["down_proj"], neurons, 1)
     if heads is not None:
-        shared = (
-            layers["q_proj"].out_features // layers["k_proj"].out_features
-        )  # heads that share a key
-        spread = lambda n: (
-            heads[:, None] * n * width + torch.arange(n * width, device=heads.device)
-        ).flatten()
-        shrink(layers["q_proj"], spread(shared), 0), shrink(layers["o_proj"], spread(shared), 1)
-        shrink(layers["k_proj"], spread(1), 0), shrink(layers["v_proj"], spread(1), 0)
+        # heads that share a key
+        shared = layers["q_proj"].out_features // layers["k_proj"].out_features
+
+        def channels(n: int) -> Tensor:
+            inside = torch.arange(n * width, device=heads.device)
+            return (heads[:, None] * n * width + inside).flatten()
+
+        shrink(layers["q_proj"], channels(shared), 0)
+        shrink(layers["o_proj"], channels(shared), 1)
+        shrink(layers["k_proj"], channels(1), 0)
+        shrink(layers["v_proj"], channels(1), 0)
 
 
 def kept_entries(value, kept: list[int], count: int, name: str = ""):
@@ -74,9 +83,7 @@ def kept_entries(value, kept: list[int], count: int, name: str = ""):
         return value
     if len(value) == count and value != list(range(count)):
         return [value[i] for i in kept]
-    if all(
-        isinstance(part, list) and [type(inner) for inner in part] == [list, int] for part in value
-    ):
+    if all(isinstance(part, list) and list(map(type, part)) == [list, int] for part in value):
         kinds = []
         for part in value:
             kinds += part[0] * part[1]
@@ -94,8 +101,8 @@ def kept_entries(value, kept: list[int], count: int, name: str = ""):
 def rebuild(model, kept: list[int] | None = None, **sizes):
     """Return an ordinary model of the same class with other sizes and the weights of `model`.
 
-    `sizes` are changed in the configuration, and biases that are new are 0. `kept`: the old numbers of
-    the blocks that are left, which the configuration's entries for each block follow.
+    `sizes` are changed in the configuration, and new biases are 0. `kept`: the old numbers of the
+    blocks that are left; the configuration's entries for each block follow them.
     Raises `WrongInput` if the class does not allow it.
     """
     config = model.config
@@ -129,7 +136,10 @@ def rebuild(model, kept: list[int] | None = None, **sizes):
 
 
 def fits(config, name: str, wanted: int, most: int, step: int = 1) -> int:
-    "The smallest number from `wanted` on, in steps, that the configuration accepts for `name`, at most `most`."
+    """Return the smallest number that the configuration accepts for `name`, at most `most`.
+
+    The search starts at `wanted` and goes up in steps.
+    """
     name = getattr(type(config), "attribute_map", {}).get(name, name)
     for value in range(wanted, most, step):
         try:
@@ -149,7 +159,7 @@ def probe(model, rows: int = 2, time: int = 16) -> Tensor:
 
 
 def check_same(found: Tensor, expected: Tensor, what: str, advice: str):
-    "Raise `WrongInput` unless logits are the same, to `CLOSE` of the largest, after `what` was done."
+    "Raise `WrongInput` unless logits are the same after `what`, to `CLOSE` of the largest."
     gap = ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12)).item()
     if not gap <= CLOSE:
         raise WrongInput(
@@ -317,14 +327,20 @@ def check_depth(model, kept: list[int]):
 
 # %% ../../../nbs/efficiency/compression/structured_surgery.ipynb #1870c90a
 def gradients(model, windows: Tensor, rows: int):
-    "Leave in `.grad` the gradient of the mean loss over calibration `windows` [windows, time], in nats a token."
+    """Leave in `.grad` the gradient of the mean loss over calibration windows.
+
+    `windows` is [windows, time]; the loss is in nats a token.
+    """
     model.zero_grad()
     for batch in windows.to(model.device).split(rows):
         (model(batch, labels=batch, use_cache=False).loss * len(batch) / len(windows)).backward()
 
 
 def taylor(block: nn.Module, width: int) -> tuple[Tensor, Tensor]:
-    "Importance of each neuron and of each group of heads of a block: Σ|w ∂L/∂w| over the coupled weights (Ma et al. 2023, eq. 5)."
+    """Return the importance of each neuron and of each group of heads of a block.
+
+    It is Σ|w ∂L/∂w| over the coupled weights. Ma et al. 2023, eq. 5.
+    """
     pull = {
         name: (layer.weight * layer.weight.grad).detach().abs().float()
         for name, layer in layers_of(block).items()
@@ -344,6 +360,9 @@ def fluctuation(layer: nn.Linear, variance: Tensor) -> Tensor:
 
 
 def add_bias(layer: nn.Linear, mean: Tensor, gone: Tensor):
-    "Put what the inputs `gone` (True [in]) add in the mean into the layer's bias (An et al. 2023, eq. 7)."
+    """Add the mean contribution of the inputs `gone` (True [in]) to the layer's bias.
+
+    An et al. 2023, eq. 7.
+    """
     moved = (layer.weight.detach().float() @ (mean * gone)).to(layer.weight.dtype)
     layer.bias = nn.Parameter(moved if layer.bias is None else layer.bias.detach() + moved)

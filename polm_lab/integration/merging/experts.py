@@ -179,7 +179,7 @@ def try_all(run: Run, settings: Experts, tunes: list[str], learned: Collection[s
 
 # %% ../../../nbs/integration/merging/experts.ipynb #16f19462
 def prompt_text(row: dict) -> str:
-    "The words of a row's prompt, by which rows are told apart; its text where it has no prompt."
+    "The words of a row's prompt, which identify the row; its text where it has no prompt."
     prompt = row.get("prompt", row.get("text", ""))
     if isinstance(prompt, str):
         return prompt

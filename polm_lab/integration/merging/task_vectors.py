@@ -27,14 +27,21 @@ def linear(parts: list[Tensor], weights: list[float]) -> Tensor:
 
 def moments(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float, float]:
     "(a·a, b·b, a·b) of two tensors that come in pieces, as one vector each."
-    sums = [
-        (a.square().sum().item(), b.square().sum().item(), (a * b).sum().item()) for a, b in pairs
-    ]  # numbers: tensors this small, kept, would cut up the memory that the pieces free
-    return tuple(math.fsum(part[i] for part in sums) for i in range(3))
+    # numbers, not tensors: small tensors that are kept would fragment the memory of the pieces
+    aa, bb, ab = [], [], []
+    for a, b in pairs:
+        aa.append(a.square().sum().item())
+        bb.append(b.square().sum().item())
+        ab.append((a * b).sum().item())
+    return math.fsum(aa), math.fsum(bb), math.fsum(ab)
 
 
 def slerp(a: Tensor, b: Tensor, s: float, of: tuple[float, float, float] | None = None) -> Tensor:
-    "The point a share `s` along the arc from `a` to `b` (Shoemake 1985); the chord where the angle is below 1.8° or near 180°. `of`: moments, if these are pieces."
+    """Return the point a share `s` along the arc from `a` to `b` (Shoemake 1985).
+
+    Where the angle is below 1.8° or near 180°, it is on the chord.
+    `of`: the moments of the whole tensors, if `a` and `b` are pieces.
+    """
     aa, bb, ab = of or moments([(a, b)])
     cosine = max(-1.0, min(1.0, ab / math.sqrt(aa * bb))) if aa and bb else 1.0
     if abs(cosine) > 0.9995:
@@ -60,7 +67,9 @@ def metagpt_weights(squares: list[float]) -> list[float]:
 
 # %% ../../../nbs/integration/merging/task_vectors.ipynb #78f26232
 def kth_largest(pieces: Callable[[], Iterable[Tensor]], k: int) -> tuple[float, int]:
-    """(the k-th largest value, how many entries with just this value are among the k largest) of fp32 tensors ≥ 0 that `pieces()` gives one by one, twice.
+    """Return the k-th largest value, and how many entries equal to it are among the k largest.
+
+    `pieces()` gives the fp32 tensors ≥ 0 one by one; it is called twice.
 
     Exact, in the memory of one piece.
     """
@@ -84,7 +93,10 @@ def _bin(counts: Tensor, k: int) -> tuple[int, int]:
 
 
 class Trim:
-    "Keeps the share `density` of largest entries of a tensor that comes piece by piece, in order; all else becomes 0 (TIES, step 1)."
+    """Keeps the share `density` of largest entries of a tensor; all others become 0.
+
+    The tensor comes piece by piece, in order. TIES, step 1.
+    """
 
     def __init__(self, pieces: Callable[[], Iterable[Tensor]], entries: int, density: float):
         self.keep = min(entries, max(1, int(density * entries))) if density > 0 else 0
@@ -123,10 +135,15 @@ def dare(delta: Tensor, density: float, generator: torch.Generator) -> Tensor:
 
 
 def della_density(delta: Tensor, density: float, epsilon: float) -> Tensor:
-    "Chance of each entry [rows, columns] to be kept: rises with its rank in the row from density − epsilon/2 to density + epsilon/2."
+    """Return the probability [rows, columns] that an entry is kept.
+
+    It rises with the rank in the row from density − epsilon/2 to density + epsilon/2.
+    """
     if not (0 < density - epsilon / 2 and density + epsilon / 2 <= 1):
         raise WrongInput(
-            f"epsilon = {epsilon}: with density {density} chances go from {density - epsilon / 2:.3g} to {density + epsilon / 2:.3g}; expected them within (0, 1]; lower epsilon"
+            f"epsilon = {epsilon}: with density {density} chances go from "
+            f"{density - epsilon / 2:.3g} to {density + epsilon / 2:.3g}; "
+            "expected them within (0, 1]; lower epsilon"
         )
     rows = delta.abs().reshape(-1, delta.shape[-1])
     rank = torch.empty_like(rows).scatter_(
@@ -144,7 +161,10 @@ def della(delta: Tensor, density: float, epsilon: float, generator: torch.Genera
 
 # %% ../../../nbs/integration/merging/task_vectors.ipynb #ef660b6f
 def disjoint_mean(deltas: list[Tensor], weights: list[float]) -> Tensor:
-    "Mean, entry by entry, of the weighted task vectors that have the sign of their sum (TIES, steps 2 and 3); where none has, 0."
+    """Return the mean, entry by entry, of the weighted task vectors with the sign of their sum.
+
+    Where none has that sign, it is 0. TIES, steps 2 and 3.
+    """
     weighted = [delta * weight for delta, weight in zip(deltas, weights)]
     positive = add_up(weighted, [1.0] * len(weighted)) >= 0
     total, count = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])

@@ -24,7 +24,10 @@ EMBEDDINGS = re.compile(r"embed|wte|lm_head|output\.weight")
 
 
 def vocabulary(folder: Path) -> dict[str, int]:
-    "Token -> id from tokenizer.json, without loading the tokenizer; from the tokenizer where there is no such file."
+    """Return token -> id from tokenizer.json, without loading the tokenizer.
+
+    Where there is no such file, the tokenizer is loaded.
+    """
     file = folder / "tokenizer.json"
     if not file.is_file():
         return load_tokenizer(folder).get_vocab()
@@ -54,7 +57,10 @@ def embeddings(model: Weights) -> list[str]:
 
 # %% ../../../nbs/integration/merging/vocabulary.ipynb #23d32928
 class Reordered(Weights):
-    "A model whose embeddings have the rows `ids` [tokens] of another order; −1 where it lacks the token, which then gets the row that `fallback(name, tokens)` gives."
+    """A model whose embeddings have the rows `ids` [tokens] of another order.
+
+    An id is −1 where the model lacks the token; `fallback(name, tokens)` gives its row.
+    """
 
     def __init__(
         self,
@@ -85,9 +91,11 @@ class Reordered(Weights):
 
 # %% ../../../nbs/integration/merging/vocabulary.ipynb #3f1037eb
 def align(models: list[Weights], how: str, scratch: Path) -> tuple[list[Weights], Path, dict]:
-    """The models with one vocabulary, the folder that tokenizer and configuration come from, and changes of the configuration; the base is `models[0]`.
+    """Return the models with one vocabulary, a folder, and changes of the configuration.
 
-    Raises `WrongInput` where vocabularies differ and `how` is `same`. `scratch`: where a united tokenizer is put.
+    The folder has the tokenizer and the configuration. The base is `models[0]`.
+    `scratch`: where a united tokenizer is saved.
+    Raises: `WrongInput` where vocabularies differ and `how` is `same`.
     """
     words = [vocabulary(model.folder) for model in models]
     rows = [model.config.get("vocab_size") for model in models]
@@ -104,11 +112,11 @@ def align(models: list[Weights], how: str, scratch: Path) -> tuple[list[Weights]
             else f"{rows[at]} embeddings, not {rows[0]}"
         )
         raise WrongInput(
-            f"{models[at].spec}: another vocabulary than {models[0].spec} ({detail}); expected the same; leave it out, or say tokenizer base or union"
+            f"{models[at].spec}: another vocabulary than {models[0].spec} ({detail}); "
+            "expected the same; leave it out, or say tokenizer base or union"
         )
-    order = list(
-        range(rows[0])
-    )  # ids of the result, by the base's; beyond its tokens there may be rows that no token has
+    # ids of the result, by the base's; beyond its tokens there may be rows that no token has
+    order = list(range(rows[0]))
     new = (
         sorted({word for other in words[1:] for word in other} - words[0].keys())
         if how == "union"
@@ -117,15 +125,12 @@ def align(models: list[Weights], how: str, scratch: Path) -> tuple[list[Weights]
     spell = {i: word for word, i in words[0].items()} | {
         len(order) + i: word for i, word in enumerate(new)
     }
-    maps = [
-        torch.tensor(
-            [
-                vocab.get(spell.get(i), i if i not in spell and n == 0 else -1)
-                for i in range(len(order) + len(new))
-            ]
-        )
-        for n, vocab in enumerate(words)
-    ]
+    maps = []
+    for n, vocab in enumerate(words):
+        ids = []
+        for i in range(len(order) + len(new)):
+            ids.append(vocab.get(spell.get(i), i if i not in spell and n == 0 else -1))
+        maps.append(torch.tensor(ids))
 
     def fallback(name, tokens):
         known = [

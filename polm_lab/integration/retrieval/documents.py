@@ -37,7 +37,10 @@ CELLS = "button input select td text th".split()
 
 @dataclass(frozen=True)
 class Document:
-    "A text with a name: `source` is the file that it came from, with the row or page after a colon."
+    """A text with a name.
+
+    `source` is the file that it came from, with the row or page after a colon.
+    """
 
     id: str
     text: str
@@ -49,7 +52,9 @@ def _plain(path: Path) -> str:
 
 
 def html_text(page: str) -> str:
-    """The text of an HTML page: a block a paragraph, a row or an item a line, a space between cells.
+    """Return the text of an HTML page.
+
+    Blocks become paragraphs, rows and items become lines, and cells have a space between them.
 
     Inline elements do not part a word. Scripts, styles and navigation are left out, and so are the
     readings over Japanese words (`rt`), which BeautifulSoup knows.
@@ -92,14 +97,16 @@ def _pdf(path: Path) -> str:
         reader = PdfReader(io.BytesIO(path.read_bytes()))
         if reader.is_encrypted and not reader.decrypt(""):
             raise WrongInput(
-                f"{path}: an encrypted PDF; expected one that opens without a password; decrypt it first"
+                f"{path}: an encrypted PDF; expected one that opens without a password; "
+                "decrypt it first"
             )
         return "\n\n".join(page.extract_text() for page in reader.pages)
     except WrongInput:
         raise
     except Exception as error:  # whatever a parser of a large format raises on a broken file
         raise WrongInput(
-            f"{path}: a broken PDF ({type(error).__name__}: {' '.join(str(error).split())[:100]}); expected a whole one; copy it again"
+            f"{path}: a broken PDF ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:100]}); expected a whole one; copy it again"
         ) from None
 
 
@@ -117,7 +124,8 @@ def _documents_of(path: Path, name: str) -> list[Document]:
         )
         if key is None:
             raise WrongInput(
-                f"{rows[0].where}: columns {', '.join(rows[0])}; expected a column text (or passage, context, contents, body); rename the column"
+                f"{rows[0].where}: columns {', '.join(rows[0])}; "
+                "expected a column text (or passage, context, contents, body); rename the column"
             )
         for row in rows:
             if not isinstance(row.get(key), str):
@@ -145,7 +153,8 @@ def _documents_of(path: Path, name: str) -> list[Document]:
     )
     if not text.strip():
         why = (
-            "no text can be taken from this PDF: it holds pictures only, or nothing; run OCR on it first"
+            "no text can be taken from this PDF: it holds pictures only, or nothing; "
+            "run OCR on it first"
             if suffix in BOOKS
             else "empty; expected some text; remove it"
         )
@@ -154,15 +163,19 @@ def _documents_of(path: Path, name: str) -> list[Document]:
 
 # %% ../../../nbs/integration/retrieval/documents.ipynb #8021e6bb
 def load_documents(path, skip: bool = False, say: Callable[[str], None] = print) -> list[Document]:
-    """The documents of a file, or of all files below a folder whose ending is known (.txt .md .html .pdf; rows of .jsonl .json .csv .parquet with a column `text`, or with `context` as in SQuAD).
+    """Return the documents of a file, or of all files below a folder whose ending is known.
 
-    `skip` leaves out what cannot be read and says so through `say`. Raises `WrongInput` for the first bad file otherwise, and if there is no document at all.
+    Endings: .txt .md .html .pdf, and rows of .jsonl .json .csv .parquet.
+    Rows have a column `text`, or `context` as in SQuAD.
+    `skip` leaves out what cannot be read and reports it through `say`.
+    Raises: `WrongInput` for the first bad file without `skip`, and if there is no document at all.
     """
     path = Path(path).expanduser()
     if not path.exists():
         there = [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
         raise WrongInput(
-            f"{path}: no such file or folder; {nearest(path.name, there) if there else 'expected documents'}"
+            f"{path}: no such file or folder; "
+            f"{nearest(path.name, there) if there else 'expected documents'}"
         )
     files = (
         [path]
@@ -175,7 +188,8 @@ def load_documents(path, skip: bool = False, say: Callable[[str], None] = print)
     )
     if path.is_file() and _suffix(path) not in KNOWN:
         raise WrongInput(
-            f"{path}: unknown ending {path.suffix or '(none)'}; expected {', '.join(KNOWN)}; rename or convert the file"
+            f"{path}: unknown ending {path.suffix or '(none)'}; expected {', '.join(KNOWN)}; "
+            "rename or convert the file"
         )
     found = []
     for file in files:
@@ -189,6 +203,7 @@ def load_documents(path, skip: bool = False, say: Callable[[str], None] = print)
             say(f"left out: {wrong}")
     if not found:
         raise WrongInput(
-            f"{path}: no documents; expected at least one of {', '.join(KNOWN)}; give another folder"
+            f"{path}: no documents; expected at least one of {', '.join(KNOWN)}; "
+            "give another folder"
         )
     return found

@@ -22,7 +22,11 @@ from .text import cut_documents, find_spans, squeezed
 
 # %% ../../../nbs/integration/retrieval/library.ipynb #0bef54d7
 def invented_library(subjects: int = 300, seed: int = 0) -> tuple[list[dict], list[dict]]:
-    "Passages `{id, text}` about invented subjects that no model has read, and questions `{question, answer, positives, subject, relation, split}`."
+    """Return passages about invented subjects that no model has read, and questions about them.
+
+    Passages are `{id, text}`.
+    Questions are `{question, answer, positives, subject, relation, split}`.
+    """
     rng, passages, questions, names = random.Random(f"library {seed}"), [], [], set(ENCYCLOPEDIA)
     while len(passages) < 2 * subjects:
         sort = rng.choice(tuple(SYLLABLES))
@@ -55,7 +59,10 @@ def invented_library(subjects: int = 300, seed: int = 0) -> tuple[list[dict], li
 
 
 def answers_of(question: dict) -> list[str]:
-    "The answers that count as right, none where none is known; the first is the one that is learned."
+    """Return the answers that count as right; the first is the one that is learned.
+
+    The list is empty where none is known.
+    """
     if question.get("answers"):
         return question["answers"]
     return [question["answer"]] if question.get("answer") else []
@@ -81,10 +88,14 @@ class Library:
 def open_library(
     data: str, corpus: str = "", words: int = 100, rows: int = 10**9, eval_data: str = ""
 ) -> tuple[list[dict], list[dict], list[dict]]:
-    """Passages, questions to learn from and at most `rows` held-out questions.
+    """Return passages, questions to learn from and at most `rows` held-out questions.
 
-    `data` is `facts` (invented anew, unknown to any model) or a file with `question`, `answer` and, without a `corpus` of documents, `context`; SQuAD's and NQ's own files are read as they are. Where no passage is
-    given as the right one, those that hold an answer are taken for it, as in DPR. Questions that come with a list of no answers (SQuAD 2.0) are left out, their contexts not. Raises `WrongInput`.
+    `data` is `facts` (invented, so that no model knows it) or a file with `question` and `answer`.
+    The file needs `context` too, unless there is a `corpus` of documents.
+    SQuAD's and NQ's own files are read as they are.
+    Where no right passage is given, those that hold an answer count as right, as in DPR.
+    Questions with an empty list of answers (SQuAD 2.0) are left out, their contexts are kept.
+    Raises: `WrongInput` for data that lacks a column or a part.
     """
     asked, given = parse_spec(data), parse_spec(eval_data or data)
     if corpus and asked.task == "facts":
@@ -95,14 +106,13 @@ def open_library(
     if asked.task == "facts":
         if given.task != "facts":
             raise WrongInput(
-                f"eval_data = {eval_data!r}: the invented library has held-out questions of its own; expected eval_data empty with data facts; give your questions as data"
+                f"eval_data = {eval_data!r}: the invented library has held-out questions of its "
+                "own; expected eval_data empty with data facts; give your questions as data"
             )
         passages, questions = invented_library()
         most = {"train": asked.limit, "test": min(rows, given.limit or rows) if eval_data else rows}
-        return passages, *(
-            [q for q in questions if q["split"] == split][: most[split]]
-            for split in ("train", "test")
-        )
+        learned = [q for q in questions if q["split"] == "train"][: most["train"]]
+        return passages, learned, [q for q in questions if q["split"] == "test"][: most["test"]]
     parts = {
         "train": load_data(data, "prompt", "train"),
         "test": load_held_out(data, eval_data, "prompt", 10**9),
@@ -113,13 +123,14 @@ def open_library(
         for row in part
         if isinstance(row.get("context"), str)
     )
-    parts = {
-        name: [row for row in part if row.get("answers", True)] for name, part in parts.items()
-    }
+    for name, part in parts.items():
+        parts[name] = [row for row in part if row.get("answers", True)]
     parts["test"] = parts["test"][:rows]
     if not parts["train"] or not parts["test"]:
         raise WrongInput(
-            f"data {data!r}: {len(parts['train'])} questions to learn from and {len(parts['test'])} held out; expected at least one of each; give more rows, or others as eval_data"
+            f"data {data!r}: {len(parts['train'])} questions to learn from and "
+            f"{len(parts['test'])} held out; expected at least one of each; "
+            "give more rows, or others as eval_data"
         )
     for number, row in enumerate(parts["train"] + parts["test"]):
         asked = text_of(row["prompt"])
@@ -133,7 +144,10 @@ def open_library(
         )
         if lacks:
             raise WrongInput(
-                f"{getattr(row, 'where', 'row')}: no {lacks}; expected question, answer{'' if corpus else ' and context (or a corpus of documents)'}; add the column"
+                f"{getattr(row, 'where', 'row')}: no {lacks}; "
+                "expected question, "
+                f"answer{'' if corpus else ' and context (or a corpus of documents)'}; "
+                "add the column"
             )
         row["question"] = asked
     passages = _passages(corpus, words, texts, data)
@@ -169,11 +183,13 @@ def _label(rows: list[dict], passages: list[dict]):
 def open_questions(
     data: str, corpus: str = "", words: int = 100, rows: int = 10**9, eval_data: str = ""
 ) -> tuple[list[dict], bool, list[dict]]:
-    """Passages, whether there are other questions to learn from, and at most `rows` questions to ask.
+    """Return passages, whether `data` has other questions to learn from, and questions to ask.
 
-    Those of `eval_data` are asked, or else those of `data`: a file whole, other data by their test split. A question
-    needs no answer. Others to learn from are the training part of `data` where it is not what is asked: `facts`,
-    data with a split of their own, or a file next to `eval_data`. Raises `WrongInput`.
+    At most `rows` are asked, of `eval_data` or else of `data`: a whole file, or a test split.
+    A question needs no answer.
+    Other questions are the training part of `data`, where that is not what is asked.
+    Such data are `facts`, data with their own split, or a file together with `eval_data`.
+    Raises: `WrongInput` for data that cannot be read as questions.
     """
     given = eval_data or data
     if given.partition("#")[0] == "facts":
@@ -199,7 +215,8 @@ def open_questions(
         if not isinstance(row.get("answer"), str | None):
             kind = type(row["answer"]).__name__
             raise WrongInput(
-                f"{where}: answer is {kind} {row['answer']!r:.40}; expected text, or none; correct it"
+                f"{where}: answer is {kind} {row['answer']!r:.40}; expected text, or none; "
+                "correct it"
             )
         if not (row.get("answer") or "").strip():
             row.pop("answer", None)
@@ -210,7 +227,7 @@ def open_questions(
 
 
 def _others(data: str, given: str) -> bool:
-    "Whether `data` has questions beside those of `given` that are asked."
+    "Whether `data` has questions other than those of `given` that are asked."
     source = data.partition("#")[0]
     if source == "facts":
         return False  # about another library

@@ -54,7 +54,10 @@ CLUSTERS = regex.compile(r"\X")
 
 
 def fold(text: str) -> str:
-    "Text without what writing may vary: case, width, presentation forms, points, digits of a script."
+    """Fold what writing may vary.
+
+    These are case, width, presentation forms, points, and digits of a script.
+    """
     if text.isascii():
         return text.lower()
     text = VALUES.sub(lambda run: unicodedata.normalize("NFKC", run[0]), text)
@@ -86,7 +89,10 @@ def words_of(text: str) -> list[str]:
 
 
 def squeezed(text: str) -> str:
-    "Folded text with one space where there was any; none between letters of scripts without spaces."
+    """Fold a text and keep one space where there was any.
+
+    Between letters of scripts without spaces none is kept.
+    """
     text = " ".join(fold(text).split())
     return text if text.isascii() else GAPS.sub("", text)
 
@@ -124,7 +130,7 @@ def holds(text: str, answer: str) -> bool:
 
 
 def spans(text: str, answer: str) -> list[tuple[int, int]]:
-    "The places of the answer in the text as it is written: start and end of each, as `holds` finds it."
+    "Return start and end of each place of the answer in the text, as `holds` finds it."
     letters, origin = [], []
     for cluster in CLUSTERS.finditer(text):
         folded = " " if cluster[0].isspace() else fold(cluster[0])
@@ -141,7 +147,9 @@ def spans(text: str, answer: str) -> list[tuple[int, int]]:
 
 # %% ../../../nbs/integration/retrieval/text.ipynb #8335cbd3
 def normalized(text: str) -> str:
-    """An answer as answers are compared: folded, and without marks such as [1], punctuation and English articles.
+    """Return an answer as answers are compared: folded, without marks, punctuation and articles.
+
+    Marks are those such as [1]; articles are the English ones.
 
     Rajpurkar et al. 2016, §6.1; spaces between letters of scripts without spaces do not count.
     """
@@ -222,8 +230,8 @@ def _clauses(said: list[str], words: int) -> Iterator[list[str]]:
 def cut(text: str, words: int = 100) -> list[str]:
     """Passages of at most `words` words: whole sentences where they fit, and their order kept.
 
-    Where a script has no spaces two letters count as a word. A run of spaces and line breaks becomes
-    one space, and none is added.
+    Where a script has no spaces, two letters count as a word.
+    A run of spaces and line breaks becomes one space, and none is added.
     """
     if words < 1:
         raise WrongInput(f"words = {words}: expected at least 1")
@@ -232,11 +240,11 @@ def cut(text: str, words: int = 100) -> list[str]:
         if len(current) * 2 >= words:
             found.append(current)
             current = []
-        for said in _sentences(paragraph):
-            if current and len(current) + len(said) > words:
+        for sentence in _sentences(paragraph):
+            if current and len(current) + len(sentence) > words:
                 found.append(current)
                 current = []
-            for part in [said] if len(said) <= words else _clauses(said, words):
+            for part in [sentence] if len(sentence) <= words else _clauses(sentence, words):
                 if len(current) + len(part) > words:
                     found.append(current)
                     current = []
@@ -246,12 +254,15 @@ def cut(text: str, words: int = 100) -> list[str]:
 
 def shortened(text: str) -> str:
     "The first half of a text, in words; nothing where it has one."
-    words = [word for said in _sentences(text) for word in said]
+    words = [word for sentence in _sentences(text) for word in sentence]
     return "".join(words[: len(words) // 2]).strip()
 
 
 def cut_documents(documents: Iterable[Document], words: int = 100) -> list[dict]:
-    "Passages `{id, text, source}` of documents; the passages of one are numbered after its id, unless it is one passage."
+    """Cut documents into passages `{id, text, source}`.
+
+    If a document has several, a number follows its id.
+    """
     passages = []
     for document in documents:
         pieces = cut(document.text, words)
