@@ -12,7 +12,7 @@ import polm_lab as lab
 from polm_lab.models.layers import blocks_of
 from polm_lab.training.evaluate import eval_no_grad
 from polm_lab.core.knobs import WrongInput
-from polm_lab.models.logprobs import Policy
+from polm_lab.models.policy import Policy
 from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.models.save import save_model
 from polm_lab.efficiency import slim

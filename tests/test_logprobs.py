@@ -18,14 +18,8 @@ from transformers import (
 )
 
 from polm_lab.core.knobs import WrongInput
-from polm_lab.models.logprobs import (
-    Policy,
-    Readout,
-    dense_kl,
-    dense_logprobs,
-    full_kl,
-    selected_logprobs,
-)
+from polm_lab.models.logprobs import Readout, dense_kl, dense_logprobs, full_kl, selected_logprobs
+from polm_lab.models.policy import Policy
 
 SMALL = dict(
     vocab_size=97,
