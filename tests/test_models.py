@@ -308,7 +308,11 @@ def test_hub_cache_by_environment(small, tmp_path):
     shutil.copytree(small, repo / "snapshots" / revision)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(revision)
-    code = "from polm_lab.models.attach import *; from polm_lab.models.load import *; from polm_lab.models.tokenizers import *; print(count_parameters(load_model('org/small', device='cpu')), len(load_tokenizer('org/small')))"
+    code = (
+        "from polm_lab.models.attach import *; from polm_lab.models.load import *; from "
+        "polm_lab.models.tokenizers import *; print(count_parameters(load_model('org/small', "
+        "device='cpu')), len(load_tokenizer('org/small')))"
+    )
     env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     env.pop("HF_HUB_CACHE", None)
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
@@ -436,8 +440,11 @@ def test_failed_save_leaves_the_old_model(small, tmp_path):
 def test_killed_save_leaves_no_half_model(small, tmp_path):
     "A process that saves over and over is killed at some instant: what stands there is one whole model, or nothing."
     code = (
-        "import sys, torch; from polm_lab.models.load import *; from polm_lab.models.tokenizers import *; m = load_model(sys.argv[1], device='cpu', dtype='float32'); t = load_tokenizer(sys.argv[1])\n"
-        "for i in range(10**6):\n    [p.data.fill_(i % 100) for p in m.parameters()]; save_model(m, t, sys.argv[2]); print(i, flush=True)"
+        "import sys, torch; from polm_lab.models.load import *; from polm_lab.models.tokenizers "
+        "import *; m = load_model(sys.argv[1], device='cpu', dtype='float32'); t = "
+        "load_tokenizer(sys.argv[1])\n"
+        "for i in range(10**6):\n    [p.data.fill_(i % 100) for p in m.parameters()]; "
+        "save_model(m, t, sys.argv[2]); print(i, flush=True)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(small), str(tmp_path / "model")],
@@ -611,7 +618,10 @@ def test_loading_is_quiet_and_leaves_the_random_state(small, capfd):
 
 
 def test_models_imports_without_torch():
-    code = "import sys, polm_lab.models.load, polm_lab.models.save; print([m for m in ('torch', 'transformers', 'peft', 'huggingface_hub') if m in sys.modules])"
+    code = (
+        "import sys, polm_lab.models.load, polm_lab.models.save; print([m for m in ('torch', "
+        "'transformers', 'peft', 'huggingface_hub') if m in sys.modules])"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

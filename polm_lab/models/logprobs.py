@@ -16,17 +16,25 @@ from torch.autograd.function import once_differentiable
 from ..core.knobs import WrongInput
 
 # %% ../../nbs/models/logprobs.ipynb #fc3bf265
-BLOCK_MIB = 16  # memory of one block of logits, MiB: a few L2 caches, wide enough for the matrix product to run at full speed
+# memory of one block of logits, MiB: a few L2 caches, wide enough for the matrix product to run at
+# full speed
+BLOCK_MIB = 16
 
 
 def _step(rows: int, vocab: int, chunk: int | None) -> int:
-    "Vocabulary entries per block: `chunk`, or as many as keep `rows` rows of fp32 logits within `BLOCK_MIB`."
+    """Choose the number of vocabulary entries per block.
+
+    It is `chunk`, or as many as keep `rows` rows of fp32 logits within `BLOCK_MIB`.
+    """
     step = chunk or max(64, BLOCK_MIB * 2**20 // (4 * max(rows, 1)) // 64 * 64)
     return max(1, min(step, vocab))
 
 
 def _product_dtype(*tensors: Tensor) -> torch.dtype:
-    "The number format of the matrix products: fp32 at least on CPU, the autocast format under autocast, else the widest of the inputs."
+    """Choose the number format of the matrix products.
+
+    It is fp32 at least on CPU, the autocast format under autocast, else the widest of the inputs.
+    """
     widest = functools.reduce(torch.promote_types, [t.dtype for t in tensors])
     device = tensors[0].device.type
     if widest == torch.float64:
@@ -37,7 +45,10 @@ def _product_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, alpha: float = 1.0, add: bool = False) -> Tensor:
-    "`out = alpha * a @ b`, or `out += alpha * a @ b`, in place; `out` may be wider than `a` and `b`."
+    """Compute `out = alpha * a @ b`, or `out += alpha * a @ b` if `add`, in place.
+
+    `out` may have a wider format than `a` and `b`.
+    """
     if out.dtype == a.dtype:
         return torch.addmm(out, a, b, beta=float(add), alpha=alpha, out=out)
     product = a @ b
@@ -45,7 +56,10 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, alpha: float = 1.0, add: bool =
 
 # %% ../../nbs/models/logprobs.ipynb #dab7a7b8
 class Readout(NamedTuple):
-    "How a model turns a hidden state h into logits: `z = s W h + s b`, then `z = c tanh(z / c)` where there is a soft cap c."
+    """Describe how a model turns a hidden state h into logits.
+
+    `z = s W h + s b`, then `z = c tanh(z / c)` where there is a soft cap c.
+    """
 
     weight: Tensor | None  # [vocab, width]; None: the rows are logits already
     bias: Tensor | None = None  # [vocab]
@@ -53,28 +67,30 @@ class Readout(NamedTuple):
     softcap: float | None = None  # c: Gemma's final_logit_softcapping
 
     def logits(self, rows: Tensor) -> Tensor:
-        "The dense logits [n, vocab]: the plain twin of the blocks, for tests and for models that the kernel does not fit."
+        """Compute the dense logits [n, vocab]: the plain twin of the blocks.
+
+        Tests use it, and models that the kernel does not fit.
+        """
         if self.weight is None:
             return rows.float()
-        z = nn.functional.linear(
-            rows,
-            self.weight.to(rows.dtype),
-            None if self.bias is None else self.bias.to(rows.dtype),
-        )
+        bias = None if self.bias is None else self.bias.to(rows.dtype)
+        z = nn.functional.linear(rows, self.weight.to(rows.dtype), bias)
         z = z.to(torch.promote_types(z.dtype, torch.float32)) * self.scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 # %% ../../nbs/models/logprobs.ipynb #d367a2f7
 def _blocks(hidden: Tensor, readout: Readout, temperature: float, step: int, dtype: torch.dtype):
-    "Yield `(start, weight block [m, width], z [n, m])` along the vocabulary; every z is a view of one buffer, free to be overwritten."
+    """Yield `(start, weight block [m, width], z [n, m])` along the vocabulary.
+
+    Every z is a view of one buffer, and may be overwritten.
+    """
     rows, vocab = hidden.shape[0], readout.weight.shape[0]
     buffer = torch.empty(rows * step, dtype=dtype, device=hidden.device)
     inner = readout.scale / (temperature if readout.softcap is None else readout.softcap)
     for start in range(0, vocab, step):
         weight = readout.weight[start : start + step].to(hidden.dtype)
-        z = _multiply(
-            hidden, weight.T, out=buffer[: rows * len(weight)].view(rows, len(weight)), alpha=inner
-        )
+        out = buffer[: rows * len(weight)].view(rows, len(weight))
+        z = _multiply(hidden, weight.T, out=out, alpha=inner)
         if readout.bias is not None:
             z.add_(readout.bias[start : start + step].to(dtype), alpha=inner)
         if readout.softcap is not None:
@@ -83,7 +99,7 @@ def _blocks(hidden: Tensor, readout: Readout, temperature: float, step: int, dty
 
 
 def _inside(targets: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
-    "The rows whose target lies in this block, and the column of each."
+    "Find the rows whose target is in this block, and the column of each."
     here = ((targets >= start) & (targets < start + size)).nonzero()[:, 0]
     return here, targets[here] - start
 
@@ -96,28 +112,30 @@ class _Normalizer:
         self.total = torch.zeros(rows, dtype=dtype, device=like.device)
 
     def shift(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        "Raise the maximum to cover block z; return (old maximum - new maximum, factor for sums taken under the old one)."
+        """Raise the maximum to cover block z.
+
+        Returns (old maximum - new maximum, factor for sums taken under the old maximum).
+        """
         old, self.top = self.top, torch.maximum(self.top, z.amax(1))
         drop = old - self.top
         return drop, drop.exp()
 
     def parts(self) -> tuple[Tensor, Tensor]:
-        "Maximum and log of the sum, kept apart: subtracted one after the other they lose nothing to a large maximum."
+        """Return the maximum and the log of the sum.
+
+        They stay two numbers: subtracted one after the other they lose nothing to a large maximum.
+        """
         return self.top, self.total.log()
 
 # %% ../../nbs/models/logprobs.ipynb #2ea85264
 class _Gradient:
-    "Collects the gradients of hidden, weight and bias from blocks of d loss / d z."
+    "Collect the gradients of hidden, weight and bias from blocks of d loss / d z."
 
     def __init__(
         self, ctx, hidden: Tensor, readout: Readout, temperature: float, dtype: torch.dtype
     ):
-        self.hidden, self.readout, self.temperature, self.gain = (
-            hidden,
-            readout,
-            temperature,
-            readout.scale / temperature,
-        )
+        self.hidden, self.readout, self.temperature = hidden, readout, temperature
+        self.gain = readout.scale / temperature
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         self.of_hidden = (
             torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if want_hidden else None
@@ -126,15 +144,16 @@ class _Gradient:
         self.of_bias = torch.empty_like(readout.bias) if want_bias else None
 
     def slope(self, z: Tensor) -> Tensor | None:
-        "The derivative of the soft cap, `1 - tanh^2`, read before z is overwritten."
-        return (
-            None
-            if self.readout.softcap is None
-            else (z * (self.temperature / self.readout.softcap)).square_().neg_().add_(1)
-        )
+        "Compute the derivative of the soft cap, `1 - tanh^2`, before z is overwritten."
+        if self.readout.softcap is None:
+            return None
+        return (z * (self.temperature / self.readout.softcap)).square_().neg_().add_(1)
 
     def add(self, start: int, weight: Tensor, d: Tensor, slope: Tensor | None) -> None:
-        "Take in d loss / d z of one block; each vocabulary entry is in exactly one block, so its weight gradient is written once."
+        """Add d loss / d z of one block.
+
+        Each vocabulary entry is in exactly one block, so its weight gradient is written once.
+        """
         if slope is not None:
             d.mul_(slope)
         block = slice(start, start + len(weight))
@@ -160,11 +179,9 @@ class _Selected(torch.autograd.Function):
         kind, readout = _product_dtype(hidden, weight), Readout(weight, bias, scale, softcap)
         dtype = torch.promote_types(kind, torch.float32)
         rows, step = len(hidden), _step(len(hidden), len(weight), chunk)
-        norm, chosen, moment = (
-            _Normalizer(rows, hidden, dtype),
-            hidden.new_zeros(rows, dtype=dtype),
-            hidden.new_zeros(rows, dtype=dtype),
-        )
+        norm = _Normalizer(rows, hidden, dtype)
+        chosen = hidden.new_zeros(rows, dtype=dtype)
+        moment = hidden.new_zeros(rows, dtype=dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             for start, _, z in _blocks(hidden.to(kind), readout, temperature, step, dtype):
                 here, column = _inside(targets, start, z.shape[1])
@@ -194,10 +211,8 @@ class _Selected(torch.autograd.Function):
         if by_logp is None:
             by_logp = torch.zeros_like(top)
         readout, states = Readout(weight, bias, scale, softcap), hidden.to(kind)
-        gradient, share = (
-            _Gradient(ctx, states, readout, temperature, dtype),
-            -by_logp * torch.exp(-rest),
-        )
+        gradient = _Gradient(ctx, states, readout, temperature, dtype)
+        share = -by_logp * torch.exp(-rest)
         with torch.autocast(hidden.device.type, enabled=False):
             for start, block, z in _blocks(states, readout, temperature, step, dtype):
                 slope = gradient.slope(z)
@@ -206,12 +221,8 @@ class _Selected(torch.autograd.Function):
                     d = z.exp_().mul_(share[:, None])  # - p by_logp
                 else:  # - p (by_logp + (log p + H) by_entropy)
                     p = z.exp().mul_(torch.exp(-rest)[:, None])
-                    d = (
-                        z.add_((spread - rest)[:, None])
-                        .mul_(-by_entropy[:, None])
-                        .sub_(by_logp[:, None])
-                        .mul_(p)
-                    )
+                    z.add_((spread - rest)[:, None]).mul_(-by_entropy[:, None])
+                    d = z.sub_(by_logp[:, None]).mul_(p)
                 here, column = _inside(targets, start, z.shape[1])
                 d[here, column] += by_logp[here]
                 gradient.add(start, block, d, slope)
@@ -229,14 +240,19 @@ def selected_logprobs(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`log softmax(z / temperature)[target]` [n] and, if asked, the entropy [n] of that softmax, in nats, for rows `hidden` [n, width].
+    """Compute the log-probs of `targets` [n] from the rows `hidden` [n, width], in nats.
 
-    `weight` [vocab, width], `bias` [vocab]; `scale`, `softcap` as in `Readout`; `chunk` = vocabulary entries per block.
-    Results are fp32 (fp64 for fp64 input). Gradients reach hidden, weight and bias, where they ask for them.
+    The first result is `log softmax(z / temperature)[target]` [n], the second the entropy [n] of
+    that softmax, or None without `entropy`. `weight` [vocab, width], `bias` [vocab]; `scale` and
+    `softcap` as in `Readout`; `chunk` is the number of vocabulary entries per block. Results are
+    fp32 (fp64 for fp64 input). Gradients reach those of hidden, weight and bias that require them.
+
+    Raises: WrongInput if the widths of `hidden` and `weight` differ.
     """
     if hidden.shape[-1] != weight.shape[-1]:
         raise WrongInput(
-            f"hidden: width {hidden.shape[-1]}; expected {weight.shape[-1]}, the width of the head; pass the states that the head reads"
+            f"hidden: width {hidden.shape[-1]}; expected {weight.shape[-1]}, the width of the "
+            "head; pass the states that the head reads"
         )
     return _Selected.apply(
         hidden, weight, bias, targets, float(temperature), entropy, chunk, float(scale), softcap
@@ -246,21 +262,18 @@ def selected_logprobs(
 def dense_logprobs(
     logits: Tensor, targets: Tensor, temperature: float = 1.0, entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    "The plain twin of `selected_logprobs`, from logits [n, vocab] that are already there."
+    "Compute `selected_logprobs` the plain way, from logits [n, vocab] that are already there."
     logp = torch.log_softmax(logits / temperature, dim=-1)
-    return logp.gather(-1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(
-        -1
-    ) if entropy else None
+    spread = -(logp.exp() * logp).sum(-1) if entropy else None
+    return logp.gather(-1, targets[:, None])[:, 0], spread
 
 
 def dense_kl(
     logits: Tensor, ref_logits: Tensor, reverse: bool = False, temperature: float = 1.0
 ) -> Tensor:
-    "The plain twin of `full_kl`, from two sets of logits [n, vocab]; the reference is a constant."
-    p, q = (
-        torch.log_softmax(logits / temperature, dim=-1),
-        torch.log_softmax(ref_logits.detach() / temperature, dim=-1),
-    )
+    "Compute `full_kl` the plain way, from logits [n, vocab]; the reference is a constant."
+    p = torch.log_softmax(logits / temperature, dim=-1)
+    q = torch.log_softmax(ref_logits.detach() / temperature, dim=-1)
     return (q.exp() * (q - p)).sum(-1) if reverse else (p.exp() * (p - q)).sum(-1)
 
 # %% ../../nbs/models/logprobs.ipynb #7c5619cd
@@ -273,11 +286,8 @@ class _FullKL(torch.autograd.Function):
         ref_kind = _product_dtype(ref_hidden, ref.weight)
         dtype = torch.promote_types(torch.promote_types(kind, ref_kind), torch.float32)
         rows, step = len(hidden), _step(2 * len(hidden), len(weight), chunk)
-        p, q, moment = (
-            _Normalizer(rows, hidden, dtype),
-            _Normalizer(rows, hidden, dtype),
-            hidden.new_zeros(rows, dtype=dtype),
-        )
+        p, q = _Normalizer(rows, hidden, dtype), _Normalizer(rows, hidden, dtype)
+        moment = hidden.new_zeros(rows, dtype=dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             pairs = zip(
                 _blocks(hidden.to(kind), readout, temperature, step, dtype),
@@ -289,31 +299,16 @@ class _FullKL(torch.autograd.Function):
                     _, factor = norm.shift(z)
                     z.sub_(norm.top[:, None]).exp_()
                     norm.total = factor * norm.total + z.sum(1)
-                    if (norm is q) == reverse:
-                        moment = factor * moment + gap.mul_(z).sum(
-                            1
-                        )  # the mean is under the first argument
+                    if (norm is q) == reverse:  # the mean is under the first argument
+                        moment = factor * moment + gap.mul_(z).sum(1)
         first, second = (q, p) if reverse else (p, q)
-        kl = (
-            moment / first.total
-            + (second.top - first.top)
-            + (second.total.log() - first.total.log())
-        )
+        log_sums = second.total.log() - first.total.log()
+        kl = moment / first.total + (second.top - first.top) + log_sums
         ctx.save_for_backward(
             hidden, weight, bias, ref_hidden, ref.weight, ref.bias, *p.parts(), *q.parts(), kl
         )
-        ctx.settings = (
-            scale,
-            softcap,
-            ref.scale,
-            ref.softcap,
-            temperature,
-            reverse,
-            step,
-            kind,
-            ref_kind,
-            dtype,
-        )
+        ctx.scales = scale, softcap, ref.scale, ref.softcap
+        ctx.settings = temperature, reverse, step, kind, ref_kind, dtype
         return kl
 
     @staticmethod
@@ -322,23 +317,11 @@ class _FullKL(torch.autograd.Function):
         hidden, weight, bias, ref_hidden, ref_weight, ref_bias, top_p, rest_p, top_q, rest_q, kl = (
             ctx.saved_tensors
         )
-        (
-            scale,
-            softcap,
-            ref_scale,
-            ref_softcap,
-            temperature,
-            reverse,
-            step,
-            kind,
-            ref_kind,
-            dtype,
-        ) = ctx.settings
-        readout, ref, states = (
-            Readout(weight, bias, scale, softcap),
-            Readout(ref_weight, ref_bias, ref_scale, ref_softcap),
-            hidden.to(kind),
-        )
+        scale, softcap, ref_scale, ref_softcap = ctx.scales
+        temperature, reverse, step, kind, ref_kind, dtype = ctx.settings
+        readout = Readout(weight, bias, scale, softcap)
+        ref = Readout(ref_weight, ref_bias, ref_scale, ref_softcap)
+        states = hidden.to(kind)
         gradient = _Gradient(ctx, states, readout, temperature, dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             pairs = zip(
@@ -351,10 +334,8 @@ class _FullKL(torch.autograd.Function):
                 zq.sub_(top_q[:, None]).sub_(rest_q[:, None])
                 if reverse:
                     d = zp.exp_().sub_(zq.exp_())  # p - q
-                else:
-                    d = (
-                        torch.sub(zp, zq, out=zq).sub_(kl[:, None]).mul_(zp.exp_())
-                    )  # p (log p - log q - KL)
+                else:  # p (log p - log q - KL)
+                    d = torch.sub(zp, zq, out=zq).sub_(kl[:, None]).mul_(zp.exp_())
                 gradient.add(start, block, d.mul_(by_kl[:, None]), slope)
         return *gradient.result(hidden), None, None, None, None, None, None, None
 
@@ -374,13 +355,17 @@ def full_kl(
     ref_scale: float = 1.0,
     ref_softcap: float | None = None,
 ) -> Tensor:
-    """KL(policy || reference) [n] over the whole vocabulary, in nats; `reverse=True`: KL(reference || policy).
+    """Compute KL(policy || reference) [n] over the whole vocabulary, in nats.
 
-    Gradients reach `hidden`, `weight` and `bias`; the reference is a constant. Widths may differ, vocabularies may not.
+    `reverse=True`: KL(reference || policy). Gradients reach `hidden`, `weight` and `bias`; the
+    reference is a constant. Widths may differ, vocabularies may not.
+
+    Raises: WrongInput if the vocabularies differ.
     """
     if len(weight) != len(ref_weight):
         raise WrongInput(
-            f"reference: vocabulary of {len(ref_weight)}; expected {len(weight)}, as the policy has; choose a reference with the same tokenizer"
+            f"reference: vocabulary of {len(ref_weight)}; expected {len(weight)}, as the policy "
+            "has; choose a reference with the same tokenizer"
         )
     ref = Readout(
         ref_weight.detach(),

@@ -20,7 +20,10 @@ from .logprobs import Readout, dense_kl, dense_logprobs, full_kl, selected_logpr
 
 # %% ../../nbs/models/policy.ipynb #ceaaf586
 class TokenStats(NamedTuple):
-    "Per-token figures [rows, time], in nats; entry t is about token t given the tokens before it, 0 where t is no target."
+    """Per-token figures [rows, time], in nats.
+
+    Entry t is about token t given the tokens before it, and 0 where t is no target.
+    """
 
     logp: Tensor | None
     entropy: Tensor | None = None
@@ -30,7 +33,7 @@ class TokenStats(NamedTuple):
 # %% ../../nbs/models/policy.ipynb #b18c4113
 @contextlib.contextmanager
 def _replaced(head: nn.Module, forward):
-    "For a while, `head(x)` runs `forward(x)`."
+    "Let `head(x)` run `forward(x)` inside of the context."
     head.forward = forward
     try:
         yield
@@ -39,7 +42,10 @@ def _replaced(head: nn.Module, forward):
 
 
 def _is_plain(head) -> bool:
-    "True for a Linear layer that nothing wraps, hooks or re-parametrizes, so that its weight and bias are all there is to it."
+    """Whether `head` is a Linear layer that nothing wraps, hooks or re-parametrizes.
+
+    Its weight and bias are then all that it computes with.
+    """
     return (
         type(head) is nn.Linear
         and "forward" not in vars(head)
@@ -49,14 +55,16 @@ def _is_plain(head) -> bool:
 
 
 def states(model: nn.Module, head: nn.Linear, batch: dict) -> Tensor:
-    "Run the whole model on `batch` and return what its head is given to read [rows, time, width]; the head itself does nothing."
+    """Run the whole model on `batch` and return the input of its head [rows, time, width].
+
+    The head itself computes nothing.
+    """
     caught = []
 
     def hand_over(hidden):
         caught.append(hidden)
-        return hidden.new_zeros(
-            *hidden.shape[:-1], 1
-        )  # the model may go on with these logits of one token: they are thrown away
+        # the model may continue with these logits of one token: they are thrown away
+        return hidden.new_zeros(*hidden.shape[:-1], 1)
 
     with _replaced(head, hand_over):
         model(**batch)
@@ -65,7 +73,10 @@ def states(model: nn.Module, head: nn.Linear, batch: dict) -> Tensor:
 
 @contextlib.contextmanager
 def _quiet(model: nn.Module, device: torch.device):
-    "Evaluation mode, no gradients, and random states put back afterwards: a look at the model that leaves no trace."
+    """Inspect the model without a trace.
+
+    Evaluation mode, no gradients, and modes and random states are restored afterwards.
+    """
     training = [m for m in model.modules() if m.training]
     devices = [device] if device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices):
@@ -79,21 +90,23 @@ def _quiet(model: nn.Module, device: torch.device):
 
 # %% ../../nbs/models/policy.ipynb #56850459
 def read_head(model: nn.Module, device: torch.device | str = "cpu") -> Readout | None:
-    "How this model's logits follow from what its head reads; None: in no way that the kernel knows."
+    """Find how this model's logits follow from the input of its head.
+
+    None: in no way that the kernel knows.
+    """
     head = model.get_output_embeddings()
     if not _is_plain(head):
         return None
-    ids, asked = torch.zeros(1, 8, dtype=torch.long, device=device), []
+    ids, answered = torch.zeros(1, 8, dtype=torch.long, device=device), []
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
 
     def answer(hidden):
         size = hidden.shape[:-1].numel() * head.out_features
-        z = torch.linspace(-100, 100, size, device=hidden.device)[
-            torch.randperm(size, device=hidden.device)
-        ]
+        order = torch.randperm(size, device=hidden.device)
+        z = torch.linspace(-100, 100, size, device=hidden.device)[order]
         z[:3] = z.new_tensor([2.0**-10, 1.0, 1e6])
-        asked.append(z.view(*hidden.shape[:-1], head.out_features))
-        return asked[-1].clone()
+        answered.append(z.view(*hidden.shape[:-1], head.out_features))
+        return answered[-1].clone()
 
     with _quiet(model, ids.device):
         with _replaced(head, answer):
@@ -102,54 +115,55 @@ def read_head(model: nn.Module, device: torch.device | str = "cpu") -> Readout |
             given = states(model, head, batch)
         except Exception:
             return None  # the model needs the whole width of its logits
-    if (
-        len(asked) != 1
-        or got.shape != asked[0].shape
-        or given.shape != (*got.shape[:-1], head.in_features)
-    ):
+    if len(answered) != 1 or got.shape != answered[0].shape:
         return None
-    z, got = asked[0].flatten(), got.float().flatten()
+    if given.shape != (*got.shape[:-1], head.in_features):
+        return None
+    z, got = answered[0].flatten(), got.float().flatten()
     scale, cap = float(got[1]), None
     if not torch.isclose(got[2], scale * z[2], rtol=1e-4):
         scale, cap = float(got[0] / z[0]), float(got[2])
     if cap is not None and not 0 < cap < 1e5:
         return None
     expected = scale * z if cap is None else cap * torch.tanh(scale * z / cap)
-    return (
-        Readout(head.weight, head.bias, scale, cap)
-        if torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
-        else None
-    )
+    if not torch.allclose(got, expected, rtol=1e-4, atol=1e-4):
+        return None
+    return Readout(head.weight, head.bias, scale, cap)
 
 # %% ../../nbs/models/policy.ipynb #e8356fad
 def length_parts(lengths: list[int], least: int = 256) -> list[list[int]]:
-    "Row numbers, in one part or in two of similar `lengths`: two where they leave out `least` tokens and a third of all that one part would take."
+    """Group row numbers in one part, or in two of similar `lengths` where that saves enough.
+
+    Two parts must save at least `least` tokens and a third of those that one part takes.
+    """
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     taken = [
         k * lengths[order[max(k, 1) - 1]] + (len(order) - k) * lengths[order[-1]]
         for k in range(len(order))
     ]
     cut = min(range(len(order)), key=taken.__getitem__, default=0)
-    return (
-        [sorted(order[:cut]), sorted(order[cut:])]
-        if order and taken[0] - taken[cut] >= max(least, taken[0] / 3)
-        else [list(range(len(order)))]
-    )
+    if order and taken[0] - taken[cut] >= max(least, taken[0] / 3):
+        return [sorted(order[:cut]), sorted(order[cut:])]
+    return [list(range(len(order)))]
 
 # %% ../../nbs/models/policy.ipynb #bb566f8f
 def pick_rows(x: Tensor, mask: Tensor) -> Tensor:
-    "Rows [n, width] of `x` [rows, time, width] where `mask` [rows, time] is 1: x[mask], with a gradient that is several times faster on CPU."
+    """Select the rows [n, width] of `x` [rows, time, width] where `mask` [rows, time] is 1.
+
+    This is x[mask], with a gradient that is several times faster on CPU.
+    """
     return x.flatten(0, 1).index_select(0, mask.flatten().nonzero()[:, 0])
 
 # %% ../../nbs/models/policy.ipynb #81ebc686
 class StateReader(nn.Module):
-    "A causal LM (or PeftModel) whose head hands over its input instead of logits."
+    "Run a causal LM (or PeftModel) whose head returns its input instead of logits."
 
     def __init__(self, model: nn.Module, adapter: bool = True):
         super().__init__()
         if not adapter and not hasattr(model, "disable_adapter"):
             raise WrongInput(
-                f"model: {type(model).__name__} has no adapter to switch off; expected a PeftModel; pass a copy of the model as the reference"
+                f"model: {type(model).__name__} has no adapter to switch off; expected a "
+                "PeftModel; pass a copy of the model as the reference"
             )
         self.model, self.adapter = model, adapter
         self._known = None  # (head, its scale and soft cap or None): what `read_head` found
@@ -177,12 +191,13 @@ class StateReader(nn.Module):
         return None if self._known[1] is None else Readout(head.weight, head.bias, *self._known[1])
 
     def _check_packing(self, input_ids: Tensor) -> None:
-        "Make sure, once, that what stands in an earlier example of a packed row does not change a later one."
+        """Check, once, that an earlier example of a packed row does not change a later one.
+
+        Raises: WrongInput if it does.
+        """
         if self._packs:
             return
-        ids = torch.stack(
-            [input_ids.new_tensor([0, 0, 0, 1, 1, 1]), input_ids.new_tensor([1, 0, 1, 1, 1, 1])]
-        )
+        ids = input_ids.new_tensor([[0, 0, 0, 1, 1, 1], [1, 0, 1, 1, 1, 1]])
         batch = {
             "input_ids": ids,
             "attention_mask": None,
@@ -195,7 +210,8 @@ class StateReader(nn.Module):
             found[0, 3:], found[1, 3:], rtol=1e-5, atol=1e-6
         ):
             raise WrongInput(
-                f"model: {type(self.model).__name__} lets packed examples see each other; expected none to; train it with pack=0"
+                f"model: {type(self.model).__name__} lets packed examples see each other; expected "
+                "none to; train it with pack=0"
             )
         self._packs = True
 
@@ -212,72 +228,70 @@ class StateReader(nn.Module):
         }
         if (position_ids.diff(dim=1).ne(1) & real[:, 1:]).any():
             self._check_packing(input_ids)
-            batch["attention_mask"] = (
-                None  # transformers sees that rows are packed from the positions, and only without a mask
-            )
+            # transformers sees from the positions that rows are packed, and only without a mask
+            batch["attention_mask"] = None
         return batch
 
     def _rows(self, batch: dict, wanted: Tensor) -> tuple[Tensor, Readout]:
-        "What the head reads [n, width] at the positions before the wanted tokens, and how to read logits off it."
+        """Read the head's input [n, width] at the positions before the wanted tokens.
+
+        The second result is how logits follow from it.
+        """
         found, readout = self._states(batch)
-        time = wanted.shape[1]
-        return pick_rows(
-            found[:, found.shape[1] - time : -1], wanted[:, 1:]
-        ), readout  # virtual tokens stand in front
+        time = wanted.shape[1]  # virtual tokens come before these
+        return pick_rows(found[:, found.shape[1] - time : -1], wanted[:, 1:]), readout
 
 # %% ../../nbs/models/policy.ipynb #258d33e0
 class PrefixReader(StateReader):
-    "Reads long rows apart from short ones, and the common beginning of a group of rows once."
+    "Read long rows apart from short ones, and the common beginning of a group of rows once."
 
     def _can_share(self) -> bool:
-        "Whether keys and values that one row computed can stand in for another's: a plain cache in every layer, which training keeps."
+        """Whether one row can use the keys and values that another row computed.
+
+        It needs a plain cache in every layer, and training must keep it.
+        """
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        config = getattr(self.model, "active_peft_config", None)
-        learned = getattr(config, "is_prompt_learning", False) or getattr(
-            config, "is_adaption_prompt", False
-        )  # have keys and values of their own
-        learned = learned or getattr(getattr(config, "peft_type", None), "value", "") in (
-            "LILY",
-            "SHADOW",
-        )  # look at a whole row at once
+        if self._adapter_needs_whole_rows():
+            return False
         kinds = {type(layer) for layer in DynamicCache(config=base.config).layers}
-        recomputes = any(
-            getattr(m, "gradient_checkpointing", False) for m in base.modules()
-        )  # it keeps no cache
-        takes = {"past_key_values", "position_ids"} <= set(
-            inspect.signature(base.forward).parameters
-        )
-        return (
-            kinds == {DynamicLayer}
-            and takes
-            and not learned
-            and not (self.model.training and recomputes)
-        )
+        # with gradient checkpointing the model keeps no cache
+        recomputes = any(getattr(m, "gradient_checkpointing", False) for m in base.modules())
+        parameters = set(inspect.signature(base.forward).parameters)
+        takes = {"past_key_values", "position_ids"} <= parameters
+        return kinds == {DynamicLayer} and takes and not (self.model.training and recomputes)
+
+    def _adapter_needs_whole_rows(self) -> bool:
+        "Whether the adapter has keys and values of its own, or reads a whole row at once."
+        config = getattr(self.model, "active_peft_config", None)
+        if getattr(config, "is_prompt_learning", False):
+            return True
+        if getattr(config, "is_adaption_prompt", False):
+            return True
+        return getattr(getattr(config, "peft_type", None), "value", "") in ("LILY", "SHADOW")
 
     def _rows_after_prefix(
         self, input_ids: Tensor, real: Tensor, wanted: Tensor, prefix: Tensor
     ) -> tuple[Tensor, Readout]:
-        "`_rows`, with the first tokens of each group read once: their keys and values go to all its rows, and gradients come back the same way."
+        """Read `_rows` with the first tokens of each group read once.
+
+        Their keys and values go to all rows of the group, and gradients come back the same way.
+        """
         owner = prefix[:, 0].unique(return_inverse=True)[1]
         count = torch.arange(len(owner), device=owner.device)
         first = torch.zeros_like(owner[: int(owner.max()) + 1]).scatter_reduce(
             0, owner, count, "amin", include_self=False
         )
-        shared = (
-            prefix[first, 1] - 1
-        )  # the last common token stays with the rows: its state predicts their first own one
+        # the last common token stays with the rows: its state predicts their first own token
+        shared = prefix[first, 1] - 1
         longest, time = int(shared.max()), input_ids.shape[1] - int(shared.min())
         if longest < 1:
             return self._rows(self._batch(input_ids, real, None), wanted)
-        place = (
-            count.new_ones(longest).cumsum(0) - 1 - (longest - shared)[:, None]
-        )  # padded on the left, so that rows go on in the same column
+        # padded on the left, so that all rows continue in the same column
+        place = count.new_ones(longest).cumsum(0) - 1 - (longest - shared)[:, None]
         own = count.new_ones(time).cumsum(0) - 1 + shared[owner][:, None]
         inside, column = own < input_ids.shape[1], own.clamp_max(input_ids.shape[1] - 1)
-        cache, mask = (
-            DynamicCache(config=self.model.config),
-            torch.cat([(place >= 0)[owner], real.gather(1, column) & inside], 1),
-        )
+        cache = DynamicCache(config=self.model.config)
+        mask = torch.cat([(place >= 0)[owner], real.gather(1, column) & inside], 1)
         fixed = dict(past_key_values=cache, use_cache=True)
         self._states(
             dict(
@@ -287,27 +301,21 @@ class PrefixReader(StateReader):
                 **fixed,
             )
         )
-        for layer in (
-            cache.layers
-        ):  # index_select: its gradient is several times faster than that of indexing
-            layer.keys, layer.values = (
-                layer.keys.index_select(0, owner),
-                layer.values.index_select(0, owner),
-            )
-        asked, column, mask = (
-            (wanted.gather(1, column) & inside)[:, 1:],
-            column[:, :-1],
-            mask[:, :-1].long(),
-        )  # nothing follows the last column
+        # index_select: its gradient is several times faster than that of indexing
+        for layer in cache.layers:
+            layer.keys = layer.keys.index_select(0, owner)
+            layer.values = layer.values.index_select(0, owner)
+        targets = (wanted.gather(1, column) & inside)[:, 1:]
+        column = column[:, :-1]  # nothing follows the last column
         found, readout = self._states(
             dict(
                 input_ids=input_ids.gather(1, column),
-                attention_mask=mask,
+                attention_mask=mask[:, :-1].long(),
                 position_ids=column,
                 **fixed,
             )
         )
-        return pick_rows(found, asked), readout
+        return pick_rows(found, targets), readout
 
     def _read_rows(
         self,
@@ -317,20 +325,18 @@ class PrefixReader(StateReader):
         position_ids: Tensor | None,
         prefix: Tensor | None = None,
     ) -> tuple[Tensor, Readout]:
-        "`_rows` of a whole batch, long rows apart from short ones where that saves much padding."
+        "Read `_rows` of a batch, long rows apart from short ones where that saves much padding."
         if position_ids is not None:
             return self._rows(self._batch(input_ids, real, position_ids), wanted)
         found, shared = [], prefix is not None and self._can_share()
         parts = length_parts(real.sum(1).tolist())
         for part in parts:
-            ids, some, asked = (
-                x[part, : max(int(real[part].sum(1).max()), 1)] for x in (input_ids, real, wanted)
-            )
-            found.append(
-                self._rows_after_prefix(ids, some, asked, prefix[part])
-                if shared
-                else self._rows(self._batch(ids, some, None), asked)
-            )
+            longest = max(int(real[part].sum(1).max()), 1)
+            ids, some, targets = (x[part, :longest] for x in (input_ids, real, wanted))
+            if shared:
+                found.append(self._rows_after_prefix(ids, some, targets, prefix[part]))
+            else:
+                found.append(self._rows(self._batch(ids, some, None), targets))
         if len(parts) == 1:
             return found[0]
         number = wanted.flatten().cumsum(0).view_as(wanted)
@@ -341,13 +347,114 @@ class PrefixReader(StateReader):
     def _constant_rows(self, *batch) -> tuple[Tensor, Readout]:
         return self._read_rows(*batch)
 
+# %% ../../nbs/models/policy.ipynb #41310ab8
+def _real_and_wanted(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    completion_mask: Tensor | None,
+    position_ids: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Make boolean masks [rows, time] of the tokens that are no padding, and of the targets.
+
+    Raises: WrongInput for a mask of another shape than `input_ids`.
+    """
+    real = torch.ones_like(input_ids, dtype=torch.bool)
+    if attention_mask is not None:
+        real = attention_mask.bool()
+    wanted = real if completion_mask is None else completion_mask.bool()
+    named = {"attention_mask": real, "completion_mask": wanted, "position_ids": position_ids}
+    for name, mask in named.items():
+        if mask is not None and mask.shape != input_ids.shape:
+            raise WrongInput(
+                f"{name}: shape {tuple(mask.shape)}; expected {tuple(input_ids.shape)}, the shape "
+                "of input_ids; build it with collate"
+            )
+    return real, wanted & real
+
+
+def _without_first(wanted: Tensor, position_ids: Tensor | None) -> Tensor:
+    "Take the first token of each example out of `wanted`: nothing is before it."
+    first = torch.zeros_like(wanted)
+    first[:, 0] = True
+    if position_ids is not None:
+        first |= position_ids == 0
+    return wanted & ~first
+
+
+def _logprobs_of(
+    rows: Tensor, readout: Readout, targets: Tensor, temperature: float, entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    "Compute log-probs and entropy [n] of `targets` [n] from the head's input [n, width]."
+    if readout.weight is None:
+        return dense_logprobs(rows, targets, temperature, entropy)
+    weight, bias, scale, softcap = readout
+    return selected_logprobs(
+        rows, weight, targets, bias, temperature, entropy, scale=scale, softcap=softcap
+    )
+
+
+def _kl_of(
+    rows: Tensor,
+    readout: Readout,
+    ref_rows: Tensor,
+    ref: Readout,
+    temperature: float,
+    reverse: bool,
+) -> Tensor:
+    "Compute the KL [n] between two models from the inputs of their heads."
+    if readout.weight is None or ref.weight is None:
+        return dense_kl(readout.logits(rows), ref.logits(ref_rows), reverse, temperature)
+    return full_kl(
+        rows,
+        readout.weight,
+        ref_rows,
+        ref.weight,
+        reverse,
+        readout.bias,
+        ref.bias,
+        temperature,
+        scale=readout.scale,
+        softcap=readout.softcap,
+        ref_scale=ref.scale,
+        ref_softcap=ref.softcap,
+    )
+
+
+def _values_of(rows: Tensor, readout: Readout, value: nn.Module) -> Tensor:
+    """Compute the values [n] of the head's input `rows` [n, width], fp32 at least.
+
+    Raises: WrongInput where the head's input cannot be read.
+    """
+    if readout.weight is None:
+        raise WrongInput(
+            "value: the head of this model is wrapped or quantized, so its input cannot be read; "
+            "expected a plain Linear head; leave the head as it is"
+        )
+    values = value(rows)[:, 0]
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _at_tokens(
+    values: Tensor | None, wanted: Tensor, order: Tensor | None, shape: torch.Size
+) -> Tensor | None:
+    """Put `values` [n] where `wanted` [rows, kept] is true, zeros elsewhere.
+
+    With `order` [rows, kept], the columns go back to where they were in a table of `shape`.
+    """
+    if values is None:
+        return None
+    table = values.new_zeros(wanted.shape).masked_scatter(wanted, values)
+    return table if order is None else table.new_zeros(shape).scatter(1, order, table)
+
 # %% ../../nbs/models/policy.ipynb #188640d6
 class Policy(PrefixReader):
-    """Wraps a causal LM (or PeftModel); calling it gives `TokenStats` of a batch, and the logits are never built.
+    """Wrap a causal LM (or PeftModel); a call gives `TokenStats` of a batch without the logits.
 
-    The model runs whole, adapters and virtual tokens included, but its head only hands over its input. Where the head is more than a plain
-    Linear layer (LoRA on it, quantized, hooked), or the model does something to the logits that is neither scale nor soft cap,
-    the model's own logits are used. `adapter=False` makes a frozen reference of a PeftModel: the same weights with the adapter switched off.
+    The model runs whole, adapters and virtual tokens included, but its head only returns its
+    input. The model's own logits are used where the head is more than a plain Linear layer (LoRA
+    on it, quantized, hooked), or where the model changes its logits by more than scale and soft
+    cap. `adapter=False` makes a frozen reference of a PeftModel: the same weights with the adapter
+    switched off.
     """
 
     def forward(
@@ -364,109 +471,45 @@ class Policy(PrefixReader):
         value: nn.Module | None = None,
         logprobs: bool = True,
     ) -> TokenStats:
-        """Log-probs (and entropy, and KL to `reference`) of the tokens where `completion_mask` [rows, time] is 1; default: all real tokens.
+        """Compute log-probs (and entropy, and KL to `reference`) of the target tokens.
 
-        `position_ids` are needed for packed rows only: they start again at 0 with every example. Padding may stand on either side.
-        `prefix` [rows, 2] = (group, n) says that the rows of a group have the same first n tokens, none of them a target: the model reads those once
-        for the group, where its architecture allows. Values and gradients are the same.
-        `value` maps the states that the head reads, [n, width], to [n, 1]: the value of what stands before each token. `logprobs=False`: nothing else.
+        Targets are where `completion_mask` [rows, time] is 1; by default all real tokens. Padding
+        may be on either side. `position_ids` are needed for packed rows only: they start again at
+        0 with every example.
+
+        `prefix` [rows, 2] = (group, n): the rows of a group have the same first n tokens, none of
+        them a target. The model reads those once for the group, where its architecture allows.
+        Values and gradients are the same.
+
+        `value` maps the head's input [n, width] to [n, 1]: the value of the tokens before each
+        target. With `logprobs=False` the log-probs and the entropy are left out.
+
+        Raises: WrongInput for a temperature of 0 or less, masks of another shape, a model that
+        mixes packed examples, and `value` on a head whose input cannot be read.
         """
         if not temperature > 0:
             raise WrongInput(
-                f"temperature: {temperature}; expected more than 0; use 1.0 for the model's own distribution"
+                f"temperature: {temperature}; expected more than 0; use 1.0 for the model's own "
+                "distribution"
             )
-        real = (
-            torch.ones_like(input_ids, dtype=torch.bool)
-            if attention_mask is None
-            else attention_mask.bool()
-        )
-        wanted = real if completion_mask is None else completion_mask.bool()
-        for name, mask in (
-            ("attention_mask", real),
-            ("completion_mask", wanted),
-            ("position_ids", position_ids),
-        ):
-            if mask is not None and mask.shape != input_ids.shape:
-                raise WrongInput(
-                    f"{name}: shape {tuple(mask.shape)}; expected {tuple(input_ids.shape)}, the shape of input_ids; build it with collate"
-                )
-        order, wanted = None, wanted & real
-        if (
-            position_ids is None and attention_mask is not None
-        ):  # move real tokens to the left and drop columns of padding only
-            order = (~real).sort(dim=1, stable=True).indices[:, : max(int(real.sum(1).max()), 1)]
-            input_ids, real, wanted, full = (
-                input_ids.gather(1, order),
-                real.gather(1, order),
-                wanted.gather(1, order),
-                wanted,
-            )
-        first = torch.zeros_like(wanted)
-        first[:, 0] = True
-        if position_ids is not None:
-            first |= position_ids == 0
-        wanted = wanted & ~first  # the first token of an example has nothing before it
-        rows, readout = self._read_rows(
-            input_ids, real, wanted, position_ids, None if reference is not None else prefix
-        )
-        if value is not None and readout.weight is None:
-            raise WrongInput(
-                "value: the head of this model is wrapped or quantized, so its input cannot be read; expected a plain Linear head; leave the head as it is"
-            )
-        worth, targets = None if value is None else value(rows)[:, 0], input_ids[wanted]
-        if worth is not None:
-            worth = worth.to(torch.promote_types(worth.dtype, torch.float32))
-        if not logprobs:
-            logp = spread = None
-        elif readout.weight is None:
-            logp, spread = dense_logprobs(rows, targets, temperature, entropy)
-        else:
-            logp, spread = selected_logprobs(
-                rows,
-                readout.weight,
-                targets,
-                readout.bias,
-                temperature,
-                entropy,
-                None,
-                readout.scale,
-                readout.softcap,
-            )
-        kl = (
-            None
-            if reference is None
-            else self._kl(
-                rows,
-                readout,
-                *reference._constant_rows(input_ids, real, wanted, position_ids),
-                temperature,
-                reverse,
-            )
-        )
+        real, wanted = _real_and_wanted(input_ids, attention_mask, completion_mask, position_ids)
+        order, shape = None, wanted.shape
+        if position_ids is None and attention_mask is not None:
+            # move real tokens to the left and drop columns of padding only
+            longest = max(int(real.sum(1).max()), 1)
+            order = (~real).sort(dim=1, stable=True).indices[:, :longest]
+            input_ids, real, wanted = (x.gather(1, order) for x in (input_ids, real, wanted))
+        wanted = _without_first(wanted, position_ids)
 
-        def spread_out(values):
-            if values is None:
-                return None
-            table = values.new_zeros(wanted.shape).masked_scatter(wanted, values)
-            return table if order is None else table.new_zeros(full.shape).scatter(1, order, table)
-
-        return TokenStats(*map(spread_out, (logp, spread, kl, worth)))
-
-    def _kl(self, rows, readout, ref_rows, ref, temperature, reverse):
-        if readout.weight is None or ref.weight is None:
-            return dense_kl(readout.logits(rows), ref.logits(ref_rows), reverse, temperature)
-        return full_kl(
-            rows,
-            readout.weight,
-            ref_rows,
-            ref.weight,
-            reverse,
-            readout.bias,
-            ref.bias,
-            temperature,
-            None,
-            readout.scale,
-            readout.softcap,
-            ref.scale,
-            ref.softcap,
-        )
+        if reference is not None:
+            prefix = None  # policy and reference both read whole rows
+        rows, readout = self._read_rows(input_ids, real, wanted, position_ids, prefix)
+        values = None if value is None else _values_of(rows, readout, value)
+        logp = spread = kl = None
+        if logprobs:
+            logp, spread = _logprobs_of(rows, readout, input_ids[wanted], temperature, entropy)
+        if reference is not None:
+            ref_rows, ref = reference._constant_rows(input_ids, real, wanted, position_ids)
+            kl = _kl_of(rows, readout, ref_rows, ref, temperature, reverse)
+        found = logp, spread, kl, values
+        return TokenStats(*(_at_tokens(one, wanted, order, shape) for one in found))
