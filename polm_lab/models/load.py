@@ -233,11 +233,11 @@ def load_model(
     transformers' AutoModelForSequenceClassification with one label. The head is that of a saved
     reward model, else a new one made from `seed`. head = any takes either model as it was saved.
 
-    A folder with a saved adapter gives its base model with that adapter, which continues training
-    (some kinds of soft prompts cannot be trained further, and stay as they are). With a new
-    `adapter` on top, the saved one is merged into the base first. `seed` sets the new adapter's
-    initial weights. `model.fresh_adapter` is True if switching the adapter off gives the model as
-    it was loaded.
+    A folder with a saved adapter gives its base model with that adapter, which continues training.
+    Some kinds of soft prompts cannot be trained further, and stay as they are. With a new `adapter`
+    on top, the saved one is merged into the base first. The new adapter's initial weights are a
+    function of `seed`. The attribute `model.fresh_adapter` is True if switching the adapter off
+    gives the model as it was loaded.
 
     Raises: WrongInput for whatever does not fit, before anything is computed.
     """

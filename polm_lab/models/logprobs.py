@@ -243,9 +243,11 @@ def selected_logprobs(
     """Compute the log-probs of `targets` [n] from the rows `hidden` [n, width], in nats.
 
     The first result is `log softmax(z / temperature)[target]` [n], the second the entropy [n] of
-    that softmax, or None without `entropy`. `weight` [vocab, width], `bias` [vocab]; `scale` and
-    `softcap` as in `Readout`; `chunk` is the number of vocabulary entries per block. Results are
-    fp32 (fp64 for fp64 input). Gradients reach those of hidden, weight and bias that require them.
+    that softmax, or None without `entropy`. Results are fp32 (fp64 for fp64 input). Gradients
+    reach those of hidden, weight and bias that require them.
+
+    - `weight` [vocab, width], `bias` [vocab]; `scale` and `softcap` as in `Readout`
+    - `chunk`: the number of vocabulary entries per block
 
     Raises: WrongInput if the widths of `hidden` and `weight` differ.
     """

@@ -451,9 +451,9 @@ class Policy(PrefixReader):
     """Wrap a causal LM (or PeftModel); a call gives `TokenStats` of a batch without the logits.
 
     The model runs whole, adapters and virtual tokens included, but its head only returns its
-    input. The model's own logits are used where the head is more than a plain Linear layer (LoRA
-    on it, quantized, hooked), or where the model changes its logits by more than scale and soft
-    cap. `adapter=False` makes a frozen reference of a PeftModel: the same weights with the adapter
+    input. Some heads are more than a plain Linear layer (LoRA on it, quantized, hooked). Some models
+    change their logits by more than scale and soft cap. Their own logits are used then.
+    With `adapter=False` a PeftModel is a frozen reference: the same weights with the adapter
     switched off.
     """
 
@@ -484,8 +484,8 @@ class Policy(PrefixReader):
         `value` maps the head's input [n, width] to [n, 1]: the value of the tokens before each
         target. With `logprobs=False` the log-probs and the entropy are left out.
 
-        Raises: WrongInput for a temperature of 0 or less, masks of another shape, a model that
-        mixes packed examples, and `value` on a head whose input cannot be read.
+        Raises: WrongInput for a temperature of 0 or less, masks of another shape, and a model that
+        mixes packed examples. Also for `value` on a head whose input cannot be read.
         """
         if not temperature > 0:
             raise WrongInput(

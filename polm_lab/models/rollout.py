@@ -52,7 +52,7 @@ def end_tokens(model, tokenizer=None) -> list[int]:
     """List the token ids that end a completion.
 
     They are those of the generation config, of the tokenizer, and those with which its chat
-    template ends an answer: a model that was given a chat token learns to end with that, whatever
+    template ends an answer. A model that was given a chat token learns to end with that, whatever
     its generation config says. An empty list in the config means that nothing ends a completion.
     """
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
@@ -560,8 +560,9 @@ def steps(
     """Write token by token, and yield the rows after each token.
 
     `send(places)` selects the rows that continue.
-    The places are those in the list that was yielded, in any order; a row whose place is sent twice
-    is forked, and the forks draw by seeds of their own. `next`, or None: all that have not ended.
+    The places are those in the list that was yielded, in any order. A row whose place is sent twice
+    is forked, and the forks draw by seeds of their own. With `next`, or None, all rows continue
+    that have not ended.
     It ends after `max_new_tokens`, or when no row continues. Without branches a row that continues
     is the same object, which has grown. The model is in evaluation mode until then.
 

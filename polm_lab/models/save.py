@@ -128,8 +128,8 @@ def _say_dtype(folder: Path, plan: dict):
 def _save_plain(model, tokenizer, folder: Path, state_dict: dict | None):
     """Save weights, configuration and generation settings.
 
-    The EOS tokens in these settings are all the tokens that end an answer here. transformers
-    refuses to save inconsistent generation settings, and many models on the Hub have such settings.
+    The EOS tokens in these settings are all the tokens that end an answer here. Many models on the
+    Hub have inconsistent generation settings, which transformers refuses to save.
     """
     from transformers import GenerationConfig
 
@@ -162,7 +162,7 @@ def save_model(model, tokenizer, folder, state_dict=None) -> Path:
 
     The weights are safetensors; of a model with an adapter it is the adapter alone. They are
     written in the type that `round_weights` rounded them to, without it as they are in memory.
-    `state_dict` replaces the model's own weights, for weights that are spread over processes.
+    With `state_dict`, it replaces the model's own weights, if those are spread over processes.
 
     Raises: WrongInput if a file has the name of `folder`.
     """

@@ -37,7 +37,7 @@ def model_path(spec) -> Path:
     """Find the folder that holds the model `spec`.
 
     `spec` is looked up as a built-in name, a folder, a run (folder or id: its `model/`), and then
-    as a Hub id, in the local cache of the Hub before the network.
+    as a Hub id. The local cache of the Hub comes before the network.
 
     Raises: WrongInput if there is no such model.
     """

@@ -49,8 +49,8 @@ def has_chat_template(tokenizer) -> bool:
 def load_tokenizer(spec, chat_template: str = ""):
     """Load the tokenizer of the model `spec`, with a padding token.
 
-    It pads on the side that was saved (data are collated on the right, whatever it says).
-    `chat_template` sets one: a name in `CHAT_TEMPLATES` or a .jinja file; empty keeps the model's.
+    It pads on the side that was saved (data are collated on the right, whatever it says). A
+    `chat_template` is a name in `CHAT_TEMPLATES` or a .jinja file; empty keeps the model's own.
 
     Raises: WrongInput if there are no tokenizer files, they cannot be read, there is no
     end-of-sequence token, or the model has too few embeddings.

@@ -322,9 +322,9 @@ def transform(
 
     `compute(name)` is called once a tensor and may read it whole, block by block; it returns the
     function that makes a block. Integers and booleans must agree in all models and are copied.
-    `dtype` is the type of all floats; by default each keeps the first model's. `before(name)` is
-    called before each tensor, for progress and for stopping. Tokenizer and configuration are
-    copied from the folder `like`, by default the first model's.
+    Floats get the type `dtype`; by default each keeps the first model's. Before each tensor
+    `before(name)` is called, for progress and for stopping. Tokenizer and configuration are copied
+    from the folder `like`, by default the first model's.
 
     Raises: WrongInput for weights that are not finite or integers that differ, and as `Writer`.
     """
