@@ -1,4 +1,7 @@
-"The log-prob kernel and `Policy` against the dense path: values and gradients, on inputs where the two would differ if one were wrong."
+"""The log-prob kernel and `Policy` against the dense path: values and gradients.
+
+On these inputs the two would differ if one were wrong.
+"""
 
 import copy
 
@@ -128,10 +131,11 @@ def test_values_and_gradients_equal_dense(
         close(a, b, tolerance)
     by = torch.randn(2, len(targets), dtype=dtype)
     for used in ((0,), (1,), (0, 1)):  # log-prob alone, entropy alone, both
-        mine, theirs = (
-            torch.autograd.grad(sum(out[i] @ by[i] for i in used), leaves, retain_graph=True)
-            for out in (ours, dense)
-        )
+        grads = []
+        for out in (ours, dense):
+            loss = sum(out[i] @ by[i] for i in used)
+            grads.append(torch.autograd.grad(loss, leaves, retain_graph=True))
+        mine, theirs = grads
         for a, b in zip(mine, theirs):
             close(a, b, tolerance)
 
@@ -175,14 +179,18 @@ def test_the_reference_of_a_kl_is_constant():
     hidden, weight, _, _ = inputs(torch.float64)
     ref_hidden, ref_weight, _, _ = inputs(torch.float64, seed=3)
     full_kl(hidden, weight, ref_hidden, ref_weight).sum().backward()
-    assert hidden.grad is not None and ref_hidden.grad is None and ref_weight.grad is None
+    assert hidden.grad is not None
+    assert ref_hidden.grad is None
+    assert ref_weight.grad is None
 
 
 def test_kl_directions_differ_and_vanish_at_equality():
     hidden, weight, _, _ = inputs(torch.float64)
     other = inputs(torch.float64, seed=5)[0]
     forward, reverse = (full_kl(hidden, weight, other, weight, r) for r in (False, True))
-    assert (forward > 0).all() and (reverse > 0).all() and not torch.allclose(forward, reverse)
+    assert (forward > 0).all()
+    assert (reverse > 0).all()
+    assert not torch.allclose(forward, reverse)
     same = full_kl(hidden, weight, hidden, weight)
     assert same.abs().max() < 1e-12
     assert torch.autograd.grad(same.sum(), hidden)[0].abs().max() < 1e-12
@@ -324,10 +332,12 @@ def test_packed_rows_equal_separate_rows(family):
     policy = Policy(build(family))
     ids, real, target = batch()
     lengths = (9, 6, 7)
-    packed, aims = (
-        torch.cat([*(t[i, :n] for i, n in enumerate(lengths)), t.new_zeros(4)])[None]
-        for t in (ids, target)
-    )
+
+    def pack(t):
+        "The beginnings of the rows of `t` in one row, with four columns of padding."
+        return torch.cat([t[0, :9], t[1, :6], t[2, :7], t.new_zeros(4)])[None]
+
+    packed, aims = pack(ids), pack(target)
     positions = torch.cat([torch.arange(n) for n in (*lengths, 4)])[None]
     mask = (torch.arange(26) < 22).long()[None]
     with torch.no_grad():
@@ -408,7 +418,8 @@ def test_no_targets_at_all():
     policy = Policy(build("llama"))
     ids, real, target = batch()
     stats = policy(ids, real, target * 0, entropy=True)
-    assert stats.logp.shape == ids.shape and stats.logp.abs().sum() == 0
+    assert stats.logp.shape == ids.shape
+    assert stats.logp.abs().sum() == 0
     stats.logp.sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() == 0 for p in policy.parameters())
 
@@ -562,9 +573,8 @@ def test_hidden_or_hooked_head_falls_back():
     for model in (hooked, hidden, normed):
         policy = Policy(model)
         close(policy(ids, real, target).logp, plain(model, ids, real, target), 1e-5)
-        assert (
-            policy._known is None
-        )  # a hook may be what brings the weight into memory (ZeRO-3), so its head is called as it is
+        # a hook may bring the weight into memory (ZeRO-3), so its head is called as it is
+        assert policy._known is None
 
 
 def test_first_use_leaves_no_trace():
@@ -576,7 +586,8 @@ def test_first_use_leaves_no_trace():
     torch.manual_seed(7)
     policy(ids, real, target, torch.arange(9).expand(3, 9) % 5)
     assert torch.equal(torch.rand(3), want)
-    assert all(m.training for m in model.modules()) and "forward" not in vars(model.lm_head)
+    assert all(m.training for m in model.modules())
+    assert "forward" not in vars(model.lm_head)
     assert set(policy.state_dict()) == {f"model.{k}" for k in model.state_dict()}
 
 
@@ -601,7 +612,8 @@ def test_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         got = Policy(model)(ids, real, target).logp
         got.sum().backward()
-    assert got.dtype == torch.float32 and model.lm_head.weight.grad.dtype == torch.float32
+    assert got.dtype == torch.float32
+    assert model.lm_head.weight.grad.dtype == torch.float32
     close(got, want, 0.1)
 
 

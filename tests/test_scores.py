@@ -141,19 +141,16 @@ def test_a_call_of_the_model_itself_reads_by_the_mask(tmp_path):
     names = list(dict(model.named_parameters()))
     expected, before = Scorer(model)(ids, mask), model(input_ids=ids, attention_mask=mask).logits
     read_by_mask(model)
-    assert (
-        torch.equal(
-            model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 0], expected
-        )
-        and list(dict(model.named_parameters())) == names
-    )
-    del model.forward
     assert torch.equal(
-        model(input_ids=ids, attention_mask=mask).logits, before
-    ) and not torch.allclose(before[:, 0], expected)
+        model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 0], expected
+    )
+    assert list(dict(model.named_parameters())) == names
+    del model.forward
+    assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, before)
+    assert not torch.allclose(before[:, 0], expected)
 
 
-# Runs -------------------------------------------------------------------------------------------------------------
+# Runs ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +176,10 @@ def answers():
 
 
 def test_training_scoring_and_plain_transformers_agree(run):
-    "The saved model, read by plain transformers with the saved tokenizer in one padded batch, on either side, and one text at a time."
+    """Plain transformers read the saved model and tokenizer, and give the same scores.
+
+    The texts come in one padded batch, on either side, and one at a time.
+    """
     prompts, said = answers()
     found = torch.tensor(load_reward(str(run.path), device="cpu", dtype="float32")(prompts, said))
     model, words = (
@@ -198,7 +198,8 @@ def test_training_scoring_and_plain_transformers_agree(run):
         for side in ("right", "left"):
             batch = words.pad({"input_ids": rows}, padding_side=side, return_tensors="pt")
             assert torch.allclose(model(**batch).logits[:, 0], alone, atol=1e-5)
-    assert torch.allclose(found, alone, atol=1e-5) and found.std() > 1e-4
+    assert torch.allclose(found, alone, atol=1e-5)
+    assert found.std() > 1e-4
 
 
 def test_the_run_trained_what_it_says(run, pads_with_eos):
@@ -210,13 +211,10 @@ def test_the_run_trained_what_it_says(run, pads_with_eos):
     ]
     model = load_model(run.path, dtype="float32", device="cpu", head="any").eval()
     with torch.no_grad():
-        assert row["reward"] == pytest.approx(plainly(model, ids).item(), abs=1e-4) and row[
-            "length"
-        ] == len(ids)
-        assert (
-            row["values"][-1] == pytest.approx(row["reward"], abs=1e-3)
-            and ids[-1] == words.eos_token_id
-        )
+        assert row["reward"] == pytest.approx(plainly(model, ids).item(), abs=1e-4)
+        assert row["length"] == len(ids)
+        assert row["values"][-1] == pytest.approx(row["reward"], abs=1e-3)
+        assert ids[-1] == words.eos_token_id
 
 
 def test_trl_reads_where_we_do(run, pads_with_eos, tmp_path):
@@ -256,7 +254,8 @@ def test_without_another_token_plain_transformers_refuses_a_batch(tmp_path):
         == min(set(others) - set(others[:1]))
     )
     words.pad_token = words.eos_token
-    assert padding_for(words, set(special)) is None and words.pad_token_id == end
+    assert padding_for(words, set(special)) is None
+    assert words.pad_token_id == end
     model = scored("llama", tmp_path / "model")
     model.config.pad_token_id = None
     with torch.no_grad():
@@ -269,12 +268,11 @@ def test_without_another_token_plain_transformers_refuses_a_batch(tmp_path):
 
 def test_the_side_of_the_padding_stays(pads_with_eos, run, tmp_path):
     side = lambda folder: json.loads((folder / "tokenizer_config.json").read_text())["padding_side"]
-    assert (
-        side(pads_with_eos) == "left" == side(run.path / "model")
-        and load_tokenizer(run.path).padding_side == "left"
-    )
+    assert side(pads_with_eos) == "left" == side(run.path / "model")
+    assert load_tokenizer(run.path).padding_side == "left"
     tuned = lab.run("sft", out=tmp_path, model=str(pads_with_eos), **SHORT | dict(steps=1))
-    assert side(tuned.path / "model") == "left" and load_tokenizer("tiny").padding_side == "right"
+    assert side(tuned.path / "model") == "left"
+    assert load_tokenizer("tiny").padding_side == "right"
     assert isinstance(tuned, Run)
 
 

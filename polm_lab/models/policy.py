@@ -451,10 +451,9 @@ class Policy(PrefixReader):
     """Wrap a causal LM (or PeftModel); a call gives `TokenStats` of a batch without the logits.
 
     The model runs whole, adapters and virtual tokens included, but its head only returns its
-    input. Some heads are more than a plain Linear layer (LoRA on it, quantized, hooked). Some models
-    change their logits by more than scale and soft cap. Their own logits are used then.
-    With `adapter=False` a PeftModel is a frozen reference: the same weights with the adapter
-    switched off.
+    input. Some heads are more than a plain Linear layer (LoRA on it, quantized, hooked), and some
+    models do more to their logits than scale and soft cap. Their own logits are used then. With
+    `adapter=False` a PeftModel is a frozen reference: the same weights without the adapter.
     """
 
     def forward(
