@@ -82,6 +82,6 @@ def test_a_16_bit_model_samples_while_its_adapter_is_kept_in_32_bits(adapter):
     for weight in model.parameters():  # as the loop does
         if weight.requires_grad:
             weight.data = weight.data.float()
-    said = rollout(model, tokenizer, [[5, 6, 7], [8, 9]], max_new_tokens=3, seeds=0)
-    assert all(len(ids) > 0 for ids in said.completions)
+    found = rollout(model, tokenizer, [[5, 6, 7], [8, 9]], max_new_tokens=3, seeds=0)
+    assert all(len(ids) > 0 for ids in found.completions)
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)

@@ -337,12 +337,12 @@ def test_packed_rows_equal_separate_rows(family):
         "The beginnings of the rows of `t` in one row, with four columns of padding."
         return torch.cat([t[0, :9], t[1, :6], t[2, :7], t.new_zeros(4)])[None]
 
-    packed, aims = pack(ids), pack(target)
+    packed, targets = pack(ids), pack(target)
     positions = torch.cat([torch.arange(n) for n in (*lengths, 4)])[None]
     mask = (torch.arange(26) < 22).long()[None]
     with torch.no_grad():
         want = policy(ids, real, target).logp
-        got = policy(packed, mask, aims, positions).logp
+        got = policy(packed, mask, targets, positions).logp
     close(got[0, :22], torch.cat([want[i, :n] for i, n in enumerate(lengths)]), 1e-5)
     assert got[0, 9] == got[0, 15] == 0
 
@@ -393,7 +393,7 @@ def test_a_common_prefix_is_read_once(family):
     for a, b in zip(*found):
         close(b, a, 1e-5)
     policy.model.train().gradient_checkpointing_enable()
-    assert not policy._can_share()  # nothing is kept to go on from
+    assert not policy._can_share()  # nothing is kept to continue from
 
 
 @pytest.mark.parametrize(

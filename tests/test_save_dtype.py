@@ -274,13 +274,13 @@ def test_each_tensor_of_a_mixed_model_goes_back_to_its_own_type(bases, tmp_path,
         assert "several types" in (run.path / "log.txt").read_text()
 
 
-def test_a_weight_beyond_float16_is_saved_in_32_bits_and_said(bases, tmp_path):
+def test_a_weight_beyond_float16_is_saved_in_32_bits_and_reported(bases, tmp_path):
     model = load_model(bases / "float16", "float32", "cpu")
     model.lm_head.weight.data[0, 0] = 1e5
-    said = round_weights(model)
-    assert len(said) == 1
-    assert "65504" in said[0]
-    assert "float32" in said[0]
+    notes = round_weights(model)
+    assert len(notes) == 1
+    assert "65504" in notes[0]
+    assert "float32" in notes[0]
     save_model(model, load_tokenizer("tiny"), tmp_path / "out")
     assert types_of(tmp_path / "out") == {torch.float32}
     assert load_model(tmp_path / "out", "float32", "cpu").lm_head.weight[0, 0] == 1e5

@@ -180,8 +180,10 @@ def test_training_scoring_and_plain_transformers_agree(run):
 
     The texts come in one padded batch, on either side, and one at a time.
     """
-    prompts, said = answers()
-    found = torch.tensor(load_reward(str(run.path), device="cpu", dtype="float32")(prompts, said))
+    prompts, replies = answers()
+    found = torch.tensor(
+        load_reward(str(run.path), device="cpu", dtype="float32")(prompts, replies)
+    )
     model, words = (
         AutoModelForSequenceClassification.from_pretrained(run.path / "model").eval(),
         AutoTokenizer.from_pretrained(run.path / "model"),
@@ -190,7 +192,7 @@ def test_training_scoring_and_plain_transformers_agree(run):
     ours = load_tokenizer(run.path)
     rows = [
         encode(ours, dict(prompt=p, completion=c), "completion", 256)["input_ids"]
-        for p, c in zip(prompts, said)
+        for p, c in zip(prompts, replies)
     ]
     assert rows[0][-1] == words.eos_token_id
     with torch.no_grad():
@@ -234,10 +236,10 @@ def test_a_model_of_others_that_pads_with_eos_is_read_by_the_mask(run, tmp_path)
     words.pad_token = words.eos_token
     model.config.pad_token_id = words.eos_token_id
     save_model(model, words, tmp_path / "theirs")
-    prompts, said = answers()
-    again = load_reward(str(tmp_path / "theirs"), device="cpu", dtype="float32")(prompts, said)
+    prompts, replies = answers()
+    again = load_reward(str(tmp_path / "theirs"), device="cpu", dtype="float32")(prompts, replies)
     assert again == pytest.approx(
-        load_reward(str(run.path), device="cpu", dtype="float32")(prompts, said), abs=1e-5
+        load_reward(str(run.path), device="cpu", dtype="float32")(prompts, replies), abs=1e-5
     )
 
 

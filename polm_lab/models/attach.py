@@ -253,16 +253,17 @@ def untie(model):
     """
     import torch
 
-    read, words = model.get_output_embeddings(), model.get_input_embeddings()
-    if read is not None and read.weight is words.weight:
-        read.weight = torch.nn.Parameter(
-            words.weight.detach().clone(), requires_grad=words.weight.requires_grad
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is embedding.weight:
+        weight = embedding.weight
+        head.weight = torch.nn.Parameter(
+            weight.detach().clone(), requires_grad=weight.requires_grad
         )
-        _say_untied(model)
+        _mark_untied(model)
     return model
 
 
-def _say_untied(model):
+def _mark_untied(model):
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False
 
@@ -284,7 +285,7 @@ def merge_adapter(model):
     if not can_merge(model):
         raise WrongInput(
             f"a {kind} adapter cannot be merged into its model; expected one that can, such as "
-            "lora; go on training it with adapter none"
+            "lora; continue training it with adapter none"
         )
     tied = model.get_base_model().config.get_text_config().tie_word_embeddings
     try:
@@ -301,18 +302,19 @@ def merge_adapter(model):
             merged = model.merge_and_unload()
     except Exception as error:
         raise WrongInput(
-            f"the {kind} adapter cannot be merged into its model ({first_line(error)}); go on "
-            "training it with adapter none"
+            f"the {kind} adapter cannot be merged into its model ("
+            f"{first_line(error)}); continue training it with adapter none"
         ) from None
-    read, words = merged.get_output_embeddings(), merged.get_input_embeddings()
-    if read is not None and tied:
-        if read.weight.shape == words.weight.shape and read.weight.equal(words.weight):
-            read.weight = words.weight
+    head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
+    if head is not None and tied:
+        same_shape = head.weight.shape == embedding.weight.shape
+        if same_shape and head.weight.equal(embedding.weight):
+            head.weight = embedding.weight
             for config in (merged.config, merged.config.get_text_config()):
                 config.tie_word_embeddings = True
         else:
-            _say_untied(merged)
-    # PEFT froze them; whoever trains the merged model trains all of it
+            _mark_untied(merged)
+    # PEFT froze them; training the merged model trains all of it
     for weight in merged.parameters():
         weight.requires_grad_(weight.is_floating_point())
     return merged
@@ -356,7 +358,7 @@ def fit_vocabulary(base, folder: Path, spec: str):
             ids += [token["id"] for token in read.get("added_tokens") or []]
             tokens = 1 + max(ids, default=-1)
         except (ValueError, KeyError, TypeError, AttributeError):
-            pass  # whoever reads the tokenizer says what is wrong with it
+            pass  # `load_tokenizer` reports what is wrong with it
     if wanted or tokens > rows:
         raise WrongInput(
             f"{folder}: an adapter for {max([*wanted, tokens])} tokens, and its base {spec} has "

@@ -176,7 +176,7 @@ def _read_any(folder: Path, dtype, head: str = "lm"):
         kind = model.peft_config["default"].peft_type.value.lower()
         raise WrongInput(
             f"{folder}: a {kind} adapter cannot be merged, so no second adapter can be put on it; "
-            "go on training it with adapter none"
+            "continue training it with adapter none"
         )
     try:
         return merge_adapter(model)

@@ -255,7 +255,7 @@ class Batch:
         mask = None if self.mask is None else self.mask[:, : self.read].long()
         inputs |= {"position_ids": position_ids, "logits_to_keep": 1, "attention_mask": mask}
         inputs = {k: v for k, v in inputs.items() if k in self.takes and v is not None}
-        with self.in_half:  # not longer: whoever reads the steps computes as before
+        with self.in_half:  # not longer: the caller of `steps` computes as before
             return self.model(**inputs, past_key_values=self.cache, use_cache=True).logits[:, -1]
 
     def _read_soft(self, prompt, n: int) -> None:
@@ -520,7 +520,7 @@ def _write(model, prompts, rows, num_generations, most, temperature, top_p, top_
             if not places or t + 1 == most:
                 return
             if any(rows[place].ended for place in places):
-                raise ValueError(f"{places}: a row that has ended does not go on")
+                raise ValueError(f"{places}: a row that has ended does not continue")
             if branches > 1 or places != list(range(len(rows))):
                 parents, token = [place // branches for place in places], token[places]
                 batch.select(parents)

@@ -115,7 +115,7 @@ def _cast_adapter(folder: Path, plan: dict):
     save_file(tensors, file, {"format": "pt"})
 
 
-def _say_dtype(folder: Path, plan: dict):
+def _write_dtype(folder: Path, plan: dict):
     "Write the type of the weights into config.json, where others look for it."
     file, name = folder / "config.json", str(plan[""]).removeprefix("torch.")
     config = json.loads(file.read_text())
@@ -154,7 +154,7 @@ def _save_plain(model, tokenizer, folder: Path, state_dict: dict | None):
             settings.eos_token_id = ends if len(ends) > 1 else ends[0]
         settings.to_json_file(folder / "generation_config.json")
     if plan:
-        _say_dtype(folder, plan)
+        _write_dtype(folder, plan)
 
 # %% ../../nbs/models/save.ipynb #60e09837
 def save_model(model, tokenizer, folder, state_dict=None) -> Path:
