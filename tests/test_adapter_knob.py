@@ -51,10 +51,8 @@ def test_an_adapter_is_what_moves(name, adapter, tmp_path):
         assert changed == (
             {"q_proj", "v_proj"} if "lora" in adapter else {"k_proj", "v_proj", "down_proj"}
         ), changed
-    tuned, plain = (
-        load_model(folder, "float32", "cpu", head="any"),
-        load_model("tiny", "float32", "cpu"),
-    )
+    tuned = load_model(folder, "float32", "cpu", head="any")
+    plain = load_model("tiny", "float32", "cpu")
     with torch.no_grad():
         hidden = [
             model(input_ids=torch.arange(20, 60)[None], output_hidden_states=True).hidden_states[-1]
@@ -75,10 +73,8 @@ def test_an_adapter_for_layers_that_do_not_exist_is_refused_before_anything_is_c
 
 @pytest.mark.parametrize("adapter", ["ln_tuning", "lora:r=2", "prefix_tuning:num_virtual_tokens=2"])
 def test_a_16_bit_model_samples_while_its_adapter_is_kept_in_32_bits(adapter):
-    model, tokenizer = (
-        load_model("tiny", "bfloat16", "cpu", adapter=adapter),
-        load_tokenizer("tiny"),
-    )
+    model = load_model("tiny", "bfloat16", "cpu", adapter=adapter)
+    tokenizer = load_tokenizer("tiny")
     for weight in model.parameters():  # as the loop does
         if weight.requires_grad:
             weight.data = weight.data.float()

@@ -149,9 +149,8 @@ def test_slicing_nothing_leaves_the_logits(family, tmp_path):
     check_cut(model, Slim(algorithm="slicegpt", ratio=0.25))
     whole = slice_model(model, text, 0.0, 2)[0]
     assert gap(whole(text).logits, expected) < 1e-5
-    assert all(
-        torch.equal(before[name], p) for name, p in model.state_dict().items()
-    )  # the model itself stays
+    # the model itself stays
+    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
     small = slice_model(model, text, 0.25, 2)[0]
     assert small.config.hidden_size == 36
     assert gap(reloaded(small, tmp_path / "small")(text).logits, small(text).logits) < 1e-6
@@ -362,9 +361,8 @@ def test_a_model_of_fewer_blocks_is_the_model_that_skips_them(family, tmp_path):
     assert small.config.num_hidden_layers == len(kept)
     assert gap(small(text, use_cache=False).logits, expected) < 1e-6
     assert gap(again(text, use_cache=False).logits, expected) < 1e-6
-    assert (
-        gap(again(text).logits, expected) < 1e-6
-    )  # with a cache, which looks blocks up by their numbers
+    # with a cache, which looks blocks up by their numbers
+    assert gap(again(text).logits, expected) < 1e-6
 
 
 PER_BLOCK = [
@@ -424,9 +422,8 @@ def test_a_block_that_would_become_another_is_refused(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits_stay_and_angles_do_not_become_coarse(dtype):
     model, text = make("llama").to(dtype), ids()
-    model.model.rotary_emb.inv_freq = make(
-        "llama"
-    ).model.rotary_emb.inv_freq  # as when it is loaded in 16 bits
+    # as when it is loaded in 16 bits
+    model.model.rotary_emb.inv_freq = make("llama").model.rotary_emb.inv_freq
     small = check_depth(model, [0, 2])
     assert small.dtype == dtype
     assert small.model.rotary_emb.inv_freq.dtype == torch.float32

@@ -295,9 +295,8 @@ def test_an_adapter_is_merged_with_others(bases, tmp_path, spec):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["merged"], (
         "what was written on the way is gone"
     )
-    other = merge_models(
-        str(adapter), [str(bases / "llama")], tmp_path / "back", scaling=1.0
-    )  # as the base
+    # as the base
+    other = merge_models(str(adapter), [str(bases / "llama")], tmp_path / "back", scaling=1.0)
     assert torch.allclose(logits(other), logits(bases / "llama"), atol=1e-4)
 
 

@@ -65,9 +65,8 @@ def build(family, seed=0):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(
-                    8
-                )  # far from uniform, so that a cap, a scale or a shifted target shows
+                # far from uniform, so that a cap, a scale or a shifted target shows
+                parameter.mul_(8)
     return model.eval()
 
 
@@ -163,10 +162,8 @@ def test_full_kl_equals_dense(dtype, tolerance, reverse, chunk, softcap, tempera
         0.7,
         softcap,
     )
-    logits, ref_logits = (
-        Readout(weight, bias, 0.5, softcap).logits(hidden),
-        Readout(ref_weight, ref_bias, 0.7, softcap).logits(ref_hidden),
-    )
+    logits = Readout(weight, bias, 0.5, softcap).logits(hidden)
+    ref_logits = Readout(ref_weight, ref_bias, 0.7, softcap).logits(ref_hidden)
     dense = dense_kl(logits, ref_logits, reverse, temperature)
     close(ours, dense, tolerance)
     by = torch.randn(len(hidden), dtype=dtype)
@@ -317,9 +314,8 @@ def test_padding_changes_nothing(family):
         want = policy(ids, real, target, entropy=True)
         for left, right, junk in ((0, 5, 0), (4, 0, 0), (3, 2, 7)):
             pad = lambda t, value: nn.functional.pad(t, (left, right), value=value)
-            got = policy(
-                pad(ids, junk), pad(real, 0), pad(target, 1), entropy=True
-            )  # a completion_mask on padding is ignored
+            # a completion_mask on padding is ignored
+            got = policy(pad(ids, junk), pad(real, 0), pad(target, 1), entropy=True)
             for a, b in zip(got[:2], want[:2]):
                 close(a[:, left : left + 9], b, 1e-5)
                 assert a[:, :left].abs().sum() == a[:, left + 9 :].abs().sum() == 0
@@ -378,9 +374,8 @@ def groups():
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "llama-bf16"])
 def test_a_common_prefix_is_read_once(family):
     policy, (ids, real, target, prefix), found = Policy(build(family)), groups(), []
-    assert policy._can_share() == (
-        family != "gemma2-softcap"
-    )  # a sliding window keeps another kind of cache
+    # a sliding window keeps another kind of cache
+    assert policy._can_share() == (family != "gemma2-softcap")
     for given in (None, prefix):
         policy.zero_grad()
         stats = policy(ids, real, target, temperature=0.7, entropy=True, prefix=given)
@@ -407,9 +402,8 @@ def test_a_common_prefix_under_an_adapter(name):
         Policy(get_peft_model(build("llama"), adapters()[name][0])),
         groups(),
     )
-    assert policy._can_share() == (
-        not name.endswith("tuning")
-    )  # the three kinds of tuning have keys and values of their own
+    # the three kinds of tuning have keys and values of their own
+    assert policy._can_share() == (not name.endswith("tuning"))
     with torch.no_grad():
         close(policy(ids, real, target, prefix=prefix).logp, policy(ids, real, target).logp, 1e-5)
 
@@ -563,11 +557,9 @@ def test_unknown_logits_fall_back(name):
 
 def test_hidden_or_hooked_head_falls_back():
     ids, real, target = batch()
-    hooked, hidden, normed = (
-        build("llama"),
-        Odd(build("llama"), lambda z: z, hide=True),
-        build("llama"),
-    )
+    hooked = build("llama")
+    hidden = Odd(build("llama"), lambda z: z, hide=True)
+    normed = build("llama")
     hooked.lm_head.register_forward_hook(lambda module, args, out: out * 1.7)
     nn.utils.parametrizations.weight_norm(normed.lm_head)
     for model in (hooked, hidden, normed):

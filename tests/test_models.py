@@ -35,10 +35,8 @@ CPU = dict(dtype="float32", device="cpu")
 def make_tokenizer(**special):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({c: i for i, c in enumerate(["<s>", "</s>", *alphabet])}, []))
-    backend.pre_tokenizer, backend.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, **(special or dict(bos_token="<s>", eos_token="</s>"))
     )
@@ -449,9 +447,8 @@ def test_killed_save_leaves_no_half_model(small, tmp_path):
         }
         assert len(values) == 1
         assert len(load_tokenizer(tmp_path / "model")) == 258
-    save_model(
-        load_model(small, **CPU), load_tokenizer(small), tmp_path / "model"
-    )  # leftovers are no obstacle
+    # leftovers are no obstacle
+    save_model(load_model(small, **CPU), load_tokenizer(small), tmp_path / "model")
     assert [p.name for p in tmp_path.glob("*model*")] + [p.name for p in tmp_path.glob(".*")] == [
         "model"
     ]

@@ -128,10 +128,8 @@ def byte_tokenizer(**settings):
             vocab={"<pad>": 0, "<eos>": 1} | {c: i + 2 for i, c in enumerate(letters)}, merges=[]
         )
     )
-    made.pre_tokenizer, made.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
     return hf.PreTrainedTokenizerFast(
         tokenizer_object=made, eos_token="<eos>", pad_token="<pad>", **settings
     )
@@ -274,16 +272,12 @@ def test_tokens_follow_the_model_s_distribution():
         counts = np.bincount([c[0] for c in out.completions], minlength=len(p))
         assert counts[p == 0].sum() == 0
         often = p * 4000 >= 5
-        expected, seen = (
-            np.append(p[often], p[~often].sum()) * 4000,
-            np.append(counts[often], counts[~often].sum()),
-        )
+        expected = np.append(p[often], p[~often].sum()) * 4000
+        seen = np.append(counts[often], counts[~often].sum())
         keep = expected > 0
         chi, free = ((seen - expected)[keep] ** 2 / expected[keep]).sum(), keep.sum() - 1
-        assert chi < free + 5 * math.sqrt(2 * free) and free >= 4, (
-            chi,
-            free,
-        )  # five standard deviations above the mean
+        # five standard deviations above the mean
+        assert chi < free + 5 * math.sqrt(2 * free) and free >= 4, (chi, free)
         whole = logits.log_softmax(-1)[0]
         assert (
             max(abs(whole[c[0]].item() - l[0]) for c, l in zip(out.completions, out.logps)) < 1e-4

@@ -46,15 +46,8 @@ OWN = dict(  # knobs that make the runs that are no training by steps short
         prompts=2,
     ),
 )
-KEPT = (
-    "perplexity",
-    "accuracy",
-    "loss",
-    "reward",
-    "length",
-    "mrr",
-    "recall/1",
-)  # metrics that need nothing but the model
+# metrics that need nothing but the model
+KEPT = ("perplexity", "accuracy", "loss", "reward", "length", "mrr", "recall/1")
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +124,8 @@ def test_what_comes_in_goes_out(bases, tmp_path, name, dtype):
     more |= {"encoder": str(run.path / "encoder")} if name == "reader" else {}
     again = short(name, tmp_path / "again", made, **more)
     after, fresh = run.summary["after"], again.summary["before"]
-    relative = (
-        ("accuracy", "margin") if name in ("dpo", "rlaif") else ()
-    )  # these ask the model that the run began with
+    # these ask the model that the run began with
+    relative = ("accuracy", "margin") if name in ("dpo", "rlaif") else ()
     names = [n for n in KEPT if n in after and n in fresh and n not in relative]
     assert names and all(after[n] == pytest.approx(fresh[n], rel=1e-6) for n in names), {
         n: (after[n], fresh[n]) for n in names
@@ -151,10 +143,8 @@ def test_save_dtype_says_otherwise(bases, tmp_path, name, asked):
 def test_training_keeps_its_weights_in_32_bits(bases, tmp_path):
     "Two steps of 1e-6 vanish in bf16 one by one; the checkpoint holds them."
     run = short("sft", tmp_path, bases / "bfloat16", steps=2, learning_rate=1e-6, save_every=1)
-    start, end = (
-        load_file(bases / "bfloat16" / "model.safetensors"),
-        load_file(run.path / "model" / "model.safetensors"),
-    )
+    start = load_file(bases / "bfloat16" / "model.safetensors")
+    end = load_file(run.path / "model" / "model.safetensors")
     kept = next((run.path / "checkpoints" / "step-00000002").glob("*.safetensors"))
     kept = {name.removeprefix("model."): t for name, t in load_file(kept).items()}
     moved = [(kept[n].float() - t.float()).abs().max().item() for n, t in start.items()]

@@ -102,9 +102,10 @@ def test_the_score_is_that_of_the_last_real_token(family, tmp_path):
     )
     ids, mask = padded(texts(), "right")
     wrong = model(input_ids=ids, attention_mask=mask).logits[:, 0]  # what transformers reads
+    # rows that do not end in EOS
     assert (wrong - expected).abs()[[0, 2]].min() > 1e-3 and (wrong - expected).abs()[
         [1, 3]
-    ].max() < 1e-5  # rows that do not end in EOS
+    ].max() < 1e-5
 
 
 @torch.no_grad()
@@ -184,10 +185,8 @@ def test_training_scoring_and_plain_transformers_agree(run):
     found = torch.tensor(
         load_reward(str(run.path), device="cpu", dtype="float32")(prompts, replies)
     )
-    model, words = (
-        AutoModelForSequenceClassification.from_pretrained(run.path / "model").eval(),
-        AutoTokenizer.from_pretrained(run.path / "model"),
-    )
+    model = AutoModelForSequenceClassification.from_pretrained(run.path / "model").eval()
+    words = AutoTokenizer.from_pretrained(run.path / "model")
     assert model.config.pad_token_id == words.pad_token_id != words.eos_token_id
     ours = load_tokenizer(run.path)
     rows = [
@@ -229,10 +228,8 @@ def test_trl_reads_where_we_do(run, pads_with_eos, tmp_path):
 
 def test_a_model_of_others_that_pads_with_eos_is_read_by_the_mask(run, tmp_path):
     "As TRL and others save them: pad_token_id is that of EOS, in tokenizer and configuration."
-    model, words = (
-        load_model(run.path, dtype="float32", device="cpu", head="any"),
-        load_tokenizer(run.path),
-    )
+    model = load_model(run.path, dtype="float32", device="cpu", head="any")
+    words = load_tokenizer(run.path)
     words.pad_token = words.eos_token
     model.config.pad_token_id = words.eos_token_id
     save_model(model, words, tmp_path / "theirs")

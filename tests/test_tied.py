@@ -186,9 +186,8 @@ def test_every_kind_that_can_be_merged(bases, tmp_path, kind, target):
         tmp_path,
         start=kind not in ("c3a", "fourierft", "unilora", "vblora", "vera", "waveft"),
     )
-    tied = (
-        kind == "trainable_tokens" and target == "embed_tokens"
-    )  # PEFT changes the head's rows with the embedding's
+    # PEFT changes the head's rows with the embedding's
+    tied = kind == "trainable_tokens" and target == "embed_tokens"
     assert changed.config.tie_word_embeddings == tied
     assert ("lm_head.weight" in load_file(tmp_path / "merged" / "model.safetensors")) != tied
 

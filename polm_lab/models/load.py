@@ -71,9 +71,9 @@ def _read_model(folder: Path, dtype, head: str = "lm"):
             f"{folder}: cannot be loaded as a {config['model_type']} model ({first_line(error)})"
         ) from None
     model.file_dtypes = file_dtypes(folder)
-    missing, unexpected = (
-        sorted(info["missing_keys"]),
-        sorted(name for name in info["unexpected_keys"] if not re.search(OLD_BUFFERS, name)),
+    missing = sorted(info["missing_keys"])
+    unexpected = sorted(
+        name for name in info["unexpected_keys"] if not re.search(OLD_BUFFERS, name)
     )
     mismatched = sorted(
         f"{name} {list(found)} instead of {list(expected)}"

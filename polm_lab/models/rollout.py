@@ -221,14 +221,12 @@ class Batch:
         device = model.device
         self.base, self.model, self.in_half = base, base if soft else model, half_precision(model)
         self.takes = set(inspect.signature(base.forward).parameters)
-        made, layer = (
-            DynamicCache(config=base.config),
-            SharedLayerCache if share else StaticLayerCache,
+        made = DynamicCache(config=base.config)
+        layer = SharedLayerCache if share else StaticLayerCache
+        self.slab = all(
+            type(one) in (DynamicLayer, DynamicSlidingWindowLayer) for one in made.layers
         )
-        self.slab, self.read = (
-            all(type(one) in (DynamicLayer, DynamicSlidingWindowLayer) for one in made.layers),
-            0,
-        )
+        self.read = 0
         self.cache = (
             Cache(layers=[layer(soft + longest) for _ in made.layers]) if self.slab else made
         )
