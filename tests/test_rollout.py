@@ -34,11 +34,8 @@ KINDS = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", {}),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", {}),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {}),
-    "mistral": (
-        "MistralConfig",
-        "MistralForCausalLM",
-        dict(sliding_window=8),
-    ),  # every layer slides
+    # every layer slides
+    "mistral": ("MistralConfig", "MistralForCausalLM", dict(sliding_window=8)),
     "gemma3": (
         "Gemma3TextConfig",
         "Gemma3ForCausalLM",
@@ -46,16 +43,10 @@ KINDS = {
             sliding_window=8, head_dim=16, num_hidden_layers=7, initializer_range=0.2
         ),
     ),
-    "bloom": (
-        "BloomConfig",
-        "BloomForCausalLM",
-        dict(n_layer=2, n_head=4),
-    ),  # ALiBi: no position ids
-    "lfm2": (
-        "Lfm2Config",
-        "Lfm2ForCausalLM",
-        dict(layer_types=["conv", "full_attention"]),
-    ),  # layers with a state
+    # ALiBi: no position ids
+    "bloom": ("BloomConfig", "BloomForCausalLM", dict(n_layer=2, n_head=4)),
+    # layers with a state
+    "lfm2": ("Lfm2Config", "Lfm2ForCausalLM", dict(layer_types=["conv", "full_attention"])),
     "deepseek": (
         "DeepseekV3Config",
         "DeepseekV3ForCausalLM",

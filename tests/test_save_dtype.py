@@ -114,11 +114,8 @@ def test_what_comes_in_goes_out(bases, tmp_path, name, dtype):
         assert not (run.path / "encoder").exists() or types_of(run.path / "encoder") == {
             torch.float32
         }
-    if dtype != "bfloat16" or name in (
-        "merge",
-        "fuse",
-        "reft",
-    ):  # these measure what they read from the disk
+    # these three measure what they read from the disk
+    if dtype != "bfloat16" or name in ("merge", "fuse", "reft"):
         return
     more = {"steps": 0} if trains else {}
     more |= {"encoder": str(run.path / "encoder")} if name == "reader" else {}

@@ -215,10 +215,8 @@ print(high() - before)
 def test_an_error_leaves_nothing_and_keeps_what_was_there(tmp_path):
     like = folder(tmp_path / "like", ODD)
     old = folder(tmp_path / "out", {"b": torch.ones(2)})
-    for action in (
-        lambda w: w.write("b", ODD["b"][:1]),
-        lambda w: 1 / 0,
-    ):  # rows are missing; an error
+    # rows are missing; an error
+    for action in (lambda w: w.write("b", ODD["b"][:1]), lambda w: 1 / 0):
         with (
             pytest.raises((RuntimeError, ZeroDivisionError)),
             Writer(old, plan_of(ODD), like) as writer,
