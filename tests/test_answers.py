@@ -23,7 +23,7 @@ from polm_lab.core.method import REGISTRY
 from polm_lab.core.run import Run
 from polm_lab.data.load import load_data
 from polm_lab.data.rows import Row
-from polm_lab.models.logprobs import Policy
+from polm_lab.models.policy import Policy
 from polm_lab.training.answers import (
     Answers,
     answer_batches,

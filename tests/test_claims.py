@@ -16,7 +16,7 @@ from polm_lab.rewards.endpoint import Unreadable
 from polm_lab.data.encode import encode
 from polm_lab.data.load import load_data
 from polm_lab.core.knobs import WrongInput
-from polm_lab.models.logprobs import Policy
+from polm_lab.models.policy import Policy
 from polm_lab.models.load import load_model
 from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.models.save import save_model

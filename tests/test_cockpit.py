@@ -338,7 +338,7 @@ def test_what_the_models_say_agrees_with_the_record(trained, pairs):
 def test_entropy_and_kl_are_those_of_the_library(trained):
     import torch
 
-    from polm_lab.models.logprobs import Policy
+    from polm_lab.models.policy import Policy
 
     models, row = Models(trained), trained.lines("samples")[-1]
     saved, start, tokenizer = models.load()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from polm_lab.training import conformance as check
-from polm_lab.models import logprobs
+from polm_lab.models import logprobs, policy
 from polm_lab.core import machine as train_machine
 from polm_lab.training import loop as train_loop
 from polm_lab.core.method import find, methods
@@ -85,7 +85,7 @@ def each_batch_by_its_own_count():
 
 def padding_is_learned():
     "Padding counts as text that is learned."
-    plain = logprobs.Policy.forward
+    plain = policy.Policy.forward
 
     def wrong(self, input_ids, attention_mask=None, completion_mask=None, *args, **kwargs):
         return plain(
@@ -97,7 +97,7 @@ def padding_is_learned():
             **kwargs,
         )
 
-    return mock.patch.object(logprobs.Policy, "forward", wrong)
+    return mock.patch.object(policy.Policy, "forward", wrong)
 
 
 def kernel_drifts():

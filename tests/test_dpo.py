@@ -15,7 +15,7 @@ from polm_lab.training.pairwise import pair_metrics
 from polm_lab.training.reference import can_switch_off, pick_reference
 from polm_lab.data.load import load_data
 from polm_lab.core.knobs import WrongInput
-from polm_lab.models.logprobs import Policy
+from polm_lab.models.policy import Policy
 from polm_lab.models.load import load_model
 
 SHORT = dict(

@@ -29,7 +29,7 @@ from polm_lab.training.engine import (
 from polm_lab.training.evaluate import perplexity
 from polm_lab.core.knobs import WrongInput
 from polm_lab.core.settings import Settings
-from polm_lab.models.logprobs import Policy
+from polm_lab.models.policy import Policy
 from polm_lab.core.metrics import metric
 from polm_lab.models.load import load_model
 from polm_lab.models.tokenizers import load_tokenizer

@@ -18,7 +18,7 @@ from polm_lab.data.rows import Row
 from polm_lab.data.encode import encode_rows
 from polm_lab.data.load import load_data
 from polm_lab.core.knobs import WrongInput
-from polm_lab.models.logprobs import Policy
+from polm_lab.models.policy import Policy
 from polm_lab.models.load import load_model
 from polm_lab.core.run import Run, all_runs
 from polm_lab.finetuning.sft import class_accuracy

@@ -1,4 +1,8 @@
-"Cuts through models that are not Llama: each leaves the logits as they are where nothing is lost, or is refused in one line before anything is computed."
+"""Cuts through models that are not Llama.
+
+Each leaves the logits as they are where nothing is lost, or is refused in one line before anything
+is computed.
+"""
 
 import copy
 import json
@@ -12,7 +16,7 @@ import polm_lab as lab
 from polm_lab.models.layers import blocks_of
 from polm_lab.training.evaluate import eval_no_grad
 from polm_lab.core.knobs import WrongInput
-from polm_lab.models.logprobs import Policy
+from polm_lab.models.policy import Policy
 from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.models.save import save_model
 from polm_lab.efficiency import slim
@@ -33,7 +37,7 @@ from polm_lab.efficiency.compression.rotation import embedding_scale, fold_norms
 from polm_lab.efficiency.compression.rotation import read_stream, rotate
 from polm_lab.efficiency.slim import Slim, check_cut, cut_widths, slice_model, sliced_width
 
-# What SliceGPT works on; the others, and what is said of them.
+# The families that SliceGPT works on, then the others with their messages.
 SLICED = (
     "llama",
     "llama tied",
@@ -133,7 +137,7 @@ def test_every_family_is_in_one_list():
     )
 
 
-# Dimensions of the residual stream --------------------------------------------------------------------------------
+# Dimensions of the residual stream ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", SLICED)
@@ -145,20 +149,20 @@ def test_slicing_nothing_leaves_the_logits(family, tmp_path):
     check_cut(model, Slim(algorithm="slicegpt", ratio=0.25))
     whole = slice_model(model, text, 0.0, 2)[0]
     assert gap(whole(text).logits, expected) < 1e-5
-    assert all(
-        torch.equal(before[name], p) for name, p in model.state_dict().items()
-    )  # the model itself stays
+    # the model itself stays
+    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
     small = slice_model(model, text, 0.25, 2)[0]
-    assert (
-        small.config.hidden_size == 36
-        and gap(reloaded(small, tmp_path / "small")(text).logits, small(text).logits) < 1e-6
-    )
+    assert small.config.hidden_size == 36
+    assert gap(reloaded(small, tmp_path / "small")(text).logits, small(text).logits) < 1e-6
 
 
 @pytest.mark.parametrize("family", ["llama biases", "gemma", "granite", "phi3", "glm"])
 @torch.no_grad()
 def test_dimensions_that_are_empty_can_go(family):
-    "A stream that is 0 from dimension 36 on, in a model that was turned: √width of Gemma, the mean over fewer squares and biases come out right."
+    """Cut a stream that is 0 from dimension 36 on, in a model that was turned.
+
+    √width of Gemma, the mean over fewer squares, and biases come out right.
+    """
     model, text = make(family), ids()
     fold_norms(model)
     model.get_input_embeddings().weight[:, 36:] = 0
@@ -169,14 +173,16 @@ def test_dimensions_that_are_empty_can_go(family):
     expected = model(text).logits
     Q = torch.linalg.qr(torch.randn(36, 36, generator=torch.Generator().manual_seed(0))).Q
     small = rotate(model, torch.eye(48)[:, :36] @ Q)
-    assert small.config.hidden_size == 36 and gap(small(text).logits, expected) < 1e-5
+    assert small.config.hidden_size == 36
+    assert gap(small(text).logits, expected) < 1e-5
 
 
 @pytest.mark.parametrize("family, words", refusals(UNSLICED))
 def test_what_cannot_be_sliced_is_refused(family, words):
     with pytest.raises(WrongInput) as error:
         check_cut(make(family), Slim(algorithm="slicegpt", ratio=0.25))
-    assert words in str(error.value) and "\n" not in str(error.value)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_gains_are_measured():
@@ -189,9 +195,11 @@ def test_gains_are_measured():
         model = make(family)
         norm = model.model.layers[1].input_layernorm
         gain, one = gain_of(norm)
-        assert torch.equal(gain, norm.weight.detach() + offset) and one == 1 - offset
+        assert torch.equal(gain, norm.weight.detach() + offset)
+        assert one == 1 - offset
         assert embedding_scale(model) == pytest.approx(scale, rel=1e-5)
-        assert len(fold_norms(model)) == 9 and (norm.weight == one).all()
+        assert len(fold_norms(model)) == 9
+        assert (norm.weight == one).all()
     with pytest.raises(WrongInput, match="such as a position"):
         embedding_scale(make("opt"))
 
@@ -200,10 +208,9 @@ def test_readers_and_writers_are_found_without_names():
     model = make("phi3")
     norms, writers = read_stream(model)
     names = {m: n for n, m in model.named_modules()}
-    first = [
-        (names[norm], [names[layer] for layer in layers])
-        for norm, layers in (norms[0], norms[1], norms[-1])
-    ]
+    first = []
+    for norm, layers in (norms[0], norms[1], norms[-1]):
+        first.append((names[norm], [names[layer] for layer in layers]))
     assert first == [
         ("model.layers.0.input_layernorm", ["model.layers.0.self_attn.qkv_proj"]),
         ("model.layers.0.post_attention_layernorm", ["model.layers.0.mlp.gate_up_proj"]),
@@ -217,7 +224,7 @@ def test_readers_and_writers_are_found_without_names():
 
 @pytest.mark.parametrize("algorithm", ["slicegpt", "taylor", "depth"])
 def test_a_model_that_does_something_else_is_seen_by_its_logits(algorithm):
-    "Blocks that act on some dimensions, neurons or numbers in a way that no name and no shape shows."
+    "Blocks act on some dimensions, neurons or numbers in ways that no name or shape shows."
     model = make("llama")
 
     class Odd(type(model.model.layers[0])):
@@ -260,10 +267,11 @@ def test_an_unforeseen_family_ends_in_one_line(monkeypatch):
     monkeypatch.setattr(slim, "check_slicing", fails)
     with pytest.raises(WrongInput) as error:
         check_cut(make("llama"), Slim(algorithm="slicegpt"))
-    assert "has no attribute 'norm'" in str(error.value) and "\n" not in str(error.value)
+    assert "has no attribute 'norm'" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
-# Heads and neurons ------------------------------------------------------------------------------------------------
+# Heads and neurons --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", NARROWED)
@@ -292,17 +300,16 @@ def test_heads_and_neurons_that_give_nothing_can_go(family, tmp_path):
     for block in blocks_of(model):
         cut(block, torch.arange(60), torch.tensor([0, 2]), width)
     small = rebuild(model, **sizes)
-    assert (
-        gap(small(text).logits, expected) < 1e-5
-        and gap(reloaded(small, tmp_path / "small")(text).logits, small(text).logits) < 1e-6
-    )
+    assert gap(small(text).logits, expected) < 1e-5
+    assert gap(reloaded(small, tmp_path / "small")(text).logits, small(text).logits) < 1e-6
 
 
 @pytest.mark.parametrize("family, words", refusals(UNCUT))
 def test_what_cannot_be_narrowed_is_refused(family, words):
     with pytest.raises(WrongInput) as error:
         check_cut(make(family), Slim(algorithm="taylor", ratio=0.25))
-    assert words in str(error.value) and "\n" not in str(error.value)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_bias_that_the_family_lacks_is_refused_before():
@@ -324,7 +331,7 @@ def test_a_bias_that_the_family_lacks_is_refused_before():
         check_cut(model, Slim(algorithm="flap"))
 
 
-# Blocks -----------------------------------------------------------------------------------------------------------
+# Blocks -------------------------------------------------------------------------------------------
 
 
 def skipping(model, kept):
@@ -351,14 +358,11 @@ def test_a_model_of_fewer_blocks_is_the_model_that_skips_them(family, tmp_path):
     assert torch.equal(check_depth(model, [0, 1, 2, 3])(text).logits, model(text).logits)
     small = check_depth(model, kept)
     again = reloaded(small, tmp_path / "small")
-    assert (
-        small.config.num_hidden_layers == len(kept)
-        and gap(small(text, use_cache=False).logits, expected) < 1e-6
-    )
+    assert small.config.num_hidden_layers == len(kept)
+    assert gap(small(text, use_cache=False).logits, expected) < 1e-6
     assert gap(again(text, use_cache=False).logits, expected) < 1e-6
-    assert (
-        gap(again(text).logits, expected) < 1e-6
-    )  # with a cache, which looks blocks up by their numbers
+    # with a cache, which looks blocks up by their numbers
+    assert gap(again(text).logits, expected) < 1e-6
 
 
 PER_BLOCK = [
@@ -376,7 +380,8 @@ def test_what_is_said_of_each_block_follows_it(family, name, expected, tmp_path)
     model.config.eos_token_id = [2, 3, 4, 5]  # as many as there are blocks
     was = {i: block_facts(block) for i, block in enumerate(blocks_of(model, linear=False))}
     again = reloaded(drop_blocks(copy.deepcopy(model), [1, 2, 3]), tmp_path / "small")
-    assert getattr(again.config, name) == expected and again.config.eos_token_id == [2, 3, 4, 5]
+    assert getattr(again.config, name) == expected
+    assert again.config.eos_token_id == [2, 3, 4, 5]
     assert [block_facts(block) for block in blocks_of(again, linear=False)] == [
         was[1],
         was[2],
@@ -388,9 +393,8 @@ def test_entries_of_a_configuration():
     assert kept_entries(["F", "S", "S", "F"], [1, 2, 3], 4, "layer_types") == ["S", "S", "F"]
     assert kept_entries([80, 96, 112], [0, 2], 3, "intermediate_size") == [80, 112]
     assert kept_entries([[["a", "b"], 2]], [1, 2], 4, "attention_types") == [[["b"], 1], [["a"], 1]]
-    assert kept_entries([0, 3, 5], [1, 3, 5], 6, "mlp_only_layers") == [1, 2] and kept_entries(
-        [0, 1, 2], [0, 2], 3, "mlp_only_layers"
-    ) == [0, 1]
+    assert kept_entries([0, 3, 5], [1, 3, 5], 6, "mlp_only_layers") == [1, 2]
+    assert kept_entries([0, 1, 2], [0, 2], 3, "mlp_only_layers") == [0, 1]
     assert kept_entries([0, 1, 1], [0, 2], 3, "no_rope_layers") == [0, 1]
     for value, name in (
         ([1, 2, 3], "eos_token_id"),
@@ -418,17 +422,17 @@ def test_a_block_that_would_become_another_is_refused(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits_stay_and_angles_do_not_become_coarse(dtype):
     model, text = make("llama").to(dtype), ids()
-    model.model.rotary_emb.inv_freq = make(
-        "llama"
-    ).model.rotary_emb.inv_freq  # as when it is loaded in 16 bits
+    # as when it is loaded in 16 bits
+    model.model.rotary_emb.inv_freq = make("llama").model.rotary_emb.inv_freq
     small = check_depth(model, [0, 2])
-    assert small.dtype == dtype and small.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert small.dtype == dtype
+    assert small.model.rotary_emb.inv_freq.dtype == torch.float32
     assert torch.equal(small(text).logits, skipping(model, [0, 2])(text).logits)
     check_cut(model, Slim(algorithm="slicegpt", ratio=0.25))
     check_cut(model, Slim(algorithm="flap", ratio=0.25))
 
 
-# Runs -------------------------------------------------------------------------------------------------------------
+# Runs ---------------------------------------------------------------------------------------------
 
 
 def saved(family, folder):
@@ -451,10 +455,8 @@ def test_depth_needs_no_names(family, runs, tmp_path):
         "slim", model=saved(family, tmp_path / "model"), algorithm="depth", ratio=0.25, **SHORT
     )
     again = AutoModelForCausalLM.from_pretrained(run.path / "model")
-    assert (
-        len(run.record["kept"]) == 3 == again.config.num_hidden_layers
-        and run.summary["after"]["size_mib"] < run.summary["before"]["size_mib"]
-    )
+    assert len(run.record["kept"]) == 3 == again.config.num_hidden_layers
+    assert run.summary["after"]["size_mib"] < run.summary["before"]["size_mib"]
 
 
 @pytest.mark.parametrize(
@@ -474,29 +476,30 @@ def test_a_cut_that_does_not_fit_is_refused_before_anything_is_evaluated(
         lab.run("slim", model=saved(family, tmp_path / "model"), algorithm=algorithm, **SHORT)
     assert "\n" not in str(error.value)
     [record] = runs.glob("*/run.json")
-    assert (
-        not json.loads(record.read_text()).get("summary") and not (record.parent / "model").exists()
-    )
+    assert not json.loads(record.read_text()).get("summary")
+    assert not (record.parent / "model").exists()
 
 
 def test_widths_are_rounded_to_what_is_allowed():
     model = make("llama")
-    assert (
-        sliced_width(model, 0.25) == 36
-        and sliced_width(model, 0.0) == 48
-        and sliced_width(model, 0.9) == 6
-    )
+    assert sliced_width(model, 0.25) == 36
+    assert sliced_width(model, 0.0) == 48
+    assert sliced_width(model, 0.9) == 6
     assert fits(make("gpt2").config, "num_hidden_layers", 2, 4) == 2
 
 
 def test_dropout_stays_off_after_an_evaluation():
-    "A model that a wrapper reads is in the mode that it was in: calibration after the first evaluation would be noise otherwise."
+    """A model that a wrapper reads stays in its mode.
+
+    Calibration after the first evaluation would be noise otherwise.
+    """
     model = make("gpt2")
     assert model.transformer.drop.p == 0.1
     policy = Policy(model)
     with eval_no_grad(policy):
         assert not policy.training
-    assert policy.training and not any(m.training for m in model.modules())
+    assert policy.training
+    assert not any(m.training for m in model.modules())
     model.train()
     with eval_no_grad(policy):
         assert not any(m.training for m in model.modules())

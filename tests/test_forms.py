@@ -1,4 +1,7 @@
-"A model's files come in several forms; the stream of weights takes each that `load_model` takes, and a tune merges with its own base as the Hub has it."
+"""A model's files come in several forms, and the stream of weights takes all that load.
+
+A tune merges with its own base as the Hub has it.
+"""
 
 import json
 import shutil
@@ -179,15 +182,14 @@ def hub_form(base, out, form, sharded):
 
 @pytest.mark.parametrize("name, form, sharded", CASES)
 def test_a_tune_merges_with_its_base_in_the_form_of_the_hub(bases, tmp_path, name, form, sharded):
-    "The base plus the whole task vector is the tune, by logits and by weights; and half of it lies half way."
+    "The base plus the task vector is the tune, by logits and weights; half of it is half way."
     hub = hub_form(bases / name, tmp_path / "hub", FORMS[name][form], sharded)
     assert torch.equal(logits(hub), logits(bases / name))
     tune = save_model(noisy(load_model(hub, "float32", "cpu"), 2, 0.05), words(), tmp_path / "tune")
     done = merge_models(str(hub), [str(tune)], tmp_path / "merged", scaling=1.0)
     expected = logits(tune)
-    assert (logits(done) - expected).abs().max() <= 1e-5 * expected.abs().max() and (
-        expected - logits(hub)
-    ).abs().max() > 1e-2
+    assert (logits(done) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (expected - logits(hub)).abs().max() > 1e-2
     half = merge_models(str(hub), [str(tune)], tmp_path / "half", scaling=0.5)
     start, end, made = (load_model(f, "float32", "cpu").state_dict() for f in (hub, tune, half))
     assert all(torch.allclose(made[n], (start[n] + end[n]) / 2, atol=1e-6) for n in start)
@@ -238,9 +240,8 @@ def test_a_copy_of_the_head_that_differs_is_a_head_of_its_own(bases, tmp_path):
 
     hub = hub_form(bases / "llama", tmp_path / "hub", other_head, False)
     done = merge_models(str(bases / "llama"), [str(hub)], tmp_path / "merged", scaling=1.0)
-    assert torch.allclose(logits(done), logits(hub), atol=1e-5) and not torch.allclose(
-        logits(hub), logits(bases / "llama"), atol=1e-2
-    )
+    assert torch.allclose(logits(done), logits(hub), atol=1e-5)
+    assert not torch.allclose(logits(hub), logits(bases / "llama"), atol=1e-2)
 
 
 def test_names_are_those_of_the_loaded_model(bases):
@@ -267,7 +268,7 @@ def test_what_load_model_refuses_is_refused(bases, tmp_path):
         merge_models(str(bases / "llama"), [str(hub)], tmp_path / "out")
 
 
-# Adapters ------------------------------------------------------------------------------------------------------------
+# Adapters -----------------------------------------------------------------------------------------
 
 
 def adapter_run(base, out, spec="lora:r=2", **more):
@@ -289,15 +290,13 @@ def test_an_adapter_is_merged_with_others(bases, tmp_path, spec):
     done = merge_models(
         str(bases / "llama"), [str(adapter)], tmp_path / "out" / "merged", scaling=1.0
     )
-    assert (logits(done) - expected).abs().max() <= 1e-5 * expected.abs().max() and (
-        expected - logits(bases / "llama")
-    ).abs().max() > 1e-2
+    assert (logits(done) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (expected - logits(bases / "llama")).abs().max() > 1e-2
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["merged"], (
         "what was written on the way is gone"
     )
-    other = merge_models(
-        str(adapter), [str(bases / "llama")], tmp_path / "back", scaling=1.0
-    )  # as the base
+    # as the base
+    other = merge_models(str(adapter), [str(bases / "llama")], tmp_path / "back", scaling=1.0)
     assert torch.allclose(logits(other), logits(bases / "llama"), atol=1e-4)
 
 
@@ -305,7 +304,8 @@ def test_an_adapter_that_cannot_be_merged_is_refused(bases, tmp_path):
     adapter = adapter_run(bases / "llama", tmp_path / "adapter", "prompt_tuning")
     with pytest.raises(WrongInput, match="prompt_tuning adapter cannot be merged") as error:
         merge_models(str(bases / "llama"), [str(adapter)], tmp_path / "merged")
-    assert "\n" not in str(error.value) and not (tmp_path / "merged").exists()
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "merged").exists()
     with pytest.raises(WrongInput, match="open_weights"):
         Weights(adapter)
 
@@ -387,12 +387,11 @@ def test_an_adapter_on_the_rows_of_a_resized_vocabulary_is_refused(bases, tmp_pa
         model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     with pytest.raises(WrongInput, match="an adapter for 70 tokens") as error:
         load_model(tmp_path / "adapter", "float32", "cpu")
-    assert "\n" not in str(error.value) and "base_model_name_or_path" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "base_model_name_or_path" in str(error.value)
 
 
 def test_models_that_are_alike_are_read_as_they_are():
     tiny = align_forms([Weights("tiny"), open_weights("tiny", None)])
-    assert (
-        all(model.entries == Weights("tiny").entries for model in tiny)
-        and model_path("tiny") == tiny[0].folder
-    )
+    assert all(model.entries == Weights("tiny").entries for model in tiny)
+    assert model_path("tiny") == tiny[0].folder

@@ -18,7 +18,7 @@ from polm_lab.training import onpolicy
 from polm_lab.data.batches import collate
 from polm_lab.training.evaluate import as_example, eval_no_grad
 from polm_lab.core.knobs import WrongInput
-from polm_lab.models.logprobs import Policy
+from polm_lab.models.policy import Policy
 from polm_lab.core.metrics import metric
 from polm_lab.models.load import load_model
 from polm_lab.models.tokenizers import load_tokenizer

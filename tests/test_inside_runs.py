@@ -12,7 +12,7 @@ from polm_lab.training import conformance as check
 from polm_lab.data import load as data
 from polm_lab.training.evaluate import Evaluation, mean_nll, perplexity, with_rows
 from polm_lab.data.encode import encode
-from polm_lab.models.logprobs import Policy
+from polm_lab.models.policy import Policy
 from polm_lab.core.method import find
 from polm_lab.models.load import load_model
 from polm_lab.models.tokenizers import load_tokenizer

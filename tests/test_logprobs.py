@@ -1,4 +1,7 @@
-"The log-prob kernel and `Policy` against the dense path: values and gradients, on inputs where the two would differ if one were wrong."
+"""The log-prob kernel and `Policy` against the dense path: values and gradients.
+
+On these inputs the two would differ if one were wrong.
+"""
 
 import copy
 
@@ -18,14 +21,8 @@ from transformers import (
 )
 
 from polm_lab.core.knobs import WrongInput
-from polm_lab.models.logprobs import (
-    Policy,
-    Readout,
-    dense_kl,
-    dense_logprobs,
-    full_kl,
-    selected_logprobs,
-)
+from polm_lab.models.logprobs import Readout, dense_kl, dense_logprobs, full_kl, selected_logprobs
+from polm_lab.models.policy import Policy
 
 SMALL = dict(
     vocab_size=97,
@@ -68,9 +65,8 @@ def build(family, seed=0):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(
-                    8
-                )  # far from uniform, so that a cap, a scale or a shifted target shows
+                # far from uniform, so that a cap, a scale or a shifted target shows
+                parameter.mul_(8)
     return model.eval()
 
 
@@ -134,10 +130,11 @@ def test_values_and_gradients_equal_dense(
         close(a, b, tolerance)
     by = torch.randn(2, len(targets), dtype=dtype)
     for used in ((0,), (1,), (0, 1)):  # log-prob alone, entropy alone, both
-        mine, theirs = (
-            torch.autograd.grad(sum(out[i] @ by[i] for i in used), leaves, retain_graph=True)
-            for out in (ours, dense)
-        )
+        grads = []
+        for out in (ours, dense):
+            loss = sum(out[i] @ by[i] for i in used)
+            grads.append(torch.autograd.grad(loss, leaves, retain_graph=True))
+        mine, theirs = grads
         for a, b in zip(mine, theirs):
             close(a, b, tolerance)
 
@@ -165,10 +162,8 @@ def test_full_kl_equals_dense(dtype, tolerance, reverse, chunk, softcap, tempera
         0.7,
         softcap,
     )
-    logits, ref_logits = (
-        Readout(weight, bias, 0.5, softcap).logits(hidden),
-        Readout(ref_weight, ref_bias, 0.7, softcap).logits(ref_hidden),
-    )
+    logits = Readout(weight, bias, 0.5, softcap).logits(hidden)
+    ref_logits = Readout(ref_weight, ref_bias, 0.7, softcap).logits(ref_hidden)
     dense = dense_kl(logits, ref_logits, reverse, temperature)
     close(ours, dense, tolerance)
     by = torch.randn(len(hidden), dtype=dtype)
@@ -181,14 +176,18 @@ def test_the_reference_of_a_kl_is_constant():
     hidden, weight, _, _ = inputs(torch.float64)
     ref_hidden, ref_weight, _, _ = inputs(torch.float64, seed=3)
     full_kl(hidden, weight, ref_hidden, ref_weight).sum().backward()
-    assert hidden.grad is not None and ref_hidden.grad is None and ref_weight.grad is None
+    assert hidden.grad is not None
+    assert ref_hidden.grad is None
+    assert ref_weight.grad is None
 
 
 def test_kl_directions_differ_and_vanish_at_equality():
     hidden, weight, _, _ = inputs(torch.float64)
     other = inputs(torch.float64, seed=5)[0]
     forward, reverse = (full_kl(hidden, weight, other, weight, r) for r in (False, True))
-    assert (forward > 0).all() and (reverse > 0).all() and not torch.allclose(forward, reverse)
+    assert (forward > 0).all()
+    assert (reverse > 0).all()
+    assert not torch.allclose(forward, reverse)
     same = full_kl(hidden, weight, hidden, weight)
     assert same.abs().max() < 1e-12
     assert torch.autograd.grad(same.sum(), hidden)[0].abs().max() < 1e-12
@@ -315,9 +314,8 @@ def test_padding_changes_nothing(family):
         want = policy(ids, real, target, entropy=True)
         for left, right, junk in ((0, 5, 0), (4, 0, 0), (3, 2, 7)):
             pad = lambda t, value: nn.functional.pad(t, (left, right), value=value)
-            got = policy(
-                pad(ids, junk), pad(real, 0), pad(target, 1), entropy=True
-            )  # a completion_mask on padding is ignored
+            # a completion_mask on padding is ignored
+            got = policy(pad(ids, junk), pad(real, 0), pad(target, 1), entropy=True)
             for a, b in zip(got[:2], want[:2]):
                 close(a[:, left : left + 9], b, 1e-5)
                 assert a[:, :left].abs().sum() == a[:, left + 9 :].abs().sum() == 0
@@ -330,15 +328,17 @@ def test_packed_rows_equal_separate_rows(family):
     policy = Policy(build(family))
     ids, real, target = batch()
     lengths = (9, 6, 7)
-    packed, aims = (
-        torch.cat([*(t[i, :n] for i, n in enumerate(lengths)), t.new_zeros(4)])[None]
-        for t in (ids, target)
-    )
+
+    def pack(t):
+        "The beginnings of the rows of `t` in one row, with four columns of padding."
+        return torch.cat([t[0, :9], t[1, :6], t[2, :7], t.new_zeros(4)])[None]
+
+    packed, targets = pack(ids), pack(target)
     positions = torch.cat([torch.arange(n) for n in (*lengths, 4)])[None]
     mask = (torch.arange(26) < 22).long()[None]
     with torch.no_grad():
         want = policy(ids, real, target).logp
-        got = policy(packed, mask, aims, positions).logp
+        got = policy(packed, mask, targets, positions).logp
     close(got[0, :22], torch.cat([want[i, :n] for i, n in enumerate(lengths)]), 1e-5)
     assert got[0, 9] == got[0, 15] == 0
 
@@ -374,9 +374,8 @@ def groups():
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "llama-bf16"])
 def test_a_common_prefix_is_read_once(family):
     policy, (ids, real, target, prefix), found = Policy(build(family)), groups(), []
-    assert policy._can_share() == (
-        family != "gemma2-softcap"
-    )  # a sliding window keeps another kind of cache
+    # a sliding window keeps another kind of cache
+    assert policy._can_share() == (family != "gemma2-softcap")
     for given in (None, prefix):
         policy.zero_grad()
         stats = policy(ids, real, target, temperature=0.7, entropy=True, prefix=given)
@@ -389,7 +388,7 @@ def test_a_common_prefix_is_read_once(family):
     for a, b in zip(*found):
         close(b, a, 1e-5)
     policy.model.train().gradient_checkpointing_enable()
-    assert not policy._can_share()  # nothing is kept to go on from
+    assert not policy._can_share()  # nothing is kept to continue from
 
 
 @pytest.mark.parametrize(
@@ -403,9 +402,8 @@ def test_a_common_prefix_under_an_adapter(name):
         Policy(get_peft_model(build("llama"), adapters()[name][0])),
         groups(),
     )
-    assert policy._can_share() == (
-        not name.endswith("tuning")
-    )  # the three kinds of tuning have keys and values of their own
+    # the three kinds of tuning have keys and values of their own
+    assert policy._can_share() == (not name.endswith("tuning"))
     with torch.no_grad():
         close(policy(ids, real, target, prefix=prefix).logp, policy(ids, real, target).logp, 1e-5)
 
@@ -414,7 +412,8 @@ def test_no_targets_at_all():
     policy = Policy(build("llama"))
     ids, real, target = batch()
     stats = policy(ids, real, target * 0, entropy=True)
-    assert stats.logp.shape == ids.shape and stats.logp.abs().sum() == 0
+    assert stats.logp.shape == ids.shape
+    assert stats.logp.abs().sum() == 0
     stats.logp.sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() == 0 for p in policy.parameters())
 
@@ -558,19 +557,16 @@ def test_unknown_logits_fall_back(name):
 
 def test_hidden_or_hooked_head_falls_back():
     ids, real, target = batch()
-    hooked, hidden, normed = (
-        build("llama"),
-        Odd(build("llama"), lambda z: z, hide=True),
-        build("llama"),
-    )
+    hooked = build("llama")
+    hidden = Odd(build("llama"), lambda z: z, hide=True)
+    normed = build("llama")
     hooked.lm_head.register_forward_hook(lambda module, args, out: out * 1.7)
     nn.utils.parametrizations.weight_norm(normed.lm_head)
     for model in (hooked, hidden, normed):
         policy = Policy(model)
         close(policy(ids, real, target).logp, plain(model, ids, real, target), 1e-5)
-        assert (
-            policy._known is None
-        )  # a hook may be what brings the weight into memory (ZeRO-3), so its head is called as it is
+        # a hook may bring the weight into memory (ZeRO-3), so its head is called as it is
+        assert policy._known is None
 
 
 def test_first_use_leaves_no_trace():
@@ -582,7 +578,8 @@ def test_first_use_leaves_no_trace():
     torch.manual_seed(7)
     policy(ids, real, target, torch.arange(9).expand(3, 9) % 5)
     assert torch.equal(torch.rand(3), want)
-    assert all(m.training for m in model.modules()) and "forward" not in vars(model.lm_head)
+    assert all(m.training for m in model.modules())
+    assert "forward" not in vars(model.lm_head)
     assert set(policy.state_dict()) == {f"model.{k}" for k in model.state_dict()}
 
 
@@ -607,7 +604,8 @@ def test_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         got = Policy(model)(ids, real, target).logp
         got.sum().backward()
-    assert got.dtype == torch.float32 and model.lm_head.weight.grad.dtype == torch.float32
+    assert got.dtype == torch.float32
+    assert model.lm_head.weight.grad.dtype == torch.float32
     close(got, want, 0.1)
 
 

@@ -535,7 +535,7 @@ def test_regmean_is_least_squares():
 
 
 def test_grams_fishers_and_coefficients_are_what_they_say():
-    from polm_lab.models.logprobs import Policy
+    from polm_lab.models.policy import Policy
     from polm_lab.models.load import load_model
 
     policy, words = Policy(load_model("tiny", "float32", "cpu")), load_tokenizer("tiny")

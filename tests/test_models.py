@@ -35,10 +35,8 @@ CPU = dict(dtype="float32", device="cpu")
 def make_tokenizer(**special):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({c: i for i, c in enumerate(["<s>", "</s>", *alphabet])}, []))
-    backend.pre_tokenizer, backend.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, **(special or dict(bos_token="<s>", eos_token="</s>"))
     )
@@ -250,9 +248,8 @@ def test_bad_setting(small, name):
 def test_built_in_models():
     for name, folder in built_in_models().items():
         assert model_path(name) == folder == data_folder() / name
-        assert count_parameters(load_model(name, **CPU)) > 0 and has_chat_template(
-            load_tokenizer(name)
-        )
+        assert count_parameters(load_model(name, **CPU)) > 0
+        assert has_chat_template(load_tokenizer(name))
 
 
 def test_runs_and_folders(small, tmp_path):
@@ -285,10 +282,8 @@ def test_hub_cache(small, tmp_path):
         for file in small.iterdir():
             shutil.copy(file, repo / "blobs" / file.name)
             (repo / "snapshots" / revision / file.name).symlink_to(f"../../blobs/{file.name}")
-    assert (
-        model_path("org/small") == repo / "snapshots" / revisions["main"]
-        and model_path("org/small@v2") == repo / "snapshots" / revisions["v2"]
-    )
+    assert model_path("org/small") == repo / "snapshots" / revisions["main"]
+    assert model_path("org/small@v2") == repo / "snapshots" / revisions["v2"]
     with torch.no_grad():
         assert torch.equal(
             load_model("org/small", **CPU)(IDS).logits, load_model(small, **CPU)(IDS).logits
@@ -308,7 +303,11 @@ def test_hub_cache_by_environment(small, tmp_path):
     shutil.copytree(small, repo / "snapshots" / revision)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(revision)
-    code = "from polm_lab.models.attach import *; from polm_lab.models.load import *; from polm_lab.models.tokenizers import *; print(count_parameters(load_model('org/small', device='cpu')), len(load_tokenizer('org/small')))"
+    code = (
+        "from polm_lab.models.attach import *; from polm_lab.models.load import *; from "
+        "polm_lab.models.tokenizers import *; print(count_parameters(load_model('org/small', "
+        "device='cpu')), len(load_tokenizer('org/small')))"
+    )
     env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     env.pop("HF_HUB_CACHE", None)
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
@@ -317,11 +316,8 @@ def test_hub_cache_by_environment(small, tmp_path):
 
 def test_tokenizer_gets_a_pad_token_and_no_new_one(small, tmp_path):
     tokenizer = load_tokenizer(small)
-    assert (tokenizer.pad_token, tokenizer.padding_side, len(tokenizer)) == (
-        "</s>",
-        "right",
-        258,
-    ) and not has_chat_template(tokenizer)
+    assert (tokenizer.pad_token, tokenizer.padding_side, len(tokenizer)) == ("</s>", "right", 258)
+    assert not has_chat_template(tokenizer)
     for name in CHAT_TEMPLATES:
         chatty = load_tokenizer(small, chat_template=name)
         talk = [
@@ -331,12 +327,10 @@ def test_tokenizer_gets_a_pad_token_and_no_new_one(small, tmp_path):
         ]
         asked = chatty.apply_chat_template(talk[:2], tokenize=False, add_generation_prompt=True)
         whole = chatty.apply_chat_template(talk, tokenize=False)
-        assert (
-            whole.startswith(asked)
-            and "Hello.</s>" in whole
-            and "Be kind." in whole
-            and len(chatty) == 258
-        )
+        assert whole.startswith(asked)
+        assert "Hello.</s>" in whole
+        assert "Be kind." in whole
+        assert len(chatty) == 258
         marked = chatty.apply_chat_template(
             talk, return_dict=True, return_assistant_tokens_mask=True
         )
@@ -405,16 +399,12 @@ def test_what_is_saved_comes_back(tmp_path, kind, tied):
     assert {k: v.tolist() for k, v in model.state_dict().items()} == {
         k: v.tolist() for k, v in again.state_dict().items()
     }
-    assert (
-        load_tokenizer(tmp_path / "model").chat_template == tokenizer.chat_template
-        and again.generation_config.max_new_tokens == 7
-    )
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"] and not list(
-        (tmp_path / "model").glob("*.bin")
-    )
-    assert count_parameters(again) == count_parameters(model) and size_mib(again) == pytest.approx(
-        size_mib(model)
-    )
+    assert load_tokenizer(tmp_path / "model").chat_template == tokenizer.chat_template
+    assert again.generation_config.max_new_tokens == 7
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+    assert not list((tmp_path / "model").glob("*.bin"))
+    assert count_parameters(again) == count_parameters(model)
+    assert size_mib(again) == pytest.approx(size_mib(model))
 
 
 def test_failed_save_leaves_the_old_model(small, tmp_path):
@@ -426,18 +416,20 @@ def test_failed_save_leaves_the_old_model(small, tmp_path):
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     with pytest.raises(OSError, match="No space"):
         save_model(load_model(small, **CPU).half(), Full(), folder)
-    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before and [
-        p.name for p in tmp_path.iterdir()
-    ] == ["model"]
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
     with pytest.raises(WrongInput, match="a file is in the way"):
         save_model(None, None, folder / "config.json")
 
 
 def test_killed_save_leaves_no_half_model(small, tmp_path):
-    "A process that saves over and over is killed at some instant: what stands there is one whole model, or nothing."
+    "Kill a process that saves over and over: the folder holds one whole model, or nothing."
     code = (
-        "import sys, torch; from polm_lab.models.load import *; from polm_lab.models.tokenizers import *; m = load_model(sys.argv[1], device='cpu', dtype='float32'); t = load_tokenizer(sys.argv[1])\n"
-        "for i in range(10**6):\n    [p.data.fill_(i % 100) for p in m.parameters()]; save_model(m, t, sys.argv[2]); print(i, flush=True)"
+        "import sys, torch; from polm_lab.models.load import *; from polm_lab.models.tokenizers "
+        "import *; m = load_model(sys.argv[1], device='cpu', dtype='float32'); t = "
+        "load_tokenizer(sys.argv[1])\n"
+        "for i in range(10**6):\n    [p.data.fill_(i % 100) for p in m.parameters()]; "
+        "save_model(m, t, sys.argv[2]); print(i, flush=True)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(small), str(tmp_path / "model")],
@@ -453,10 +445,10 @@ def test_killed_save_leaves_no_half_model(small, tmp_path):
         values = {
             p.unique().tolist()[0] for p in load_model(tmp_path / "model", **CPU).parameters()
         }
-        assert len(values) == 1 and len(load_tokenizer(tmp_path / "model")) == 258
-    save_model(
-        load_model(small, **CPU), load_tokenizer(small), tmp_path / "model"
-    )  # leftovers are no obstacle
+        assert len(values) == 1
+        assert len(load_tokenizer(tmp_path / "model")) == 258
+    # leftovers are no obstacle
+    save_model(load_model(small, **CPU), load_tokenizer(small), tmp_path / "model")
     assert [p.name for p in tmp_path.glob("*model*")] + [p.name for p in tmp_path.glob(".*")] == [
         "model"
     ]
@@ -471,18 +463,20 @@ def test_adapter_specs():
         "lora",
         {"r": 4, "target_modules": ["q_proj", "v_proj"], "use_dora": True},
     )
-    assert parse_adapter("lora:target_modules=q_proj")[1] == {
-        "target_modules": ["q_proj"]
-    } and parse_adapter("lora:target_modules=all-linear")[1] == {"target_modules": "all-linear"}
-    assert parse_adapter("lora:layers_to_transform=0,1")[1] == {
-        "layers_to_transform": [0, 1]
-    } and parse_adapter("lora:lora_dropout=0")[1] == {"lora_dropout": 0.0}
+    assert parse_adapter("lora:target_modules=q_proj")[1] == {"target_modules": ["q_proj"]}
+    assert parse_adapter("lora:target_modules=all-linear")[1] == {"target_modules": "all-linear"}
+    assert parse_adapter("lora:layers_to_transform=0,1")[1] == {"layers_to_transform": [0, 1]}
+    assert parse_adapter("lora:lora_dropout=0")[1] == {"lora_dropout": 0.0}
     assert parse_adapter("lora:init_lora_weights=pissa_niter_4")[1] == {
         "init_lora_weights": "pissa_niter_4"
     }
-    assert {"lora", "ia3", "loha", "vera", "prefix_tuning", "p_tuning"} <= set(
-        adapter_names()
-    ) and "poly" not in adapter_names()
+    assert {"lora", "ia3", "loha", "vera", "prefix_tuning", "p_tuning"} <= set(adapter_names())
+    assert "poly" not in adapter_names()
+
+
+def trained(model) -> list:
+    "The weights that train."
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 @pytest.mark.parametrize(
@@ -502,11 +496,9 @@ def test_adapter_specs():
 def test_adapter_is_seeded_trains_and_comes_back(small, tmp_path, adapter):
     one, same, other = (load_model(small, **CPU, adapter=adapter, seed=seed) for seed in (1, 1, 2))
     assert one.fresh_adapter
-    weights = [[p for p in m.parameters() if p.requires_grad] for m in (one, same, other)]
-    assert (
-        all(map(torch.equal, weights[0], weights[1]))
-        and count_parameters(one, trainable=True) < count_parameters(one) / 2
-    )
+    weights = [trained(m) for m in (one, same, other)]
+    assert all(map(torch.equal, weights[0], weights[1]))
+    assert count_parameters(one, trainable=True) < count_parameters(one) / 2
     if adapter[:4] in ("lora", "pref"):
         assert not all(map(torch.equal, weights[0], weights[2]))
     one.train()
@@ -518,9 +510,8 @@ def test_adapter_is_seeded_trains_and_comes_back(small, tmp_path, adapter):
     save_model(one, load_tokenizer(small), tmp_path / "adapter")
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
     again = load_model(tmp_path / "adapter", **CPU)
-    assert not again.fresh_adapter and count_parameters(again, trainable=True) == count_parameters(
-        one, trainable=True
-    )
+    assert not again.fresh_adapter
+    assert count_parameters(again, trainable=True) == count_parameters(one, trainable=True)
     with torch.no_grad():
         assert torch.equal(again(input_ids=IDS).logits, one.eval()(input_ids=IDS).logits)
 
@@ -595,9 +586,8 @@ def test_gradient_checkpointing_changes_no_gradient(small, adapter):
     for model in (plain, saving):
         model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
     for a, b in zip(plain.parameters(), saving.parameters()):
-        assert (a.grad is None) == (b.grad is None) and (
-            a.grad is None or torch.allclose(a.grad, b.grad, atol=1e-7)
-        )
+        assert (a.grad is None) == (b.grad is None)
+        assert a.grad is None or torch.allclose(a.grad, b.grad, atol=1e-7)
 
 
 def test_loading_is_quiet_and_leaves_the_random_state(small, capfd):
@@ -607,11 +597,15 @@ def test_loading_is_quiet_and_leaves_the_random_state(small, capfd):
     load_tokenizer(small)
     assert torch.equal(torch.get_rng_state(), expected)
     out = capfd.readouterr()
-    assert out.out == "" and out.err == ""
+    assert out.out == ""
+    assert out.err == ""
 
 
 def test_models_imports_without_torch():
-    code = "import sys, polm_lab.models.load, polm_lab.models.save; print([m for m in ('torch', 'transformers', 'peft', 'huggingface_hub') if m in sys.modules])"
+    code = (
+        "import sys, polm_lab.models.load, polm_lab.models.save; print([m for m in ('torch', "
+        "'transformers', 'peft', 'huggingface_hub') if m in sys.modules])"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

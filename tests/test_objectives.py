@@ -15,6 +15,7 @@ from polm_lab.alignment import reward as reward_reward
 from polm_lab.rewards import learned as reward_learned
 from polm_lab.training import evaluate
 from polm_lab.models import logprobs
+from polm_lab.models.policy import TokenStats
 from polm_lab.training import advantages as shared
 from polm_lab.training import answers, pairwise
 from polm_lab.training import loop as train
@@ -264,7 +265,7 @@ class Known(torch.nn.Module):
 
     def forward(self, input_ids, attention_mask, completion_mask, **more):
         logp = self.columns[: input_ids.shape[1]].expand(input_ids.shape) * completion_mask
-        return logprobs.TokenStats(logp, None, None, None)
+        return TokenStats(logp, None, None, None)
 
 
 def test_perplexity_is_of_learned_tokens():

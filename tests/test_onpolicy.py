@@ -10,7 +10,7 @@ import torch
 from polm_lab.data.rows import Row
 from polm_lab.data.load import load_data
 from polm_lab.core.knobs import WrongInput
-from polm_lab.models.logprobs import Policy
+from polm_lab.models.policy import Policy
 from polm_lab.models.load import load_model
 from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.training.advantages import (

@@ -19,7 +19,7 @@ from polm_lab.core.settings import Settings
 from polm_lab.core.method import REGISTRY
 from polm_lab.core.run import Run
 from polm_lab.data.load import load_data
-from polm_lab.models.logprobs import Policy
+from polm_lab.models.policy import Policy
 from polm_lab.training import pairwise
 from polm_lab.training.answers import Answers, answer_batches, batch_answers, encode_answers
 from polm_lab.training.answers import logps_table, side_logps, table_answers

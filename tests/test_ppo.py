@@ -36,7 +36,7 @@ from polm_lab.training.chain import create, execute, subrun
 from polm_lab.training.evaluate import win_rate_against
 from polm_lab.data.load import load_data
 from polm_lab.core.knobs import WrongInput
-from polm_lab.models.logprobs import Policy
+from polm_lab.models.policy import Policy
 from polm_lab.models.load import load_model
 from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.training.onpolicy import draw_groups, make_batches, token_stats

@@ -21,7 +21,7 @@ from serving import Endpoint, endpoint
 
 import polm_lab as lab
 from polm_lab.core.knobs import WrongInput
-from polm_lab.models.logprobs import Policy
+from polm_lab.models.policy import Policy
 from polm_lab.models.load import load_model
 from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.integration.retrieval.text import cut, cut_documents, holds

@@ -42,7 +42,7 @@ from polm_lab.rewards.endpoint import Kept, read_key, seconds_asked
 from polm_lab.alignment.rlaif import RLAIF, judge_reward, label_facts, preference_rows, revise
 from polm_lab.data.load import load_data
 from polm_lab.core.knobs import WrongInput
-from polm_lab.models.logprobs import Policy
+from polm_lab.models.policy import Policy
 from polm_lab.models.load import load_model
 from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.training.evaluate import scorer

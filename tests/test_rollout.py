@@ -1,4 +1,7 @@
-"Sampling: equal to generate where it can be compared, to the formula elsewhere, on several architectures and on odd input."
+"""Sampling on several architectures and on odd input.
+
+It equals `generate` where it can be compared, and the formula elsewhere.
+"""
 
 import math
 
@@ -31,11 +34,8 @@ KINDS = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", {}),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", {}),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {}),
-    "mistral": (
-        "MistralConfig",
-        "MistralForCausalLM",
-        dict(sliding_window=8),
-    ),  # every layer slides
+    # every layer slides
+    "mistral": ("MistralConfig", "MistralForCausalLM", dict(sliding_window=8)),
     "gemma3": (
         "Gemma3TextConfig",
         "Gemma3ForCausalLM",
@@ -43,16 +43,10 @@ KINDS = {
             sliding_window=8, head_dim=16, num_hidden_layers=7, initializer_range=0.2
         ),
     ),
-    "bloom": (
-        "BloomConfig",
-        "BloomForCausalLM",
-        dict(n_layer=2, n_head=4),
-    ),  # ALiBi: no position ids
-    "lfm2": (
-        "Lfm2Config",
-        "Lfm2ForCausalLM",
-        dict(layer_types=["conv", "full_attention"]),
-    ),  # layers with a state
+    # ALiBi: no position ids
+    "bloom": ("BloomConfig", "BloomForCausalLM", dict(n_layer=2, n_head=4)),
+    # layers with a state
+    "lfm2": ("Lfm2Config", "Lfm2ForCausalLM", dict(layer_types=["conv", "full_attention"])),
     "deepseek": (
         "DeepseekV3Config",
         "DeepseekV3ForCausalLM",
@@ -92,7 +86,12 @@ def generated(model, prompts, new):
     rows = model.generate(
         input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=new, pad_token_id=0
     )[:, width:].tolist()
-    return [row[: next((t + 1 for t, k in enumerate(row) if k in ends), len(row))] for row in rows]
+    return [cut_after(row, ends) for row in rows]
+
+
+def cut_after(row, ends):
+    "A row up to its first end token."
+    return row[: next((t + 1 for t, k in enumerate(row) if k in ends), len(row))]
 
 
 def recomputed(model, prompt, completion, temperature):
@@ -120,10 +119,8 @@ def byte_tokenizer(**settings):
             vocab={"<pad>": 0, "<eos>": 1} | {c: i + 2 for i, c in enumerate(letters)}, merges=[]
         )
     )
-    made.pre_tokenizer, made.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
     return hf.PreTrainedTokenizerFast(
         tokenizer_object=made, eos_token="<eos>", pad_token="<pad>", **settings
     )
@@ -188,7 +185,8 @@ def test_lengths_vary_in_the_cases_above():
             make(seed=seed), None, some_prompts(seed), 3, 16, 0.7, seeds=seed
         ).completions
     ]
-    assert len(set(lengths)) > 4 and min(lengths) < 8
+    assert len(set(lengths)) > 4
+    assert min(lengths) < 8
 
 
 def test_without_padding_no_mask_is_made():
@@ -212,7 +210,9 @@ def test_the_prompt_is_read_once():
         lambda m, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     rollout(model, None, some_prompts(lengths=(6, 9)), num_generations=5, max_new_tokens=4)
-    assert shapes[0] == (2, 9) and shapes[1][1] == 1 and shapes[1][0] <= 10
+    assert shapes[0] == (2, 9)
+    assert shapes[1][1] == 1
+    assert shapes[1][0] <= 10
     assert all(a[0] >= b[0] for a, b in zip(shapes[1:], shapes[2:]))
 
 
@@ -237,7 +237,8 @@ def test_a_row_does_not_depend_on_its_company(share):
 def test_same_call_same_bits_and_other_seed_other_tokens():
     model, prompts = make(), some_prompts()
     first, second, other = (rollout(model, None, prompts, 4, 20, seeds=s) for s in (3, 3, 4))
-    assert first == second and first.completions != other.completions
+    assert first == second
+    assert first.completions != other.completions
     assert first == rollout(model, None, prompts, 4, 20, seeds=row_seeds(3, 16))
     assert len({tuple(c) for c in first.completions[:4]}) > 1
     torch.manual_seed(0), rollout(model, None, prompts, 1, 2)
@@ -247,7 +248,10 @@ def test_same_call_same_bits_and_other_seed_other_tokens():
 
 
 def test_tokens_follow_the_model_s_distribution():
-    "4,000 rows of one prompt: the first tokens against the softmax, by chi-square over the tokens that are expected five times or more."
+    """Compare the first tokens of 4,000 rows of one prompt with the softmax.
+
+    The test is chi-square over the tokens that are expected five times or more.
+    """
     model = make(initializer_range=0.15)
     for temperature, top_k, top_p in [(1.0, 0, 1.0), (0.6, 7, 1.0), (1.5, 0, 0.7)]:
         out = rollout(
@@ -259,16 +263,12 @@ def test_tokens_follow_the_model_s_distribution():
         counts = np.bincount([c[0] for c in out.completions], minlength=len(p))
         assert counts[p == 0].sum() == 0
         often = p * 4000 >= 5
-        expected, seen = (
-            np.append(p[often], p[~often].sum()) * 4000,
-            np.append(counts[often], counts[~often].sum()),
-        )
+        expected = np.append(p[often], p[~often].sum()) * 4000
+        seen = np.append(counts[often], counts[~often].sum())
         keep = expected > 0
         chi, free = ((seen - expected)[keep] ** 2 / expected[keep]).sum(), keep.sum() - 1
-        assert chi < free + 5 * math.sqrt(2 * free) and free >= 4, (
-            chi,
-            free,
-        )  # five standard deviations above the mean
+        # five standard deviations above the mean
+        assert chi < free + 5 * math.sqrt(2 * free) and free >= 4, (chi, free)
         whole = logits.log_softmax(-1)[0]
         assert (
             max(abs(whole[c[0]].item() - l[0]) for c, l in zip(out.completions, out.logps)) < 1e-4
@@ -308,10 +308,14 @@ def test_pick_at_the_edges():
     token, logp = sample_token(
         torch.zeros(1, 200_000), torch.tensor([1 - tiny], dtype=torch.float64)
     )
-    assert token.item() == 199_999 and abs(logp.item() + math.log(200_000)) < 1e-5
+    assert token.item() == 199_999
+    assert abs(logp.item() + math.log(200_000)) < 1e-5
     numbers = uniforms(range(-50, 50), 200)
-    assert numbers.min() > 0 and numbers.max() < 1 and len(np.unique(numbers)) == numbers.size
-    assert 1 - 2.0**-49 < 1 and (np.float64(3.7) * (1 - 2.0**-49)) < 3.7
+    assert numbers.min() > 0
+    assert numbers.max() < 1
+    assert len(np.unique(numbers)) == numbers.size
+    assert 1 - 2.0**-49 < 1
+    assert (np.float64(3.7) * (1 - 2.0**-49)) < 3.7
 
 
 def test_stop_strings_straddle_tokens():
@@ -328,7 +332,8 @@ def test_stop_strings_straddle_tokens():
             out.texts, free.texts, out.completions, free.completions, out.ended
         ):
             at = whole.find(stop)
-            assert ended == (at >= 0) and tokens == all_tokens[: len(tokens)]
+            assert ended == (at >= 0)
+            assert tokens == all_tokens[: len(tokens)]
             assert text == (whole if at < 0 else whole[:at])
             shown = tokenizer.decode(tokens, skip_special_tokens=True)
             assert (
@@ -338,8 +343,19 @@ def test_stop_strings_straddle_tokens():
             )
 
 
+def first_hit(texts, stop):
+    "The number of the first text, after the empty one, that contains a stop string."
+    for number, text in enumerate(texts[1:], 1):
+        if any(s in text for s in stop):
+            return number
+    return None
+
+
 def test_stop_detection_is_that_of_the_whole_text():
-    "Decoding only the tail finds what decoding everything finds, with bytes of longer characters and special tokens in between."
+    """Decoding only the tail finds what decoding everything finds.
+
+    The text has bytes of longer characters and special tokens in between.
+    """
     tokenizer, rng = byte_tokenizer(), np.random.default_rng(0)
     for stop in [("ab",), ("b", "ca"), ("a<eos>",), ("abcab",)]:
         stops = Stops(tokenizer, stop)
@@ -350,7 +366,7 @@ def test_stop_detection_is_that_of_the_whole_text():
                 tokenizer.decode(tokens[:t], skip_special_tokens="<eos>" not in stop[0])
                 for t in range(31)
             ]
-            first = next((t for t in range(1, 31) if any(s in texts[t] for s in stop)), None)
+            first = first_hit(texts, stop)
             assert next((t for t in range(1, 31) if stops.hit(tokens[:t])), None) == first
             assert not any(s in stops.text(tokens[:first]) for s in stop)
 
@@ -364,21 +380,18 @@ def test_text_of_an_end_token_that_is_an_ordinary_word():
 
 
 def test_end_tokens_come_from_the_generation_config_then_from_the_tokenizer():
-    assert end_tokens(make()) == [1, 2, 3] and end_tokens(make(eos_token_id=9)) == [9]
-    assert (
-        end_tokens(make(eos_token_id=None), byte_tokenizer()) == [1]
-        and end_tokens(make(eos_token_id=None)) == []
-    )
+    assert end_tokens(make()) == [1, 2, 3]
+    assert end_tokens(make(eos_token_id=9)) == [9]
+    assert end_tokens(make(eos_token_id=None), byte_tokenizer()) == [1]
+    assert end_tokens(make(eos_token_id=None)) == []
 
 
 def test_one_new_token_and_one_prompt():
     model = make()
     out = rollout(model, None, [[5]], max_new_tokens=1, temperature=0)
-    assert (
-        [len(c) for c in out.completions] == [1]
-        and out.ended == [out.completions[0][0] in (1, 2, 3)]
-        and out.texts == [""]
-    )
+    assert [len(c) for c in out.completions] == [1]
+    assert out.ended == [out.completions[0][0] in (1, 2, 3)]
+    assert out.texts == [""]
     assert len(rollout(model, None, [])) == 0
 
 
@@ -395,7 +408,7 @@ WRONG = {
     "text": (dict(prompts=["hello"]), "prompts:0: found 'h'; expected token ids from 0 to 127"),
     "id outside": (dict(prompts=[[128]]), "prompts:0: found 128"),
     "negative id": (dict(prompts=[[-1]]), "prompts:0: found -1"),
-    "samples": (dict(num_generations=0), "samples: found 0"),
+    "samples": (dict(num_generations=0), "num_generations: found 0"),
     "new tokens": (dict(max_new_tokens=0), "max_new_tokens: found 0"),
     "temperature": (dict(temperature=-1), "temperature: found -1"),
     "temperature nan": (dict(temperature=math.nan), "temperature: found nan"),
@@ -415,7 +428,8 @@ def test_wrong_input_is_named_before_compute(name):
     model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     with pytest.raises(WrongInput) as error:
         rollout(**dict(model=model, tokenizer=None, prompts=[[5]]) | change)
-    assert text in str(error.value) and "\n" not in str(error.value)
+    assert text in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_prompt_and_new_tokens_may_fill_the_context():
@@ -445,9 +459,8 @@ def test_training_state_comes_back_also_after_an_error():
         model.lm_head.weight.fill_(math.nan)
     with pytest.raises(FloatingPointError, match="prompts:.*not finite"):
         rollout(model, None, some_prompts(), 2, 8)
-    assert [
-        m.training for m in model.modules()
-    ] == before and model.config._attn_implementation == "sdpa"
+    assert [m.training for m in model.modules()] == before
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_gradient_checkpointing_and_use_cache_off_do_not_matter():
@@ -475,7 +488,8 @@ def test_peft(kind):
         if p.requires_grad:
             p.data.normal_(0, 0.3)
     out = rollout(model, None, some_prompts(), 2, 12, 0.7)
-    assert error_of(model, out, 0.7) < 1e-4 and out.completions != plain.completions
+    assert error_of(model, out, 0.7) < 1e-4
+    assert out.completions != plain.completions
     for share in (True, False):
         greedy = rollout(model, None, some_prompts(), 2, 12, 0, share=share)
         assert greedy.completions[::2] == [generated(model, [p], 12)[0] for p in some_prompts()]
@@ -490,4 +504,5 @@ def test_peft(kind):
 def test_half_precision_takes_the_plain_path(shared_steps):
     model = make().to(torch.bfloat16)
     out = rollout(model, None, some_prompts(), 2, 8)
-    assert not any(shared_steps) and error_of(model, out, 1.0) < 0.5
+    assert not any(shared_steps)
+    assert error_of(model, out, 1.0) < 0.5

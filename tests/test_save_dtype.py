@@ -1,4 +1,7 @@
-"What comes in goes out: each method that saves weights saves them in the type of the files that it began with, or as `save_dtype` says, and `after` is measured on them."
+"""What comes in goes out: each method that saves weights keeps the type of its input files.
+
+`save_dtype` sets another type. `after` is measured on the saved weights.
+"""
 
 import json
 import shutil
@@ -18,9 +21,12 @@ from polm_lab.models.sources import model_path
 from polm_lab.models.save import round_weights, save_model
 from polm_lab.core.run import Run, Stopped
 
-SAVING = [
-    name for name, m in methods().items() if any(k.name == "save_dtype" for k in knobs(m.settings))
-]
+
+def has_knob(method, name: str) -> bool:
+    return any(knob.name == name for knob in knobs(method.settings))
+
+
+SAVING = [name for name, method in methods().items() if has_knob(method, "save_dtype")]
 TYPES = dict(bfloat16=torch.bfloat16, float16=torch.float16, float32=torch.float32)
 SHORT = dict(steps=1, batch_size=4, eval_rows=2, save_every=0, learning_rate=1e-3, max_length=96)
 OWN = dict(  # knobs that make the runs that are no training by steps short
@@ -40,15 +46,8 @@ OWN = dict(  # knobs that make the runs that are no training by steps short
         prompts=2,
     ),
 )
-KEPT = (
-    "perplexity",
-    "accuracy",
-    "loss",
-    "reward",
-    "length",
-    "mrr",
-    "recall/1",
-)  # metrics that need nothing but the model
+# metrics that need nothing but the model
+KEPT = ("perplexity", "accuracy", "loss", "reward", "length", "mrr", "recall/1")
 
 
 @pytest.fixture(scope="module")
@@ -115,19 +114,15 @@ def test_what_comes_in_goes_out(bases, tmp_path, name, dtype):
         assert not (run.path / "encoder").exists() or types_of(run.path / "encoder") == {
             torch.float32
         }
-    if dtype != "bfloat16" or name in (
-        "merge",
-        "fuse",
-        "reft",
-    ):  # these measure what they read from the disk
+    # these three measure what they read from the disk
+    if dtype != "bfloat16" or name in ("merge", "fuse", "reft"):
         return
     more = {"steps": 0} if trains else {}
     more |= {"encoder": str(run.path / "encoder")} if name == "reader" else {}
     again = short(name, tmp_path / "again", made, **more)
     after, fresh = run.summary["after"], again.summary["before"]
-    relative = (
-        ("accuracy", "margin") if name in ("dpo", "rlaif") else ()
-    )  # these ask the model that the run began with
+    # these ask the model that the run began with
+    relative = ("accuracy", "margin") if name in ("dpo", "rlaif") else ()
     names = [n for n in KEPT if n in after and n in fresh and n not in relative]
     assert names and all(after[n] == pytest.approx(fresh[n], rel=1e-6) for n in names), {
         n: (after[n], fresh[n]) for n in names
@@ -145,14 +140,13 @@ def test_save_dtype_says_otherwise(bases, tmp_path, name, asked):
 def test_training_keeps_its_weights_in_32_bits(bases, tmp_path):
     "Two steps of 1e-6 vanish in bf16 one by one; the checkpoint holds them."
     run = short("sft", tmp_path, bases / "bfloat16", steps=2, learning_rate=1e-6, save_every=1)
-    start, end = (
-        load_file(bases / "bfloat16" / "model.safetensors"),
-        load_file(run.path / "model" / "model.safetensors"),
-    )
+    start = load_file(bases / "bfloat16" / "model.safetensors")
+    end = load_file(run.path / "model" / "model.safetensors")
     kept = next((run.path / "checkpoints" / "step-00000002").glob("*.safetensors"))
     kept = {name.removeprefix("model."): t for name, t in load_file(kept).items()}
     moved = [(kept[n].float() - t.float()).abs().max().item() for n, t in start.items()]
-    assert all(t.dtype == torch.float32 for t in kept.values()) and 1e-7 < max(moved) < 3e-6
+    assert all(t.dtype == torch.float32 for t in kept.values())
+    assert 1e-7 < max(moved) < 3e-6
     assert all(torch.equal(end[n], kept[n].bfloat16()) for n in start)
 
 
@@ -173,13 +167,12 @@ def test_killed_and_resumed_gives_the_same_bits(bases, tmp_path, adapter, monkey
             runs.append(
                 short("sft", tmp_path / "whole", bases / "float16", steps=4, adapter=adapter)
             )
-    assert check.weights_file(runs[0]) == check.weights_file(runs[1]) and types_of(
-        runs[0].path / "model"
-    ) == {torch.float16}
+    assert check.weights_file(runs[0]) == check.weights_file(runs[1])
+    assert types_of(runs[0].path / "model") == {torch.float16}
     assert runs[0].summary["after"] == runs[1].summary["after"]
 
 
-# Adapters ------------------------------------------------------------------------------------------------------------
+# Adapters -----------------------------------------------------------------------------------------
 
 
 def test_a_new_adapter_comes_in_its_bases_type_and_goes_on_in_its_own(bases, tmp_path):
@@ -200,13 +193,12 @@ def test_a_new_adapter_comes_in_its_bases_type_and_goes_on_in_its_own(bases, tmp
 @pytest.mark.parametrize("name", ["reward", "retriever"])
 def test_an_adapter_that_is_merged_in_the_end_is_measured_so(bases, tmp_path, name):
     run = short(name, tmp_path, bases / "bfloat16", adapter="lora:r=2", learning_rate=1e-2)
-    assert (
-        types_of(run.path / "model") == {torch.bfloat16}
-        and not (run.path / "model" / "adapter_config.json").exists()
-    )
+    assert types_of(run.path / "model") == {torch.bfloat16}
+    assert not (run.path / "model" / "adapter_config.json").exists()
     again = short(name, tmp_path / "again", run.path / "model", steps=0)
     names = [n for n in KEPT if n in run.summary["after"]]
-    assert names and all(
+    assert names
+    assert all(
         run.summary["after"][n] == pytest.approx(again.summary["before"][n], rel=1e-5)
         for n in names
     )
@@ -246,7 +238,7 @@ def test_what_an_adapter_computes_is_what_its_file_computes(bases, tmp_path, kin
     }
 
 
-# Files of several types, and weights that do not fit ------------------------------------------------------------------
+# Files of several types, and weights that do not fit ----------------------------------------------
 
 
 def mixed(bases, out):
@@ -269,16 +261,16 @@ def test_each_tensor_of_a_mixed_model_goes_back_to_its_own_type(bases, tmp_path,
         assert "several types" in (run.path / "log.txt").read_text()
 
 
-def test_a_weight_beyond_float16_is_saved_in_32_bits_and_said(bases, tmp_path):
+def test_a_weight_beyond_float16_is_saved_in_32_bits_and_reported(bases, tmp_path):
     model = load_model(bases / "float16", "float32", "cpu")
     model.lm_head.weight.data[0, 0] = 1e5
-    said = round_weights(model)
-    assert len(said) == 1 and "65504" in said[0] and "float32" in said[0]
+    notes = round_weights(model)
+    assert len(notes) == 1
+    assert "65504" in notes[0]
+    assert "float32" in notes[0]
     save_model(model, load_tokenizer("tiny"), tmp_path / "out")
-    assert (
-        types_of(tmp_path / "out") == {torch.float32}
-        and load_model(tmp_path / "out", "float32", "cpu").lm_head.weight[0, 0] == 1e5
-    )
+    assert types_of(tmp_path / "out") == {torch.float32}
+    assert load_model(tmp_path / "out", "float32", "cpu").lm_head.weight[0, 0] == 1e5
 
 
 def test_a_model_that_nobody_rounded_is_saved_as_it_is(bases, tmp_path):
@@ -287,9 +279,8 @@ def test_a_model_that_nobody_rounded_is_saved_as_it_is(bases, tmp_path):
     model = merge_adapter(load_model(bases / "bfloat16", "float32", "cpu", adapter="lora:r=2"))
     round_weights(model)
     save_model(model, None, tmp_path / "merged")
-    assert types_of(tmp_path / "merged") == {torch.bfloat16} and size_of(
-        tmp_path / "merged"
-    ) < 0.6 * size_of(tmp_path / "wide")
+    assert types_of(tmp_path / "merged") == {torch.bfloat16}
+    assert size_of(tmp_path / "merged") < 0.6 * size_of(tmp_path / "wide")
 
 
 def test_trls_engine_saves_the_same_way(bases, tmp_path):
@@ -303,7 +294,10 @@ def test_trls_engine_saves_the_same_way(bases, tmp_path):
 
 
 def test_fuse_takes_an_adapters_run_next_to_a_whole_model(bases, tmp_path):
-    "A head of its own on one side: all are untied, and the adapter counts. Both tunes alike, their mean is the tune."
+    """A head of its own on one side: all are untied, and the adapter counts.
+
+    With two equal tunes, their mean is the tune.
+    """
     first = short(
         "sft",
         tmp_path,
@@ -328,4 +322,5 @@ def test_fuse_takes_an_adapters_run_next_to_a_whole_model(bases, tmp_path):
             for f in (first.path, made.path, bases / "bfloat16")
         )
     assert (fused - tuned).abs().max() < 1e-5 * tuned.abs().max() < (tuned - base).abs().max()
-    assert made.record["parents"] == [first.id] and not (list(made.path.glob("tmp*")))
+    assert made.record["parents"] == [first.id]
+    assert not (list(made.path.glob("tmp*")))

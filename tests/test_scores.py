@@ -102,9 +102,10 @@ def test_the_score_is_that_of_the_last_real_token(family, tmp_path):
     )
     ids, mask = padded(texts(), "right")
     wrong = model(input_ids=ids, attention_mask=mask).logits[:, 0]  # what transformers reads
+    # rows that do not end in EOS
     assert (wrong - expected).abs()[[0, 2]].min() > 1e-3 and (wrong - expected).abs()[
         [1, 3]
-    ].max() < 1e-5  # rows that do not end in EOS
+    ].max() < 1e-5
 
 
 @torch.no_grad()
@@ -141,19 +142,16 @@ def test_a_call_of_the_model_itself_reads_by_the_mask(tmp_path):
     names = list(dict(model.named_parameters()))
     expected, before = Scorer(model)(ids, mask), model(input_ids=ids, attention_mask=mask).logits
     read_by_mask(model)
-    assert (
-        torch.equal(
-            model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 0], expected
-        )
-        and list(dict(model.named_parameters())) == names
-    )
-    del model.forward
     assert torch.equal(
-        model(input_ids=ids, attention_mask=mask).logits, before
-    ) and not torch.allclose(before[:, 0], expected)
+        model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 0], expected
+    )
+    assert list(dict(model.named_parameters())) == names
+    del model.forward
+    assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, before)
+    assert not torch.allclose(before[:, 0], expected)
 
 
-# Runs -------------------------------------------------------------------------------------------------------------
+# Runs ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -179,18 +177,21 @@ def answers():
 
 
 def test_training_scoring_and_plain_transformers_agree(run):
-    "The saved model, read by plain transformers with the saved tokenizer in one padded batch, on either side, and one text at a time."
-    prompts, said = answers()
-    found = torch.tensor(load_reward(str(run.path), device="cpu", dtype="float32")(prompts, said))
-    model, words = (
-        AutoModelForSequenceClassification.from_pretrained(run.path / "model").eval(),
-        AutoTokenizer.from_pretrained(run.path / "model"),
+    """Plain transformers read the saved model and tokenizer, and give the same scores.
+
+    The texts come in one padded batch, on either side, and one at a time.
+    """
+    prompts, replies = answers()
+    found = torch.tensor(
+        load_reward(str(run.path), device="cpu", dtype="float32")(prompts, replies)
     )
+    model = AutoModelForSequenceClassification.from_pretrained(run.path / "model").eval()
+    words = AutoTokenizer.from_pretrained(run.path / "model")
     assert model.config.pad_token_id == words.pad_token_id != words.eos_token_id
     ours = load_tokenizer(run.path)
     rows = [
         encode(ours, dict(prompt=p, completion=c), "completion", 256)["input_ids"]
-        for p, c in zip(prompts, said)
+        for p, c in zip(prompts, replies)
     ]
     assert rows[0][-1] == words.eos_token_id
     with torch.no_grad():
@@ -198,7 +199,8 @@ def test_training_scoring_and_plain_transformers_agree(run):
         for side in ("right", "left"):
             batch = words.pad({"input_ids": rows}, padding_side=side, return_tensors="pt")
             assert torch.allclose(model(**batch).logits[:, 0], alone, atol=1e-5)
-    assert torch.allclose(found, alone, atol=1e-5) and found.std() > 1e-4
+    assert torch.allclose(found, alone, atol=1e-5)
+    assert found.std() > 1e-4
 
 
 def test_the_run_trained_what_it_says(run, pads_with_eos):
@@ -210,13 +212,10 @@ def test_the_run_trained_what_it_says(run, pads_with_eos):
     ]
     model = load_model(run.path, dtype="float32", device="cpu", head="any").eval()
     with torch.no_grad():
-        assert row["reward"] == pytest.approx(plainly(model, ids).item(), abs=1e-4) and row[
-            "length"
-        ] == len(ids)
-        assert (
-            row["values"][-1] == pytest.approx(row["reward"], abs=1e-3)
-            and ids[-1] == words.eos_token_id
-        )
+        assert row["reward"] == pytest.approx(plainly(model, ids).item(), abs=1e-4)
+        assert row["length"] == len(ids)
+        assert row["values"][-1] == pytest.approx(row["reward"], abs=1e-3)
+        assert ids[-1] == words.eos_token_id
 
 
 def test_trl_reads_where_we_do(run, pads_with_eos, tmp_path):
@@ -229,17 +228,15 @@ def test_trl_reads_where_we_do(run, pads_with_eos, tmp_path):
 
 def test_a_model_of_others_that_pads_with_eos_is_read_by_the_mask(run, tmp_path):
     "As TRL and others save them: pad_token_id is that of EOS, in tokenizer and configuration."
-    model, words = (
-        load_model(run.path, dtype="float32", device="cpu", head="any"),
-        load_tokenizer(run.path),
-    )
+    model = load_model(run.path, dtype="float32", device="cpu", head="any")
+    words = load_tokenizer(run.path)
     words.pad_token = words.eos_token
     model.config.pad_token_id = words.eos_token_id
     save_model(model, words, tmp_path / "theirs")
-    prompts, said = answers()
-    again = load_reward(str(tmp_path / "theirs"), device="cpu", dtype="float32")(prompts, said)
+    prompts, replies = answers()
+    again = load_reward(str(tmp_path / "theirs"), device="cpu", dtype="float32")(prompts, replies)
     assert again == pytest.approx(
-        load_reward(str(run.path), device="cpu", dtype="float32")(prompts, said), abs=1e-5
+        load_reward(str(run.path), device="cpu", dtype="float32")(prompts, replies), abs=1e-5
     )
 
 
@@ -256,7 +253,8 @@ def test_without_another_token_plain_transformers_refuses_a_batch(tmp_path):
         == min(set(others) - set(others[:1]))
     )
     words.pad_token = words.eos_token
-    assert padding_for(words, set(special)) is None and words.pad_token_id == end
+    assert padding_for(words, set(special)) is None
+    assert words.pad_token_id == end
     model = scored("llama", tmp_path / "model")
     model.config.pad_token_id = None
     with torch.no_grad():
@@ -269,12 +267,11 @@ def test_without_another_token_plain_transformers_refuses_a_batch(tmp_path):
 
 def test_the_side_of_the_padding_stays(pads_with_eos, run, tmp_path):
     side = lambda folder: json.loads((folder / "tokenizer_config.json").read_text())["padding_side"]
-    assert (
-        side(pads_with_eos) == "left" == side(run.path / "model")
-        and load_tokenizer(run.path).padding_side == "left"
-    )
+    assert side(pads_with_eos) == "left" == side(run.path / "model")
+    assert load_tokenizer(run.path).padding_side == "left"
     tuned = lab.run("sft", out=tmp_path, model=str(pads_with_eos), **SHORT | dict(steps=1))
-    assert side(tuned.path / "model") == "left" and load_tokenizer("tiny").padding_side == "right"
+    assert side(tuned.path / "model") == "left"
+    assert load_tokenizer("tiny").padding_side == "right"
     assert isinstance(tuned, Run)
 
 

@@ -8,7 +8,7 @@ import unicodedata
 import pytest
 
 from polm_lab.core.knobs import WrongInput
-from polm_lab.models.logprobs import Policy
+from polm_lab.models.policy import Policy
 from polm_lab.models.load import load_model
 from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.integration.retrieval import passages as passages_module

@@ -21,7 +21,7 @@ from polm_lab.data.load import (
 from polm_lab.training.evaluate import Evaluation, other_tasks, scorer, with_rows, task_names
 from polm_lab.core.knobs import WrongInput
 from polm_lab.core.settings import make_settings
-from polm_lab.models.logprobs import Policy
+from polm_lab.models.policy import Policy
 from polm_lab.core.method import find, methods
 from polm_lab.core.metrics import is_count, metric
 from polm_lab.models.load import load_model

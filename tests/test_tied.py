@@ -1,4 +1,8 @@
-"An adapter on a weight that is tied: with the adapter on, merged, saved and read again, the model computes the same; what the adapter does not touch stays."
+"""An adapter on a weight that is tied.
+
+With the adapter on, merged, saved and read again, the model computes the same. Weights that the
+adapter does not touch stay.
+"""
 
 import pytest
 import torch
@@ -130,7 +134,7 @@ def plain(base):
 
 
 def check(base, spec, folder, start=True):
-    "Everything that can be done with an adapter gives the same logits as the model with the adapter on."
+    "Every use of an adapter gives the same logits as the model with the adapter on."
     model = load_model(base, "float32", "cpu", adapter=spec)
     if start:
         assert far(logits(model), logits(plain(base))) < 1e-5, (
@@ -171,7 +175,9 @@ def test_every_kind_that_can_be_merged(bases, tmp_path, kind, target):
     try:
         merge_adapter(model)
     except WrongInput as refused:
-        assert not expected and "cannot be merged" in str(refused) and "\n" not in str(refused)
+        assert not expected
+        assert "cannot be merged" in str(refused)
+        assert "\n" not in str(refused)
         return
     assert expected, "this kind can be merged: add it to the lists"
     changed, _ = check(
@@ -180,13 +186,10 @@ def test_every_kind_that_can_be_merged(bases, tmp_path, kind, target):
         tmp_path,
         start=kind not in ("c3a", "fourierft", "unilora", "vblora", "vera", "waveft"),
     )
-    tied = (
-        kind == "trainable_tokens" and target == "embed_tokens"
-    )  # PEFT changes the head's rows with the embedding's
-    assert (
-        changed.config.tie_word_embeddings == tied
-        and ("lm_head.weight" in load_file(tmp_path / "merged" / "model.safetensors")) != tied
-    )
+    # PEFT changes the head's rows with the embedding's
+    tied = kind == "trainable_tokens" and target == "embed_tokens"
+    assert changed.config.tie_word_embeddings == tied
+    assert ("lm_head.weight" in load_file(tmp_path / "merged" / "model.safetensors")) != tied
 
 
 START = ["pissa", "olora", "orthogonal", "gaussian"]
@@ -216,9 +219,8 @@ def test_a_whole_head_that_is_trained(bases, tmp_path):
         bases / "llama", "lora:r=2,target_modules=q_proj,modules_to_save=lm_head", tmp_path
     )
     words, head = merged.get_input_embeddings().weight, merged.get_output_embeddings().weight
-    assert torch.equal(
-        words, plain(bases / "llama").get_input_embeddings().weight
-    ) and not torch.equal(words, head)
+    assert torch.equal(words, plain(bases / "llama").get_input_embeddings().weight)
+    assert not torch.equal(words, head)
 
 
 @pytest.mark.parametrize("spec", ["lora:r=2", "lora:r=2,target_modules=q_proj", "ia3"])
@@ -229,10 +231,8 @@ def test_what_no_adapter_touches_stays_tied(bases, tmp_path, spec):
     assert all(p.requires_grad for p in merged.parameters()), (
         "whoever trains the merged model trains all of it"
     )
-    assert (
-        merged.config.tie_word_embeddings
-        and merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
-    )
+    assert merged.config.tie_word_embeddings
+    assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
     assert "lm_head.weight" not in load_file(tmp_path / "merged" / "model.safetensors")
 
 
@@ -254,7 +254,8 @@ def test_a_peft_model_that_was_made_elsewhere(bases):
 def test_untie(bases):
     model, before = plain(bases / "llama"), logits(plain(bases / "llama"))
     untie(model).get_output_embeddings().weight.data.mul_(2)
-    assert far(logits(model), 2 * before) < 1e-6 and not model.config.tie_word_embeddings
+    assert far(logits(model), 2 * before) < 1e-6
+    assert not model.config.tie_word_embeddings
     assert merge_adapter(model) is model
 
 

@@ -1,4 +1,7 @@
-"The stream of weights: what it reads and writes is the library's format; a folder is whole or not there; wrong input is said in a line."
+"""The stream of weights reads and writes the library's format.
+
+A folder is whole or not there, and wrong input is reported in one line.
+"""
 
 import json
 import math
@@ -102,7 +105,8 @@ def test_writing_is_read_by_the_library(tmp_path, shard_bytes):
         with safe_open(file, "pt") as opened:
             assert opened.metadata() == {"format": "pt"}
             found |= {name: opened.get_tensor(name) for name in opened.keys()}
-    assert found.keys() == ODD.keys() and all(
+    assert found.keys() == ODD.keys()
+    assert all(
         found[n].dtype == v.dtype
         and found[n].shape == v.shape
         and torch.equal(found[n].flatten().view(torch.uint8), v.flatten().view(torch.uint8))
@@ -113,12 +117,12 @@ def test_writing_is_read_by_the_library(tmp_path, shard_bytes):
         "chat_template.jinja",
         "generation_config.json",
         "config.json",
-    } <= set(listing(tmp_path / "out")) and "pytorch_model.bin" not in listing(tmp_path / "out")
+    } <= set(listing(tmp_path / "out"))
+    assert "pytorch_model.bin" not in listing(tmp_path / "out")
     if len(files) > 1:
         index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-        assert index["weight_map"].keys() == ODD.keys() and index["metadata"]["total_size"] == sum(
-            v.nbytes for v in ODD.values()
-        )
+        assert index["weight_map"].keys() == ODD.keys()
+        assert index["metadata"]["total_size"] == sum(v.nbytes for v in ODD.values())
     assert all(
         torch.equal(
             Weights(tmp_path / "out").read(n).flatten().view(torch.uint8),
@@ -165,7 +169,8 @@ def test_both_threads_work_and_the_first_error_ends_it():
 
     with pytest.raises(WrongInput, match="two"):
         walk(range(500), fail, threads=2)
-    assert len(seen) < 30 and torch.get_num_threads() == before
+    assert len(seen) < 30
+    assert torch.get_num_threads() == before
 
 
 def test_threads_change_nothing(tmp_path):
@@ -176,7 +181,10 @@ def test_threads_change_nothing(tmp_path):
 
 
 def test_memory_is_given_back(tmp_path):
-    "Resident memory after a walk over 128 MiB is within 24 MiB of what it was: without `release` all of the file would stay mapped."
+    """Resident memory after a walk over 128 MiB is within 24 MiB of what it was.
+
+    Without `release` all of the file would stay mapped.
+    """
     code = """
 import sys, torch
 from polm_lab.models.transform import *; from polm_lab.models.weights import *
@@ -186,7 +194,9 @@ here = Path(sys.argv[1])
 plan = {f"layer.{i}": (torch.float32, (1024, 1024)) for i in range(32)}
 with Writer(here / "a", plan, model_path("tiny")) as writer:
     for name in plan: writer.write(name, torch.ones(1024, 1024))
-def high(): return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) / 1024
+def high():
+    peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    return int(peak.split()[1]) / 1024
 transform([Weights("tiny")], here / "warm", lambda name: lambda block: block.part(0))
 before = high()
 transform([Weights(here / "a")], here / "b", lambda name: lambda block: block.part(0))
@@ -199,24 +209,21 @@ print(high() - before)
     assert float(done.stdout) < 24
 
 
-# A folder is whole or not there ---------------------------------------------------------------------------------------
+# A folder is whole or not there -------------------------------------------------------------------
 
 
 def test_an_error_leaves_nothing_and_keeps_what_was_there(tmp_path):
     like = folder(tmp_path / "like", ODD)
     old = folder(tmp_path / "out", {"b": torch.ones(2)})
-    for action in (
-        lambda w: w.write("b", ODD["b"][:1]),
-        lambda w: 1 / 0,
-    ):  # rows are missing; an error
+    # rows are missing; an error
+    for action in (lambda w: w.write("b", ODD["b"][:1]), lambda w: 1 / 0):
         with (
             pytest.raises((RuntimeError, ZeroDivisionError)),
             Writer(old, plan_of(ODD), like) as writer,
         ):
             action(writer)
-        assert listing(tmp_path) == ["like", "out"] and torch.equal(
-            load_file(old / "model.safetensors")["b"], torch.ones(2)
-        )
+        assert listing(tmp_path) == ["like", "out"]
+        assert torch.equal(load_file(old / "model.safetensors")["b"], torch.ones(2))
 
 
 def test_a_killed_merge_leaves_no_model_and_the_next_one_works(tmp_path):
@@ -234,14 +241,14 @@ transform([Weights("tiny")], sys.argv[1] + "/out", slow)
     for _ in range(4):
         process.stdout.readline()
     os.kill(process.pid, signal.SIGKILL), process.wait()
-    assert listing(tmp_path) == [".out.new"] and "config.json" not in listing(tmp_path / ".out.new")
+    assert listing(tmp_path) == [".out.new"]
+    assert "config.json" not in listing(tmp_path / ".out.new")
     with pytest.raises(WrongInput):
         load_model(tmp_path / ".out.new")
     transform([Weights("tiny")], tmp_path / "out", lambda name: lambda block: block.part(0))
+    assert listing(tmp_path) == ["out"]
     assert (
-        listing(tmp_path) == ["out"]
-        and load_file(tmp_path / "out" / "model.safetensors").keys()
-        == Weights("tiny").entries.keys()
+        load_file(tmp_path / "out" / "model.safetensors").keys() == Weights("tiny").entries.keys()
     )
 
 
@@ -255,7 +262,8 @@ try:
     transform([Weights("tiny")], "{disk}/out", lambda name: lambda block: block.part(0))
 except WrongInput as error:
     print("early:", error)
-shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40)  # somebody else fills it on the way
+# somebody else fills it on the way
+shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40)
 try:
     transform([Weights("tiny")], "{disk}/out", lambda name: lambda block: block.part(0))
 except OSError as error:
@@ -284,16 +292,16 @@ def test_a_full_disk(tmp_path):
     if "unshare" in done.stderr:
         pytest.skip(f"no mount namespaces here: {done.stderr}")
     early, late, left = done.stdout.strip().split("\n")
-    assert early.startswith("early:") and "5 MiB left and 7 are needed" in early
-    assert (
-        late.startswith("late:")
-        and "No space left on device while writing" in late
-        and "nothing was left behind" in late
-    )
-    assert left.strip() == "0" and (model_path("tiny") / "model.safetensors").read_bytes() == before
+    assert early.startswith("early:")
+    assert "5 MiB left and 7 are needed" in early
+    assert late.startswith("late:")
+    assert "No space left on device while writing" in late
+    assert "nothing was left behind" in late
+    assert left.strip() == "0"
+    assert (model_path("tiny") / "model.safetensors").read_bytes() == before
 
 
-# Wrong input ---------------------------------------------------------------------------------------------------------
+# Wrong input --------------------------------------------------------------------------------------
 
 
 def refused(action, *words):
@@ -334,7 +342,8 @@ def test_what_differs_is_said(tmp_path):
         return Weights(folder(tmp_path / name, ODD if tensors is None else tensors, **config))
 
     first = other("first")
-    assert not differences(other("same"), first) and not check_alike([first, first])
+    assert not differences(other("same"), first)
+    assert not check_alike([first, first])
     refused(
         lambda: check_alike(
             [first, other("less", {k: v for k, v in ODD.items() if k not in "bc"})]
@@ -410,8 +419,6 @@ def test_outputs_that_cannot_be(tmp_path):
 def test_part_is_a_copy(tmp_path):
     path = folder(tmp_path / "m", {"x": torch.ones(2, 2)})
     Block([Weights(path)], "x", 0, 2).part(0).mul_(5)
-    assert (
-        torch.equal(Weights(path).read("x"), torch.ones(2, 2))
-        and read_header(path / "model.safetensors")["x"].shape == (2, 2)
-        and len(DTYPES) == 15
-    )
+    assert torch.equal(Weights(path).read("x"), torch.ones(2, 2))
+    assert read_header(path / "model.safetensors")["x"].shape == (2, 2)
+    assert len(DTYPES) == 15

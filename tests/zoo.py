@@ -1,4 +1,7 @@
-"Tiny random models of many families, each with gains, biases and embeddings that are not what they begin with, so that a wrong assumption about one shows."
+"""Tiny random models of many families.
+
+Their gains, biases and embeddings differ from the initial ones, so that a wrong assumption shows.
+"""
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -98,7 +101,10 @@ FAMILIES = {
 
 
 def make(family: str, seed: int = 0, **more):
-    "A tiny model of `family`; every weight is moved by a random number, those with one dimension (gains, biases) by up to a half."
+    """Make a tiny model of `family` with every weight moved by a random number.
+
+    Those with one dimension (gains, biases) are moved by up to a half.
+    """
     sizes = {
         name: value
         for name, value in (SIZES | FAMILIES[family] | more).items()

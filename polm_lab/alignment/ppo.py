@@ -22,7 +22,7 @@ from ..core.method import method
 from ..core.run import Run
 from ..models.layers import switch_off_dropout
 from ..models.load import load_model
-from ..models.logprobs import Policy, TokenStats
+from ..models.policy import Policy, TokenStats
 from ..models.save import save_model
 from ..rewards.prepare import learned_reward, prepare_on_policy
 from ..training.advantages import clipped_objective, all_gather_values, kl_estimate

@@ -19,7 +19,7 @@ from ..data.load import load_data
 from ..training.evaluate import with_rows
 from ..core.knobs import WrongInput, knob
 from ..core.settings import RunSettings
-from ..models.logprobs import Policy
+from ..models.policy import Policy
 from ..core.method import method
 from ..models.attach import adapter_names, count_parameters, parse_adapter
 from ..models.tokenizers import load_tokenizer

@@ -20,7 +20,7 @@ from ..training.engine import labelled_rows, train_with_trl
 from ..training.evaluate import Evaluation, other_tasks, scorer, sequence_logps
 from ..core.knobs import WrongInput, knob
 from ..core.settings import Settings, redefault
-from ..models.logprobs import Policy
+from ..models.policy import Policy
 from ..core.method import method
 from ..models.save import save_model
 from ..core.run import Run

@@ -25,7 +25,7 @@ from ..data.encode import encode
 from ..data.load import load_data
 from .merging.experts import Experts, listed, load_all, record_parents
 from .merging.experts import rows_apart, side_by_side, try_all, tunes_of
-from ..models.logprobs import Policy
+from ..models.policy import Policy
 from ..models.save import round_weights, save_model
 from ..models.tokenizers import load_tokenizer
 from ..training.evaluate import mean_nll, eval_no_grad

@@ -26,7 +26,7 @@ from ..data.encode import encode
 from ..training.evaluate import sequence_logps, with_rows
 from ..core.knobs import WrongInput, knob
 from ..core.settings import RunSettings, redefault
-from ..models.logprobs import Policy
+from ..models.policy import Policy
 from ..core.method import method
 from ..core.metrics import without_counts
 from ..models.tokenizers import has_chat_template, load_tokenizer

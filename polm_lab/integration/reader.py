@@ -19,7 +19,7 @@ from ..data.encode import encode
 from ..training.evaluate import other_tasks, perplexity, with_rows
 from ..core.knobs import WrongInput, knob
 from ..core.settings import Settings, redefault
-from ..models.logprobs import Policy
+from ..models.policy import Policy
 from ..core.method import method
 from ..models.load import load_model
 from ..models.tokenizers import load_tokenizer

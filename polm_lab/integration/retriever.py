@@ -23,7 +23,7 @@ from ..training.evaluate import eval_no_grad, sequence_logps, with_rows
 from ..core.kinds import Joined, Kinds
 from ..core.knobs import Part, WrongInput, knob
 from ..core.settings import Settings, redefault
-from ..models.logprobs import Policy, states
+from ..models.policy import Policy, states
 from ..core.method import method
 from ..models.attach import can_merge
 from ..models.load import load_model

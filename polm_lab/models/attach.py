@@ -21,12 +21,12 @@ from .sources import SCORER, find_weight_files, safetensors_header
 
 # %% ../../nbs/models/attach.ipynb #f2ae1e58
 def count_parameters(model, trainable: bool = False) -> int:
-    "How many weights a model has (only those that train, if `trainable`); a tied weight counts once."
+    "Count a model's weights (the trainable ones, if `trainable`); a tied weight counts once."
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
 def size_mib(model) -> float:
-    "Memory of a model's weights and buffers in MiB; a tied weight counts once."
+    "Measure a model's weights and buffers in MiB; a tied weight counts once."
     tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
     return sum(t.numel() * t.element_size() for t in tensors.values()) / 2**20
 
@@ -56,7 +56,13 @@ def adapter_names() -> list[str]:
 
 
 def parse_adapter(spec: str) -> tuple[str, dict]:
-    "`lora:r=8,lora_alpha=16` as (`lora`, {`r`: 8, `lora_alpha`: 16}), each setting in the type that PEFT gives it."
+    """Parse an adapter's spec into its kind and its settings.
+
+    `lora:r=8,lora_alpha=16` gives (`lora`, {`r`: 8, `lora_alpha`: 16}), each setting in the type
+    that PEFT gives it.
+
+    Raises: WrongInput for an unknown kind, an unknown setting or a value of another type.
+    """
     kind, _, rest = str(spec).strip().partition(":")
     kind = kind.strip().lower()
     if kind in ("none", ""):
@@ -65,7 +71,8 @@ def parse_adapter(spec: str) -> tuple[str, dict]:
         return "none", {}
     if kind in NEEDS_MORE:
         raise WrongInput(
-            f"adapter {spec!r}: {NEEDS_MORE[kind]}, which is not given here; expected one of {', '.join(adapter_names())}"
+            f"adapter {spec!r}: {NEEDS_MORE[kind]}, which is not given here; expected one of "
+            f"{', '.join(adapter_names())}"
         )
     if kind not in _adapter_classes():
         raise WrongInput(f"adapter {spec!r}: unknown; {nearest(kind, ['none', *adapter_names()])}")
@@ -90,7 +97,8 @@ def parse_adapter(spec: str) -> tuple[str, dict]:
             "base_model_name_or_path",
         ):
             raise WrongInput(
-                f"adapter {spec!r}: {kind} has no setting {name!r}; {nearest(name, [k for k in known if k not in ('peft_type', 'task_type')])}"
+                f"adapter {spec!r}: {kind} has no setting {name!r}; "
+                f"{nearest(name, [k for k in known if k not in ('peft_type', 'task_type')])}"
             )
         try:
             settings[name] = _typed(value.strip(), known[name])
@@ -105,7 +113,10 @@ def parse_adapter(spec: str) -> tuple[str, dict]:
 
 # %% ../../nbs/models/attach.ipynb #c218d0fc
 def _typed(text: str, wanted):
-    "`text` as the type `wanted`, an annotation of a PEFT configuration; raises ValueError if it is not one."
+    """Convert `text` to the type `wanted`, an annotation of a PEFT configuration.
+
+    Raises: ValueError if it is not of that type.
+    """
     origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
     if origin in (typing.Union, types.UnionType):
         order = {type(None): 0, bool: 1, int: 2, float: 3, list: 4}
@@ -115,16 +126,17 @@ def _typed(text: str, wanted):
                 and str in inner
                 and ("," not in text and not text.isidentifier())
             ):
-                continue  # all-linear, or a regular expression over whole names; a bare name is a list of one, since PEFT takes a string for an expression
+                # all-linear, or a regular expression over whole names; a bare name is a list of
+                # one, since PEFT takes a string for an expression
+                continue
             try:
                 return _typed(text, option)
             except ValueError:
                 continue
         raise ValueError
     if origin is typing.Literal:
-        if text in inner or any(
-            "[" in str(word) for word in inner
-        ):  # PEFT writes a number to fill in as [..]; it checks that itself
+        # PEFT writes a number to fill in as [..]; it checks that itself
+        if text in inner or any("[" in str(word) for word in inner):
             return text
         raise ValueError
     if origin is list:
@@ -171,7 +183,8 @@ def add_adapter(model, kind: str, settings: dict, seed: int, base: str):
                 if hasattr(module, "weight")
             }
             raise WrongInput(
-                f"adapter {spec!r}: {model.config.model_type} has no layer {target!r}; {nearest(target, leaves)}"
+                f"adapter {spec!r}: {model.config.model_type} has no layer {target!r}; "
+                f"{nearest(target, leaves)}"
             )
     try:
         with quiet_libraries(), torch.random.fork_rng(devices=[]), untie_head(model):
@@ -179,11 +192,13 @@ def add_adapter(model, kind: str, settings: dict, seed: int, base: str):
             adapted = get_peft_model(model, cls(**filled))
     except Exception as error:  # each tuner has its own ways to say that it does not fit
         raise WrongInput(
-            f"adapter {spec!r} does not fit this {model.config.model_type} model ({first_line(error)}); change its settings or take another adapter"
+            f"adapter {spec!r} does not fit this {model.config.model_type} model "
+            f"({first_line(error)}); change its settings or take another adapter"
         ) from None
     if not any(p.requires_grad for p in adapted.parameters()):
         raise WrongInput(
-            f"adapter {spec!r}: nothing in it can be trained; change its settings or take another adapter"
+            f"adapter {spec!r}: nothing in it can be trained; change its settings or take another "
+            "adapter"
         )
     adapted.peft_config["default"].base_model_name_or_path = base
     return adapted
@@ -238,16 +253,17 @@ def untie(model):
     """
     import torch
 
-    read, words = model.get_output_embeddings(), model.get_input_embeddings()
-    if read is not None and read.weight is words.weight:
-        read.weight = torch.nn.Parameter(
-            words.weight.detach().clone(), requires_grad=words.weight.requires_grad
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is embedding.weight:
+        weight = embedding.weight
+        head.weight = torch.nn.Parameter(
+            weight.detach().clone(), requires_grad=weight.requires_grad
         )
-        _say_untied(model)
+        _mark_untied(model)
     return model
 
 
-def _say_untied(model):
+def _mark_untied(model):
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False
 
@@ -268,14 +284,14 @@ def merge_adapter(model):
     kind = model.peft_config["default"].peft_type.value.lower()
     if not can_merge(model):
         raise WrongInput(
-            f"a {kind} adapter cannot be merged into its model; expected one that can, such as lora; go on training it with adapter none"
+            f"a {kind} adapter cannot be merged into its model; expected one that can, such as "
+            "lora; continue training it with adapter none"
         )
     tied = model.get_base_model().config.get_text_config().tie_word_embeddings
     try:
         with quiet_libraries():
-            for places in _shared(
-                model.get_base_model()
-            ):  # an adapter that was made elsewhere sits on the shared matrix
+            # an adapter that was made elsewhere sits on the shared matrix
+            for places in _shared(model.get_base_model()):
                 for module, name in places[1:]:
                     weight = getattr(module, name)
                     setattr(
@@ -286,19 +302,20 @@ def merge_adapter(model):
             merged = model.merge_and_unload()
     except Exception as error:
         raise WrongInput(
-            f"the {kind} adapter cannot be merged into its model ({first_line(error)}); go on training it with adapter none"
+            f"the {kind} adapter cannot be merged into its model ("
+            f"{first_line(error)}); continue training it with adapter none"
         ) from None
-    read, words = merged.get_output_embeddings(), merged.get_input_embeddings()
-    if read is not None and tied:
-        if read.weight.shape == words.weight.shape and read.weight.equal(words.weight):
-            read.weight = words.weight
+    head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
+    if head is not None and tied:
+        same_shape = head.weight.shape == embedding.weight.shape
+        if same_shape and head.weight.equal(embedding.weight):
+            head.weight = embedding.weight
             for config in (merged.config, merged.config.get_text_config()):
                 config.tie_word_embeddings = True
         else:
-            _say_untied(merged)
-    for (
-        weight
-    ) in merged.parameters():  # PEFT froze them; whoever trains the merged model trains all of it
+            _mark_untied(merged)
+    # PEFT froze them; training the merged model trains all of it
+    for weight in merged.parameters():
         weight.requires_grad_(weight.is_floating_point())
     return merged
 
@@ -341,7 +358,7 @@ def fit_vocabulary(base, folder: Path, spec: str):
             ids += [token["id"] for token in read.get("added_tokens") or []]
             tokens = 1 + max(ids, default=-1)
         except (ValueError, KeyError, TypeError, AttributeError):
-            pass  # whoever reads the tokenizer says what is wrong with it
+            pass  # `load_tokenizer` reports what is wrong with it
     if wanted or tokens > rows:
         raise WrongInput(
             f"{folder}: an adapter for {max([*wanted, tokens])} tokens, and its base {spec} has "

@@ -35,18 +35,18 @@ def _place(x: Tensor, rows: list[int], length: int) -> Tensor:
 
 
 class StaticLayerCache(CacheLayerMixin):
-    "One layer's keys and values in a buffer made once, [rows, heads, capacity, width]; `rows` and `length` say how much of it is in use."
+    """Keep one layer's keys and values in a buffer made once, [rows, heads, capacity, width].
+
+    `rows` and `length` are the part of it that is in use.
+    """
 
     def __init__(self, capacity: int):
         super().__init__()
         self.capacity, self.length, self.rows = capacity, 0, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device, self.rows = (
-            key_states.dtype,
-            key_states.device,
-            key_states.shape[0],
-        )
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.rows = key_states.shape[0]
         self.keys, self.values = (
             x.new_empty(*x.shape[:2], self.capacity, x.shape[-1])
             for x in (key_states, value_states)
@@ -73,12 +73,9 @@ class StaticLayerCache(CacheLayerMixin):
         return self.capacity
 
     def fork(self, samples: int, new: int) -> None:
-        "Gives each prompt `samples` rows with room for `new` more tokens."
-        old, self.rows, self.capacity = (
-            (self.keys, self.values),
-            self.rows * samples,
-            self.length + new,
-        )
+        "Give each prompt `samples` rows with room for `new` more tokens."
+        old = self.keys, self.values
+        self.rows, self.capacity = self.rows * samples, self.length + new
         self.keys, self.values = (
             x.new_empty(self.rows, x.shape[1], self.capacity, x.shape[-1]) for x in old
         )
@@ -88,7 +85,7 @@ class StaticLayerCache(CacheLayerMixin):
             ]
 
     def select(self, rows: list[int]) -> None:
-        "Keeps these rows in this order; one may be there more than once."
+        "Keep these rows in this order; one may be there more than once."
         self.keys, self.values = (_place(x, rows, self.length) for x in (self.keys, self.values))
         self.rows = len(rows)
 
@@ -97,25 +94,17 @@ class PromptGroups:
     "Which rows of the batch read which prompt, and the padding of the prompts."
 
     def __init__(self, prompts: int, samples: int, mask: Tensor | None):
-        self.owner = [
-            p for p in range(prompts) for _ in range(samples)
-        ]  # the prompt that each row reads
-        self.prompts, self.size, self.slots = (
-            prompts,
-            samples,
-            None,
-        )  # slots None: row r sits in slot r
-        # mask [prompts, time]: -inf is added to the scores of padding
-        self.bias = (
-            None
-            if mask is None
-            else torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)[
-                :, None, None
-            ]
-        )
+        # the prompt that each row reads
+        self.owner = [p for p in range(prompts) for _ in range(samples)]
+        self.prompts, self.size = prompts, samples
+        self.slots = None  # row r sits in slot r
+        self.bias = None
+        if mask is not None:  # mask [prompts, time]: -inf is added to the scores of padding
+            bias = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
+            self.bias = bias[:, None, None]
 
     def select(self, rows: list[int]) -> list[int]:
-        "Keeps these rows in this order; returns the prompts that are still read, in their new order."
+        "Keep these rows in this order; return the prompts still in use, in their new order."
         owner = [self.owner[i] for i in rows]
         alive = set(owner)
         prompts = compact_places([p in alive for p in range(self.prompts)])
@@ -131,29 +120,34 @@ class PromptGroups:
         return prompts
 
     def gather(self, x: Tensor) -> Tensor:
-        "Rows [rows, heads, queries, n] to [prompts, heads, size * queries, n]; empty seats hold zeros."
+        """Reshape [rows, heads, queries, n] to [prompts, heads, size * queries, n].
+
+        Empty seats hold zeros.
+        """
         if self.slots is not None:
             self.slots = self.slots.to(x.device)
             x = x.new_zeros(self.prompts * self.size, *x.shape[1:]).index_copy_(0, self.slots, x)
         return x.unflatten(0, (self.prompts, self.size)).transpose(1, 2).flatten(2, 3)
 
     def scatter(self, x: Tensor) -> Tensor:
-        "The way back: [prompts, heads, size * queries, n] to rows [rows, heads, queries, n]."
+        "Undo `gather`: [prompts, heads, size * queries, n] to [rows, heads, queries, n]."
         x = x.unflatten(2, (self.size, -1)).transpose(1, 2).flatten(0, 1)
         return x if self.slots is None else x[self.slots]
 
 # %% ../../nbs/models/cache.ipynb #d4f984a7
 class SharedLayerCache(StaticLayerCache):
-    "A slab that keeps each prompt once for all its rows; a row's own buffer holds its new tokens only."
+    "Keep each prompt once for all its rows; a row's own buffer holds its new tokens only."
 
     family: PromptGroups | None = None  # the same for all layers; None while prompts are read
     read = 0  # prompt tokens, padding included
-    seen = False  # attention was handed what `update` returned (latent attention computes other keys from it), in fp32
+    # attention was given what `update` returned, in fp32 (latent attention computes other keys)
+    seen = False
 
     def fork(self, samples: int, new: int) -> None:
         if self.family is None:
             return super().fork(samples, new)
-        # keys are stored width by time: their product with the queries then runs along contiguous memory (4 x faster on CPU)
+        # keys are stored width by time: their product with the queries then runs along contiguous
+        # memory (4 x faster on CPU)
         self.prompt_keys = self.keys[:, :, : self.length].transpose(2, 3).contiguous()
         self.prompt_values = self.values[:, :, : self.length].contiguous()
         self.read, self.length, self.capacity, self.rows = self.length, 0, new, self.rows * samples
@@ -165,16 +159,15 @@ class SharedLayerCache(StaticLayerCache):
         self, key_states: Tensor, value_states: Tensor, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
         keys, values = super().update(key_states, value_states)
-        keys.shared = (
-            self  # how the attention function, which is handed the keys alone, finds the prompt
-        )
+        # the attention function is given the keys alone, and finds the prompt through them
+        keys.shared = self
         return keys, values
 
     def get_seq_length(self) -> int:
         return self.read + self.length
 
     def select_prompts(self, prompts: list[int]) -> None:
-        "Keeps these prompts in this order."
+        "Keep these prompts in this order."
         self.prompt_keys = _place(self.prompt_keys, prompts, self.prompt_keys.shape[2])[
             : len(prompts)
         ]
@@ -190,7 +183,10 @@ def shared_attention(
     scaling: float | None = None,
     **kwargs,
 ):
-    "One query a row, [rows, heads, 1, width], attends to its prompt and to its own tokens, by one softmax over both; sdpa without a family."
+    """Let one query a row attend to its prompt and to its own tokens, by one softmax over both.
+
+    query [rows, heads, 1, width]. Layers without `PromptGroups` use sdpa.
+    """
     layer = getattr(key, "shared", None)
     if layer is None or layer.family is None:
         if layer is not None:
@@ -200,7 +196,7 @@ def shared_attention(
         )
     family = layer.family
     rows, heads, _, width = query.shape
-    # the query heads that share a key head stand together as its queries
+    # the query heads that share a key head are grouped as its queries
     q = (query * (width**-0.5 if scaling is None else scaling)).reshape(
         rows, key.shape[1], -1, width
     )

@@ -15,23 +15,30 @@ from ..core.knobs import WrongInput
 def blocks_of(model, linear: bool = True) -> nn.ModuleList:
     """Return the transformer blocks of a causal language model.
 
-    Raises `WrongInput` where there are none, or where most of their weights are not in linear layers;
-    with `linear` False, for methods that take blocks whole, the kind of layer does not matter.
+    With `linear` False, for methods that take blocks whole, the kind of layer does not matter.
+
+    Raises: WrongInput where there are none, where a weight is not finite, or where most of the
+    weights are not in linear layers.
     """
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     blocks = [
         m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count
     ]
+    # a sum takes a thirtieth of the time
     if not blocks or not all(
         torch.isfinite(p.sum()) or torch.isfinite(p).all() for p in model.parameters()
-    ):  # a sum takes a thirtieth of the time
+    ):
         raise WrongInput(
-            f"model: {'a weight is not a finite number' if blocks else 'no list of blocks was found'}; expected a sound decoder such as Llama or Qwen"
+            "model: "
+            f"{'a weight is not a finite number' if blocks else 'no list of blocks was found'}; "
+            "expected a sound decoder such as Llama or Qwen"
         )
     inside = sum(m.weight.numel() for m in linear_layers(blocks[0]).values())
     if linear and inside < 0.9 * sum(p.numel() for p in blocks[0].parameters()):
         raise WrongInput(
-            f"model: only {inside / sum(p.numel() for p in blocks[0].parameters()):.0%} of the weights of a {model.config.model_type} block are in linear layers; expected a dense decoder such as Llama or Qwen"
+            f"model: only {inside / sum(p.numel() for p in blocks[0].parameters()):.0%} of the "
+            f"weights of a {model.config.model_type} block are in linear layers; expected a dense "
+            "decoder such as Llama or Qwen"
         )
     return blocks[0]
 
@@ -42,16 +49,20 @@ def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
 
 # %% ../../nbs/models/layers.ipynb #91bb6957
 def zeros(model) -> float:
-    "Share of the weights in the blocks' matrices that are 0."
+    "Compute the share of zeros among the weights in the blocks' matrices."
     weights = [p for p in blocks_of(model, linear=False).parameters() if p.dim() > 1]
     return sum((w == 0).count_nonzero().item() for w in weights) / sum(w.numel() for w in weights)
 
 
 def hold_zeros(model):
-    "Weights of the blocks' linear layers that are 0 stay 0 in training: their gradients are. Raises `WrongInput` for a model with an adapter, whose weights begin at 0."
+    """Keep zeros in the blocks' linear layers at 0 in training, by setting their gradients to 0.
+
+    Raises: WrongInput for a model with an adapter, whose weights begin at 0.
+    """
     if hasattr(model, "peft_config"):
         raise WrongInput(
-            "keep_zeros with an adapter: the adapter leaves the model's weights as they are; expected keep_zeros = false, or adapter = none"
+            "keep_zeros with an adapter: the adapter leaves the model's weights as they are; "
+            "expected keep_zeros = false, or adapter = none"
         )
     for layer in linear_layers(blocks_of(model)).values():
         kept = layer.weight.detach() != 0
@@ -61,7 +72,8 @@ def hold_zeros(model):
 def switch_off_dropout(module: torch.nn.Module):
     """Set every chance of dropping something in `module` to 0, in place.
 
-    Dropout layers hold it as `p`; attention, OPT's layers and LayerDrop hold it in an attribute of their own, such as `attention_dropout`.
+    Dropout layers hold it as `p`; attention, OPT's layers and LayerDrop hold it in an attribute of
+    their own, such as `attention_dropout`.
     """
     for part in module.modules():
         if isinstance(part, torch.nn.modules.dropout._DropoutNd):

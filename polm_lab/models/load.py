@@ -20,23 +20,29 @@ from .sources import find_weight_files, model_path, read_config
 
 # %% ../../nbs/models/load.ipynb #cb702938
 def _read_model(folder: Path, dtype, head: str = "lm"):
-    "The model in `folder` on the CPU, with every weight from the files; one with a scalar head only if `head` is not lm."
+    """Read the model in `folder` on the CPU, with every weight from the files.
+
+    A model with a scalar head is read only if `head` is not lm.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     config = read_config(folder)
     scores = str((config.get("architectures") or [""])[0]).endswith(SCORER)
     if scores and head == "lm":
         raise WrongInput(
-            f"{folder}: a reward model, which writes no text; expected a language model; use it as a reward, model:{folder.parent.name if folder.name == 'model' else folder}"
+            f"{folder}: a reward model, which writes no text; expected a language model; use it as "
+            f"a reward, model:{folder.parent.name if folder.name == 'model' else folder}"
         )
     if scores and len(config.get("id2label") or "ab") != 1:
         raise WrongInput(
-            f"{folder / 'config.json'}: a classifier of {len(config.get('id2label') or 'ab')} labels; expected one with a single score (num_labels = 1)"
+            f"{folder / 'config.json'}: a classifier of {len(config.get('id2label') or 'ab')} "
+            "labels; expected one with a single score (num_labels = 1)"
         )
     find_weight_files(folder)
     if config.get("auto_map") and not config.get("model_type"):
         raise WrongInput(
-            f"{folder}: this model brings code of its own, which is not run; use one that transformers knows"
+            f"{folder}: this model brings code of its own, which is not run; use one that "
+            "transformers knows"
         )
     try:
         with quiet_libraries():
@@ -58,15 +64,16 @@ def _read_model(folder: Path, dtype, head: str = "lm"):
     except Exception as error:
         if "Unrecognized configuration class" in str(error):
             raise WrongInput(
-                f"{folder}: a {config['model_type']} model is no causal language model; expected one that continues text, such as Llama or Qwen"
+                f"{folder}: a {config['model_type']} model is no causal language model; expected "
+                "one that continues text, such as Llama or Qwen"
             ) from None
         raise WrongInput(
             f"{folder}: cannot be loaded as a {config['model_type']} model ({first_line(error)})"
         ) from None
     model.file_dtypes = file_dtypes(folder)
-    missing, unexpected = (
-        sorted(info["missing_keys"]),
-        sorted(name for name in info["unexpected_keys"] if not re.search(OLD_BUFFERS, name)),
+    missing = sorted(info["missing_keys"])
+    unexpected = sorted(
+        name for name in info["unexpected_keys"] if not re.search(OLD_BUFFERS, name)
     )
     mismatched = sorted(
         f"{name} {list(found)} instead of {list(expected)}"
@@ -80,13 +87,14 @@ def _read_model(folder: Path, dtype, head: str = "lm"):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise WrongInput(
-                f"{folder}: the weight file {what} {names[0]}{more}; expected exactly the weights of config.json; the files do not belong together, copy them again"
+                f"{folder}: the weight file {what} {names[0]}{more}; expected exactly the weights "
+                "of config.json; the files do not belong together, copy them again"
             )
     return model
 
 # %% ../../nbs/models/load.ipynb #e3ea18cb
 def _read_adapter(folder: Path, dtype, trainable: bool):
-    "Base model and saved adapter, with every adapter weight from the file."
+    "Read the base model and the saved adapter, with every adapter weight from the file."
     from peft import (
         PeftConfig,
         PeftModel,
@@ -105,14 +113,17 @@ def _read_adapter(folder: Path, dtype, trainable: bool):
         with quiet_libraries(), untie_head(base):
             config = PeftConfig.from_pretrained(folder)
             kind = config.peft_type.value.lower()
+            # PEFT loads these only frozen
             if trainable and (
                 kind == "prompt_tuning" or kind == "prefix_tuning" and not config.prefix_projection
-            ):  # PEFT loads these fixed only
+            ):
                 config.inference_mode = False
                 model = get_peft_model(base, config)
                 set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
                 model.peft_config["default"].base_model_name_or_path = spec
-            else:  # other prompts are saved without the network that made them, so they cannot be trained further
+            else:
+                # other prompts are saved without the network that made them, so they cannot be
+                # trained further
                 model = PeftModel.from_pretrained(
                     base, folder, is_trainable=trainable and not config.is_prompt_learning
                 )
@@ -126,41 +137,46 @@ def _read_adapter(folder: Path, dtype, trainable: bool):
         expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if expected - found:
         raise WrongInput(
-            f"{files[0]}: lacks {sorted(expected - found)[0]}; expected the weights that adapter_config.json asks for; copy both files again"
+            f"{files[0]}: lacks {sorted(expected - found)[0]}; expected the weights that "
+            "adapter_config.json asks for; copy both files again"
         )
     model.file_dtypes = file_dtypes(folder)
     model.brings_embeddings = _brings_embeddings(model, found)
     return model
 
 
+_EMBEDDINGS = (  # how the names of embeddings and heads end
+    "embed_tokens.weight",
+    "wte.weight",
+    "embed_in.weight",
+    "lm_head.weight",
+    "base_layer.weight",
+)
+
+
 def _brings_embeddings(model, names) -> bool:
-    "Whether the adapter's file holds whole embeddings that are no part of the adapter: those of a base that was resized."
+    """Whether the adapter's file holds whole embeddings that are no part of the adapter.
+
+    They are those of a base that was resized.
+    """
     saved = getattr(model.peft_config["default"], "modules_to_save", None) or []
-    words = [
-        name
-        for name in names
-        if name.endswith(
-            (
-                "embed_tokens.weight",
-                "wte.weight",
-                "embed_in.weight",
-                "lm_head.weight",
-                "base_layer.weight",
-            )
-        )
-    ]
-    return any(not any(f".{module}." in name for module in saved) for name in words)
+    for name in names:
+        part_of_adapter = any(f".{module}." in name for module in saved)
+        if name.endswith(_EMBEDDINGS) and not part_of_adapter:
+            return True
+    return False
 
 # %% ../../nbs/models/load.ipynb #ef80aeae
 def _read_any(folder: Path, dtype, head: str = "lm"):
-    "A plain model: one with a saved adapter has it merged in."
+    "Read a plain model: one with a saved adapter has it merged in."
     if not (folder / "adapter_config.json").is_file():
         return _read_model(folder, dtype, head)
     model = _read_adapter(folder, dtype, trainable=False)
     if not can_merge(model):
         kind = model.peft_config["default"].peft_type.value.lower()
         raise WrongInput(
-            f"{folder}: a {kind} adapter cannot be merged, so no second adapter can stand on it; go on training it with adapter none"
+            f"{folder}: a {kind} adapter cannot be merged, so no second adapter can be put on it; "
+            "continue training it with adapter none"
         )
     try:
         return merge_adapter(model)
@@ -169,7 +185,10 @@ def _read_any(folder: Path, dtype, head: str = "lm"):
 
 
 def _with_scalar_head(model, seed: int):
-    "`model` with a linear layer from the last hidden state to one number in place of its language head, its weights a function of `seed`."
+    """Replace the language head of `model` by one that gives one number.
+
+    It is a linear layer on the last hidden state. Its weights are a function of `seed`.
+    """
     import torch
     from transformers import AutoModelForSequenceClassification
 
@@ -178,15 +197,14 @@ def _with_scalar_head(model, seed: int):
     config = copy.deepcopy(model.config)
     config.num_labels = 1
     try:
-        with (
-            quiet_libraries(),
-            torch.device("meta"),
-        ):  # takes no memory: everything in it is replaced
+        # meta takes no memory: everything in it is replaced
+        with quiet_libraries(), torch.device("meta"):
             scorer = AutoModelForSequenceClassification.from_config(config)
         width = scorer.score.in_features
     except (ValueError, AttributeError) as error:
         raise WrongInput(
-            f"model: transformers has no scalar head for a {config.model_type} model ({first_line(error)}); expected one such as Llama, Qwen or GPT-2"
+            f"model: transformers has no scalar head for a {config.model_type} model "
+            f"({first_line(error)}); expected one such as Llama, Qwen or GPT-2"
         ) from None
     setattr(scorer, scorer.base_model_prefix, model.base_model)
     scorer.file_dtypes = model.file_dtypes
@@ -209,14 +227,19 @@ def load_model(
     gradient_checkpointing: bool = False,
     head: str = "lm",
 ):
-    """The causal language model `spec`, ready to train.
+    """Load the causal language model `spec`, ready to train.
 
-    `head` = score gives the same transformer with a scalar head in place of the language head, transformers' AutoModelForSequenceClassification with one label: that of a
-    saved reward model, else a new one made from `seed`; head = any takes either model as it was saved.
+    `head` = score gives the same transformer with a scalar head instead of the language head:
+    transformers' AutoModelForSequenceClassification with one label. The head is that of a saved
+    reward model, else a new one made from `seed`. head = any takes either model as it was saved.
 
-    A folder with a saved adapter gives base model + that adapter, which goes on training; with a new `adapter` on top of it, the saved one is merged into the
-    base first (some kinds of soft prompts cannot be trained further, and stay as they are). `model.fresh_adapter` says whether switching the adapter off gives the model as it was loaded. `seed` sets the new adapter's initial weights.
-    Raises `WrongInput` for whatever does not fit, before anything is computed.
+    A folder with a saved adapter gives its base model with that adapter, which continues training.
+    Some kinds of soft prompts cannot be trained further, and stay as they are. With a new `adapter`
+    on top, the saved one is merged into the base first. The new adapter's initial weights are a
+    function of `seed`. The attribute `model.fresh_adapter` is True if switching the adapter off
+    gives the model as it was loaded.
+
+    Raises: WrongInput for whatever does not fit, before anything is computed.
     """
     device = pick_device(device)
     dtype = torch_dtype(dtype, device)
@@ -224,11 +247,8 @@ def load_model(
     folder = model_path(spec)
     if head == "score":
         model = _with_scalar_head(_read_any(folder, dtype, head), seed)
-        model = (
-            model
-            if kind == "none"
-            else add_adapter(model, kind, settings, seed, _portable(spec, folder))
-        )
+        if kind != "none":
+            model = add_adapter(model, kind, settings, seed, _portable(spec, folder))
     elif kind != "none":
         model = add_adapter(
             _read_any(folder, dtype, head), kind, settings, seed, _portable(spec, folder)
@@ -240,7 +260,8 @@ def load_model(
     model.fresh_adapter = kind != "none"
     if gradient_checkpointing:
         if kind != "none" or hasattr(model, "peft_config"):
-            model.enable_input_require_grads()  # the frozen embedding would cut the gradient off at the first checkpoint
+            # the frozen embedding would cut the gradient off at the first checkpoint
+            model.enable_input_require_grads()
         with quiet_libraries():
             model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -249,7 +270,10 @@ def load_model(
 
 # %% ../../nbs/models/load.ipynb #4c59ef36
 def _portable(spec, folder: Path) -> str:
-    "How an adapter names its base model: a built-in name or Hub id as it is, a folder by its full path."
+    """Name a base model as an adapter's file does.
+
+    A built-in name or Hub id stays as it is, a folder is named by its full path.
+    """
     return (
         str(folder.resolve())
         if Path(str(spec)).expanduser().is_dir() or (runs_folder() / str(spec)).is_dir()

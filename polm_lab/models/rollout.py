@@ -28,18 +28,18 @@ from .sampling import sample_token, row_seeds, uniforms
 # %% ../../nbs/models/rollout.ipynb #d0547afb
 @dataclass
 class Rollout:
-    "Sampled completions, one entry a row; prompt i's samples are the rows i * samples to (i + 1) * samples - 1."
+    """Sampled completions, one entry a row.
+
+    The rows of prompt i are `i * num_generations` to `(i + 1) * num_generations - 1`.
+    """
 
     prompts: list[list[int]]  # the row's prompt: the rows of a group share one list
-    completions: list[
-        list[int]
-    ]  # token ids, with the end token that ended it or the tokens that completed a stop string
-    logps: list[
-        list[float]
-    ]  # nats, one for each completion token: log-softmax(logits / temperature), before top-k and top-p
-    texts: list[
-        str
-    ]  # without special tokens, cut before the stop string; empty strings without a tokenizer
+    # token ids, with the end token that ended it or the tokens that completed a stop string
+    completions: list[list[int]]
+    # nats, one for each completion token: log-softmax(logits / temperature), before top-k and top-p
+    logps: list[list[float]]
+    # without special tokens, cut before the stop string; empty strings without a tokenizer
+    texts: list[str]
     ended: list[bool]  # False: cut at max_new_tokens
     num_generations: int = 1  # rows for each prompt
 
@@ -49,9 +49,11 @@ class Rollout:
 
 # %% ../../nbs/models/rollout.ipynb #82dca952
 def end_tokens(model, tokenizer=None) -> list[int]:
-    """The token ids that end a completion: those of the generation config, of the tokenizer, and those with which its chat template ends an answer.
+    """List the token ids that end a completion.
 
-    A model that was given a chat token learns to end with that, whatever its generation config says. An empty list there means that nothing ends one.
+    They are those of the generation config, of the tokenizer, and those with which its chat
+    template ends an answer. A model that was given a chat token learns to end with that, whatever
+    its generation config says. An empty list in the config means that nothing ends a completion.
     """
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if ids == []:
@@ -64,7 +66,10 @@ def end_tokens(model, tokenizer=None) -> list[int]:
 
 
 def end_strings(tokenizer) -> tuple[str, ...]:
-    "The texts that end an answer by the chat template and are several tokens of this tokenizer: stop strings."
+    """List the stop strings of the chat template.
+
+    They are the texts that end an answer and are several tokens of this tokenizer.
+    """
     return tuple(
         text for text, ids in zip(_ends_in_template(tokenizer), _end_ids(tokenizer)) if len(ids) > 1
     )
@@ -82,21 +87,25 @@ def _end_ids(tokenizer) -> list[list[int]]:
 
 # %% ../../nbs/models/rollout.ipynb #3126c02f
 class Stops:
-    "Finds the token that ends a row: one of `ends`, or that with which its text comes to contain a stop string; cuts the text."
+    """Find the token that ends a row, and cut its text.
+
+    It is one of `ends`, or the token that completes a stop string in the text.
+    """
 
     def __init__(self, tokenizer, stop: tuple[str, ...] = (), ends: list[int] = ()):
         self.ends = set(ends)
-        self.tokenizer, self.ids = (
-            tokenizer,
-            set(tokenizer.all_special_ids) if tokenizer is not None else set(),
-        )
+        self.tokenizer = tokenizer
+        self.ids = set(tokenizer.all_special_ids) if tokenizer is not None else set()
         self.names = list(tokenizer.all_special_tokens) if tokenizer is not None else []
-        self.marked = [
-            s for s in stop if any(name in s for name in self.names)
-        ]  # spelled with special tokens
+        self.marked = [s for s in stop if self._has_special(s)]
         self.plain = [s for s in stop if s not in self.marked]
-        # a token that shows is a byte or more; four more because a text that is cut at its start may begin differently
+        # a visible token is a byte or more; four more because a text that is cut at its start may
+        # begin differently
         self.tail = max((len(s.encode()) for s in stop), default=0) + 4
+
+    def _has_special(self, text: str) -> bool:
+        "Whether `text` is spelled with a special token."
+        return any(name in text for name in self.names)
 
     def _decode(self, tokens: list[int], special: bool) -> str:
         return self.tokenizer.decode(
@@ -108,7 +117,7 @@ class Stops:
         return tokens[-1] in self.ends or self.hit(tokens)
 
     def hit(self, tokens: list[int]) -> bool:
-        "Whether the text of `tokens`, which had no stop string before its last token, has one now."
+        "Whether the last of `tokens` completes a stop string; before it there was none."
         if self.marked:
             text = self._decode(tokens[-self.tail :], True)
             if any(s in text for s in self.marked):
@@ -124,7 +133,7 @@ class Stops:
         return False
 
     def text(self, tokens: list[int]) -> str:
-        "The text without special tokens and without the end token, before the first stop string."
+        "Decode the text before the first stop string, without special tokens and end token."
         if self.tokenizer is None:
             return ""
         tokens = tokens[:-1] if tokens and tokens[-1] in self.ends else tokens
@@ -138,7 +147,7 @@ class Stops:
 # %% ../../nbs/models/rollout.ipynb #53a2fb1c
 @contextmanager
 def evaluating(model):
-    "Evaluation mode inside; afterwards exactly those modules train that trained before."
+    "Switch to evaluation mode; afterwards exactly those modules train that trained before."
     training = [m for m in model.modules() if m.training]
     model.eval()
     try:
@@ -149,9 +158,10 @@ def evaluating(model):
 
 
 def half_precision(model):
-    """The context in which a model computes.
+    """Give the context in which a model computes.
 
-    While a model of 16 bits trains, its adapter is kept in 32: there it computes in 16, as in training.
+    While a model of 16 bits trains, its adapter is kept in 32 bits. The context computes in 16,
+    as training does.
     """
     types = {p.dtype for p in model.parameters()}
     half = next(iter(types & {torch.bfloat16, torch.float16}), None)
@@ -160,9 +170,12 @@ def half_precision(model):
 
 
 def soft_tokens(model) -> int:
-    "The number of learned tokens that an active PEFT adapter puts before every prompt (prompt and prefix tuning), else 0."
+    """Count the learned tokens that an active PEFT adapter puts before every prompt.
+
+    Prompt and prefix tuning have them; otherwise the count is 0.
+    """
     config = getattr(model, "active_peft_config", None)
-    # inside of disable_adapter() there are none; PEFT has no public word for that
+    # inside of disable_adapter() there are none; PEFT has no public name for that
     off = (
         config is None
         or not config.is_prompt_learning
@@ -173,7 +186,10 @@ def soft_tokens(model) -> int:
 
 @contextmanager
 def shared_prefix(model, share: bool):
-    "Inside, where `share` and the architecture allow it, attention is `shared_attention`; yields whether it is."
+    """Let attention be `shared_attention`, where `share` and the architecture allow it.
+
+    Yields whether it is.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = base.config._attn_implementation
     able = (
@@ -192,28 +208,25 @@ def shared_prefix(model, share: bool):
 
 # %% ../../nbs/models/rollout.ipynb #943cd4c3
 class Batch:
-    "The rows that still write: cache, positions, padding, and `logits` [rows, vocab] of the next token; made by reading each prompt once."
+    """The unfinished rows of a rollout, and the next token's `logits` [rows, vocab].
+
+    It holds cache, positions and padding. Making it reads each prompt once.
+    """
 
     def __init__(
         self, model, prompts: list[list[int]], num_generations: int, new: int, share: bool = False
     ):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        soft, n, longest, device = (
-            soft_tokens(model),
-            len(prompts),
-            max(map(len, prompts)),
-            model.device,
-        )
+        soft, n, longest = soft_tokens(model), len(prompts), max(map(len, prompts))
+        device = model.device
         self.base, self.model, self.in_half = base, base if soft else model, half_precision(model)
         self.takes = set(inspect.signature(base.forward).parameters)
-        made, layer = (
-            DynamicCache(config=base.config),
-            SharedLayerCache if share else StaticLayerCache,
+        made = DynamicCache(config=base.config)
+        layer = SharedLayerCache if share else StaticLayerCache
+        self.slab = all(
+            type(one) in (DynamicLayer, DynamicSlidingWindowLayer) for one in made.layers
         )
-        self.slab, self.read = (
-            all(type(one) in (DynamicLayer, DynamicSlidingWindowLayer) for one in made.layers),
-            0,
-        )
+        self.read = 0
         self.cache = (
             Cache(layers=[layer(soft + longest) for _ in made.layers]) if self.slab else made
         )
@@ -235,16 +248,19 @@ class Batch:
         self._fork(num_generations, new)
 
     def _forward(self, position_ids: Tensor, **inputs) -> Tensor:
-        "Reads tokens; the logits after the last of them, [rows, vocab]."
+        "Read tokens; return the logits after the last of them, [rows, vocab]."
         self.read += position_ids.shape[1]
         mask = None if self.mask is None else self.mask[:, : self.read].long()
         inputs |= {"position_ids": position_ids, "logits_to_keep": 1, "attention_mask": mask}
         inputs = {k: v for k, v in inputs.items() if k in self.takes and v is not None}
-        with self.in_half:  # not longer: whoever reads the steps computes as before
+        with self.in_half:  # not longer: the caller of `steps` computes as before
             return self.model(**inputs, past_key_values=self.cache, use_cache=True).logits[:, -1]
 
     def _read_soft(self, prompt, n: int) -> None:
-        "Reads learned embeddings [n, tokens, width], or copies learned keys and values, into the empty cache."
+        """Fill the empty cache from an adapter's soft prompt.
+
+        Learned embeddings [n, tokens, width] are read; learned keys and values are copied.
+        """
         if isinstance(prompt, Tensor):
             places = torch.arange(prompt.shape[1], device=prompt.device).expand(n, -1)
             self._forward(inputs_embeds=prompt.to(self.base.dtype), position_ids=places)
@@ -254,17 +270,13 @@ class Batch:
             self.read = prompt.get_seq_length()
 
     def _fork(self, num_generations: int, new: int) -> None:
-        "From one row a prompt to `num_generations` rows."
-        group = torch.arange(len(self.logits), device=self.logits.device).repeat_interleave(
-            num_generations
-        )
+        "Fork each prompt's row into `num_generations` rows."
+        count = len(self.logits)
+        group = torch.arange(count, device=self.logits.device).repeat_interleave(num_generations)
         self.family = None
         if self.slab and all(getattr(layer, "seen", False) for layer in self.cache.layers):
-            self.family = PromptGroups(
-                len(self.logits),
-                num_generations,
-                None if self.mask is None else self.mask[:, : self.read],
-            )
+            mask = None if self.mask is None else self.mask[:, : self.read]
+            self.family = PromptGroups(count, num_generations, mask)
             self.mask = None  # only prompts are padded, and the family has their mask
             for layer in self.cache.layers:
                 layer.family = self.family
@@ -277,12 +289,12 @@ class Batch:
         self.mask = None if self.mask is None else self.mask[group]
 
     def step(self, token: Tensor) -> None:
-        "Reads one new token a row [rows]."
+        "Read one new token a row [rows]."
         self.logits = self._forward(input_ids=token[:, None], position_ids=self.position)
         self.position = self.position + 1
 
     def select(self, rows: list[int]) -> None:
-        "Keeps these rows in this order; one that is there more than once is forked."
+        "Keep these rows in this order; fork a row that is there more than once."
         if self.slab:
             for layer in self.cache.layers:
                 layer.select(rows)
@@ -300,6 +312,128 @@ def _whole(x) -> bool:
     return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
 # %% ../../nbs/models/rollout.ipynb #b58595d8
+def _number(x) -> bool:
+    return isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _expect(good, where, found, expected, act):
+    if not good:
+        raise WrongInput(f"{where}: found {found}; expected {expected}; {act}")
+
+
+def _check_sampling(num_generations, max_new_tokens, temperature, top_p, top_k):
+    "Raise WrongInput for a number that does not fit."
+    _expect(
+        _whole(num_generations) and num_generations >= 1,
+        "num_generations",
+        num_generations,
+        "a whole number >= 1",
+        "set it to the completions wanted for each prompt",
+    )
+    _expect(
+        _whole(max_new_tokens) and max_new_tokens >= 1,
+        "max_new_tokens",
+        max_new_tokens,
+        "a whole number >= 1",
+        "set it to the longest completion wanted",
+    )
+    _expect(
+        _number(temperature) and temperature >= 0,
+        "temperature",
+        temperature,
+        "a number >= 0",
+        "use 0 for greedy, 1 for the model's own distribution",
+    )
+    _expect(
+        _number(top_p) and 0 < top_p <= 1,
+        "top_p",
+        top_p,
+        "a number above 0 and at most 1",
+        "use 1 to keep all tokens",
+    )
+    _expect(
+        _whole(top_k) and top_k >= 0,
+        "top_k",
+        top_k,
+        "a whole number >= 0",
+        "use 0 to keep all tokens",
+    )
+
+
+def _check_stop(stop, tokenizer) -> tuple[str, ...]:
+    "Give the stop strings as a tuple. Raises: WrongInput."
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    _expect(
+        all(isinstance(s, str) and s for s in stop),
+        "stop",
+        stop,
+        "strings of one character or more",
+        "remove the others",
+    )
+    _expect(
+        not stop or tokenizer is not None,
+        "stop",
+        f"{stop} and no tokenizer",
+        "a tokenizer to decode with",
+        "pass one",
+    )
+    return stop
+
+# %% ../../nbs/models/rollout.ipynb #592f51ca
+def _check_prompts(model, prompts, max_new_tokens):
+    "Raise WrongInput for a model without a cache, or a prompt that it cannot read."
+    config = model.config.get_text_config(decoder=True)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    _expect(
+        "past_key_values" in inspect.signature(base.forward).parameters,
+        "model",
+        f"{type(base).__name__}, which takes no past_key_values",
+        "a causal LM with a key-value cache",
+        "sample from it with model.generate",
+    )
+    limit = getattr(config, "max_position_embeddings", None)
+    vocab, soft = config.vocab_size, soft_tokens(model)
+    for i, prompt in enumerate(prompts):
+        _expect(
+            len(prompt) > 0,
+            f"prompts:{i}",
+            "no tokens",
+            "at least one",
+            "start an empty prompt with the tokenizer's bos or eos token",
+        )
+        odd = next((t for t in prompt if not (_whole(t) and 0 <= t < vocab)), None)
+        _expect(
+            odd is None,
+            f"prompts:{i}",
+            repr(odd),
+            f"token ids from 0 to {vocab - 1}",
+            "encode the text with this model's tokenizer",
+        )
+        _expect(
+            not limit or soft + len(prompt) + max_new_tokens <= limit,
+            f"prompts:{i}",
+            (f"{soft} soft + " if soft else "")
+            + f"{len(prompt)} prompt tokens + max_new_tokens {max_new_tokens}",
+            f"at most {limit} together (the model's max_position_embeddings)",
+            "shorten the prompt or lower max_new_tokens",
+        )
+
+
+def _check_seeds(seeds, rows: int) -> list[int]:
+    "Give a seed for each of `rows` rows. Raises: WrongInput."
+    if _whole(seeds):
+        return row_seeds(int(seeds), rows)
+    seeds = list(seeds) if hasattr(seeds, "__iter__") else [seeds]
+    _expect(
+        len(seeds) == rows and all(map(_whole, seeds)),
+        "seeds",
+        f"{len(seeds)} entries, {seeds[:3]}...",
+        f"a whole number, or one for each of {rows} rows",
+        "pass one number to have the rows' seeds hashed from it",
+    )
+    return [int(s) for s in seeds]
+
+
 def _check(
     model,
     tokenizer,
@@ -312,115 +446,11 @@ def _check(
     stop,
     seeds,
 ) -> tuple[tuple[str, ...], list[int]]:
-    "The stop strings and the rows' seeds; raises WrongInput."
-
-    def expect(good, where, found, expected, act):
-        if not good:
-            raise WrongInput(f"{where}: found {found}; expected {expected}; {act}")
-
-    def number(x):
-        return isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x)
-
-    expect(
-        _whole(num_generations) and num_generations >= 1,
-        "num_generations",
-        num_generations,
-        "a whole number >= 1",
-        "set it to the completions wanted for each prompt",
-    )
-    expect(
-        _whole(max_new_tokens) and max_new_tokens >= 1,
-        "max_new_tokens",
-        max_new_tokens,
-        "a whole number >= 1",
-        "set it to the longest completion wanted",
-    )
-    expect(
-        number(temperature) and temperature >= 0,
-        "temperature",
-        temperature,
-        "a number >= 0",
-        "use 0 for greedy, 1 for the model's own distribution",
-    )
-    expect(
-        number(top_p) and 0 < top_p <= 1,
-        "top_p",
-        top_p,
-        "a number above 0 and at most 1",
-        "use 1 to keep all tokens",
-    )
-    expect(
-        _whole(top_k) and top_k >= 0,
-        "top_k",
-        top_k,
-        "a whole number >= 0",
-        "use 0 to keep all tokens",
-    )
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    expect(
-        all(isinstance(s, str) and s for s in stop),
-        "stop",
-        stop,
-        "strings of one character or more",
-        "remove the others",
-    )
-    expect(
-        not stop or tokenizer is not None,
-        "stop",
-        f"{stop} and no tokenizer",
-        "a tokenizer to decode with",
-        "pass one",
-    )
-    config = model.config.get_text_config(decoder=True)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    expect(
-        "past_key_values" in inspect.signature(base.forward).parameters,
-        "model",
-        f"{type(base).__name__}, which takes no past_key_values",
-        "a causal LM with a key-value cache",
-        "sample from it with model.generate",
-    )
-    limit, vocab, soft = (
-        getattr(config, "max_position_embeddings", None),
-        config.vocab_size,
-        soft_tokens(model),
-    )
-    for i, prompt in enumerate(prompts):
-        expect(
-            len(prompt) > 0,
-            f"prompts:{i}",
-            "no tokens",
-            "at least one",
-            "start an empty prompt with the tokenizer's bos or eos token",
-        )
-        odd = next((t for t in prompt if not (_whole(t) and 0 <= t < vocab)), None)
-        expect(
-            odd is None,
-            f"prompts:{i}",
-            repr(odd),
-            f"token ids from 0 to {vocab - 1}",
-            "encode the text with this model's tokenizer",
-        )
-        expect(
-            not limit or soft + len(prompt) + max_new_tokens <= limit,
-            f"prompts:{i}",
-            (f"{soft} soft + " if soft else "")
-            + f"{len(prompt)} prompt tokens + max_new_tokens {max_new_tokens}",
-            f"at most {limit} together (the model's max_position_embeddings)",
-            "shorten the prompt or lower max_new_tokens",
-        )
-    rows = len(prompts) * num_generations
-    if _whole(seeds):
-        return stop, row_seeds(int(seeds), rows)
-    seeds = list(seeds) if hasattr(seeds, "__iter__") else [seeds]
-    expect(
-        len(seeds) == rows and all(map(_whole, seeds)),
-        "seeds",
-        f"{len(seeds)} entries, {seeds[:3]}...",
-        f"a whole number, or one for each of {rows} rows",
-        "pass one number to have the rows' seeds hashed from it",
-    )
-    return stop, [int(s) for s in seeds]
+    "Give the stop strings and the rows' seeds. Raises: WrongInput."
+    _check_sampling(num_generations, max_new_tokens, temperature, top_p, top_k)
+    stop = _check_stop(stop, tokenizer)
+    _check_prompts(model, prompts, max_new_tokens)
+    return stop, _check_seeds(seeds, len(prompts) * num_generations)
 
 # %% ../../nbs/models/rollout.ipynb #a08f0f00
 @dataclass
@@ -437,16 +467,16 @@ class Writing:
 
     @property
     def text(self) -> str:
-        "The text so far, without special tokens, cut before the stop string."
+        "Decode the text so far, without special tokens, cut before the stop string."
         return self.stops.text(self.tokens)
 
     def fork(self, *parts) -> "Writing":
-        "A copy that goes its own way; with `parts`, it draws by another seed, hashed from them."
+        "Copy the row; with `parts`, the copy draws by another seed, hashed from them."
         seed = seed_of(self.seed, *parts) if parts else self.seed
         return replace(self, seed=seed, tokens=[*self.tokens], logps=[*self.logps])
 
     def write(self, token: int, logp: float) -> None:
-        "Takes one more token. Raises `FloatingPointError` if its log-prob is not finite."
+        "Append one token. Raises: FloatingPointError if its log-prob is not finite."
         if not math.isfinite(logp):
             where = f"prompts:{self.prompt}, row {self.number}"
             at = len(self.tokens)
@@ -460,7 +490,10 @@ class Writing:
 # %% ../../nbs/models/rollout.ipynb #ffd44b93
 @torch.no_grad()  # of a generator: not while its reader computes
 def _write(model, prompts, rows, num_generations, most, temperature, top_p, top_k, share, branches):
-    "Yields `rows` after each token they write; receives the places that go on, None: all that are open."
+    """Yield `rows` after each token that they write.
+
+    It receives the places of the rows that continue; None: all that have not ended.
+    """
     forks = num_generations * branches > 1
     with evaluating(model), shared_prefix(model, share and forks) as shared:
         batch = Batch(model, prompts, num_generations, most, shared)
@@ -471,10 +504,8 @@ def _write(model, prompts, rows, num_generations, most, temperature, top_p, top_
                 best = (
                     logits.argmax(-1)[:, None] if branches == 1 else logits.topk(branches).indices
                 )
-                token, logp = (
-                    best.flatten(),
-                    torch.log_softmax(logits, -1).gather(-1, best).flatten(),
-                )
+                token = best.flatten()
+                logp = torch.log_softmax(logits, -1).gather(-1, best).flatten()
             else:
                 token, logp = sample_token(logits / temperature, u[:, t], top_k, top_p)
             if branches > 1:
@@ -487,7 +518,7 @@ def _write(model, prompts, rows, num_generations, most, temperature, top_p, top_
             if not places or t + 1 == most:
                 return
             if any(rows[place].ended for place in places):
-                raise ValueError(f"{places}: a row that has ended does not go on")
+                raise ValueError(f"{places}: a row that has ended does not continue")
             if branches > 1 or places != list(range(len(rows))):
                 parents, token = [place // branches for place in places], token[places]
                 batch.select(parents)
@@ -498,7 +529,10 @@ def _write(model, prompts, rows, num_generations, most, temperature, top_p, top_
 
 
 def _apart(rows: list[Writing], places: list[int], t: int) -> list[Writing]:
-    "The rows at `places`; those that are there again are forks that draw otherwise from token t + 1 on."
+    """Select the rows at `places`.
+
+    A place that is there again gives a fork, which draws differently from token t + 1 on.
+    """
     times, out = dict.fromkeys(places, 0), []
     for place in places:
         again = times[place]
@@ -513,22 +547,25 @@ def steps(
     prompts: list[list[int]],  # token ids
     num_generations: int = 1,  # rows for each prompt at the start
     max_new_tokens: int = 64,  # the longest completion, its end token included
-    temperature: float = 1.0,  # as in `rollout`; 0: the likeliest token
+    temperature: float = 1.0,  # as in `rollout`; 0: the most probable token
     top_p: float = 1.0,
     top_k: int = 0,
     stop: tuple[str, ...] = (),
     seeds: int | list[int] = 0,
     share: bool = True,
-    branches: int = 1,  # at temperature 0: this many of each row's likeliest tokens, a row each
+    branches: int = 1,  # at temperature 0: as many of each row's top tokens, a row each
 ) -> Generator[list[Writing], list[int] | None, None]:
-    """Write token by token: yields the rows after each token, `send(places)` says which go on.
+    """Write token by token, and yield the rows after each token.
 
-    The places are those in the list that was yielded, in any order; a row whose place is sent twice
-    is forked, and the forks draw by seeds of their own. `next`, or None: all that have not ended.
-    It ends after `max_new_tokens`, or when no row goes on. Without branches a row that goes on is
-    the same object, which has grown. The model is in evaluation mode until then.
+    `send(places)` selects the rows that continue.
+    The places are those in the list that was yielded, in any order. A row whose place is sent twice
+    is forked, and the forks draw by seeds of their own. With `next`, or None, all rows continue
+    that have not ended.
+    It ends after `max_new_tokens`, or when no row continues. Without branches a row that continues
+    is the same object, which has grown. The model is in evaluation mode until then.
 
-    Raises: WrongInput before compute; FloatingPointError on NaN; ValueError for a row that has ended.
+    Raises: WrongInput before compute; FloatingPointError on NaN; ValueError for a row that has
+    ended.
     """
     stop, seeds = _check(
         model,
@@ -574,15 +611,18 @@ def rollout(
     prompts: list[list[int]],  # token ids
     num_generations: int = 1,  # completions for each prompt
     max_new_tokens: int = 64,  # the longest completion, its end token included
-    temperature: float = 1.0,  # the logits are divided by it; 0: the likeliest token
+    temperature: float = 1.0,  # the logits are divided by it; 0: the most probable token
     top_p: float = 1.0,  # sample from the smallest set of tokens with this much probability
     top_k: int = 0,  # sample from this many tokens; 0: all
     stop: tuple[str, ...] = (),  # strings that end a completion
     seeds: int | list[int] = 0,  # one for each row, or one from which the rows' seeds are hashed
     at_once: int = 128,  # rows in the batch at most (but a group stays together): bounds memory
-    share: bool = True,  # False: a copy of the prompt's keys and values for each row, the plain twin of the fast path
+    share: bool = True,  # False: each row has a copy of its prompt's keys and values (plain twin)
 ) -> Rollout:
-    "Samples completions of `prompts` in evaluation mode, without gradients; raises WrongInput before compute, FloatingPointError on NaN."
+    """Sample completions of `prompts` in evaluation mode, without gradients.
+
+    Raises: WrongInput before compute; FloatingPointError on NaN.
+    """
     stop, seeds = _check(
         model,
         tokenizer,
@@ -596,10 +636,8 @@ def rollout(
         seeds,
     )
     rows, n = _rows(model, tokenizer, num_generations, stop, seeds), len(prompts)
-    by_length, part = (
-        sorted(range(n), key=lambda i: -len(prompts[i])),
-        max(1, at_once // num_generations),
-    )
+    by_length = sorted(range(n), key=lambda i: -len(prompts[i]))
+    part = max(1, at_once // num_generations)
     for start in range(0, n, part):
         chosen = by_length[start : start + part]
         some = [rows[i * num_generations + k] for i in chosen for k in range(num_generations)]

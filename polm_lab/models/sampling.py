@@ -15,20 +15,26 @@ _STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    "The finalizer of SplitMix64 (Steele, Lea and Flood 2014): a bijection of 64-bit numbers that scatters neighbours."
+    """Scatter neighbouring 64-bit numbers by a bijection: the finalizer of SplitMix64.
+
+    Source: Steele, Lea and Flood 2014.
+    """
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def row_seeds(seed: int, rows: int) -> list[int]:
-    "A seed for each of `rows` rows, hashed from one `seed` and the row's number."
+    "Hash a seed for each of `rows` rows from one `seed` and the row's number."
     start = _mix(np.array([seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64))
     return _mix(start + _STEP * np.arange(1, rows + 1, dtype=np.uint64)).tolist()
 
 
 def uniforms(seeds: list[int], steps: int) -> np.ndarray:
-    "Numbers in (0, 1), float64 [rows, steps]; entry (r, t) is a hash of seeds[r] and t and of nothing else."
+    """Compute numbers in (0, 1), float64 [rows, steps].
+
+    Entry (r, t) is a hash of seeds[r] and t and of nothing else.
+    """
     keys = _mix(np.array([s & 0xFFFFFFFFFFFFFFFF for s in seeds], dtype=np.uint64) + _STEP)
     bits = _mix(keys[:, None] + _STEP * np.arange(1, steps + 1, dtype=np.uint64))
     # 48 bits: far enough below 1 that u * total stays below total in float64
@@ -36,7 +42,10 @@ def uniforms(seeds: list[int], steps: int) -> np.ndarray:
 
 # %% ../../nbs/models/sampling.ipynb #15ec3f74
 def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    "Logits [rows, vocab], -inf outside of the `top_k` largest (0: all) and then of the nucleus of mass `top_p`; ties at the edge stay in."
+    """Set logits [rows, vocab] to -inf outside of the top-k and then of the nucleus.
+
+    `top_k` = 0 keeps all; the nucleus has the probability `top_p`. Ties at the edge stay in.
+    """
     vocab = logits.shape[-1]
     if 0 < top_k < vocab:
         logits = logits.masked_fill(logits < torch.topk(logits, top_k).values[:, -1:], -torch.inf)
@@ -49,7 +58,8 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
             if width == vocab or bool((total - upto[:, -1:] <= 1 - top_p).all()):
                 break
             width = min(vocab, width * 8)
-        # a token is out if it and the less likely ones hold no more than 1 - top_p; the likeliest always stays
+        # a token is out if it and the less probable ones hold no more than 1 - top_p;
+        # the most probable one always stays
         last = (total - (upto - top) > 1 - top_p).sum(-1, keepdim=True).clamp_min(1) - 1
         logits = logits.masked_fill(p < top.gather(-1, last).to(p.dtype), -torch.inf)
     return logits
@@ -58,12 +68,15 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
 def sample_token(
     logits: Tensor, u: Tensor, top_k: int = 0, top_p: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    "A token [rows] by inverse CDF from fp32 logits [rows, vocab] and u [rows] in (0, 1), and its log-softmax over all tokens [rows]."
+    """Draw a token [rows] by inverse CDF from fp32 logits [rows, vocab] and u [rows] in (0, 1).
+
+    The second result [rows] is the token's log-softmax over all tokens, in nats.
+    """
     logp = torch.log_softmax(logits, -1)
-    # float64: in fp32 the running sum over a large vocabulary is off by more than a rare token's probability
+    # float64: in fp32 the running sum over a large vocabulary is off by more than the probability
+    # of a rare token
     cdf = filter_logits(logp, top_k, top_p).double().exp_().cumsum_(-1)
-    # the first entry above u * total, so never a token of probability zero; the clamp keeps NaN in range until it is reported
-    token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp_max_(
-        logits.shape[-1] - 1
-    )
+    # the first entry above u * total, so never a token of probability zero
+    token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)
+    token.clamp_max_(logits.shape[-1] - 1)  # keeps NaN in range until it is reported
     return token[:, 0], logp.gather(-1, token)[:, 0]

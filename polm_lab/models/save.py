@@ -32,7 +32,10 @@ def _saved_tensors(model) -> dict:
 
 
 def _loaded_models(module) -> list:
-    "The models in `module` that `load_model` made; of one with an adapter the whole, not the base in it."
+    """Find the models in `module` that `load_model` made.
+
+    Of a model with an adapter it is the whole, not the base in it.
+    """
     found, inside = [], set()
     for part in module.modules():
         if part not in inside and (
@@ -49,12 +52,12 @@ def round_weights(module, save_dtype: str = "auto") -> list[str]:
     """Round the models in `module`, in place, to the type that `save_model` will write.
 
     An evaluation then sees the weights as they are saved. auto is the type that each weight's file
-    had: of a new adapter its base's, of one that goes on training its own. A model with weights
-    beyond 65504 becomes float32 instead of float16. Returns what is worth a line in the log.
+    had. A new adapter takes the type of its base, one that continues training its own. A model
+    with weights beyond 65504 becomes float32 instead of float16. Returns notes for the log.
     """
     import torch
 
-    said = []
+    notes = []
     for model in _loaded_models(module):
         plan = model.file_dtypes if save_dtype == "auto" else {"": getattr(torch, save_dtype)}
         tensors = {name: t for name, t in _saved_tensors(model).items() if t.is_floating_point()}
@@ -67,13 +70,14 @@ def round_weights(module, save_dtype: str = "auto") -> list[str]:
             and limit < t.abs().max() < float("inf")
         ]
         if large:
-            said.append(
+            notes.append(
                 f"{large[0]} is beyond {limit:g}, the end of float16: the model is saved in float32"
             )
             plan = {"": torch.float32}
         if len(plan) > 1:
-            said.append(
-                f"the files of the model hold several types: {len(plan) - 1} tensors are saved in their own, the others in {plan['']}"
+            notes.append(
+                f"the files of the model hold several types: {len(plan) - 1} tensors are saved in "
+                f"their own, the others in {plan['']}"
             )
         with torch.no_grad():
             for name, t in tensors.items():
@@ -81,11 +85,11 @@ def round_weights(module, save_dtype: str = "auto") -> list[str]:
                 if torch.promote_types(wanted, t.dtype) != wanted:
                     t.copy_(t.to(wanted))
         model.save_dtypes = plan
-    return said
+    return notes
 
 
 def _cast(tensors: dict, plan: dict) -> dict:
-    "Copies of float tensors in the types of `plan`; tensors that share memory go on sharing it."
+    "Copy float tensors in the types of `plan`; tensors that share memory still share it."
     made = {}
     for name, t in tensors.items():
         wanted = plan.get(name, plan[""]) if t.is_floating_point() else t.dtype
@@ -97,7 +101,10 @@ def _cast(tensors: dict, plan: dict) -> dict:
 
 # %% ../../nbs/models/save.ipynb #a21538ff
 def _cast_adapter(folder: Path, plan: dict):
-    "Write an adapter's tensors again in the type of `plan`; those that would lose something by it stay as they are."
+    """Write an adapter's tensors again in the type of `plan`.
+
+    Tensors that would lose precision by it stay as they are.
+    """
     from safetensors.torch import load_file, save_file
 
     file, wanted = folder / "adapter_model.safetensors", plan[""]
@@ -108,7 +115,7 @@ def _cast_adapter(folder: Path, plan: dict):
     save_file(tensors, file, {"format": "pt"})
 
 
-def _say_dtype(folder: Path, plan: dict):
+def _write_dtype(folder: Path, plan: dict):
     "Write the type of the weights into config.json, where others look for it."
     file, name = folder / "config.json", str(plan[""]).removeprefix("torch.")
     config = json.loads(file.read_text())
@@ -119,9 +126,10 @@ def _say_dtype(folder: Path, plan: dict):
 
 
 def _save_plain(model, tokenizer, folder: Path, state_dict: dict | None):
-    """Weights, configuration and generation settings, whose EOS are all the tokens that end an answer here.
+    """Save weights, configuration and generation settings.
 
-    transformers refuses to save generation settings that do not agree, with which many models on the Hub come.
+    The EOS tokens in these settings are all the tokens that end an answer here. Many models on the
+    Hub have inconsistent generation settings, which transformers refuses to save.
     """
     from transformers import GenerationConfig
 
@@ -146,14 +154,17 @@ def _save_plain(model, tokenizer, folder: Path, state_dict: dict | None):
             settings.eos_token_id = ends if len(ends) > 1 else ends[0]
         settings.to_json_file(folder / "generation_config.json")
     if plan:
-        _say_dtype(folder, plan)
+        _write_dtype(folder, plan)
 
 # %% ../../nbs/models/save.ipynb #60e09837
 def save_model(model, tokenizer, folder, state_dict=None) -> Path:
-    """Write `model` (an adapter alone, if it has one), `tokenizer` (with chat template) and generation settings to `folder` as safetensors, all at once.
+    """Write `model`, `tokenizer` and generation settings to `folder`, all at once.
 
-    Weights are written in the type that `round_weights` rounded them to, without it as they are in memory.
-    `state_dict` replaces the model's own weights, for those that are spread over processes.
+    The weights are safetensors; of a model with an adapter it is the adapter alone. They are
+    written in the type that `round_weights` rounded them to, without it as they are in memory.
+    With `state_dict`, it replaces the model's own weights, if those are spread over processes.
+
+    Raises: WrongInput if a file has the name of `folder`.
     """
     folder = Path(folder)
     fresh, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
@@ -168,9 +179,8 @@ def save_model(model, tokenizer, folder, state_dict=None) -> Path:
         with quiet_libraries():
             if hasattr(model, "peft_config"):
                 more = {} if state_dict is None else {"state_dict": state_dict}
-                more["save_embedding_layers"] = getattr(
-                    model, "brings_embeddings", False
-                )  # auto would ask the Hub about the base model
+                # auto would ask the Hub about the base model
+                more["save_embedding_layers"] = getattr(model, "brings_embeddings", False)
                 model.save_pretrained(fresh, **more)
                 if "save_dtypes" in vars(model):
                     _cast_adapter(fresh, model.save_dtypes)

@@ -23,7 +23,10 @@ def byte_tokenizer(begin: str = "<s>", end: str = "</s>", pad: str = "") -> PreT
 
 # %% ../../nbs/models/small.ipynb #9c550ec3
 def small_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
-    "Make a random Llama, a function of `seed`: 2 blocks of width 64, 258 tokens, context 128, tied embeddings."
+    """Make a random Llama, a function of `seed`.
+
+    It has 2 blocks of width 64, 258 tokens, a context of 128 and tied embeddings.
+    """
     shape = dict(
         vocab_size=258,
         hidden_size=64,
@@ -41,7 +44,7 @@ def small_llama(seed: int = 0, **changes) -> LlamaForCausalLM:
 
 
 def save_small(folder, seed: int = 0) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    "Save the small model and its tokenizer in `folder`, as any library would; returns both."
+    "Save the small model and its tokenizer in `folder`, as any library would; return both."
     model, tokenizer = small_llama(seed), byte_tokenizer()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

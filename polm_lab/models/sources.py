@@ -20,18 +20,12 @@ from ..core.machine import data_folder, first_line, quiet_libraries
 from ..core.run import runs_folder
 
 # %% ../../nbs/models/sources.ipynb #e2622c47
-HUB_FILES = [
-    "*.json",
-    "*.jinja",
-    "*.safetensors",
-    "*.model",
-    "*.txt",
-    "*.tiktoken",
-]  # neither code nor pickles are even downloaded
+# neither code nor pickles are even downloaded
+HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt", "*.tiktoken"]
 
 
 def built_in_models() -> dict[str, Path]:
-    "The models that travel with the project: name -> folder."
+    "List the models that come with the project: name -> folder."
     return {p.parent.name: p.parent for p in sorted(data_folder().glob("*/config.json"))}
 
 
@@ -40,10 +34,12 @@ def _holds_model(folder: Path) -> bool:
 
 
 def model_path(spec) -> Path:
-    """The folder that holds the model `spec`.
+    """Find the folder that holds the model `spec`.
 
-    `spec` is looked up as a built-in name, a folder, a run (folder or id: its `model/`), and then as a Hub id, in the local cache of the Hub before the network.
-    Raises `WrongInput` if there is no such model.
+    `spec` is looked up as a built-in name, a folder, a run (folder or id: its `model/`), and then
+    as a Hub id. The local cache of the Hub comes before the network.
+
+    Raises: WrongInput if there is no such model.
     """
     text = str(spec).strip()
     built_in = built_in_models()
@@ -53,7 +49,8 @@ def model_path(spec) -> Path:
         if text and folder.is_dir() and (folder / "run.json").is_file():
             if not _holds_model(folder / "model"):
                 raise WrongInput(
-                    f"{folder}: this run has left no model; start from a run that finished, or from another model"
+                    f"{folder}: this run has left no model; start from a run that finished, or "
+                    "from another model"
                 )
             return folder / "model"
         if text and folder.is_dir() and folder == Path(text).expanduser():
@@ -61,13 +58,17 @@ def model_path(spec) -> Path:
     runs = [p.parent.name for p in runs_folder().glob("*/run.json")]
     if not text or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text:
         raise WrongInput(
-            f"model {text!r}: no such folder; expected a built-in model, a folder, a run or a Hub id; {nearest(text, [*built_in, *runs[-10:]])}"
+            f"model {text!r}: no such folder; expected a built-in model, a folder, a run or a Hub "
+            f"id; {nearest(text, [*built_in, *runs[-10:]])}"
         )
     return _hub_folder(text, nearest(text, [*built_in, *runs[-10:]]))
 
 
 def _hub_folder(spec: str, known: str) -> Path:
-    "The snapshot of a Hub model `org/name` or `org/name@revision`: from the local cache if it is whole there, else downloaded."
+    """Find the snapshot of a Hub model `org/name` or `org/name@revision`.
+
+    It comes from the local cache if it is whole there, else it is downloaded.
+    """
     from huggingface_hub import HfApi, snapshot_download
 
     name, _, revision = spec.partition("@")
@@ -82,21 +83,21 @@ def _hub_folder(spec: str, known: str) -> Path:
     except Exception:  # not in the cache, or only a part of it
         pass
     try:
-        HfApi().model_info(
-            name, revision=revision or None, timeout=10
-        )  # asks once; a download without network would try for half a minute
+        # asks once; a download without network would try for half a minute
+        HfApi().model_info(name, revision=revision or None, timeout=10)
         return Path(get())
     except Exception as error:
         if cached is not None and _holds_model(cached):
             return cached  # without network: what is missing in it is named when it is loaded
         raise WrongInput(
-            f"model {spec!r}: not built in, no such folder or run, and not to be had from the Hub ({first_line(error)}); {known}; "
+            f"model {spec!r}: not built in, no such folder or run, and not to be had from the Hub "
+            f"({first_line(error)}); {known}; "
             "or a Hub id that is in the local cache or can be reached"
         ) from None
 
 # %% ../../nbs/models/sources.ipynb #3b0aea6f
 def adapter_base(folder: Path) -> str:
-    "The spec of the model that a saved adapter belongs to."
+    "Read the spec of the model that a saved adapter belongs to."
     file = folder / "adapter_config.json"
     try:
         base = json.loads(file.read_text()).get("base_model_name_or_path")
@@ -106,13 +107,17 @@ def adapter_base(folder: Path) -> str:
         ) from None
     if not base:
         raise WrongInput(
-            f"{file}: no base_model_name_or_path; expected the model that the adapter belongs to; write it there"
+            f"{file}: no base_model_name_or_path; expected the model that the adapter belongs to; "
+            "write it there"
         )
     return base
 
 # %% ../../nbs/models/sources.ipynb #a20f2ad1
 def find_weight_files(folder: Path) -> list[Path]:
-    "The safetensors files of a model folder, each checked to be there and as long as its header says."
+    """Find the safetensors files of a model folder.
+
+    Raises: WrongInput for one that is not there, or not as long as its header says.
+    """
     from safetensors import safe_open
 
     stem = "adapter_model" if (folder / "adapter_config.json").is_file() else "model"
@@ -137,7 +142,8 @@ def find_weight_files(folder: Path) -> list[Path]:
                 if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")
             )
             found = (
-                f"found the pickle {pickles[0]}, which is never opened because unpickling can run code"
+                f"found the pickle {pickles[0]}, which is never opened because unpickling can run "
+                "code"
                 if pickles
                 else "it is not there"
             )
@@ -151,21 +157,18 @@ def find_weight_files(folder: Path) -> list[Path]:
                 opened.keys()
         except Exception as error:
             raise WrongInput(
-                f"{file}: {file.stat().st_size} bytes, truncated or damaged ({first_line(error)}); copy or download the file again"
+                f"{file}: {file.stat().st_size} bytes, truncated or damaged ({first_line(error)}); "
+                "copy or download the file again"
             ) from None
     return files
 
 # %% ../../nbs/models/sources.ipynb #7c20d4f1
-FLOATS = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-}  # names in the format -> torch
+# names in the format -> torch
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def safetensors_header(file: Path) -> dict[str, dict]:
-    "Names of the tensors of a safetensors file, with `dtype` and `shape`."
+    "Read the names of the tensors of a safetensors file, with `dtype` and `shape`."
     with open(file, "rb") as opened:
         found = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
     found.pop("__metadata__", None)
@@ -199,9 +202,8 @@ def file_dtypes(folder) -> dict:
     return {"": getattr(torch, FLOATS[common])} | found
 
 # %% ../../nbs/models/sources.ipynb #ee56623c
-SCORER = (
-    "ForSequenceClassification"  # how transformers calls a model whose head gives one score a text
-)
+# how transformers calls a model whose head gives one score a text
+SCORER = "ForSequenceClassification"
 
 # %% ../../nbs/models/sources.ipynb #b48a1d63
 OLD_BUFFERS = r"\.masked_bias$"  # a constant of old files, which transformers reports as unknown
@@ -226,7 +228,10 @@ def _skeleton_of(folder: Path, changed: float):
 
 
 def skeleton(folder):
-    "The model of a folder's configuration without its weights: it takes no memory. Do not change it."
+    """Make the model of a folder's configuration without its weights: it takes no memory.
+
+    The model is shared by all callers: do not change it.
+    """
     folder = Path(folder).resolve()
     return _skeleton_of(folder, (folder / "config.json").stat().st_mtime)
 
@@ -247,11 +252,9 @@ def weight_sources(folder, names) -> dict[str, tuple[str | None, object, str | N
     renamings = [step for step in mapping if not isinstance(step, WeightConverter)]
     by_pattern = {pattern: step for step in converters for pattern in step.source_patterns}
     ignored = [*(model._keys_to_ignore_on_load_unexpected or []), OLD_BUFFERS]
-    ignored += [
-        rf"{ending}$"
-        for ending in ("rotary_emb.inv_freq", "position_ids")
-        if any(name.endswith(ending) for name in buffers)
-    ]
+    for ending in ("rotary_emb.inv_freq", "position_ids"):
+        if any(name.endswith(ending) for name in buffers):
+            ignored.append(rf"{ending}$")
     found = {}
     for name in names:
         known, pattern = rename_source_key(
@@ -277,13 +280,14 @@ def weight_names(folder, names) -> dict[str, str | None]:
 
 # %% ../../nbs/models/sources.ipynb #f55f7835
 def read_config(folder: Path) -> dict:
-    "config.json of a model folder as it stands there."
+    "Read config.json of a model folder, unchanged."
     file = folder / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise WrongInput(
-            f"{file}: not there; expected the configuration of a model in this folder; give the folder that holds config.json"
+            f"{file}: not there; expected the configuration of a model in this folder; give the "
+            "folder that holds config.json"
         ) from None
     except (ValueError, OSError, RecursionError) as error:
         raise WrongInput(
@@ -291,6 +295,7 @@ def read_config(folder: Path) -> dict:
         ) from None
     if not isinstance(config, dict) or not config.get("model_type"):
         raise WrongInput(
-            f"{file}: no model_type; expected the configuration of a transformers model; copy the file again"
+            f"{file}: no model_type; expected the configuration of a transformers model; copy the "
+            "file again"
         )
     return config

@@ -13,12 +13,19 @@ from ..core.machine import first_line, quiet_libraries
 from .sources import adapter_base, model_path, read_config
 
 # %% ../../nbs/models/tokenizers.ipynb #0b82fe23
-CHAT_TEMPLATES = {  # {BOS} is the beginning-of-sequence token if the tokenizer puts it before plain text too
-    "transcript": "{BOS}{% for m in messages %}{% if m.role == 'assistant' %}{{ '\n\nAssistant:' }}{% generation %}{{ ' ' + m.content + eos_token }}{% endgeneration %}"
-    "{% else %}{{ '\n\n' + {'user': 'Human', 'system': 'System'}.get(m.role, m.role | capitalize) + ': ' + m.content }}{% endif %}{% endfor %}"
+# {BOS} is the beginning-of-sequence token if the tokenizer puts it before plain text too
+CHAT_TEMPLATES = {
+    "transcript": "{BOS}{% for m in messages %}"
+    "{% if m.role == 'assistant' %}{{ '\n\nAssistant:' }}"
+    "{% generation %}{{ ' ' + m.content + eos_token }}{% endgeneration %}"
+    "{% else %}{{ '\n\n' + {'user': 'Human', 'system': 'System'}.get(m.role, m.role | capitalize) "
+    "+ ': ' + m.content }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}",
-    "alpaca": "{BOS}{% for m in messages %}{% if m.role == 'assistant' %}{{ '### Response:\n' }}{% generation %}{{ m.content + eos_token }}{% endgeneration %}{{ '\n\n' }}"
-    "{% elif m.role == 'user' %}{{ '### Instruction:\n' + m.content + '\n\n' }}{% else %}{{ m.content + '\n\n' }}{% endif %}{% endfor %}"
+    "alpaca": "{BOS}{% for m in messages %}"
+    "{% if m.role == 'assistant' %}{{ '### Response:\n' }}"
+    "{% generation %}{{ m.content + eos_token }}{% endgeneration %}{{ '\n\n' }}"
+    "{% elif m.role == 'user' %}{{ '### Instruction:\n' + m.content + '\n\n' }}"
+    "{% else %}{{ m.content + '\n\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}",
 }
 
@@ -40,10 +47,13 @@ def has_chat_template(tokenizer) -> bool:
 
 
 def load_tokenizer(spec, chat_template: str = ""):
-    """The tokenizer of the model `spec`, with a padding token, padding on the side that was saved (data are collated on the right, whatever it says).
+    """Load the tokenizer of the model `spec`, with a padding token.
 
-    `chat_template` sets one: a name in `CHAT_TEMPLATES` or a .jinja file; empty keeps the model's own.
-    Raises `WrongInput` if there are no tokenizer files, they cannot be read, there is no end-of-sequence token, or the model has too few embeddings.
+    It pads on the side that was saved (data are collated on the right, whatever it says). A
+    `chat_template` is a name in `CHAT_TEMPLATES` or a .jinja file; empty keeps the model's own.
+
+    Raises: WrongInput if there are no tokenizer files, they cannot be read, there is no
+    end-of-sequence token, or the model has too few embeddings.
     """
     from transformers import AutoTokenizer
 
@@ -52,7 +62,9 @@ def load_tokenizer(spec, chat_template: str = ""):
         if (folder / "adapter_config.json").is_file():
             return load_tokenizer(adapter_base(folder), chat_template)
         raise WrongInput(
-            f"{folder}: no tokenizer; expected tokenizer.json (or {', '.join(TOKENIZER_FILES[1:4])}); copy it from the model that this one was made from"
+            f"{folder}: no tokenizer; expected tokenizer.json (or "
+            f"{', '.join(TOKENIZER_FILES[1:4])}); copy it from the model that this one was made "
+            "from"
         )
     try:
         with quiet_libraries():
@@ -65,7 +77,8 @@ def load_tokenizer(spec, chat_template: str = ""):
         ) from None
     if tokenizer.eos_token_id is None:
         raise WrongInput(
-            f"{folder}/tokenizer_config.json: no eos_token; expected the token that ends a text, without it nothing learns to stop; name one there"
+            f"{folder}/tokenizer_config.json: no eos_token; expected the token that ends a text, "
+            "without it nothing learns to stop; name one there"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = (
@@ -75,7 +88,9 @@ def load_tokenizer(spec, chat_template: str = ""):
         rows = read_config(folder).get("vocab_size")
         if isinstance(rows, int) and len(tokenizer) > rows:
             raise WrongInput(
-                f"{folder}: the tokenizer has {len(tokenizer)} tokens and the model {rows} embeddings; expected no more tokens than embeddings; use the model's own tokenizer"
+                f"{folder}: the tokenizer has {len(tokenizer)} tokens and the model {rows} "
+                "embeddings; expected no more tokens than embeddings; use the model's own "
+                "tokenizer"
             )
     if chat_template:
         _set_template(tokenizer, chat_template)
@@ -96,12 +111,13 @@ def _set_template(tokenizer, name: str):
         tokenizer.chat_template = read_text(name)
     else:
         raise WrongInput(
-            f"chat template {name!r}: no such file; expected a .jinja file or a name; {nearest(name, CHAT_TEMPLATES)}"
+            f"chat template {name!r}: no such file; expected a .jinja file or a name; "
+            f"{nearest(name, CHAT_TEMPLATES)}"
         )
 
 # %% ../../nbs/models/tokenizers.ipynb #6572a4c6
 def token_texts(tokenizer, ids: list[int], places: list[int]) -> list[str]:
-    "The text of each token of `ids` at `places`, with its space: read behind the one before it."
+    "Decode the tokens of `ids` at `places` with their spaces, each after the token before it."
     texts = []
     for t in places:
         before = tokenizer.decode(ids[max(0, t - 1) : t])

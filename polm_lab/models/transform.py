@@ -38,7 +38,10 @@ COPIED = {
 
 # %% ../../nbs/models/transform.ipynb #0689fbf7
 def shards_of(sizes: dict[str, int], most: int) -> list[list[str]]:
-    "Group names in order, so that the `sizes` of a group (bytes) add up to at most `most`; a larger tensor is alone."
+    """Group names in order, so that the `sizes` of a group (bytes) add up to at most `most`.
+
+    A larger tensor is alone.
+    """
     shards, room = [[]], 0
     for name, size in sizes.items():
         if shards[-1] and room + size > most:
@@ -49,7 +52,7 @@ def shards_of(sizes: dict[str, int], most: int) -> list[list[str]]:
 
 # %% ../../nbs/models/transform.ipynb #e9cefe50
 class ShardFiles:
-    "The open safetensors files of a folder `fresh` that is being written; `plan` as in `Writer`."
+    "The open safetensors files of a folder that is being written; `plan` as in `Writer`."
 
     def __init__(self, fresh: Path, place: Path, plan: dict[str, tuple[torch.dtype, tuple]]):
         self.fresh, self.folder, self.plan = fresh, place, plan
@@ -90,21 +93,25 @@ class ShardFiles:
             )
             raise OSError(
                 error.errno,
-                f"{reason} while writing {name}; the inputs are as they were, nothing was left behind",
+                f"{reason} while writing {name}; the inputs are as they were, nothing was left "
+                "behind",
                 str(self.folder),
             ) from None
 
     def write(self, name: str, rows: Tensor, start: int = 0) -> None:
-        "Put rows of tensor `name`, from row `start` on, in their place; threads may write at once. Each row is to be written once."
+        """Put rows of tensor `name`, from row `start` on, in their place.
+
+        Threads may write at once. Write each row once.
+
+        Raises: WrongInput for a weight beyond float16, OSError where the disk is full.
+        """
         dtype, shape = self.plan[name]
-        if (
-            dtype == torch.float16
-            and rows.dtype != dtype
-            and rows.numel()
-            and rows.abs().max() > torch.finfo(dtype).max
-        ):
+        limit = torch.finfo(torch.float16).max
+        to_half = dtype == torch.float16 and rows.dtype != dtype
+        if to_half and rows.numel() and rows.abs().max() > limit:
             raise WrongInput(
-                f"{name}: a weight of {rows.abs().max():g}; float16 ends at {torch.finfo(dtype).max:g}; set save_dtype to bfloat16 or float32"
+                f"{name}: a weight of {rows.abs().max():g}; float16 ends at {limit:g}; "
+                "set save_dtype to bfloat16 or float32"
             )
         rows = rows.detach().to("cpu", dtype).contiguous()
         descriptor, at = self._at[name]
@@ -125,10 +132,14 @@ class ShardFiles:
 
 # %% ../../nbs/models/transform.ipynb #ede4d4ef
 class Writer(ShardFiles):
-    """Writes a model's folder of which all names, shapes and dtypes are known: `plan` = {name: (dtype, shape)}.
+    """Write a model's folder from a plan of its names, types and shapes.
 
-    `like` is the folder that tokenizer, chat template, generation settings and configuration are copied from; `config` holds changes of the last. Use it with `with`: the folder
-    is there when the block ends, whole, or not at all. Raises `WrongInput` where it cannot be written or the disk has no room, and `OSError` where the disk fills up on the way.
+    `plan` = {name: (dtype, shape)}. `like` is the folder that tokenizer, chat template, generation
+    settings and configuration are copied from; `config` holds changes of the configuration. Use it
+    with `with`: the folder is there when the block ends, whole, or not at all.
+
+    Raises: WrongInput where it cannot be written or the disk has no room; OSError where the disk
+    fills up on the way.
     """
 
     def __init__(
@@ -153,11 +164,13 @@ class Writer(ShardFiles):
             free = shutil.disk_usage(self.folder.parent).free
             if self.folder.is_file():
                 raise WrongInput(
-                    f"{self.folder}: a file is in the way; expected a folder, or nothing; give another place"
+                    f"{self.folder}: a file is in the way; expected a folder, or nothing; give "
+                    "another place"
                 )
             if free < self.total:
                 raise WrongInput(
-                    f"{self.folder}: the disk has {free / 2**20:.0f} MiB left and {self.total / 2**20:.0f} are needed; make room, or give another place"
+                    f"{self.folder}: the disk has {free / 2**20:.0f} MiB left and "
+                    f"{self.total / 2**20:.0f} are needed; make room, or give another place"
                 )
             self.fresh.mkdir()
         except OSError as error:
@@ -191,16 +204,13 @@ class Writer(ShardFiles):
             if file.name in COPIED or file.suffix in (".jinja", ".tiktoken"):
                 shutil.copyfile(file, self.fresh / file.name)
         config = json.loads((self.like / "config.json").read_text())
-        dtype = next(
-            (str(d).removeprefix("torch.") for d, _ in self.plan.values() if d.is_floating_point),
-            None,
-        )
-        config |= {
-            key: dtype for key in ("dtype", "torch_dtype") if key in config and dtype
-        } | self.config
-        (self.fresh / "config.json").write_text(
-            json.dumps(config, indent=2)
-        )  # last: without it nothing loads
+        floats = [str(dtype) for dtype, _ in self.plan.values() if dtype.is_floating_point]
+        for key in ("dtype", "torch_dtype"):
+            if key in config and floats:
+                config[key] = floats[0].removeprefix("torch.")
+        config |= self.config
+        # last: without it nothing loads
+        (self.fresh / "config.json").write_text(json.dumps(config, indent=2))
         old = self.folder.with_name(f".{self.folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if self.folder.exists():
@@ -221,7 +231,10 @@ class Writer(ShardFiles):
 
 # %% ../../nbs/models/transform.ipynb #f6a5dd8a
 def walk(items: Iterable, work: Callable, threads: int | None = None) -> list:
-    "`[work(item) for item in items]` on all cores, in any order. The first error ends it, and is raised."
+    """Compute `[work(item) for item in items]` on all cores, in any order.
+
+    The first error ends it, and is raised.
+    """
     items, before = list(items), torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -242,20 +255,26 @@ def walk(items: Iterable, work: Callable, threads: int | None = None) -> list:
 
 
 def check_finite(values: Tensor, model: Weights, name: str, start: int = 0) -> Tensor:
-    "The same values; raises `WrongInput` with the place of the first that is NaN or infinite. `start` is the number of the first row."
-    if (
-        not math.isfinite(values.sum().item()) and not values.isfinite().all()
-    ):  # a sum is several times as fast as looking at each
+    """Return the same values if all are finite; `start` is the number of the first row.
+
+    Raises: WrongInput with the place of the first value that is NaN or infinite.
+    """
+    # a sum is several times as fast as looking at each
+    if not math.isfinite(values.sum().item()) and not values.isfinite().all():
         at = (~values.isfinite()).nonzero()[0].tolist()
         raise WrongInput(
-            f"{model.spec}: {name}[{', '.join(map(str, [at[0] + start, *at[1:]]))}] is {values[tuple(at)].item()}; expected finite weights; train or copy this model again"
+            f"{model.spec}: {name}[{', '.join(map(str, [at[0] + start, *at[1:]]))}] is "
+            f"{values[tuple(at)].item()}; expected finite weights; train or copy this model again"
         )
     return values
 
 
 @dataclass
 class Block:
-    "Rows `start` to `stop` of tensor `name` of several models; `parts` gives them in fp32, checked to be finite."
+    """Rows `start` to `stop` of tensor `name` of several models.
+
+    `parts` gives them in fp32, checked to be finite.
+    """
 
     models: list[Weights]
     name: str
@@ -278,7 +297,10 @@ class Block:
 
 
 def each_block(models: list[Weights], name: str) -> Iterable[Block]:
-    "The blocks of a tensor one by one; the memory of each is given back when the next is asked for."
+    """Yield the blocks of a tensor one by one.
+
+    The memory of each is given back when the next is asked for.
+    """
     for start, stop in blocks(models[0].entries[name].shape):
         block = Block(models, name, start, stop)
         yield block
@@ -296,11 +318,15 @@ def transform(
     before: Callable[[str], None] | None = None,
     like: Path | None = None,
 ) -> Path:
-    """Write a model whose tensors have the names and shapes of `models[0]`, computed block by block from those of all `models`.
+    """Write a model with the names and shapes of `models[0]`, computed from all `models`.
 
-    `compute(name)` is called once a tensor and may read it whole, block by block; it returns the function that makes a block. Integers and booleans must agree in all models and are
-    copied. `dtype`: of all floats; by default each keeps the first model's. `before(name)` is called before each tensor, for progress and for stopping. `like`: the
-    folder that tokenizer and configuration are copied from, by default the first model's.
+    `compute(name)` is called once a tensor and may read it whole, block by block; it returns the
+    function that makes a block. Integers and booleans must agree in all models and are copied.
+    Floats get the type `dtype`; by default each keeps the first model's. Before each tensor
+    `before(name)` is called, for progress and for stopping. Tokenizer and configuration are copied
+    from the folder `like`, by default the first model's.
+
+    Raises: WrongInput for weights that are not finite or integers that differ, and as `Writer`.
     """
     first = models[0]
     plan = {
@@ -315,7 +341,9 @@ def transform(
             for model in models[1:]:
                 if not torch.equal(model.read(name), first.read(name)):
                     raise WrongInput(
-                        f"{model.spec}: {name} holds {str(first.entries[name].dtype)[6:]} and differs from {first.spec}; expected equal values: only floats are computed"
+                        f"{model.spec}: {name} holds {str(first.entries[name].dtype)[6:]} and "
+                        f"differs from {first.spec}; expected equal values: only floats are "
+                        "computed"
                     )
             return writer.write(name, first.read(name))
         make = compute(name)

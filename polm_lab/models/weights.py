@@ -61,7 +61,10 @@ class Entry(NamedTuple):
 
 
 def read_header(file: Path) -> dict[str, Entry]:
-    "The tensors of a safetensors file, in the order of their bytes. Raises `WrongInput` for a file that is truncated, damaged, or of an unknown dtype."
+    """Read the header of a safetensors file: its tensors, in the order of their bytes.
+
+    Raises: WrongInput for a file that is truncated, damaged, or of an unknown dtype.
+    """
 
     def wrong(found):
         return WrongInput(
@@ -91,7 +94,8 @@ def read_header(file: Path) -> dict[str, Entry]:
         raise
     except OSError as error:
         raise WrongInput(
-            f"{file}: {error.strerror}; expected weights as safetensors; copy the file, or use another model"
+            f"{file}: {error.strerror}; expected weights as safetensors; copy the file, or use "
+            "another model"
         ) from None
     except KeyError as error:
         raise wrong(f"a tensor with {error} in the header") from None
@@ -110,7 +114,10 @@ def read_header(file: Path) -> dict[str, Entry]:
 
 # %% ../../nbs/models/weights.ipynb #e21eb1cd
 def blocks(shape: tuple[int, ...], entries: int = BLOCK) -> list[tuple[int, int]]:
-    "A tensor as ranges (start, stop) of its first dimension, of about so many entries each; a vector or a number is one range."
+    """Divide a tensor into ranges (start, stop) of its first dimension, of about `entries` each.
+
+    A vector or a number is one range.
+    """
     if len(shape) < 2:
         return [(0, math.prod(shape))]
     step = max(1, entries // max(1, math.prod(shape[1:])))
@@ -118,9 +125,11 @@ def blocks(shape: tuple[int, ...], entries: int = BLOCK) -> list[tuple[int, int]
 
 # %% ../../nbs/models/weights.ipynb #5ff278b2
 class Weights:
-    """The weights of the model `spec` (built-in name, folder, run or Hub id), mapped: opening it reads headers only.
+    """The weights of the model `spec` (built-in name, folder, run or Hub id), as a memory map.
 
-    Raises `WrongInput` where there are no safetensors, or they are not whole.
+    Opening it reads headers only.
+
+    Raises: WrongInput where there are no safetensors, or they are not whole.
     """
 
     def __init__(self, spec):
@@ -128,7 +137,8 @@ class Weights:
         index = self.folder / "model.safetensors.index.json"
         if (self.folder / "adapter_config.json").is_file():
             raise WrongInput(
-                f"{self.folder}: an adapter, not a whole model; expected all weights; the methods merge and fuse merge an adapter into its base first, as `open_weights` does"
+                f"{self.folder}: an adapter, not a whole model; expected all weights; the methods "
+                "merge and fuse merge an adapter into its base first, as `open_weights` does"
             )
         try:
             self.config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
@@ -139,11 +149,13 @@ class Weights:
             )
         except OSError as error:
             raise WrongInput(
-                f"{self.folder / 'config.json'}: {error.strerror}; expected a model's folder with config.json"
+                f"{self.folder / 'config.json'}: {error.strerror}; expected a model's folder with "
+                "config.json"
             ) from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise WrongInput(
-                f"{self.folder}: config.json or the index of shards cannot be read ({type(error).__name__}); copy the files again"
+                f"{self.folder}: config.json or the index of shards cannot be read "
+                f"({type(error).__name__}); copy the files again"
             ) from None
         self.entries: dict[str, Entry] = {}
         for file in files:
@@ -198,9 +210,10 @@ def first_few(names: Iterable[str]) -> str:
 def differences(
     model: Weights, first: Weights, dtypes: bool = True, rows_of: Iterable[str] = ()
 ) -> str:
-    """What differs between two models, in words; empty if they can be walked side by side.
+    """Describe what differs between two models; empty if they can be walked side by side.
 
-    `rows_of` names tensors whose number of rows may differ (embeddings); `dtypes` asks for equal types too, else only floats must meet floats.
+    `rows_of` names tensors whose number of rows may differ (embeddings). With `dtypes` the types
+    must be equal too, else floats must only meet floats.
     """
     kinds = [
         (key, model.config.get(key), first.config.get(key))
@@ -243,12 +256,13 @@ def differences(
 
 
 def check_alike(models: list[Weights], dtypes: bool = True, rows_of: Iterable[str] = ()) -> None:
-    "Raise `WrongInput` that says what differs, unless all models have the same tensors as the first."
+    "Raise `WrongInput` with the difference, unless all models have the tensors of the first."
     for model in models[1:]:
         found = differences(model, models[0], dtypes, rows_of)
         if found:
             raise WrongInput(
-                f"{model.spec}: {found} as in {models[0].spec}; expected models of one architecture with the same tensors; leave this one out"
+                f"{model.spec}: {found} as in {models[0].spec}; expected models of one "
+                "architecture with the same tensors; leave this one out"
             )
 
 # %% ../../nbs/models/weights.ipynb #f83a2e7d
@@ -267,21 +281,18 @@ def _equal(model: Weights, one: str, other: str) -> bool:
 
 
 def renamed(model: Weights) -> Weights:
-    """Give a model the names that it has when it is loaded, without buffers and copies of a head.
+    """Give a model the names that it has when it is loaded.
 
+    Buffers and copies of a head are left out.
     `ties` maps a tied name to the stored one. Weights that transformers computes from several
     tensors keep the names of their parts. A model that transformers does not know stays as it is.
     """
     named = copy.copy(model)
     named.config, named.ties, named.parts = dict(model.config), {}, {}
     try:
-        sources, ties = (
-            weight_sources(model.folder, model.entries),
-            skeleton(model.folder).all_tied_weights_keys,
-        )
-    except (
-        Exception
-    ):  # whatever transformers raises for a configuration that it cannot make a model of
+        sources = weight_sources(model.folder, model.entries)
+        ties = skeleton(model.folder).all_tied_weights_keys
+    except Exception:  # transformers cannot make a model of this configuration
         return named
     named.entries = {}
     for name, (known, converter, pattern) in sources.items():
@@ -293,9 +304,8 @@ def renamed(model: Weights) -> Weights:
         if tied in named.entries and source not in named.entries:
             named.entries[source] = named.entries.pop(tied)
         elif tied in named.entries and not _equal(named, tied, source):
-            if (
-                named.entries[tied].shape == named.entries[source].shape
-            ):  # such a model is loaded with both
+            # a model with two different matrices of one shape is loaded with both
+            if named.entries[tied].shape == named.entries[source].shape:
                 named.config["tie_word_embeddings"] = False
             continue
         named.entries.pop(tied, None)
@@ -303,6 +313,11 @@ def renamed(model: Weights) -> Weights:
     return named
 
 # %% ../../nbs/models/weights.ipynb #a7388de3
+def _without_values(entry: Entry) -> Tensor:
+    "Make a tensor of an entry's type and shape that takes no memory."
+    return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+
+
 class Converted(Weights):
     """A `renamed` model whose `parts` are put together as loading does it.
 
@@ -320,9 +335,7 @@ class Converted(Weights):
         for name in sorted(model.parts, key=dot_natural_key):
             groups.setdefault(model.parts[name][0], []).append(name)
         for known, names in groups.items():
-            for made, value in self._convert(
-                known, names, lambda e: torch.empty(e.shape, dtype=e.dtype, device="meta")
-            ).items():
+            for made, value in self._convert(known, names, _without_values).items():
                 self.entries[made] = Entry(
                     model.entries[names[0]].file,
                     value.dtype,
@@ -335,7 +348,10 @@ class Converted(Weights):
     def _convert(
         self, known: str, names: list[str], value: Callable | None = None
     ) -> dict[str, Tensor]:
-        "The weights that come of the tensors `names`, by name; `value(entry)` stands for their values."
+        """Compute the weights made from the tensors `names`, by name.
+
+        `value(entry)` is used instead of a tensor's values, if given.
+        """
         model, converter = skeleton(self.folder), copy.deepcopy(self.inner.parts[names[0]][1])
         for name in names:
             converter.add_tensor(
@@ -365,7 +381,7 @@ class Converted(Weights):
 
 # %% ../../nbs/models/weights.ipynb #835f9a91
 def align_forms(models: list[Weights]) -> list[Weights]:
-    "The models under the same names, as far as they are models of one kind; all untied if one is."
+    "Give models of one kind the same names; if one model is untied, all are."
     if len({model.config.get("model_type") for model in models}) > 1:
         return models
     models = [renamed(model) for model in models]

@@ -20,7 +20,7 @@ from ..training.evaluate import eval_no_grad, with_rows
 from ..core.knobs import WrongInput, knob
 from ..core.settings import Settings, redefault
 from ..core.metrics import without_counts
-from ..models.logprobs import Policy
+from ..models.policy import Policy
 from ..core.method import method
 from ..models.load import load_model
 from ..models.tokenizers import load_tokenizer

@@ -14,7 +14,7 @@ from ..data.load import load_data
 from ..training.evaluate import examples_of, mean_kl, perplexity, sequence_logps, with_rows
 from ..core.knobs import knob
 from ..core.settings import RunSettings
-from ..models.logprobs import Policy
+from ..models.policy import Policy
 from ..core.method import method
 from ..models.load import load_model
 from ..models.tokenizers import load_tokenizer

@@ -24,7 +24,7 @@ from ..data.encode import encode
 from ..data.files import read_text
 from ..data.messages import as_completions, readable, request_of, under, user
 from ..models.load import load_model
-from ..models.logprobs import Policy
+from ..models.policy import Policy
 from ..models.rollout import rollout
 from ..models.tokenizers import load_tokenizer
 from .endpoint import Endpoint, Unreadable, answer_text, read_key

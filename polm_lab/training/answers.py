@@ -20,7 +20,7 @@ from ..core.machine import my_share, process_rank_and_count
 from ..core.run import Run
 from ..data.batches import Order, collate, microbatches
 from ..data.encode import encode, encode_each
-from ..models.logprobs import Policy
+from ..models.policy import Policy
 from .evaluate import learned_tokens, sequence_logps
 from .loop import Meter
 

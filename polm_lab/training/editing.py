@@ -23,7 +23,7 @@ from ..data.encode import encode
 from ..data.load import load_data
 from ..models.attach import merge_adapter
 from ..models.load import load_model
-from ..models.logprobs import Policy
+from ..models.policy import Policy
 from ..models.rollout import rollout
 from ..models.save import round_weights, save_model
 from ..models.tokenizers import load_tokenizer

@@ -26,7 +26,7 @@ from ..data.encode import encode
 from ..data.load import parse_spec
 from ..data.tasks import TASKS
 from ..models.attach import size_mib
-from ..models.logprobs import Policy
+from ..models.policy import Policy
 from ..models.rollout import Rollout, rollout
 
 # %% ../../nbs/training/evaluate.ipynb #e9b7ccab

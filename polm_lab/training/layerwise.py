@@ -23,7 +23,7 @@ from ..data.load import load_data, load_held_out, natural_kind
 from ..models.attach import merge_adapter, size_mib
 from ..models.layers import blocks_of, linear_layers
 from ..models.load import load_model
-from ..models.logprobs import Policy
+from ..models.policy import Policy
 from ..models.save import round_weights, save_model
 from ..models.tokenizers import load_tokenizer
 from .evaluate import Evaluation, cost, other_tasks, scorer

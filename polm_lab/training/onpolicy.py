@@ -32,7 +32,7 @@ from polm_lab.training.evaluate import (
 from .engine import train_with_trl
 from ..core.knobs import WrongInput, knob
 from ..core.settings import Settings
-from ..models.logprobs import Policy, TokenStats
+from ..models.policy import Policy, TokenStats
 from ..models.load import load_model
 from ..models.rollout import end_tokens, rollout
 from ..models.save import save_model

@@ -21,7 +21,7 @@ from ..core.run import Run
 from ..data.batches import Order, collate
 from ..data.load import load_data, load_held_out
 from ..models.layers import switch_off_dropout
-from ..models.logprobs import Policy
+from ..models.policy import Policy
 from ..models.save import save_model
 from ..models.tokenizers import token_texts
 from .answers import SIDES, Answers, answer_batches, answer_updates, batch_answers

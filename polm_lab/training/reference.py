@@ -18,7 +18,7 @@ from ..core.knobs import WrongInput, knob
 from ..core.settings import Settings
 from ..core.machine import process_rank_and_count
 from ..core.run import Run
-from ..models.logprobs import Policy
+from ..models.policy import Policy
 from .answers import answer_batches, logps_table, side_logps, sides_of
 from .evaluate import eval_no_grad
 

@@ -20,7 +20,7 @@ from ...data.load import load_data, load_held_out, natural_kind, parse_spec
 from .vocabulary import align, embeddings
 from ...models.attach import merge_adapter, untie
 from ...models.load import load_model
-from ...models.logprobs import Policy
+from ...models.policy import Policy
 from ...models.sources import model_path
 from ...models.tokenizers import load_tokenizer
 from ...models.weights import Weights, check_alike, align_forms, open_weights

@@ -12,7 +12,7 @@ from typing import Callable
 from ...rewards.judges import ContrastJudge, principle_of, read_constitution
 from ...data.messages import under
 from ...rewards.judges import CRITIQUE
-from ...models.logprobs import Policy
+from ...models.policy import Policy
 from ...data.messages import user
 from .trace import LocalWriter, Trace
 from .rounds import Feedback
