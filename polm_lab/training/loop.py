@@ -141,7 +141,7 @@ def gather_meters(meter: Meter) -> Meter:
 # %% ../../nbs/training/loop.ipynb #5edb904b
 def load_policy(settings: Settings):
     "Load the policy that the settings ask for, and its tokenizer."
-    from polm_lab.models.logprobs import Policy
+    from polm_lab.models.policy import Policy
     from polm_lab.models.load import load_model
     from polm_lab.models.tokenizers import load_tokenizer
 

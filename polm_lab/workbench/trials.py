@@ -331,7 +331,7 @@ class Sweeps(SweepForm):
 
     @traitlets.observe("dark")
     def _new_theme(self, _):
-        self.view.dress(self.dark)
+        self.view.apply_theme(self.dark)
 
     def refresh(self):
         "Read what is new; what is wrong with a record is shown in its place."
