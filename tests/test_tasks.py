@@ -8,9 +8,7 @@ import sys
 import pytest
 
 from polm_lab.core.knobs import WrongInput
-from polm_lab.data.language import ENCYCLOPEDIA, RELATIONS, REQUESTS, UNSAFE, gold
-from polm_lab.data.tasks import TASKS
-from polm_lab.data.messages import assistant, user
+from polm_lab.data.encyclopedia import ENCYCLOPEDIA, RELATIONS
 from polm_lab.data.exact import (
     check_text,
     compute,
@@ -19,7 +17,10 @@ from polm_lab.data.exact import (
     slip,
     steps_of,
 )
+from polm_lab.data.language import REQUESTS, UNSAFE, gold
+from polm_lab.data.messages import assistant, user
 from polm_lab.data.synthetic import split_of
+from polm_lab.data.tasks import TASKS
 
 COLUMNS = {
     "prompt": {"prompt"},

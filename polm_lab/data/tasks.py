@@ -6,8 +6,9 @@
 __all__ = ['TASKS']
 
 # %% ../../nbs/data/tasks.ipynb #8c678e04
+from .encyclopedia import Facts
 from .exact import Code, Sums
-from .language import Chat, Facts, Stories
+from .language import Chat, Stories
 from .synthetic import SyntheticTask
 
 # %% ../../nbs/data/tasks.ipynb #db664d7f
