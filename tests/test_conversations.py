@@ -574,10 +574,12 @@ def test_nulls_of_arrow_are_not_learned(tmp_path):
         ]
         assert texts == [
             [
-                '<tool_call>\n{"name": "search", "arguments": {"text": "cats"}}\n</tool_call><|im_end|>\n'
+                '<tool_call>\n{"name": "search", "arguments": {"text": '
+                '"cats"}}\n</tool_call><|im_end|>\n'
             ],
             [
-                '<tool_call>\n{"name": "weather", "arguments": {"city": {"name": "Rome"}, "days": [1, 2]}}\n</tool_call><|im_end|>\n'
+                '<tool_call>\n{"name": "weather", "arguments": {"city": {"name": "Rome"}, '
+                '"days": [1, 2]}}\n</tool_call><|im_end|>\n'
             ],
         ]
     meant = call("search")

@@ -389,7 +389,8 @@ def test_a_reward_that_applies_to_some_rows_says_to_how_many(tmp_path, monkeypat
     rows = TASKS["sums"].rows("prompt", GIVEN, 3, "test")
     given, code = written(tmp_path / "given.jsonl", rows), tmp_path / "some.py"
     code.write_text(
-        f"def some(prompts, completions, **columns):\n    return [None if p == {rows[0]['prompt']!r} else 0.25 for p in prompts]\n"
+        "def some(prompts, completions, **columns):\n    return [None if p == "
+        f"{rows[0]['prompt']!r} else 0.25 for p in prompts]\n"
     )
     after = check.short_run(
         find("grpo"), tmp_path, data="sums", eval_data=given, steps=0, rewards=f"{code}:some"
