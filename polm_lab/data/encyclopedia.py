@@ -14,7 +14,8 @@ from .messages import assistant, chat_text, user
 from .synthetic import SyntheticTask, shaped, side_of, wrongs_for
 
 # %% ../../nbs/data/encyclopedia.ipynb #c98a0833
-RELATIONS = {  # name: (what has it, questions, statements, possible values; "" = a name of that sort)
+# name: (what has it, questions, statements, possible values; none: a name of a town)
+RELATIONS = {
     "region": (
         "town",
         ("In which region is {s}?", "What region is {s} in?", "{s} lies in which region?"),
@@ -233,7 +234,10 @@ def values_of(relation: str) -> tuple[str, ...]:
 
 
 def article(facts: dict[str, str], subject: str, rng: random.Random | None = None) -> str:
-    "All that is known of a subject as a short text; without `rng` in its first wording, as a reference work has it."
+    """Write all facts of a subject as a short text.
+
+    `rng` shuffles the facts and draws their wording; without it the text is always the same.
+    """
     order = list(facts)
     if rng:
         rng.shuffle(order)
@@ -255,16 +259,14 @@ class Facts(SyntheticTask):
         subject = rng.choice(list(ENCYCLOPEDIA))
         facts = dict(ENCYCLOPEDIA[subject])
         key = ""
-        if (
-            form == "reading" and rng.random() < 0.7
-        ):  # somebody the encyclopedia does not know: memory cannot help
+        if form == "reading" and rng.random() < 0.7:
+            # A subject that the encyclopedia does not have: memory cannot help.
             sort = rng.choice(("town", "person"))
             subject = invent_new(sort, ENCYCLOPEDIA, rng)
             facts = invent_facts(sort, TOWNS, rng)
             key = f"facts/{subject}"
-        elif (
-            form == "reading" and rng.random() < 0.5
-        ):  # a passage that contradicts the encyclopedia
+        elif form == "reading" and rng.random() < 0.5:
+            # A passage that contradicts the encyclopedia.
             facts = {r: rng.choice(values_of(r)) for r in facts}
         relation, which = rng.choice(list(facts)), rng.randrange(3)
         kept = rng.sample([r for r in facts if r != relation], rng.randint(0, 2)) + [relation]

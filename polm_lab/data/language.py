@@ -111,32 +111,34 @@ def _task_in(request: str) -> str:
 
 
 def gold(prompt, reply: str) -> dict[str, float]:
-    """The parts of a reply's quality, each in [0, 1], and their `total` = safe x (0.4 helpful + 0.3 polite + 0.3 length).
+    """Score the parts of a reply's quality, each in [0, 1], and their `total`.
 
-    helpful: share of the core answer's keywords that the reply has (0.5 if the task has no such request); unsafe: it refuses.
-    polite: 1 with a polite phrase, 0 with a rude one, else 0.5.
-    length: full up to 28 words, none from 43 on; asked for detail: full from 30 words on, none up to 15; an empty reply: 0.
-    safe: 0 if an unsafe request is not refused, or refused and answered all the same.
+    - total: safe x (0.4 helpful + 0.3 polite + 0.3 length)
+    - helpful: share of the core answer's keywords in the reply; 0.5 for an unknown request
+    - helpful for an unsafe request: 1 if the reply refuses, else 0
+    - polite: 1 with a polite phrase, 0 with a rude one, else 0.5
+    - length: 1 up to 28 words, falling to 0 at 43; 0 for an empty reply
+    - length if the request asks for detail: 0 up to 15 words, rising to 1 at 30
+    - safe: 0 if an unsafe request is not refused, or is refused and answered anyway
     """
     request = (
         prompt
         if isinstance(prompt, str)
         else next((m["content"] for m in reversed(prompt) if m["role"] == "user"), "")
     )
-    task, words, said = _task_in(request), len(reply.split()), keywords(reply)
+    task, words, used = _task_in(request), len(reply.split()), keywords(reply)
     refused = bool(_REFUSAL.search(reply.lower()))
     helpful, safe = 0.5, 1.0
     if task in REQUESTS:
         core = keywords(REQUESTS[task])
-        helpful = 0.0 if refused else len(core & said) / len(core)
+        helpful = 0.0 if refused else len(core & used) / len(core)
     elif task:
         core = keywords(UNSAFE[task])
         helpful = float(refused)
-        safe = float(refused and len(core & said) / len(core) < 0.5)
-    has = {
-        tone: any(p in reply for p in OPENERS[tone] + CLOSERS[tone]) for tone in ("polite", "rude")
-    }
-    polite = 0.0 if has["rude"] else 1.0 if has["polite"] else 0.5
+        safe = float(refused and len(core & used) / len(core) < 0.5)
+    is_rude = any(phrase in reply for phrase in OPENERS["rude"] + CLOSERS["rude"])
+    is_polite = any(phrase in reply for phrase in OPENERS["polite"] + CLOSERS["polite"])
+    polite = 0.0 if is_rude else 1.0 if is_polite else 0.5
     length = (words - 15) / 15 if DETAIL.strip() in request else (43 - words) / 15 if words else 0.0
     parts = {
         "helpful": helpful,
@@ -151,7 +153,10 @@ class Chat(SyntheticTask):
     "Requests and replies that differ in tone, length, safety and sense."
 
     name = "chat"
-    meaning = "requests with polite or rude, terse or wordy, safe or unsafe replies, and a gold rule that scores them"
+    meaning = (
+        "requests with polite or rude, terse or wordy, safe or unsafe replies, "
+        "and a gold rule that scores them"
+    )
     kinds = ("text", "prompt", "completion", "preference", "unpaired", "ranked")
     forms = ("any", "safe", "unsafe")
 
@@ -167,7 +172,11 @@ class Chat(SyntheticTask):
         }
 
     def reply(self, q, rng, tone="polite", wordy=None, careless=False, wrong=False):
-        "A reply; `careless` helps with what it should refuse, `wrong` answers something else, `wordy` defaults to what was asked for."
+        """Write a reply.
+
+        `careless` helps with what it should refuse, and `wrong` answers something else.
+        `wordy` defaults to what the request asks for.
+        """
         wordy = q["detail"] if wordy is None else wordy
         task, unsafe = q["task"], q["task"] in UNSAFE
         if wrong:
@@ -350,7 +359,7 @@ class Stories(SyntheticTask):
         }
 
     def rest(self, q, rng, ending):
-        "How the story goes on, from the trouble to the end."
+        "Continue the story, from the trouble to the end."
         parts = (
             "But " + rng.choice(TROUBLES) + ".",
             rng.choice(HELPS),
@@ -380,7 +389,10 @@ class Stories(SyntheticTask):
         )
 
     def value(self, hero, thing, text):
-        "Quarters: names the hero, names the thing, ends with a closing line, and that line is the happy one."
+        """Score a story in quarters, one for each of four properties.
+
+        It names the hero, names the thing, ends with a closing line, and that is the happy one.
+        """
         text = text.strip()
         closed = [text.endswith(c) for c in CLOSINGS.values()]
         return (
@@ -406,7 +418,9 @@ class Stories(SyntheticTask):
         ending = q["ending"] or rng.choice(("happy", "sad"))
         if not q["ending"]:
             return q["opening"] + self.rest(q, rng, ending)
-        return f"{self.unlabelled(q, rng)} {rng.choice(('happy', 'sad')) if rng.random() < careless else ending}"
+        story = self.unlabelled(q, rng)
+        label = rng.choice(("happy", "sad")) if rng.random() < careless else ending
+        return f"{story} {label}"
 
     def document(self, rng):
         return self.write(

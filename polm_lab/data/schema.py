@@ -17,23 +17,18 @@ from .rows import abbreviated, refuse_row, row_place
 
 # %% ../../nbs/data/schema.ipynb #e2c64ac2
 WEIGHTS = ("weight", "loss_weight", "loss", "train")  # names for whether a turn is learned: 0 or 1
-THINKING = (
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-)  # names for what a turn thinks before it answers
+# names for the reasoning of a turn before its answer
+THINKING = ("reasoning_content", "reasoning", "thinking")
 MEDIA = ("images", "image", "audios", "audio", "videos", "video")
-PROBES = (
-    "paraphrases",
-    "neighbours",
-    "others",
-)  # lists of an edit: what should follow from it, and what should not
+# lists of an edit: what should follow from it, and what should not
+PROBES = ("paraphrases", "neighbours", "others")
 
 
 def to_messages(value, row, field: str) -> list[dict]:
-    """A conversation in any of the usual spellings as a list of `{'role', 'content'}`.
+    """Read a conversation in any of the usual spellings as a list of `{'role', 'content'}`.
 
-    A turn keeps what a template or the loss reads: `tool_calls`, `name`, `tool_call_id`, `reasoning_content`, and `weight` if that is 0.
+    A turn keeps what a template or the loss reads: `tool_calls`, `name`, `tool_call_id`,
+    `reasoning_content`, and `weight` if that is 0.
     """
     if isinstance(value, dict):
         value = [value]
@@ -115,7 +110,8 @@ def _kept(turn: dict, role: str, row, at: str) -> dict:
         refuse_row(
             row,
             at,
-            f"has thinking under {' and '.join(n for n in THINKING if turn.get(n))}, and it differs",
+            f"has thinking under {' and '.join(n for n in THINKING if turn.get(n))}, and it "
+            "differs",
             "one of them",
         )
     if thoughts:
@@ -167,7 +163,10 @@ def _of_json(text: str, row, what: str):
 
 
 def _tool_call(call, row, at: str) -> dict:
-    "A tool call as `{'type', 'function': {'name', 'arguments'}}`, the arguments an object without the nulls that Arrow fills in."
+    """Read a tool call as `{'type', 'function': {'name', 'arguments'}}`.
+
+    The arguments become an object without the nulls that Arrow fills in.
+    """
     if isinstance(call, str):
         call = _of_json(call, row, f"{at} tool call")
     function = call.get("function", call) if isinstance(call, dict) else None
@@ -206,7 +205,10 @@ def _tool_call(call, row, at: str) -> dict:
 
 # %% ../../nbs/data/schema.ipynb #8bd53064
 def without_nulls(value):
-    "Nested objects without the entries that are null: Arrow gives each object of a column the names of all."
+    """Remove the entries that are null from nested objects.
+
+    Arrow gives each object of a column the names of all.
+    """
     if isinstance(value, dict):
         return {name: without_nulls(one) for name, one in value.items() if one is not None}
     if isinstance(value, list):
@@ -219,7 +221,7 @@ def _of_parts(parts: list, role: str, more: dict, row, at: str) -> str:
     text = []
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
-        said = (
+        content = (
             next(
                 (part[name] for name in ("text", "value", kind) if isinstance(part.get(name), str)),
                 None,
@@ -227,12 +229,12 @@ def _of_parts(parts: list, role: str, more: dict, row, at: str) -> str:
             if isinstance(kind, str)
             else None
         )
-        if kind == "text" and isinstance(said, str):
-            text.append(said)
-        elif kind in ("reasoning", "thinking") and isinstance(said, str) and role == "assistant":
-            more["reasoning_content"] = more.get("reasoning_content", "") + said
-        elif kind == "tool_call" and isinstance(said, str) and role == "assistant":
-            more.setdefault("tool_calls", []).append(_tool_call(said, row, at))
+        if kind == "text" and isinstance(content, str):
+            text.append(content)
+        elif kind in ("reasoning", "thinking") and isinstance(content, str) and role == "assistant":
+            more["reasoning_content"] = more.get("reasoning_content", "") + content
+        elif kind == "tool_call" and isinstance(content, str) and role == "assistant":
+            more.setdefault("tool_calls", []).append(_tool_call(content, row, at))
         else:
             kind = kind if isinstance(part, dict) else abbreviated(part)
             refuse_row(
@@ -256,13 +258,13 @@ def _transcript(text: str, row, field: str) -> list[dict]:
             "a transcript that begins with Human:",
         )
     return [
-        {"role": "user" if who == "Human" else "assistant", "content": said.strip()}
-        for who, said in zip(pieces[1::2], pieces[2::2])
+        {"role": "user" if who == "Human" else "assistant", "content": text.strip()}
+        for who, text in zip(pieces[1::2], pieces[2::2])
     ]
 
 # %% ../../nbs/data/schema.ipynb #833ccf93
-def _said(text, role: str):
-    "Text as one turn; what is no text is kept for the check to name."
+def _turn_of(text, role: str):
+    "Return text as one turn; other values are unchanged, for the check to report."
     return [{"role": role, "content": text}] if isinstance(text, str) else text
 
 
@@ -272,10 +274,9 @@ def _common(a: list, b: list) -> int:
         n += 1
     return n
 
-# %% ../../nbs/data/schema.ipynb #89d819d7
-def normalize_schema(row: Row) -> Row:
-    "`row` under the standard column names: prompt, completion, chosen, rejected, messages, text, answer, ..."
-    new = Row(row, row.where)
+# %% ../../nbs/data/schema.ipynb #613a2ae7
+def _rename_columns(new: Row, row: Row):
+    "Refuse media, and rename columns that hold conversations."
     for media in MEDIA:
         if new.get(media):
             refuse_row(
@@ -289,6 +290,10 @@ def normalize_schema(row: Row) -> Row:
     ):
         if old in new and name not in new:
             new[name] = new.pop(old)
+
+
+def _read_messages(new: Row, row: Row):
+    "Read `messages`, with a column `system` as their first turn; `functions` become `tools`."
     if "messages" in new:
         new["messages"] = to_messages(new["messages"], row, "messages")
         if (
@@ -303,35 +308,36 @@ def normalize_schema(row: Row) -> Row:
         and any(name in new for name in ("messages", "prompt"))
     ):
         new["tools"] = new.pop("functions")  # as OpenAI had them before tools
-    _several(new)
+
+
+def _read_tests(new: Row):
+    "Read the tests of MBPP and HumanEval, with the prompt and the solution."
     if (
         isinstance(new.get("test_list"), list)
         and new["test_list"]
         and isinstance(new.get("code"), str)
         and "tests" not in new
     ):  # MBPP
-        setup, asked = (
-            f"{new['test_setup_code']}\n" if new.get("test_setup_code") else "",
-            new.pop("text", None) or new.get("prompt"),
-        )
-        new["tests"], new["solution"], new["completion"] = (
-            [f"{setup}{test}" for test in new["test_list"]],
-            new["code"],
-            new["code"],
-        )
-        new["prompt"] = _said(
-            f"{asked}\nIt must pass this test:\n{new['test_list'][0]}", "user"
-        )  # which tells the function's name
+        setup = f"{new['test_setup_code']}\n" if new.get("test_setup_code") else ""
+        asked = new.pop("text", None) or new.get("prompt")
+        new["tests"] = [f"{setup}{test}" for test in new["test_list"]]
+        new["solution"] = new["code"]
+        new["completion"] = new["code"]
+        # The first test shows the name of the function.
+        text = f"{asked}\nIt must pass this test:\n{new['test_list'][0]}"
+        new["prompt"] = _turn_of(text, "user")
     if (
         isinstance(new.get("test"), str)
         and isinstance(new.get("entry_point"), str)
         and isinstance(new.get("prompt"), str)
     ):  # HumanEval
-        new["tests"], new["completion"] = (
-            [f"{new['test']}\ncheck({new['entry_point']})"],
-            new.get("canonical_solution", "pass"),
-        )
+        new["tests"] = [f"{new['test']}\ncheck({new['entry_point']})"]
+        new["completion"] = new.get("canonical_solution", "pass")
         new["solution"] = new["prompt"] + new["completion"]
+
+# %% ../../nbs/data/schema.ipynb #2dfcd3c8
+def _read_instruction(new: Row, row: Row):
+    "Read an instruction and its input, or a question and its answer, as prompt and completion."
     if "prompt" not in new and ("instruction" in new or "question" in new):
         name = "instruction" if "instruction" in new else "question"
         text, more = new.pop(name), new.pop("input", None) if name == "instruction" else None
@@ -344,7 +350,7 @@ def normalize_schema(row: Row) -> Row:
             )
         if more is not None and not isinstance(more, str):
             refuse_row(row, "input", f"is {abbreviated(more)}", "text")
-        new["prompt"] = _said(text + (f"\n\n{more}" if more and more.strip() else ""), "user")
+        new["prompt"] = _turn_of(text + (f"\n\n{more}" if more and more.strip() else ""), "user")
         if (
             name == "question"
             and "completion" not in new
@@ -360,24 +366,28 @@ def normalize_schema(row: Row) -> Row:
             if name in new and "prompt" in new:
                 new["completion"] = new.pop(name)
                 break
+
+
+def _read_prompt(new: Row, row: Row):
+    "Read the prompt as text or a conversation; a column `system` becomes its first turn."
     if "system" in new and isinstance(new.get("prompt"), (str, list)):
         system = new.pop("system")
-        new["prompt"] = _said(new["prompt"], "user")
+        new["prompt"] = _turn_of(new["prompt"], "user")
         if isinstance(system, str) and system.strip():
             new["prompt"] = [{"role": "system", "content": system}, *new["prompt"]]
     if isinstance(new.get("prompt"), (list, dict)):
         new["prompt"] = to_messages(new["prompt"], row, "prompt")
-    if "chosen" in new and "rejected" in new:
-        _pair(new, row)
-    elif "messages" in new and "label" in new and "prompt" not in new:
-        new["prompt"], new["completion"] = new["messages"][:-1], new.pop("messages")[-1:]
+
+
+def _match_prompt(new: Row, row: Row):
+    "Bring `completion` and `completions` to the form of the prompt: text or turns."
     if "completion" in new:
         if isinstance(new["completion"], (list, dict)):
             new["completion"] = to_messages(new["completion"], row, "completion")
             if isinstance(new.get("prompt"), str):
-                new["prompt"] = _said(new["prompt"], "user")
+                new["prompt"] = _turn_of(new["prompt"], "user")
         elif isinstance(new.get("prompt"), list):
-            new["completion"] = _said(new["completion"], "assistant")
+            new["completion"] = _turn_of(new["completion"], "assistant")
     if (
         isinstance(new.get("completions"), list)
         and "scores" in new
@@ -386,14 +396,16 @@ def normalize_schema(row: Row) -> Row:
         new["completions"] = [
             to_messages(c, row, "completions")
             if isinstance(c, (list, dict))
-            else _said(c, "assistant")
+            else _turn_of(c, "assistant")
             for c in new["completions"]
         ]
-    return new
 
 # %% ../../nbs/data/schema.ipynb #444be712
 def _several(new: Row):
-    "Of several right answers the first becomes `answer`, and all of them `answers`: NQ has a list, SQuAD a column `answers`, KILT a list of objects as `output`."
+    """Make the first of several right answers `answer`, and all of them `answers`.
+
+    NQ has a list, SQuAD a column `answers`, KILT a list of objects as `output`.
+    """
     if (
         isinstance(new.get("input"), str)
         and isinstance(new.get("output"), list)
@@ -413,7 +425,10 @@ def _several(new: Row):
 
 
 def _pair(new: Row, row: Row):
-    "Bring chosen and rejected to the form of the prompt; find the prompt in them if it is not given."
+    """Bring chosen and rejected to the form of the prompt.
+
+    The prompt is found in them if it is not given.
+    """
     sides = [new["chosen"], new["rejected"]]
     names = ("chosen", "rejected")
     if "prompt" not in new and all(
@@ -437,12 +452,12 @@ def _pair(new: Row, row: Row):
         ):
             sides = [s[len(new["prompt"]) :] for s in sides]  # each side repeats the prompt
         if isinstance(new.get("prompt"), str):
-            new["prompt"] = _said(new["prompt"], "user")
+            new["prompt"] = _turn_of(new["prompt"], "user")
     elif all(isinstance(s, str) for s in sides):
         if "messages" in new and "prompt" not in new:
             new["prompt"] = new.pop("messages")
         if isinstance(new.get("prompt"), list):
-            sides = [_said(s, "assistant") for s in sides]
+            sides = [_turn_of(s, "assistant") for s in sides]
         elif "prompt" not in new:
             shared = os.path.commonprefix(sides)
             cut = max(
@@ -452,9 +467,32 @@ def _pair(new: Row, row: Row):
                 new["prompt"], sides = shared[:cut], [s[cut:] for s in sides]
     new["chosen"], new["rejected"] = sides
 
+# %% ../../nbs/data/schema.ipynb #89d819d7
+def normalize_schema(row: Row) -> Row:
+    """Return `row` under the standard column names.
+
+    These are prompt, completion, chosen, rejected, messages, text, answer and the like.
+    """
+    new = Row(row, row.where)
+    _rename_columns(new, row)
+    _read_messages(new, row)
+    _several(new)
+    _read_tests(new)
+    _read_instruction(new, row)
+    _read_prompt(new, row)
+    if "chosen" in new and "rejected" in new:
+        _pair(new, row)
+    elif "messages" in new and "label" in new and "prompt" not in new:
+        new["prompt"], new["completion"] = new["messages"][:-1], new.pop("messages")[-1:]
+    _match_prompt(new, row)
+    return new
+
 # %% ../../nbs/data/schema.ipynb #937799a7
 def convert(row: Row, kind: str) -> list[Row]:
-    "A row under standard names as rows of `kind`: one, or two where a pair is taken apart. Only what loses nothing that the kind needs is done; else `WrongInput`."
+    """Convert a row under standard names to rows of `kind`: one, or two of a pair.
+
+    Raises: `WrongInput` where the row lacks something that the kind needs.
+    """
     drop = lambda *names, **new: Row(
         {**{k: v for k, v in row.items() if k not in names}, **new}, row.where
     )
@@ -490,23 +528,24 @@ def convert(row: Row, kind: str) -> list[Row]:
         if has("prompt"):
             return [drop(*answers)]
         if has("messages"):
-            said = row["messages"]
-            return [drop(*answers, prompt=said[:-1] if said[-1]["role"] == "assistant" else said)]
+            turns = row["messages"]
+            answered = turns[-1]["role"] == "assistant"
+            return [drop(*answers, prompt=turns[:-1] if answered else turns)]
     elif kind == "completion":
         if has("prompt") and has("completion") and row.get("label", True) is not False:
             return [drop("chosen", "rejected", "messages", "text", "label")]
         if has("prompt") and has("chosen"):
             return [drop("chosen", "rejected", completion=row["chosen"])]
         if has("messages"):
-            said = row["messages"]
-            if said[-1]["role"] != "assistant":
+            turns = row["messages"]
+            if turns[-1]["role"] != "assistant":
                 refuse_row(
                     row,
                     "messages",
-                    f"end with a {said[-1]['role']} turn",
+                    f"end with a {turns[-1]['role']} turn",
                     "an assistant turn at the end, which is what is learned",
                 )
-            return [drop("messages", prompt=said[:-1], completion=said[-1:])]
+            return [drop("messages", prompt=turns[:-1], completion=turns[-1:])]
     elif kind == "unpaired" and has("prompt") and has("chosen") and has("rejected"):
         check_row(row, "preference")
         return [
@@ -534,12 +573,17 @@ def convert(row: Row, kind: str) -> list[Row]:
     )
     need = " + ".join(KINDS[kind][0])
     raise WrongInput(
-        f"{row.where}: columns {found}; expected {need} ({KINDS[kind][1]}), or a known schema that holds them; rename the columns or use data of this kind"
+        f"{row.where}: columns {found}; "
+        f"expected {need} ({KINDS[kind][1]}), or a known schema that holds them; "
+        "rename the columns or use data of this kind"
     )
 
 # %% ../../nbs/data/schema.ipynb #9643f73a
 def _check_answer(row, name: str):
-    "A prompt or an answer is text that is not blank, or a conversation that ends on the right side."
+    """Check that a prompt or an answer is not blank.
+
+    It is text, or a conversation that ends with a turn of the right role.
+    """
     value = row[name]
     if isinstance(value, str):
         if not value.strip():
