@@ -20,7 +20,7 @@ from polm_lab.data.rows import Row
 from polm_lab.data.encode import encode
 from polm_lab.data.load import load_data
 from polm_lab.data.turns import turn_ends
-from polm_lab.data.schema import to_messages
+from polm_lab.data.spelling import to_messages
 from polm_lab.core.knobs import WrongInput
 from polm_lab.core.machine import data_folder
 from polm_lab.models.load import load_model

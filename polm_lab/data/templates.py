@@ -12,7 +12,7 @@ import re
 
 from ..core.knobs import WrongInput
 from .rows import row_place
-from .schema import without_nulls
+from .spelling import without_nulls
 
 # %% ../../nbs/data/templates.ipynb #5c0d11a1
 OPEN, CLOSE = (

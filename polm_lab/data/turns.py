@@ -13,7 +13,7 @@ import re
 
 from ..core.knobs import WrongInput
 from .rows import Row, row_place
-from .schema import to_messages
+from .spelling import to_messages
 from .templates import CALL_ENDS, GIVE, Rendering, calls_in, holds_value
 
 # %% ../../nbs/data/turns.ipynb #5c0d11a3
