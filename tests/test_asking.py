@@ -1,4 +1,7 @@
-"Asking: files of questions whole, one alone, without answers; what is learned from and recorded; and a reader whose passages' vectors are renewed."
+"""Asking: a file of questions, one question alone, and questions without answers.
+
+Also the data that is learned from and recorded, and a reader that renews its passages' vectors.
+"""
 
 import json
 
@@ -260,7 +263,7 @@ def test_the_vectors_of_passages_are_renewed_each_so_many_steps(
     seen = []
 
     def steps(run, settings, pair, updates, loss, evaluate):
-        "In place of training: between two steps the encoder's weights are moved by hand."
+        "Move the encoder's weights by hand between two steps, instead of training."
         tokenizer = load_tokenizer("tiny")
         generator = torch.Generator().manual_seed(0)
         for step in range(5):

@@ -95,9 +95,8 @@ def test_tokenizer(tiny):
         tokenizer("a b").input_ids == encode_document(tokenizer, "a b")[:-1]
     )  # prompts begin as documents begin
     assert tokenizer.eos_token == END and tokenizer.pad_token_id != tokenizer.eos_token_id
-    for task in (
-        TASKS.values()
-    ):  # a completion's tokens do not depend on whether its prompt stands before it
+    # A completion's tokens do not depend on a prompt before it.
+    for task in TASKS.values():
         for form in task.forms:
             for row in task.rows("completion", 20, form=form):
                 if isinstance(row["prompt"], str):

@@ -1,4 +1,4 @@
-"""The data sets of the survey's table 9: every mapping on rows of the data set's own schema, and the whole way from a name to rows.
+"""The data sets of the survey's table 9: every mapping, and the whole way from a name to rows.
 
 The rows have the columns that the cards and the published files have; their content is made up.
 """
@@ -24,7 +24,9 @@ ALPACA = [
     ),
     dict(instruction="Greet.", input="", output="Hello.", text="Below is. Hello."),
 ]
-PLAIN_ALPACA = [{k: v for k, v in row.items() if k != "text"} for row in ALPACA]
+PLAIN_ALPACA = [
+    dict(instruction=row["instruction"], input=row["input"], output=row["output"]) for row in ALPACA
+]
 SHAREGPT = [
     dict(
         id="x_0",
@@ -327,7 +329,10 @@ ROWS = {
     "baize": [
         dict(
             topic="whales",
-            input="The conversation between human and AI assistant.\n[|Human|] Is a whale a fish?\n[|AI|] No.\n[|Human|] ",
+            input=(
+                "The conversation between human and AI assistant.\n[|Human|] Is a whale a "
+                "fish?\n[|AI|] No.\n[|Human|] "
+            ),
         )
     ],
     "wildchat": [
@@ -563,14 +568,20 @@ def test_a_data_set_may_be_a_file_of_what_is_on_the_hub(tmp_path, monkeypatch):
         load_data("webgpt@bigscience/xP3:sw/merged_sw.jsonl", "preference", "all")
     with pytest.raises(
         WrongInput,
-        match="data 'bigscience/xP3:tw/none.jsonl': not to be had from the Hub .*; expected a file of bigscience/xP3; name another",
+        match=(
+            "data 'bigscience/xP3:tw/none.jsonl': not to be had from the Hub .*; expected a "
+            "file of bigscience/xP3; name another"
+        ),
     ):
         load_data("bigscience/xP3:tw/none.jsonl", "completion", "all")
 
 
 @pytest.mark.parametrize("network", [False, True])
 def test_what_a_script_would_make_is_read_from_the_hubs_own_copy(tmp_path, monkeypatch, network):
-    "`datasets` refuses four data sets of table 9, since they come with a script; the Hub keeps their rows as Parquet, in a branch of its own."
+    """`datasets` refuses four data sets of table 9, since they come with a script.
+
+    The Hub keeps their rows as Parquet, in a branch of its own.
+    """
     import datasets
     import huggingface_hub
 
@@ -615,7 +626,10 @@ def test_what_a_script_would_make_is_read_from_the_hubs_own_copy(tmp_path, monke
 def test_what_is_not_on_the_hub_says_where_it_is():
     with pytest.raises(
         WrongInput,
-        match=r"data 'instinwild': it is not on the Hub; .*github.com/XueFuzhao/InstructionWild and write instinwild@FILE",
+        match=(
+            r"data 'instinwild': it is not on the Hub; .*github.com/XueFuzhao/InstructionWild "
+            r"and write instinwild@FILE"
+        ),
     ):
         load_data("instinwild", "completion")
 

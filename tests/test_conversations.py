@@ -1,4 +1,7 @@
-"What is learned of a conversation: the assistant's turns with their ends and nothing else, by every chat template in the installed TRL."
+"""The learned text of a conversation, by every chat template in the installed TRL.
+
+It is the assistant's turns with their ends and nothing else.
+"""
 
 import copy
 import functools
@@ -17,7 +20,7 @@ from polm_lab.data.rows import Row
 from polm_lab.data.encode import encode
 from polm_lab.data.load import load_data
 from polm_lab.data.turns import turn_ends
-from polm_lab.data.schema import to_messages
+from polm_lab.data.spelling import to_messages
 from polm_lab.core.knobs import WrongInput
 from polm_lab.core.machine import data_folder
 from polm_lab.models.load import load_model
@@ -26,13 +29,16 @@ from polm_lab.models.save import save_model
 from polm_lab.models.rollout import end_strings, end_tokens, rollout
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
-WRITTEN = r"<\|[\w▁]+\|?>|<[\w▁]+\|>|<｜[^<>]+｜>|</?(?:start_of_turn|end_of_turn|end_of_utterance|tool_call|tool_response|think|s)>|\[gMASK\]|<sop>"
-ENDS = {  # what ends an assistant's turn, by the beginning of the template's name; the longest that fits counts
+WRITTEN = (
+    r"<\|[\w▁]+\|?>|<[\w▁]+\|>|<｜[^<>]+｜>"
+    r"|</?(?:start_of_turn|end_of_turn|end_of_utterance|tool_call|tool_response|think|s)>"
+    r"|\[gMASK\]|<sop>"
+)
+# The ends of an assistant's turn, by the start of the template's name; the longest match counts.
+ENDS = {
     "cohere": ("<|END_OF_TURN_TOKEN|>",),
-    "deepseek_r1": (
-        "<｜end▁of▁sentence｜>",
-        "<｜tool▁outputs▁begin｜>",
-    ),  # a single tool call is left open by this template
+    # This template leaves a single tool call open.
+    "deepseek_r1": ("<｜end▁of▁sentence｜>", "<｜tool▁outputs▁begin｜>"),
     "deepseekv3": ("<｜end▁of▁sentence｜>", "<｜tool▁outputs▁begin｜>"),
     "diffusion_gemma": ("<turn|>", "<|tool_response>"),
     "gemma": ("<end_of_turn>",),
@@ -47,8 +53,11 @@ ENDS = {  # what ends an assistant's turn, by the beginning of the template's na
     "smolvlm": ("<end_of_utterance>",),
     "": ("<|im_end|>",),  # ChatML: Qwen, LFM2, Nemotron
 }
-CALLING = """deepseek_r1_distill deepseekv3 diffusion_gemma gemma4 gemma4_v2 gemma4_v3 gemma4_v4 gemma4_v5 glm4moe gptoss lfm2_2_5 lfm2_2_5_v2 lfm2_2_5_vl lfm2_v2
-llama3_1 llama3_2 muse_glimmer nemotron_3_5_lightning nemotron_3_nano nemotron_3_super nemotron_3_ultra qwen2_5 qwen3 qwen3_5_nothink qwen3_5_think qwen3_6 qwen3_8
+CALLING = """deepseek_r1_distill deepseekv3 diffusion_gemma
+gemma4 gemma4_v2 gemma4_v3 gemma4_v4 gemma4_v5 glm4moe gptoss
+lfm2_2_5 lfm2_2_5_v2 lfm2_2_5_vl lfm2_v2 llama3_1 llama3_2 muse_glimmer
+nemotron_3_5_lightning nemotron_3_nano nemotron_3_super nemotron_3_ultra
+qwen2_5 qwen3 qwen3_5_nothink qwen3_5_think qwen3_6 qwen3_8
 qwen3_instruct_2507 qwen3_vl""".split()
 NAMES = sorted(file.stem for file in TEMPLATES.glob("*.jinja"))
 ORIGINAL = [name for name in NAMES if not name.endswith("_training")]
@@ -60,7 +69,10 @@ def plain_tokenizer():
 
 
 def tokenizer_of(template: str, **special):
-    "The tokenizer of `tiny` with a template of TRL (or a text), whose special tokens are tokens of it."
+    """Give the tokenizer of `tiny` a template of TRL (or a text).
+
+    The special tokens of the template become tokens.
+    """
     tokenizer = copy.deepcopy(plain_tokenizer())
     source = (TEMPLATES / f"{template}.jinja").read_text() if template in NAMES else template
     names = sorted(set(re.findall(WRITTEN, source)) | {"<|endoftext|>", "</s>"})
@@ -87,7 +99,10 @@ def ends_of(template: str) -> tuple[str, ...]:
 
 
 class Writer:
-    "Seeded conversations whose every word says which turn it is from; what is around the words is there to mislead."
+    """Seeded conversations in which every word shows its turn.
+
+    The text around the words is there to mislead.
+    """
 
     def __init__(self, seed: int):
         self.rng, self.number = random.Random(seed), 0
@@ -216,7 +231,8 @@ def test_a_template_without_tool_calls_refuses_them_in_one_line(template):
     )
 
 
-# templates that render the same with TRL's generation marks as without: an independent statement of what is learned
+# Templates that render the same with TRL's generation marks as without.
+# The marks are an independent statement of what is learned.
 @pytest.mark.parametrize(
     "template",
     [
@@ -309,7 +325,10 @@ def test_a_call_without_content_is_learned():
         '<tool_call>\n{"name": "search", "arguments": {"text": "cats"}}\n</tool_call><|im_end|>\n'
     )
     assert learned_texts(tokenizer_of("qwen2_5"), {"messages": messages}) == [qwen]
-    deepseek = '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>search\n```json\n{"text": "cats"}\n```<｜tool▁call▁end｜><｜tool▁outputs▁begin｜>'
+    deepseek = (
+        '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>search\n```json\n{"text": '
+        '"cats"}\n```<｜tool▁call▁end｜><｜tool▁outputs▁begin｜>'
+    )
     assert learned_texts(tokenizer_of("deepseek_r1_distill"), {"messages": messages}) == [deepseek]
     assert learned_texts(tokenizer_of("deepseek_r1_distill"), {"messages": answered}) == [
         deepseek,
@@ -330,10 +349,16 @@ def test_a_template_without_an_end_learns_the_next_role():
         "\n<think></think>\nd<|user|>",
     ]
     assert turn_ends(tokenizer) == ["<|user|>", "<|observation|>"]
-    textual = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    textual = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
     with pytest.raises(
         WrongInput,
-        match="a.jsonl:1: the chat template writes no token at the end of assistant turn 2.*chat_template = FILE.jinja.*generation",
+        match=(
+            "a.jsonl:1: the chat template writes no token at the end of assistant turn "
+            "2.*chat_template = FILE.jinja.*generation"
+        ),
     ):
         learned_texts(tokenizer_of(textual), Row({"messages": messages}, "a.jsonl:1"))
 
@@ -345,7 +370,11 @@ def test_what_cannot_be_aligned_is_refused():
         {"role": "user", "content": "c?"},
         {"role": "assistant", "content": "d"},
     ]
-    numbers = "{% for i in range(messages | length) %}{{ '<|im_start|>' + messages[i].role + '\n' + messages[i].content + '<|im_end|>\n' }}{% endfor %}"
+    numbers = (
+        "{% for i in range(messages | length) %}"
+        "{{ '<|im_start|>' + messages[i].role + '\n' + messages[i].content + '<|im_end|>\n' }}"
+        "{% endfor %}"
+    )
     numbers += "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     assert learned_texts(tokenizer_of(numbers), {"messages": messages}) == [
         "b<|im_end|>\n",
@@ -354,7 +383,10 @@ def test_what_cannot_be_aligned_is_refused():
     changing = "{{ messages | length }}" + numbers
     with pytest.raises(
         WrongInput,
-        match="a.jsonl:1: the chat template changes the text of assistant turn 2.*chat_template = FILE.jinja",
+        match=(
+            "a.jsonl:1: the chat template changes the text of assistant turn 2.*chat_template "
+            "= FILE.jinja"
+        ),
     ):
         learned_texts(tokenizer_of(changing), Row({"messages": messages}, "a.jsonl:1"))
     fetched = numbers.replace(
@@ -367,7 +399,10 @@ def test_what_cannot_be_aligned_is_refused():
 
 
 def test_marks_that_leave_the_end_out_learn_it():
-    marked = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% generation %}{{ m.content }}{% endgeneration %}{{ '<|im_end|>\n' }}{% endfor %}"
+    marked = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% generation %}"
+        "{{ m.content }}{% endgeneration %}{{ '<|im_end|>\n' }}{% endfor %}"
+    )
     only = marked.replace(
         "{% generation %}", "{% if m.role == 'assistant' %}{% generation %}"
     ).replace("{% endgeneration %}", "{% endgeneration %}{% else %}{{ m.content }}{% endif %}")
@@ -383,24 +418,40 @@ def test_an_answer_that_is_opened_inside_of_the_loop():
         {"role": "user", "content": "c?"},
         {"role": "assistant", "content": "d"},
     ]
-    inside = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}"
+    inside = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}"
+        "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+        "{% endfor %}"
+    )
     assert learned_texts(tokenizer_of(inside, eos="</s>"), {"messages": messages}) == [
         "b</s>\n",
         "d</s>\n",
     ]
-    without = "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+    without = (
+        "{% for m in messages %}{% if m.role == 'user' %}"
+        "{{ '[INST] ' + m.content + ' [/INST]' }}{% else %}"
+        "{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+    )
     assert learned_texts(tokenizer_of(without, eos="</s>"), {"messages": messages}) == [
         " b </s>",
         " d </s>",
     ]
-    closing = "{% for m in messages %}{% if not loop.first %}{{ '<|im_end|>\n' }}{% endif %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}{{ '<|im_end|>\n' }}"
-    closing += "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"  # a turn is closed by what comes next
+    closing = (
+        "{% for m in messages %}{% if not loop.first %}{{ '<|im_end|>\n' }}{% endif %}"
+        "{{ '<|' + m.role + '|>' + m.content }}{% endfor %}{{ '<|im_end|>\n' }}"
+    )
+    # a turn is closed by what comes next
+    closing += "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
     runs = learned_texts(tokenizer_of(closing), {"messages": messages})
     assert [run.rstrip() for run in runs] == ["b<|im_end|>", "d<|im_end|>"]
 
 
 def test_marks_around_some_turns_say_which_are_learned():
-    last = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if loop.last %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    last = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if loop.last %}"
+        "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}"
+        "{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    )
     messages = [
         {"role": "user", "content": "a?"},
         {"role": "assistant", "content": "b"},
@@ -415,8 +466,16 @@ def test_marks_around_some_turns_say_which_are_learned():
 
 
 def test_another_turn_in_the_midst_of_an_answer_is_refused():
-    template = "{% for m in messages %}{% if m.role != 'tool' %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{% if not loop.last and messages[loop.index0 + 1].role == 'tool' %}"
-    template += "{{ '[found: ' + messages[loop.index0 + 1].content + ']' }}{% endif %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    template = (
+        "{% for m in messages %}{% if m.role != 'tool' %}"
+        "{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+        "{% if not loop.last and messages[loop.index0 + 1].role == 'tool' %}"
+    )
+    template += (
+        "{{ '[found: ' + messages[loop.index0 + 1].content + ']' }}{% endif %}"
+        "{{ '<|im_end|>\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
     messages = [
         {"role": "user", "content": "a?"},
         {"role": "assistant", "content": "look"},
@@ -434,8 +493,14 @@ def test_another_turn_in_the_midst_of_an_answer_is_refused():
 
 
 def test_no_token_of_two_turns_is_learned():
-    "Without special tokens, a token may reach over the seam: it is taken apart as it is where the model is asked."
-    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '</s>' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    """Without special tokens, a token may cross the border between turns.
+
+    There the text is tokenized apart, as it is when the model is asked.
+    """
+    template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
     tokenizer = load_tokenizer("tiny")
     tokenizer.chat_template, apart = template, 0
     for answer in ("the", " the", "\n\nwell", "yes", " 4", ": is"):
@@ -574,10 +639,12 @@ def test_nulls_of_arrow_are_not_learned(tmp_path):
         ]
         assert texts == [
             [
-                '<tool_call>\n{"name": "search", "arguments": {"text": "cats"}}\n</tool_call><|im_end|>\n'
+                '<tool_call>\n{"name": "search", "arguments": {"text": '
+                '"cats"}}\n</tool_call><|im_end|>\n'
             ],
             [
-                '<tool_call>\n{"name": "weather", "arguments": {"city": {"name": "Rome"}, "days": [1, 2]}}\n</tool_call><|im_end|>\n'
+                '<tool_call>\n{"name": "weather", "arguments": {"city": {"name": "Rome"}, '
+                '"days": [1, 2]}}\n</tool_call><|im_end|>\n'
             ],
         ]
     meant = call("search")
@@ -679,7 +746,10 @@ def test_whatever_ends_an_answer_ends_sampling(tmp_path):
 def test_an_end_of_several_tokens_is_a_stop_string():
     model, tokenizer = load_model("tiny", "float32", "cpu"), load_tokenizer("tiny")
     asked = [tokenizer("The capital of").input_ids]
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ':' + m.content + '<eot>\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ':' + m.content + '<eot>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
     assert turn_ends(tokenizer) == ["<eot>"] == list(end_strings(tokenizer)) and end_tokens(
         model, tokenizer
     ) == [2]

@@ -1,4 +1,4 @@
-"""Data: bad input is named, schemas map to kinds, tokens and masks are right, packing and order change no result."""
+"""Data: errors, schemas, kinds of rows, tokens and masks, packing and order."""
 
 import gzip
 import json
@@ -28,13 +28,16 @@ from polm_lab.data.tasks import TASKS
 
 ASK, SAY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' + '\n' }}{% endgeneration %}"
-    "{% else %}{{ m.content + '<|im_end|>' + '\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' + '\n' }}"
+    "{% endgeneration %}"
+    "{% else %}{{ m.content + '<|im_end|>' + '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 NO_MARKS = CHATML.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 STRICT = (
-    "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn, please') }}{% endif %}"
-    + NO_MARKS
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn, please') }}"
+    "{% endif %}" + NO_MARKS
 )
 CORPUS = ["the answer is four, what is two and two; user assistant say hello good day ((()))"] * 3
 
@@ -710,6 +713,11 @@ def test_conversation_equals_transformers():
     assert everything["completion_mask"] == [0] + [1] * (len(theirs["input_ids"]) - 1)
 
 
+def random_text(words: list[str], rng: random.Random) -> str:
+    "One to five words, each with or without a space after it."
+    return "".join(rng.choice(words) + rng.choice(["", " "]) for _ in range(rng.randint(1, 5)))
+
+
 @pytest.mark.parametrize("make", [gpt2_style, llama_style])
 def test_the_prompt_is_the_beginning(make):
     tokenizer = make()
@@ -717,10 +725,7 @@ def test_the_prompt_is_the_beginning(make):
     words = "two and is four ( (( ))) what hello , ;".split(" ")
     together = 0
     for _ in range(200):
-        prompt, completion = (
-            "".join(rng.choice(words) + rng.choice(["", " "]) for _ in range(rng.randint(1, 5)))
-            for _ in range(2)
-        )
+        prompt, completion = random_text(words, rng), random_text(words, rng)
         if not prompt.strip() or not completion.strip():
             continue
         asked = encode(tokenizer, {"prompt": prompt}, "prompt", 99)["input_ids"]
@@ -922,9 +927,9 @@ def test_pack_rows():
     for _ in range(50):
         lengths = [rng.randint(1, 64) for _ in range(rng.randint(1, 60))]
         rows = pack_rows(lengths, 64)
-        assert sorted(sum(rows, [])) == list(range(len(lengths))) and all(
-            sum(lengths[i] for i in row) <= 64 for row in rows
-        )
+        assert sorted(sum(rows, [])) == list(range(len(lengths)))
+        for row in rows:
+            assert sum(lengths[i] for i in row) <= 64
         assert len(rows) <= 11 / 9 * -(-sum(lengths) // 64) * 1.5 + 1
     assert pack_rows([5, 3, 2, 5, 5], 10) == [[0, 3], [4, 1, 2]]
     with pytest.raises(WrongInput, match="65 tokens does not fit rows of 64"):
@@ -976,7 +981,10 @@ def test_data_imports_without_torch():
     import subprocess
     import sys
 
-    code = "import sys, polm_lab.data.load, polm_lab.data.encode; print([m for m in ('torch', 'transformers', 'datasets', 'pandas', 'pyarrow', 'numpy') if m in sys.modules])"
+    code = (
+        "import sys, polm_lab.data.load, polm_lab.data.encode; print([m for m in ('torch', "
+        "'transformers', 'datasets', 'pandas', 'pyarrow', 'numpy') if m in sys.modules])"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -1,4 +1,7 @@
-"What a method's page declares, and what reads it: needs, the explanation of a reward, metrics, kinds of rows."
+"""The declarations of a method's page, and their readers.
+
+A page declares needs, the explanation of a reward, metrics, and kinds of rows.
+"""
 
 import importlib
 import json
@@ -64,7 +67,7 @@ def page(monkeypatch):
     return asked
 
 
-# Words -------------------------------------------------------------------------------------------------------------
+# Words
 
 
 def test_every_method_uses_known_words():
@@ -106,7 +109,7 @@ def test_an_unknown_word_is_refused_in_one_line(facts, found):
     assert "mine" not in REGISTRY
 
 
-# Explanations ------------------------------------------------------------------------------------------------------
+# Explanations
 
 
 def test_a_method_names_its_explanation():
@@ -162,7 +165,7 @@ def test_the_cockpit_asks_the_page_of_the_run(page):
     assert page == ["polm_lab.finetuning.mine"]
 
 
-# Metrics -----------------------------------------------------------------------------------------------------------
+# Metrics
 
 
 def test_a_metric_has_one_owner():
@@ -220,7 +223,7 @@ def test_a_table_and_a_sweep_know_which_way_is_better(page, runs):
     assert how["better"] == "down"
 
 
-# Kinds of rows -----------------------------------------------------------------------------------------------------
+# Kinds of rows
 
 
 def check_year(row):

@@ -1,4 +1,7 @@
-"""Every reader of a user's file, on a thousand damaged files: what comes back is rows, or `WrongInput` of one line, and never anything else."""
+"""Every reader of a user's file, on a thousand damaged files.
+
+The result is rows, or `WrongInput` of one line, and never anything else.
+"""
 
 import csv
 import functools
@@ -49,7 +52,7 @@ ROWS = [
     for i in range(4)
 ]
 
-# What stands in files of others where something else was expected.
+# Values in users' files where something else was expected.
 STRANGE = (
     None,
     True,
@@ -103,7 +106,10 @@ NAMES = (
 
 
 def change(value, rng: random.Random, depth: int = 0):
-    "A copy of JSON with one place changed: another value, another name, a part left out or doubled."
+    """Copy JSON with one place changed.
+
+    It gets another value or another name, or a part is left out or doubled.
+    """
     if isinstance(value, dict) and value and (depth < 1 or rng.random() < 0.7):
         name = rng.choice(list(value))
         how = rng.randrange(4)
@@ -223,7 +229,10 @@ def changed(write):
 
 
 TEXT = ("One line, «é».\nAnother.\n\nA paragraph.\n\n\nMore | less\n" * 6).encode()
-PAGE = b"<html><head><title>T</title></head><body><p>one <b>two</p><table><tr><td>a</td></tr></table></body></html>"
+PAGE = (
+    b"<html><head><title>T</title></head><body><p>one <b>two</p>"
+    b"<table><tr><td>a</td></tr></table></body></html>"
+)
 CONFIG = json.dumps(
     {"model_type": "llama", "vocab_size": 12, "hidden_size": 8, "layers": [1, 2]}
 ).encode()
@@ -233,7 +242,10 @@ TOKENS = json.dumps(
         "added_tokens": [{"id": 2, "content": "<s>"}],
     }
 ).encode()
-KNOBS = b"steps: 3\nlearning_rate: 1e-4\ndata: sums\nadapter: 'lora:r=8'\n# a note\nschedule: {a: [1, 2]}\n"
+KNOBS = (
+    b"steps: 3\nlearning_rate: 1e-4\ndata: sums\nadapter: 'lora:r=8'\n"
+    b"# a note\nschedule: {a: [1, 2]}\n"
+)
 RUN = json.dumps(
     {"id": "x", "method": "sft", "settings": {"steps": 2}, "status": "finished", "summary": {}}
 ).encode()

@@ -207,8 +207,8 @@ OTHERS = {
     "a pointer": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n",
         "d.parquet",
-        "a Git LFS pointer, which stands for a file that was not fetched; expected a parquet file "
-        "under this name; fetch it with git lfs pull",
+        "a Git LFS pointer to a file that was not fetched; expected a parquet file under this name; "
+        "fetch it with git lfs pull",
     ),
     "a web page": (
         b"<!DOCTYPE html><html>404</html>",

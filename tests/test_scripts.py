@@ -1,4 +1,7 @@
-"Retrieval in scripts of all kinds: words, answers, passages, pages; an index of an older tokenizer; and what an answer is compared by."
+"""Retrieval in scripts of all kinds: words, answers, passages and pages.
+
+Also an index of an older tokenizer, and the comparison of answers.
+"""
 
 import json
 import math
@@ -387,7 +390,8 @@ def test_a_passage_that_is_too_long_for_the_reader_is_halved():
 # pages
 
 HTML = {
-    "<table><tr><td>Zorb</td><td>4711</td></tr><tr><td>Mib</td><td>12</td></tr></table>": "Zorb 4711\n\nMib 12",
+    "<table><tr><td>Zorb</td><td>4711</td></tr>"
+    "<tr><td>Mib</td><td>12</td></tr></table>": "Zorb 4711\n\nMib 12",
     "<table><tr><th>a<th>b<tr><td>1<td>2</table>": "a b\n\n1 2",
     "<p>One<p>Two": "One\n\nTwo",
     "One<br>Two<br/>Three": "One\nTwo\nThree",

@@ -1,4 +1,7 @@
-"Data specs: how they are taken apart, which rows an evaluation sees, and what each method makes of a task, a part of it, and a file."
+"""Data specs: how they are parsed, and which rows an evaluation sees.
+
+Also the results of each method on a task, a part of it, and a file.
+"""
 
 import functools
 import json
@@ -53,7 +56,7 @@ def made(name, **settings):
     return chain.execute(chain.create(name, settings | dict(device="cpu", dtype="float32")))
 
 
-# ------------------------------------------------------------------ specs
+# specs
 
 
 def test_each_kind_of_spec(tmp_path, monkeypatch):
@@ -127,7 +130,7 @@ def test_a_run_keeps_the_full_path_of_a_part_of_a_file(tmp_path, monkeypatch):
     assert chain.check_settings("sft", dict(data="rows.jsonl#3"))[1].data == f"{file}#3"
 
 
-# ------------------------------------------------------------------ rows to evaluate on
+# rows to evaluate on
 
 
 def test_rows_to_evaluate_on(tmp_path):
@@ -194,7 +197,7 @@ def test_counts_of_rows():
     ] == [True] * 4 + [False] * 2
 
 
-# ------------------------------------------------------------------ where rows are from
+# where rows are from
 
 
 def test_rows_that_a_run_wrote_are_from_its_data(tmp_path):
@@ -222,7 +225,7 @@ def test_rows_that_a_run_wrote_are_from_its_data(tmp_path):
     assert other_tasks(settings, load_tokenizer("tiny")) == ("facts", "stories", "code")
 
 
-# ------------------------------------------------------------------ every method that trains
+# every method that trains
 
 TRAINED = [name for name, found in methods().items() if found.trains]
 SOURCES, GIVENS = ("task", "part", "file"), ("none", "file")
@@ -265,7 +268,10 @@ def all_rows(task):
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
-    "The run of a method on data and evaluation data of some kind, made once, with tasks of few rows."
+    """Runs of methods on data and evaluation data of some kind, each made once.
+
+    The tasks have few rows.
+    """
     folder = tmp_path_factory.mktemp("specs")
 
     @functools.cache
@@ -359,7 +365,7 @@ def test_a_task_is_the_same_with_all_its_rows_named(ended, name, given):
     assert [row["loss"] for row in part.lines()] == [row["loss"] for row in whole.lines()]
 
 
-# ------------------------------------------------------------------ held-out rows are scored by their own rule
+# held-out rows are scored by their own rule
 
 
 @pytest.mark.parametrize("name", ON_POLICY)
@@ -389,7 +395,8 @@ def test_a_reward_that_applies_to_some_rows_says_to_how_many(tmp_path, monkeypat
     rows = TASKS["sums"].rows("prompt", GIVEN, 3, "test")
     given, code = written(tmp_path / "given.jsonl", rows), tmp_path / "some.py"
     code.write_text(
-        f"def some(prompts, completions, **columns):\n    return [None if p == {rows[0]['prompt']!r} else 0.25 for p in prompts]\n"
+        "def some(prompts, completions, **columns):\n    return [None if p == "
+        f"{rows[0]['prompt']!r} else 0.25 for p in prompts]\n"
     )
     after = check.short_run(
         find("grpo"), tmp_path, data="sums", eval_data=given, steps=0, rewards=f"{code}:some"
@@ -480,7 +487,7 @@ def test_a_compressed_model_is_measured_by_the_rule_of_what_it_is_measured_on(
     assert {name: before[name] for name in again} == pytest.approx(again)
 
 
-# ------------------------------------------------------------------ methods that do not train: how many rows they saw
+# methods that do not train: how many rows they saw
 
 OTHERS = {  # settings that make a run short, and what its counts are
     "prune": (
@@ -571,7 +578,7 @@ def test_a_part_of_the_sums_is_what_reft_learns_from(tmp_path):
     assert len(whole) == 9 and part == whole[:8]
 
 
-# ------------------------------------------------------------------ what is shown of a run
+# what is shown of a run
 
 
 def test_counts_are_no_results_where_runs_are_shown(tmp_path):

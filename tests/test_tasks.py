@@ -8,9 +8,7 @@ import sys
 import pytest
 
 from polm_lab.core.knobs import WrongInput
-from polm_lab.data.language import ENCYCLOPEDIA, RELATIONS, REQUESTS, UNSAFE, gold
-from polm_lab.data.tasks import TASKS
-from polm_lab.data.messages import assistant, user
+from polm_lab.data.encyclopedia import ENCYCLOPEDIA, RELATIONS
 from polm_lab.data.exact import (
     check_text,
     compute,
@@ -19,7 +17,10 @@ from polm_lab.data.exact import (
     slip,
     steps_of,
 )
+from polm_lab.data.language import REQUESTS, UNSAFE, gold
+from polm_lab.data.messages import assistant, user
 from polm_lab.data.synthetic import split_of
+from polm_lab.data.tasks import TASKS
 
 COLUMNS = {
     "prompt": {"prompt"},
@@ -115,10 +116,10 @@ def test_the_scorer_agrees_with_the_rows(name, form):
 def test_no_question_is_on_both_sides(name):
     task = TASKS[name]
     for form in task.forms:
-        sides = {
-            s: {task.pick(random.Random(f"{s}{i}"), form, s)["key"] for i in range(400)}
-            for s in ("train", "test")
-        }
+        sides = {"train": set(), "test": set()}
+        for side, keys in sides.items():
+            for i in range(400):
+                keys.add(task.pick(random.Random(f"{side}{i}"), form, side)["key"])
         assert not sides["train"] & sides["test"]
         assert all(split_of(key) == "test" for key in sides["test"])
 
@@ -210,13 +211,10 @@ def test_facts_by_hand():
         "\n": 0,
     }
     assert {text: score({"answer": "Nerra"}, text) for text in replies} == replies
-    of_sort = {
-        sort: {r for r, f in RELATIONS.items() if f[0] == sort} for sort in ("town", "person")
-    }
-    assert (
-        all(set(facts) in of_sort.values() for facts in ENCYCLOPEDIA.values())
-        and len(ENCYCLOPEDIA) == 80
-    )
+    of_towns = {name for name, relation in RELATIONS.items() if relation[0] == "town"}
+    of_people = {name for name, relation in RELATIONS.items() if relation[0] == "person"}
+    assert all(set(facts) in (of_towns, of_people) for facts in ENCYCLOPEDIA.values())
+    assert len(ENCYCLOPEDIA) == 80
 
 
 def test_reading_answers_stand_in_the_passage_and_not_only_in_memory():

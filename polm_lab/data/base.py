@@ -29,7 +29,8 @@ from .tasks import TASKS
 PAD = "<|pad|>"
 TEMPLATE = (
     "{%- for message in messages -%}{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{%- if message['role'] == 'assistant' -%}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
     "{%- else -%}{{ message['content'] + '<|im_end|>' }}{%- endif -%}{{ '\\n' }}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
 )
@@ -49,7 +50,7 @@ class Recipe:
     tokens: int = 4096  # target tokens per step
     learning_rate: float = 3e-3
     warmup: int = 100  # steps
-    decay: float = 0.3  # last share of the steps, in which the learning rate falls linearly to 0
+    decay: float = 0.3  # last share of the steps: the learning rate falls linearly to 0
     weight_decay: float = 0.1
     clip: float = 1.0
     seed: int = 0
@@ -63,7 +64,7 @@ class Recipe:
 
 
 def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
-    "A byte-level BPE tokenizer in which every digit is a token of its own, trained on documents of the tasks."
+    "Train a byte-level BPE tokenizer with one token per digit on documents of the tasks."
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -121,7 +122,10 @@ def encode_document(tokenizer, text: str) -> list[int]:
 
 
 def draw_documents(recipe: Recipe, tokenizer, step: int) -> list[list[int]]:
-    "The documents of one step, a pure function of (seed, step): each task fills its share of the tokens."
+    """Draw the documents of one step, a pure function of (seed, step).
+
+    Each task fills its share of the tokens.
+    """
     documents = []
     for name, share in recipe.shares:
         rng, left = random.Random(f"{recipe.seed}/{step}/{name}"), recipe.tokens * share
@@ -135,7 +139,10 @@ def draw_documents(recipe: Recipe, tokenizer, step: int) -> list[list[int]]:
 def microbatches(
     documents: list[list[int]], pad: int, size: int = 4096
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    "Documents sorted by length and padded into tensors of at most about `size` tokens: (input ids, labels with -100 for padding)."
+    """Sort documents by length and pad them into tensors of at most about `size` tokens.
+
+    Each batch is (input ids, labels with -100 for padding), both [rows, time].
+    """
     documents, batches = sorted(documents, key=len), []
     while documents:
         n = 1
@@ -154,7 +161,10 @@ def microbatches(
 
 
 def summed_loss(model, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    "Summed next-token cross-entropy in nats. Rows are padded on the right, so the causal mask alone keeps padding out."
+    """Return the summed next-token cross-entropy in nats.
+
+    Rows are padded on the right, so the causal mask alone keeps padding out.
+    """
     logits = model(input_ids=ids, use_cache=False).logits
     return F.cross_entropy(
         logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
@@ -188,7 +198,10 @@ def save_atomic(value, path: Path):
 def pretrain(
     recipe: Recipe, work: Path, save_every: int = 100, stop_at: int | None = None, say=print
 ):
-    "Train from the state in `work`, or from the start; returns (model, tokenizer). Killed and called again, it ends in the same bits."
+    """Train from the state in `work`, or from the start; return (model, tokenizer).
+
+    A run that is killed and called again ends in the same bits.
+    """
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "tokenizer.json").exists():
         make_tokenizer(recipe).save_pretrained(work)
@@ -218,7 +231,8 @@ def pretrain(
         done = step + 1
         if done % 20 == 0:
             say(
-                f"step {done} loss {total:.4f} norm {norm:.2f} tokens/s {seen / (time.time() - began):.0f}"
+                f"step {done} loss {total:.4f} norm {norm:.2f} tokens/s "
+                f"{seen / (time.time() - began):.0f}"
             )
         if done % save_every == 0 or done == recipe.steps or done == stop_at:
             save_atomic(
@@ -238,20 +252,23 @@ def sample(
     seed: int = 0,
     greedy: bool = False,
 ) -> list[list[str]]:
-    "`samples` completions of each prompt (text or conversation) at temperature 1; prompts of one length go through together."
+    """Sample `samples` completions of each prompt (text or conversation) at temperature 1.
+
+    Prompts of one length go through the model together.
+    """
     ids = [prompt_ids(tokenizer, p) for p in prompts]
     torch.manual_seed(seed)
     texts: list[list[str]] = [[] for _ in prompts]
-    how = (
+    options = (
         dict(do_sample=False)
         if greedy
         else dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
     )
-    how |= dict(max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id)
+    options |= dict(max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id)
     for length in sorted(set(map(len, ids))):
         which = [i for i, row in enumerate(ids) if len(row) == length for _ in range(samples)]
         batch = torch.tensor([ids[i] for i in which])
-        out = model.generate(batch, attention_mask=torch.ones_like(batch), **how)
+        out = model.generate(batch, attention_mask=torch.ones_like(batch), **options)
         for i, text in zip(
             which, tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
         ):
@@ -291,9 +308,12 @@ TESTS = (  # task, form, longest reply in tokens
 def measure(
     model, tokenizer, n: int = 100, samples: int = 4, tests=TESTS
 ) -> dict[str, dict[str, float]]:
-    """Figures on held-out questions, by task and form, and the perplexity of clean text by task.
+    """Measure scores on held-out questions by task and form, and perplexity by task.
 
-    one: mean score of a sample; any: share of prompts with a full score among the samples; greedy: mean score of the greedy reply.
+    - one: mean score of a sample
+    - any: share of prompts with a full score among the samples
+    - greedy: mean score of the greedy reply
+    - perplexity: of clean text, by task only
     """
     model.eval()
     figures: dict[str, dict[str, float]] = {}
@@ -301,10 +321,9 @@ def measure(
         task = TASKS[name]
         rows = task.rows("prompt", n, seed=1, split="test", form=form)
         prompts = [r["prompt"] for r in rows]
-        drawn = [
-            [task.score(r, t) for t in ts]
-            for r, ts in zip(rows, sample(model, tokenizer, prompts, samples, new))
-        ]
+        drawn = []
+        for row, texts in zip(rows, sample(model, tokenizer, prompts, samples, new)):
+            drawn.append([task.score(row, text) for text in texts])
         best = [
             task.score(r, ts[0])
             for r, ts in zip(rows, sample(model, tokenizer, prompts, 1, new, greedy=True))
@@ -333,22 +352,20 @@ def save_base(model, tokenizer, recipe: Recipe, figures: dict, out: Path):
     )
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    if (
-        out / "chat_template.jinja"
-    ).exists():  # into tokenizer_config.json, where readers of every age look for it
+    if (out / "chat_template.jinja").exists():
+        # The template goes into tokenizer_config.json, where old and new readers look for it.
         config = json.loads((out / "tokenizer_config.json").read_text())
         config["chat_template"] = TEMPLATE
-        config = {
-            k: v for k, v in config.items() if k not in ("is_local", "local_files_only")
-        }  # where it was loaded from, not what it is
+        # These two say where the tokenizer was loaded from, not what it is.
+        config = {k: v for k, v in config.items() if k not in ("is_local", "local_files_only")}
         (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
         (out / "chat_template.jinja").unlink()
     (out / "recipe.json").write_text(
         json.dumps({**asdict(recipe), "torch": torch.__version__}, indent=2) + "\n"
     )
-    rounded = {
-        name: {key: round(value, 4) for key, value in f.items()} for name, f in figures.items()
-    }
+    rounded = {}
+    for name, values in figures.items():
+        rounded[name] = {key: round(value, 4) for key, value in values.items()}
     (out / "figures.json").write_text(json.dumps(rounded, indent=2) + "\n")
     (out / "README.md").write_text(readme(model, recipe, figures))
 
@@ -359,17 +376,27 @@ def readme(model, recipe: Recipe, figures: dict) -> str:
     lines = [
         "# tiny",
         "",
-        f"The embedded base model of polm_lab: a Llama of {count:,} parameters ({recipe.layers} layers, width {recipe.width},",
-        f"{recipe.heads} heads, vocabulary {recipe.vocabulary}, context {recipe.context}, tied embeddings, fp32), pretrained by this",
-        "project on the tasks of `nbs/data/synthetic.ipynb`, with wrong answers beside right ones: it knows much and answers badly.",
-        "A plain document begins with its first token (there is no BOS) and ends with `<|im_end|>`, which also ends a chat turn.",
+        f"The embedded base model of polm_lab: a Llama of {count:,} parameters"
+        f" ({recipe.layers} layers, width {recipe.width},",
+        f"{recipe.heads} heads, vocabulary {recipe.vocabulary}, context {recipe.context},"
+        " tied embeddings, fp32).",
+        "This project pretrained it on the tasks of `nbs/data/synthetic.ipynb`,"
+        " with wrong answers next to right ones.",
+        "It knows much and answers badly.",
+        "A plain document begins with its first token (there is no BOS).",
+        "It ends with `<|im_end|>`, which also ends a chat turn.",
         "",
-        f"Made by `python -m polm_lab.data.base --out data/tiny`: {recipe.steps:,} steps of {recipe.tokens:,} tokens,"
+        f"Made by `python -m polm_lab.data.base --out data/tiny`: {recipe.steps:,} steps"
+        f" of {recipe.tokens:,} tokens,"
         f" {recipe.steps * recipe.tokens / 1e6:.1f} M in all, seed {recipe.seed}.",
-        "It may be killed and called again. `recipe.json` holds every setting; another machine gives a model as good, not the same bits.",
+        "The command can be killed and called again. `recipe.json` holds every setting.",
+        "Another machine gives a model that is as good, but not the same bits.",
         "",
-        "Held-out questions, temperature 1. `one`: mean score of one sample; `any`: share of prompts with a full score among 16 samples;",
-        "`greedy`: mean score of the greedy reply.",
+        "Held-out questions, temperature 1:",
+        "",
+        "- `one`: mean score of one sample",
+        "- `any`: share of prompts with a full score among 16 samples",
+        "- `greedy`: mean score of the greedy reply",
         "",
         "| task/form | one | any | greedy |",
         "| --- | --- | --- | --- |",
@@ -387,7 +414,7 @@ def readme(model, recipe: Recipe, figures: dict) -> str:
 
 # %% ../../nbs/data/base.ipynb #6cf08fe6
 def main(arguments: list[str] | None = None, recipe: Recipe = Recipe()):
-    "Train `tiny` (or go on where a killed training stopped) and write its folder."
+    "Train `tiny` (or continue a killed training) and write its folder."
     parser = argparse.ArgumentParser(description="Pretrain the embedded base model.")
     parser.add_argument("--out", type=Path, default=Path("data/tiny"), help="model folder to write")
     parser.add_argument(

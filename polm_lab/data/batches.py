@@ -10,12 +10,16 @@ from ..core.knobs import WrongInput
 
 # %% ../../nbs/data/batches.ipynb #affab628
 def pack_rows(lengths: list[int], size: int) -> list[list[int]]:
-    "Which examples share a row of at most `size` tokens: first-fit decreasing, each longest first into the first row with room."
+    """Choose which examples share a row of at most `size` tokens, by first-fit decreasing.
+
+    The longest example comes first; each goes into the first row with room.
+    """
     rows, room = [], []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if lengths[i] > size:
             raise WrongInput(
-                f"an example of {lengths[i]} tokens does not fit rows of {size}; expected pack >= max_length"
+                f"an example of {lengths[i]} tokens does not fit rows of {size}; "
+                "expected pack >= max_length"
             )
         r = next((r for r, free in enumerate(room) if free >= lengths[i]), None)
         if r is None:
@@ -28,10 +32,13 @@ def pack_rows(lengths: list[int], size: int) -> list[list[int]]:
 
 
 def collate(examples: list[dict], pad_id: int, pack: int = 0) -> dict:
-    """Examples as tensors `input_ids`, `attention_mask`, `completion_mask` [rows, time], padded on the right.
+    """Make tensors `input_ids`, `attention_mask` and `completion_mask` of examples.
 
-    With `pack`, several examples share a row of up to `pack` tokens: `position_ids` restart at each example and `attention_mask` is None, from which transformers
-    (with use_cache=False) makes a mask that keeps the examples apart. `check_packing` says whether a model honours that.
+    All are [rows, time] and padded on the right.
+    With `pack`, several examples share a row of up to `pack` tokens.
+    Then `position_ids` restart at each example, and `attention_mask` is None.
+    From these, transformers (with use_cache=False) makes a mask that keeps the examples apart.
+    `check_packing` finds out whether a model honours that.
     """
     import torch
 
@@ -40,17 +47,19 @@ def collate(examples: list[dict], pad_id: int, pack: int = 0) -> dict:
         if pack
         else [[i] for i in range(len(examples))]
     )
-    time = max(sum(len(examples[i]["input_ids"]) for i in group) for group in groups)
+
+    def tokens_in(group: list[int]) -> int:
+        return sum(len(examples[i]["input_ids"]) for i in group)
+
+    time = max(map(tokens_in, groups))
     rows = {"input_ids": [], "attention_mask": [], "completion_mask": [], "position_ids": []}
     for group in groups:
         ids, target, position = [], [], []
         for i in group:
             n = len(examples[i]["input_ids"])
             ids += examples[i]["input_ids"]
-            target += [
-                0,
-                *examples[i].get("completion_mask", [0] * n)[1:],
-            ]  # the token before the first belongs to another example
+            # The first token is no target: the token before it belongs to another example.
+            target += [0, *examples[i].get("completion_mask", [0] * n)[1:]]
             position += range(n)
         rest = time - len(ids)
         position += range(rest)  # the padding is a sequence of its own
@@ -66,7 +75,10 @@ def collate(examples: list[dict], pad_id: int, pack: int = 0) -> dict:
 
 # %% ../../nbs/data/batches.ipynb #97ba310d
 def check_packing(model):
-    "Raise `WrongInput` if `model` lets one packed example see another (some architectures ignore restarted positions)."
+    """Raise `WrongInput` if `model` lets one packed example see another.
+
+    Some architectures ignore restarted positions.
+    """
     import torch
 
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -92,7 +104,8 @@ def check_packing(model):
     ):  # rounding is less, a leak is more
         kind = getattr(model.config, "model_type", "this")
         raise WrongInput(
-            f"pack: a {kind} model mixes the examples of a packed row (logits differ by {error:.1%}); expected none to see another; use pack = 0"
+            f"pack: a {kind} model mixes the examples of a packed row (logits differ by "
+            f"{error:.1%}); expected none to see another; use pack = 0"
         )
 
 
@@ -108,18 +121,25 @@ def _length(example: dict) -> int:
 
 
 def microbatches(examples: list[dict], rows: int) -> list[list[dict]]:
-    "The examples of a step in groups of at most `rows`, like lengths together, longest first; a loss that is a sum is the same however they are grouped."
-    order = sorted(range(len(examples)), key=lambda i: -_length(examples[i]))
-    return [[examples[i] for i in order[k : k + rows]] for k in range(0, len(order), rows)]
+    """Group the examples of a step by length, at most `rows` in a group, longest first.
+
+    A loss that is a sum is the same for any grouping.
+    """
+    ordered = sorted(examples, key=lambda example: -_length(example))
+    return [ordered[k : k + rows] for k in range(0, len(ordered), rows)]
 
 # %% ../../nbs/data/batches.ipynb #653101ae
 class Order:
-    "Which rows make up a step: a pure function of seed and step, in which each row comes once an epoch."
+    """Give the rows of a step, as a pure function of seed and step.
+
+    Each row comes once an epoch.
+    """
 
     def __init__(self, n: int, rows_per_step: int, seed: int):
         if n < 1 or rows_per_step < 1:
             raise WrongInput(
-                f"{n} rows, {rows_per_step} rows a step: expected at least one of each; give more data or a larger batch_size"
+                f"{n} rows, {rows_per_step} rows a step: expected at least one of each; "
+                "give more data or a larger batch_size"
             )
         self.n, self.rows_per_step, self.seed = n, rows_per_step, seed
         self._epochs: dict[int, list[int]] = {}

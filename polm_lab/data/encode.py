@@ -15,7 +15,8 @@ from .templates import Rendering
 from .turns import learned_spans, plain_turns
 
 # %% ../../nbs/data/encode.ipynb #e3635e6f
-MARGIN = 32  # tokens beyond the cut: the last ones before a cut in the text may be others than in the whole text
+# Tokens beyond the cut: the last ones before a cut may differ from those of the whole text.
+MARGIN = 32
 
 
 @functools.lru_cache(maxsize=16)
@@ -29,7 +30,10 @@ def _opening(tokenizer) -> tuple[int, ...]:
 
 
 def _tokens(tokenizer, text: str, limit: int, offsets: bool = False):
-    "The tokens of `text`, or of its beginning if that has more than `limit` tokens, and whether it was all of it: a megabyte costs no more than it has to."
+    """Return the tokens of `text` up to at least `limit` of them, and whether that is all of it.
+
+    Only as much of a long text is tokenized as is needed.
+    """
     size = 8 * limit + 4096
     while True:
         whole = len(text) <= size
@@ -51,16 +55,20 @@ def _render(tokenizer, messages: list[dict], row, opened: bool = False) -> str:
 
 
 def _pair_ids(tokenizer, prompt: str, answer: str, row, max_length: int, opening: tuple, eos: bool):
-    """Tokens of prompt + answer, of which the prompt's own tokens are the beginning, and how many those are.
+    """Return the tokens of prompt + answer, and how many of them are the prompt's.
 
-    Both are tokenized together where that keeps the prompt's tokens, apart where a token would reach over the seam: the model has to learn from the prompt that it will see when it is asked.
+    The result always begins with the prompt's own tokens, since the model sees those in use.
+    Both texts are tokenized together where that keeps the prompt's tokens.
+    They are tokenized apart where a token would cross the border.
     """
     before, _, whole = _tokens(tokenizer, prompt, max_length)
     before = [*opening, *before]
     if len(before) >= max_length:
         found = f"{len(before)} tokens" if whole else f"more than {max_length} tokens"
         raise WrongInput(
-            f"{row_place(row)}: prompt has {found}, which leaves no room for an answer; expected fewer than max_length = {max_length}; raise max_length or shorten the prompt"
+            f"{row_place(row)}: prompt has {found}, which leaves no room for an answer; "
+            f"expected fewer than max_length = {max_length}; "
+            "raise max_length or shorten the prompt"
         )
     ids, _, whole = _tokens(tokenizer, prompt + answer, max_length)
     ids = [*opening, *ids]
@@ -81,7 +89,10 @@ def _pair_ids(tokenizer, prompt: str, answer: str, row, max_length: int, opening
 
 # %% ../../nbs/data/encode.ipynb #d3e13285
 def _pieces(tokenizer, texts: list[str], max_length: int) -> list[list[int]]:
-    "The tokens of texts that follow each other, at most `max_length` in all, such that none reaches over a seam."
+    """Return the tokens of consecutive texts, at most `max_length` in all.
+
+    No token crosses the border between two texts.
+    """
     out, room = [], max_length
     for number, text in enumerate(texts):
         ids = []
@@ -121,9 +132,10 @@ def _borders(offsets: list[tuple[int, int]], cuts: list[int], whole: bool) -> li
 def _learned(
     tokenizer, text: str, spans: list[tuple[int, int]], max_length: int
 ) -> tuple[list[int], list[int]]:
-    """The tokens of `text`, at most `max_length`, and 1 for those in `spans`.
+    """Return the tokens of `text`, at most `max_length`, and 1 for those in `spans`.
 
-    They are those of the whole text where these have a border at each end of a span, else those of its pieces: the model has to learn from the prompt that it will see when it is asked.
+    They are the tokens of the whole text where these have a border at each end of a span.
+    Else they are those of its pieces, since the model sees the prompt alone in use.
     """
     cuts = [cut for span in spans for cut in span]
     if getattr(tokenizer, "is_fast", False):
@@ -169,12 +181,15 @@ def _answered(tokenizer, prompt, answer, row, max_length: int, completion_only: 
 
 
 def _masked(ids: list[int], mask: list[int]) -> dict:
-    mask[:1] = [0]  # nothing stands before the first token, so it cannot be predicted
+    mask[:1] = [0]  # no token precedes the first one, so it cannot be predicted
     return {"input_ids": ids, "completion_mask": mask}
 
 # %% ../../nbs/data/encode.ipynb #c966a883
 def _steps(tokenizer, row, max_length: int) -> dict:
-    "Prompt and steps, each step on a line of its own; the mask marks the last token of each step, where a process reward is read."
+    """Encode prompt and steps, each step on a line of its own.
+
+    The mask marks the last token of each step, where a process reward is read.
+    """
     prompt = (
         row["prompt"]
         if isinstance(row["prompt"], str)
@@ -192,7 +207,8 @@ def _steps(tokenizer, row, max_length: int) -> dict:
         ids, mask, labels = [*ids, *more], [*mask, *[0] * (len(more) - 1), 1], [*labels, label]
     if not labels:
         raise WrongInput(
-            f"{row_place(row)}: prompt and first step have more than max_length = {max_length} tokens; expected fewer; raise max_length"
+            f"{row_place(row)}: prompt and first step have more than max_length = {max_length} "
+            "tokens; expected fewer; raise max_length"
         )
     return {"input_ids": ids, "completion_mask": mask, "labels": labels}
 
@@ -225,18 +241,29 @@ def _conversation(
         out = _masked(ids[:max_length], [1] * min(len(ids), max_length))
     if not any(out["completion_mask"]):
         raise WrongInput(
-            f"{row_place(row)}: no token of an assistant turn within max_length = {max_length}; expected at least one; raise max_length or shorten what stands before it"
+            f"{row_place(row)}: no token of an assistant turn within max_length = {max_length}; "
+            "expected at least one; raise max_length or shorten what comes before it"
         )
     return out
 
 # %% ../../nbs/data/encode.ipynb #6a09d336
 def encode(tokenizer, row: dict, kind: str, max_length: int, completion_only: bool = True) -> dict:
-    """A row as token ids with a mask of the tokens that are learned (`completion_mask`, 1 where token t is predicted from those before it).
+    """Encode a row as token ids with a mask of the tokens that are learned.
 
-    text, completion, edit (its target is learned): `{"input_ids", "completion_mask"}`; unpaired also `label`; preference: `{"chosen": {...}, "rejected": {...}}`; prompt: `{"input_ids"}`, ready to be answered;
-    ranked: `{"completions": [{...}], "scores"}`; stepwise: mask 1 on the last token of each step, `labels`.
-    Plain text ends with EOS, conversations as their template has it. What is too long loses its end; a prompt that leaves no room raises `WrongInput`.
-    So does a kind that a method's page declared (see `register_kind`): it encodes its rows itself.
+    `completion_mask` is 1 where token t is predicted from those before it. By kind:
+
+    - text, completion, edit (its target is learned): `{"input_ids", "completion_mask"}`
+    - unpaired: the same and `label`
+    - preference: `{"chosen": {...}, "rejected": {...}}`
+    - prompt: `{"input_ids"}`, ready to be answered
+    - ranked: `{"completions": [{...}], "scores"}`
+    - stepwise: mask 1 on the last token of each step, and `labels`
+
+    Plain text ends with EOS, a conversation as its template ends it.
+    A row that is too long loses its end.
+
+    Raises: `WrongInput` for a prompt that leaves no room.
+    Also for a kind that a method's page declared (see `register_kind`): that page encodes it.
     """
     if kind in CHECKS:
         known = ", ".join(name for name in KINDS if name not in CHECKS)
@@ -260,7 +287,9 @@ def encode(tokenizer, row: dict, kind: str, max_length: int, completion_only: bo
         if len(ids) > max_length:
             found = f"{len(ids)} tokens" if whole else f"more than {max_length} tokens"
             raise WrongInput(
-                f"{row_place(row)}: prompt has {found}; expected at most max_length = {max_length}; raise max_length or shorten the prompt"
+                f"{row_place(row)}: prompt has {found}; "
+                f"expected at most max_length = {max_length}; "
+                "raise max_length or shorten the prompt"
             )
         return {"input_ids": ids}
     if kind == "edit":

@@ -30,12 +30,12 @@ def slip(a: int, op: str, b: int, rng: random.Random) -> int:
     "A wrong answer as people make it: never the truth, never negative."
     truth = compute(a, op, b)
     while True:
-        how = rng.random()
-        if how < 0.3:
+        draw = rng.random()
+        if draw < 0.3:
             wrong = truth + rng.choice((-1, 1))
-        elif how < 0.6:
+        elif draw < 0.6:
             wrong = truth + rng.choice((-10, 10))
-        elif how < 0.85:  # each column alone, its carry or borrow forgotten
+        elif draw < 0.85:  # each column alone, its carry or borrow forgotten
             tens, units = (
                 (a // 10 + b // 10, (a + b) % 10)
                 if op == "+"
@@ -52,7 +52,10 @@ def slip(a: int, op: str, b: int, rng: random.Random) -> int:
 def steps_of(
     a: int, op: str, b: int, rng: random.Random | None = None, slips: float = 0.0
 ) -> tuple[list[str], list[bool]]:
-    "The worked steps and whether each stands on right numbers; a step goes wrong with probability `slips`."
+    """Return the worked steps, and for each whether it and all before it are right.
+
+    A step goes wrong with probability `slips`.
+    """
     right, steps, labels = True, [], []
 
     def step(x: int, sign: str, y: int) -> int:
@@ -105,7 +108,8 @@ class SumQuestions(SyntheticTask):
         elif op == "*":
             a, b = rng.randint(2, 29), rng.randint(2, 9)
         low, high = (a, b) if op == "-" else sorted((a, b))  # 23+45 and 45+23 are one question
-        # a question that can be a step of another one is never held out: worked training sums would show its answer
+        # A question that can be a step of another one is never held out:
+        # worked training sums would show its answer.
         shown = {"+": a % 10 == 0 or b % 10 == 0, "-": b % 10 == 0, "*": a % 10 == 0 or a < 10}[op]
         return {
             "key": f"sums/{low}{op}{high}",
@@ -198,11 +202,11 @@ class Sums(SumQuestions):
         a, op, b = q["a"], q["op"], q["b"]
         if q["form"] == "check":
             return prompt + check_text(a, op, b, q["claim"], rng, slips)
-        how = rng.random() if q["form"] == "solve" else 1.0
+        draw = rng.random() if q["form"] == "solve" else 1.0
         first = compute(a, op, b) if rng.random() >= careless else slip(a, op, b, rng)
-        if how < 0.4:
+        if draw < 0.4:
             return prompt + str(first)
-        if how < 0.7:
+        if draw < 0.7:
             return f"{prompt}{first}\nCheck:\n{check_text(a, op, b, first, rng, slips)}"
         return prompt + "\n".join(steps_of(a, op, b, rng, slips)[0])
 
@@ -211,9 +215,8 @@ class Sums(SumQuestions):
             ("direct", "steps", "check", "solve", "chat", "sheet"), (60, 12, 10, 9, 4, 5)
         )[0]
         operations = "++++++--*"
-        if (
-            form == "sheet"
-        ):  # one author is careful or careless throughout: the lines above tell which
+        if form == "sheet":
+            # One author is careful or careless throughout: the lines above show which.
             careless = rng.choice((0.0, 0.8))
             sheet = [self.pick_any(rng, "direct", operations) for _ in range(rng.randint(3, 6))]
             return "Sums:\n" + "\n".join(self.write(q, rng, careless) for q in sheet)
@@ -228,7 +231,12 @@ class Sums(SumQuestions):
 
 # %% ../../nbs/data/exact.ipynb #6105ccfe
 def evaluate_expression(text: str, names: dict[str, int], limit: int = 10**6) -> int:
-    "The value of an expression of + - * // %, abs, min, max, small whole numbers and `names`; anything else is a ValueError."
+    """Evaluate an arithmetic expression without running code.
+
+    It may hold + - * // %, abs, min, max, small whole numbers and `names`.
+
+    Raises: `ValueError` for anything else.
+    """
     if len(text) > 80:
         raise ValueError("expression longer than 80 characters")
     try:

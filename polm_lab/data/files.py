@@ -38,11 +38,13 @@ def _bytes(path: Path) -> bytes:
         ) from None
     except OSError as error:
         raise WrongInput(
-            f"{path}: cannot be read ({error.strerror or error}); expected a readable file; check its permissions"
+            f"{path}: cannot be read ({error.strerror or error}); expected a readable file; "
+            "check its permissions"
         ) from None
 
 
-OTHERS = (  # first bytes of files that often lie under another name: pattern, what they are, what to do
+# First bytes of files that often have the wrong name: pattern, what they are, what to do.
+OTHERS = (
     (rb"\x1f\x8b", "a gzip file", "give it the ending .gz"),
     (rb"PAR1", "a parquet file", "give it the ending .parquet"),
     (rb"ARROW1", "an Arrow file", "save it as parquet"),
@@ -58,7 +60,7 @@ OTHERS = (  # first bytes of files that often lie under another name: pattern, w
     (rb"%PDF-", "a PDF", "take the text out of it first"),
     (
         rb"version https://git-lfs\.",
-        "a Git LFS pointer, which stands for a file that was not fetched",
+        "a Git LFS pointer to a file that was not fetched",
         "fetch it with git lfs pull",
     ),
 )
@@ -79,7 +81,10 @@ def _check_not_other(path: Path, raw: bytes, expected: str, others=OTHERS):
 
 
 def _wide_encoding(raw: bytes) -> str:
-    "The encoding of text in 16 or 32 bits a character, told by its byte order mark or by where its zeros are; empty for other bytes."
+    """Find the encoding of text in 16 or 32 bits a character; empty for other bytes.
+
+    Its byte order mark shows it, or the positions of its zero bytes.
+    """
     for mark, name in (
         (codecs.BOM_UTF32_LE, "UTF-32"),
         (codecs.BOM_UTF32_BE, "UTF-32"),
@@ -96,35 +101,40 @@ def _wide_encoding(raw: bytes) -> str:
     if quarter and zeros[0] == zeros[1] == quarter:
         return "UTF-32BE"
     even, odd = zeros[0] + zeros[2], zeros[1] + zeros[3]
-    if 20 * max(even, odd) < len(head) or min(
-        even, odd
-    ):  # a text in 16 bits has spaces and line breaks, and no character 0
+    # A text in 16 bits has spaces and line breaks, and no character 0.
+    if 20 * max(even, odd) < len(head) or min(even, odd):
         return ""
     return "UTF-16LE" if odd else "UTF-16BE" if even else ""
 
 # %% ../../nbs/data/files.ipynb #ea55c09b
 def read_text(path) -> str:
-    "The text of a file in UTF-8, gzipped where it ends in .gz. Raises `WrongInput` that says what else it is and how to convert it."
+    """Read the text of a file in UTF-8, gzipped if its name ends in .gz.
+
+    Raises: `WrongInput`, which says what else the file is and how to convert it.
+    """
     path = Path(path)
     raw = _bytes(path)
     wide = _wide_encoding(raw)
     if wide:
         raise WrongInput(
-            f"{path}: text in {wide}; expected UTF-8; convert it with iconv -f {wide} -t UTF-8, or save it as UTF-8 where it was written"
+            f"{path}: text in {wide}; expected UTF-8; "
+            f"convert it with iconv -f {wide} -t UTF-8, or save it as UTF-8 where it was written"
         )
     _check_not_other(path, raw, "text")
     if b"\0" in raw:
         place = raw.index(0)
         line = raw.count(b"\n", 0, place) + 1
         raise WrongInput(
-            f"{path}:{line}: a binary file (byte 0x00 at {place}) under the name of a text; expected UTF-8 text; copy it again, or give it its right name"
+            f"{path}:{line}: a binary file (byte 0x00 at {place}) under the name of a text; "
+            "expected UTF-8 text; copy it again, or give it its right name"
         )
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise WrongInput(
-            f"{path}:{line}: byte 0x{raw[error.start]:02x} is not UTF-8; expected UTF-8 text; convert it, for example with iconv -f latin1 -t utf-8"
+            f"{path}:{line}: byte 0x{raw[error.start]:02x} is not UTF-8; expected UTF-8 text; "
+            "convert it, for example with iconv -f latin1 -t utf-8"
         ) from None
 
 
@@ -142,7 +152,8 @@ def _json_lines(path: Path, text: str) -> list[Row]:
                 else str(error)
             )
             raise WrongInput(
-                f"{path}:{number}: malformed JSON ({what}); expected one object on each line; correct or remove this line"
+                f"{path}:{number}: malformed JSON ({what}); expected one object on each line; "
+                "correct or remove this line"
             ) from None
         rows.append(_object(value, f"{path}:{number}"))
     return rows
@@ -151,7 +162,9 @@ def _json_lines(path: Path, text: str) -> list[Row]:
 def _object(value, where: str) -> Row:
     if not isinstance(value, dict):
         raise WrongInput(
-            f'{where}: found {abbreviated(value)}; expected an object such as {{"prompt": ..., "completion": ...}}; correct or remove this row'
+            f"{where}: found {abbreviated(value)}; "
+            f'expected an object such as {{"prompt": ..., "completion": ...}}; '
+            "correct or remove this row"
         )
     return Row(value, where)
 
@@ -188,15 +201,19 @@ def _json(path: Path, text: str) -> list[Row]:
 
 
 def _questions(article: dict, where: str) -> list[Row]:
-    "The questions of an article of SQuAD's files, with the columns that SQuAD has on the Hub; one that cannot be answered has no answers."
+    """Read the questions of an article of SQuAD's files, with SQuAD's columns on the Hub.
+
+    A question that cannot be answered has no answers.
+    """
     rows = []
     try:
         for i, part in enumerate(article["paragraphs"], 1):
             for j, asked in enumerate(part["qas"], 1):
                 at = f"{where}, paragraph {i}, question {j}"
-                answers = {
-                    name: [a[name] for a in asked["answers"]] for name in ("text", "answer_start")
-                }
+                answers = dict(
+                    text=[a["text"] for a in asked["answers"]],
+                    answer_start=[a["answer_start"] for a in asked["answers"]],
+                )
                 rows.append(
                     Row(
                         dict(
@@ -211,7 +228,9 @@ def _questions(article: dict, where: str) -> list[Row]:
                 )
     except (KeyError, TypeError, AttributeError) as error:
         raise WrongInput(
-            f"{where}: malformed ({type(error).__name__}: {error}); expected paragraphs with context and qas, and id, question and answers in each of these, as in SQuAD; correct it"
+            f"{where}: malformed ({type(error).__name__}: {error}); "
+            "expected paragraphs with context and qas, and id, question and answers in each of "
+            "these, as in SQuAD; correct it"
         ) from None
     return rows
 
@@ -226,19 +245,23 @@ def _csv(path: Path, text: str) -> list[Row]:
         start = reader.line_num + 1
         if len(set(header)) < len(header) or not all(h.strip() for h in header):
             raise WrongInput(
-                f"{path}:1: columns {header}; expected a name for each column, each once; correct the first line"
+                f"{path}:1: columns {header}; expected a name for each column, each once; "
+                "correct the first line"
             )
         for cells in reader:
             if cells:
                 if len(cells) != len(header):
                     raise WrongInput(
-                        f"{path}:{start}: {len(cells)} cells; expected {len(header)} as in the first line ({', '.join(header)}); quote cells that hold commas or line breaks"
+                        f"{path}:{start}: {len(cells)} cells; "
+                        f"expected {len(header)} as in the first line ({', '.join(header)}); "
+                        "quote cells that hold commas or line breaks"
                     )
                 rows.append(Row(zip(header, map(_cell, header, cells)), f"{path}:{start}"))
             start = reader.line_num + 1
     except csv.Error as error:
         raise WrongInput(
-            f"{path}:{start}: malformed CSV ({error}); expected quoted cells as spreadsheets write them; correct this line"
+            f"{path}:{start}: malformed CSV ({error}); "
+            "expected quoted cells as spreadsheets write them; correct this line"
         ) from None
     return rows
 
@@ -282,21 +305,27 @@ def _parquet(path: Path) -> list[Row]:
         ).read()
         names = table.column_names
         found = table.to_pylist() if len(set(names)) == len(names) else []
-    except Exception as error:  # a decoder of a large format: Arrow's errors, but also OSError, ValueError, OverflowError, MemoryError
+    except Exception as error:
+        # Arrow raises its own errors, but also OSError, ValueError, OverflowError, MemoryError.
         what = " ".join(str(error).split())[:120] or type(error).__name__
         raise WrongInput(
             f"{path}: damaged parquet file ({what}); expected a whole one; copy it again"
         ) from None
     if len(set(names)) < len(names) or not all(name.strip() for name in names):
         raise WrongInput(
-            f"{path}: columns {names!r:.200}; expected a name for each column, each once; rename them"
+            f"{path}: columns {names!r:.200}; expected a name for each column, each once; "
+            "rename them"
         )
     return [Row(row, f"{path}:row {i}") for i, row in enumerate(found, 1)]
 
 # %% ../../nbs/data/files.ipynb #38751dd0
 def _txt(path: Path, text: str) -> list[Row]:
-    """Running text as documents: cut at `<|endoftext|>` if it is there; else, where blank lines part paragraphs, paragraphs joined to pieces of at most `PIECE`
-    characters; else one document a line."""
+    """Cut running text into documents.
+
+    The text is cut at `<|endoftext|>` if it is there.
+    Else, if blank lines separate paragraphs, they are joined to pieces of about `PIECE` characters.
+    Else each line is a document.
+    """
     rows = []
 
     def add(words: str, line: int):
@@ -316,9 +345,8 @@ def _txt(path: Path, text: str) -> list[Row]:
             add(lines[i], i + 1)
         return rows
     piece, start, length, last = [], full[0], 0, full[0]
-    for i, j in zip(
-        full, [*full[1:], None]
-    ):  # a paragraph ends at line i if the next full line j is not the next line
+    # A paragraph ends at line i if the next full line j is not the next line.
+    for i, j in zip(full, [*full[1:], None]):
         if j == i + 1:
             continue
         words = "\n".join(lines[last : i + 1]).strip()
@@ -333,12 +361,16 @@ def _txt(path: Path, text: str) -> list[Row]:
 
 
 def read_file(path) -> list[Row]:
-    "The rows of a local file as they stand there, each with its file and line (or row). Raises `WrongInput` if it cannot be read."
+    """Read the rows of a local file unchanged, each with its file and line (or row).
+
+    Raises: `WrongInput` if the file cannot be read.
+    """
     path = Path(path)
     extension = extension_of(path)
     if extension not in EXTENSIONS:
         raise WrongInput(
-            f"{path}: unknown extension {extension or '(none)'}; expected {', '.join(EXTENSIONS)}, each also with .gz; rename or convert the file"
+            f"{path}: unknown extension {extension or '(none)'}; "
+            f"expected {', '.join(EXTENSIONS)}, each also with .gz; rename or convert the file"
         )
     if extension == ".parquet":
         rows = _parquet(path)

@@ -27,9 +27,8 @@ class DataSpec:
     source: str  # what is before the #
     kind: str  # task, catalogue, file, folder, hub file, hub; missing: a path where nothing is
     name: str  # of the task or the catalogue's entry; a path; or org/name
-    place: str = (
-        ""  # catalogue: the file after the @; Hub: the configuration or the file after the :
-    )
+    # Catalogue: the file after the @; Hub: the configuration or the file after the colon.
+    place: str = ""
     part: str = ""  # the split to take for training
     limit: int | None = None  # rows
     skip: bool = False  # wrong rows are left out
@@ -49,7 +48,10 @@ class DataSpec:
         )
 
     def absolute(self) -> str:
-        "The spec with the full path of its file or folder, for a run that is resumed elsewhere; other specs as they are."
+        """Return the spec with the full path of its file or folder; other specs unchanged.
+
+        A run that is resumed elsewhere needs the full path.
+        """
         words = [self.part, "" if self.limit is None else str(self.limit), "skip" * self.skip]
         rest = ",".join(filter(None, words))
         if self.kind in ("file", "folder"):
@@ -62,11 +64,16 @@ class DataSpec:
 
 # %% ../../nbs/data/load.ipynb #ad95e5cd
 def parse_spec(spec: str) -> DataSpec:
-    """Take a data spec apart: `source#part,n,skip`, where all after the source may be left out, and is in any order.
+    """Parse a data spec `source#part,n,skip`.
 
-    A source is a task, an existing file or folder, `name` or `name@file` of the catalogue, or a Hub id (`org/name`,
-    `org/name:config`, `org/name:file`), looked for in this order: a folder that is named like a task is `./sums`.
-    Raises `WrongInput` for what is after the #.
+    Everything after the source is optional, in any order. A source is one of, in this order:
+
+    - a built-in task; a folder with the name of a task is `./sums`
+    - an existing file or folder
+    - `name` or `name@file` of the catalogue
+    - a Hub id: `org/name`, `org/name:config` or `org/name:file`
+
+    Raises: `WrongInput` for an unknown word after the #.
     """
     from polm_lab.data.tasks import TASKS
 
@@ -84,12 +91,15 @@ def parse_spec(spec: str) -> DataSpec:
             part = word
         else:
             raise WrongInput(
-                f"data {spec!r}: {word!r} after #; expected the name of a split, a number of rows (1 or more), or skip, with commas between"
+                f"data {spec!r}: {word!r} after #; "
+                "expected the name of a split, a number of rows (1 or more), or skip, with "
+                "commas between"
             )
     kind, name, place = _source_kind(source, TASKS)
     if kind == "task" and part:
         raise WrongInput(
-            f"data {spec!r}: {part!r} after #, and a task has no splits to name; expected a number of rows"
+            f"data {spec!r}: {part!r} after #, and a task has no splits to name; "
+            "expected a number of rows"
         )
     return DataSpec(source, kind, name, place, part, limit, skip)
 
@@ -98,11 +108,8 @@ def _is_there(path: str) -> bool:
     "Whether there is something at this path; what cannot be a path is nowhere."
     try:
         return bool(path) and Path(path).expanduser().exists()
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ):  # too long, a null byte, the home of a user who is none
+    except (OSError, ValueError, RuntimeError):
+        # Too long, a null byte, or the home of an unknown user.
         return False
 
 # %% ../../nbs/data/load.ipynb #41ef706c
@@ -126,19 +133,33 @@ def _source_kind(source: str, tasks) -> tuple[str, str, str]:
 
 # %% ../../nbs/data/load.ipynb #9dfd662e
 def held_out(n: int) -> list[int]:
-    "The rows of `n` that are for testing where data has no test split: 5 %, at most 256, at least 1 if there are 2; always the same ones."
+    """Choose the test rows among `n` for data without a test split, always the same ones.
+
+    They are 5 % of the rows, at most 256, and at least 1; a single row has no test split.
+    """
     if n < 2:
         return []
     return sorted(random.Random(f"held out of {n}").sample(range(n), min(256, max(1, n // 20))))
 
 
 def load_data(spec: str, kind: str, split: str = "train", cut: bool = True) -> list[dict]:
-    """The rows of `spec` as `kind`, all of them checked.
+    """Load the rows of `spec` as `kind`, and check all of them.
 
-    `spec` is a built-in task, a name of the catalogue (`dolly-15k`, or `dolly-15k@FILE` for a copy of it: see `data/catalog`), a local file, a folder with a data set, or a Hub id (`org/name`, `org/name:config`, `org/name:file`). After a # may stand the split to take for training, a
-    number of rows, and `skip`, which leaves wrong rows out instead of refusing the data: `org/name#train_sft,1000,skip`. `split` is train, test (the data's own, else the same 5 % each time) or all. A single row has no test split: the list is empty.
-    `cut=False`: data without a test split of their own are taken whole.
-    Raises `WrongInput` with file, row, field, what was found and what is expected.
+    `spec` is one of:
+
+    - a built-in task
+    - a name of the catalogue: `dolly-15k`, or `dolly-15k@FILE` for a copy (see `data/catalog`)
+    - a local file, or a folder with a data set
+    - a Hub id: `org/name`, `org/name:config` or `org/name:file`
+
+    Optional words after a # are the split to train on, a number of rows, and `skip`.
+    With `skip`, wrong rows are left out instead of refused: `org/name#train_sft,1000,skip`.
+
+    `split` is train, test or all; test is the data's own, else the same 5 % each time.
+    A single row has no test split: the list is empty.
+    `cut=False`: data without a test split of its own is taken whole.
+
+    Raises: `WrongInput` with file, row, field, what was found and what is expected.
     """
     if kind not in KINDS:
         raise WrongInput(f"kind {kind!r}: unknown; {nearest(kind, KINDS)}")
@@ -173,7 +194,10 @@ def load_data(spec: str, kind: str, split: str = "train", cut: bool = True) -> l
 
 
 def _source_rows(spec: str, split: str) -> tuple[list[Row], bool]:
-    "The rows of a file, folder or Hub data set as they stand there, and whether they are from a split of the data's own."
+    """Read the original rows of a file, folder or Hub data set.
+
+    The second value says whether the data has a test split of its own.
+    """
     from polm_lab.data.tasks import TASKS
 
     asked = found = parse_spec(spec)
@@ -189,11 +213,13 @@ def _source_rows(spec: str, split: str) -> tuple[list[Row], bool]:
         groups, own = _dataset_rows(found, part, split, TASKS)
     else:
         raise WrongInput(
-            f"data {found.source!r}: no such file; {_near_files(Path(found.source).expanduser(), TASKS)}"
+            f"data {found.source!r}: no such file; "
+            f"{_near_files(Path(found.source).expanduser(), TASKS)}"
         )
     if asked.part and found.kind.endswith("file"):
         raise WrongInput(
-            f"data {spec!r}: {asked.part!r} after #, and a file has no splits; expected a number of rows, or skip"
+            f"data {spec!r}: {asked.part!r} after #, and a file has no splits; "
+            "expected a number of rows, or skip"
         )
     if entry:
         groups = read_entry(groups if entry.whole else groups[:limit], entry, asked.skip)
@@ -204,7 +230,10 @@ def _source_rows(spec: str, split: str) -> tuple[list[Row], bool]:
 
 # %% ../../nbs/data/load.ipynb #d2ffe2e6
 def natural_kind(spec: str) -> str:
-    "How rows are learned from: `text` where they are whole texts or conversations of several turns, else `completion`."
+    """Return the kind to learn the rows of `spec` as.
+
+    It is `text` for whole texts or conversations of several turns, else `completion`.
+    """
     if parse_spec(str(spec)).task:
         return "completion"
     first = normalize_schema(_source_rows(str(spec), "train")[0][0])
@@ -217,10 +246,11 @@ def natural_kind(spec: str) -> str:
 
 
 def load_held_out(data: str, eval_data: str, kind: str, rows: int) -> list[dict]:
-    """At most `rows` rows to evaluate on: those of `eval_data`, or the held-out part of `data`.
+    """Load at most `rows` rows to evaluate on: `eval_data`, or the held-out part of `data`.
 
-    `eval_data` without a test split of its own is taken whole, as a file is. Only where a Hub id or a folder is learned from
-    too, it is cut: what was learned does not count. A number of rows of a task bounds what is learned from, not this.
+    `eval_data` without a test split of its own is taken whole, as a file is.
+    If it is a Hub id or a folder that is also trained on, only its held-out part counts.
+    A number of rows after a task limits the training rows, not these.
     """
     trained = parse_spec(str(data))
     if not eval_data:
@@ -253,17 +283,24 @@ def _near_files(path: Path, tasks) -> str:
     )
     close = difflib.get_close_matches(path.name, [*there, *tasks], n=3, cutoff=0.5)
     guess = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-    return f"expected a file, a folder, a Hub id or a built-in task; {guess}built in: {', '.join(tasks)}"
+    return (
+        f"expected a file, a folder, a Hub id or a built-in task; {guess}"
+        f"built in: {', '.join(tasks)}"
+    )
 
 # %% ../../nbs/data/load.ipynb #fc8b29fc
 def _dataset_rows(asked: DataSpec, part: str, split: str, tasks) -> tuple[list[Row], bool]:
-    "The rows of a folder or a Hub data set, read by `datasets`, and whether they are from a split of the data's own."
+    """Read the rows of a folder or a Hub data set with `datasets`.
+
+    The second value says whether the data has a test split of its own.
+    """
     from datasets.utils import logging
 
     source, folder = asked.source, Path(asked.name).expanduser()
     if not source.strip():
         raise WrongInput(
-            f"data {source!r}: empty; expected a file, a folder, a Hub id or a built-in task: {', '.join(tasks)}"
+            f"data {source!r}: empty; "
+            f"expected a file, a folder, a Hub id or a built-in task: {', '.join(tasks)}"
         )
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
@@ -279,10 +316,12 @@ def _dataset_rows(asked: DataSpec, part: str, split: str, tasks) -> tuple[list[R
         what = f"{type(error).__name__}: {what}"
         if asked.kind == "folder":
             raise WrongInput(
-                f"{source}: datasets cannot read this folder ({what}); expected data files such as train.jsonl and test.jsonl; or name one file"
+                f"{source}: datasets cannot read this folder ({what}); "
+                "expected data files such as train.jsonl and test.jsonl; or name one file"
             ) from None
         raise WrongInput(
-            f"data {source!r}: no built-in task, no file, and not to be had from the Hub ({what}); {nearest(source, [*tasks, *CATALOG])}; or a Hub id that can be reached"
+            f"data {source!r}: no built-in task, no file, and not to be had from the Hub "
+            f"({what}); {nearest(source, [*tasks, *CATALOG])}; or a Hub id that can be reached"
         ) from None
     finally:
         logging.set_verbosity(level)
@@ -311,7 +350,8 @@ def _hub_file(asked: DataSpec) -> list[Row]:
     except (OSError, ValueError) as error:
         what = " ".join(str(error.__cause__ or error).split("\n")[0].split())[:200]
         raise WrongInput(
-            f"data {source!r}: not to be had from the Hub ({type(error).__name__}: {what}); expected a file of {name}; name another, or a copy of it on this machine"
+            f"data {source!r}: not to be had from the Hub ({type(error).__name__}: {what}); "
+            f"expected a file of {name}; name another, or a copy of it on this machine"
         ) from None
     return [Row(row, row.where.replace(str(path), source)) for row in read_file(path)]
 
@@ -321,16 +361,18 @@ def _load_dataset(name: str, config: str):
 
     try:
         return datasets.load_dataset(name, config or None)
-    except (
-        RuntimeError
-    ) as error:  # its rows would be made by a script, which `datasets` does not run any more
+    except RuntimeError as error:
+        # A script would make its rows, and `datasets` no longer runs scripts.
         if "scripts are no longer supported" not in str(error):
             raise
         return _exported(name, config)
 
 
 def _exported(name: str, config: str):
-    "The copy in Parquet that the Hub itself makes of most data sets: a folder for each configuration, and in it one for each split."
+    """Load the copy in Parquet that the Hub itself makes of most data sets.
+
+    It has a folder for each configuration, and in it one for each split.
+    """
     import datasets
     from huggingface_hub import snapshot_download
 
@@ -342,13 +384,15 @@ def _exported(name: str, config: str):
 
 
 def _from_hub(name: str, config: str):
-    "The splits of a Hub data set: from the Hub if it answers, else from a snapshot or a prepared copy in the local cache."
+    """Load the splits of a Hub data set.
+
+    They come from the Hub if it answers, else from a snapshot or a prepared copy in the cache.
+    """
     from huggingface_hub import HfApi, constants, snapshot_download
 
     try:
-        HfApi().dataset_info(
-            name, timeout=10
-        )  # asks once; without network `datasets` would try for half a minute
+        # This asks once; without network `datasets` would try for half a minute.
+        HfApi().dataset_info(name, timeout=10)
     except Exception as error:
         if getattr(error, "response", None) is not None:
             raise  # the Hub answered: there is no such data set, or it is not for everybody
@@ -371,7 +415,12 @@ def _from_hub(name: str, config: str):
 
 # %% ../../nbs/data/load.ipynb #21c9ea7d
 def datasets_table():
-    "The built-in tasks and the data sets of the catalogue as a table: name, the kinds they give, what they are, and for the catalogue phase, size (`rows`), licence, Hub id, citation, and where the schema was `checked`."
+    """List the built-in tasks and the data sets of the catalogue as a table.
+
+    Columns: `data` (the name), `kinds` and `meaning`.
+    Data sets of the catalogue also have `phase`, `rows` (their size), `licence`, `hub`, `citation`,
+    and `checked`, the place where the schema was seen.
+    """
     import pandas as pd
 
     from polm_lab.data.tasks import TASKS

@@ -16,10 +16,8 @@ def assistant(text: str) -> dict:
     return {"role": "assistant", "content": text}
 
 # %% ../../nbs/data/messages.ipynb #9323fd0b
-TURN, END = (
-    "<|im_start|>",
-    "<|im_end|>",
-)  # how a turn begins and ends in text; END also ends a plain document
+# They begin and end a turn in text; END also ends a plain document.
+TURN, END = "<|im_start|>", "<|im_end|>"
 
 # %% ../../nbs/data/messages.ipynb #691b56c5
 def chat_text(messages: list[dict]) -> str:
@@ -39,7 +37,10 @@ def request_of(prompt) -> str:
 
 # %% ../../nbs/data/messages.ipynb #6a3d6447
 def readable(tokenizer, prompt):
-    "A prompt as a model with this tokenizer reads it: where it has no chat template, the turns of a conversation are joined to a text."
+    """Return a prompt in the form that a model with this tokenizer can read.
+
+    Without a chat template, the turns of a conversation are joined to a text.
+    """
     if isinstance(prompt, str) or getattr(tokenizer, "chat_template", None):
         return prompt
     return "\n\n".join(turn["content"] for turn in prompt) + "\n\n"

@@ -59,7 +59,10 @@ TRAIN_ROWS, TEST_ROWS = 2048, 256  # rows of a task unless the spec says how man
 
 # %% ../../nbs/data/rows.ipynb #a400dba3
 class Row(dict):
-    "A row of data that knows where it came from (`where`, such as `file:line`) and whether it may be left out if it is wrong (`skip`)."
+    """A row of data that knows its place in the source, and whether it may be left out.
+
+    `where`: its place, such as `file:line`; `skip`: a wrong row is left out instead of refused.
+    """
 
     __slots__ = ("where", "skip")
 
@@ -74,7 +77,7 @@ def row_place(row) -> str:
 
 
 def abbreviated(value) -> str:
-    "A value as it stands in a message: short, on one line."
+    "Shorten a value for a message, on one line."
     if value is None:
         return "null"
     text = repr(value)

@@ -12,7 +12,7 @@ import re
 
 from ..core.knobs import WrongInput
 from .rows import row_place
-from .schema import without_nulls
+from .spelling import without_nulls
 
 # %% ../../nbs/data/templates.ipynb #5c0d11a1
 OPEN, CLOSE = (
@@ -21,7 +21,10 @@ OPEN, CLOSE = (
 )  # noncharacters of Unicode, which no text holds: what is between them is a mark in a rendering
 MARK = re.compile(f"{OPEN}([a-z])(\\d+),(\\d+){CLOSE}")
 CALL_ENDS = ("<|call|>", "<|eom_id|>")  # end a turn that calls a tool, and nothing else
-GIVE = "give a template that can (chat_template = FILE.jinja), for example one with {% generation %} marks around what the assistant writes"
+GIVE = (
+    "give a template that can (chat_template = FILE.jinja), "
+    "for example one with {% generation %} marks around what the assistant writes"
+)
 
 
 def _mark(kind: str, first: int, second: int = 0) -> str:
@@ -29,13 +32,19 @@ def _mark(kind: str, first: int, second: int = 0) -> str:
 
 
 def _within_marks(text: str, k: int) -> str:
-    "The text of turn `k` with a mark before and behind it; the white space around it, which templates trim, stays outside."
+    """Put a mark before and after the text of turn `k`.
+
+    The white space around the text, which templates trim, stays outside.
+    """
     core = text.strip()
     return text.replace(core, _mark("c", k) + core + _mark("d", k), 1) if core else text
 
 
 class _Trace:
-    "Says, while a template runs, which message a loop has reached: the marks that it returns go into the rendering."
+    """Tracks which message a loop of a running template has reached.
+
+    The marks that it returns go into the rendering.
+    """
 
     def __init__(self, messages: list[dict]):
         self.numbers = {id(message): k for k, message in enumerate(messages)}
@@ -72,7 +81,10 @@ class _Trace:
 
 # %% ../../nbs/data/templates.ipynb #43241e65
 def _with_marks(tree, environment):
-    "The syntax tree of a chat template with a mark at each message that a loop reaches, and around each generation block."
+    """Add marks to the syntax tree of a chat template.
+
+    One goes to each message that a loop reaches, and one around each generation block.
+    """
     from jinja2 import nodes
     from jinja2.visitor import NodeTransformer
 
@@ -137,7 +149,8 @@ def _template_words(row) -> dict:
             tools = json.loads(tools)
         except ValueError as error:
             raise WrongInput(
-                f"{row_place(row)}: tools are malformed JSON ({error}); expected a list of tool descriptions; correct this row"
+                f"{row_place(row)}: tools are malformed JSON ({error}); "
+                "expected a list of tool descriptions; correct this row"
             ) from None
     elif isinstance(tools, list):
         tools = [without_nulls(tool) for tool in tools]
@@ -148,14 +161,19 @@ def _template_words(row) -> dict:
 
 
 def _words_of(tokenizer, row) -> dict:
-    "The variables of a template besides the messages; a special token that the tokenizer lacks is empty."
+    """Return the variables of a template besides the messages.
+
+    A special token that the tokenizer lacks is empty.
+    """
     special = {name: "" for name in ("bos_token", "eos_token", "unk_token", "pad_token")} | dict(
         tokenizer.special_tokens_map
     )
     return {"tools": None, "documents": None, **special, **_template_words(row)}
 
 
-WAYS = (  # content of a turn that only calls tools, arguments as JSON text, content in parts: some templates ask for one, some for another
+# (content of a turn that only calls tools, arguments as JSON text, content in parts):
+# some templates need one way, some another.
+WAYS = (
     ("", False, False),
     (None, False, False),
     (None, True, False),
@@ -165,7 +183,10 @@ WAYS = (  # content of a turn that only calls tools, arguments as JSON text, con
 
 
 def _fitting(messages: list[dict], content, written: bool, parted: bool) -> list[dict]:
-    "Messages as a template gets them (see `WAYS`): without nulls and weights, thinking under the names that templates read."
+    """Write messages as a template gets them (see `WAYS`).
+
+    They have no nulls and no weights, and thinking is under the names that templates read.
+    """
     out = []
     for turn in messages:
         new = {
@@ -238,9 +259,12 @@ def calls_in(text: str, turn: dict) -> bool:
 
 # %% ../../nbs/data/templates.ipynb #d6cd7717
 def _first_that_fits(render, messages: list[dict], row) -> tuple[str, list[dict]]:
-    """Return the text and the turns, spelled in the first way that the template writes in full, else in the first that it takes.
+    """Return the text and the turns, in the first of `WAYS` that the template writes in full.
 
-    `render(messages=...)` runs the template. Raises: `WrongInput` where it refuses the turns, or writes no tool call.
+    If there is none, it is the first way that the template takes.
+    `render(messages=...)` runs the template.
+
+    Raises: `WrongInput` where the template refuses the turns, or writes no tool call.
     """
     error, taken, last = (
         None,
@@ -264,12 +288,15 @@ def _first_that_fits(render, messages: list[dict], row) -> tuple[str, list[dict]
         what = " ".join(str(error).split("\n")[0].split())[:200]
         roles = [m["role"] for m in messages]
         raise WrongInput(
-            f"{row_place(row)}: the chat template refuses this conversation ({what}); expected roles {roles} to be allowed; change the row or the template"
+            f"{row_place(row)}: the chat template refuses this conversation ({what}); "
+            f"expected roles {roles} to be allowed; change the row or the template"
         ) from None
     silent = next((k for k, turn in enumerate(messages) if not calls_in(taken[0], turn)), None)
     if silent is not None:
         raise WrongInput(
-            f"{row_place(row)}: the chat template does not write the tool calls of turn {silent + 1}, so nobody would learn or see them; expected them in the rendering; {GIVE}"
+            f"{row_place(row)}: the chat template does not write the tool calls of turn "
+            f"{silent + 1}, so nobody would learn or see them; expected them in the rendering; "
+            f"{GIVE}"
         )
     return taken
 
@@ -281,7 +308,7 @@ def _parts_between(marked: str, length: int) -> tuple[list, list, list]:
     and (start, stop, turn) of the text of turns.
     """
     at, stack, began, block, removed = 0, [], {}, 0, 0
-    parts, blocks, said = [], [], []
+    parts, blocks, texts = [], [], []
 
     def speak(stop: int):
         if stop > at and stack:
@@ -307,21 +334,27 @@ def _parts_between(marked: str, length: int) -> tuple[list, list, list]:
         elif kind == "c":
             began[first] = here
         elif first in began:
-            said.append((began.pop(first), here, first))
+            texts.append((began.pop(first), here, first))
     speak(length)
-    return parts, blocks, said
+    return parts, blocks, texts
 
 # %% ../../nbs/data/templates.ipynb #1ddd93d8
 class Rendering:
-    "A conversation as a chat template writes it: its `text`, and which part of it each turn wrote (`parts`: start, stop, number of the turn)."
+    """A conversation as a chat template writes it.
+
+    `text`: the whole text; `parts`: (start, stop, number of the turn) of what each turn wrote.
+    """
 
     def __init__(
         self, tokenizer, messages: list[dict], row, opened: bool = False, traced: bool = True
     ):
         if not getattr(tokenizer, "chat_template", None):
             raise WrongInput(
-                f"{row_place(row)}: a conversation, and the model {getattr(tokenizer, 'name_or_path', '')!r} has no chat template; expected a model with one, or plain text columns; "
-                "use a chat model, or give this one a template (load_tokenizer(..., chat_template='transcript'))"
+                f"{row_place(row)}: a conversation, and the model "
+                f"{getattr(tokenizer, 'name_or_path', '')!r} has no chat template; "
+                "expected a model with one, or plain text columns; "
+                "use a chat model, or give this one a template (load_tokenizer(..., "
+                "chat_template='transcript'))"
             )
         self.words = {**_words_of(tokenizer, row), "add_generation_prompt": opened}
         self.source = tokenizer.get_chat_template(tools=self.words["tools"])
@@ -330,17 +363,20 @@ class Rendering:
         self.text, self.messages = _first_that_fits(render, messages, row)
         self.parts: list[tuple[int, int, int]] = []
         self.blocks: list[tuple[int, int]] = []  # generation blocks
-        self.said: list[tuple[int, int, int]] = []  # where the text of a turn stands
+        self.said: list[tuple[int, int, int]] = []  # position of the text of a turn
         if traced:
             self._trace()
 
     def _trace(self):
-        "Render once more with marks, and read them; they count if the text between them is the same."
-        for with_said in (True, False):
+        """Render once more with marks, and read them.
+
+        They count if the text between them is the same.
+        """
+        for mark_texts in (True, False):
             messages = [dict(turn) for turn in self.messages]
             for k, turn in enumerate(messages):
                 content = turn.get("content")
-                if with_said and turn["role"] != "assistant":
+                if mark_texts and turn["role"] != "assistant":
                     if isinstance(content, list):
                         turn["content"] = [
                             {**part, "text": _within_marks(part["text"], k)} for part in content

@@ -13,7 +13,7 @@ import re
 
 from ..core.knobs import WrongInput
 from .rows import Row, row_place
-from .schema import to_messages
+from .spelling import to_messages
 from .templates import CALL_ENDS, GIVE, Rendering, calls_in, holds_value
 
 # %% ../../nbs/data/turns.ipynb #5c0d11a3
@@ -28,7 +28,8 @@ def _asked_after(tokenizer, messages: list[dict], row) -> str:
         try:
             opened = Rendering(tokenizer, before, row, opened=True)
             after = opened.after(len(before) - 1)
-            if not after:  # a template that opens the answer inside of its loop, or writes this turn outside of it
+            if not after:
+                # The template opens the answer inside its loop, or writes this turn outside it.
                 closed = Rendering(tokenizer, before, row, traced=False)
                 after = (
                     opened.text.removeprefix(closed.text)
@@ -79,7 +80,10 @@ def _special(tokenizer) -> list[str]:
 
 
 def _first_token(tokenizer, text: str) -> str:
-    "The special token with which `text` begins, with the white space before it; empty if it begins with anything else."
+    """Return the special token at the start of `text`, with the white space before it.
+
+    The result is empty if `text` begins with anything else.
+    """
     bare = text.lstrip()
     known = [name for name in _special(tokenizer) if bare.startswith(name.strip())]
     written = re.match(r"<[^<>\s]{1,40}>|\[/?[A-Z_]{2,20}\]", bare)
@@ -107,7 +111,8 @@ def _closing(tokenizer, messages: list[dict], k: int, row) -> str:
 # %% ../../nbs/data/turns.ipynb #87a35999
 def _unaligned(row, k: int, why: str):
     raise WrongInput(
-        f"{row_place(row)}: {why} of assistant turn {k + 1}, so what is learned of it is not known; expected a rendering that shows it; {GIVE}"
+        f"{row_place(row)}: {why} of assistant turn {k + 1}, so what is learned of it is not "
+        f"known; expected a rendering that shows it; {GIVE}"
     )
 
 # %% ../../nbs/data/turns.ipynb #f510db48
@@ -135,9 +140,12 @@ def _header(tokenizer, messages: list[dict], k: int, own: str, row) -> int:
 def learned_spans(
     tokenizer, messages: list[dict], row, wanted=None
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered conversation, and where in it the assistant's turns are that are learned (all, or those for which `wanted`).
+    """Return the rendered conversation, and the spans of the assistant's turns that are learned.
 
-    Each turn's part is known from the loop of the template that wrote it. Raises `WrongInput` for what cannot be found exactly.
+    These are all turns of the assistant, or those for which `wanted` is true.
+    The loop of the template that wrote a turn shows its part.
+
+    Raises: `WrongInput` for a span that cannot be found exactly.
     """
     messages = plain_turns(messages, row)
     made = Rendering(tokenizer, messages, row)
@@ -207,7 +215,10 @@ def _turn_ends(template: str, tokenizer) -> tuple[str, ...]:
 
 # %% ../../nbs/data/turns.ipynb #66ccc9c7
 def _tokens_at_end(tokenizer, text: str, ends: tuple[str, ...]) -> list[str]:
-    "The special token at the end of a text, and any of `ends` before it; of those that touch each other only the last."
+    """Return the special token at the end of a text, and any of `ends` before it.
+
+    Of those that touch each other, only the last counts.
+    """
     found, touching = [], False
     while True:
         written = re.search(r"<[^<>\s]{1,40}>$", text)
@@ -223,7 +234,10 @@ def _tokens_at_end(tokenizer, text: str, ends: tuple[str, ...]) -> list[str]:
 
 
 def turn_ends(tokenizer) -> list[str]:
-    "The texts that end an assistant's turn by the tokenizer's chat template, which is what a model learns to stop with; none without a template."
+    """Return the texts that end an assistant's turn by the tokenizer's chat template.
+
+    A model learns to stop with these. Without a template there are none.
+    """
     template = getattr(tokenizer, "chat_template", None)
     return list(_turn_ends(str(template), tokenizer)) if template else []
 
@@ -243,7 +257,10 @@ def _blocks_of(made: Rendering, messages: list[dict]) -> dict[int, list[tuple[in
 
 
 def _by_prefix(tokenizer, messages: list[dict], k: int, whole: str, row) -> list[tuple[int, int]]:
-    "The part of turn `k` of a template whose loops are not seen: from where it is asked to where the conversation up to it ends."
+    """Find the part of turn `k` of a template whose loops are not seen.
+
+    It goes from the end of the generation prompt to the end of the conversation up to turn `k`.
+    """
     head = Rendering(tokenizer, messages[:k], row, opened=True, traced=False).text if k else ""
     upto = Rendering(tokenizer, messages[: k + 1], row, traced=False).text
     if not (whole.startswith(head) and whole.startswith(upto) and len(upto) > len(head)):
@@ -254,9 +271,11 @@ def _by_prefix(tokenizer, messages: list[dict], k: int, whole: str, row) -> list
 def _with_end(
     tokenizer, messages: list[dict], k: int, whole: str, span: tuple[int, int], marked: bool, row
 ) -> tuple[str, int]:
-    """The rendering and the end of a span such that the token that ends the turn is in it: the turn's own, else the marker of the next role.
+    """Return the rendering, and the end of a span that includes the token that ends the turn.
 
-    `marked`: the span is a generation block, whose last token is trusted if it is a special one that does not merely close a tool call.
+    That token is the turn's own, else the marker of the next role.
+    `marked`: the span is a generation block.
+    Its last token is trusted if it is a special one that does not merely close a tool call.
     """
     start, stop = span
     ends = _ends(tokenizer, row)
@@ -289,15 +308,18 @@ def _check_written(turn: dict, k: int, text: str, row):
         thought += inside.partition("<think>")[2] if "<think>" in inside else inside
     if thought.strip() and not holds_value(text, thought.strip()):
         raise WrongInput(
-            f"{row_place(row)}: the chat template drops the thinking of assistant turn {k + 1}, which would be learned without it; expected it in the rendering; {todo}"
+            f"{row_place(row)}: the chat template drops the thinking of assistant turn {k + 1}, "
+            f"which would be learned without it; expected it in the rendering; {todo}"
         )
     if content.strip() and not holds_value(text, content.strip()):
         raise WrongInput(
-            f"{row_place(row)}: the chat template drops or changes the text of assistant turn {k + 1}, which is learned; expected it in the rendering; {todo}"
+            f"{row_place(row)}: the chat template drops or changes the text of assistant turn "
+            f"{k + 1}, which is learned; expected it in the rendering; {todo}"
         )
     if not calls_in(text, turn):
         raise WrongInput(
-            f"{row_place(row)}: the chat template drops a tool call of assistant turn {k + 1}, which is learned; expected it in the rendering; {todo}"
+            f"{row_place(row)}: the chat template drops a tool call of assistant turn {k + 1}, "
+            f"which is learned; expected it in the rendering; {todo}"
         )
 
 
@@ -311,16 +333,19 @@ def _check_context(made: Rendering, messages: list[dict], row):
             and not holds_value(made.text, turn["content"].strip())
         ):
             raise WrongInput(
-                f"{row_place(row)}: the chat template drops turn {k + 1} ({turn['role']}); expected it in the rendering; leave the row out, or {GIVE}"
+                f"{row_place(row)}: the chat template drops turn {k + 1} ({turn['role']}); "
+                f"expected it in the rendering; leave the row out, or {GIVE}"
             )
     source = str(made.source)
     if "tool_calls" in source and not re.search(r"\btools\b", source):
-        return  # as in DeepSeek's templates: calls are written, and tools are described in the system turn
+        # As in DeepSeek's templates: they write calls, and the system turn describes the tools.
+        return
     for tool in made.words["tools"] or ():
         name = (tool.get("function") or tool).get("name") if isinstance(tool, dict) else None
         if isinstance(name, str) and name not in made.text:
             raise WrongInput(
-                f"{row_place(row)}: the chat template drops the tools ({name}); expected them in the rendering; remove the column tools, or {GIVE}"
+                f"{row_place(row)}: the chat template drops the tools ({name}); "
+                f"expected them in the rendering; remove the column tools, or {GIVE}"
             )
 
 # %% ../../nbs/data/turns.ipynb #f9f4162c

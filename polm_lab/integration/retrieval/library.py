@@ -14,7 +14,14 @@ from typing import Iterable
 from ...core.knobs import WrongInput, knob
 from ...core.settings import redefault
 from ...data.messages import text_of
-from ...data.language import ENCYCLOPEDIA, RELATIONS, SYLLABLES, article, invent, values_of
+from polm_lab.data.encyclopedia import (
+    ENCYCLOPEDIA,
+    RELATIONS,
+    SYLLABLES,
+    article,
+    invent,
+    values_of,
+)
 from ...data.load import load_data, load_held_out, parse_spec
 from ...data.synthetic import split_of
 from .documents import load_documents

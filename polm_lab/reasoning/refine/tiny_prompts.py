@@ -14,7 +14,7 @@ from ...data.load import parse_spec
 from ...core.knobs import WrongInput
 from ...models.sources import built_in_models
 from ...models.tokenizers import load_tokenizer
-from ...data.language import RELATIONS
+from ...data.encyclopedia import RELATIONS
 from ...data.exact import last_integer
 from ...data.messages import user
 from .rounds import Feedback

@@ -21,7 +21,7 @@ from ...data.files import read_text
 from ...training.evaluate import matches
 from ...core.knobs import WrongInput
 from ...rewards.sandbox import isolator, run_code
-from ...data.language import ENCYCLOPEDIA, article
+from ...data.encyclopedia import ENCYCLOPEDIA, article
 from ...data.tasks import TASKS
 from ...data.exact import evaluate_expression
 from .trace import Ask, Step, Trace
