@@ -12,6 +12,7 @@ run: $(READY)  ## the tour: the embedded model through SFT, DPO and GRPO
 test: $(READY)  ## all that proves the project: lint, notebooks clean, export in sync, notebooks run, tests pass
 	$(BIN)/ruff check nbs tests benchmarks
 	$(BIN)/ruff format --check --quiet nbs tests benchmarks
+	$(BIN)/python tests/readable.py
 	$(BIN)/python tests/tree.py
 	place=$$(mktemp -d) && TMPDIR=$$place POLM_RUNS=$$place/runs POLM_CLAIMS=required POLM_CHROMIUM=none OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --skip_file_re "$$($(BIN)/python tests/pages.py)" && rm -r $$place
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=50
@@ -19,6 +20,7 @@ test: $(READY)  ## all that proves the project: lint, notebooks clean, export in
 quick: $(READY)  ## in three minutes: lint, export in sync, rules of the tree, fast tests, the notebooks touched since main
 	$(BIN)/ruff check nbs tests benchmarks
 	$(BIN)/ruff format --check --quiet nbs tests benchmarks
+	$(BIN)/python tests/readable.py
 	$(BIN)/python tests/tree.py
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile @tests/fast.txt
 	$(BIN)/python tests/page.py --touched

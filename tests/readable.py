@@ -38,6 +38,12 @@ AVOIDED = (
     "told",
     "said",
 )
+QUOTED = (  # what the embedded model was trained on, and what chat models write
+    "stands on which river",
+    "stands on the river",
+    "correct as it stands",
+    "is|stands|written",
+)
 WORDS = re.compile(r"\b(?:" + "|".join(AVOIDED) + r")\b", re.IGNORECASE)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
@@ -95,6 +101,8 @@ def look_at_prose(found: Found, where: str, text: str):
 
 
 def look_for_words(found: Found, where: str, text: str):
+    for phrase in QUOTED:
+        text = text.replace(phrase, "")
     for word in WORDS.finditer(text):
         around = text[max(0, word.start() - 50) : word.end() + 50]
         found.add("words", where, around)
@@ -153,7 +161,7 @@ def measure(root: Path = ROOT) -> Found:
             look_at_notebook(found, path.relative_to(root).as_posix(), path)
     for folder in ("tests", "benchmarks"):
         for path in sorted((root / folder).glob("*.py")):
-            if path != Path(__file__).resolve():
+            if path.stem not in ("readable", "test_readable"):  # they name the words
                 look_at_code(found, path.relative_to(root).as_posix(), path.read_text("utf-8"))
     for name in ("README.md", "CONTRIBUTING.md"):
         look_at_prose(found, name, (root / name).read_text(encoding="utf-8"))

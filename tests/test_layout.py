@@ -1,4 +1,8 @@
-"Rules of the tree: who imports whom, how long modules and cells are, one notebook a module, parameters that equal the defaults."
+"""Rules of the tree.
+
+Who imports whom, how long modules and cells are, one notebook a module, parameters that equal the
+defaults.
+"""
 
 import ast
 import json
@@ -349,7 +353,10 @@ def test_notebooks_are_small_and_have_a_title(path):
 
 
 def unsolved(text: str) -> str:
-    "What the exercises in the text of a cell lack: a folded answer to each, with empty lines around the list, without which it is not rendered as one; empty if nothing."
+    """Return what the exercises in the text of a cell lack; empty if nothing is missing.
+
+    Each has a folded answer, with empty lines around the list: else it is not rendered as a list.
+    """
     head = re.search(r"^(#+ .*|\*\*)?[Ee]xercises.*", text, re.M)
     asked, _, folded = text[head.end() if head else len(text) :].partition(
         "\n\n<details><summary>Solutions</summary>\n\n"
@@ -360,7 +367,8 @@ def unsolved(text: str) -> str:
         and folded.endswith("\n\n</details>")
     ):
         return ""
-    return f"exercises numbered {exercises}, folded solutions {answers}, {'closed' if folded.endswith('</details>') else 'not closed'}"
+    closed = "closed" if folded.endswith("</details>") else "not closed"
+    return f"exercises numbered {exercises}, folded solutions {answers}, {closed}"
 
 
 def test_exercises_have_folded_solutions():

@@ -1,6 +1,8 @@
-"""Each template of `nbs/_template` becomes a method of its own in a clean copy of the tree, by the steps of CONTRIBUTING.md, touching nothing else.
+"""Each template of `nbs/_template` becomes a method of its own in a clean copy of the tree.
 
-What trains passes the conformance suite; every one runs with its small settings and says before and after. Their exported lines are counted, since a method is a short page.
+It takes the steps of CONTRIBUTING.md and touches nothing else. What trains passes the conformance
+suite; every one runs with its small settings and has a summary before and after. Their exported
+lines are counted, since a method is a short page.
 """
 
 import json
@@ -35,7 +37,8 @@ if method.trains:
     print(json.dumps({name: bool(holds) for name, holds in table.holds.items()}))
 else:
     run = short_run(method, Path(out))
-    print(json.dumps({"finished": run.status == "finished", "before": bool(run.summary.get("before")), "after": bool(run.summary.get("after"))}))
+    found = {when: bool(run.summary.get(when)) for when in ("before", "after")}
+    print(json.dumps(found | {"finished": run.status == "finished"}))
 """
 
 
