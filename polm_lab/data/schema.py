@@ -11,7 +11,7 @@ import os
 
 from ..core.knobs import WrongInput
 from .rows import CHECKS, KINDS, Row, abbreviated, refuse_row, row_place
-from .spelling import MEDIA, _transcript, to_messages
+from .spelling import MEDIA, read_transcript, to_messages
 
 # lists of an edit: what should follow from it, and what should not
 PROBES = ("paraphrases", "neighbours", "others")
@@ -188,7 +188,7 @@ def _pair(new: Row, row: Row):
     if "prompt" not in new and all(
         isinstance(s, str) and s.startswith("\n\nHuman:") for s in sides
     ):
-        sides = [_transcript(s, row, name) for s, name in zip(sides, names)]
+        sides = [read_transcript(s, row, name) for s, name in zip(sides, names)]
     sides = [
         to_messages(s, row, name) if isinstance(s, (list, dict)) else s
         for s, name in zip(sides, names)

@@ -269,7 +269,7 @@ class Rag:
         index: Index,
         reader,
         search: str = "hybrid",
-        k: int = 2,
+        top_k_passages: int = 2,
         rerank: str = "none",
         reading: str = "apart",
     ):
@@ -280,7 +280,7 @@ class Rag:
                 "or a local model"
             )
         self.index, self.reader, self.search = index, reader, search
-        self.top_k_passages, self.rerank, self.reading = k, rerank, reading
+        self.top_k_passages, self.rerank, self.reading = top_k_passages, rerank, reading
         self.seconds = dict(retrieve=0.0, rerank=0.0, read=0.0)
 
     def find(self, questions: list[str]) -> list[list[Hit]]:
