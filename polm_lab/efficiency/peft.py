@@ -154,7 +154,7 @@ class PEFT(RunSettings):
         "adapters to compare, with ; between, each with @ and its learning rate if it is not to "
         "be the usual one; all takes every one that fits",
     )
-    data: str = knob("sums", "rows to learn: a task, a local file, or a Hub id")
+    data: str = knob("sums", "rows to learn: a built-in task, a local file, or a Hub id")
     steps: int = knob(12, "steps of each", "steps", low=1)
     batch_size: int = knob(16, "rows of a step", "rows", low=1)
     eval_rows: int = knob(64, "held-out rows", "rows", low=1)

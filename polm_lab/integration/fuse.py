@@ -37,7 +37,7 @@ class Fuse(Experts):
 
     algorithm: str = knob(
         "regmean",
-        "how",
+        "how tunes are merged",
         choices=("greedy", "fisher", "regmean", "adamerging"),
         source="Jin et al. 2023",
     )

@@ -32,7 +32,10 @@ class Merge(Experts):
     "Settings of merging."
 
     algorithm: str = knob(
-        "task_arithmetic", "how", choices=tuple(ALGORITHMS), source="Ilharco et al. 2023"
+        "task_arithmetic",
+        "how tunes are merged",
+        choices=tuple(ALGORITHMS),
+        source="Ilharco et al. 2023",
     )
     weights: str = knob(
         "",
