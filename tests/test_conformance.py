@@ -48,7 +48,7 @@ def variants(tmp_path_factory):
     @functools.cache
     def short(learn):
         found = find("critic")
-        found = dataclasses.replace(found, small=found.small | dict(learn=learn, data=""))
+        found = dataclasses.replace(found, small=found.small | dict(algorithm=learn, data=""))
         return found, check.short_run(found, tmp_path_factory.mktemp(learn))
 
     return short

@@ -70,6 +70,10 @@ RELATIONS = {
         ("{s} was founded in {o}.", "The year {o} saw the founding of {s}."),
         tuple(str(y) for y in range(1200, 1800, 25)),
     ),
+}
+
+# %% ../../nbs/data/encyclopedia.ipynb #97ba5fcc
+RELATIONS |= {
     "home": (
         "person",
         ("Where was {s} born?", "In which town was {s} born?", "Where does {s} come from?"),
