@@ -499,7 +499,13 @@ OTHERS = {  # settings that make a run short, and what its counts are
         dict(rows=3),
     ),
     "fuse": (
-        dict(models="sums#16,chat", tasks="sums,chat", eval_rows=3, expert_steps=1, examples=2),
+        dict(
+            models="sums#16,chat",
+            tasks="sums,chat",
+            eval_rows=3,
+            expert_steps=1,
+            calibration_samples=2,
+        ),
         {"rows": 6, "rows/perplexity/sums": 3, "rows/accuracy/chat": 3},
     ),
     "merge": (
