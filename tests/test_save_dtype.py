@@ -33,7 +33,7 @@ OWN = dict(  # knobs that make the runs that are no training by steps short
     prune=dict(calibration_samples=2, max_length=64),
     slim=dict(calibration_samples=2, max_length=64, ratio=0.2),
     merge=dict(eval_rows=2, tasks="sums"),
-    fuse=dict(eval_rows=2, tasks="sums,sums", examples=2),
+    fuse=dict(eval_rows=2, tasks="sums,sums", calibration_samples=2),
     reft=dict(
         questions=4,
         warmup_steps=1,
