@@ -13,7 +13,7 @@ from pathlib import Path
 from polm_lab.rewards.sandbox import missing
 
 RUN_CODE = ("tools", "selfrefine", "corrections", "critic", "cheating")
-LOOKS = r"sandbox|chromium|browsing|quarto|run_code|learn=.(editor|coderl)"
+LOOKS = r"sandbox|chromium|browsing|quarto|run_code|algorithm=.(editor|coderl)"
 
 
 def looking() -> list[str]:
