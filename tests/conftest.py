@@ -87,6 +87,35 @@ def shaken(model, seed=0):
     return model
 
 
+def trl_pairs(tokenizer, start, place, **config):
+    """Give TRL's DPOTrainer five pairs and a model off `start`, with the loss and its gradient.
+
+    Returns the trainer, its batch as our side takes it, and the loss.
+    """
+    import copy
+
+    import datasets
+    from trl import DPOConfig, DPOTrainer
+
+    from polm_lab.data.load import load_data
+
+    rows = []
+    for row in load_data("chat", "preference")[:5]:
+        rows.append({name: row[name] for name in ("prompt", "chosen", "rejected")})
+    common = dict(use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, max_length=128)
+    trainer = DPOTrainer(
+        shaken(start),
+        copy.deepcopy(start),
+        DPOConfig(str(place), per_device_train_batch_size=5, **common, **config),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    return trainer, dict(batch, sides=2), loss.item()
+
+
 @pytest.fixture
 def polm(runs):
     "The command line in a process of its own: `polm('run', 'sft', ...)`."

@@ -1,11 +1,10 @@
 "DPO: closed forms, the ways to the reference, TRL's loss and training, repeatability, wrong input."
 
-import copy
 import math
 
 import pytest
 import torch
-from conftest import shaken
+from conftest import shaken, trl_pairs
 
 import polm_lab as lab
 from polm_lab.alignment.dpo import dpo_loss, implicit_reward, optimal_policy, trl_loss
@@ -171,41 +170,14 @@ def test_prompt_is_not_learned(tokenizer, pairs):
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.2])
 def test_loss_and_gradient_are_trls(tokenizer, start, tmp_path, epsilon):
-    import datasets
-
-    from trl import DPOConfig, DPOTrainer
-
-    rows = []
-    for r in load_data("chat", "preference")[:5]:
-        rows.append({side: r[side] for side in ("prompt", "chosen", "rejected")})
-    config = DPOConfig(
-        str(tmp_path),
-        per_device_train_batch_size=5,
-        use_cpu=True,
-        bf16=False,
-        report_to=[],
-        max_length=128,
-        disable_tqdm=True,
-        **trl_loss(0.3, epsilon),
-    )
-    trainer = DPOTrainer(
-        shaken(start),
-        copy.deepcopy(start),
-        config,
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=tokenizer,
-    )
-    batch = next(iter(trainer.get_train_dataloader()))
-    theirs = trainer.compute_loss(trainer.model, batch)
-    theirs.backward()
-    batch = dict(batch, completion_mask=batch["completion_mask"], sides=2)
+    trainer, batch, theirs = trl_pairs(tokenizer, start, tmp_path, **trl_loss(0.3, epsilon))
     model = shaken(start)
     with torch.no_grad():
         reference = side_logps(Policy(start), batch)
     ours = dpo_loss(*side_logps(Policy(model), batch), *reference, 0.3, epsilon).mean()
     ours.backward()
     assert abs(ours.item() - math.log(2)) > 1e-2  # far from the start, where all losses are alike
-    assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
+    assert ours.item() == pytest.approx(theirs, abs=1e-5)
     for (name, p), q in zip(model.named_parameters(), trainer.model.parameters()):
         assert (p.grad - q.grad).norm() <= 1e-5 * max(q.grad.norm().item(), 1e-3), name
 

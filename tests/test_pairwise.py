@@ -3,7 +3,6 @@
 Also an objective without a reference, doubts and further metrics.
 """
 
-import copy
 import json
 import math
 import re
@@ -11,7 +10,7 @@ import types
 
 import pytest
 import torch
-from conftest import ROOT, shaken
+from conftest import ROOT, shaken, trl_pairs
 
 import polm_lab as lab
 from polm_lab.core.knobs import WrongInput
@@ -135,35 +134,7 @@ def test_a_doubted_pair_pulls_like_the_mean_over_both_labels(template):
 
 @pytest.mark.parametrize("tau", [0.1, 1.0])
 def test_ipo_loss_and_gradient_are_trls(template, tokenizer, start, tmp_path, tau):
-    import datasets
-
-    from trl import DPOConfig, DPOTrainer
-
-    rows = []
-    for row in load_data("chat", "preference")[:5]:
-        rows.append({name: row[name] for name in ("prompt", "chosen", "rejected")})
-    config = DPOConfig(
-        str(tmp_path),
-        per_device_train_batch_size=5,
-        use_cpu=True,
-        bf16=False,
-        report_to=[],
-        max_length=128,
-        disable_tqdm=True,
-        beta=tau,
-        loss_type="ipo",
-    )
-    trainer = DPOTrainer(
-        shaken(start),
-        copy.deepcopy(start),
-        config,
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=tokenizer,
-    )
-    batch = next(iter(trainer.get_train_dataloader()))
-    theirs = trainer.compute_loss(trainer.model, batch)
-    theirs.backward()
-    batch = dict(batch, completion_mask=batch["completion_mask"], sides=2)
+    trainer, batch, theirs = trl_pairs(tokenizer, start, tmp_path, beta=tau, loss_type="ipo")
     with torch.no_grad():
         reference = side_logps(Policy(start), batch)
     model = shaken(start)
@@ -171,7 +142,7 @@ def test_ipo_loss_and_gradient_are_trls(template, tokenizer, start, tmp_path, ta
     ours = template.ipo_loss(chosen, rejected, tau).mean()
     ours.backward()
     assert abs(ours.item() - 0.25 / tau**2) > 1e-2  # far from the start, where all pairs are alike
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    assert ours.item() == pytest.approx(theirs, rel=1e-5)
     for (name, p), q in zip(model.named_parameters(), trainer.model.parameters()):
         assert (p.grad - q.grad).norm() <= 1e-4 * max(q.grad.norm().item(), 1e-3), name
 
