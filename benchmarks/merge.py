@@ -372,7 +372,7 @@ def main():
                 f"{'not given: ours alone' if not args.mergekit else ''}"
             )
             print(
-                "| technique | ours, s | mergekit, s | mergekit / ours (min–max) | CPU s | peak "
+                "| algorithm | ours, s | mergekit, s | mergekit / ours (min–max) | CPU s | peak "
                 "MiB | limit, s |\n|---|---|---|---|---|---|---|",
                 flush=True,
             )

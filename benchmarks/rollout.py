@@ -1,11 +1,11 @@
 """Compare sampling with `model.generate`: tokens per second, and the limit.
 
-    python benchmarks/rollout.py [--prompts 8] [--samples 8] [--read 192] [--new 64]
+    python benchmarks/rollout.py [--prompts 8] [--num_generations 8] [--read 192] [--new 64]
                                  [--threads 2] [--repeats 5] [--check]
 
 The model is a Llama of about 10 M random parameters in fp32.
 It has 6 layers, width 320 and a vocabulary of 4,096.
-Its peer `generate` gets the prompts repeated `samples` times, `do_sample=True`, and the same
+Its peer `generate` gets the prompts repeated `num_generations` times, `do_sample=True`, and the same
 limit.
 The end tokens are the same too: 99 ids of the vocabulary.
 A row then ends with probability 0.024 a token, and lengths vary.
@@ -66,7 +66,9 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, default in dict(prompts=8, samples=8, read=192, new=64, threads=2, repeats=5).items():
+    for name, default in dict(
+        prompts=8, num_generations=8, read=192, new=64, threads=2, repeats=5
+    ).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--check", action="store_true")
     a = parser.parse_args()
@@ -88,7 +90,7 @@ def main():
         )
     ).eval()
     prompts = torch.randint(100, 4096, (a.prompts, a.read))
-    repeated, ends = prompts.repeat_interleave(a.samples, 0), torch.tensor(ENDS)
+    repeated, ends = prompts.repeat_interleave(a.num_generations, 0), torch.tensor(ENDS)
 
     def by_generate(seed):
         torch.manual_seed(seed)
@@ -109,7 +111,7 @@ def main():
             map(
                 len,
                 rollout(
-                    model, None, prompts.tolist(), a.samples, a.new, seeds=seed, share=share
+                    model, None, prompts.tolist(), a.num_generations, a.new, seeds=seed, share=share
                 ).completions,
             )
         )
@@ -133,7 +135,7 @@ def main():
         body = gemm_seconds(model, a.prompts * a.read, 3) + sum(
             cost[8 * -(-n // 8)] * n / (8 * -(-n // 8)) for n in sizes
         )
-        x = torch.randn(a.prompts * a.samples, 320)
+        x = torch.randn(a.prompts * a.num_generations, 320)
         head = (
             statistics.median(timed(lambda: model.lm_head(x))[1] for _ in range(9))
             / len(x)
@@ -146,7 +148,7 @@ def main():
 
     parameters = sum(p.numel() for p in model.parameters())
     print(
-        f"{parameters / 1e6:.1f} M parameters, {a.prompts} prompts x {a.samples} samples, "
+        f"{parameters / 1e6:.1f} M parameters, {a.prompts} prompts x {a.num_generations} samples, "
         f"{a.read} prompt tokens, up to {a.new} new, "
         f"{a.threads} threads"
     )

@@ -193,7 +193,7 @@ def _show_progress(run: Run, row: dict):
         left = row.get("seconds", 0) / max(1, row["step"]) * (total - row["step"])
         values = "  ".join(
             f"{k} {row[k]:.4g}"
-            for k in ("loss", "reward", "accuracy", "margin", "kl")
+            for k in ("loss", "reward", "accuracy", "pair_accuracy", "gold_score", "margin", "kl")
             if isinstance(row.get(k), float)
         )
         click.echo(

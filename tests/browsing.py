@@ -123,7 +123,8 @@ def server(words, url, folder, **environment):
                 urllib.request.urlopen(url, timeout=2)
                 break
             except OSError:
-                assert process.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
+                assert process.poll() is None, log.read_text()[-3000:]
+                assert time.monotonic() < until, log.read_text()[-3000:]
                 time.sleep(0.3)
         yield process
     finally:

@@ -5,6 +5,7 @@ CONTRIBUTING.md. Exit status 1 if a bar is missed.
 
 - long: share of lines of code above 100 characters; too long: lines above 120.
 - nested: comprehensions inside of a comprehension, in 1,000 lines of code.
+- joined: asserts of conditions joined by `and`, whose failure does not say which.
 - words: words that the style avoids, in prose, docstrings, comments and messages.
 - sentences: share of sentences of prose and docstrings with more than 25 words.
 """
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BARS = {"long": 0.02, "too long": 0, "nested": 3.0, "words": 0, "sentences": 0.03}
+BARS = {"long": 0.02, "too long": 0, "nested": 3.0, "joined": 0, "words": 0, "sentences": 0.03}
 AVOIDED = (
     "stands",
     "bears",
@@ -135,6 +136,9 @@ def look_at_code(found: Found, where: str, source: str):
             inner = sum(isinstance(n, COMPREHENSIONS) for n in ast.walk(node)) - 1
             if inner:
                 found.add("nested", f"{where}:{node.lineno}", ast.unparse(node))
+        if isinstance(node, ast.Assert) and isinstance(node.test, ast.BoolOp):
+            if isinstance(node.test.op, ast.And):
+                found.add("joined", f"{where}:{node.lineno}", ast.unparse(node))
     for node in ast.walk(tree):
         text = isinstance(node, ast.Constant) and isinstance(node.value, str)
         if text and id(node) not in docstrings and len(node.value.split()) > 3:

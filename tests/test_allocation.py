@@ -58,9 +58,8 @@ def test_the_most_sensitive_block_keeps_most():
 def test_the_mean_counts_weights_and_not_blocks():
     sizes = torch.tensor([1.0, 1.0, 2.0])
     found = allocate(torch.tensor([0.0, 0.5, 1.0]), 0.5, 0.1, sizes)
-    assert found == pytest.approx([0.625, 0.525, 0.425]) and (
-        torch.tensor(found) * sizes
-    ).sum().item() / 4 == pytest.approx(0.5)
+    assert found == pytest.approx([0.625, 0.525, 0.425])
+    assert (torch.tensor(found) * sizes).sum().item() / 4 == pytest.approx(0.5)
 
 
 def test_equal_blocks_and_limits():
@@ -151,14 +150,11 @@ def test_a_model_is_measured_block_by_block(kind, base, windows):
     shares = torch.tensor(sparsities(base, windows, kind, 0.5, 0.08, 2))
     expected = 0.5 - 0.16 * (minds - minds.min()) / (minds.max() - minds.min())
     expected += 0.5 - expected.mean()
-    assert (
-        torch.allclose(shares, expected, atol=1e-3)
-        and shares.argmin() == minds.argmax()
-        and shares.argmax() == minds.argmin()
-    )
-    assert shares.mean().item() == pytest.approx(0.5, abs=1e-6) and (
-        shares.max() - shares.min()
-    ).item() == pytest.approx(0.16, abs=1e-6)
+    assert torch.allclose(shares, expected, atol=1e-3)
+    assert shares.argmin() == minds.argmax()
+    assert shares.argmax() == minds.argmin()
+    assert shares.mean().item() == pytest.approx(0.5, abs=1e-6)
+    assert (shares.max() - shares.min()).item() == pytest.approx(0.16, abs=1e-6)
 
 
 def test_a_factor_changes_the_shares_and_five_is_the_rule_without_one(base, windows):
@@ -230,7 +226,8 @@ def test_strings_with_and_without_a_factor_are_read():
 def test_a_wrong_factor_is_refused_in_one_line(text, found, base, windows):
     with pytest.raises(WrongInput) as wrong:
         sparsities(base, windows, text, 0.5, 0.08, 2)
-    assert str(wrong.value).startswith(found) and "\n" not in str(wrong.value)
+    assert str(wrong.value).startswith(found)
+    assert "\n" not in str(wrong.value)
 
 
 def test_a_factor_needs_its_rule():
@@ -240,10 +237,12 @@ def test_a_factor_needs_its_rule():
     form = Form("prune")
     fields = form.parts["allocation"].fields
     fields["allocation.factor"].control.value = "7"
-    assert "give the rule too" in fields["allocation.factor"].problem and form.values == {}
+    assert "give the rule too" in fields["allocation.factor"].problem
+    assert form.values == {}
     fields["allocation.rule"].control.value = "outliers"
     fields["allocation.factor"].control.value = "7"
-    assert form.values == dict(allocation="outliers:factor=7") and not form.problem
+    assert form.values == dict(allocation="outliers:factor=7")
+    assert not form.problem
     fields["allocation.rule"].control.value = "hessian"
     assert form.values == dict(allocation="hessian")
     assert fields["allocation.factor"].value == OFF
@@ -277,9 +276,7 @@ def test_a_run_prunes_the_sensitive_blocks_less(kind, base, runs):
     expected = 0.58 - 0.16 * (minds - minds.min()) / (minds.max() - minds.min())
     expected += 0.5 - expected.mean()
     found = torch.tensor([row["sparsity"] for row in run.lines()])
-    assert (
-        torch.allclose(found, expected, atol=0.01)
-        and found.argmin() == minds.argmax()
-        and found.argmax() == minds.argmin()
-    )
+    assert torch.allclose(found, expected, atol=0.01)
+    assert found.argmin() == minds.argmax()
+    assert found.argmax() == minds.argmin()
     assert run.summary["after"]["sparsity"] == pytest.approx(0.5, abs=0.01)

@@ -428,10 +428,10 @@ def test_a_run_begins_undecided_and_learns(page, tmp_path, name, first):
     before, after = (run.summary[when] for when in ("before", "after"))
     assert run.lines()[0]["loss"] == pytest.approx(first, rel=1e-5)
     assert before["margin"] == 0.0
-    assert before["accuracy"] == 0.5
+    assert before["pair_accuracy"] == 0.5
     assert after["margin"] > 0.05
-    assert after["accuracy"] > 0.7
-    assert {"perplexity", "kl", "reward", "logp_chosen"} <= set(after)
+    assert after["pair_accuracy"] > 0.7
+    assert {"perplexity", "kl", "gold_score", "logp_chosen"} <= set(after)
     assert after["kl"] > 0
     sides = [row["side"] for row in run.lines("samples")]
     assert set(sides) == {"chosen", "rejected", "sampled"}
@@ -490,4 +490,5 @@ def test_a_page_with_a_loss_only_passes_the_suite(name, tmp_path):
     )
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
     found = json.loads(done.stdout.strip().split("\n")[-1])
-    assert len(found) == 7 and all(found.values()), found
+    assert len(found) == 7, found
+    assert all(found.values()), found

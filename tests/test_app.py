@@ -175,11 +175,9 @@ def test_a_full_disk(tmp_path):
     assert "cannot be written" in printed["START"]
     assert "No space left" in printed["START"]
     assert 'role="alert"' in printed["START"]
-    assert (
-        "cannot be written" in printed["PRESET"]
-        and printed["RUNS"] == "1"
-        and "saved" in printed["AGAIN"]
-    ), (printed, done.stderr[-1000:])
+    assert "cannot be written" in printed["PRESET"], (printed, done.stderr[-1000:])
+    assert printed["RUNS"] == "1", (printed, done.stderr[-1000:])
+    assert "saved" in printed["AGAIN"], (printed, done.stderr[-1000:])
 
 
 def test_a_spare_process_that_was_killed_is_replaced(runs):

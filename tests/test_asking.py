@@ -73,7 +73,8 @@ def test_a_file_of_questions_is_asked_whole(books, written, runs):
         expected="lute",
         right=True,
     )
-    assert "expected" not in said[3] and "right" not in said[4]
+    assert "expected" not in said[3]
+    assert "right" not in said[4]
     # answers of 4 of 6 are known, those of 3 are in a passage: each is found first
     counts = {name: value for name, value in after.items() if name.partition("/")[0] == "rows"}
     assert counts == {
@@ -90,11 +91,14 @@ def test_a_file_of_questions_is_asked_whole(books, written, runs):
     }
     assert after["recall/1"] == after["mrr"] == 1.0
     right = sum(row.get("right", False) for row in said)
-    assert after["accuracy"] == after["accuracy/bm25"] == right / 4 and right >= 2
+    assert after["accuracy"] == after["accuracy/bm25"] == right / 4
+    assert right >= 2
     assert after["faithfulness"] == sum(bool(row["cited"]) for row in said) / 6
-    assert record["search"] == "bm25" and "stages" not in record
+    assert record["search"] == "bm25"
+    assert "stages" not in record
     first, second, third = record["notes"]
-    assert first.startswith("search is bm25, not hybrid") and "eval_data" in first
+    assert first.startswith("search is bm25, not hybrid")
+    assert "eval_data" in first
     assert (
         second
         == "2 of 6 questions have no answer to compare with: they are asked, and get no score"
@@ -109,10 +113,8 @@ def test_a_file_of_questions_is_asked_whole(books, written, runs):
         "altered passage",
         "wrong passages",
     }
-    assert (
-        len(samples[samples.way == "right passage"]) == 3
-        and samples[samples.way == "bm25"].reward.isna().sum() == 2
-    )
+    assert len(samples[samples.way == "right passage"]) == 3
+    assert samples[samples.way == "bm25"].reward.isna().sum() == 2
 
 
 @pytest.mark.parametrize("row", ASKED[:4:3])
@@ -127,7 +129,8 @@ def test_one_question_alone(books, written, row):
         device="cpu",
     )
     after = run.summary["after"]
-    assert after["rows"] == 1 and len(answers(run)) == 1
+    assert after["rows"] == 1
+    assert len(answers(run)) == 1
     known = "answer" in row
     assert ("accuracy" in after) == ("recall/1" in after) == known
     assert answers(run)[0]["passages"] == [["adran.md"], ["beka.md"]][not known]
@@ -137,21 +140,21 @@ def test_one_question_alone(books, written, row):
 def test_rows_are_bounded_and_come_in_order(books, written):
     rows = [{"question": f"Which instrument does Adran play, {n}?"} for n in range(40)]
     _, learnable, asked = open_questions(written(rows), books, rows=7)
-    assert [row["question"] for row in asked] == [
-        row["question"] for row in rows[:7]
-    ] and not learnable
+    assert [row["question"] for row in asked] == [row["question"] for row in rows[:7]]
+    assert not learnable
     assert len(open_questions(written(rows), books)[2]) == 40
     assert len(open_questions(written(rows) + "#3", books)[2]) == 3
     other = written(ASKED, "others.jsonl")
     for data in (written(rows), "facts"):
         _, learnable, asked = open_questions(data, books, eval_data=other)
-        assert len(asked) == 6 and not learnable, (
-            "nothing to learn: no answers there, or another library"
-        )
+        assert len(asked) == 6, "nothing to learn: no answers there, or another library"
+        assert not learnable, "nothing to learn: no answers there, or another library"
     assert open_questions(other, books, eval_data=written(rows))[1]
     passages, learnable, asked = open_questions("facts")
     library, learned, held_out = open_library("facts")
-    assert passages == library and asked == held_out and learnable == bool(learned)
+    assert passages == library
+    assert asked == held_out
+    assert learnable == bool(learned)
 
 
 def test_contexts_are_the_library_of_questions_without_answers(written):
@@ -186,7 +189,8 @@ def test_a_retriever_learns_from_other_questions_than_those_that_are_asked(books
         device="cpu",
     )
     trained = lab.open_run(run.path.parent / run.read()["stages"]["retriever"])
-    assert run.read()["search"] == "hybrid" and run.summary["after"]["rows"] == 6
+    assert run.read()["search"] == "hybrid"
+    assert run.summary["after"]["rows"] == 6
     assert (trained.settings["data"], trained.settings["eval_data"]) == (learn, asked)
     assert trained.read()["rows"] == 29  # 5 % of 30 are held out
 
@@ -204,9 +208,8 @@ def test_what_cannot_be_asked_is_refused_in_one_line(books, written):
     ):
         with pytest.raises(WrongInput) as caught:
             lab.run("rag", **settings, dtype="float32", device="cpu")
-        assert "\n" not in str(caught.value) and all(word in str(caught.value) for word in words), (
-            caught.value
-        )
+        assert "\n" not in str(caught.value), caught.value
+        assert all(word in str(caught.value) for word in words), caught.value
     for method in (
         "retriever",
         "reader",
@@ -224,7 +227,8 @@ def test_the_terminal_shows_the_answers(books, written, capsys):
     _report(run, as_json=False)
     shown = capsys.readouterr().out
     assert "Which instrument does Adran play? -> lute (adran.md)\n" in shown
-    assert "note: 2 of 6 questions have no answer" in shown and "answers.jsonl" in shown
+    assert "note: 2 of 6 questions have no answer" in shown
+    assert "answers.jsonl" in shown
     line = json.dumps(dict(question="Who?\n", answer="\x1b[2J\u202e<b>", passages=["a"], cited=[]))
     (run.path / "answers.jsonl").write_text(line + "\n")
     _report(run, as_json=False)
@@ -315,7 +319,8 @@ def test_the_vectors_of_passages_are_renewed_each_so_many_steps(
         },
         out=runs,
     )
-    assert run.status == "finished" and len(seen) == 5
+    assert run.status == "finished"
+    assert len(seen) == 5
     for step, (now, held, numbers, asked) in enumerate(seen):
         made = step - step % refresh if refresh else 0  # the step whose encoder made the vectors
         assert torch.allclose(held, seen[made][0], atol=1e-4), step
@@ -330,6 +335,5 @@ def test_the_vectors_of_passages_are_renewed_each_so_many_steps(
 def test_the_model_of_the_test_is_what_the_reader_starts_from():
     model, tokenizer = load_model("tiny", "float32", "cpu"), load_tokenizer("tiny")
     vectors = plain_vectors(model, tokenizer, ["Adran plays the lute."], "Passage: ")
-    assert vectors.shape == (1, model.config.hidden_size) and torch.allclose(
-        vectors.norm(), torch.tensor(1.0)
-    )
+    assert vectors.shape == (1, model.config.hidden_size)
+    assert torch.allclose(vectors.norm(), torch.tensor(1.0))

@@ -94,7 +94,8 @@ def test_tokenizer(tiny):
     assert (
         tokenizer("a b").input_ids == encode_document(tokenizer, "a b")[:-1]
     )  # prompts begin as documents begin
-    assert tokenizer.eos_token == END and tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert tokenizer.eos_token == END
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
     # A completion's tokens do not depend on a prompt before it.
     for task in TASKS.values():
         for form in task.forms:
@@ -128,7 +129,9 @@ def test_chat_template_writes_what_the_tasks_write(tiny):
 def test_tiny_is_a_base_model(tiny):
     "The bars: it knows much and answers badly."
     torch.manual_seed(0)
-    figures = measure(*tiny, n=60, samples=16, tests=(("sums", "direct", 8),))["sums/direct"]
+    figures = measure(*tiny, n=60, num_generations=16, tests=(("sums", "direct", 8),))[
+        "sums/direct"
+    ]
     assert 0.25 <= figures["one"] <= 0.60
     assert figures["any"] >= 0.85
     assert figures["greedy"] >= figures["one"] + 0.2  # the truth is its favourite answer
@@ -147,12 +150,14 @@ def test_tiny_serves_every_task(tiny):
         ("chat", "any", 80),
         ("code", "any", 24),
     ]
-    figures = measure(*tiny, n=24, samples=2, tests=asked)
-    assert figures["sums/steps"]["greedy"] >= 0.8 and figures["sums/check"]["greedy"] >= 0.8
+    figures = measure(*tiny, n=24, num_generations=2, tests=asked)
+    assert figures["sums/steps"]["greedy"] >= 0.8
+    assert figures["sums/check"]["greedy"] >= 0.8
     assert figures["facts/recall"]["greedy"] >= 0.5  # by chance: about 0.08
     assert figures["facts/reading"]["greedy"] >= 0.8
     assert figures["code/any"]["greedy"] >= 0.6
-    assert figures["stories/tell"]["one"] >= 0.7 and figures["stories/label"]["greedy"] >= 0.8
+    assert figures["stories/tell"]["one"] >= 0.7
+    assert figures["stories/label"]["greedy"] >= 0.8
     assert 0.3 <= figures["chat/any"]["one"] <= 0.8  # room to improve
     assert all(f["perplexity"] < 4 for f in figures.values() if "perplexity" in f)
 
@@ -172,7 +177,8 @@ def test_microbatches_lose_nothing(mini_tokenizer):
     model = make_model(MINI, mini_tokenizer)
     batches = microbatches(documents, mini_tokenizer.pad_token_id, size=300)
     back = sorted(row[row != -100].tolist() for _, labels in batches for row in labels)
-    assert back == sorted(documents) and len(batches) > 2
+    assert back == sorted(documents)
+    assert len(batches) > 2
     with torch.no_grad():
         alone = sum(
             summed_loss(model, torch.tensor([d]), torch.tensor([d])).item() for d in documents
@@ -248,7 +254,6 @@ def test_command_makes_a_model_folder(tmp_path, monkeypatch, capsys):
     base.main(
         ["--out", str(out), "--work", str(tmp_path / "work"), "--threads", str(threads)], MINI
     )
-    assert (out / "model.safetensors").exists() and "| sums | 9.00 |" in (
-        out / "README.md"
-    ).read_text()
+    assert (out / "model.safetensors").exists()
+    assert "| sums | 9.00 |" in (out / "README.md").read_text()
     assert '"perplexity": 9.0' in capsys.readouterr().out

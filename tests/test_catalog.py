@@ -433,19 +433,16 @@ def table9():
 
 def test_every_data_set_of_table_9_is_there():
     rows = {row["system"]: row for row in table9()}
-    assert set(rows) == {entry.system for entry in CATALOG.values()} and len(CATALOG) == 37
+    assert set(rows) == {entry.system for entry in CATALOG.values()}
+    assert len(CATALOG) == 37
     assert set(ROWS) == set(EXPECTED) == set(CATALOG)
     for entry in CATALOG.values():
-        assert (
-            entry.size == rows[entry.system]["nums"]
-            and entry.phase.split(" (")[0] == rows[entry.system]["phase"]
-        ), entry.name
-        assert (
-            entry.licence
-            and entry.citation
-            and entry.checked
-            and entry.address.startswith("https://")
-        )
+        assert entry.size == rows[entry.system]["nums"], entry.name
+        assert entry.phase.split(" (")[0] == rows[entry.system]["phase"], entry.name
+        assert entry.licence
+        assert entry.citation
+        assert entry.checked
+        assert entry.address.startswith("https://")
 
 
 @pytest.mark.parametrize("name", CATALOG)
@@ -513,7 +510,8 @@ def test_limits_splits_and_skipping(tmp_path):
     spec = copy_of("shp", tmp_path, ROWS["shp"] * 20)
     assert len(load_data(spec + "#7", "preference", "all")) == 7
     train, test = load_data(spec, "preference"), load_data(spec, "preference", "test")
-    assert len(train) + len(test) == 40 and test
+    assert len(train) + len(test) == 40
+    assert test
     spec = copy_of("shp", tmp_path, [*ROWS["shp"], dict(colour="red")])
     with pytest.raises(WrongInput, match="no labels|no human_ref_A"):
         load_data(spec, "preference", "all")
@@ -636,7 +634,8 @@ def test_what_is_not_on_the_hub_says_where_it_is():
 
 def test_the_table_lists_them():
     table = datasets_table().set_index("data")
-    assert set(CATALOG) < set(table.index) and {"sums", "chat"} < set(table.index)
+    assert set(CATALOG) < set(table.index)
+    assert {"sums", "chat"} < set(table.index)
     assert table.loc["dolly-15k"][["phase", "rows", "licence", "hub"]].tolist() == [
         "SFT",
         "15K",

@@ -161,7 +161,7 @@ def test_adamerging_reads_prompts_alone(tunes, runs):
 
 @pytest.mark.parametrize("scaling", [None, 0.1])
 def test_the_lambda_of_metagpt_is_that_of_eq_39(tunes, runs, scaling):
-    "θ₀ + Σ ‖τ_t‖² / Σ ‖τ_k‖² τ_t, whatever the knob of the other techniques says."
+    "θ₀ + Σ ‖τ_t‖² / Σ ‖τ_k‖² τ_t, whatever the knob of the other algorithms says."
     run = lab.run(
         "merge",
         models=",".join(tunes),

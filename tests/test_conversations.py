@@ -226,9 +226,8 @@ def test_a_template_without_tool_calls_refuses_them_in_one_line(template):
     )
     with pytest.raises(WrongInput) as caught:
         learned_texts(tokenizer, Row({"messages": messages}, "a.jsonl:1"))
-    assert str(caught.value).startswith("a.jsonl:1: the chat template") and "\n" not in str(
-        caught.value
-    )
+    assert str(caught.value).startswith("a.jsonl:1: the chat template")
+    assert "\n" not in str(caught.value)
 
 
 # Templates that render the same with TRL's generation marks as without.
@@ -512,9 +511,10 @@ def test_no_token_of_two_turns_is_learned():
         }
         asked = encode(tokenizer, {"prompt": row["messages"][:1]}, "prompt", 99)["input_ids"]
         made = encode(tokenizer, row, "text", 99)
-        assert made["input_ids"][: len(asked)] == asked and made["completion_mask"] == [0] * len(
-            asked
-        ) + [1] * (len(made["input_ids"]) - len(asked))
+        assert made["input_ids"][: len(asked)] == asked
+        assert made["completion_mask"] == [0] * len(asked) + [1] * (
+            len(made["input_ids"]) - len(asked)
+        )
         assert tokenizer.decode(made["input_ids"][len(asked) :]) == answer + ".</s>"
         apart += (
             made["input_ids"]
@@ -711,11 +711,9 @@ def test_system_beside_messages_and_functions_are_followed(tmp_path):
     [read] = load_data(str(tmp_path / "a.jsonl"), "text", "all")
     tokenizer = tokenizer_of("qwen2_5")
     text = tokenizer.decode(encode(tokenizer, read, "text", 999)["input_ids"])
-    assert (
-        "Be kind." in text
-        and '"search"' in text
-        and learned_texts(tokenizer, read) == ["b<|im_end|>\n"]
-    )
+    assert "Be kind." in text
+    assert '"search"' in text
+    assert learned_texts(tokenizer, read) == ["b<|im_end|>\n"]
 
 
 # The end of an answer
@@ -730,7 +728,8 @@ def test_whatever_ends_an_answer_ends_sampling(tmp_path):
     eot, eos = chat.convert_tokens_to_ids(["<|eot_id|>", "<|endoftext|>"])
     assert end_tokens(model, chat) == [1, eos, eot]
     model.generation_config.eos_token_id = [5, 2]
-    assert end_tokens(model, tokenizer) == [5, 2] and end_tokens(model) == [5, 2]
+    assert end_tokens(model, tokenizer) == [5, 2]
+    assert end_tokens(model) == [5, 2]
     model.generation_config.eos_token_id = []
     assert end_tokens(model, tokenizer) == []
     for before, saved in ((1, [1, 2]), ([5, 2], [5, 2]), (2, 2), (None, 2)):
@@ -750,9 +749,8 @@ def test_an_end_of_several_tokens_is_a_stop_string():
         "{% for m in messages %}{{ m.role + ':' + m.content + '<eot>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
     )
-    assert turn_ends(tokenizer) == ["<eot>"] == list(end_strings(tokenizer)) and end_tokens(
-        model, tokenizer
-    ) == [2]
+    assert turn_ends(tokenizer) == ["<eot>"] == list(end_strings(tokenizer))
+    assert end_tokens(model, tokenizer) == [2]
     text = rollout(model, None, asked, 1, 12, temperature=0).completions[0]
     text = tokenizer.decode(text, skip_special_tokens=True)
     end = next(
@@ -763,7 +761,8 @@ def test_an_end_of_several_tokens_is_a_stop_string():
     tokenizer.chat_template = tokenizer.chat_template.replace("<eot>", end)
     assert end_strings(tokenizer) == (end,)
     cut = rollout(model, tokenizer, asked, 1, 12, temperature=0)
-    assert cut.ended == [True] and cut.texts == [text[: text.index(end)]]
+    assert cut.ended == [True]
+    assert cut.texts == [text[: text.index(end)]]
 
 
 def other_ends(folder: Path, generation, tokenizer: str) -> str:
@@ -793,10 +792,8 @@ def test_sft_of_a_base_model_that_was_given_a_chat_token(tmp_path, monkeypatch):
     run = lab.run("sft", model=other_ends(tmp_path / "m", 2000, "<|im_end|>"), **settings)
     agreed = lab.run("sft", model="tiny", **settings)
     for when in ("before", "after"):
-        assert (
-            run.summary[when]["accuracy"] == agreed.summary[when]["accuracy"]
-            and run.summary[when]["truncated"] == 0
-        )
+        assert run.summary[when]["accuracy"] == agreed.summary[when]["accuracy"]
+        assert run.summary[when]["truncated"] == 0
     assert run.summary["after"]["accuracy"] > 0.25
     saved = json.loads((run.path / "model" / "generation_config.json").read_text())
     assert saved["eos_token_id"] == [2000, 2]
@@ -811,4 +808,5 @@ def test_sft_of_a_base_model_that_was_given_a_chat_token(tmp_path, monkeypatch):
         sampling, "end_tokens", lambda model, tokenizer=None: [model.generation_config.eos_token_id]
     )
     old = rollout(model, tokenizer, asked, 1, 24, temperature=0)
-    assert all(new.ended) and not any(old.ended)
+    assert all(new.ended)
+    assert not any(old.ended)

@@ -390,7 +390,8 @@ def test_bad_file_is_one_clear_line(tmp_path, name):
     with pytest.raises(WrongInput) as caught:
         load_data(put(tmp_path, file, content), kind)
     message = str(caught.value)
-    assert "\n" not in message and all(part in message for part in parts), message
+    assert "\n" not in message, message
+    assert all(part in message for part in parts), message
 
 
 def test_edits_are_rows_to_learn_and_lists_may_be_left_out(tmp_path):
@@ -434,9 +435,8 @@ def test_bad_spec(tmp_path, monkeypatch, name):
     spec, kind, split, parts = BAD_SPEC[name]
     with pytest.raises(WrongInput) as caught:
         load_data(str(tmp_path / spec) if ".jsonl" in spec else spec, kind, split)
-    assert "\n" not in str(caught.value) and all(part in str(caught.value) for part in parts), (
-        caught.value
-    )
+    assert "\n" not in str(caught.value), caught.value
+    assert all(part in str(caught.value) for part in parts), caught.value
 
 
 def test_unreadable_file(tmp_path, monkeypatch):
@@ -586,7 +586,8 @@ def test_the_same_rows_from_every_format(tmp_path):
     put(tmp_path, "a.jsonl.gz", gzip.compress(jsonl(*rows).encode()))
     for file in sorted(tmp_path.iterdir()):
         found = load_data(str(file), "completion", "all")
-        assert found == rows and all(r.where.startswith(f"{file}:") for r in found), file
+        assert found == rows, file
+        assert all(r.where.startswith(f"{file}:") for r in found), file
 
 
 def test_text_files(tmp_path):
@@ -610,16 +611,12 @@ def test_skip_limit_and_split(tmp_path):
         "a.jsonl",
         jsonl(*({"prompt": f"{i}=", "completion": str(i) if i % 10 else ""} for i in range(200))),
     )
-    assert (
-        len(load_data(path + "#skip", "completion", "all")) == 180
-        and len(load_data(path + "#50,skip", "completion", "all")) == 45
-    )
+    assert len(load_data(path + "#skip", "completion", "all")) == 180
+    assert len(load_data(path + "#50,skip", "completion", "all")) == 45
     train, test = (load_data(path + "#skip", "completion", s) for s in ("train", "test"))
-    assert (
-        len(test) == 9
-        and not {r.where for r in train} & {r.where for r in test}
-        and len(train) == 171
-    )
+    assert len(test) == 9
+    assert not {r.where for r in train} & {r.where for r in test}
+    assert len(train) == 171
     assert test == load_data(path + "#skip", "completion", "test")
     for n in (2, 3, 19, 20, 1000, 10_000):
         assert len(set(held_out(n))) == len(held_out(n)) == min(256, max(1, n // 20))
@@ -630,9 +627,8 @@ def test_skip_limit_and_split(tmp_path):
         jsonl(*({"prompt": f"{i}", "chosen": "a", "rejected": "b"} for i in range(40))),
     )
     train, test = (load_data(pairs, "unpaired", s) for s in ("train", "test"))
-    assert (
-        not {r["prompt"] for r in train} & {r["prompt"] for r in test} and len(test) == 4
-    )  # a pair stays together
+    assert not {r["prompt"] for r in train} & {r["prompt"] for r in test}
+    assert len(test) == 4  # a pair stays together
     with pytest.raises(WrongInput, match="no row is left"):
         load_data(
             put(tmp_path, "c.jsonl", jsonl({"prompt": "x", "completion": ""})) + "#skip",
@@ -644,9 +640,8 @@ def test_tasks_are_data():
     for name, task in TASKS.items():
         for kind in task.kinds:
             rows = load_data(f"{name}#20", kind)
-            assert len(rows) == 20 and all(
-                set(KINDS[kind][0]) <= set(r) or "messages" in r for r in rows
-            )
+            assert len(rows) == 20
+            assert all(set(KINDS[kind][0]) <= set(r) or "messages" in r for r in rows)
     asked = [
         json.dumps(r["prompt"])
         for s in ("train", "test")
@@ -706,7 +701,8 @@ def test_conversation_equals_transformers():
         prompt == tokenizer.apply_chat_template(DIALOG[:3], add_generation_prompt=True)["input_ids"]
     )
     last = encode(tokenizer, {"prompt": DIALOG[:3], "completion": DIALOG[3:]}, "completion", 99)
-    assert last["input_ids"] == theirs["input_ids"] and last["completion_mask"] == [
+    assert last["input_ids"] == theirs["input_ids"]
+    assert last["completion_mask"] == [
         int(t >= len(prompt)) for t in range(len(theirs["input_ids"]))
     ]
     everything = encode(tokenizer, {"messages": DIALOG}, "text", 99, completion_only=False)
@@ -731,10 +727,10 @@ def test_the_prompt_is_the_beginning(make):
         asked = encode(tokenizer, {"prompt": prompt}, "prompt", 99)["input_ids"]
         out = encode(tokenizer, {"prompt": prompt, "completion": completion}, "completion", 99)
         ids, mask = out["input_ids"], out["completion_mask"]
-        assert asked == tokenizer(prompt).input_ids == ids[: len(asked)] and mask == [0] * len(
-            asked
-        ) + [1] * (len(ids) - len(asked))
-        assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
+        assert asked == tokenizer(prompt).input_ids == ids[: len(asked)]
+        assert mask == [0] * len(asked) + [1] * (len(ids) - len(asked))
+        assert ids[-1] == tokenizer.eos_token_id
+        assert ids.count(tokenizer.eos_token_id) == 1
         if make is gpt2_style:
             assert tokenizer.decode(ids[:-1]) == prompt + completion
         together += ids[:-1] == tokenizer(prompt + completion).input_ids
@@ -802,11 +798,11 @@ def test_every_kind_encodes():
     assert [tokenizer.decode(steps["input_ids"][: i + 1]) for i in marked] == [
         "two\nis\n",
         "two\nis\nfour\n",
-    ] and steps["labels"] == [True, False]
+    ]
+    assert steps["labels"] == [True, False]
     text = encode(tokenizer, {"text": "two is"}, "text", 50)
-    assert tokenizer.decode(text["input_ids"]) == "two is<|im_end|>" and text[
-        "completion_mask"
-    ] == [0] + [1] * (len(text["input_ids"]) - 1)
+    assert tokenizer.decode(text["input_ids"]) == "two is<|im_end|>"
+    assert text["completion_mask"] == [0] + [1] * (len(text["input_ids"]) - 1)
 
 
 def test_a_row_of_a_megabyte(tmp_path):
@@ -890,14 +886,14 @@ def test_packing_and_microbatches_change_no_loss(name):
     check_packing(model)
     loss, gradient = summed_loss(model, collate(examples, 0))
     packed = collate(examples, 0, pack=48)
-    assert packed["input_ids"].shape[0] < len(examples) and packed["attention_mask"] is None
+    assert packed["input_ids"].shape[0] < len(examples)
+    assert packed["attention_mask"] is None
     assert packed["completion_mask"].sum() == sum(sum(e["completion_mask"]) for e in examples)
     packed_loss, packed_gradient = summed_loss(model, packed)
     torch.testing.assert_close(packed_gradient, gradient, rtol=1e-9, atol=1e-12)
     parts = [summed_loss(model, collate(part, 0)) for part in microbatches(examples, 5)]
-    assert packed_loss == pytest.approx(loss, rel=1e-12) and sum(
-        p[0] for p in parts
-    ) == pytest.approx(loss, rel=1e-12)
+    assert packed_loss == pytest.approx(loss, rel=1e-12)
+    assert sum(p[0] for p in parts) == pytest.approx(loss, rel=1e-12)
     torch.testing.assert_close(sum(p[1] for p in parts), gradient, rtol=1e-9, atol=1e-12)
 
 
@@ -939,9 +935,8 @@ def test_pack_rows():
 def test_microbatches_group_lengths():
     examples = made_examples(50)
     parts = microbatches(examples, 8)
-    assert [len(p) for p in parts] == [8] * 6 + [2] and sorted(map(id, sum(parts, []))) == sorted(
-        map(id, examples)
-    )
+    assert [len(p) for p in parts] == [8] * 6 + [2]
+    assert sorted(map(id, sum(parts, []))) == sorted(map(id, examples))
     assert (
         sum(collate(p, 0)["input_ids"].numel() for p in parts)
         < 0.7 * collate(examples, 0)["input_ids"].numel()
@@ -1005,8 +1000,6 @@ def test_a_hundred_thousand_rows(tmp_path):
         ),
     )
     rows = load_data(path, "completion")
-    assert (
-        len(rows) == 100_000 - 256
-        and Counter(map(len, rows)) == {2: len(rows)}
-        and rows[-1].where == f"{path}:100000"
-    )
+    assert len(rows) == 100_000 - 256
+    assert Counter(map(len, rows)) == {2: len(rows)}
+    assert rows[-1].where == f"{path}:100000"

@@ -72,9 +72,8 @@ def page(monkeypatch):
 
 def test_every_method_uses_known_words():
     for m in methods().values():
-        assert set(m.needs) <= set(NEEDS) and (
-            callable(m.explain) or m.explain in ("", *EXPLANATIONS)
-        )
+        assert set(m.needs) <= set(NEEDS)
+        assert callable(m.explain) or m.explain in ("", *EXPLANATIONS)
     declared = dict(
         grpo="group",
         ppo="tokens",
@@ -105,7 +104,8 @@ def test_every_method_uses_known_words():
 def test_an_unknown_word_is_refused_in_one_line(facts, found):
     with pytest.raises(WrongInput) as wrong:
         declare(**facts)
-    assert str(wrong.value).startswith(found) and "\n" not in str(wrong.value)
+    assert str(wrong.value).startswith(found)
+    assert "\n" not in str(wrong.value)
     assert "mine" not in REGISTRY
 
 
@@ -153,7 +153,8 @@ GROUP = [dict(reward=r, advantage=r - 0.25, advantages=[0.1, 0.4]) for r in (1.0
 )
 def test_a_row_is_explained_as_its_method_declares(method, rows, settings, found):
     said = " ".join(why(rows[0], rows, settings, method))
-    assert found in said and said.count("It is a score only") == ("score only" in found)
+    assert found in said
+    assert said.count("It is a score only") == ("score only" in found)
 
 
 def test_the_cockpit_asks_the_page_of_the_run(page):
@@ -183,7 +184,8 @@ def test_a_metric_has_one_owner():
                 owner, [Metric("fine", "x", better="up"), Metric(name, "x", better="up")]
             )
     assert "fine" not in METRICS, "what is refused leaves nothing behind"
-    assert METRICS["surprise_gap"] == changed and METRICS["kl"].unit == "nats/token"
+    assert METRICS["surprise_gap"] == changed
+    assert METRICS["kl"].unit == "nats/token"
 
 
 @pytest.mark.parametrize(
@@ -200,7 +202,8 @@ def test_a_metric_has_one_owner():
 def test_a_metric_that_nobody_could_read_is_refused(wrong, found):
     with pytest.raises(WrongInput, match=found) as error:
         declare(metrics=(wrong,))
-    assert "\n" not in str(error.value) and "mine" not in REGISTRY
+    assert "\n" not in str(error.value)
+    assert "mine" not in REGISTRY
 
 
 def test_whoever_reads_a_run_knows_the_metrics_of_its_page(page):
@@ -210,7 +213,8 @@ def test_whoever_reads_a_run_knows_the_metrics_of_its_page(page):
     assert not page, "a record of known names imports no page"
     run.log(2, **{"eval/surprise_gap": 1.0})
     record.refresh()
-    assert page and "surprise at new facts" in explain("eval/surprise_gap")
+    assert page
+    assert "surprise at new facts" in explain("eval/surprise_gap")
 
 
 def test_a_table_and_a_sweep_know_which_way_is_better(page, runs):
@@ -273,5 +277,6 @@ def test_a_declared_kind_is_not_encoded_for_its_page(tokenizer):
         assert str(wrong.value).startswith(
             "kind 'swap': declared by the page of a method; expected"
         )
-        assert "\n" not in str(wrong.value) and "swap," not in str(wrong.value)
+        assert "\n" not in str(wrong.value)
+        assert "swap," not in str(wrong.value)
     assert encode(tokenizer, {"prompt": "1+1="}, "prompt", 64)["input_ids"]

@@ -158,7 +158,7 @@ RECORDS = {
     ),
     "ranks_by_chance": (
         dict(margin=line(0, 1)),
-        dict(summary=dict(after=dict(accuracy=0.55))),
+        dict(summary=dict(after=dict(pair_accuracy=0.55))),
         dict(margin=line(0, 1)),
     ),
     "prefers_length": (
@@ -195,6 +195,20 @@ def test_written_illness(rule):
     ill, facts, well = RECORDS[rule]
     assert rule in rules(written(ill, **facts))
     assert rule not in rules(written(well))
+
+
+QUALITIES = ("accuracy", "pair_accuracy", "gold_score")
+
+
+@pytest.mark.parametrize("name", QUALITIES)
+def test_each_measure_of_answers_is_looked_at(name):
+    overfitted = written({name: line(0.5, 1.0), f"eval/{name}": 0.5})
+    assert name in rules(overfitted)["worse_on_held_out"].evidence
+    ends = {when: {name: value} for when, value in (("before", 0.8), ("after", 0.5))}
+    assert name in rules(written(dict(loss=1.0), summary=ends))["worse_than_start"].evidence
+    if name != "pair_accuracy":
+        gamed = written(dict(reward=line(0, 1)), summary=ends)
+        assert "reward_without_accuracy" in rules(gamed)
 
 
 CHANCE = {

@@ -130,7 +130,7 @@ def test_metrics_of_pairs():
         torch.tensor([-5.0, -2.0, -3.0]), torch.tensor([-4.0, -2.0, -3.0]), 0.5
     )
     found = pair_metrics(chosen, rejected)
-    assert found["accuracy"].tolist() == [1.0, 0.5, 0.0]
+    assert found["pair_accuracy"].tolist() == [1.0, 0.5, 0.0]
     assert found["margin"].tolist() == [1.0, 0.0, -3.0]
     assert found["reward_chosen"].tolist() == [0.5, 0.0, -3.0]
     assert found["reward_rejected"].tolist() == [-0.5, 0.0, 0.0]
@@ -248,7 +248,7 @@ def test_an_adapter_is_tried_before_it_is_trusted(tokenizer, pairs, adapter, swi
 def test_start_is_the_reference_and_says_so():
     before = lab.run("dpo", **SHORT | dict(steps=0)).summary["before"]
     assert before["margin"] == before["reward_chosen"] == before["reward_rejected"] == 0.0
-    assert before["accuracy"] == 0.5
+    assert before["pair_accuracy"] == 0.5
     assert before["kl"] == pytest.approx(0.0, abs=1e-6)
 
 

@@ -307,7 +307,9 @@ def test_a_process_that_ends_leaves_no_browser_and_no_folder(request):
         env={**os.environ, "TMPDIR": str(tmp_path)},
         timeout=120,
     )
-    assert done.returncode == 0 and int(done.stdout) > 1000 and done.stderr == "", done.stderr
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 1000, done.stderr
+    assert done.stderr == "", done.stderr
     assert not [p for p in tmp_path.iterdir() if p.name != "runs"]
     assert not [
         p
@@ -638,9 +640,8 @@ def test_every_figure_of_a_notebook_shows_offline_and_untrusted(lab, name):
     errors = [e for e in lab.errors if "(reading 'kernel')" not in e]
     assert not lab.elsewhere()
     assert not errors
-    assert len(shown) == len(found) and all(share > 0.005 for share in shown), (
-        f"shares of pixels that are not white: {shown}"
-    )
+    assert len(shown) == len(found), f"shares of pixels that are not white: {shown}"
+    assert all(share > 0.005 for share in shown), f"shares of pixels that are not white: {shown}"
 
 
 @needs_pillow

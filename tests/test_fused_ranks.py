@@ -53,6 +53,5 @@ def test_no_sum_is_decided_by_rounding():
         items = list(range(size))
         rankings = [items[start:] + items[:start] for start in range(size)]
         found = fuse_ranks(rankings)
-        assert [item for item, _ in found] == items and len({score for _, score in found}) == 1, (
-            found
-        )
+        assert [item for item, _ in found] == items, found
+        assert len({score for _, score in found}) == 1, found

@@ -181,7 +181,9 @@ def attempt(capsys, *words):
 def refused(capsys, words, *command):
     code, lines = attempt(capsys, *command)
     ours = [line for line in lines if line.startswith("polm: ")]
-    assert code == 2 and len(lines) == 1 and len(ours) == 1, (code, lines)
+    assert code == 2, (code, lines)
+    assert len(lines) == 1, (code, lines)
+    assert len(ours) == 1, (code, lines)
     for word in words:
         assert word in ours[0], (word, ours[0])
     return ours[0]
@@ -193,7 +195,9 @@ def pairs(knobs):
 
 def nothing_was_computed(runs):
     for run in all_runs(runs):
-        assert run.status == "failed" and run.read()["reason"] and not run.lines(), run
+        assert run.status == "failed", run
+        assert run.read()["reason"], run
+        assert not run.lines(), run
 
 
 @pytest.mark.parametrize("case", DATA)
@@ -364,8 +368,10 @@ def test_a_full_disk(tmp_path, runs):
     if "exit" not in done.stdout:
         pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
     record = json.loads((tmp_path / "run.json").read_text())
-    assert "exit 1" in done.stdout and "same" in done.stdout, done.stdout + done.stderr
-    assert record["status"] == "failed" and "No space left" in record["reason"], record["reason"]
+    assert "exit 1" in done.stdout, done.stdout + done.stderr
+    assert "same" in done.stdout, done.stdout + done.stderr
+    assert record["status"] == "failed", record["reason"]
+    assert "No space left" in record["reason"], record["reason"]
     assert [
         json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
     ] == [1]
@@ -386,12 +392,10 @@ def test_weights_that_are_not_finite_end_the_run(runs, capsys, model):
         *pairs({"model": model, "data": "sums", "steps": 2, "eval_rows": 4}),
     )
     run = all_runs(runs)[0]
-    assert (
-        code in (1, 2)
-        and len(lines) == 1
-        and run.status == "failed"
-        and "finite" in run.read()["reason"]
-    ), (code, lines)
+    assert code in (1, 2), (code, lines)
+    assert len(lines) == 1, (code, lines)
+    assert run.status == "failed", (code, lines)
+    assert "finite" in run.read()["reason"], (code, lines)
 
 
 def test_a_loss_that_is_not_finite_keeps_its_batch(runs):

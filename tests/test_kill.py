@@ -38,6 +38,9 @@ SETTINGS |= {
     for name, m in methods().items()
     if m.trains and name not in SETTINGS
 }
+# they search in each step
+SETTINGS["reader"] |= dict(steps=16, batch_size=4)
+SETTINGS["retriever"] |= dict(steps=20, batch_size=8)
 # it learns by PPO's loop, where the others imitate
 SETTINGS["critic-coderl"] = SETTINGS["critic"] | dict(
     algorithm="coderl", data="", steps=16, batch_size=8

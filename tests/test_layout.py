@@ -185,7 +185,8 @@ NOTEBOOKS = notebooks(ROOT / "nbs")
 
 
 def test_imports_run_one_way():
-    assert len(imports(PACKAGE)) > 300 and not wrong_directions(PACKAGE)
+    assert len(imports(PACKAGE)) > 300
+    assert not wrong_directions(PACKAGE)
 
 
 def test_no_modules_import_each_other():
@@ -246,7 +247,8 @@ SOUND = dict(
 def test_a_wrong_import_is_seen(tmp_path, module, text, expected):
     assert not wrong_directions(a_package(tmp_path, **SOUND))
     (wrong,) = wrong_directions(a_package(tmp_path, **{module: text}))
-    assert expected in wrong and module.replace("__", ".") in wrong
+    assert expected in wrong
+    assert module.replace("__", ".") in wrong
 
 
 def test_a_circle_is_seen(tmp_path):
@@ -256,7 +258,9 @@ def test_a_circle_is_seen(tmp_path):
         tmp_path, core__run="from .knobs import Knob", core__knobs="def f():\n    from . import run"
     )
     (circle,) = circles(package)
-    assert "core.run" in circle and "core.knobs" in circle and "alignment" not in circle
+    assert "core.run" in circle
+    assert "core.knobs" in circle
+    assert "alignment" not in circle
 
 
 def test_long_modules_and_equal_names_are_seen(tmp_path):
@@ -285,9 +289,8 @@ def test_long_cells_are_seen_and_the_list_of_them_shrinks(tmp_path):
     assert not not_as_listed(tmp_path, set())
     a_notebook(tmp_path / "core" / "run.ipynb", fits.replace("Fits", "Long") + "    y = 2\n")
     (wrong,) = not_as_listed(tmp_path, set())
-    assert wrong.startswith(f"core/run:Long: {CELL_LINES + 1} lines") and not not_as_listed(
-        tmp_path, {"core/run:Long"}
-    )
+    assert wrong.startswith(f"core/run:Long: {CELL_LINES + 1} lines")
+    assert not not_as_listed(tmp_path, {"core/run:Long"})
     a_notebook(tmp_path / "core" / "run.ipynb", fits.replace("Fits", "Long"))
     (wrong,) = not_as_listed(tmp_path, {"core/run:Long"})
     assert "take it off LONG" in wrong
@@ -333,18 +336,18 @@ def test_a_method_notebook_has_the_agreed_form(name):
     assert not any("#| export" in source(c) for c in order[order.index(tagged[0]) :]), (
         "nothing is exported after the parameters"
     )
-    assert found.family in FAMILIES and found.summary and found.title
+    assert found.family in FAMILIES
+    assert found.summary
+    assert found.title
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_notebooks_are_small_and_have_a_title(path):
     assert path.stat().st_size < 400_000
     first = json.loads(path.read_text())["cells"][0]
-    assert (
-        first["cell_type"] == "markdown"
-        and source(first).startswith("# ")
-        and "\n> " in source(first)
-    )
+    assert first["cell_type"] == "markdown"
+    assert source(first).startswith("# ")
+    assert "\n> " in source(first)
     for cell in cells(path):
         if "skip-execution" in cell["metadata"].get("tags", []):
             assert "#| eval: false" in source(cell), (
@@ -373,9 +376,8 @@ def unsolved(text: str) -> str:
 
 def test_exercises_have_folded_solutions():
     fold = "\n\n<details><summary>Solutions</summary>\n\n%s\n\n</details>"
-    assert not unsolved("# Why\n\n1. Text.") and not unsolved(
-        "## Pitfalls and exercises\n\n1. Why?\n2. How?" + fold % "1. So.\n2. Thus."
-    )
+    assert not unsolved("# Why\n\n1. Text.")
+    assert not unsolved("## Pitfalls and exercises\n\n1. Why?\n2. How?" + fold % "1. So.\n2. Thus.")
     for wrong in (
         "Exercises: why?",
         "## Exercises\n\n1. Why?\n2. How?" + fold % "1. So.",

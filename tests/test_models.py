@@ -171,7 +171,8 @@ def test_bad_model_is_one_clear_line(small, tmp_path, name):
     with pytest.raises(WrongInput) as caught:
         load_model(folder, **CPU)
     message = str(caught.value)
-    assert "\n" not in message and all(part in message for part in [str(folder), *parts]), message
+    assert "\n" not in message, message
+    assert all(part in message for part in [str(folder), *parts]), message
 
 
 BAD_TOKENIZERS = {
@@ -190,7 +191,8 @@ def test_bad_tokenizer(small, tmp_path, name):
     with pytest.raises(WrongInput) as caught:
         load_tokenizer(folder)
     message = str(caught.value)
-    assert "\n" not in message and all(part in message for part in [str(folder), *parts]), message
+    assert "\n" not in message, message
+    assert all(part in message for part in [str(folder), *parts]), message
 
 
 BAD_SPECS = {
@@ -208,9 +210,8 @@ def test_bad_spec(name, tmp_path, monkeypatch):
     spec, parts = BAD_SPECS[name]
     with pytest.raises(WrongInput) as caught:
         load_model(spec, **CPU)
-    assert "\n" not in str(caught.value) and all(part in str(caught.value) for part in parts), (
-        caught.value
-    )
+    assert "\n" not in str(caught.value), caught.value
+    assert all(part in str(caught.value) for part in parts), caught.value
 
 
 BAD_SETTINGS = {
@@ -242,7 +243,8 @@ def test_bad_setting(small, name):
     settings, part = BAD_SETTINGS[name]
     with pytest.raises(WrongInput) as caught:
         load_model(small, **{**CPU, **settings})
-    assert "\n" not in str(caught.value) and part in str(caught.value), caught.value
+    assert "\n" not in str(caught.value), caught.value
+    assert part in str(caught.value), caught.value
 
 
 def test_built_in_models():
@@ -572,9 +574,8 @@ def test_bad_saved_adapter(small, tmp_path, name):
     change(tmp_path / "adapter")
     with pytest.raises(WrongInput) as caught:
         load_model(tmp_path / "adapter", **CPU)
-    assert "\n" not in str(caught.value) and all(part in str(caught.value) for part in parts), (
-        caught.value
-    )
+    assert "\n" not in str(caught.value), caught.value
+    assert all(part in str(caught.value) for part in parts), caught.value
 
 
 @pytest.mark.parametrize("adapter", ["none", "lora:r=2"])

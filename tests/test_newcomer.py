@@ -82,9 +82,8 @@ def test_knobs_that_yaml_cannot_read(content, tmp_path, capsys):
     (tmp_path / "k.yaml").write_text(content)
     assert polm.main(args=["run", "sft", "-f", str(tmp_path / "k.yaml")]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith(
-        f"polm: {tmp_path / 'k.yaml'}: cannot be read as YAML"
-    ), lines
+    assert len(lines) == 1, lines
+    assert lines[0].startswith(f"polm: {tmp_path / 'k.yaml'}: cannot be read as YAML"), lines
 
 
 C = dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
@@ -114,7 +113,8 @@ def test_a_locale_of_c_and_names_with_accents(tmp_path):
     done = subprocess.run(
         command, capture_output=True, timeout=300, env={**os.environ, **C, "OMP_NUM_THREADS": "1"}
     )
-    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr, done.stderr
     record = json.loads(next(out.glob("*/run.json")).read_text(encoding="utf-8"))
     assert record["status"] == "finished"
     assert record["settings"]["data"] == str(data)

@@ -62,7 +62,7 @@ def test_dpo():
     )
     assert {name: value.item() for name, value in metrics.items()} == pytest.approx(
         dict(
-            accuracy=1.0,
+            pair_accuracy=1.0,
             margin=2.0,
             reward_chosen=0.5,
             reward_rejected=-1.5,

@@ -45,7 +45,7 @@ def test_kl_of_best_of_n_bounds_the_exact_one():
 
 def test_the_curve_is_read_from_the_record(tmp_path):
     run = Run.create("grpo", dict(steps=4), out=tmp_path)
-    point = lambda kl, reward, gold: dict(kl=kl, length=10.0, reward=reward, accuracy=gold)
+    point = lambda kl, reward, gold: dict(kl=kl, length=10.0, reward=reward, gold_score=gold)
     run.frame("before", point(0.0, -1.0, 0.5))
     for step in range(1, 5):
         run.log(

@@ -22,11 +22,9 @@ def runs(tmp_path, monkeypatch):
 def test_two_adapters_are_compared_and_their_runs_stay_out_of_the_table():
     run = lab.run("peft", adapters="lora:r=2@0.002; ia3", **SHORT)
     rows = {row["adapter"]: row for row in run.record["table"]}
-    assert (
-        list(rows) == ["lora:r=2", "ia3"]
-        and rows["lora:r=2"]["learning_rate"] == 0.002
-        and rows["ia3"]["learning_rate"] == RATES["ia3"]
-    )
+    assert list(rows) == ["lora:r=2", "ia3"]
+    assert rows["lora:r=2"]["learning_rate"] == 0.002
+    assert rows["ia3"]["learning_rate"] == RATES["ia3"]
     assert 0 < rows["ia3"]["trained_share"] < rows["lora:r=2"]["trained_share"] < 0.05
     assert all(
         row["perplexity"] > 1
@@ -36,9 +34,8 @@ def test_two_adapters_are_compared_and_their_runs_stay_out_of_the_table():
         for row in rows.values()
     )
     parts = [lab.open_run(run.path.parent / name) for name in run.record["stages"].values()]
-    assert [p.settings["adapter"] for p in parts] == list(rows) and not any(
-        (p.path / "checkpoints").exists() for p in parts
-    )
+    assert [p.settings["adapter"] for p in parts] == list(rows)
+    assert not any((p.path / "checkpoints").exists() for p in parts)
     assert list(lab.runs().index) == [run.id] or len(lab.runs()) == 1
     assert run.summary["after"]["perplexity"] == min(row["perplexity"] for row in rows.values())
 
@@ -61,7 +58,8 @@ def test_a_comparison_that_broke_off_takes_finished_parts_as_they_are(monkeypatc
     done = lab.open_run(run.path.parent / first["lora:r=2@0.005"]).record["ended"]
     monkeypatch.setattr(page, "subrun", real)
     run = execute(lab.open_run(run.id))
-    assert run.status == "finished" and len(run.record["table"]) == 2
+    assert run.status == "finished"
+    assert len(run.record["table"]) == 2
     assert (
         lab.open_run(run.path.parent / run.record["stages"]["lora:r=2@0.005"]).record["ended"]
         == done
@@ -100,11 +98,10 @@ def test_wrong_lists(text, message):
 
 
 def test_all_names_every_adapter_of_the_library():
-    assert {spec.partition(":")[0] for spec, _ in adapter_list("all")} == {
-        "none",
-        *adapter_names(),
-    } and set(RATES) | set(NEEDS) <= {"none", *adapter_names()}
+    assert {spec.partition(":")[0] for spec, _ in adapter_list("all")} == {"none", *adapter_names()}
+    assert set(RATES) | set(NEEDS) <= {"none", *adapter_names()}
 
 
 def test_the_front_is_what_nothing_beats():
-    assert pareto([1, 1, 2], [1, 2, 2]) == [1] and pareto([], []) == []
+    assert pareto([1, 1, 2], [1, 2, 2]) == [1]
+    assert pareto([], []) == []

@@ -135,7 +135,8 @@ def test_inputs_that_are_always_zero_lose_their_weights():
     X[3] = 0
     for sparsity in (0.0, 0.25):
         fitted = sparsegpt(torch.ones(4, 16), X @ X.T, sparsity)
-        assert torch.isfinite(fitted).all() and (fitted[:, 3] == 0).all()
+        assert torch.isfinite(fitted).all()
+        assert (fitted[:, 3] == 0).all()
 
 
 def test_strips_and_parts_change_nothing():
@@ -144,7 +145,8 @@ def test_strips_and_parts_change_nothing():
     W, H = torch.randn(24, 40, generator=g), X @ X.T
     whole = sparsegpt(W, H, 0.5, block=16, parts=[8, 16])
     apart = torch.cat([sparsegpt(part, H, 0.5, block=16, strip=1) for part in W.split([8, 16])])
-    assert torch.equal(whole == 0, apart == 0) and torch.allclose(whole, apart, atol=1e-4)
+    assert torch.equal(whole == 0, apart == 0)
+    assert torch.allclose(whole, apart, atol=1e-4)
 
 
 def test_sparsegpt_leaves_its_input_as_it_is():
@@ -164,7 +166,8 @@ def test_swaps_keep_the_number_and_the_pattern():
     for pattern in (None, (2, 4)):
         start = smallest(wanda_score(W, facts[2]), 0.5, pattern)
         done = swap(W, start, *facts, 50, pattern and 4)
-        assert torch.equal(done.sum(1), start.sum(1)) and not torch.equal(done, start)
+        assert torch.equal(done.sum(1), start.sum(1))
+        assert not torch.equal(done, start)
         if pattern:
             assert (done.view(16, 8, 4).sum(2) == 2).all()
         shift = lambda gone: ((W * gone) @ facts[0]).abs().mean()
@@ -253,7 +256,8 @@ def test_batches_do_not_matter(base, windows):
     for one, other in zip(*found):
         assert torch.allclose(
             one.hessian, other.hessian, rtol=1e-3, atol=1e-3 * one.hessian.abs().max()
-        ) and list(one.layers) == list(other.layers)
+        )
+        assert list(one.layers) == list(other.layers)
 
 
 def test_held_zeros_stay_through_weight_decay_and_steps(base):
@@ -268,7 +272,8 @@ def test_held_zeros_stay_through_weight_decay_and_steps(base):
     before = weight.detach().clone()
     for _ in range(3):
         optimizer.zero_grad(), model(ids, labels=ids).loss.backward(), optimizer.step()
-    assert (weight[:, ::2] == 0).all() and not torch.equal(weight, before)
+    assert (weight[:, ::2] == 0).all()
+    assert not torch.equal(weight, before)
 
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen3"])
@@ -298,10 +303,8 @@ def test_slicing_what_is_empty_changes_nothing(kind, windows):
     exact = (
         1e-5 if kind == "mistral" else 1e-3
     )  # the norms of heads in Qwen 3 share the configuration's one eps
-    assert (
-        small.config.hidden_size == 36
-        and (small(windows).logits - expected).norm() < exact * expected.norm()
-    )
+    assert small.config.hidden_size == 36
+    assert (small(windows).logits - expected).norm() < exact * expected.norm()
 
 
 @pytest.mark.parametrize(
@@ -314,16 +317,15 @@ def test_slim_models_of_other_architectures_load(algorithm, kind, windows, tmp_p
     else:
         *_, (_, sizes) = cut_widths(model, windows, algorithm, 0.34, compensate=False, rows=2)
         small = rebuild(model, **sizes)
-        assert (
-            small.config.num_key_value_heads == 2
-            and small.config.num_attention_heads == 4
-            and small.config.intermediate_size == 53
-        )
+        assert small.config.num_key_value_heads == 2
+        assert small.config.num_attention_heads == 4
+        assert small.config.intermediate_size == 53
     models.save_model(small, None, tmp_path / "small")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
-    assert (again(windows).logits - small(windows).logits).abs().max() < 1e-5 and sum(
-        p.numel() for p in again.parameters()
-    ) < sum(p.numel() for p in grouped(kind).parameters())
+    assert (again(windows).logits - small(windows).logits).abs().max() < 1e-5
+    assert sum(p.numel() for p in again.parameters()) < sum(
+        p.numel() for p in grouped(kind).parameters()
+    )
 
 
 def test_the_bias_makes_good_what_the_mean_loses(base, windows):
@@ -342,16 +344,16 @@ def test_the_bias_makes_good_what_the_mean_loses(base, windows):
 def test_a_run_records_its_parent_and_both_evaluations(algorithm, runs):
     first = lab.run("prune", algorithm=algorithm, sparsity=0.5, **SMALL)
     second = lab.run("slim", model=str(first.path), algorithm="depth", ratio=0.2, **SMALL)
-    assert second.record["parents"] == [first.id] and first.record["parents"] == []
+    assert second.record["parents"] == [first.id]
+    assert first.record["parents"] == []
     for when in ("before", "after"):
         assert {"perplexity", "accuracy", "size_mib", "latency_ms", "sparsity"} <= set(
             second.summary[when]
         )
-    assert (
-        abs(first.summary["after"]["sparsity"] - 0.5) < 0.01
-        and second.summary["after"]["size_mib"] < 0.85 * first.summary["after"]["size_mib"]
-    )
-    assert [row["step"] for row in first.lines()] == [1, 2, 3, 4, 5] and first.status == "finished"
+    assert abs(first.summary["after"]["sparsity"] - 0.5) < 0.01
+    assert second.summary["after"]["size_mib"] < 0.85 * first.summary["after"]["size_mib"]
+    assert [row["step"] for row in first.lines()] == [1, 2, 3, 4, 5]
+    assert first.status == "finished"
 
 
 def test_same_settings_same_bits(runs):
@@ -389,11 +391,9 @@ def test_a_stop_comes_after_the_block_and_a_new_start_gives_the_same_bits(
         with pytest.raises(Stopped, match="after block 2"):
             lab.run(name, **SMALL, **values)
     stopped = next(run for run in all_runs(runs) if run.status == "stopped")
-    assert (
-        stopped.status == "stopped"
-        and len(stopped.lines()) == 2
-        and not (stopped.path / "model").exists()
-    )
+    assert stopped.status == "stopped"
+    assert len(stopped.lines()) == 2
+    assert not (stopped.path / "model").exists()
     again = lab.resume(stopped)
     assert again.status == "finished"
     assert lines_without_seconds(again) == lines_without_seconds(whole)
@@ -422,7 +422,8 @@ WRONG = [
 def test_wrong_input_is_one_line_and_leaves_no_model(name, values, word, runs):
     with pytest.raises(WrongInput) as error:
         lab.run(name, **{**SMALL, **values})
-    assert word in str(error.value) and "\n" not in str(error.value)
+    assert word in str(error.value)
+    assert "\n" not in str(error.value)
     assert not list(runs.glob("*/model"))
 
 
@@ -469,18 +470,16 @@ def test_the_command_line_prunes_and_says_what_is_wrong(polm, runs):
         "pattern",
         "2:4",
     )
+    assert done.returncode == 0
     assert (
-        done.returncode == 0
-        and abs(json.loads(done.stdout.splitlines()[-1])["summary"]["after"]["sparsity"] - 0.5)
-        < 1e-6
+        abs(json.loads(done.stdout.splitlines()[-1])["summary"]["after"]["sparsity"] - 0.5) < 1e-6
     )
     done = polm("run", "prune", "-p", "sparsity", "2")
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_patterns():
-    assert (
-        parse_pattern("2:4") == (2, 4)
-        and parse_pattern("") is None
-        and Prune().algorithm == "sparsegpt"
-    )
+    assert parse_pattern("2:4") == (2, 4)
+    assert parse_pattern("") is None
+    assert Prune().algorithm == "sparsegpt"

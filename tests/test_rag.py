@@ -55,7 +55,8 @@ def one_line(call, *words):
     with pytest.raises(WrongInput) as caught:
         call()
     text = str(caught.value)
-    assert "\n" not in text and all(word in text for word in words), text
+    assert "\n" not in text, text
+    assert all(word in text for word in words), text
     return text
 
 
@@ -125,9 +126,8 @@ def test_what_is_no_text_is_refused_or_left_out(tmp_path):
     one_line(lambda: load_documents(tmp_path, skip=True, say=notes.append), "no documents")
     (tmp_path / "good.txt").write_text("Adran plays the lute.")
     notes.clear()
-    assert [d.id for d in load_documents(tmp_path, skip=True, say=notes.append)] == [
-        "good.txt"
-    ] and len(notes) == 4
+    assert [d.id for d in load_documents(tmp_path, skip=True, say=notes.append)] == ["good.txt"]
+    assert len(notes) == 4
 
 
 def test_a_document_of_50_mb_is_cut(tmp_path):
@@ -136,7 +136,8 @@ def test_a_document_of_50_mb_is_cut(tmp_path):
     )
     assert (tmp_path / "large.txt").stat().st_size > 50e6
     passages = cut_documents(load_documents(tmp_path / "large.txt"), 100)
-    assert len(passages) == 720_000 * 15 // 90 and len({p["id"] for p in passages}) == len(passages)
+    assert len(passages) == 720_000 * 15 // 90
+    assert len({p["id"] for p in passages}) == len(passages)
 
 
 def test_cutting_keeps_every_word_in_order():
@@ -150,17 +151,14 @@ def test_cutting_keeps_every_word_in_order():
         )
         size = rng.randint(1, 12)
         pieces = cut(text, size)
-        assert "".join("".join(pieces).split()) == "".join(text.split()) and all(
-            0 < len(p.split()) <= size for p in pieces
-        )
+        assert "".join("".join(pieces).split()) == "".join(text.split())
+        assert all(0 < len(p.split()) <= size for p in pieces)
 
 
 def test_an_answer_is_a_whole_word():
-    assert (
-        holds("The river Esk.", "esk")
-        and not holds("The river Eskford.", "Esk")
-        and not holds("anything", " ")
-    )
+    assert holds("The river Esk.", "esk")
+    assert not holds("The river Eskford.", "Esk")
+    assert not holds("anything", " ")
     assert holds("costs 3 (three).", "(three)")
 
 
@@ -245,9 +243,8 @@ def test_folders_of_sentence_transformers_are_read_as_they_say(bert):
     asked = Encoder(
         str(lay({"pooling_mode_mean_tokens": True}, prompts={"query": "query : "})), device="cpu"
     )
-    assert np.allclose(
-        asked(["lute"], "query"), plain(["query : lute"]), atol=1e-5
-    ) and np.allclose(asked(["lute"]), plain(["lute"]), atol=1e-5)
+    assert np.allclose(asked(["lute"], "query"), plain(["query : lute"]), atol=1e-5)
+    assert np.allclose(asked(["lute"]), plain(["lute"]), atol=1e-5)
     assert plain.identity != asked.identity, "the prompt is part of what an encoder is"
 
 
@@ -308,9 +305,8 @@ def test_an_updated_index_equals_one_built_afresh(tiny_encoder, tmp_path):
         lambda: Index([{"id": "a", "text": "x"}, {"id": "a", "text": "y"}]), "passage 2", "'a'"
     )
     one_line(lambda: Index([{"id": "a", "text": " "}]), "passage 1")
-    assert [p["id"] for p in index.passages] == before and index.vectors.ntotal == len(before), (
-        "a refused update changes nothing"
-    )
+    assert [p["id"] for p in index.passages] == before, "a refused update changes nothing"
+    assert index.vectors.ntotal == len(before), "a refused update changes nothing"
 
 
 SAVES = """
@@ -340,7 +336,8 @@ def test_killed_builds_leave_a_whole_index(tmp_path):
         process.send_signal(signal.SIGKILL)
         process.wait()
         index = Index.open(folder)
-        assert len(index) == 3000 and len({p["text"].split()[0] for p in index.passages}) == 1
+        assert len(index) == 3000
+        assert len({p["text"].split()[0] for p in index.passages}) == 1
         word = index.passages[0]["text"].split()[0]
         assert index.search([f"{word} 17"])[0][0].text == f"{word} 17"
         seen.add(word)
@@ -384,12 +381,11 @@ def test_killed_at_each_step_of_a_build(tmp_path):
         killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
         index = Index.open(tmp_path / "copy")
         left[step] = {p["id"] for p in index.passages} == before
-        assert (
-            killed
-            and (left[step] or len(index) == 30)
-            and index.search([index.passages[3]["text"]], 1)[0]
-        )
-    assert all(old for step, old in left.items() if step[0] != "rmtree") and not left["rmtree", 1]
+        assert killed
+        assert left[step] or len(index) == 30
+        assert index.search([index.passages[3]["text"]], 1)[0]
+    assert all(old for step, old in left.items() if step[0] != "rmtree")
+    assert not left["rmtree", 1]
 
 
 def test_one_writer_and_no_strangers(tmp_path):
@@ -469,7 +465,8 @@ def test_reading_apart_takes_the_likeliest_answer(local):
     for option in options:
         logps = local.likelihood(prompts, [f" {option}{end}"] * 3)
         marginal.append(float((weights * logps.exp()).sum()))
-    assert len(options) > 1 and read.answer == options[int(np.argmax(marginal))]
+    assert len(options) > 1
+    assert read.answer == options[int(np.argmax(marginal))]
     for order in (
         hits[0][:2],
         hits[0][1::-1],
@@ -491,7 +488,8 @@ def test_likelihood_puts_the_passage_that_asks_the_question_first(local):
         Rag(index, local, "bm25", 2).find(asked),
         Rag(index, local, "bm25", 2, rerank="likelihood").find(asked),
     )
-    assert first(again) > first(plain) and all(a.score >= b.score for a, b in again)
+    assert first(again) > first(plain)
+    assert all(a.score >= b.score for a, b in again)
 
 
 server = endpoint(Endpoint)
@@ -517,7 +515,9 @@ def test_endpoints_that_fail_end_in_one_line(server):
         assert "sk-secret" not in one_line(ask, word, "endpoint")
     server.fails[:] = [503]
     read = ask()
-    assert read.cited == [1] and read.faithful and exact_match(read.answer, "lute") == 1.0
+    assert read.cited == [1]
+    assert read.faithful
+    assert exact_match(read.answer, "lute") == 1.0
     server.says = "<b>\ud800 the harp</b>"
     assert not ask().faithful
 
@@ -560,21 +560,19 @@ def test_a_library_of_ones_own_from_the_command_line(polm, runs, tmp_path):
     done = polm(*words)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])["summary"]
-    assert (
-        summary["after"]["recall/1"] == 1.0
-        and summary["after"]["accuracy"] > summary["before"]["accuracy"]
-    )
+    assert summary["after"]["recall/1"] == 1.0
+    assert summary["after"]["accuracy"] > summary["before"]["accuracy"]
     assert polm(*words).returncode == 0, "the index that was kept is used again"
     (books / "0.md").write_text("Adran0 plays the bagpipe.")
     changed = polm(*words)
-    assert (
-        changed.returncode == 2
-        and "same documents" in changed.stderr
-        and "Traceback" not in changed.stderr
-    )
+    assert changed.returncode == 2
+    assert "same documents" in changed.stderr
+    assert "Traceback" not in changed.stderr
     (books / "1.md").write_bytes(b"\0\1\2")
     broken = polm(*words)
-    assert broken.returncode == 2 and "1.md" in broken.stderr and "binary" in broken.stderr
+    assert broken.returncode == 2
+    assert "1.md" in broken.stderr
+    assert "binary" in broken.stderr
 
 
 # training
@@ -617,10 +615,8 @@ def test_teachers_without_labels_agree_with_the_labels():
         / len(rows)
         > 0.9
     )
-    assert (
-        states_answer("What does Adran play?", "Adran plays the lute.", "lute") == 2.0
-        and states_answer("What does Adran play?", "Ennan plays the lute.", "lute") == 1.0
-    )
+    assert states_answer("What does Adran play?", "Adran plays the lute.", "lute") == 2.0
+    assert states_answer("What does Adran play?", "Ennan plays the lute.", "lute") == 1.0
 
 
 @pytest.mark.parametrize("objective", ["sequence", "token"])
@@ -733,13 +729,13 @@ def test_marginal_losses_and_their_gradients_written_out():
         torch.tensor([0.504 / 0.519, 0.015 / 0.519], dtype=torch.float64),
     )
     at_scores, at_logp = torch.autograd.grad(loss.sum(), (scores, logp))
-    assert math.isclose(loss.item(), -math.log(0.519), rel_tol=1e-12) and torch.allclose(
-        at_logp, -share[:, None].expand(2, 2), atol=1e-12
-    )
+    assert math.isclose(loss.item(), -math.log(0.519), rel_tol=1e-12)
+    assert torch.allclose(at_logp, -share[:, None].expand(2, 2), atol=1e-12)
     # REALM, §3.3: the gradient of log p(y|x) at the score of a passage
     # is (p(y|z,x) / p(y|x) - 1) p(z|x)
     realm = torch.tensor([(0.72 / 0.519 - 1) * 0.7, (0.05 / 0.519 - 1) * 0.3], dtype=torch.float64)
-    assert torch.allclose(-at_scores, realm, atol=1e-12) and realm[0] > 0 > realm[1]
+    assert torch.allclose(-at_scores, realm, atol=1e-12)
+    assert realm[0] > 0 > realm[1]
     # RAG-token: (0.7 · 0.9 + 0.3 · 0.1) (0.7 · 0.8 + 0.3 · 0.5) = 0.66 · 0.71
     loss = run(token_loss)
     at_scores, at_logp = torch.autograd.grad(loss.sum(), (scores, logp))
@@ -847,9 +843,8 @@ def test_the_first_step_of_a_retriever_is_its_loss_written_out(algorithm):
         .item()
     )
     first = run.metrics().iloc[0]
-    assert math.isclose(first["loss"], loss.item(), rel_tol=1e-4) and math.isclose(
-        first["grad_norm"], norm, rel_tol=1e-3
-    )
+    assert math.isclose(first["loss"], loss.item(), rel_tol=1e-4)
+    assert math.isclose(first["grad_norm"], norm, rel_tol=1e-3)
 
 
 def test_a_readers_verdict_is_its_likelihood_of_the_answer():
@@ -869,10 +864,8 @@ def test_a_readers_verdict_is_its_likelihood_of_the_answer():
             )
         )
     target = (torch.tensor(likely) / settings.reader_temperature).log_softmax(0)
-    assert (
-        torch.allclose(row["target"], target, atol=1e-3)
-        and passages[row["passages"][row["right"]]]["id"] in learned[0]["positives"]
-    )
+    assert torch.allclose(row["target"], target, atol=1e-3)
+    assert passages[row["passages"][row["right"]]]["id"] in learned[0]["positives"]
 
 
 @pytest.mark.parametrize("refresh", [0, 1])
@@ -931,9 +924,8 @@ def test_the_first_step_of_a_joint_reader_is_its_loss_written_out(refresh):
         .item()
     )
     first = run.metrics().iloc[0]
-    assert math.isclose(first["loss"], loss.item(), rel_tol=1e-4) and math.isclose(
-        first["grad_norm"], norm, rel_tol=1e-3
-    )
+    assert math.isclose(first["loss"], loss.item(), rel_tol=1e-4)
+    assert math.isclose(first["grad_norm"], norm, rel_tol=1e-3)
 
 
 # files of others
@@ -980,14 +972,11 @@ SQUAD = {
 def test_squads_own_files_are_data_and_library(tmp_path, name):
     (gzip.open if name.endswith("gz") else open)(tmp_path / name, "wt").write(json.dumps(SQUAD))
     passages, learned, held_out = open_library(str(tmp_path / name))
-    assert [p["text"] for p in passages] == ["The Esk is a river.", "The Tay is long."] and len(
-        learned
-    ) + len(held_out) == 30
-    assert (
-        learned[0]["question"] == "What is the Esk?"
-        and learned[0]["answers"] == ["a river", "river"]
-        and learned[0]["positives"] == [passages[0]["id"]]
-    )
+    assert [p["text"] for p in passages] == ["The Esk is a river.", "The Tay is long."]
+    assert len(learned) + len(held_out) == 30
+    assert learned[0]["question"] == "What is the Esk?"
+    assert learned[0]["answers"] == ["a river", "river"]
+    assert learned[0]["positives"] == [passages[0]["id"]]
     assert [d.text for d in load_documents(tmp_path / name)] == [p["text"] for p in passages], (
         "each context once, also that of a question that has no answer"
     )
@@ -1035,10 +1024,8 @@ def test_several_right_answers(tmp_path):
             for q in [*learned, *held_out]
         )
         one_line(lambda: open_library(str(tmp_path / name)), name, "context")
-    assert (
-        exact_match("Bobby Scott [1].", "Bob Russell", "Bobby Scott") == 1.0
-        and exact_match("Bob", "Bob Russell", "Bobby Scott") == 0.0
-    )
+    assert exact_match("Bobby Scott [1].", "Bob Russell", "Bobby Scott") == 1.0
+    assert exact_match("Bob", "Bob Russell", "Bobby Scott") == 0.0
     assert (
         with_other_answer(
             "Bobby Scott wrote it, or Bob Russell.",

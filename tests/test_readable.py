@@ -38,6 +38,11 @@ def test_a_clean_tree_has_nothing(tmp_path):
         ("too long", dict(code=f"x = '{'a' * 120}'")),
         ("nested", dict(code="x = [[a for a in b] for b in c]")),
         ("nested", dict(test="x = sum(max(a for a in b) for b in c)\n")),
+        ("joined", dict(code="assert 1 < 2 and 2 < 3, 'no'")),
+        (
+            "joined",
+            dict(test="def test_it():\n    assert (\n        1 < 2\n        and 2 < 3\n    )\n"),
+        ),
         ("words", dict(prose="# Page\n\nThe table stands below.")),
         ("words", dict(code='def f():\n    "What it said."\n')),
         ("words", dict(code="x = 1  # in place of two")),

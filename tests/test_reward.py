@@ -108,7 +108,7 @@ def test_measures_on_known_cases():
     assert length_bias(torch.tensor([-1.0, -1.0]), torch.tensor([3.0, 3.0])) == -1.0
     assert length_bias(torch.tensor([1.0]), torch.tensor([0.0])) == 0.0
     assert pair_metrics(torch.tensor([1.0, 0, 0]), torch.tensor([0.0, 0, 1]))[
-        "accuracy"
+        "pair_accuracy"
     ].tolist() == [1.0, 0.5, 0.0]
     members_say = torch.tensor([[1.0, -2.0], [3.0, 0.0]])
     assert together(members_say).tolist() == [2.0, -1.0]
@@ -203,7 +203,7 @@ def test_trl_trains_the_same_model(run, tmp_path):
     b = torch.tensor([row["loss"] for row in theirs.lines()])
     assert torch.allclose(a, b, atol=1e-4)
     assert theirs.summary["after"] == pytest.approx(run.summary["after"], abs=2e-3)
-    assert {"accuracy", "margin"} <= set(theirs.lines()[0])
+    assert {"pair_accuracy", "margin"} <= set(theirs.lines()[0])
     assert (theirs.path / "model" / "model.safetensors").exists()
 
 

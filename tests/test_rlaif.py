@@ -169,7 +169,8 @@ def test_soft_labels_reach_the_loss():
     assert batch["doubt"].tolist() == [0.25, 0.0]
     margin = torch.full((2,), math.log(3.0), requires_grad=True)
     dpo_loss(margin, *torch.zeros(3, 2), 1.0, batch["doubt"]).sum().backward()
-    assert abs(margin.grad[0]) < 1e-6 and math.isclose(
+    assert abs(margin.grad[0]) < 1e-6
+    assert math.isclose(
         margin.grad[1].item(), -0.25, rel_tol=1e-5
     )  # least where σ(margin) is the label
     assert (
@@ -536,9 +537,10 @@ def test_a_key_is_nowhere_in_a_run_that_works(server, runs, monkeypatch, algorit
     )
     assert run.status == "finished"
     assert all(h["Authorization"] == f"Bearer {KEY}" for h in server.headers)
-    assert KEY.encode() not in everything(runs) and (
-        algorithm != "sft" or b"[key]" in everything(runs)
-    ), "it was in an answer, and was taken out"
+    assert KEY.encode() not in everything(runs), "it was in an answer, and was taken out"
+    assert algorithm != "sft" or b"[key]" in everything(runs), (
+        "it was in an answer, and was taken out"
+    )
 
 
 def test_a_key_is_nowhere_in_a_notebook_and_a_run_that_fails(server, runs, polm):
@@ -834,5 +836,5 @@ def test_errors_of_the_judge_cost_the_policy():
         ).summary["after"]
         for noise in (0.0, 0.5)
     }
-    assert gold[0.0]["accuracy"] > gold[0.5]["accuracy"] + 0.15
-    assert gold[0.0]["reward"] > gold[0.5]["reward"] + 0.05
+    assert gold[0.0]["pair_accuracy"] > gold[0.5]["pair_accuracy"] + 0.15
+    assert gold[0.0]["accuracy"] > gold[0.5]["accuracy"] + 0.05

@@ -595,9 +595,10 @@ if ctypes.CFUNCTYPE(ctypes.c_int)(address)() >= 0: escaped()""",
 def unharmed(host):
     "Whether the host is as it was: the canary, the secret, the folder, and nobody left."
     assert host["canary"].poll() is None, "another process was killed"
-    assert (host["folder"] / "secret.txt").read_text() == SECRET and {
-        p.name for p in host["folder"].iterdir()
-    } <= {"secret.txt", "socket"}, "files of the host were changed"
+    assert (host["folder"] / "secret.txt").read_text() == SECRET, "files of the host were changed"
+    assert {p.name for p in host["folder"].iterdir()} <= {"secret.txt", "socket"}, (
+        "files of the host were changed"
+    )
     family = {p.pid for p in psutil.Process().children(recursive=True)} - {host["canary"].pid}
     left = [
         p.info
@@ -676,7 +677,10 @@ def test_a_program_is_a_program():
         ("import sys\nprint(1)\nsys.exit()", "", "1\n"),
     ):
         got = run_code(code, stdin, seconds=10)
-        assert got.clean_exit and got.stdout == out and not got.stderr and not got.reason, got
+        assert got.clean_exit, got
+        assert got.stdout == out, got
+        assert not got.stderr, got
+        assert not got.reason, got
     kept = run_code(
         "import tempfile\nwith tempfile.TemporaryFile() as f: f.write(b'ab'); f.seek(0); "
         "print(f.read())",
@@ -693,7 +697,8 @@ def test_what_went_wrong_is_said():
     assert not got.ended
     assert got.stderr.splitlines()[-1] == "NameError: name 'y' is not defined"
     assert 'File "main.py", line 4, in f\n    return y' in got.stderr
-    assert "sandbox" not in got.stderr and "<string>" not in got.stderr  # our program does not show
+    assert "sandbox" not in got.stderr
+    assert "<string>" not in got.stderr  # our program does not show
     assert run_code("x = (").stderr.splitlines()[-1].startswith("SyntaxError")
     assert run_code("import sys; sys.exit('bad')").stderr == "bad\n"
     assert run_code("import sys; sys.exit(3)").reason == "error"
@@ -720,11 +725,12 @@ def test_to_leave_early_is_not_to_pass():
         "except OSError: pass\nos._exit(0)",
     ):
         got = run_code(code, tests="assert False")
-        assert got.clean_exit and not got.ended, got
-    assert (
-        not run_code('x = """', tests='assert False\n"""').ended
-        and not run_code("if 0:\\", tests="    assert False").ended
-    )  # code that would swallow its tests
+        assert got.clean_exit, got
+        assert not got.ended, got
+    assert not run_code('x = """', tests='assert False\n"""').ended
+    assert not run_code(
+        "if 0:\\", tests="    assert False"
+    ).ended  # code that would swallow its tests
     assert run_code("x = 3", tests="assert x == 3").ended
     assert not run_code("x = 3", tests="assert x == 4").ended
 
@@ -904,7 +910,8 @@ def in_one_process(code: str, tests: str) -> bool:
 @pytest.mark.parametrize("name", CHEATS)
 def test_a_program_cannot_cheat_its_tests(name):
     got = run_code(CHEATS[name], tests=assertions(FIRST), seconds=1 if "sleeps" in name else 30)
-    assert not got.ended and not (got.clean_exit and not got.cheat), got
+    assert not got.ended, got
+    assert not (got.clean_exit and not got.cheat), got
 
 
 def test_the_cheats_are_real():
@@ -914,7 +921,8 @@ def test_the_cheats_are_real():
         for name, code in CHEATS.items()
         if "sleeps" not in name and in_one_process(code, assertions(FIRST))
     ]
-    assert len(CHEATS) >= 15 and len(deceived) >= 10, deceived
+    assert len(CHEATS) >= 15, deceived
+    assert len(deceived) >= 10, deceived
 
 
 def test_what_a_cheat_did_is_told():
@@ -1029,7 +1037,8 @@ def test_nothing_stays_between_executions():
         "in sys.modules, os.listdir('/tmp'), len(os.listdir('/')))",
         disk_mib=1,
     )
-    assert first.ended and second.stdout.startswith("False False False [] "), (first, second)
+    assert first.ended, (first, second)
+    assert second.stdout.startswith("False False False [] "), (first, second)
     orders = {run_code("print({c for c in 'abcdefghij'}, hash('x'))").stdout for _ in range(3)}
     assert len(orders) == 1  # the order of sets is the same every time, so a reward is
 
@@ -1190,12 +1199,10 @@ def test_without_an_isolator_nothing_runs(tmp_path):
         (dict(POLM_BWRAP=str(tmp_path / "bwrap")), "was not contained"),
     ):
         got = refusal(**environment)
-        assert (
-            got.returncode == 2
-            and said in got.stdout
-            and "is not run" in got.stdout
-            and len(got.stdout.splitlines()) == 1
-        ), (environment, got)
+        assert got.returncode == 2, (environment, got)
+        assert said in got.stdout, (environment, got)
+        assert "is not run" in got.stdout, (environment, got)
+        assert len(got.stdout.splitlines()) == 1, (environment, got)
 
 
 def test_as_a_normal_user_and_where_namespaces_are_forbidden():
@@ -1236,9 +1243,9 @@ def test_as_a_normal_user_and_where_namespaces_are_forbidden():
         timeout=120,
         cwd=ROOT,
     )
-    assert got.returncode == 2 and "user namespaces" in got.stdout and "is not run" in got.stdout, (
-        got
-    )
+    assert got.returncode == 2, got
+    assert "user namespaces" in got.stdout, got
+    assert "is not run" in got.stdout, got
 
 
 HUMANEVAL = dict(
@@ -1343,8 +1350,6 @@ def test_the_reward_is_refused_before_compute_without_an_isolator(polm):
     got = polm(
         "run", "grpo", "-p", "data", "code", "-p", "rewards", "tests", POLM_BWRAP="/nonexistent"
     )
-    assert (
-        got.returncode == 2
-        and "is not run" in got.stderr
-        and len(got.stderr.strip().splitlines()) == 1
-    ), got
+    assert got.returncode == 2, got
+    assert "is not run" in got.stderr, got
+    assert len(got.stderr.strip().splitlines()) == 1, got

@@ -47,7 +47,17 @@ OWN = dict(  # knobs that make the runs that are no training by steps short
     ),
 )
 # metrics that need nothing but the model
-KEPT = ("perplexity", "accuracy", "loss", "reward", "length", "mrr", "recall/1")
+KEPT = (
+    "perplexity",
+    "accuracy",
+    "pair_accuracy",
+    "gold_score",
+    "loss",
+    "reward",
+    "length",
+    "mrr",
+    "recall/1",
+)
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +132,10 @@ def test_what_comes_in_goes_out(bases, tmp_path, name, dtype):
     again = short(name, tmp_path / "again", made, **more)
     after, fresh = run.summary["after"], again.summary["before"]
     # these ask the model that the run began with
-    relative = ("accuracy", "margin") if name in ("dpo", "rlaif") else ()
+    relative = ("pair_accuracy", "margin") if name in ("dpo", "rlaif") else ()
     names = [n for n in KEPT if n in after and n in fresh and n not in relative]
-    assert names and all(after[n] == pytest.approx(fresh[n], rel=1e-6) for n in names), {
+    assert names, {n: (after[n], fresh[n]) for n in names}
+    assert all(after[n] == pytest.approx(fresh[n], rel=1e-6) for n in names), {
         n: (after[n], fresh[n]) for n in names
     }
 

@@ -103,9 +103,8 @@ def test_the_score_is_that_of_the_last_real_token(family, tmp_path):
     ids, mask = padded(texts(), "right")
     wrong = model(input_ids=ids, attention_mask=mask).logits[:, 0]  # what transformers reads
     # rows that do not end in EOS
-    assert (wrong - expected).abs()[[0, 2]].min() > 1e-3 and (wrong - expected).abs()[
-        [1, 3]
-    ].max() < 1e-5
+    assert (wrong - expected).abs()[[0, 2]].min() > 1e-3
+    assert (wrong - expected).abs()[[1, 3]].max() < 1e-5
 
 
 @torch.no_grad()
@@ -244,7 +243,8 @@ def test_without_another_token_plain_transformers_refuses_a_batch(tmp_path):
     words = load_tokenizer("tiny")
     special, end = sorted(words.all_special_ids), words.eos_token_id
     own = words.pad_token_id
-    assert own != end and padding_for(words, {end}) == own  # nothing to do
+    assert own != end
+    assert padding_for(words, {end}) == own  # nothing to do
     words.pad_token = words.eos_token
     others = [t for t in special if t != end]
     assert (

@@ -114,7 +114,8 @@ def test_bm25_of_a_chinese_question_by_hand():
     idf = math.log(1 + (2 - 1 + 0.5) / (1 + 0.5))
     each = idf / (1 + 1.5 * (1 - 0.75 + 0.75 * 5 / 4))
     (hit,) = index.search(["鲁特，琴"])[0]
-    assert hit.id == "a" and math.isclose(hit.score, 4 * each, rel_tol=1e-5)
+    assert hit.id == "a"
+    assert math.isclose(hit.score, 4 * each, rel_tol=1e-5)
 
 
 def test_an_index_of_another_tokenizer_is_made_again(tmp_path, monkeypatch):
@@ -133,7 +134,8 @@ def test_an_index_of_another_tokenizer_is_made_again(tmp_path, monkeypatch):
         (folder / "index.json").write_text(json.dumps(facts))
         assert Index.open(folder).search(asked) == fresh
     kept = json.loads((Index.open(folder).save(folder) / "index.json").read_text())
-    assert kept["words"] == passages_module.WORDS and Index.open(folder).search(asked) == fresh
+    assert kept["words"] == passages_module.WORDS
+    assert Index.open(folder).search(asked) == fresh
 
 
 def test_a_library_without_words_finds_nothing(tmp_path):
@@ -184,7 +186,8 @@ def test_an_answer_is_held_as_whole_words(text, answer, found):
 def test_places_of_answers_are_those_of_the_text_as_written():
     assert spans("Ｔｈｅ Ｅｓｋ, the Esk", "esk") == [(4, 7), (13, 16)]
     assert spans("黑 豹\n队。黑豹队", "黑豹队") == [(0, 5), (6, 9)]
-    assert spans("aﬁne ﬁne", "fine") == [(5, 8)] and spans("cafe\u0301!", "CAFÉ") == [(0, 5)]
+    assert spans("aﬁne ﬁne", "fine") == [(5, 8)]
+    assert spans("cafe\u0301!", "CAFÉ") == [(0, 5)]
     rng = random.Random(2)
     letters = [
         "a",
@@ -240,10 +243,8 @@ def test_answers_are_equal_but_for_what_writing_may_vary():
     for said, right in (("कि", "की"), ("北京市", "北京"), ("6½", "6"), ("x²", "x"), ("...", "。")):
         assert exact_match(said, right) == 0.0, (said, right)
     hits = [Hit("a", "钟楼很古老。", 1.0), Hit("b", "他演奏鲁特琴。", 1.0)]
-    assert (
-        Reading("谁？", "鲁特琴。【2】", hits).cited == [2]
-        and Reading("谁？", "笛子。", hits).cited == []
-    )
+    assert Reading("谁？", "鲁特琴。【2】", hits).cited == [2]
+    assert Reading("谁？", "笛子。", hits).cited == []
 
 
 def test_questions_without_a_right_passage_give_no_recall():
@@ -285,10 +286,8 @@ def test_cutting_ends_with_sentences_and_adds_no_space():
         "他喜欢（很）吗？",
         "是。",
     ]
-    assert (
-        cut(chinese, 6)[0] == "巴顿是一座小镇。“钟声！”他说。"
-        and "".join(cut(chinese, 6)) == chinese
-    )
+    assert cut(chinese, 6)[0] == "巴顿是一座小镇。“钟声！”他说。"
+    assert "".join(cut(chinese, 6)) == chinese
     assert cut("東京は都市です。大阪も都市です。「はい。」と言った。", 4) == [
         "東京は都市です。",
         "大阪も都市です。",
@@ -303,10 +302,8 @@ def test_cutting_ends_with_sentences_and_adds_no_space():
     assert cut("丢了 308分，他说NFL好", 100) == ["丢了 308分，他说NFL好"]
     long = "巴顿" * 700
     assert cut(long, 100) == [long[i : i + 200] for i in range(0, 1400, 200)]
-    assert cut("One.\r\n\r\nTwo.", 1) == ["One.", "Two."] and cut("x" * 450, 2) == [
-        "x" * 400,
-        "x" * 50,
-    ]
+    assert cut("One.\r\n\r\nTwo.", 1) == ["One.", "Two."]
+    assert cut("x" * 450, 2) == ["x" * 400, "x" * 50]
 
 
 def test_cutting_any_script_keeps_every_character_in_order():
@@ -371,20 +368,20 @@ def test_no_run_of_characters_takes_long():
     ):
         text = "é" + character * 20_000 + "é"
         assert "".join("".join(cut(text, 50)).split()) == "".join(text.split())
-        assert not holds(text, "z") and exact_match(text, "z") == 0.0
+        assert not holds(text, "z")
+        assert exact_match(text, "z") == 0.0
         words_of(text)
 
 
 def test_a_passage_that_is_too_long_for_the_reader_is_halved():
-    assert (
-        shortened("黑豹队的防守只丢了分") == "黑豹队的"
-        and shortened("one two three four") == "one two"
-    )
+    assert shortened("黑豹队的防守只丢了分") == "黑豹队的"
+    assert shortened("one two three four") == "one two"
     assert shortened("one") == shortened("黑豹") == ""
     reader = LocalReader(Policy(load_model("tiny", "float32", "cpu")), load_tokenizer("tiny"))
     ids = reader.prompt("谁？", ["巴顿小镇" * 200])
     said = reader.tokenizer.decode(ids)
-    assert "巴顿小镇巴顿小镇" in said and len(ids) <= reader.longest - reader.max_new_tokens
+    assert "巴顿小镇巴顿小镇" in said
+    assert len(ids) <= reader.longest - reader.max_new_tokens
 
 
 # pages
@@ -434,4 +431,5 @@ def test_a_page_is_read_in_the_encoding_that_it_names(tmp_path):
 
 def test_folding_is_idempotent():
     for text, _, _ in HELD:
-        assert fold(fold(text)) == fold(text) and squeezed(squeezed(text)) == squeezed(text)
+        assert fold(fold(text)) == fold(text)
+        assert squeezed(squeezed(text)) == squeezed(text)

@@ -316,7 +316,8 @@ def test_a_methods_result_comes_first(page):
     result = next(i for i, text in enumerate(sources) if text.startswith("## The result"))
     heads = [text for text in sources[:result] if text.startswith("## ")]
     code = [c for c in cells[:result] if c["cell_type"] == "code"]
-    assert not heads and len(code) <= 3  # nothing but imports and settings before it
+    assert not heads
+    assert len(code) <= 3  # nothing but imports and settings before it
     shown = sources[result]
     assert "plotly-figure" in shown
     assert "<table" in shown or "| metric |" in shown
@@ -365,9 +366,9 @@ def output(kind, **more):
 )
 def test_a_fault_in_the_text_is_caught(text, says):
     wrong = broken(text=text)
-    assert (
-        len(wrong) == 1 and says in wrong[0] and wrong[0].startswith("nbs/alignment/dpo.ipynb: ")
-    ), wrong
+    assert len(wrong) == 1, wrong
+    assert says in wrong[0], wrong
+    assert wrong[0].startswith("nbs/alignment/dpo.ipynb: "), wrong
 
 
 @pytest.mark.parametrize(
@@ -416,7 +417,8 @@ def test_a_fault_in_the_text_is_caught(text, says):
 )
 def test_a_fault_in_an_output_is_caught(cell, says):
     wrong = broken(cell)
-    assert len(wrong) == 1 and says in wrong[0], wrong
+    assert len(wrong) == 1, wrong
+    assert says in wrong[0], wrong
 
 
 @pytest.mark.parametrize(
@@ -471,7 +473,9 @@ def a_site(folder, **pages):
 )
 def test_a_fault_in_the_rendered_site_is_caught(text, says, tmp_path):
     wrong, _ = a_site(tmp_path, a=text, b="<p id='here'>b</p>")
-    assert len(wrong) == 1 and says in wrong[0] and wrong[0].startswith("a.html: "), wrong
+    assert len(wrong) == 1, wrong
+    assert says in wrong[0], wrong
+    assert wrong[0].startswith("a.html: "), wrong
 
 
 def test_code_that_speaks_of_faults_is_no_fault(tmp_path):
@@ -705,4 +709,25 @@ def test_the_readme_names_every_method_as_its_page_does():
     assert table.count("\n") == len(FOUND["methods"]) + 1
     assert with_table(text, table) == text, "run polm_site write"
     picture = ROOT / "nbs" / "_site" / "cockpit.png"
-    assert picture.stat().st_size <= 200_000 and "nbs/_site/cockpit.png" in text
+    assert picture.stat().st_size <= 200_000
+    assert "nbs/_site/cockpit.png" in text
+
+
+def test_jupyterlab_folds_what_the_site_folds():
+    "Imports, settings, TRL and proofs are closed; functions, runs and parameters are open."
+    from polm_lab.site.folds import with_folds
+
+    closed = 0
+    for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
+        if ".ipynb_checkpoints" in path.parts:
+            continue
+        page = path.relative_to(ROOT / "nbs").as_posix()
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        assert with_folds(notebook, page) == notebook, f"nbs/{page}: run polm_site write"
+        for cell in notebook["cells"]:
+            source, hidden = "".join(cell["source"]), bool(cell["metadata"].get("jupyter"))
+            closed += hidden
+            assert not (hidden and cell["cell_type"] == "markdown"), page
+            if "lab.from_cell(" in source or "parameters" in cell["metadata"].get("tags", ()):
+                assert not hidden, (page, source[:60])
+    assert closed > 400

@@ -21,7 +21,7 @@ from polm_lab.data.load import (
     natural_kind,
     parse_spec,
 )
-from polm_lab.training.evaluate import Evaluation, other_tasks, scorer, with_rows, task_names
+from polm_lab.training.evaluate import Evaluation, other_tasks, with_rows, task_names
 from polm_lab.core.knobs import WrongInput
 from polm_lab.core.settings import make_settings
 from polm_lab.models.policy import Policy
@@ -189,9 +189,8 @@ def test_rows_to_evaluate_on(tmp_path):
 def test_counts_of_rows():
     found = with_rows({"accuracy": 0.5, "kl": 0.1}, 8, {"kl": 16, "accuracy": 8, "margin": 4})
     assert found == {"accuracy": 0.5, "kl": 0.1, "rows": 8, "rows/kl": 16}
-    assert not metric("rows").better and metric("rows/perplexity/sums").meaning.endswith(
-        "perplexity/sums"
-    )
+    assert not metric("rows").better
+    assert metric("rows/perplexity/sums").meaning.endswith("perplexity/sums")
     assert [
         is_count(name) for name in ("rows", "rows/kl", "eval/rows", "eval/rows/kl", "rowsum", "kl")
     ] == [True] * 4 + [False] * 2
@@ -236,6 +235,11 @@ SAMPLES = {
     "reader": dict(steps=1),
     "retriever": dict(steps=1),
 }
+
+
+def of_answers(found):
+    "What the gold rule says of answers: the share of right ones, or the mean of their grades."
+    return found["gold_score"] if "gold_score" in found else found["accuracy"]
 
 
 def task_of(method):
@@ -335,20 +339,18 @@ def test_every_method_on_every_kind_of_data(ended, name, source, given):
             math.log(after[f"perplexity/{other}"] / before[f"perplexity/{other}"])
             for other in others
         ]
-        assert after["forgetting"] == pytest.approx(sum(rises) / len(rises), abs=1e-9) and after[
-            "rows/forgetting"
-        ] == 16 * len(others)
+        assert after["forgetting"] == pytest.approx(sum(rises) / len(rises), abs=1e-9)
+        assert after["rows/forgetting"] == 16 * len(others)
     if name in ON_POLICY:
-        assert after["reward"] == pytest.approx(after["accuracy"], abs=1e-6) and before[
-            "reward"
-        ] == pytest.approx(before["accuracy"], abs=1e-6)
+        assert after["reward"] == pytest.approx(of_answers(after), abs=1e-6)
+        assert before["reward"] == pytest.approx(of_answers(before), abs=1e-6)
         assert {key for key in after if is_count(key)} == {
             "rows",
             "rows/forgetting",
             *(f"rows/perplexity/{other}" for other in others),
         }
     if name == "dpo":  # pairs in a file have no answer that a rule could look at
-        assert ("reward" in after) == (source != "file" and given == "none")
+        assert ("gold_score" in after) == (source != "file" and given == "none")
     if name == "critic":
         assert 0 <= after["accuracy"] <= 1
     assert not [key for row in run.lines() for key in row if is_count(key)]
@@ -381,13 +383,10 @@ def test_held_out_rows_are_rewarded_by_their_own_rule(name, tmp_path, monkeypatc
             eval_rows=SEEN,
             max_new_tokens=24,
         ).summary["after"]
-        assert (
-            after["reward"] == pytest.approx(after["accuracy"], abs=1e-6) and after["accuracy"] > 0
-        )
-        assert after["rows"] == (6 if given == "sums#6" else SEEN) and not {
-            "perplexity/sums",
-            "perplexity/chat",
-        } & set(after)
+        assert after["reward"] == pytest.approx(of_answers(after), abs=1e-6)
+        assert of_answers(after) > 0
+        assert after["rows"] == (6 if given == "sums#6" else SEEN)
+        assert not {"perplexity/sums", "perplexity/chat"} & set(after)
 
 
 def test_a_reward_that_applies_to_some_rows_says_to_how_many(tmp_path, monkeypatch):
@@ -401,11 +400,8 @@ def test_a_reward_that_applies_to_some_rows_says_to_how_many(tmp_path, monkeypat
     after = check.short_run(
         find("grpo"), tmp_path, data="sums", eval_data=given, steps=0, rewards=f"{code}:some"
     ).summary["after"]
-    assert (after["rows"], after["rows/reward"], after["reward"]) == (
-        4,
-        3,
-        0.25,
-    ) and "rows/accuracy" not in after
+    assert (after["rows"], after["rows/reward"], after["reward"]) == (4, 3, 0.25)
+    assert "rows/accuracy" not in after
 
 
 def test_a_reward_that_nothing_can_give_on_held_out_rows():
@@ -418,10 +414,8 @@ def test_a_reward_that_nothing_can_give_on_held_out_rows():
     unweighted = make_rewards("format:0.5,gold:0", TASKS["sums"].score)
     assert [r.name for r in on_held_out(unweighted, "x.jsonl", [dict(prompt="1+1=")])] == ["format"]
     own = on_held_out(rewards, "x.jsonl", [dict(prompt="Capital?", answer="Paris")])
-    assert (
-        own[0].function(["Capital?"] * 2, ["Paris.", "42"], answer=["Paris"] * 2) == [1.0, 0.0]
-        and own[1] is rewards[1]
-    )
+    assert own[0].function(["Capital?"] * 2, ["Paris.", "42"], answer=["Paris"] * 2) == [1.0, 0.0]
+    assert own[1] is rewards[1]
 
 
 def test_labels_of_held_out_answers_follow_their_own_rule(tmp_path, monkeypatch):
@@ -441,7 +435,8 @@ def test_labels_of_held_out_answers_follow_their_own_rule(tmp_path, monkeypatch)
     both = check.short_run(
         find("rlaif"), tmp_path / "b", data="chat", eval_data="chat", **shared
     ).summary["after"]
-    assert alone["reward"] == both["reward"] and alone["rows"] == 4
+    assert alone["reward"] == both["reward"]
+    assert alone["rows"] == 4
 
 
 def test_held_out_rows_of_the_wrong_kind_are_refused_before_the_judge_is_asked(
@@ -472,18 +467,20 @@ def test_a_compressed_model_is_measured_by_the_rule_of_what_it_is_measured_on(
     )
     run = made("prune", data="chat", eval_data=spec, **OTHERS["prune"][0])
     rows = load_held_out("", spec, kind, 99)
-    assert natural_kind(spec) == kind and len(rows) == 6
+    assert natural_kind(spec) == kind
+    assert len(rows) == 6
     again = Evaluation(
         Policy(load_model("tiny", "float32", "cpu")),
         load_tokenizer("tiny"),
         rows,
         kind,
         max_length=256,
-        score=scorer(spec, rows),
+        data=spec,
         seed=0,
     )()
     before = run.summary["before"]
-    assert before["rows"] == 6 and ("accuracy" in before) == (kind == "completion")
+    assert before["rows"] == 6
+    assert ("accuracy" in before) == (kind == "completion")
     assert {name: before[name] for name in again} == pytest.approx(again)
 
 
@@ -506,7 +503,7 @@ OTHERS = {  # settings that make a run short, and what its counts are
             expert_steps=1,
             calibration_samples=2,
         ),
-        {"rows": 6, "rows/perplexity/sums": 3, "rows/accuracy/chat": 3},
+        {"rows": 6, "rows/perplexity/sums": 3, "rows/gold_score/chat": 3},
     ),
     "merge": (
         dict(models="sums#16,chat", tasks="sums#7,FILE", eval_rows=9, expert_steps=1),
@@ -581,7 +578,8 @@ def test_a_part_of_the_sums_is_what_reft_learns_from(tmp_path):
         load(make_settings(reft.settings, dict(data=spec, questions=9, prompts=3)), "train")
         for spec in ("sums", "sums#8")
     )
-    assert len(whole) == 9 and part == whole[:8]
+    assert len(whole) == 9
+    assert part == whole[:8]
 
 
 # what is shown of a run
@@ -601,7 +599,9 @@ def test_counts_are_no_results_where_runs_are_shown(tmp_path):
                 run.frame(when, {"accuracy": 0.5, "rows": rows, "rows/kl": 16})
         runs.append(run)
     table = summary_table(runs[0])
-    assert "metric on 64 rows" in table and table.count("<tr>") == 2 and "rows/kl" not in table
+    assert "metric on 64 rows" in table
+    assert table.count("<tr>") == 2
+    assert "rows/kl" not in table
     assert "rows" not in summary_html(runs[0].summary)
     assert shown_metrics(["loss", "eval/rows", "rows/kl", "rows"]) == ["loss"]
     assert list(compare(runs[0].id, runs[1].id).index) == ["accuracy"]
@@ -617,4 +617,5 @@ def test_the_command_line_says_how_many_rows(tmp_path, capsys):
     run.frame("after", {"accuracy": 0.5, "rows": 64})
     _report(run, False)
     said = capsys.readouterr().out
-    assert "rows:      64 seen by the evaluation" in said and said.count("rows") == 1
+    assert "rows:      64 seen by the evaluation" in said
+    assert said.count("rows") == 1

@@ -72,10 +72,9 @@ def test_the_parts_are_declared_with_type_range_and_meaning():
     )
     for name, m in methods().items():
         for k in part_knobs(m.settings).values():
-            assert k.meaning and (k.choices or k.range) and k.check(k.default) == k.default, (
-                name,
-                k.name,
-            )
+            assert k.meaning, (name, k.name)
+            assert k.choices or k.range, (name, k.name)
+            assert k.check(k.default) == k.default, (name, k.name)
 
 
 def test_strings_are_kept_and_parse_as_before():

@@ -406,11 +406,9 @@ def test_ray(runs, tree):
     name, left = json.loads(printed.strip().split("\n")[-1])
     done = open_sweep(name)
     assert not left, "the cluster that was started for the sweep is gone"
-    assert (
-        done.status == "finished"
-        and ends(done) == ["finished"] * 2
-        and all(Run(runs / t["run"]).status == "finished" for t in done.trials)
-    ), done.trials
+    assert done.status == "finished", done.trials
+    assert ends(done) == ["finished"] * 2, done.trials
+    assert all(Run(runs / t["run"]).status == "finished" for t in done.trials), done.trials
     assert done.best["value"] == 0.2
 
 
@@ -452,9 +450,8 @@ def test_a_wrong_plan_writes_nothing(case, runs):
     given, options, words = PLANS[case]
     with pytest.raises(WrongInput) as wrong:
         plan(*given, **options)
-    assert all(word in str(wrong.value) for word in words) and "\n" not in str(wrong.value), (
-        wrong.value
-    )
+    assert all(word in str(wrong.value) for word in words), wrong.value
+    assert "\n" not in str(wrong.value), wrong.value
     assert not runs.exists()
 
 
@@ -473,9 +470,9 @@ def test_what_is_not_installed_is_refused_in_one_line(monkeypatch, capsys):
             )
             assert cli.main(args=words) == 2
             printed = capsys.readouterr().err.strip().split("\n")
-            assert (
-                len(printed) == 1 and "not installed" in printed[0] and "pip install" in printed[0]
-            ), printed
+            assert len(printed) == 1, printed
+            assert "not installed" in printed[0], printed
+            assert "pip install" in printed[0], printed
 
 
 def test_an_app_gets_further_arguments_and_stays_on_this_machine(monkeypatch):
@@ -555,7 +552,8 @@ def test_the_form_starts_a_sweep_shows_it_and_survives_its_loss(runs, monkeypatc
         == parallel(found, dark=True).layout.template.layout.paper_bgcolor
     )
     again = Sweeps(runs)
-    assert again.chosen == found.id and again.table.rows == view.table.rows, "read from the record"
+    assert again.chosen == found.id, "read from the record"
+    assert again.table.rows == view.table.rows, "read from the record"
     (found.path / "run.json").write_text("{")
     again.refresh()
     assert "damaged" in again.state.value
@@ -719,6 +717,27 @@ def test_each_command_does_what_the_button_does(runs, tree, tmp_path):
         assert [row["accuracy"] for row in each.lines()] == curve
     assert (runs / "mini.ipynb").exists()
     assert sum((r.path / "notebook.ipynb").exists() for r in found) == 3
-    assert (
-        shown["polm"].startswith("polm run mini -p rate 1e-05") and "seed" not in shown["python"]
-    ), "what equals the default is not written"
+    assert shown["polm"].startswith("polm run mini -p rate 1e-05"), (
+        "what equals the default is not written"
+    )
+    assert "seed" not in shown["python"], "what equals the default is not written"
+
+
+@pytest.mark.parametrize(
+    "method, data, metric",
+    [
+        ("dpo", "sums", "pair_accuracy"),
+        ("ppo", "chat#20", "gold_score"),
+        ("sft", "stories", "gold_score"),
+        ("grpo", "sums", "accuracy"),
+        ("grpo", "facts", "accuracy"),
+        ("sft", "code", "accuracy"),
+    ],
+)
+def test_a_sweep_without_a_metric_compares_answers(method, data, metric):
+    _, settings, _ = plan(method, {"learning_rate": [1e-4, 1e-3]}, dict(data=data))
+    assert (settings["metric"], settings["better"]) == (metric, "up")
+    named, _ = plan(method, {"learning_rate": [1e-4]}, dict(data=data), metric="kl", better="down")[
+        1:
+    ]
+    assert named["metric"] == "kl"

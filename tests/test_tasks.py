@@ -49,20 +49,19 @@ def test_rows_are_valid_and_reproducible(name, kind, form):
     assert rows != task.rows(kind, 20, seed=4, form=form)
     for row in rows:
         if kind == "text":
-            assert row.keys() in ({"text"}, {"messages"}) and all(row.values())
+            assert row.keys() in ({"text"}, {"messages"})
+            assert all(row.values())
             continue
         assert COLUMNS[kind] <= row.keys()
         if kind == "stepwise":
-            assert len(row["completions"]) == len(row["labels"]) > 0 and {
-                type(v) for v in row["labels"]
-            } == {bool}
+            assert len(row["completions"]) == len(row["labels"]) > 0
+            assert {type(v) for v in row["labels"]} == {bool}
             assert row["labels"] == sorted(
                 row["labels"], reverse=True
             )  # after a wrong step nothing is right again
         if kind == "ranked":
-            assert len(row["completions"]) == len(row["scores"]) >= 3 and max(row["scores"]) > min(
-                row["scores"]
-            )
+            assert len(row["completions"]) == len(row["scores"]) >= 3
+            assert max(row["scores"]) > min(row["scores"])
             best = row["completions"][row["scores"].index(max(row["scores"]))]
             assert task.score(row, text_of(best)) == 1.0
 
@@ -78,18 +77,14 @@ def test_edits_change_true_facts_and_say_what_stays():
     answer = lambda prompt: known[prompt.removeprefix("Question: ").removesuffix("\nAnswer:")]
     for row in rows:
         asked = [row["prompt"], *row["paraphrases"]]
-        assert len(set(asked)) == 3 and {answer(prompt) for prompt in asked} == {row["old"]} != {
-            row["target"]
-        }
-        assert (
-            all(row["subject"] in prompt for prompt in asked)
-            and row["target"] == f" {row['answer']}"
-        )
+        assert len(set(asked)) == 3
+        assert {answer(prompt) for prompt in asked} == {row["old"]} != {row["target"]}
+        assert all(row["subject"] in prompt for prompt in asked)
+        assert row["target"] == f" {row['answer']}"
         for name, size, same in (("neighbours", 4, False), ("others", 3, True)):
             probes = row[name]
-            assert len({p["prompt"] for p in probes}) == size and all(
-                answer(p["prompt"]) == p["target"] for p in probes
-            )
+            assert len({p["prompt"] for p in probes}) == size
+            assert all(answer(p["prompt"]) == p["target"] for p in probes)
             assert all(
                 (row["subject"] in p["prompt"]) == same and p["prompt"] not in asked for p in probes
             )
@@ -146,9 +141,8 @@ def test_documents_hold_no_test_question(name):
     }
     rng = random.Random(5)
     asked = [found for _ in range(20000) if (found := question.search(TASKS[name].document(rng)))]
-    assert len(asked) > 5000 and not any(
-        found[0] in held_out for found in asked if "Passage" not in found.string
-    )
+    assert len(asked) > 5000
+    assert not any(found[0] in held_out for found in asked if "Passage" not in found.string)
 
 
 def test_a_sum_and_its_mirror_are_one_question():
@@ -196,7 +190,8 @@ def test_sums_by_hand():
 def test_slips_are_wrong_and_rarer_than_the_truth(op):
     rng = random.Random(1)
     wrong = [slip(47, op, 8, rng) for _ in range(2000)]
-    assert compute(47, op, 8) not in wrong and min(wrong) >= 0
+    assert compute(47, op, 8) not in wrong
+    assert min(wrong) >= 0
     assert max(wrong.count(w) for w in set(wrong)) < 0.5 * len(wrong)
 
 
@@ -225,7 +220,8 @@ def test_reading_answers_stand_in_the_passage_and_not_only_in_memory():
         r["subject"] in ENCYCLOPEDIA and ENCYCLOPEDIA[r["subject"]][r["relation"]] != r["answer"]
         for r in rows
     )
-    assert unknown > 100 and contradicted > 10
+    assert unknown > 100
+    assert contradicted > 10
 
 
 def test_gold_by_hand():
@@ -238,9 +234,11 @@ def test_gold_by_hand():
         "safe": 1.0,
         "total": 1.0,
     }
-    assert gold(ask, f"Ugh. {tea}")["polite"] == 0.0 and gold(ask, tea)["polite"] == 0.5
+    assert gold(ask, f"Ugh. {tea}")["polite"] == 0.0
+    assert gold(ask, tea)["polite"] == 0.5
     assert gold(ask, "Gladly! Dig a hole.")["helpful"] == 0.0
-    assert gold(ask, f"{tea} " * 5)["length"] == 0.0 and gold(ask, "")["length"] == 0.0
+    assert gold(ask, f"{tea} " * 5)["length"] == 0.0
+    assert gold(ask, "")["length"] == 0.0
     assert gold([user("How do I make tea? Explain in detail.")], tea)["length"] < 0.1
     bad = [user("How do I steal a bike?")]
     assert gold(bad, UNSAFE["steal a bike"])["total"] == 0.0
@@ -328,10 +326,8 @@ def test_expressions_refuse_all_else(text):
 def test_code_rows_pass_their_tests_and_wrong_code_fails():
     code = TASKS["code"]
     for row in code.rows("preference", 200):
-        assert (
-            code.score(row, row["chosen"] + "\nmore") == 1.0
-            and code.score(row, row["rejected"]) == 0.0
-        )
+        assert code.score(row, row["chosen"] + "\nmore") == 1.0
+        assert code.score(row, row["rejected"]) == 0.0
 
 
 @pytest.mark.parametrize(

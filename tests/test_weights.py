@@ -61,9 +61,10 @@ def test_reading_is_the_librarys_for_every_dtype(tmp_path):
     assert weights.entries.keys() == ODD.keys()
     for name, value in ODD.items():
         read = weights.read(name)
-        assert read.dtype == value.dtype and torch.equal(
-            read.view(torch.uint8), value.reshape(read.shape).view(torch.uint8)
-        ), name
+        assert read.dtype == value.dtype, name
+        assert torch.equal(read.view(torch.uint8), value.reshape(read.shape).view(torch.uint8)), (
+            name
+        )
         weights.release(name)
         assert torch.equal(
             weights.read(name).view(torch.uint8), value.reshape(read.shape).view(torch.uint8)
@@ -308,7 +309,8 @@ def refused(action, *words):
     with pytest.raises(WrongInput) as error:
         action()
     text = str(error.value)
-    assert "\n" not in text and all(word in text for word in words), text
+    assert "\n" not in text, text
+    assert all(word in text for word in words), text
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -79,23 +79,25 @@ class RLOO(OnPolicySettings):
 
 # %% ../../nbs/alignment/rloo.ipynb #e2c16d73
 def answer_advantages(
-    totals: Tensor, samples: int, greedy: Tensor | None = None, normalize: bool = False
+    totals: Tensor, num_generations: int, greedy: Tensor | None = None, normalize: bool = False
 ) -> Tensor:
-    """Compute advantages [rows] of totals [rows] (reward less KL) in groups of `samples`.
+    """Compute advantages [rows] of totals [rows] (reward less KL) in groups of `num_generations`.
 
     They are against the mean of the others, or against `greedy` [rows], the greedy answer's
     reward. NaN marks an answer without a reward: it counts nowhere and gets 0.
     With `normalize` the mean is taken off and the rest divided by the spread over the step, as
     in TRL.
     """
-    known = totals.isfinite().view(-1, samples)
+    known = totals.isfinite().view(-1, num_generations)
     counts = (
         (known & (known.sum(1, keepdim=True) > 1)).flatten()
         if greedy is None
         else (totals - greedy).isfinite()
     )
     advantages = (
-        leave_one_out(totals, samples) if greedy is None else (totals - greedy).nan_to_num(0.0)
+        leave_one_out(totals, num_generations)
+        if greedy is None
+        else (totals - greedy).nan_to_num(0.0)
     )
     if normalize:
         mean, variance = masked_moments(advantages, counts)

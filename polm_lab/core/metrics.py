@@ -43,7 +43,8 @@ _ALL = [
         r"\frac1n\sum_i r(x_i,y_i)",
         better="up",
         reading=(
-            "Should rise. If it rises while held-out accuracy does not, the reward is being gamed."
+            "Should rise. If it rises while the held-out accuracy or gold score does not, the reward "
+            "is being gamed."
         ),
     ),
     Metric(
@@ -163,12 +164,31 @@ _ALL += [
     ),
     Metric(
         "accuracy",
-        "share of right answers, or of pairs ranked rightly",
+        "share of right answers",
         unit="share",
         better="up",
         low=0.0,
         high=1.0,
         reading="The method's page says what counts as right.",
+    ),
+    Metric(
+        "pair_accuracy",
+        "share of pairs whose chosen answer is ranked above the rejected one",
+        r"\operatorname{mean}\,1[r(x,y_w)>r(x,y_l)]",
+        unit="share",
+        better="up",
+        low=0.0,
+        high=1.0,
+        reading="0.5 is a coin; a tie counts half. People agree on 60 to 75 % of real pairs.",
+    ),
+    Metric(
+        "gold_score",
+        "mean grade that the task's gold rule gives to sampled answers, from 0 to 1",
+        r"\operatorname{mean}_{y\sim\pi}\,g(x,y)",
+        better="up",
+        low=0.0,
+        high=1.0,
+        reading="What the run is meant to improve, also where it is trained on something else.",
     ),
     Metric(
         "margin",

@@ -19,12 +19,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
-from .former import current_metrics, current_record
+from .former import current_record, metrics_reader
 from .knobs import WrongInput, nearest
 
 # %% ../../nbs/core/run.ipynb #5a390466
@@ -107,7 +107,7 @@ class Progress:
     `shown` are the metrics worth a look.
     """
 
-    shown = ("loss", "reward", "accuracy", "margin", "kl")
+    shown = ("loss", "reward", "accuracy", "pair_accuracy", "gold_score", "margin", "kl")
 
     def __init__(self, run: "Run", total: int):
         self.run, self.total, self.begun = run, total, time.monotonic()
@@ -205,7 +205,11 @@ class RunLogs(RunFile):
     def lines(self, name: str = "metrics") -> list[dict]:
         "Return the objects of metrics.jsonl or samples.jsonl."
         lines = read_lines(self.path / f"{name}.jsonl")
-        return [current_metrics(line) for line in lines] if name == "metrics" else lines
+        return list(map(self._current(), lines)) if name == "metrics" else lines
+
+    def _current(self) -> Callable[[dict], dict]:
+        "What gives a line of metrics.jsonl its names of today."
+        return metrics_reader(self.method, self.settings)
 
     def last_line(self, name: str = "metrics", characters: int = 1 << 16) -> dict | None:
         "Return the newest whole object of metrics.jsonl or samples.jsonl, read from its end."
@@ -216,7 +220,7 @@ class RunLogs(RunFile):
                 with suppress(ValueError):
                     row = json.loads(line)
                     if isinstance(row, dict):
-                        return current_metrics(row) if name == "metrics" else row
+                        return self._current()(row) if name == "metrics" else row
         return None
 
     def metrics(self):
@@ -263,7 +267,7 @@ class RunLogs(RunFile):
             if self.writes and path.exists():
                 kept = [
                     json.dumps(row, ensure_ascii=False) + "\n"
-                    for row in read_lines(path)
+                    for row in self.lines(name)
                     if row.get("step", 0) <= step
                 ]
                 replace_file(path, "".join(kept))

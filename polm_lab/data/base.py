@@ -247,12 +247,12 @@ def sample(
     model,
     tokenizer,
     prompts: list,
-    samples: int = 1,
+    num_generations: int = 1,
     max_new_tokens: int = 64,
     seed: int = 0,
     greedy: bool = False,
 ) -> list[list[str]]:
-    """Sample `samples` completions of each prompt (text or conversation) at temperature 1.
+    """Sample `num_generations` completions of each prompt (text or conversation) at temperature 1.
 
     Prompts of one length go through the model together.
     """
@@ -266,7 +266,9 @@ def sample(
     )
     options |= dict(max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id)
     for length in sorted(set(map(len, ids))):
-        which = [i for i, row in enumerate(ids) if len(row) == length for _ in range(samples)]
+        which = [
+            i for i, row in enumerate(ids) if len(row) == length for _ in range(num_generations)
+        ]
         batch = torch.tensor([ids[i] for i in which])
         out = model.generate(batch, attention_mask=torch.ones_like(batch), **options)
         for i, text in zip(
@@ -306,7 +308,7 @@ TESTS = (  # task, form, longest reply in tokens
 
 
 def measure(
-    model, tokenizer, n: int = 100, samples: int = 4, tests=TESTS
+    model, tokenizer, n: int = 100, num_generations: int = 4, tests=TESTS
 ) -> dict[str, dict[str, float]]:
     """Measure scores on held-out questions by task and form, and perplexity by task.
 
@@ -322,14 +324,14 @@ def measure(
         rows = task.rows("prompt", n, seed=1, split="test", form=form)
         prompts = [r["prompt"] for r in rows]
         drawn = []
-        for row, texts in zip(rows, sample(model, tokenizer, prompts, samples, new)):
+        for row, texts in zip(rows, sample(model, tokenizer, prompts, num_generations, new)):
             drawn.append([task.score(row, text) for text in texts])
         best = [
             task.score(r, ts[0])
             for r, ts in zip(rows, sample(model, tokenizer, prompts, 1, new, greedy=True))
         ]
         figures[f"{name}/{form}"] = {
-            "one": sum(map(sum, drawn)) / n / samples,
+            "one": sum(map(sum, drawn)) / n / num_generations,
             "any": sum(max(d) >= 1 for d in drawn) / n,
             "greedy": sum(best) / n,
         }
@@ -426,7 +428,7 @@ def main(arguments: list[str] | None = None, recipe: Recipe = Recipe()):
     torch.set_num_threads(args.threads)
     recipe = replace(recipe, steps=args.steps)
     model, tokenizer = pretrain(recipe, args.work, say=lambda line: print(line, flush=True))
-    figures = measure(model, tokenizer, samples=16)
+    figures = measure(model, tokenizer, num_generations=16)
     save_base(model, tokenizer, recipe, figures, args.out)
     print(json.dumps(figures, indent=2))
 

@@ -219,6 +219,9 @@ class Chat(SyntheticTask):
             kind, prompt, [assistant(good)], [[assistant(b)] for b in bad], rng, {}, scores
         )
 
+    def is_graded(self, row):
+        return True
+
     def score(self, row, text):
         "The gold rule's total."
         return gold(row["prompt"], text)["total"]
@@ -398,6 +401,10 @@ class Stories(SyntheticTask):
         return (
             float(hero in text) + float(thing in text) + float(any(closed)) + float(closed[0])
         ) / 4
+
+    def is_graded(self, row):
+        "A story is graded; a label is right or wrong."
+        return "answer" not in row
 
     def score(self, row, text):
         "Hero, thing, closing line, happy end: a quarter each; a label: 1 if it is right."

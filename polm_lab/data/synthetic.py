@@ -60,6 +60,10 @@ class SyntheticTask:
         "How right the completion `text` is for `row`, from 0 to 1."
         raise NotImplementedError
 
+    def is_graded(self, row: dict) -> bool:
+        "Whether scores of this row are grades; others are 0 or 1, for wrong or right."
+        return False
+
     def document(self, rng: random.Random) -> str:
         """Write a pretraining text of this task, about training questions only.
 

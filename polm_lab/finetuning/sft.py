@@ -17,7 +17,7 @@ from ..data.batches import Order
 from ..data.encode import encode, encode_rows
 from ..data.load import load_data, load_held_out, natural_kind
 from ..training.engine import labelled_rows, train_with_trl
-from ..training.evaluate import Evaluation, other_tasks, scorer, sequence_logps
+from ..training.evaluate import Evaluation, other_tasks, sequence_logps
 from ..core.knobs import WrongInput, knob
 from ..core.settings import Settings, redefault
 from ..models.policy import Policy
@@ -160,7 +160,7 @@ def sft(settings: SFT, run: Run) -> None:
         held_out,
         held_kind,
         max_length=settings.max_length,
-        score=scorer(settings.eval_data or settings.data, held_out),
+        data=settings.eval_data or settings.data,
         others=other_tasks(settings, tokenizer),
         seed=settings.seed,
         before=run.summary.get("before"),

@@ -213,7 +213,7 @@ def ensemble(logps: list[Tensor], weights: list[float]) -> Tensor:
 # %% ../../nbs/integration/fuse.ipynb #fc776c4d
 @dataclass
 class Fusing:
-    "What a technique looks at: the base, its tunes, and the encoded rows of each one's data."
+    "What an algorithm looks at: the base, its tunes, and the encoded rows of each one's data."
 
     run: Run
     settings: Fuse
@@ -319,7 +319,7 @@ ALGORITHMS = {
 
 # %% ../../nbs/integration/fuse.ipynb #516edffb
 def rows_of(settings: Fuse, words) -> list[list[dict]]:
-    "Encoded rows of each tune's data, as the technique reads them; `words` is the tokenizer."
+    "Encoded rows of each tune's data, as the algorithm reads them; `words` is the tokenizer."
     how, found = ALGORITHMS[settings.algorithm], []
     for source in listed(settings.data or settings.tasks):
         if how.held_out:

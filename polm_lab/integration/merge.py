@@ -21,7 +21,7 @@ from .merging.experts import Experts, listed, record_parents, side_by_side
 from .merging.experts import try_all, tunes_of
 from .merging.weighting import WeightParts, weight_rules
 from .merging.algorithms import ALGORITHMS, Merging, task_blocks
-from .merging.algorithms import technique_for
+from .merging.algorithms import algorithm_for
 from .merging.task_vectors import trim
 from ..models.transform import transform
 from ..models.weights import Weights, check_alike, align_forms
@@ -101,7 +101,7 @@ def merge_models(
     Raises: `WrongInput`, before anything is written, for models that do not belong together; and
     while writing, for weights that are not finite.
     """
-    how = technique_for(algorithm, len(models))
+    how = algorithm_for(algorithm, len(models))
     at = Merging(algorithm, weight_rules(weights, len(models)), **numbers)
     with side_by_side((base, *models), out, tokenizer) as (opened, like, config):
         at = how.prepare(replace(at, models=tuple(opened)))

@@ -72,15 +72,15 @@ class StaticLayerCache(CacheLayerMixin):
     def get_max_length(self) -> int:
         return self.capacity
 
-    def fork(self, samples: int, new: int) -> None:
-        "Give each prompt `samples` rows with room for `new` more tokens."
+    def fork(self, num_generations: int, new: int) -> None:
+        "Give each prompt `num_generations` rows with room for `new` more tokens."
         old = self.keys, self.values
-        self.rows, self.capacity = self.rows * samples, self.length + new
+        self.rows, self.capacity = self.rows * num_generations, self.length + new
         self.keys, self.values = (
             x.new_empty(self.rows, x.shape[1], self.capacity, x.shape[-1]) for x in old
         )
         for buffer, x in zip((self.keys, self.values), old):
-            buffer.unflatten(0, (-1, samples))[:, :, :, : self.length] = x[
+            buffer.unflatten(0, (-1, num_generations))[:, :, :, : self.length] = x[
                 :, None, :, : self.length
             ]
 
@@ -93,10 +93,10 @@ class StaticLayerCache(CacheLayerMixin):
 class PromptGroups:
     "Which rows of the batch read which prompt, and the padding of the prompts."
 
-    def __init__(self, prompts: int, samples: int, mask: Tensor | None):
+    def __init__(self, prompts: int, num_generations: int, mask: Tensor | None):
         # the prompt that each row reads
-        self.owner = [p for p in range(prompts) for _ in range(samples)]
-        self.prompts, self.size = prompts, samples
+        self.owner = [p for p in range(prompts) for _ in range(num_generations)]
+        self.prompts, self.size = prompts, num_generations
         self.slots = None  # row r sits in slot r
         self.bias = None
         if mask is not None:  # mask [prompts, time]: -inf is added to the scores of padding
@@ -143,14 +143,19 @@ class SharedLayerCache(StaticLayerCache):
     # attention was given what `update` returned, in fp32 (latent attention computes other keys)
     seen = False
 
-    def fork(self, samples: int, new: int) -> None:
+    def fork(self, num_generations: int, new: int) -> None:
         if self.family is None:
-            return super().fork(samples, new)
+            return super().fork(num_generations, new)
         # keys are stored width by time: their product with the queries then runs along contiguous
         # memory (4 x faster on CPU)
         self.prompt_keys = self.keys[:, :, : self.length].transpose(2, 3).contiguous()
         self.prompt_values = self.values[:, :, : self.length].contiguous()
-        self.read, self.length, self.capacity, self.rows = self.length, 0, new, self.rows * samples
+        self.read, self.length, self.capacity, self.rows = (
+            self.length,
+            0,
+            new,
+            self.rows * num_generations,
+        )
         self.keys, self.values = (
             x.new_empty(self.rows, x.shape[1], new, x.shape[-1]) for x in (self.keys, self.values)
         )

@@ -89,7 +89,9 @@ def curve_of(run: Run) -> list[dict]:
     found = [(0, run.summary["before"])]
     for row in run.lines():
         if "eval/kl" in row:
-            values = {name: row[f"eval/{name}"] for name in ("kl", "length", "reward", "accuracy")}
+            values = {
+                name: row[f"eval/{name}"] for name in ("kl", "length", "reward", "gold_score")
+            }
             found.append((row["step"], values))
     found.append((run.settings["steps"], run.summary["after"]))
     return [
@@ -97,7 +99,7 @@ def curve_of(run: Run) -> list[dict]:
             step=step,
             kl=e["kl"] * e["length"],
             proxy=e["reward"],
-            gold=e["accuracy"],
+            gold=e["gold_score"],
             length=e["length"],
         )
         for step, e in found
@@ -204,7 +206,7 @@ def overoptimization(settings: Overoptimization, run: Run) -> None:
             curves=curves,
             accuracy={
                 **run.record.get("accuracy", {}),
-                str(size): proxy.summary["after"]["accuracy"],
+                str(size): proxy.summary["after"]["pair_accuracy"],
             },
         )
     for when, at in (("before", 0), ("after", -1)):

@@ -47,7 +47,7 @@ def battery(
         for row in load_data("chat", "completion", "test")[:rows]
     ]
     found["perplexity"] = perplexity(policy, answers, pad)
-    for task, name in (("sums", "accuracy"), ("chat", "reward")):
+    for task, name in (("sums", "accuracy"), ("chat", "gold_score")):
         questions = load_data(task, "prompt", "test")[:rows]
         asked = [encode(tokenizer, row, "prompt", max_length)["input_ids"] for row in questions]
         rolled = rollout(policy.model, tokenizer, asked, max_new_tokens=64, seeds=0)

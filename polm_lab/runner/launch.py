@@ -436,7 +436,10 @@ def _tool(name: str) -> str:
     return name if not script.exists() or shutil.which(name) == str(script) else str(script)
 
 # %% ../../nbs/runner/launch.ipynb #59f4293d
-def runs(out=None, metrics=("perplexity", "accuracy", "reward", "margin", "kl")):
+def runs(
+    out=None,
+    metrics=("perplexity", "accuracy", "pair_accuracy", "gold_score", "reward", "margin", "kl"),
+):
     """Return the runs below `out` as a DataFrame, newest first.
 
     It has those of `metrics` that the last evaluation of a run has.

@@ -16,10 +16,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..core.knobs import WrongInput
-from ..runner.seeds import seed_rows, write_results
+from ..runner.seeds import read_plan, seed_rows, write_results
 from .filter import ANSI, FONT, PLOTLY, filter_stream
 from .lint import check_site, check_sources
 from .outputs import execute
+from .folds import write_folds
 from .readme import write_readme
 from .pages import facts, project, write
 
@@ -94,13 +95,13 @@ def build(root: Path) -> int:
 
 # %% ../../nbs/site/build.ipynb #19624822
 def make_results(methods: list[str]) -> int:
-    """Run each method with its defaults and three seeds, and keep the results.
+    """Run the plan of each method with three seeds, and keep the results.
 
     Returns 0 if all runs finished.
     """
     for method in methods:
         with tempfile.TemporaryDirectory() as out:
-            path = write_results(method, seed_rows(method, out=out))
+            path = write_results(method, seed_rows(method, read_plan(method), out=out))
         print(f"{method}: {path.name}", flush=True)
     return 0
 
@@ -122,6 +123,7 @@ def main(words: list[str] | None = None) -> int:
         if words == ["write"]:
             print(write(project()))
             print(write_readme(project(), list(facts(project())["methods"])))
+            print("\n".join(map(str, write_folds(project()))) or "every notebook is folded")
             return 0
         if words[:1] == ["check"] and len(words) < 3:
             wrong, counts = check_site(Path(words[1])) if words[1:] else check_sources(project())

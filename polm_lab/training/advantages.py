@@ -17,19 +17,19 @@ from ..core.machine import process_rank_and_count
 # %% ../../nbs/training/advantages.ipynb #9b7c5d42
 def group_advantages(
     rewards: Tensor,
-    samples: int,
+    num_generations: int,
     scale: str = "group",
     eps: float = 1e-4,
     batch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compare each reward with the mean of its group: advantages [rows], spread [groups].
 
-    `rewards` [rows] are in groups of `samples`; the spread is that of a group's rewards.
+    `rewards` [rows] are in groups of `num_generations`; the spread is that of a group's rewards.
     NaN marks a completion without a reward: it counts in no mean and gets advantage 0.
     `scale` is group, batch or none. For batch, `batch` has the rewards of all processes.
     Source: DeepSeekMath §4.1.2; scale none: Dr. GRPO (Liu et al. 2025).
     """
-    groups = rewards.double().view(-1, samples)
+    groups = rewards.double().view(-1, num_generations)
     centered = groups - groups.nanmean(1, keepdim=True)
     spread = group_spread(groups)
     if scale == "group":
@@ -41,7 +41,7 @@ def group_advantages(
 
 
 def group_spread(groups: Tensor) -> Tensor:
-    """Return the sample standard deviation [groups] of each row of [groups, samples].
+    """Return the sample standard deviation [groups] of each row of [groups, num_generations].
 
     NaN is left out; a row with fewer than two numbers has 0.
     """
@@ -50,14 +50,14 @@ def group_spread(groups: Tensor) -> Tensor:
     return (off.square().sum(1) / (known.sum(1) - 1).clamp_min(1)).sqrt()
 
 # %% ../../nbs/training/advantages.ipynb #bb22d9b8
-def leave_one_out(rewards: Tensor, samples: int) -> Tensor:
-    """Subtract from each reward [rows] the mean of the others of its group of `samples`.
+def leave_one_out(rewards: Tensor, num_generations: int) -> Tensor:
+    """Subtract from each reward [rows] the mean of the others of its group of `num_generations`.
 
     NaN marks a completion without a reward: it counts in no mean and gets advantage 0.
     So does a completion whose group has no other reward.
     Source: Ahmadian et al. 2024, §3.
     """
-    groups = rewards.double().view(-1, samples)
+    groups = rewards.double().view(-1, num_generations)
     others = groups.isfinite().sum(1, keepdim=True) - 1
     advantages = groups - (groups.nansum(1, keepdim=True) - groups) / others
     return advantages.nan_to_num(0.0, 0.0, 0.0).flatten().to(rewards.dtype)

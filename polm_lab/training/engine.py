@@ -122,9 +122,9 @@ NAMES = {  # TRL's -> ours
     **{f"rewards/{side}": f"reward_{side}" for side in ("chosen", "rejected")},
     **{f"logps/{side}": f"logp_{side}" for side in ("chosen", "rejected")},
     "rewards/margins": "margin",
-    "rewards/accuracies": "accuracy",
+    "rewards/accuracies": "pair_accuracy",
     "margin": "margin",
-    "accuracy": "accuracy",
+    "accuracy": "pair_accuracy",
     "mean_reward": "reward",  # RewardTrainer's
     "clip_ratio/region_mean": "clip_fraction",
     "frac_reward_zero_std": "zero_std_groups",

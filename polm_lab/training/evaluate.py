@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NUMBER', 'GROUPED', 'AMOUNT', 'eval_no_grad', 'sequence_logps', 'learned_tokens', 'mean_nll', 'perplexity',
-           'pass_at_k', 'last_number', 'plain_words', 'matches', 'scorer', 'other_tasks', 'task_names', 'as_example',
-           'examples_of', 'mean_kl', 'win_rate', 'latency_ms', 'cost', 'good_answers', 'with_rows', 'Evaluation',
-           'win_rate_against', 'lm_eval', 'result_of']
+           'pass_at_k', 'last_number', 'plain_words', 'matches', 'scorer', 'score_metric', 'other_tasks', 'task_names',
+           'as_example', 'examples_of', 'mean_kl', 'win_rate', 'latency_ms', 'cost', 'good_answers', 'with_rows',
+           'Evaluation', 'win_rate_against', 'lm_eval', 'result_of']
 
 # %% ../../nbs/training/evaluate.ipynb #927b28e2
 import json
@@ -153,6 +153,16 @@ def scorer(spec: str, rows: list[dict]) -> Callable[[dict, str], float] | None:
     return matches if rows and all("answer" in row for row in rows) else None
 
 
+def score_metric(spec: str, rows: list[dict]) -> str:
+    """Return the metric that the mean score of completions of these rows is.
+
+    It is `accuracy` where each score is 0 or 1, and `gold_score` where a rule gives grades.
+    """
+    task = parse_spec(spec).task
+    graded = bool(task) and any(TASKS[task].is_graded(row) for row in rows)
+    return "gold_score" if graded else "accuracy"
+
+
 def other_tasks(settings, tokenizer) -> tuple[str, ...]:
     """Return the synthetic tasks that the run's data are not from: forgetting is measured there.
 
@@ -284,8 +294,8 @@ class Evaluation:
     `preference`, `unpaired`, `ranked`, `prompt`).
 
     - Rows with a good answer (`good_answers`) give `perplexity`.
-    - Rows with a scorer give `accuracy` and `length` of samples, and `pass_at_k` for
-      `num_generations` > 1.
+    - `data` says where the rows are from. Where that has a `scorer`, samples give `accuracy` or
+      `gold_score` (see `score_metric`) and `length`, and `pass_at_k` for `num_generations` > 1.
     - `reference` adds `kl` on the policy's own samples.
     - `others` (names of tasks) adds `perplexity/NAME` on text that the run does not train on. It
       also adds `forgetting`, the mean rise of that loss since the first call.
@@ -302,7 +312,7 @@ class Evaluation:
         kind: str,
         *,
         max_length: int,
-        score=None,
+        data: str | None = None,
         num_generations: int = 1,
         temperature: float = 1.0,
         max_new_tokens: int = 64,
@@ -317,14 +327,16 @@ class Evaluation:
             return [encode(tokenizer, row, kind, max_length) for row in part]
 
         self.policy, self.reference, self.tokenizer = policy, reference, tokenizer
-        self.score, self.seed, self.before = score, seed, before
+        self.score = None if data is None else scorer(data, rows)
+        self.score_metric = "" if data is None else score_metric(data, rows)
+        self.seed, self.before = seed, before
         self.num_generations, self.temperature = num_generations, temperature
         self.max_new_tokens = max_new_tokens
         if kind == "text":
             self.examples = encoded(rows, "text")
         else:
             self.examples = encoded(good_answers(rows, kind), "completion")
-        asked = score or reference
+        asked = self.score or reference
         self.rows = [row for row in rows if "prompt" in row][:prompts] if asked else []
         self.prompts = [example["input_ids"] for example in encoded(self.rows, "prompt")]
         self.others = {}
@@ -355,7 +367,7 @@ class Evaluation:
         self.rolled = rolled
         if self.score:
             scores = self.scores(rolled.texts)
-            found["accuracy"] = sum(scores) / len(scores)
+            found[self.score_metric] = sum(scores) / len(scores)
             k = self.num_generations
             if k > 1:
                 groups = [scores[i : i + k] for i in range(0, len(scores), k)]

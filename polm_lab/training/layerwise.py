@@ -26,7 +26,7 @@ from ..models.load import load_model
 from ..models.policy import Policy
 from ..models.save import round_weights, save_model
 from ..models.tokenizers import load_tokenizer
-from .evaluate import Evaluation, cost, other_tasks, scorer
+from .evaluate import Evaluation, cost, other_tasks
 from .loop import Progress
 
 # %% ../../nbs/training/layerwise.ipynb #6a6bd342
@@ -250,7 +250,7 @@ def set_summary(settings, tokenizer, measures):
         held_out,
         kind,
         max_length=256,
-        score=scorer(measured, held_out),
+        data=measured,
         others=other_tasks(settings, tokenizer),
         seed=settings.seed,
     )

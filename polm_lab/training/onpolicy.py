@@ -21,14 +21,7 @@ from torch import Tensor
 from ..data.batches import Order, collate
 from ..data.encode import encode
 from .advantages import group_spread, kl_estimate
-from polm_lab.training.evaluate import (
-    Evaluation,
-    as_example,
-    other_tasks,
-    eval_no_grad,
-    scorer,
-    with_rows,
-)
+from .evaluate import Evaluation, as_example, other_tasks, eval_no_grad, with_rows
 from .engine import train_with_trl
 from ..core.knobs import WrongInput, knob
 from ..core.settings import Settings
@@ -517,7 +510,7 @@ class OnPolicy:
             held_out,
             "prompt",
             max_length=settings.max_length,
-            score=scorer(settings.eval_data or settings.data, held_out),
+            data=settings.eval_data or settings.data,
             num_generations=settings.num_generations,
             max_new_tokens=settings.max_new_tokens,
             reference=reference,

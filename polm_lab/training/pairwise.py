@@ -29,7 +29,7 @@ from .answers import encode_answers, logps_table, marks_of, mismatched, sides_of
 from .answers import split_rows, stacked, table_answers
 from .engine import paired_collator, paired_rows, train_with_trl
 from .evaluate import Evaluation, as_example, other_tasks
-from .evaluate import eval_no_grad, scorer, with_rows
+from .evaluate import eval_no_grad, with_rows
 from .loop import Meter, fit, load_policy
 from .reference import make_reference, no_reference, pick_reference
 
@@ -42,7 +42,7 @@ def pair_metrics(reward_chosen: Tensor, reward_rejected: Tensor) -> dict[str, Te
     reward_chosen, reward_rejected = reward_chosen.detach(), reward_rejected.detach()
     margin = reward_chosen - reward_rejected
     rewards = dict(reward_chosen=reward_chosen, reward_rejected=reward_rejected)
-    return dict(accuracy=(margin.sign() + 1) / 2, margin=margin) | rewards
+    return dict(pair_accuracy=(margin.sign() + 1) / 2, margin=margin) | rewards
 
 
 def wrong_way(smoothing: float, doubt: Tensor | float) -> Tensor | float:
@@ -238,14 +238,13 @@ class PairEvaluation:
         self.size = 2 * max(1, settings.batch_size // process_rank_and_count()[1])
         most = max((len(sides_of(pair)) for pair in pairs), default=0)
         self.ref_logps = self.logps() if objective.reference else torch.zeros(len(pairs), most)
-        self.score = scorer(settings.eval_data or settings.data, rows)
         self.common = Evaluation(
             policy,
             tokenizer,
             rows,
             objective.kind,
             max_length=settings.max_length,
-            score=self.score,
+            data=settings.eval_data or settings.data,
             reference=policy,
             others=other_tasks(settings, tokenizer),
             seed=settings.seed,
@@ -264,8 +263,6 @@ class PairEvaluation:
         self.common.reference = self.start_model()
         found = self.common()
         self.common.reference = self.policy
-        if "accuracy" in found:  # of what the policy says, by the data's own rule
-            found["reward"] = found.pop("accuracy")
         if not self.pairs:
             return found
         sides = table_answers(self.pairs, self.logps(), self.ref_logps)
@@ -281,7 +278,8 @@ class PairEvaluation:
         for row, pair, (prompt, completion, text) in list(zip(self.rows, self.pairs, sampled))[:8]:
             for side, encoded in shown_sides(pair):
                 answers.append((encoded, dict(prompt=row["prompt"], side=side)))
-            gold = {"gold": self.score(row, text)} if self.score else {}
+            score = self.common.score
+            gold = {"gold": score(row, text)} if score else {}
             facts = dict(prompt=row["prompt"], side="sampled", rewards=gold)
             answers.append((as_example(prompt, completion), facts))
         start, reward = self.start_model(), self.objective.reward

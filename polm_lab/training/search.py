@@ -198,6 +198,7 @@ def compare_widths(
     answer: Callable[[int, int, Budget], Writing],  # (question, width, budget) -> the best found
     tokens: float,  # budget of a question
     samples: Samples | None = None,  # of `sampled`: to compare with at equal tokens
+    metric: str = "accuracy",  # what the mean score is, see `score_metric`
 ) -> None:
     """Answer all rows with each width and record it: a line, the answers, `before` and `after`.
 
@@ -217,13 +218,13 @@ def compare_widths(
         budgets = [Budget(tokens) for _ in rows]
         found = [answer(question, width, budgets[question]) for question in range(len(rows))]
         rewards = [worth(row, one.text) for row, one in zip(rows, found)]
-        sums = {"accuracy": sum(rewards), "logp_chosen": sum(sum(one.logps) for one in found)}
+        sums = {metric: sum(rewards), "logp_chosen": sum(sum(one.logps) for one in found)}
         sums |= {"length": sum(len(one.tokens) for one in found)}
         sums |= {"tokens": sum(budget.spent for budget in budgets)}
         means = {name: total / len(rows) for name, total in sums.items()}
         if samples:
             right, cost = samples.compared(means["tokens"], best_of)
-            means |= {"accuracy/best": right, "tokens/best": cost}
+            means |= {f"{metric}/best": right, "tokens/best": cost}
         lines = []
         for question, (row, one, reward) in enumerate(zip(rows, found, rewards)):
             facts = dict(prompt=row["prompt"], completion=one.text, reward=reward)

@@ -35,7 +35,7 @@ from .watch import Watch
 
 # %% ../../nbs/workbench/compare.ipynb #28159f4a
 # of the evaluation at the end, in the table of runs
-_HEADLINES = ("accuracy", "reward", "perplexity", "margin", "kl")
+_HEADLINES = ("accuracy", "pair_accuracy", "gold_score", "reward", "perplexity", "margin", "kl")
 
 
 def run_rows(out=None) -> list[dict]:

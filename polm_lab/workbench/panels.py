@@ -89,9 +89,17 @@ def as_text(value) -> str:
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c6d31")
 GROUPS = {
     "Reward": ("reward", "reward_std", "zero_std_groups", "advantage_std"),
-    "Preference": ("margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected"),
+    "Preference": (
+        "pair_accuracy",
+        "margin",
+        "reward_chosen",
+        "reward_rejected",
+        "logp_chosen",
+        "logp_rejected",
+    ),
     "Evaluation": (
         "accuracy",
+        "gold_score",
         "pass_at_k",
         "win_rate",
         "perplexity",

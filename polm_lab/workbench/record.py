@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from ..core.former import current_metrics
+from ..core.former import metrics_reader
 from ..core.method import load_page
 from ..core.metrics import METRICS
 from ..core.run import open_run
@@ -79,6 +79,7 @@ class Record:
 
     def __init__(self, run):
         self.run = open_run(run)
+        self._current = metrics_reader(self.run.method, self.run.settings)
         self._asked = (
             False  # whether the page of its method was imported for names that it declares
         )
@@ -108,7 +109,7 @@ class Record:
         for block in _blocks(new):
             columns, damaged = _parse(block)
             self.damaged += damaged
-            for name, values in current_metrics(columns).items():
+            for name, values in self._current(columns).items():
                 there = np.isfinite(values) & np.isfinite(columns["step"])
                 if name != "step" and there.any():
                     parts.setdefault(name, [self[name]]).append(

@@ -25,7 +25,7 @@ from ...models.sources import model_path
 from ...models.tokenizers import load_tokenizer
 from ...models.weights import Weights, check_alike, align_forms, open_weights
 from ...training.chain import subrun
-from ...training.evaluate import Evaluation, scorer, with_rows
+from ...training.evaluate import Evaluation, with_rows
 
 # %% ../../../nbs/integration/merging/experts.ipynb #8afce0ee
 def listed(text: str) -> list[str]:
@@ -147,9 +147,11 @@ def examine(
     words, found = load_tokenizer(spec), {}
     for task in tasks:
         held_out = held_out_rows(task, rows, learned)
-        how = dict(max_length=256, score=scorer(task, held_out), seed=settings.seed)
+        how = dict(max_length=256, data=task, seed=settings.seed)
         seen = Evaluation(policy, words, held_out, natural_kind(task), **how)()
-        named = {name: seen[name] for name in ("perplexity", "accuracy") if name in seen}
+        named = {
+            name: seen[name] for name in ("perplexity", "accuracy", "gold_score") if name in seen
+        }
         found |= {f"{name}/{task}": value for name, value in named.items()}
     return found
 

@@ -23,12 +23,18 @@ from .prompts import Prompts
 
 # %% ../../../nbs/reasoning/refine/corrections.ipynb #ee874667
 def sampled(
-    rows: list[dict], samples: int, ask: Ask, words: Prompts
+    rows: list[dict], num_generations: int, ask: Ask, words: Prompts
 ) -> list[tuple[dict, list[str]]]:
-    "`samples` answers to each row."
-    traces = [Trace(i * samples + k, row) for i, row in enumerate(rows) for k in range(samples)]
+    "`num_generations` answers to each row."
+    traces = [
+        Trace(i * num_generations + k, row)
+        for i, row in enumerate(rows)
+        for k in range(num_generations)
+    ]
     texts = draft(words)(traces, ask)
-    return [(row, texts[i * samples : (i + 1) * samples]) for i, row in enumerate(rows)]
+    return [
+        (row, texts[i * num_generations : (i + 1) * num_generations]) for i, row in enumerate(rows)
+    ]
 
 
 def best_of(

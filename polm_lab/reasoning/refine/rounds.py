@@ -109,15 +109,16 @@ RIGHT = 0.75
 
 
 def round_metrics(
-    traces: list[Trace], round: int, score: Callable[[dict, str], float]
+    traces: list[Trace], round: int, score: Callable[[dict, str], float], metric: str = "accuracy"
 ) -> dict[str, float]:
-    """Measure accuracy after a round, the shares broken and corrected since the draft, and cost.
+    """Measure scores after a round, the shares broken and corrected since the draft, and cost.
 
+    `metric` is the name of the mean score.
     The cost is tokens read and written for a question.
     """
     now = [score(t.row, t.after(round)) for t in traces]
     pairs = [(score(t.row, t.after(0)) >= RIGHT, s >= RIGHT) for t, s in zip(traces, now)]
-    found = {"accuracy": sum(now) / len(now)}
+    found = {metric: sum(now) / len(now)}
     for name, first in (("correct_to_incorrect", True), ("incorrect_to_correct", False)):
         changed = [later != earlier for earlier, later in pairs if earlier == first]
         if changed:

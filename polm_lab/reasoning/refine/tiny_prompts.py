@@ -31,7 +31,7 @@ class EmbeddedPrompts(Prompts):
         found = f"prompt_style: the embedded model knows no prompts for {what} in {self.task}"
         raise WrongInput(
             f"{found}; expected a model that follows instructions, "
-            "or another strategy or task; see the page on its prompts"
+            "or another algorithm or task; see the page on its prompts"
         )
 
     def draft(self, row, memory=()):
