@@ -177,7 +177,7 @@ def test_an_objective_without_a_reference_asks_for_none(tmp_path, monkeypatch):
     run = run_of(without_reference(), tmp_path)
     assert passes == [4, 4]
     assert run.summary["after"]["margin"] != run.summary["before"]["margin"] != 0.0
-    assert {"kl", "logp_chosen", "pair_accuracy", "gold_score"} <= set(run.summary["after"])
+    assert {"kl", "logp_chosen", "pair_accuracy", "accuracy"} <= set(run.summary["after"])
     assert "reference" not in "\n".join(
         run.path.joinpath("log.txt").read_text().splitlines()
         if run.path.joinpath("log.txt").exists()
