@@ -220,7 +220,7 @@ def peft(settings: PEFT, run: Run) -> None:
         shutil.rmtree(child.path / "checkpoints", ignore_errors=True)
         gained = {
             name: child.summary["after"][name]
-            for name in ("perplexity", "accuracy", "forgetting")
+            for name in ("perplexity", "accuracy", "gold_score", "forgetting")
             if name in child.summary["after"]
         }
         size = sum(f.stat().st_size for f in (child.path / "model").glob("*.safetensors"))

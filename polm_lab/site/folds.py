@@ -13,7 +13,7 @@ from pathlib import Path
 
 # %% ../../nbs/site/folds.ipynb #7f5a307c
 HEADING = re.compile(r"^## .*", re.M)
-ASIDE = re.compile(r"## (?:Settings|Proof|TRL)\b")  # sections whose code is folded
+ASIDE = re.compile(r"## (?:Settings|Proofs?|TRL)\b")  # sections whose code is folded
 RUN = re.compile(r"\blab\.run\(")  # a run is why the page is read
 DRAWING = ("workbench/", "site/")  # pages whose exported code is folded
 MARK = re.compile(r"^#\| *(?:export\w*|default_exp|hide\w*)\b.*\n?", re.M)  # nbdev's directives
