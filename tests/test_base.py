@@ -248,7 +248,7 @@ def test_saved_folder_loads_to_the_same_model(tmp_path, mini_tokenizer):
 
 def test_command_makes_a_model_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        base, "measure", lambda model, tokenizer, samples: {"sums": {"perplexity": 9.0}}
+        base, "measure", lambda model, tokenizer, num_generations: {"sums": {"perplexity": 9.0}}
     )
     out, threads = tmp_path / "tiny", torch.get_num_threads()
     base.main(

@@ -347,7 +347,7 @@ def test_a_run_records_its_parent_and_both_evaluations(algorithm, runs):
     assert second.record["parents"] == [first.id]
     assert first.record["parents"] == []
     for when in ("before", "after"):
-        assert {"perplexity", "accuracy", "size_mib", "latency_ms", "sparsity"} <= set(
+        assert {"perplexity", "gold_score", "size_mib", "latency_ms", "sparsity"} <= set(
             second.summary[when]
         )
     assert abs(first.summary["after"]["sparsity"] - 0.5) < 0.01

@@ -319,6 +319,7 @@ def test_a_methods_result_comes_first(page):
     assert not heads
     assert len(code) <= 3  # nothing but imports and settings before it
     shown = sources[result]
+    assert "<th>rows/" not in shown
     assert "plotly-figure" in shown
     assert "<table" in shown or "| metric |" in shown
     assert "(#run)" in shown

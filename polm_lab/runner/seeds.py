@@ -139,6 +139,7 @@ def seed_table(method: str, metrics: Iterable[str] = (), path: Path | None = Non
     `metrics` chooses what is shown; all of them where it is empty.
     One setting: a row for each metric, with the columns before and after.
     Several: a row for each setting that has one of the metrics, with two columns for each.
+    A column without any value is left out.
     Raises: `WrongInput` for an unknown method or metric, and where no results are kept.
     """
     import pandas as pd
@@ -163,4 +164,5 @@ def seed_table(method: str, metrics: Iterable[str] = (), path: Path | None = Non
         table = table.T.iloc[:, 0].unstack().reindex(index=metrics, columns=["before", "after"])
     elif len(metrics) == 1:
         table = table[metrics[0]]
-    return table.rename_axis(f"{len({row['seed'] for row in rows})} seeds")
+    filled = table.loc[:, (table != "").any()]  # some metrics have no value before the run
+    return filled.rename_axis(f"{len({row['seed'] for row in rows})} seeds")
