@@ -266,9 +266,12 @@ class _Painter:
             await browser.close()
 
     def close(self):
-        "Close the browser, if one is open, and wait up to five seconds for it."
+        """Close the browser, if one is open, and wait up to half a minute for it.
+
+        On a busy machine it still writes into its folder for seconds, and nobody could remove that.
+        """
         try:
-            asyncio.run_coroutine_threadsafe(self._close(), self.loop).result(5)
+            asyncio.run_coroutine_threadsafe(self._close(), self.loop).result(30)
         except Exception:
             pass  # it ends with this process: its pipe closes
 
