@@ -161,7 +161,7 @@ def test_what_adalora_cannot_do_is_refused(tmp_path):
 def test_the_memory_of_a_run_is_its_own_and_not_that_of_who_started_it():
     held = bytearray(b"x" * 2**30)
     code = (
-        "import torch; from polm_lab.training.loop import peak_memory; "
+        "import torch; from polm_lab.core.machine import peak_memory; "
         "print(peak_memory(torch.device('cpu')))"
     )
     found = float(

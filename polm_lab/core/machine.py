@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'LAUNCHES', 'use_utf8', 'quiet_libraries', 'first_line', 'data_folder', 'cache_folder', 'pick_device',
-           'pick_dtype', 'torch_dtype', 'seed_of', 'seed_all', 'process_rank_and_count', 'check_launch', 'my_share']
+           'pick_dtype', 'torch_dtype', 'seed_of', 'seed_all', 'peak_memory', 'process_rank_and_count', 'check_launch',
+           'my_share']
 
 # %% ../../nbs/core/machine.ipynb #20f8ed89
 import codecs
@@ -12,6 +13,8 @@ import hashlib
 import io
 import os
 import random
+import re
+import resource
 import sys
 import warnings
 from contextlib import contextmanager, redirect_stderr
@@ -151,6 +154,22 @@ def seed_all(*parts):
     random.seed(seed)
 
 # %% ../../nbs/core/machine.ipynb #d1ed7491
+def peak_memory(device="cpu") -> float:
+    "Return peak memory in MiB: of the device on a GPU, else of the process."
+    if str(device).startswith("cuda"):
+        import torch
+
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
+    if found:
+        # only of this program: on Linux ru_maxrss begins at the size of the process that started
+        # it, such as a notebook with models in it
+        return round(int(found[1]) / 2**10, 1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
 def process_rank_and_count() -> tuple[int, int]:
     "(rank, number of processes)."
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

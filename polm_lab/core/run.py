@@ -26,6 +26,7 @@ from pathlib import Path
 
 from .former import current_record, metrics_reader
 from .knobs import WrongInput, nearest
+from .machine import peak_memory
 
 # %% ../../nbs/core/run.ipynb #5a390466
 HEARTBEAT = 5.0  # seconds between two heartbeats
@@ -413,6 +414,7 @@ class RunLife(RunSteps):
                     reason=reason,
                     ended=_now(),
                     seconds=self.elapsed,
+                    memory_mib=self._peak(),
                     heartbeat=time.time(),
                 )
             except OSError as error:
@@ -421,6 +423,11 @@ class RunLife(RunSteps):
                     f"{self.path / 'run.json'}: {error}; the run ended as {status}", file=sys.stderr
                 )
             lock.close()
+
+    def _peak(self) -> float:
+        "Return the largest peak of memory of the processes that ran this, in MiB."
+        mine = peak_memory(self.record.get("device") or "cpu")
+        return max(mine, self.record.get("memory_mib") or 0.0)
 
     @contextmanager
     def _signals(self):

@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['REFERENCE', 'WORDINGS', 'EXAMPLES', 'NAMES', 'THINGS', 'MADE', 'PARTS', 'SHARES', 'REAL_COLUMNS', 'read_real_plan',
            'with_places', 'real_source', 'short_rows', 'arithmetic_rows', 'prepare', 'real_rows', 'wilson', 'word_f1',
-           'measure_win_rate', 'to_the_end', 'real_rows_of', 'real_file', 'read_real', 'write_real', 'RealRuns']
+           'measure_win_rate', 'real_rows_of', 'real_file', 'read_real', 'write_real', 'RealFolder', 'RealRuns']
 
-# %% ../../nbs/runner/real.ipynb #c1e1fcee
+# %% ../../nbs/runner/real.ipynb #63693add
 import csv
 import json
 import os
 import random
 import re
-import sys
 import time
 import tomllib
 from pathlib import Path
@@ -263,7 +262,7 @@ def measure_win_rate(run: Run, held: Path, rows: int = 200, max_new_tokens: int 
     means = {"word_f1": (sum(before) / len(asked), sum(after) / len(asked))}
     return means | {"win_rate": (0.5, win_rate(after, before)), "rows": (len(asked), len(asked))}
 
-# %% ../../nbs/runner/real.ipynb #fa044f58
+# %% ../../nbs/runner/real.ipynb #e970b4e2
 REAL_COLUMNS = (
     "method",
     "setting",
@@ -283,19 +282,10 @@ REAL_COLUMNS = (
 )
 
 
-def to_the_end(run: Run) -> int:
-    "Work on a run in a process of its own until it is over; return its peak of memory in MiB."
-    process = launch.polm_process("work", str(run.path), log=run.path / "log.txt")
-    _, code, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(code)
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes, or in KiB
-    return round(usage.ru_maxrss / unit)
-
-
-def real_rows_of(planned: dict, run: Run, data: str, peak: int, more: dict) -> list[dict]:
+def real_rows_of(planned: dict, run: Run, data: str, more: dict) -> list[dict]:
     """Return the results of a finished run as rows with `REAL_COLUMNS`.
 
-    `planned` is its part of the plan, `data` names the data, `peak` is in MiB.
+    `planned` is its part of the plan, and `data` names the data.
     `more` has metrics that were measured after the run: name -> before, after.
     """
     versions = run.record["versions"]
@@ -307,7 +297,7 @@ def real_rows_of(planned: dict, run: Run, data: str, peak: int, more: dict) -> l
         knobs=_text(planned["knobs"]),
         seed=run.settings["seed"],
         seconds=round(run.record["seconds"]),
-        peak_mib=peak,
+        peak_mib=round(run.record["memory_mib"]),
         versions=", ".join(f"{name} {versions[name]}" for name in ("polm_lab", "torch", "peft")),
     )
     found = result_rows(planned["setting"], run)
@@ -353,24 +343,13 @@ def write_real(rows: list[dict], path: Path | None = None):
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, text.getvalue())
 
-# %% ../../nbs/runner/real.ipynb #31427f89
-class RealRuns:
-    """The runs of a plan, in a folder that can be continued.
+# %% ../../nbs/runner/real.ipynb #a82cdafc
+class RealFolder:
+    """The folder `out` with the runs of a plan and their data: what its references mean."""
 
-    `out` is the folder of the runs and of the prepared data; `results` is the file of the results.
-    With `notebook` the first seed of a run goes through its notebook.
-    """
-
-    def __init__(self, plan: dict, out: Path, results: Path | None = None, notebook: bool = True):
-        self.plan, self.out, self.notebook = plan, Path(out), notebook
-        self.results = results or real_file()
-        self.made = self.out / "real.json"  # method/setting/seed -> id of the run, and its peak
-
-    def kept(self, planned: dict, seed: int) -> bool:
-        "Return whether the results of a run with these knobs are kept."
-        asked = (planned["method"], planned["setting"], str(seed), _text(planned["knobs"]))
-        names = ("method", "setting", "seed", "knobs")
-        return any(tuple(row[name] for name in names) == asked for row in read_real(self.results))
+    def __init__(self, plan: dict, out: Path):
+        self.plan, self.out = plan, Path(out)
+        self.made = self.out / "real.json"  # method/setting/seed -> id of the run
 
     def _runs(self) -> dict:
         return json.loads(self.made.read_text()) if self.made.is_file() else {}
@@ -383,7 +362,7 @@ class RealRuns:
         if what == "run":
             runs = self._runs()
             made = runs.get(f"{name}/{seed}") or runs.get(f"{name}/0")
-            folder = self.out / made["run"] if made else self.out
+            folder = self.out / (made or "no run")
             if not (folder / "run.json").is_file() or Run(folder).status != "finished":
                 raise WrongInput(f"run:{name}: there is no finished run; run {name} first")
             return str(folder.absolute())
@@ -408,6 +387,43 @@ class RealRuns:
             found.append(f"{name} ({facts.get('made') or real_source(name, facts, short=True)})")
         return "; ".join(found) or str(knobs.get("data", ""))
 
+    def settings(self, method: str, knobs: dict, seed: int) -> dict:
+        "Return all settings of a run, as its record has them. Raises: `WrongInput`."
+        settings = check_settings(method, dict(knobs, seed=seed))[1]
+        return json.loads(json.dumps(vars(settings)))
+
+    def run_of(self, key: str, settings: dict) -> str | None:
+        "Return the id of the run that was made for a key with these settings, if it is there."
+        made = self._runs().get(key)
+        folder = self.out / (made or "no run")
+        there = (folder / "run.json").is_file() and Run(folder).settings == settings
+        return made if there else None
+
+    def keep(self, key: str, made: str):
+        "Keep the id of the run that was made for a key."
+        replace_file(self.made, json.dumps(self._runs() | {key: made}, indent=1))
+
+# %% ../../nbs/runner/real.ipynb #d95ec573
+class RealRuns(RealFolder):
+    """The runs of a plan, which continue where they were.
+
+    `out` is the folder of the runs and of the prepared data; `results` is the file of the results.
+    With `notebook` the first seed of a run goes through its notebook.
+    """
+
+    def __init__(self, plan: dict, out: Path, results: Path | None = None, notebook: bool = True):
+        super().__init__(plan, out)
+        self.notebook, self.results = notebook, results or real_file()
+
+    def kept(self, planned: dict, seed: int) -> bool:
+        "Return whether the results of a run with these knobs are kept."
+        asked = (planned["method"], planned["setting"], str(seed), _text(planned["knobs"]))
+        for row in read_real(self.results):
+            setting = row["setting"].partition(": ")[0]  # a run may compare several models
+            if (row["method"], setting, row["seed"], row["knobs"]) == asked:
+                return True
+        return False
+
     def once(self, planned: dict, seed: int) -> list[dict]:
         """Return the rows of one run of the plan, which is made, or resumed if it was cut off.
 
@@ -418,38 +434,23 @@ class RealRuns:
         knobs = {name: value for name, value in planned["knobs"].items() if name != "measure"}
         source = self.source(knobs)
         knobs = with_places(knobs, lambda what, name: self.place(what, name, seed))
-        runs = self._runs()
-        made = runs.get(key)
-        if made and not self._is_of(made["run"], self._settings(method, knobs, seed)):
-            made = None  # the plan has changed, or the run was removed
-        if not made:
+        made = self.run_of(key, self.settings(method, knobs, seed))
+        if not made:  # or the plan has changed
             via = "notebook" if self.notebook and seed == planned["seeds"][0] else "bare"
             run = create(method, dict(knobs, seed=seed), out=self.out, via=via)
-            made = dict(run=run.id, peak_mib=0)
-        run = Run(self.out / made["run"])
+            made = run.id
+            self.keep(key, made)
+        run = Run(self.out / made)
         if run.status != "finished":
-            self._keep(key, made)
             run.clear_stop()
-            made["peak_mib"] = max(made["peak_mib"], to_the_end(run))
-            self._keep(key, made)
-        run = Run(run.path)
+            launch.polm_process("work", str(run.path), log=run.path / "log.txt").wait()
+            run = Run(run.path)
         if run.status != "finished":
             raise RuntimeError(f"{key}: {run.status} ({run.record['reason']}); see {run.path}")
         more = {}
         if planned["knobs"].get("measure") == "win_rate":
             more = measure_win_rate(run, Path(run.settings["eval_data"]))
-        return real_rows_of(planned, run, source, made["peak_mib"], more)
-
-    def _is_of(self, run: str, settings: dict) -> bool:
-        folder = self.out / run
-        return folder.is_dir() and Run(folder).settings == settings
-
-    def _settings(self, method: str, knobs: dict, seed: int) -> dict:
-        settings = check_settings(method, dict(knobs, seed=seed))[1]
-        return json.loads(json.dumps(vars(settings)))
-
-    def _keep(self, key: str, made: dict):
-        replace_file(self.made, json.dumps(self._runs() | {key: made}, indent=1))
+        return real_rows_of(planned, run, source, more)
 
     def all(self, methods: Iterable[str] = (), say: Callable[[str], None] = print) -> int:
         """Make the runs of some methods, or of all, whose results are not kept; return how many failed.

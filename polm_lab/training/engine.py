@@ -204,7 +204,8 @@ def _record(run: Run, settings: Settings, evaluate):
     "Make the callback. It is made in a function so that transformers is imported late."
     from transformers import TrainerCallback
 
-    from polm_lab.training.loop import Progress, any_process, is_evaluated, not_finite, peak_memory
+    from polm_lab.core.machine import peak_memory
+    from polm_lab.training.loop import Progress, any_process, is_evaluated, not_finite
 
     class Record(TrainerCallback):
         "Writes a run's record while a TRL trainer trains."

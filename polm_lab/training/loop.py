@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['learning_rate_at', 'Meter', 'check_tracker', 'make_accelerator', 'gather_meters', 'load_policy', 'token_batches',
            'checkpoints', 'save_checkpoint', 'load_checkpoint', 'optimizer_for', 'keep_in_32_bits', 'tokens_in',
-           'Updater', 'fit', 'as_saved', 'is_evaluated', 'save_or_stop', 'any_process', 'peak_memory', 'not_finite']
+           'Updater', 'fit', 'as_saved', 'is_evaluated', 'save_or_stop', 'any_process', 'not_finite']
 
 # %% ../../nbs/training/loop.ipynb #2fc7e8e7
 import contextlib
@@ -13,7 +13,6 @@ import errno
 import logging
 import math
 import re
-import resource
 import shutil
 import sys
 import time
@@ -25,7 +24,7 @@ import torch
 
 from ..core.knobs import WrongInput
 from ..core.settings import Settings
-from ..core.machine import seed_all, process_rank_and_count
+from ..core.machine import peak_memory, process_rank_and_count, seed_all
 from ..core.metrics import without_counts
 from ..core.run import Progress, Run, Stopped
 from .budget import step_hooks, with_total_step
@@ -337,7 +336,9 @@ def fit(
     done = load_checkpoint(run, accelerator)
     run.rewind(done)
     if evaluate and "before" not in run.record["summary"]:
+        began = time.perf_counter()
         run.frame("before", evaluate())
+        run.update(evaluation_seconds=round(time.perf_counter() - began, 3))
     progress = Progress(run, settings.steps)
 
     for step in range(done, settings.steps):
@@ -406,20 +407,6 @@ def any_process(accelerator, flag: bool) -> bool:
     if accelerator.num_processes == 1:
         return flag
     return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)).item())
-
-
-def peak_memory(device: torch.device) -> float:
-    "Return peak memory in MiB: of the device on a GPU, else of the process."
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
-    status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
-    if found:
-        # only of this program: on Linux ru_maxrss begins at the size of the process that started
-        # it, such as a notebook with models in it
-        return round(int(found[1]) / 2**10, 1)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
 def not_finite(run: Run, step: int, batch: dict):
