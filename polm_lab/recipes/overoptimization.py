@@ -19,7 +19,7 @@ from ..data.encode import encode
 from ..data.load import load_data
 from ..training.evaluate import with_rows
 from ..core.knobs import WrongInput, knob
-from ..core.settings import RunSettings
+from ..core.settings import RunSettings, redefault
 from ..core.method import method
 from ..models.load import load_model
 from ..models.tokenizers import load_tokenizer
@@ -47,6 +47,8 @@ class Overoptimization(RunSettings):
         high=1,
         log=True,
     )
+    proxy_rate: float = knob(1e-3, "peak learning rate of the proxies", low=0, high=1, log=True)
+    adapter: str = redefault("adapter", "none")
     prompts: int = knob(16, "held-out prompts of best-of-n", "prompts", low=2)
     num_generations: int = knob(
         32, "samples of each prompt that best-of-n chooses from, N", "samples", low=2
@@ -159,7 +161,8 @@ def overoptimization(settings: Overoptimization, run: Run) -> None:
             f"sizes = {settings.sizes!r}: "
             "expected whole numbers with commas between, such as 32,256"
         ) from None
-    shared = dict(seed=settings.seed, dtype=settings.dtype, device=settings.device, save_every=0)
+    names = ("seed", "dtype", "device", "adapter")
+    shared = {name: getattr(settings, name) for name in names} | dict(save_every=0)
     rows, texts = sample_base(settings)
     gold = torch.tensor([TASKS["chat"].score(row, text) for row, text in zip(rows, texts)])
     gold = gold.view(-1, settings.num_generations)
@@ -174,7 +177,7 @@ def overoptimization(settings: Overoptimization, run: Run) -> None:
             data=f"chat#{size}",
             steps=settings.proxy_steps,
             batch_size=8,
-            learning_rate=1e-3,
+            learning_rate=settings.proxy_rate,
             eval_rows=48,
             **shared,
         )

@@ -20,7 +20,7 @@ from ..core.run import Run, open_run, runs_folder
 from ..runner.launch import resumable
 from .browser import Page
 from .configure import Configure, alert, button, reported
-from .controls import last_words
+from ..runner.estimate import last_words
 from .figures import library
 from .panels import style
 from .ready import WarmProcess

@@ -22,7 +22,7 @@ from ..runner.launch import POLM, clone, commands, enqueue
 from ..training.chain import create
 from .browser import Code, Table, visible
 from .controls import Form, presets, preview_data, preview_model, save_preset
-from .controls import trial
+from ..runner.estimate import estimate
 from .figures import live_figure
 from .ready import WarmProcess
 from .watch import duration
@@ -109,6 +109,7 @@ def trial_widgets(found: dict) -> list[widgets.Widget]:
         "all steps": duration(found["seconds"]),
         "a step": f"{found['seconds_per_step']:.2f} s",
         "to the first step": duration(found["seconds_to_first_step"]),
+        "an evaluation": duration(found["evaluation_seconds"]),
         "memory": memory,
     }
     rows = []
@@ -372,7 +373,8 @@ class Configure(ConfigureForm):
             box, parts = widgets.HTML(), []
             with reported(box):
                 self.form.settings()
-                parts = trial_widgets(await trial(self.method.value, self.form.values))
+                found = await asyncio.to_thread(estimate, self.method.value, **self.form.values)
+                parts = trial_widgets(found)
             self.looked.children = [*parts, box]
 
         in_loop(work())

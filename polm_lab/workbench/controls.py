@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIRST', 'GROUPS', 'Field', 'PartFields', 'Form', 'known_models', 'known_data', 'presets', 'save_preset',
-           'preview_data', 'preview_model', 'trial', 'last_words']
+           'preview_data', 'preview_model']
 
 # %% ../../nbs/workbench/controls.ipynb #07ddcb17
 import asyncio
@@ -486,71 +486,3 @@ def preview_model(spec: str) -> dict:
         if has_chat_template(load_tokenizer(spec))
         else "no: give chat_template for conversations"
     )
-
-# %% ../../nbs/workbench/controls.ipynb #fd9ecb5b
-async def trial(method: str, values: dict, every: float = 0.2) -> dict:
-    """Run three steps of a run in a temporary folder, and return what they cost.
-
-    Returns `seconds_per_step`, `seconds_to_first_step` and `seconds` for all steps;
-    `memory_mib`; and `samples` with their rewards.
-
-    Raises: `WrongInput` with the reason if the run fails.
-    """
-    from polm_lab.runner.launch import launch
-
-    folder = tempfile.mkdtemp(prefix="polm-trial-")
-    run = None
-    try:
-        known = {k.name for k in knobs(find(method).settings)}
-        short = dict(
-            steps=3,
-            eval_every=0,
-            save_every=0,
-            eval_rows=min(8, int(values.get("eval_rows", 64))),
-            tracker="none",
-        )
-        if not find(method).trains:
-            raise WrongInput(
-                f"{method}: this method is not one training loop, so three steps cannot show how "
-                "long it takes; start it, with small numbers"
-            )
-        steps = int(make_settings(find(method).settings, values).steps)
-        run = launch(
-            method,
-            out=folder,
-            notebook=False,
-            **{**values, **{k: v for k, v in short.items() if k in known}},
-        )
-        while run.status in ("created", "running"):
-            await asyncio.sleep(every)
-        run = Run(run.path)
-        rows = run.lines()
-        if not rows:
-            raise WrongInput(
-                run.record["reason"]
-                or (
-                    f"the trial ended as {run.status}; the end of its log: "
-                    f"{visible(last_words(run), 400)}"
-                )
-            )
-        times = [b["seconds"] - a["seconds"] for a, b in zip(rows, rows[1:])] or [
-            rows[0]["seconds"]
-        ]
-        each = sorted(times)[len(times) // 2]
-        return dict(
-            seconds_per_step=each,
-            seconds_to_first_step=rows[0]["seconds"],
-            seconds=rows[0]["seconds"] + each * steps,
-            memory_mib=rows[-1].get("memory_mib"),
-            samples=run.lines("samples")[:8],
-        )
-    finally:
-        if run is not None and run.status in ("created", "running"):
-            run.request_stop()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def last_words(run: Run, characters: int = 2000) -> str:
-    "Return the end of a run's log, or nothing."
-    path = run.path / "log.txt"
-    return path.read_bytes()[-characters:].decode(errors="replace").strip() if path.exists() else ""
