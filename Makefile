@@ -40,6 +40,10 @@ mutate: $(READY)  ## faults are put into a copy of the package, one by one; thos
 outputs: $(READY)  ## notebooks executed, and their outputs stored
 	$(BIN)/polm_site execute $(PAGES)
 
+real: $(READY)  ## every method on a real chat model, whose results are not kept yet; hours
+	$(BIN)/polm get smol minilm
+	$(BIN)/polm_site real
+
 lab: $(READY)  ## JupyterLab on the front page
 	$(BIN)/polm lab
 
@@ -54,4 +58,4 @@ $(READY): settings.ini setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $(READY)
 
-.PHONY: help run test quick page hidden picture mutate outputs lab docs bench
+.PHONY: help run test quick page hidden picture mutate outputs real lab docs bench
