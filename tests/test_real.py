@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,6 +118,31 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
     assert runs.all(say=said.append) == 1
     assert "no finished run" in said[0]
     assert {row["setting"] for row in read_real(tmp_path / "RESULTS.csv")} == {"good"}
+
+
+def test_a_run_that_another_begins_with_is_made_again(tmp_path):
+    "Results are kept without the folders of their runs; what still needs one makes it."
+    said = []
+    first, later = dict(steps=1), dict(steps=1, model="run:sft/first")
+    assert small_runs(tmp_path, first=dict(first)).all(say=said.append) == 0
+    for path in tmp_path.glob("*-sft-*"):
+        shutil.rmtree(path)
+    both = small_runs(tmp_path, first=dict(first), later=dict(later))
+    assert both.all(say=said.append) == 0
+    assert [line.split(",")[1].strip() for line in said] == ["first", "first", "later"]
+    assert both.all(say=said.append) == 0
+    assert len(said) == 3
+
+
+def test_no_metric_has_a_path_in_its_name(tmp_path):
+    plan = small_plan(a=dict(steps=1), b=dict(steps=2))
+    knobs = dict(models="run:sft/a,run:sft/b", tasks="held:arithmetic", eval_rows=4)
+    plan["runs"].append(dict(method="merge", setting="both", seeds=[0], knobs=knobs))
+    runs = RealRuns(plan, tmp_path, tmp_path / "RESULTS.csv", notebook=False)
+    assert runs.all(["sft", "merge"], say=print) == 0
+    found = {row["metric"] for row in read_real(tmp_path / "RESULTS.csv")}
+    assert "perplexity/arithmetic" in found
+    assert not any(str(tmp_path) in metric for metric in found)
 
 
 SCRIPT = """

@@ -16,6 +16,7 @@ from polm_lab.finetuning.reft import (
     tested as figures,
 )  # pytest takes names that begin with test for its own
 from polm_lab.runner.launch import running_part
+from polm_lab.runner.real import arithmetic_rows
 
 SHORT = dict(
     questions=8,
@@ -139,3 +140,22 @@ def test_what_is_refused(tmp_path):
             lab.run("reft", **SHORT | change)
         assert words in str(refused.value)
         assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora:r=4"])
+def test_conversations_are_questions_too(tmp_path, adapter):
+    "Right and wrong answers of a conversation are turns, also for the model that ranks them."
+    files = {}
+    for split in ("train", "test"):
+        files[split] = tmp_path / f"{split}.jsonl"
+        rows = arithmetic_rows(split)[:12]
+        files[split].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = dict(data=str(files["train"]), eval_data=str(files["test"]))
+    run = lab.run("reft", out=tmp_path / "runs", adapter=adapter, **data, **SHORT)
+    states = run.record["states"]
+    assert set(states) == {"base", "warm-up", "sft alone", "reft"}
+    assert all("accuracy/reranked" in state for state in states.values())
+    assert run.summary["after"]["rows"] == SHORT["prompts"]
+    held = {json.dumps(row["prompt"]) for row in arithmetic_rows("test")[:12]}
+    tried = [json.loads(line) for line in (run.path / "test.jsonl").read_text().splitlines()]
+    assert {json.dumps(row["prompt"]) for row in tried} <= held

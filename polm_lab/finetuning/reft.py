@@ -14,11 +14,12 @@ from itertools import islice
 from pathlib import Path
 
 from ..core.knobs import WrongInput, knob
-from ..core.settings import SavedSettings
+from ..core.settings import SavedSettings, redefault
 from ..core.method import method
 from ..core.run import Run, replace_file
 from ..data.encode import encode
-from ..data.load import load_data, parse_spec
+from ..data.load import load_data, load_held_out, parse_spec
+from ..data.messages import as_completions, text_of
 from ..data.tasks import TASKS
 from ..models.load import load_model
 from ..models.rollout import rollout
@@ -77,6 +78,8 @@ class ReFT(SavedSettings):
         source="Luong et al. 2024, §4.2: 100",
     )
     prompts: int = knob(32, "held-out questions of each test", "questions", low=2)
+    eval_data: str = redefault("eval_data", "")
+    adapter: str = redefault("adapter", "none")
 
 # %% ../../nbs/finetuning/reft.ipynb #2ab42ac6
 def majority(texts: list[str]) -> str:
@@ -92,13 +95,16 @@ def best(texts: list[str], scores: list[float]) -> str:
 # %% ../../nbs/finetuning/reft.ipynb #ed73325a
 def load_questions(settings: ReFT, split: str) -> list[dict]:
     "Load rows (prompt, completion, answer) of the data. Raises: `WrongInput`."
-    asked = parse_spec(settings.data)
+    held = split == "test" and settings.eval_data
+    asked = parse_spec(settings.eval_data if held else settings.data)
     count = settings.questions if split == "train" else settings.prompts
     if asked.task == "sums":
         count = min(count, asked.limit or count) if split == "train" else count
         rows = TASKS["sums"].rows("completion", count, 0, split, "steps")
     else:
-        rows = load_data(settings.data, "completion", split)[:count]
+        rows = load_data(settings.data, "completion")[:count]
+        if split == "test":
+            rows = load_held_out(settings.data, settings.eval_data, "completion", count)
     for number, row in enumerate(rows):
         if "answer" not in row:
             where = getattr(row, "where", f"row {number}")
@@ -139,12 +145,11 @@ def right_and_wrong(rows: list[dict], answers: list[list[str]]) -> list[dict]:
     """
     pairs = []
     for row, texts in zip(rows, answers):
-        right = [text for text in texts if matches(row, text)] or [row["completion"]]
+        right = [text for text in texts if matches(row, text)] or [text_of(row["completion"])]
         wrong = dict.fromkeys(text for text in texts if not matches(row, text))
-        pairs += [
-            dict(prompt=row["prompt"], chosen=right[i % len(right)], rejected=text)
-            for i, text in enumerate(wrong)
-        ]
+        for i, text in enumerate(wrong):
+            both = as_completions([row, row], [right[i % len(right)], text])
+            pairs.append(dict(prompt=row["prompt"], chosen=both[0], rejected=both[1]))
     return pairs
 
 
@@ -159,8 +164,9 @@ def tested(rows: list[dict], answers: list[list[str]], judge=None) -> dict[str, 
         "accuracy/majority": _share(rows, map(majority, answers)),
     }
     if judge:
-        prompts = [row["prompt"] for row, texts in zip(rows, answers) for _ in texts]
-        scores = iter(judge(prompts, [text for texts in answers for text in texts]))
+        asked = [row for row, texts in zip(rows, answers) for _ in texts]
+        written = as_completions(asked, [text for texts in answers for text in texts])
+        scores = iter(judge([row["prompt"] for row in asked], written))
         ranked = (best(texts, list(islice(scores, len(texts)))) for texts in answers)
         found["accuracy/reranked"] = _share(rows, ranked)
     return found | {
@@ -188,6 +194,7 @@ def train_stages(settings: ReFT, run: Run, rows: list[dict], held_out: list[dict
         seed=settings.seed,
         dtype=settings.dtype,
         device=settings.device,
+        adapter=settings.adapter,
         save_dtype=settings.save_dtype,
     )
     imitate = shared | dict(learning_rate=settings.sft_rate)
@@ -224,6 +231,7 @@ def train_judge(settings: ReFT, run: Run, pairs: list[dict]):
         seed=settings.seed,
         dtype=settings.dtype,
         device=settings.device,
+        adapter=settings.adapter,
     )
     return load_reward(str(made.path), settings.device)
 
