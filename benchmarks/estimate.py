@@ -22,8 +22,9 @@ SHARED = {
     "tiny": dict(steps=150),
     "18M": dict(steps=30, batch_size=8, max_length=256, learning_rate=1e-5),
     "smol": dict(
-        steps=12,
-        batch_size=8,
+        steps=8,
+        batch_size=4,
+        eval_rows=40,
         max_length=96,
         adapter="lora:r=8",
         learning_rate=1e-4,
@@ -44,8 +45,10 @@ OWN = {
         steps=12,
     ),
     ("sft", "smol"): dict(data="chat"),
-    ("dpo", "smol"): dict(data="chat", batch_size=4),
-    ("grpo", "smol"): dict(data="chat", batch_size=16, num_generations=4, max_new_tokens=16),
+    ("dpo", "smol"): dict(data="chat", batch_size=2),
+    ("grpo", "smol"): dict(
+        data="sums", rewards="correct", batch_size=16, num_generations=4, max_new_tokens=8
+    ),
 }
 
 
@@ -93,7 +96,9 @@ def main() -> int:
                     for name, value in knobs.items()
                 }
                 spec = folder if model == "18M" else model
-                rows[method, model] = measured(method, dict(knobs, model=spec))
+                rows[method, model] = row = measured(method, dict(knobs, model=spec))
+                ratios = {name: round(value, 2) for name, value in row.items() if "ratio" in name}
+                print(f"{method} {model}: {ratios}", flush=True)
     table = pd.DataFrame(rows).T
     print(table.round(2).to_string())
     ratios = table[[name for name in table if name.endswith("ratio")]]

@@ -416,3 +416,24 @@ def test_the_what_if_cell_takes_many_tokens():
     assert min(bad.y) == -2
     with pytest.raises(WrongInput, match="expected numbers"):
         names["draw"]("a, b", 1.0, 1.0, 0.9, 0.2)
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora:r=8"])
+def test_the_base_of_the_win_rate_has_no_adapter(tmp_path, adapter):
+    "Scores are 0 or 1 and the random numbers equal, so the rate follows from both accuracies."
+    run = lab.run(
+        "ppo",
+        out=tmp_path,
+        data="sums",
+        adapter=adapter,
+        steps=4,
+        batch_size=16,
+        eval_rows=48,
+        max_new_tokens=8,
+        learning_rate=1e-2,
+        device="cpu",
+        dtype="float32",
+    )
+    before, after = (run.summary[when]["accuracy"] for when in ("before", "after"))
+    assert before != after
+    assert run.summary["after"]["win_rate"] == pytest.approx(0.5 + (after - before) / 2)

@@ -169,12 +169,13 @@ class StateReader(nn.Module):
         self._known = None  # (head, its scale and soft cap or None): what `read_head` found
         self._packs = False  # True once the model has been seen to keep packed examples apart
 
+    def switched(self):
+        "Give the context in which `model` is this policy: its adapter on, or off for a reference."
+        return contextlib.nullcontext() if self.adapter else self.model.disable_adapter()
+
     def _states(self, batch: dict) -> tuple[Tensor, Readout]:
         "The states that the head reads, or the model's logits where the head cannot be replaced."
-        with (
-            contextlib.nullcontext() if self.adapter else self.model.disable_adapter(),
-            contextlib.nullcontext() if self.adapter else torch.no_grad(),
-        ):
+        with self.switched(), contextlib.nullcontext() if self.adapter else torch.no_grad():
             head = self.model.get_output_embeddings()
             readout = self._read(head, batch["input_ids"].device)
             if readout is None:

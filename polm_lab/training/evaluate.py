@@ -345,15 +345,16 @@ class Evaluation:
 
     def sample(self) -> Rollout:
         "Sample completions of the held-out prompts from the policy as it is now."
-        return rollout(
-            self.policy.model,
-            self.tokenizer,
-            self.prompts,
-            num_generations=self.num_generations,
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            seeds=self.seed,
-        )
+        with self.policy.switched():
+            return rollout(
+                self.policy.model,
+                self.tokenizer,
+                self.prompts,
+                num_generations=self.num_generations,
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature,
+                seeds=self.seed,
+            )
 
     def scores(self, texts: list[str]) -> list[float]:
         "Score completions of the held-out prompts, in the order of `sample`."

@@ -241,6 +241,8 @@ class PairEvaluation:
         self.size = 2 * max(1, settings.batch_size // process_rank_and_count()[1])
         most = max((len(sides_of(pair)) for pair in pairs), default=0)
         self.ref_logps = self.logps() if objective.reference else torch.zeros(len(pairs), most)
+        # then the policy is the start model, and its log-probabilities are known
+        self.at_start = objective.reference and "before" not in run.summary
         data = settings.eval_data or settings.data
         self.common = Evaluation(
             policy,
@@ -270,7 +272,9 @@ class PairEvaluation:
         self.common.reference = self.policy
         if not self.pairs:
             return found
-        sides = table_answers(self.pairs, self.logps(), self.ref_logps)
+        logps = self.ref_logps if self.at_start else self.logps()
+        self.at_start = False
+        sides = table_answers(self.pairs, logps, self.ref_logps)
         watched = self.objective.watched(*couples(sides, marks_of(self.pairs)))
         means = {name: values.mean().item() for name, values in watched.items() if len(values)}
         seen = dict.fromkeys(means, len(self.pairs))
