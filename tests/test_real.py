@@ -1,5 +1,6 @@
 "Runs on a real model: the plan is sound, data are prepared always alike, and runs continue where they were."
 
+import html
 import json
 import os
 import shutil
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from polm_lab.core.knobs import WrongInput
-from polm_lab.core.method import methods
+from polm_lab.core.method import find, methods
 from polm_lab.core.run import Run
+from polm_lab.runner.launch import notebooks_folder
 from polm_lab.runner.real import (
     REAL_COLUMNS,
     RealRuns,
@@ -216,3 +218,13 @@ def test_the_kept_results_are_sound():
         assert 0 < float(row["peak_mib"]) <= 12 * 1024
         if row["low"]:
             assert float(row["low"]) <= float(row["after"]) <= float(row["high"])
+
+
+@pytest.mark.parametrize("method", sorted({row["method"] for row in read_real()}))
+def test_the_page_of_a_method_ends_with_its_results(method):
+    notebook = json.loads((notebooks_folder() / find(method).notebook).read_text())
+    cell = notebook["cells"][-1]
+    assert "".join(cell["source"]) == f'lab.real_table("{method}")'
+    shown = "".join(cell["outputs"][0]["data"]["text/html"])
+    for setting in {row["setting"] for row in read_real() if row["method"] == method}:
+        assert html.escape(setting) in shown
