@@ -144,7 +144,13 @@ def test_no_metric_has_a_path_in_its_name(tmp_path):
     assert runs.all(["sft", "merge"], say=print) == 0
     found = {row["metric"] for row in read_real(tmp_path / "RESULTS.csv")}
     assert "perplexity/arithmetic" in found
-    assert not any(str(tmp_path) in metric for metric in found)
+    rows = read_real(tmp_path / "RESULTS.csv")
+    assert not any(str(tmp_path) in value for row in rows for value in row.values())
+    settings = {row["setting"] for row in rows if row["method"] == "merge"}
+    assert {"both: base", "both: sft/a", "both: sft/b"} <= settings
+    shares = [row for row in rows if row["metric"] == "accuracy/arithmetic"]
+    assert shares
+    assert all(float(row["high"]) == round(wilson(float(row["after"]), 4)[1], 4) for row in shares)
 
 
 SCRIPT = """
