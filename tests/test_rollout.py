@@ -507,3 +507,17 @@ def test_half_precision_takes_the_plain_path(shared_steps):
     out = rollout(model, None, some_prompts(), 2, 8)
     assert not any(shared_steps)
     assert error_of(model, out, 1.0) < 0.5
+
+
+def test_a_frozen_head_is_not_copied_for_each_row():
+    "The prefill of 32 prompts allocates nothing as large as a copy of the head for every row."
+    from torch.profiler import profile
+
+    rows, vocabulary, width = 32, 5000, 32
+    config = hf.LlamaConfig(**COMMON | dict(vocab_size=vocabulary, hidden_size=width))
+    model = hf.LlamaForCausalLM(config).requires_grad_(False).to(torch.bfloat16)
+    prompts = [list(range(4, 14)) for _ in range(rows)]
+    with profile(profile_memory=True) as seen:
+        rollout(model, None, prompts, max_new_tokens=2, seeds=0)
+    largest = max(event.self_cpu_memory_usage for event in seen.events())
+    assert largest < rows * vocabulary * width * 2 / 4

@@ -162,7 +162,7 @@ def compact_head(model):
     """Inside, the language head reads hidden states without gaps.
 
     Of a slice, such as the last position of each row, torch computes the product with a copy of
-    the head's weight for every row, if the weight is frozen.
+    the head's weight for every row, if the weight is frozen and has 16 bits.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = base.get_output_embeddings()
