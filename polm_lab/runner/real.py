@@ -512,9 +512,9 @@ class RealRuns(RealFolder):
         return real_rows_of(planned, run, source, more, names)
 
     def all(self, methods: Iterable[str] = (), say: Callable[[str], None] = print) -> int:
-        """Make the runs of some methods, or of all, whose results are not kept; return how many failed.
+        """Make the runs of some methods, or of all, whose results are not kept.
 
-        A run that fails is reported, and the others continue.
+        A run that fails is reported, and the others continue. Returns how many failed.
         """
         failed, order = 0, self.order(methods)
         needed: set[str] = set()  # runs that another one begins with: they have to be there
