@@ -673,9 +673,9 @@ def test_the_queue_waits_while_the_disk_is_full(runs, monkeypatch, capsys):
 
 def test_a_run_whose_process_dies_before_it_begins_has_failed(runs, monkeypatch):
     run = launch.create("sft", SHORT, via="bare")
-    monkeypatch.setattr(sys, "executable", "/bin/false")
+    monkeypatch.setattr(launch, "POLM", ("false",))
     launch.spawn(run).wait()
-    until(lambda: run.status == "failed", 10)
+    until(lambda: run.status == "failed")
     assert "before the run began (exit status 1)" in run.read()["reason"]
 
 
