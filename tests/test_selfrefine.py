@@ -43,10 +43,12 @@ from polm_lab.reasoning.refine.rounds import (
 from polm_lab.reasoning.selfrefine import ALGORITHMS, chosen, drafts, round_table
 from polm_lab.reasoning.refine.solver import equations, solve, solved, solver, symbolic
 from polm_lab.reasoning.refine.tools import (
+    ProgramPrompts,
     ToolCritic,
     bm25,
     calculator,
     call_with_timeout,
+    python,
     read_passages,
     run_tests,
     searched,
@@ -419,8 +421,8 @@ def test_search_finds_what_is_there():
         ("z", "NameError"),
         ("sum(0 for _ in iter(int, 1))", "no end within"),
         ("[0] * 10**10", "too much memory"),
-        ("__import__('os')._exit(0)", "it left before the tests"),
-        ("__import__('sys').exit(0)", "it left before the tests"),
+        ("__import__('os')._exit(0)", "it left too early"),
+        ("__import__('sys').exit(0)", "it left too early"),
         ("print('passes')", "not 3"),
         ("open('/etc/passwd').read()", "Error"),
         ("'<b>' + str(x)", "'<b>1'"),
@@ -444,6 +446,31 @@ def test_assertions_and_whole_programs():
         source_of(dict(prompt="Write f."), "```python\ndef f(x):\n    return x\n```")
         == "def f(x):\n    return x"
     )
+
+
+@pytest.mark.parametrize(
+    "code, returned, fine, says",
+    [
+        ("def solution():\n    return 6 * 7", "42", True, "returns 42"),
+        ("def solution():\n    return '1,250.5'", "1,250.5", True, "returns 1,250.5"),
+        ("print(6)\nprint(6 * 7)", "42", True, "returns 42"),
+        ("def solution():\n    print(6)\n    return 7", "7", True, "returns 7"),
+        ("def solution():\n    return 'many'", "many", False, "no number"),
+        ("def solution():\n    6 * 7", "None", False, "no number"),
+        ("def solution():\n    return apples", "", False, "NameError"),
+        ("def solution(:", "", False, "SyntaxError"),
+        ("while True:\n    pass", "", False, "no end within"),
+        ("__import__('os')._exit(0)", "", False, "it left"),
+        ("open('/etc/passwd').read()", "", False, "Error"),
+        ("", "", False, "it returns nothing"),
+    ],
+)
+def test_a_program_answers_with_what_it_returns(code, returned, fine, says):
+    found = python(dict(prompt="?"), code)
+    assert found.fine is fine
+    assert says in found.text
+    assert "\n" not in found.text
+    assert ProgramPrompts().result(code) == returned
 
 
 # Sampling more ----------------------------------------------------------------------------------
@@ -562,6 +589,7 @@ def test_wrong_settings_are_refused_before_a_model_is_asked(tmp_path):
     assert "critic = 'calcullator'" in refused(critic="calcullator")
     assert "no prompts for feedback in code" in refused(data="code")
     assert "there is no file" in refused(critic="nowhere.py:f")
+    assert "it asks for no program" in refused(critic="python", prompt_style="sums")
     assert "cannot be read" in refused(algorithm="flare", source="nowhere.txt")
     assert "rounds = 0" in refused(rounds=0)
 
@@ -611,6 +639,34 @@ def test_an_endpoint_is_asked_in_english_and_corrects_its_answers(server, tmp_pa
     assert all("Check that answer" not in body["messages"][0]["content"] for body in server.bodies)
     for path in run.path.rglob("*"):
         assert not path.is_file() or KEY not in path.read_text(errors="replace")
+
+
+class Programmer(Server):
+    "It forgets a name in its first program, and reads the error."
+
+    def reply(self, messages):
+        text = messages[-1]["content"]
+        numbers = re.findall(r"\d+", messages[0]["content"])[:2]
+        code = f"    return {' + '.join(numbers)}" if "NameError" in text else "    return apples"
+        return f"Sure:\n```python\ndef solution():\n{code}\n```"
+
+
+programmer = endpoint(Programmer)
+
+
+def test_a_program_is_corrected_after_its_error(programmer, tmp_path):
+    path = tmp_path / "problems.jsonl"
+    rows = [
+        dict(prompt=f"Ann has {a} pens and buys {a + 5} more. How many?", answer=f"{2 * a + 5}")
+        for a in range(3, 9)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    values = dict(endpoint=programmer.spec, data=str(path), algorithm="critic", critic="python")
+    run = lab.run("selfrefine", out=tmp_path, **QUICK | values | dict(num_generations=0))
+    assert run.summary["before"]["accuracy"] == 0
+    assert run.summary["after"]["accuracy"] == 1
+    assert run.record["endings"] == {"satisfied": 6}
+    assert "one fenced code block" in programmer.bodies[0]["messages"][0]["content"]
 
 
 def test_an_endpoint_that_dies_ends_the_run_with_one_line_and_is_not_asked_twice(

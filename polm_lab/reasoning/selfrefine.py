@@ -48,10 +48,12 @@ from polm_lab.reasoning.refine.rounds import (
 from ..rewards.functions import load_function
 from .refine.solver import equations, solved, solver
 from polm_lab.reasoning.refine.tools import (
+    ProgramPrompts,
     ToolCritic,
     bm25,
     calculator,
     consult,
+    python,
     read_passages,
     scoring,
     searched,
@@ -197,6 +199,7 @@ def make_critic(
         # Refused here, before anything is asked, where there is no sandbox.
         "tests": lambda: isolator() and ToolCritic(tester(2), at_once=2),
         "solver": lambda: ToolCritic(solver),
+        "python": lambda: isolator() and ToolCritic(python, at_once=2),
         "outcome": lambda: ToolCritic(lambda row, answer: score(row, answer) >= 1, "outcome"),
     }
     if name not in makers:
@@ -260,7 +263,15 @@ def prepare(settings: SelfRefine, run: Run):
         device=settings.device,
         run=run,
     )
-    words = words_for(data, getattr(writer, "tokenizer", None), settings.prompt_style)
+    if settings.critic == "python":
+        if settings.prompt_style not in ("", "english"):
+            raise WrongInput(
+                f"prompt_style = {settings.prompt_style!r}: it asks for no program, which critic = "
+                "'python' runs; expected english or nothing; change one of the two"
+            )
+        words = ProgramPrompts()
+    else:
+        words = words_for(data, getattr(writer, "tokenizer", None), settings.prompt_style)
     score = solved if problems else scoring(data, rows, words)
     metric = "accuracy" if problems else score_metric(data, rows)
     if problems:
