@@ -561,6 +561,7 @@ def test_a_library_of_ones_own_from_the_command_line(polm, runs, tmp_path):
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])["summary"]
     assert summary["after"]["recall/1"] == 1.0
+    assert "recall/5" in summary["after"], "more are looked for than are read"
     assert summary["after"]["accuracy"] > summary["before"]["accuracy"]
     assert polm(*words).returncode == 0, "the index that was kept is used again"
     (books / "0.md").write_text("Adran0 plays the bagpipe.")

@@ -283,19 +283,18 @@ class Rag:
         self.top_k_passages, self.rerank, self.reading = top_k_passages, rerank, reading
         self.seconds = dict(retrieve=0.0, rerank=0.0, read=0.0)
 
-    def find(self, questions: list[str]) -> list[list[Hit]]:
-        "The passages of each question, best first."
-        began = time.perf_counter()
-        found = self.index.search(
-            questions,
-            self.top_k_passages if self.rerank == "none" else max(10, 3 * self.top_k_passages),
-            self.search,
-        )
+    def find(self, questions: list[str], most: int = 0) -> list[list[Hit]]:
+        "The `most` passages of each question, best first; 0: as many as the reader is given."
+        most, began = most or self.top_k_passages, time.perf_counter()
+        candidates = most if self.rerank == "none" else max(10, 3 * self.top_k_passages, most)
+        found = self.index.search(questions, candidates, self.search)
         self.seconds["retrieve"] += time.perf_counter() - began
-        return found if self.rerank == "none" else self.ranked_again(questions, found)
+        return found if self.rerank == "none" else self.ranked_again(questions, found, most)
 
-    def ranked_again(self, questions: list[str], found: list[list[Hit]]) -> list[list[Hit]]:
-        "The candidates by log π(question | passage), the `top_k_passages` best of each."
+    def ranked_again(
+        self, questions: list[str], found: list[list[Hit]], most: int
+    ) -> list[list[Hit]]:
+        "The candidates by log π(question | passage), the `most` best of each."
         began, pairs = (
             time.perf_counter(),
             [(n, hit) for n, hits in enumerate(found) for hit in hits],
@@ -315,7 +314,7 @@ class Rag:
         for (n, hit), score in zip(pairs, scores):
             again[n].append(hit._replace(score=score))
         self.seconds["rerank"] += time.perf_counter() - began
-        return [sorted(hits, key=lambda hit: -hit.score)[: self.top_k_passages] for hits in again]
+        return [sorted(hits, key=lambda hit: -hit.score)[:most] for hits in again]
 
     def read(self, questions: list[str], found: list[list[Hit]]) -> list[Reading]:
         "Answers from these passages; without any, from memory."
@@ -392,13 +391,15 @@ def with_other_answer(text: str, answers: list[str], others: list[str]) -> str:
 def measure_arm(
     pipeline: Rag, questions: list[dict], found: list[list[Hit]]
 ) -> tuple[dict[str, float], list[Reading]]:
-    """Read these passages; return accuracy, faithfulness, recall and mrr, and the readings.
+    """Read the first of these passages; return the metrics and the readings.
 
+    The reader is given `top_k_passages` of them; recall/5 counts five, where so many were found.
     Accuracy is exact match. It counts questions with a known answer.
     Recall and mrr count questions with a known right passage.
     `rows` is the number of questions; `rows/NAME` is that of the metric NAME, where it differs.
     """
-    read = pipeline.read([q["question"] for q in questions], found)
+    given = [hits[: pipeline.top_k_passages] for hits in found]
+    read = pipeline.read([q["question"] for q in questions], given)
     metrics = {}
     right = [
         exact_match(r.answer, *answers_of(q)) for r, q in zip(read, questions) if answers_of(q)
@@ -408,7 +409,8 @@ def measure_arm(
     metrics["faithfulness"] = sum(r.faithful for r in read) / len(read)
     labelled = sum(bool(q["positives"]) for q in questions)
     if any(found) and labelled:
-        at = tuple(dict.fromkeys((1, pipeline.top_k_passages)))
+        deeper = max(map(len, found)) > pipeline.top_k_passages
+        at = tuple(dict.fromkeys((1, pipeline.top_k_passages, *([5] * deeper))))
         ids = [ids_of(hits) for hits in found]
         metrics |= retrieval_metrics(ids, [q["positives"] for q in questions], at)
     metrics["rows"] = len(questions)
@@ -469,7 +471,7 @@ def passages_for(
                 ]
             )
         return found
-    found = pipeline.find(asked)
+    found = pipeline.find(asked, max(5, pipeline.top_k_passages))
     if way != "wrong passages":
         return found
     found = found[len(found) // 2 :] + found[: len(found) // 2]
