@@ -389,11 +389,11 @@ def with_other_answer(text: str, answers: list[str], others: list[str]) -> str:
 
 
 def measure_arm(
-    pipeline: Rag, questions: list[dict], found: list[list[Hit]]
+    pipeline: Rag, questions: list[dict], found: list[list[Hit]], recall_at: tuple[int, ...] = ()
 ) -> tuple[dict[str, float], list[Reading]]:
     """Read the first of these passages; return the metrics and the readings.
 
-    The reader is given `top_k_passages` of them; recall/5 counts five, where so many were found.
+    The reader is given `top_k_passages` of them; recall counts one, as many, and `recall_at`.
     Accuracy is exact match. It counts questions with a known answer.
     Recall and mrr count questions with a known right passage.
     `rows` is the number of questions; `rows/NAME` is that of the metric NAME, where it differs.
@@ -409,8 +409,7 @@ def measure_arm(
     metrics["faithfulness"] = sum(r.faithful for r in read) / len(read)
     labelled = sum(bool(q["positives"]) for q in questions)
     if any(found) and labelled:
-        deeper = max(map(len, found)) > pipeline.top_k_passages
-        at = tuple(dict.fromkeys((1, pipeline.top_k_passages, *([5] * deeper))))
+        at = tuple(dict.fromkeys((1, pipeline.top_k_passages, *recall_at)))
         ids = [ids_of(hits) for hits in found]
         metrics |= retrieval_metrics(ids, [q["positives"] for q in questions], at)
     metrics["rows"] = len(questions)
@@ -471,7 +470,7 @@ def passages_for(
                 ]
             )
         return found
-    found = pipeline.find(asked, max(5, pipeline.top_k_passages))
+    found = pipeline.find(asked, max(5, pipeline.top_k_passages))  # recall counts five
     if way != "wrong passages":
         return found
     found = found[len(found) // 2 :] + found[: len(found) // 2]
@@ -658,7 +657,8 @@ def rag(settings: RAG, run: Run) -> None:
     for number, way in zip(run.steps(len(ways), unit="ways"), ways):
         pipeline = make(way if way in HOWS else "bm25", index)
         those = labelled if way in ("right passage", "altered passage") else questions
-        arms[way], read = measure_arm(pipeline, those, passages_for(way, pipeline, those, texts))
+        found = passages_for(way, pipeline, those, texts)
+        arms[way], read = measure_arm(pipeline, those, found, (5,))
         run.log(number, **without_counts(arms[way]))
         some = [sample_of(way, q, r) for q, r in zip(those, read)]
         rows += some[:16]
