@@ -589,6 +589,9 @@ def test_mentions_become_the_right_citation():
     assert site_filter.cited("Wang", "2024", "efficiency/adaptation/formulas", BIB) == "wang2024b"
     assert site_filter.cited("Wang", "2024", "data/load", BIB) == ""
     assert site_filter.cited("Rafailov", "2023", "any/page", BIB) == "rafailov2023"
+    both = ("Frantar", "2022", "efficiency/compression/rounding", BIB)
+    assert site_filter.cited(*both, " et al.") == "frantar2022"
+    assert site_filter.cited(*both, " and Alistarh") == "frantar2022a"
 
 
 def test_only_the_year_of_a_mention_changes():
@@ -607,9 +610,9 @@ def test_only_the_year_of_a_mention_changes():
 def test_papers_of_all_methods_are_in_the_bibliography():
     for page, record in FOUND["methods"].items():
         for mention in site_filter.MENTION.finditer(record["paper"]):
-            assert site_filter.cited(mention[1], mention[3], page.removesuffix(".ipynb"), BIB), (
-                f"{page}: {mention[0]}"
-            )
+            assert site_filter.cited(
+                mention[1], mention[3], page.removesuffix(".ipynb"), BIB, mention[2]
+            ), f"{page}: {mention[0]}"
 
 
 def test_make_docs_says_how_to_get_quarto(capsys, monkeypatch):

@@ -74,15 +74,18 @@ def read_bib(path: Path) -> dict[str, dict]:
     return entries
 
 # %% ../../nbs/site/filter.ipynb #2e76a8b5
-def cited(name: str, year: str, page: str, bib: dict) -> str:
+def cited(name: str, year: str, page: str, bib: dict, others: str = "") -> str:
     """Return the key of a mention such as *Wang et al. 2024* on a page, or an empty string.
 
-    `page` is for example `alignment/reward`.
+    `page` is for example `alignment/reward`, `others` what follows the name: ` et al.`, ` and Li`.
     An entry with `keywords` is meant on those pages only.
     It comes first where several entries share name and year.
+    Of several that are meant on a page, it is the one with as many authors: all, or the first.
     """
     same = [k for k in bib if re.fullmatch(rf"{re.escape(name.lower())}{year}[a-z]?", k)]
     here = [k for k in same if page in re.split(r",\s*", bib[k].get("keywords", ""))]
+    if len(here) > 1:
+        here = [k for k in here if ("others" in bib[k]["author"]) == ("al." in others)]
     open_to_all = [k for k in same if "keywords" not in bib[k]]
     return (
         here[0] if len(here) == 1 else open_to_all[0] if len(open_to_all) == 1 and not here else ""
@@ -102,7 +105,7 @@ def with_citations(text: str, page: str, bib: dict) -> str:
     "Return markdown in which the year of each mention of a paper links to the reference."
 
     def cite(mention):
-        key = cited(mention[1], mention[3], page, bib)
+        key = cited(mention[1], mention[3], page, bib, mention[2])
         return mention[0].replace(mention[3], f"[-@{key}]") if key else mention[0]
 
     return outside(text, lambda plain: MENTION.sub(cite, plain))

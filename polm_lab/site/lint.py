@@ -127,7 +127,7 @@ def check_notebook(
             wrong.append(f"citation @{key} is not in references.bib")
     name = page.removeprefix("nbs/").removesuffix(".ipynb")
     for mention in MENTION.finditer(prose):
-        if mention[2] and not cited(mention[1], mention[3], name, bib):
+        if mention[2] and not cited(mention[1], mention[3], name, bib, mention[2]):
             wrong.append(
                 f"{mention[0]} is not in references.bib; add it, "
                 f"with `keywords = {{{name}}}` where name and year are another's too"

@@ -54,19 +54,20 @@ class Calibrated(SavedSettings):
 class Inputs:
     """Sums over the inputs of linear layers that read the same tensor.
 
-    `layers` maps names to these layers. `norm`, `mean` and `variance` are [in], `hessian` is
-    [in, in] or None.
+    `layers` maps names to these layers. `norm`, `mean`, `variance` and `mean_size`, the mean of the
+    absolute value, are [in]; `hessian` is [in, in] or None.
     """
 
     def __init__(self, hessian: bool):
         self.layers: dict[str, nn.Module] = {}
-        self.count, self.total, self.squares = 0, 0.0, 0.0
+        self.count, self.total, self.squares, self.sizes = 0, 0.0, 0.0, 0.0
         self.hessian = 0.0 if hessian else None
 
     def add(self, x: Tensor):
         x = x.reshape(-1, x.shape[-1]).float()
         self.count += len(x)
         self.total += x.sum(0)
+        self.sizes += x.abs().sum(0)
         if self.hessian is None:
             self.squares += x.square().sum(0)
         else:
@@ -76,6 +77,7 @@ class Inputs:
 
     norm = property(lambda self: self.squares.sqrt())
     mean = property(lambda self: self.total / self.count)
+    mean_size = property(lambda self: self.sizes / self.count)
     variance = property(lambda self: self.squares / self.count - self.mean.square())
 
 
