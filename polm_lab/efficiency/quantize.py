@@ -230,7 +230,7 @@ def block_device(block: nn.Module) -> torch.device:
     "Return the device of a block."
     return next(block.parameters()).device
 
-# %% ../../nbs/efficiency/quantize.ipynb #de8b8416
+# %% ../../nbs/efficiency/quantize.ipynb #f06d1e49
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     "Return codes [out, in] as bytes [bits, out, ⌈in/8⌉]: a plane for each bit, the lowest first."
     import numpy as np
@@ -261,7 +261,7 @@ def tensors_of(name: str, found: Quantized) -> dict[str, Tensor]:
         parts["gain"] = found.gain.clone()  # layers share it, files do not
     return {f"{name}.{part}": tensor.contiguous() for part, tensor in parts.items()}
 
-
+# %% ../../nbs/efficiency/quantize.ipynb #365836d5
 @torch.no_grad()
 def quantize_block(
     block: nn.Module,
@@ -313,7 +313,7 @@ def _groups(block: nn.Module, inputs: BlockInputs, settings: Quantize) -> list[I
             )
     return groups
 
-
+# %% ../../nbs/efficiency/quantize.ipynb #f9b1d10c
 def bits_of(model, stored: dict[str, int]) -> float:
     "Return the bits of a model, those of the weights in `stored` as they are there."
     total, seen = 0, set()
