@@ -46,10 +46,6 @@ class Grid:
     symmetric: bool = False
     stored: int | None = None
 
-    def column(self, j: int) -> tuple[Tensor, Tensor]:
-        "Return scale and zero of column `j`, each [out]."
-        return self.scale[:, j // self.group_size], self.zero[:, j // self.group_size]
-
     def spread(self, columns: int) -> tuple[Tensor, Tensor]:
         "Return scale and zero of each weight, each [out, columns]."
         repeat = lambda x: x.repeat_interleave(self.group_size, 1)[:, :columns]
@@ -137,10 +133,6 @@ class Table:
     bits: int
     group_size: int
     stored: int
-
-    def column(self, j: int) -> Tensor:
-        "Return the numbers of column `j` [out, codes]."
-        return self.values[:, j // self.group_size]
 
     def encode(self, weight: Tensor) -> Tensor:
         "Return the codes [out, in] of the numbers nearest to `weight`."

@@ -213,17 +213,19 @@ def gptq(
     grid = grid or fit_grid(plain, bits, group_size, symmetric)
     U = inverse_factor(hessian[order][:, order], damping)
     W = plain.T[order].contiguous()
-    codes, most = torch.zeros(weight.shape, dtype=torch.uint8), 2**bits - 1
-    places = order.tolist()
+    # a column of the layer is a row here, in codes and grids too: rows are read at once
+    codes, most = torch.zeros(W.shape, dtype=torch.uint8), 2**bits - 1
+    scales, zeros = grid.scale.T.contiguous(), grid.zero.T.contiguous()
+    groups = (order // grid.group_size).tolist()
 
     def rounded(i: int, w: Tensor) -> Tensor:
-        scale, zero = grid.column(places[i])
-        code = (w / scale + zero).round_().clamp_(0, most)
-        codes[:, places[i]] = code
-        return scale * (code - zero)
+        scale, zero = scales[groups[i]], zeros[groups[i]]
+        code = torch.div(w, scale).add_(zero).round_().clamp_(0, most)
+        codes[i] = code
+        return code.sub_(zero).mul_(scale)
 
     columnwise(W, U, count, lambda first, last: None, rounded, block, strip)
-    found = Quantized(codes, grid)
+    found = Quantized(codes[order.argsort()].T.contiguous(), grid)
     if kept is not None:
         found.kept = kept.expand(weight.shape)
         found.values = W[count:].T[:, order[count:].argsort()].flatten()
