@@ -355,6 +355,21 @@ def test_a_tool_that_hangs_is_left_behind():
     assert call_with_timeout(lambda: 5) == (5, "")
 
 
+def test_worked_examples_before_a_question_are_no_question():
+    turns = [("user", "What is 9 - 4?"), ("assistant", "9 - 4 = 5"), ("user", "What is 6 + 11?")]
+    row = dict(prompt=[dict(role=role, content=text) for role, text in turns], answer="17")
+    assert calculator(row, "6 + 11 = 17").fine
+    assert calculator(row, "6 + 11 = 16").hint == "17"
+    row["prompt"][-1]["content"] = "Add 6 and 11."
+    assert calculator(row, "6 + 11 = 17").text == "all sums are right"
+    assert calculator(row, "6 + 11 = 18").text == "6 + 11=17"
+    code = [
+        dict(role="system", content="You write code."),
+        dict(role="user", content="def f(x):\n"),
+    ]
+    assert source_of(dict(prompt=code), "    return x") == "def f(x):\n    return x"
+
+
 def test_the_calculator_reads_what_is_stated():
     assert calculator(dict(prompt="23+45="), "68").fine
     assert not calculator(dict(prompt="23+45="), "67").fine

@@ -9,7 +9,7 @@ __all__ = ['LANGUAGES', 'WORKED', 'EmbeddedPrompts', 'SumPrompts', 'SumSteps', '
 # %% ../../../nbs/reasoning/refine/tiny_prompts.ipynb #f9251beb
 import re
 
-from ...data.messages import request_of, under
+from ...data.messages import last_turn, request_of, under
 from ...data.load import parse_spec
 from ...core.knobs import WrongInput
 from ...models.sources import built_in_models
@@ -84,7 +84,7 @@ class SumPrompts(EmbeddedPrompts):
 
     def parts(self, row) -> tuple[str, str, str]:
         "Parse the two numbers and the sign between them. Raises: `WrongInput`."
-        found = re.search(r"(\d+)\s*([-+*])\s*(\d+)", request_of(row["prompt"]))
+        found = re.search(r"(\d+)\s*([-+*])\s*(\d+)", last_turn(row["prompt"]))
         if not found:
             raise WrongInput(
                 f"data: found the prompt {request_of(row['prompt'])[:40]!r}; "

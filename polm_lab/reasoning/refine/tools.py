@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Callable
 
-from ...data.messages import request_of
+from ...data.messages import last_turn
 from ...data.load import parse_spec
 from ...data.files import read_text
 from ...training.evaluate import matches
@@ -129,7 +129,7 @@ def calculator(row: dict, answer: str) -> Feedback:
         for left, right in stated
         if (value := evaluate_expression(left, {})) != right
     ]
-    asked = re.findall(SUM, request_of(row["prompt"]))
+    asked = re.findall(SUM, question_in(row["prompt"]))
     if asked:
         value, numbers = evaluate_expression(asked[-1], {}), re.findall(r"-?\d+", result_in(answer))
         fine = bool(numbers) and int(numbers[-1]) == value and not wrong
@@ -194,9 +194,9 @@ def searched(search: Callable[[str], list[str]]) -> Callable:
 
 # %% ../../../nbs/reasoning/refine/tools.ipynb #8a662a3c
 def question_in(prompt) -> str:
-    "Parse the question in a prompt, without the text around it."
-    found = re.search(r"Question: (.*)", request_of(prompt))
-    return found[1] if found else request_of(prompt)
+    "Parse the question in the last turn of a prompt, without the text around it."
+    found = re.search(r"Question: (.*)", last_turn(prompt))
+    return found[1] if found else last_turn(prompt)
 
 
 def consult(words, search: Callable[[str], list[str]], seconds: float = 10.0) -> Callable:
@@ -282,7 +282,7 @@ def source_of(row: dict, answer: str) -> str:
     If the prompt is a program itself (imports, other functions, as in HumanEval),
     a whole program comes after it, and a bare body continues it.
     """
-    prompt, code = request_of(row["prompt"]), code_of(answer)
+    prompt, code = last_turn(row["prompt"]), code_of(answer)
     if re.search(r"lambda [^\n]*:$", prompt.rstrip()) and not re.search(r"^f = ", code, re.M):
         return f"{prompt.rstrip()} {(code.strip().splitlines() or [''])[0]}"
     if not re.search(r"^\s*(def|class|import|from) |^\w+ = ", prompt, re.M):
