@@ -6,9 +6,11 @@ import math
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import polm_lab as lab
 from polm_lab.core.knobs import WrongInput
+from polm_lab.core.run import all_runs
 from polm_lab.efficiency.compression.codebooks import binary_scales, hqq, lut, weighted_means
 from polm_lab.efficiency.compression.numbers import (
     Grid,
@@ -43,6 +45,7 @@ from polm_lab.efficiency.quantize import (
 )
 from polm_lab.models.layers import linear_layers
 from polm_lab.models.load import load_model
+from polm_lab.models.tokenizers import load_tokenizer
 
 # The table of bitsandbytes, as published in its source.
 NF4 = (
@@ -356,6 +359,17 @@ def test_the_bits_of_a_model_count_what_is_tied_once():
 )
 def test_wrong_settings_are_refused(values, text, tmp_path):
     assert text in says(lab.run, "quantize", out=tmp_path, **values)
+
+
+def test_obq_is_refused_before_anything_is_evaluated(tmp_path):
+    wide = dict(hidden_size=64, intermediate_size=1100, num_hidden_layers=1)
+    config = LlamaConfig(**wide, num_attention_heads=2, vocab_size=1024)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "wide")
+    load_tokenizer("tiny").save_pretrained(tmp_path / "wide")
+    values = dict(model=str(tmp_path / "wide"), algorithm="obq", calibration_samples=2)
+    assert "1100 inputs" in says(lab.run, "quantize", out=tmp_path, **values)
+    [run] = all_runs(tmp_path)
+    assert run.summary == {}
 
 
 def test_a_model_that_is_not_sound_is_refused():

@@ -20,7 +20,7 @@ from ..core.method import method
 from ..core.run import Run
 from .compression.codebooks import daq, easyquant, gwq, hqq, lut, squeezellm
 from .compression.rounding import Quantized, awq, awq_gain, gptq, nearest
-from .compression.rounding import obq, owq, quip, spqr
+from .compression.rounding import check_inputs, obq, owq, quip, spqr
 from ..models.layers import blocks_of, linear_layers
 from ..training.evaluate import cost
 from ..training.layerwise import BlockInputs, Calibrated, Inputs, carry_out, visit_blocks
@@ -367,10 +367,16 @@ def quantize(settings: Quantize, run: Run) -> None:
         read_mixed(settings.mixed, settings.bits)
     found: dict[str, Quantized] = {}
 
-    def plan(model, windows):
+    def steps(model, windows):
         yield from quantize_model(model, windows, settings, found, measure=True)
         if run.writes:
             write_codes(run, found)
+
+    def plan(model, windows):  # what does not fit is refused before anything is evaluated
+        for layer in linear_layers(blocks_of(model)).values():
+            if settings.algorithm == "obq":
+                check_inputs(layer.in_features)
+        return steps(model, windows)
 
     def measures(model):
         bits = bits_of(model, {name: one.stored_bits() for name, one in found.items()})
