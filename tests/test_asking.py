@@ -82,6 +82,7 @@ def test_a_file_of_questions_is_asked_whole(books, written, runs):
         "rows/accuracy": 4,
         "rows/recall/1": 3,
         "rows/recall/2": 3,
+        "rows/recall/5": 3,
         "rows/mrr": 3,
         "rows/accuracy/no_passages": 4,
         "rows/accuracy/bm25": 4,

@@ -31,6 +31,7 @@ TYPES = dict(bfloat16=torch.bfloat16, float16=torch.float16, float32=torch.float
 SHORT = dict(steps=1, batch_size=4, eval_rows=2, save_every=0, learning_rate=1e-3, max_length=96)
 OWN = dict(  # knobs that make the runs that are no training by steps short
     prune=dict(calibration_samples=2, max_length=64),
+    quantize=dict(calibration_samples=2, max_length=64, bits=4),
     slim=dict(calibration_samples=2, max_length=64, ratio=0.2),
     merge=dict(eval_rows=2, tasks="sums"),
     fuse=dict(eval_rows=2, tasks="sums,sums", calibration_samples=2),
@@ -106,8 +107,9 @@ def size_of(folder):
 
 
 def test_the_knob_is_with_the_methods_that_save_weights():
-    saving = "sft reft dpo ppo reward rlaif rloo grpo critic prune slim merge fuse reader retriever"
-    assert sorted(SAVING) == sorted(saving.split())
+    training = "sft reft dpo ppo reward rlaif rloo grpo critic reader retriever"
+    others = "prune slim quantize merge fuse"
+    assert sorted(SAVING) == sorted([*training.split(), *others.split()])
 
 
 @pytest.mark.parametrize("dtype", TYPES)
