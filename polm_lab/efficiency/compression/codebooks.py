@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .numbers import Grid, Table, fit_grid, grouped, normal_float
-from .rounding import Quantized, output_loss
+from .rounding import Quantized, best_of, group_losses, output_loss
 
 # %% ../../../nbs/efficiency/compression/codebooks.ipynb #7867ee9c
 def weighted_means(
@@ -227,24 +227,14 @@ def daq(
     The loss of a group is that of its part of the output. Source: Luo and Chen 2024, in part.
     """
     groups, size = grouped(weight.float(), group_size), group_size or weight.shape[1]
-    middle, columns = densest(groups), weight.shape[1]
+    middle, numbers = densest(groups), normal_float(bits)
     reach = (groups - middle).abs().amax(2, keepdim=True).clamp_min(1e-12)
-    numbers, best, found = normal_float(bits), None, None
+    tables, losses = [], []
     for share in torch.linspace(1.0, 0.4, shares).tolist():
         table = Table(middle + share * reach * numbers, bits, size, 32 * reach.numel())
-        error = table.decode(table.encode(weight)) - weight
-        parts = []
-        for start in range(0, columns, size):
-            part = error[:, start : start + size]
-            own = hessian[start : start + size, start : start + size]
-            parts.append(((part @ own) * part).sum(1))
-        lost = torch.stack(parts, 1)
-        if found is None:
-            best, found = lost, table
-            continue
-        better = lost < best
-        best = torch.where(better, lost, best)
-        found.values = torch.where(better[..., None], table.values, found.values)
+        losses.append(group_losses(table.decode(table.encode(weight)) - weight, hessian, size))
+        tables.append(table)
+    found = best_of(tables, losses)
     return Quantized(found.encode(weight), found)
 
 # %% ../../../nbs/efficiency/compression/codebooks.ipynb #6c785a08
