@@ -48,13 +48,17 @@ class Quantize(Calibrated):
     )
     group_size: int = knob(
         32,
-        "neighbours in a row that share a scale; 0: the whole row",
+        "neighbours in a row that share a scale; 0: the whole row, as always for squeezellm",
         "weights",
         low=0,
         high=65536,
         source="Dettmers et al. 2023 (SpQR): 16; Lin et al. 2023: 128",
     )
-    symmetric: bool = knob(False, "a grid with its zero in the middle, and no zero point to store")
+    symmetric: bool = knob(
+        False,
+        "a grid with its zero in the middle, and no zero point to store; "
+        "for rtn, obq, gptq, awq, owq, quip and gwq",
+    )
     act_order: bool = knob(
         True,
         "columns with large inputs first, for gptq, owq and quip",
