@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALGORITHMS', 'READS_INPUTS', 'READS_GRADIENTS', 'Quantize', 'Matrix', 'is_query_or_key', 'weight_gradients',
            'read_mixed', 'share_out', 'sensitivity', 'block_device', 'pack_bits', 'unpack_bits', 'tensors_of',
-           'quantize_block', 'bits_of', 'quantize_model', 'quantize', 'write_codes']
+           'quantize_block', 'input_groups', 'bits_of', 'quantize_model', 'quantize', 'write_codes']
 
 # %% ../../nbs/efficiency/quantize.ipynb #0b211e2e
 import math
@@ -276,7 +276,8 @@ def quantize_block(
     prefix: str = "",
 ) -> dict[str, Quantized]:
     "Round the linear layers of a block in place, and return the matrices by name."
-    groups, found, rounded = _groups(block, inputs, settings), {}, ALGORITHMS[settings.algorithm]
+    groups = input_groups(block, inputs, settings.algorithm in READS_INPUTS)
+    found, rounded = {}, ALGORITHMS[settings.algorithm]
     for group in groups:
         layers = {f"{prefix}{name}": layer for name, layer in group.layers.items()}
         gain = None
@@ -291,13 +292,16 @@ def quantize_block(
     return found
 
 
-def _groups(block: nn.Module, inputs: BlockInputs, settings: Quantize) -> list[Inputs]:
-    """Return the layers of a block by what they read, with its sums on the CPU if they are needed.
+def input_groups(
+    block: nn.Module, inputs: BlockInputs, needed: bool, plain: str = "rtn"
+) -> list[Inputs]:
+    """Return the layers of a block by what they read, with its sums on the CPU if they are `needed`.
 
+    `plain` is an algorithm that needs none.
     Raises: `WrongInput` where no calibration token reaches a layer, or an input is not finite.
     """
     layers = linear_layers(block)
-    if settings.algorithm not in READS_INPUTS:
+    if not needed:
         group = Inputs(False)
         group.layers = layers
         return [group]
@@ -306,7 +310,7 @@ def _groups(block: nn.Module, inputs: BlockInputs, settings: Quantize) -> list[I
     if lost:
         raise WrongInput(
             f"block {inputs.index}: no calibration token reaches {min(lost)}; expected text that "
-            "reaches every layer; give more calibration_samples, or take algorithm rtn"
+            f"reaches every layer; give more calibration_samples, or take algorithm {plain}"
         )
     for group in groups:
         group.hessian, group.sizes = group.hessian.cpu(), group.sizes.cpu()

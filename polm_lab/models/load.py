@@ -26,6 +26,8 @@ def _read_model(folder: Path, dtype, head: str = "lm"):
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    from polm_lab.models.factors import with_factors
+
     config = read_config(folder)
     scores = str((config.get("architectures") or [""])[0]).endswith(SCORER)
     if scores and head == "lm":
@@ -49,9 +51,10 @@ def _read_model(folder: Path, dtype, head: str = "lm"):
             settings = AutoConfig.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
-            model, info = (
-                AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-            ).from_pretrained(
+            kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+            if config.get("low_rank"):  # some layers are products of thin ones
+                kind = with_factors(config)
+            model, info = kind.from_pretrained(
                 folder,
                 config=settings,
                 dtype=dtype,

@@ -229,6 +229,8 @@ def _skeleton_of(folder: Path, changed: float):
     import torch
     import transformers
 
+    from polm_lab.models.factors import factor_layers
+
     kind = str((read_config(folder).get("architectures") or [""])[0])
     auto = (
         transformers.AutoModelForSequenceClassification
@@ -239,7 +241,9 @@ def _skeleton_of(folder: Path, changed: float):
         config = transformers.AutoConfig.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
-        return auto.from_config(config, trust_remote_code=False)
+        model = auto.from_config(config, trust_remote_code=False)
+        factor_layers(model)
+        return model
 
 
 def skeleton(folder):
