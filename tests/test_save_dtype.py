@@ -32,6 +32,7 @@ SHORT = dict(steps=1, batch_size=4, eval_rows=2, save_every=0, learning_rate=1e-
 OWN = dict(  # knobs that make the runs that are no training by steps short
     prune=dict(calibration_samples=2, max_length=64),
     quantize=dict(calibration_samples=2, max_length=64, bits=4),
+    activations=dict(calibration_samples=2, max_length=64, activation_bits=16),
     lowrank=dict(calibration_samples=2, max_length=64),
     slim=dict(calibration_samples=2, max_length=64, ratio=0.2),
     merge=dict(eval_rows=2, tasks="sums"),
@@ -109,7 +110,7 @@ def size_of(folder):
 
 def test_the_knob_is_with_the_methods_that_save_weights():
     training = "sft reft dpo ppo reward rlaif rloo grpo critic reader retriever"
-    others = "prune slim quantize lowrank merge fuse"
+    others = "prune slim quantize lowrank activations merge fuse"
     assert sorted(SAVING) == sorted([*training.split(), *others.split()])
 
 

@@ -495,6 +495,10 @@ OTHERS = {  # settings that make a run short, and what its counts are
         dict(calibration_samples=4, max_length=32, eval_rows=SEEN, algorithm="rtn"),
         dict(rows=SEEN),
     ),
+    "activations": (
+        dict(calibration_samples=4, max_length=32, eval_rows=SEEN, algorithm="plain"),
+        dict(rows=SEEN),
+    ),
     "lowrank": (
         dict(calibration_samples=4, max_length=32, eval_rows=SEEN, algorithm="svd"),
         dict(rows=SEEN),

@@ -7,6 +7,7 @@ __all__ = ['read_facts', 'check_architecture', 'need_space', 'remove_left', 'bui
 
 # %% ../../nbs/models/gguf.ipynb #5e262b7a
 import hashlib
+import json
 import os
 import shutil
 from contextlib import contextmanager, suppress
@@ -146,10 +147,21 @@ def fill_folder(file: Path, folder: Path, say: Callable[[str], None] = print):
             model.hf_quantizer = None  # the weights are plain numbers of 16 bits now
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            _drop_made_up(folder, model.get_input_embeddings().num_embeddings)
     except Exception as error:
         raise WrongInput(
             f"{file}: cannot be converted ({first_line(error)}); use the model's safetensors"
         ) from None
+
+
+def _drop_made_up(folder: Path, size: int):
+    "Drop tokens that transformers adds and the file does not have: they have no embedding."
+    file = folder / "tokenizer.json"
+    state = json.loads(file.read_text(encoding="utf-8"))
+    kept = [token for token in state["added_tokens"] if token["id"] < size]
+    if len(kept) < len(state["added_tokens"]):
+        state["added_tokens"] = kept
+        file.write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
 
 
 def gguf_folder(file: Path, say: Callable[[str], None] = print) -> Path:
