@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FORMS', 'TURNED', 'Activations', 'Seen', 'seen_inputs', 'smooth_gain', 'smoothquant', 'output_error', 'os_plus',
            'rptq', 'input_form', 'rounded_weight', 'float_weight', 'learn', 'omniquant', 'clipped_steps', 'zeroquant',
-           'turned_model', 'spun', 'retuned', 'attach', 'round_block', 'round_model', 'check_bits', 'check_turn',
-           'write_forms', 'load_rounded', 'activations', 'plant_outliers']
+           'turned_model', 'spun', 'retuned', 'plant_outliers', 'attach', 'round_block', 'round_model', 'check_bits',
+           'check_turn', 'write_forms', 'load_rounded', 'activations']
 
 # %% ../../nbs/efficiency/activations.ipynb #4551f542
 import json
@@ -468,6 +468,22 @@ def retuned(model, run: Run, s: Activations):
     )
     return merge_adapter(load_model(str(made.path), s.dtype, s.device)).eval()
 
+# %% ../../nbs/efficiency/activations.ipynb #577b6090
+@torch.no_grad()
+def plant_outliers(model, channels: int = 2, factor: float = 30.0, seed: int = 0) -> None:
+    """Make some channels of what each norm in the blocks gives larger by `factor`, in place.
+
+    The layers that read them have smaller weights for it, so that the model gives the same.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for norm, layers in read_stream(model)[0][:-1]:
+        gain, one = gain_of(norm)
+        chosen = torch.randperm(len(gain), generator=generator)[:channels]
+        gain[chosen] *= factor
+        norm.weight.copy_(gain + one - 1)
+        for layer in layers:
+            layer.weight[:, chosen] /= factor
+
 # %% ../../nbs/efficiency/activations.ipynb #296a47fd
 def attach(layer: nn.Linear, form: InputForm, offset: Tensor | None = None) -> None:
     "Round the inputs of a layer from now on, and add `offset` [out] to its outputs."
@@ -631,19 +647,3 @@ def activations(settings: Activations, run: Run) -> None:
         return cost(model) | {"size_mib": bits / 2**23, "bits_per_weight": bits / weights}
 
     carry_out(run, settings, plan, measures)
-
-# %% ../../nbs/efficiency/activations.ipynb #577b6090
-@torch.no_grad()
-def plant_outliers(model, channels: int = 2, factor: float = 30.0, seed: int = 0) -> None:
-    """Make some channels of what each norm in the blocks gives larger by `factor`, in place.
-
-    The layers that read them have smaller weights for it, so that the model gives the same.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for norm, layers in read_stream(model)[0][:-1]:
-        gain, one = gain_of(norm)
-        chosen = torch.randperm(len(gain), generator=generator)[:channels]
-        gain[chosen] *= factor
-        norm.weight.copy_(gain + one - 1)
-        for layer in layers:
-            layer.weight[:, chosen] /= factor

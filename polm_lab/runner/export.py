@@ -33,7 +33,7 @@ def pack_words(codes, bits: int):
     packed = np.packbits(planes.reshape(rows, width * bits), axis=1, bitorder="little")
     return np.ascontiguousarray(np.pad(packed, ((0, 0), (0, -packed.shape[1] % 4)))).view(np.int32)
 
-# %% ../../nbs/runner/export.ipynb #2b9f2d43
+# %% ../../nbs/runner/export.ipynb #0a7bb9f4
 PACKABLE = ("rtn", "obq", "gptq", "awq")  # algorithms whose codes are whole steps of a grid
 
 
@@ -67,7 +67,7 @@ def read_codes(run: Run) -> dict[str, dict]:
         one["codes"] = unpack_bits(one["codes"], one["shape"][1])
     return found
 
-
+# %% ../../nbs/runner/export.ipynb #603d5b81
 def spread_gains(model, found: dict[str, dict]) -> list[str]:
     """Move AWQ's scales of the inputs into norms, and into the rows of layers before, in place.
 
@@ -103,7 +103,7 @@ def spread_gains(model, found: dict[str, dict]) -> list[str]:
         left.discard(name)
     return sorted(left)
 
-
+# %% ../../nbs/runner/export.ipynb #c7a8d88f
 def packed_tensors(name: str, one: dict, dtype) -> dict:
     "Return the tensors of a matrix as compressed-tensors has them."
     import torch
@@ -145,7 +145,7 @@ def scheme(one: dict) -> dict:
         group_size=None if whole else one["group_size"],
     )
 
-
+# %% ../../nbs/runner/export.ipynb #84062139
 def export_packed(run: Run, folder: Path, say: Callable[[str], None] = print) -> Path:
     """Write the model of a run of `quantize` as a folder of compressed-tensors.
 
