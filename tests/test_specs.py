@@ -499,6 +499,7 @@ OTHERS = {  # settings that make a run short, and what its counts are
         dict(calibration_samples=4, max_length=32, eval_rows=SEEN, algorithm="plain"),
         dict(rows=SEEN),
     ),
+    "kvcache": (dict(max_length=48, eval_rows=SEEN, algorithm="streaming"), dict(rows=SEEN)),
     "lowrank": (
         dict(calibration_samples=4, max_length=32, eval_rows=SEEN, algorithm="svd"),
         dict(rows=SEEN),

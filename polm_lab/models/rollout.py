@@ -12,7 +12,7 @@ import math
 import numbers
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Generator
+from typing import Callable, Generator
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from ..core.knobs import WrongInput
 from ..core.machine import seed_of
 from ..data.turns import turn_ends
-from .cache import PromptGroups, SharedLayerCache, StaticLayerCache, compact_places
+from .cache import PromptGroups, SharedLayerCache, StaticLayerCache
+from .cache import compact_places, keeping
 from .sampling import sample_token, row_seeds, uniforms
 
 # %% ../../nbs/models/rollout.ipynb #d0547afb
@@ -233,7 +234,13 @@ class Batch:
     """
 
     def __init__(
-        self, model, prompts: list[list[int]], num_generations: int, new: int, share: bool = False
+        self,
+        model,
+        prompts: list[list[int]],
+        num_generations: int,
+        new: int,
+        share: bool = False,
+        kv: Callable[[int, int], StaticLayerCache] | None = None,
     ):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         soft, n, longest = soft_tokens(model), len(prompts), max(map(len, prompts))
@@ -246,9 +253,14 @@ class Batch:
             type(one) in (DynamicLayer, DynamicSlidingWindowLayer) for one in made.layers
         )
         self.read = 0
-        self.cache = (
-            Cache(layers=[layer(soft + longest) for _ in made.layers]) if self.slab else made
-        )
+        if kv is not None and not self.slab:
+            raise WrongInput(
+                f"kv: a {base.config.model_type} model has a cache of its own; "
+                "expected keys and values of all tokens; leave kv out"
+            )
+        make = kv or (lambda index, capacity: layer(capacity))
+        layers = [make(index, soft + longest) for index in range(len(made.layers))]
+        self.cache = Cache(layers=layers) if self.slab else made
 
         pads = torch.tensor([longest - len(p) for p in prompts], device=device)
         ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
@@ -508,14 +520,16 @@ class Writing:
 
 # %% ../../nbs/models/rollout.ipynb #ffd44b93
 @torch.no_grad()  # of a generator: not while its reader computes
-def _write(model, prompts, rows, num_generations, most, temperature, top_p, top_k, share, branches):
+def _write(model, prompts, rows, num_generations, most, sampling, share, branches, kv=None):
     """Yield `rows` after each token that they write.
 
     It receives the places of the rows that continue; None: all that have not ended.
     """
-    forks = num_generations * branches > 1
-    with evaluating(model), compact_head(model), shared_prefix(model, share and forks) as shared:
-        batch = Batch(model, prompts, num_generations, most, shared)
+    temperature, top_p, top_k = sampling
+    share = share and kv is None and num_generations * branches > 1
+    attention = nullcontext() if kv is None else keeping(model)
+    with evaluating(model), compact_head(model), attention, shared_prefix(model, share) as shared:
+        batch = Batch(model, prompts, num_generations, most, shared, kv)
         u = torch.from_numpy(uniforms([row.seed for row in rows], most)).to(batch.logits.device)
         for t in range(most):
             logits = batch.logits.float()
@@ -611,9 +625,7 @@ def steps(
         rows,
         num_generations,
         max_new_tokens,
-        temperature,
-        top_p,
-        top_k,
+        (temperature, top_p, top_k),
         share,
         branches,
     )
@@ -637,6 +649,7 @@ def rollout(
     seeds: int | list[int] = 0,  # one for each row, or one from which the rows' seeds are hashed
     at_once: int = 128,  # rows in the batch at most (but a group stays together): bounds memory
     share: bool = True,  # False: each row has a copy of its prompt's keys and values (plain twin)
+    kv: Callable | None = None,  # makes the cache of a layer from its number and capacity
 ) -> Rollout:
     """Sample completions of `prompts` in evaluation mode, without gradients.
 
@@ -666,11 +679,10 @@ def rollout(
             some,
             num_generations,
             max_new_tokens,
-            temperature,
-            top_p,
-            top_k,
+            (temperature, top_p, top_k),
             share,
             1,
+            kv,
         ):
             pass  # a row keeps what it wrote
     return Rollout(
