@@ -46,6 +46,7 @@ SHORT = {
         votes=2,
         prompts=2,
     ),
+    "activations": LITTLE | dict(calibration_samples=2, eval_rows=2, max_length=32),
     "prune": LITTLE | dict(calibration_samples=2, eval_rows=2, max_length=32),
     "reader": LITTLE
     | dict(
