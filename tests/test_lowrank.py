@@ -248,6 +248,10 @@ def test_a_factored_model_is_saved_and_read_again(tmp_path, kind, algorithm):
     layer = again.get_submodule(name)
     assert isinstance(layer, Factored)
     assert torch.allclose(layer.product(), one.product(), atol=1e-5)
+    x, bias = torch.randn(5, layer.in_features), layer.second.bias
+    with torch.no_grad():
+        wanted = x @ layer.product().T + (0 if bias is None else bias)
+        assert torch.allclose(layer(x), wanted, atol=1e-4)
     assert sum(p.numel() for p in skeleton(tmp_path / "model").parameters()) == sum(
         p.numel() for p in model.parameters()
     )
