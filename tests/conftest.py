@@ -61,6 +61,19 @@ def runs(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
+def smol():
+    "The folder of `smol` in the user's own cache; with POLM_REAL=required it has to be had."
+    from polm_lab.models.packaged import get_model
+
+    try:
+        return get_model("smol", lambda line: None)
+    except WrongInput as wrong:
+        if os.environ.get("POLM_REAL") == "required":
+            raise
+        pytest.skip(f"smol cannot be had: {wrong}")
+
+
+@pytest.fixture(scope="module")
 def tokenizer():
     "The tokenizer of the embedded model."
     from polm_lab.models.tokenizers import load_tokenizer

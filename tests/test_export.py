@@ -34,7 +34,6 @@ from polm_lab.runner.export import (
 )
 from polm_lab.models.load import load_model
 from polm_lab.models.save import save_model
-from polm_lab.models.sources import built_in_models
 from polm_lab.models.tokenizers import load_tokenizer
 
 SHORT = dict(calibration_samples=2, max_length=64, eval_rows=2)
@@ -96,11 +95,12 @@ def logits(model):
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("width", [1, 8, 33, 64])
 def test_words_are_those_of_compressed_tensors(bits, width):
-    compressed = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    from compressed_tensors.compressors.pack_quantized import helpers
+
     codes = np.random.default_rng(0).integers(0, 2**bits, (6, width), dtype=np.uint8)
     signed = torch.from_numpy(codes.astype(np.int16) - 2 ** (bits - 1)).to(torch.int8)
     assert torch.equal(
-        torch.from_numpy(pack_words(codes, bits)), compressed.pack_to_int32(signed, bits)
+        torch.from_numpy(pack_words(codes, bits)), helpers.pack_to_int32(signed, bits)
     )
 
 
@@ -108,7 +108,6 @@ def test_words_are_those_of_compressed_tensors(bits, width):
 
 
 def read_by_transformers(folder, symmetric):
-    pytest.importorskip("compressed_tensors")
     from transformers import CompressedTensorsConfig
 
     # transformers 5.23 with compressed-tensors 0.20 reads zero points only where it unpacks at once
@@ -248,8 +247,7 @@ def test_a_model_of_gguf_is_a_model_again(tmp_path):
     assert run.status == "finished"
 
 
-@pytest.mark.skipif("smol" not in built_in_models(), reason="polm get smol was not run")
-def test_smol_comes_back_and_its_size_is_that_of_its_bits(tmp_path):
+def test_smol_comes_back_and_its_size_is_that_of_its_bits(smol, tmp_path):
     file = export_gguf("smol", tmp_path / "smol.gguf", "q4_0")
     model = load_model("smol", dtype="bfloat16", device="cpu")
     table = model.get_input_embeddings().weight.numel()

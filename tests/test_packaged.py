@@ -19,8 +19,6 @@ from polm_lab.models.packaged import PACKAGED, Packaged, get_model, packaged_mod
 from polm_lab.models.small import save_small_gguf
 from polm_lab.models.sources import built_in_models, model_path
 
-REQUIRED = os.environ.get("POLM_REAL") == "required"
-
 
 @pytest.fixture
 def index(tmp_path, monkeypatch):
@@ -184,17 +182,6 @@ def test_the_button_reports_what_fails(tmp_path, monkeypatch):
 
 
 # The real ones -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def smol():
-    "The folder of `smol` in the user's own cache."
-    try:
-        return get_model("smol", silent)
-    except WrongInput as error:
-        if REQUIRED:
-            raise
-        pytest.skip(f"smol cannot be had: {error}")
 
 
 def test_smol_is_a_chat_model(smol):

@@ -63,7 +63,8 @@ class Activations(Calibrated):
     )
     rounding: str = knob(
         "nearest",
-        "how weights are rounded in rows; gptq lets the others compensate",
+        "how weights are rounded; gptq lets the others compensate; "
+        "nearest for olive, zeroquant, zeroquant_fp and omniquant",
         choices=("nearest", "gptq"),
         source="Ashkboos et al. 2024: gptq",
     )
