@@ -12,20 +12,26 @@ from polm_lab.core.knobs import WrongInput
 from polm_lab.efficiency.kvcache import (
     CACHES,
     KIVI,
+    QAQ,
     TIME,
     WIDTH,
     H2O,
     KVCache,
     KVQuant,
     Streaming,
+    WKVQuant,
+    find_ranges,
     find_tables,
     in_blocks,
     kv_of,
+    latent_length,
     measured,
     read_through,
     rope_of,
+    shared_bits,
     to_table,
     turned,
+    with_latents,
 )
 from polm_lab.models.cache import KeptLayerCache, keeping
 from polm_lab.models.load import load_model
@@ -122,7 +128,7 @@ def test_attention_is_counted_and_sums_to_the_queries(base, windows):
         assert torch.allclose(looked.sum(-1), torch.full((6, 5), float(layer.length)), rtol=1e-3)
 
 
-@pytest.mark.parametrize("algorithm", ["kivi", "token", "zipcache", "kvquant"])
+@pytest.mark.parametrize("algorithm", ["kivi", "token", "zipcache", "kvquant", "qaq", "wkvquant"])
 def test_what_left_the_window_is_rounded_once_and_the_rest_is_whole(base, windows, algorithm):
     s = KVCache(algorithm=algorithm, bits=2, window=16, group_size=8)
     steps = read_through(base, windows, 24, kv_of(base, s, windows))
@@ -185,6 +191,92 @@ def test_kvquant_keeps_outliers_and_rounds_before_the_turn(base, windows):
     values = cache.layers[0].values
     rounded = made.rounded_values(values, slice(0, 96))
     assert (rounded == values).float().mean() >= 1 / 32
+
+
+@pytest.mark.parametrize("mean", [1, 2, 4, 8])
+def test_bits_are_shared_out_as_they_are_needed(mean):
+    need = torch.randn(3, 2, 32, generator=torch.Generator().manual_seed(0)) * 2
+    bits = shared_bits(need, mean)
+    assert (bits == bits.round()).all()
+    assert bits.min() >= 1
+    assert bits.max() <= 8
+    assert (bits.mean(-1) <= mean).all()
+    assert (bits.mean(-1) > mean - 0.2).all()
+    order = need.argsort(-1)
+    assert (bits.gather(-1, order).diff(dim=-1) >= 0).all()  # who needs more has no fewer
+
+
+def test_qaq_keeps_what_is_far_and_gives_looked_at_tokens_a_smaller_step():
+    s = KVCache(algorithm="qaq", bits=3, window=8, group_size=32)
+    made = QAQ(s, None, 0, 64)
+    keys = torch.randn(1, 1, 40, 32, generator=torch.Generator().manual_seed(0))
+    keys[0, 0, :, 7] = 30.0  # furthest from the mean of every token
+    made.update(keys.clone(), keys.clone())
+    looked = torch.full((1, 1, 40), 0.01)
+    looked[..., 3], looked[..., 20] = 20.0, 20.0
+    made.look(looked)
+    made.forget()
+    assert made.done == 32
+    assert torch.equal(made.keys[0, 0, :40, 7], keys[0, 0, :, 7])
+    error = (made.keys[:, :, :32] - keys[:, :, :32]).square().mean((0, 1, 3))
+    others = [i for i in range(32) if i not in (3, 20)]
+    assert error[[3, 20]].max() < 0.1 * error[others].min()
+    numbers = made.stored_bits() / (2 * 40 * 32)
+    assert numbers == pytest.approx((32 * (3 + 35 / 32 + 1) + 8 * 16) / 40)
+
+
+def test_wkvquant_rounds_tokens_of_channels_made_alike(base, windows):
+    cache = DynamicCache(config=base.config)
+    with torch.no_grad():
+        base(windows, past_key_values=cache, use_cache=True)
+    facts = find_ranges(base, windows)
+    for name in ("keys", "values"):
+        x = getattr(cache.layers[2], name)
+        middle, half = facts[2][name]
+        alike = (x - middle) / half
+        assert torch.allclose(alike.amax((0, TIME)), torch.ones(5, 32), atol=1e-4)
+        assert torch.allclose(alike.amin((0, TIME)), -torch.ones(5, 32), atol=1e-4)
+    made = WKVQuant(KVCache(algorithm="wkvquant", bits=2), facts, 2, 96)
+    found = made.rounded_values(x, slice(0, 96))
+    assert torch.allclose(found, in_blocks(alike, 2, WIDTH, 32) * half + middle, atol=1e-5)
+
+
+def test_one_large_channel_costs_other_channels_nothing_in_wkvquant():
+    x = torch.randn(1, 1, 64, 32, generator=torch.Generator().manual_seed(0))
+    x[..., 5] = 12 + 0.1 * x[..., 5]
+    low, high = x.amin((0, TIME), keepdim=True), x.amax((0, TIME), keepdim=True)
+    facts = [dict(keys=((low + high) / 2, (high - low) / 2))]
+    made = WKVQuant(KVCache(algorithm="wkvquant", bits=3), facts, 0, 64)
+    others = [i for i in range(32) if i != 5]
+    lost = lambda y: (y - x)[..., others].square().mean()
+    assert lost(made.rounded_keys(x, slice(0, 64))) < 0.3 * lost(in_blocks(x, 3, WIDTH, 32))
+
+
+def test_a_latent_of_full_length_changes_nothing_and_a_short_one_is_the_best_product(base, windows):
+    with torch.no_grad():
+        whole = base(windows).logits
+        again = with_latents(base, windows, 16)(windows).logits
+        assert torch.allclose(again, whole, atol=2e-2)
+        short = with_latents(base, windows, 2)
+    attention, own = short.model.layers[0].self_attn, base.model.layers[0].self_attn
+    joint = torch.cat([attention.k_proj.weight, attention.v_proj.weight])
+    assert torch.linalg.matrix_rank(joint, rtol=1e-4) == latent_length(320, 2) == 40
+    assert not torch.equal(own.k_proj.weight, attention.k_proj.weight)  # base is as it was
+    x = base.model.layers[0].input_layernorm(base.model.embed_tokens(windows)).flatten(0, 1)
+    before = torch.cat([own.k_proj.weight, own.v_proj.weight]) @ x.T
+    error = (joint @ x.T - before).square().sum()
+    values = torch.linalg.svdvals(before)
+    assert error.item() == pytest.approx(values[40:].square().sum().item(), rel=1e-2)
+
+
+def test_a_latent_is_counted_alone(base, windows):
+    s = KVCache(algorithm="mla", bits=2)
+    found = measured(with_latents(base, windows, 2), windows, 32, kv_of(base, s))
+    assert found["bits_per_weight"] == 2
+    text = says(
+        with_latents, GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2)), windows, 2
+    )
+    assert "linear layers" in text or "k_proj" in text
 
 
 def test_h2o_keeps_the_new_and_the_looked_at_and_forgets_for_good():

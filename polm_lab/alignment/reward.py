@@ -22,7 +22,7 @@ from ..core.run import Run
 from ..data.batches import Order
 from ..data.encode import encode, encode_each
 from ..data.load import load_data, load_held_out
-from ..models.attach import can_merge
+from ..models.attach import can_merge, merge_adapter
 from ..models.layers import switch_off_dropout
 from ..models.load import load_model
 from ..models.save import save_model
@@ -377,12 +377,12 @@ def reward(settings: RewardModel, run: Run) -> None:
             trl_rows(settings, pairs),
             evaluate,
             config=config,
-            merge=True,
+            finish=merge_adapter,
         )
         del model.forward
     else:
         updates = answer_updates(pairs, order, settings, pad)
-        fit(run, settings, scorer, updates, loss, evaluate, merge=True)
+        fit(run, settings, scorer, updates, loss, evaluate, finish=merge_adapter)
     if run.writes:
         if held_out and not run.lines("samples"):
             samples = sample_rows(scorer, tokenizer, held_rows, held_out, held_rewards)

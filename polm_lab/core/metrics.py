@@ -399,6 +399,7 @@ _ALL += [
         "down",
     ),
     Metric("size_mib", "size of the weights", unit="MiB", better="down"),
+    Metric("bits_per_weight", "bits that a weight takes", unit="bits", better="down"),
 ]
 
 # %% ../../nbs/core/metrics.ipynb #c8be07c5

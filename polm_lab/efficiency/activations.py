@@ -136,10 +136,10 @@ def seen_inputs(block: nn.Module, inputs: BlockInputs, tokens: int = 512) -> lis
         device = next(iter(group.layers.values())).weight.device
         found.append(Seen(group.layers, group.hessian.to(device), None, None, None))
 
-    given = set()  # where the outputs of norms are
+    given = {}  # the outputs of norms by place; they are kept, so that nothing else takes it
 
     def gave(norm, args, out):
-        given.add(out.data_ptr())
+        given[out.data_ptr()] = out
 
     def look(seen):
         def hook(layer, args):

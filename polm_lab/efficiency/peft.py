@@ -70,6 +70,8 @@ def training_cost(policy: Policy, batch: dict, repeats: int = 2) -> dict[str, fl
         began = time.perf_counter()
         loss, kept = kept_bytes(policy, forward)
         loss.backward()
+        if loss.is_cuda:
+            torch.cuda.synchronize()  # a GPU still computes when Python goes on
         seconds.append(time.perf_counter() - began)
         policy.zero_grad()
     return dict(

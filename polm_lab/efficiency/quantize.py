@@ -239,7 +239,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     "Return codes [out, in] as bytes [bits, out, ⌈in/8⌉]: a plane for each bit, the lowest first."
     import numpy as np
 
-    planes = [(codes.numpy() >> k) & 1 for k in range(bits)]
+    planes = [(codes.cpu().numpy() >> k) & 1 for k in range(bits)]
     return torch.from_numpy(np.packbits(np.stack(planes), axis=2))
 
 

@@ -233,7 +233,7 @@ def train_judge(settings: ReFT, run: Run, pairs: list[dict]):
         device=settings.device,
         adapter=settings.adapter,
     )
-    return load_reward(str(made.path), settings.device)
+    return load_reward(str(made.path), settings.device, settings.dtype)
 
 # %% ../../nbs/finetuning/reft.ipynb #4709e3be
 @method(

@@ -25,7 +25,7 @@ from ..core.knobs import Part, WrongInput, knob
 from ..core.settings import Settings, redefault
 from ..models.policy import Policy, states
 from ..core.method import method
-from ..models.attach import can_merge
+from ..models.attach import can_merge, merge_adapter
 from ..models.load import load_model
 from ..models.tokenizers import load_tokenizer
 from ..models.save import save_model
@@ -524,6 +524,6 @@ def retriever(settings: Retriever, run: Run) -> None:
         vectors = encoder(batch["input_ids"], batch["attention_mask"])
         return with_gradient(vectors, batch["pull"], batch["losses"])
 
-    fit(run, settings, encoder, updates, loss, evaluate, merge=True)
+    fit(run, settings, encoder, updates, loss, evaluate, finish=merge_adapter)
     if run.writes:
         save_encoder(encoder.model, tokenizer, run.path / "model")

@@ -400,9 +400,12 @@ def _kl_of(
     ref_rows: Tensor,
     ref: Readout,
     temperature: float,
-    reverse: bool,
+    reverse: float,
 ) -> Tensor:
     "Compute the KL [n] between two models from the inputs of their heads."
+    if 0 < reverse < 1:
+        ways = [_kl_of(rows, readout, ref_rows, ref, temperature, way) for way in (False, True)]
+        return torch.lerp(*ways, reverse)
     if readout.weight is None or ref.weight is None:
         return dense_kl(readout.logits(rows), ref.logits(ref_rows), reverse, temperature)
     return full_kl(
@@ -466,12 +469,15 @@ class Policy(PrefixReader):
         temperature: float = 1.0,
         entropy: bool = False,
         reference: "Policy | None" = None,
-        reverse: bool = False,
+        reverse: float = 0.0,
         prefix: Tensor | None = None,
         value: nn.Module | None = None,
         logprobs: bool = True,
     ) -> TokenStats:
         """Compute log-probs (and entropy, and KL to `reference`) of the target tokens.
+
+        The KL is Σ p log(p/q) of this policy p and the reference q for `reverse` 0, and Σ q log(q/p)
+        for 1. Between 0 and 1 it is the sum of both, weighed by 1 − `reverse` and `reverse`.
 
         Targets are where `completion_mask` [rows, time] is 1; by default all real tokens. Padding
         may be on either side. `position_ids` are needed for packed rows only: they start again at

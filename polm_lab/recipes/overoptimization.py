@@ -182,7 +182,7 @@ def overoptimization(settings: Overoptimization, run: Run) -> None:
             **shared,
         )
         liked = torch.tensor(
-            load_reward(str(proxy.path), settings.device)(
+            load_reward(str(proxy.path), settings.device, settings.dtype)(
                 [row["prompt"] for row in rows], completions
             )
         ).view_as(gold)

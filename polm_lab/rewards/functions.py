@@ -273,12 +273,16 @@ share_parts("rewards", REWARD_PARTS)
 
 # %% ../../nbs/rewards/functions.ipynb #43fd724a
 def make_rewards(
-    spec: str, score: Callable[[dict, str], float] | None = None, longest: int = 256
+    spec: str,
+    score: Callable[[dict, str], float] | None = None,
+    longest: int = 256,
+    device: str = "auto",
+    dtype: str = "auto",
 ) -> list[Reward]:
     """Make the rewards that `spec` asks for.
 
     `score(row, text)` decides what is correct, `None` if nobody knows.
-    The longest completion has `longest` tokens.
+    The longest completion has `longest` tokens. Reward models compute on `device`, in `dtype`.
     Raises: `WrongInput` for a reward that is unknown, comes twice or cannot be used here.
     """
     makers = {
@@ -326,7 +330,7 @@ def make_rewards(
         function = (
             makers[name]()
             if name in makers
-            else load_reward(name.removeprefix("model:"))
+            else load_reward(name.removeprefix("model:"), device, dtype)
             if short == "model"
             else load_function(name)
         )

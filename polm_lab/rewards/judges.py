@@ -470,7 +470,8 @@ def make_judge(
             where, name, principles, read_key(key_variable), tries, max_new_tokens, say=say
         )
     elif kind == "rule":
-        judge = RuleJudge(make_rewards(where, score, max_new_tokens), load_tokenizer(own))
+        rules = make_rewards(where, score, max_new_tokens, device, dtype)
+        judge = RuleJudge(rules, load_tokenizer(own))
     else:
         model = own if where == "self" else where
         policy = Policy(load_model(model, dtype, device).requires_grad_(False))

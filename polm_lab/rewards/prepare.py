@@ -38,7 +38,8 @@ def prepare_on_policy(
     if not isinstance(rewards, list):
         score = scorer(settings.data, rows)
         text = rewards(score is not None) if rewards else settings.rewards
-        rewards = make_rewards(text, score, settings.max_new_tokens)
+        place = settings.device, settings.dtype
+        rewards = make_rewards(text, score, settings.max_new_tokens, *place)
     policy, tokenizer = load_policy(settings)
     try_rewards(rewards, rows, tokenizer)
     reward_fn = as_reward_fn(rewards)

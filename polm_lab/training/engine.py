@@ -16,6 +16,7 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Callable
 
 from ..core.knobs import WrongInput
 from ..core.settings import Settings
@@ -301,7 +302,7 @@ def train_with_trl(
     *,
     config: dict | None = None,
     rows_per_step: int | None = None,
-    merge: bool = False,
+    finish: Callable | None = None,
     **trainer_arguments,
 ) -> None:
     """Train `policy` in place with TRL's `<trainer>Trainer`, as `fit` and `save_model` do.
@@ -315,7 +316,7 @@ def train_with_trl(
     - `trainer_arguments` go to the trainer: reward functions, reference model, data_collator. With
       a collator every column reaches it.
     - `evaluate()` returns metrics of the policy as it is.
-    - `merge`: that of `fit`.
+    - `finish`: that of `fit`.
 
     Raises: `WrongInput` for what TRL refuses; `Stopped` if the run was asked to stop (its state is
     saved); `FloatingPointError` if the loss is not finite.
@@ -369,7 +370,7 @@ def train_with_trl(
                 f"{run.id}: stopped after step {done}; `polm resume {run.id}` goes on from there"
             )
 
-    as_saved(run, settings, policy, merge)
+    as_saved(run, settings, policy, finish)
     if evaluate:
         run.frame("after", evaluate())
     if run.writes:

@@ -306,7 +306,7 @@ def fit(
     updates: Callable[[int, Meter], Iterable[list[dict]]],
     loss: Callable[[torch.nn.Module, dict, Meter], torch.Tensor],
     evaluate: Callable[[], dict[str, float]] | None = None,
-    merge: bool = False,
+    finish: Callable[[torch.nn.Module], torch.nn.Module] | None = None,
 ) -> None:
     """Train `policy` in place for `settings.steps` steps, and write the record.
 
@@ -316,8 +316,8 @@ def fit(
     - `loss(policy, batch, meter)` returns the summed loss, a scalar with gradient.
     - `evaluate()` returns metrics of the policy as it is.
 
-    Before the last evaluation the weights are rounded to the type that they are saved in. With
-    `merge`, the adapter of `policy.model` is merged into it before that.
+    Before the last evaluation `policy.model` becomes `finish(policy.model)`, such as `merge_adapter`,
+    and the weights are rounded to the type that they are saved in.
 
     Raises: `Stopped` if the run was asked to stop (its state is saved); `FloatingPointError` if the
     loss is not finite (the batch is saved).
@@ -364,24 +364,22 @@ def fit(
         progress(step + 1, metrics)
         save_or_stop(run, settings, accelerator, step + 1)
 
-    as_saved(run, settings, policy, merge)
+    as_saved(run, settings, policy, finish)
     if evaluate:
         run.frame("after", evaluate())
     if settings.tracker != "none":
         accelerator.end_training()
 
 # %% ../../nbs/training/loop.ipynb #1075ebe8
-def as_saved(run: Run, settings: Settings, policy: torch.nn.Module, merge: bool = False) -> None:
-    """Bring `policy` into the form that is saved: adapter merged, weights in `save_dtype`.
+def as_saved(run: Run, settings: Settings, policy: torch.nn.Module, finish=None) -> None:
+    """Bring `policy` into the form that is saved: that of `finish`, in `save_dtype`.
 
-    The adapter is merged only with `merge`. Call this after the last checkpoint, which keeps the
-    weights in 32 bits.
+    Call this after the last checkpoint, which keeps the weights in 32 bits.
     """
-    from polm_lab.models.attach import merge_adapter
     from polm_lab.models.save import round_weights
 
-    if merge:
-        policy.model = merge_adapter(policy.model)
+    if finish:
+        policy.model = finish(policy.model)
     for line in round_weights(policy, settings.save_dtype):
         run.note(line)
 
