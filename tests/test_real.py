@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from polm_lab.core.knobs import WrongInput
 from polm_lab.core.method import find, methods
@@ -234,3 +235,23 @@ def test_the_page_of_a_method_ends_with_its_results(method):
     shown = "".join(cell["outputs"][0]["data"]["text/html"])
     for setting in {row["setting"] for row in read_real() if row["method"] == method}:
         assert html.escape(setting) in shown
+
+
+def test_a_kept_result_counts_in_whatever_dtype(tmp_path):
+    runs = small_runs(tmp_path, a=dict(steps=1, dtype="float32"))
+    runs.all(say=lambda line: None)
+    (other,) = small_runs(tmp_path, a=dict(steps=1, dtype="bfloat16")).plan["runs"]
+    (more,) = small_runs(tmp_path, a=dict(steps=2, dtype="float32")).plan["runs"]
+    assert runs.kept(other, 0)
+    assert not runs.kept(more, 0)
+    assert not runs.kept(other, 1)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_fast_dtype_is_that_of_the_machine(tmp_path, monkeypatch, there):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": there})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    place = tmp_path / "plan.toml"
+    place.write_text('[defaults]\ndtype = "fast"\n[sft.a]\nsteps = 1\n')
+    (run,) = read_real_plan(place)["runs"]
+    assert run["knobs"]["dtype"] == ("bfloat16" if there else "float32")

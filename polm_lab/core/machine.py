@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'LAUNCHES', 'use_utf8', 'quiet_libraries', 'first_line', 'data_folder', 'cache_folder', 'pick_device',
-           'pick_dtype', 'torch_dtype', 'seed_of', 'seed_all', 'peak_memory', 'process_rank_and_count', 'check_launch',
-           'my_share']
+           'pick_dtype', 'has_bfloat16', 'torch_dtype', 'seed_of', 'seed_all', 'peak_memory', 'process_rank_and_count',
+           'check_launch', 'my_share']
 
 # %% ../../nbs/core/machine.ipynb #20f8ed89
 import codecs
@@ -121,8 +121,17 @@ def pick_dtype(device="auto"):
     import torch
 
     device = pick_device(device)
-    in_hardware = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if in_hardware else torch.float32
+    return torch.bfloat16 if device.type == "cuda" and has_bfloat16(device) else torch.float32
+
+
+def has_bfloat16(device) -> bool:
+    "Return whether a torch device computes with bf16 in hardware; else it is slower than fp32."
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return any(there for name, there in found.items() if name.endswith("bf16"))
 
 # %% ../../nbs/core/machine.ipynb #09538249
 def torch_dtype(name, device):

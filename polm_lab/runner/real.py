@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
 from ..core.knobs import WrongInput, nearest
-from ..core.machine import data_folder
+from ..core.machine import data_folder, has_bfloat16, pick_device
 from ..core.method import find
 from ..core.run import Run, replace_file
 from ..data.load import load_data
@@ -35,7 +35,8 @@ REFERENCE = re.compile(r"(train|held|corpus|run):([^,;#]+)")
 def read_real_plan(path: Path | None = None) -> dict:
     """Return the plan of `make real`: its `defaults`, its `data`, and its `runs` as a list.
 
-    Each run is a dict of method, setting, seeds and knobs.
+    Each run is a dict of method, setting, seeds and knobs. A `dtype` of `fast` is bfloat16 where
+    this machine has it in hardware, else float32.
     Raises: `WrongInput` for a file that cannot be read, and for an unknown method.
     """
     path = path or data_folder() / "real" / "plans.toml"
@@ -44,6 +45,9 @@ def read_real_plan(path: Path | None = None) -> dict:
     except (OSError, ValueError) as error:
         raise WrongInput(f"{path}: cannot be read ({error}); expected a TOML file") from None
     defaults, data = found.pop("defaults", {}), found.pop("data", {})
+    if defaults.get("dtype") == "fast":
+        quick = has_bfloat16(pick_device())
+        defaults["dtype"] = "bfloat16" if quick else "float32"
     runs = []
     for method, settings in found.items():
         known = find(
@@ -245,8 +249,6 @@ def word_f1(text: str, wanted: str) -> float:
 
 def measure_win_rate(run: Run, rows: int = 200, max_new_tokens: int = 48) -> dict:
     "Return the share of held-out instructions that a run answers better than its model, by F1."
-    import torch
-
     from polm_lab.data.encode import encode
     from polm_lab.models.load import load_model
     from polm_lab.models.rollout import rollout
@@ -258,7 +260,7 @@ def measure_win_rate(run: Run, rows: int = 200, max_new_tokens: int = 48) -> dic
     scores = []
     for source in (run.settings["model"], str(run.path)):
         tokenizer = load_tokenizer(source)
-        model = load_model(source, dtype=torch.bfloat16).eval()
+        model = load_model(source, dtype=run.record["dtype"]).eval()
         prompts = [encode(tokenizer, row, "prompt", 512)["input_ids"] for row in asked]
         rolled = rollout(model, tokenizer, prompts, max_new_tokens=max_new_tokens, temperature=0.0)
         scores.append([word_f1(text, right) for text, right in zip(rolled.texts, wanted)])
@@ -475,11 +477,13 @@ class RealRuns(RealFolder):
         self.notebook, self.results = notebook, results or real_file()
 
     def kept(self, planned: dict, seed: int) -> bool:
-        "Return whether the results of a run with these knobs are kept."
-        asked = (planned["method"], planned["setting"], str(seed), _text(planned["knobs"]))
+        "Return whether the results of a run with these knobs are kept, in whatever dtype."
+        own = planned["knobs"] | dict(dtype="")
+        asked = (planned["method"], planned["setting"], str(seed), own)
         for row in read_real(self.results):
             setting = row["setting"].partition(": ")[0]  # a run may compare several models
-            if (row["method"], setting, row["seed"], row["knobs"]) == asked:
+            knobs = json.loads(row["knobs"]) | dict(dtype="")
+            if (row["method"], setting, row["seed"], knobs) == asked:
                 return True
         return False
 
