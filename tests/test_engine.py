@@ -1,9 +1,11 @@
 """`engine="trl"`: TRL's trainers have our tokens, loss, gradient and schedule, and our record."""
 
+import contextlib
 import copy
 import json
 import math
 import sys
+import types
 
 import pytest
 import torch
@@ -33,7 +35,7 @@ from polm_lab.models.policy import Policy
 from polm_lab.core.metrics import metric
 from polm_lab.models.load import load_model
 from polm_lab.models.tokenizers import load_tokenizer
-from polm_lab.training.loop import learning_rate_at
+from polm_lab.training.loop import Meter, Updater, learning_rate_at, make_accelerator
 from polm_lab.core.run import Run, Stopped, all_runs
 
 COMMON = dict(
@@ -371,3 +373,32 @@ def test_metrics_that_are_not_ours_are_left_out():
             "kl": None,
         }
     ) == {"loss": 1.0, "reward/right": 0.5}
+
+
+def test_the_device_of_a_run_before_is_forgotten():
+    from accelerate.state import PartialState
+
+    asked = Settings(device="cpu")
+    assert make_accelerator(asked).device.type == "cpu"
+    PartialState._shared_state["device"] = torch.device("meta")  # as a run on another one leaves it
+    assert make_accelerator(asked).device.type == "cpu"
+
+
+@pytest.mark.parametrize("scale, ends", [(65536.0, False), (1.0, True), (None, True)])
+def test_a_gradient_that_overflows_in_float16_is_left_to_the_scaler(tmp_path, scale, ends):
+    model = torch.nn.Linear(2, 1)
+    scaler = None if scale is None else types.SimpleNamespace(get_scale=lambda: scale)
+    accelerator = types.SimpleNamespace(
+        scaler=scaler,
+        num_processes=1,
+        device=torch.device("cpu"),
+        autocast=contextlib.nullcontext,
+        backward=lambda loss: (loss * torch.inf).backward(),
+        clip_grad_norm_=torch.nn.utils.clip_grad_norm_,
+    )
+    run = Run.create("sft", {}, out=tmp_path)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    loss = lambda model, batch, meter: model(batch["x"]).sum()
+    update = Updater(run, accelerator, model, optimizer, loss, [], 1.0)
+    with pytest.raises(FloatingPointError) if ends else contextlib.nullcontext():
+        update(0, [dict(x=torch.ones(3, 2), weight=3.0)], Meter())

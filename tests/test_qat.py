@@ -15,6 +15,9 @@ import polm_lab as lab
 from polm_lab.core.knobs import WrongInput
 from polm_lab.core.method import find
 from polm_lab.core.run import all_runs
+from polm_lab.data.batches import collate
+from polm_lab.data.encode import encode_rows
+from polm_lab.data.load import load_data
 from polm_lab.efficiency.compression.numbers import fit_grid
 from polm_lab.efficiency.compression.rounding import gptq, nearest
 from polm_lab.efficiency.qat import (
@@ -38,9 +41,11 @@ from polm_lab.models.layers import blocks_of, linear_layers
 from polm_lab.models.load import load_model
 from polm_lab.models.logprobs import dense_kl
 from polm_lab.models.policy import Policy
+from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.runner.export import export
 from polm_lab.runner.seeds import read_results
 from polm_lab.training import conformance as check
+from polm_lab.training.layerwise import calibration
 
 SHORT = dict(steps=3, batch_size=4, eval_rows=4, max_length=64, calibration_samples=2)
 
@@ -57,7 +62,7 @@ def says(call, *values, **more) -> str:
 
 
 @pytest.fixture(scope="module")
-def runs():
+def made():
     "A short run of each algorithm."
     return {name: lab.run("qat", algorithm=name, **SHORT) for name in ALGORITHMS}
 
@@ -234,6 +239,30 @@ def test_confidence_is_the_mean_over_rows_of_the_mean_probability():
     assert confidence(Policy(model), [batch]) == pytest.approx(wanted.item(), rel=1e-4)
 
 
+def test_the_loss_of_a_run_is_the_mixture_by_confidence():
+    settings = dict(
+        algorithm="bitdistiller", data="chat#4", steps=1, batch_size=4, learning_rate=0.0
+    )
+    run = lab.run("qat", eval_rows=4, calibration_samples=2, max_length=64, **settings)
+    tokenizer, model = load_tokenizer("tiny"), load_model("tiny", "float32", "cpu").eval()
+    rows = encode_rows(tokenizer, load_data("chat#4", "completion"), "completion", 64)
+    batch = collate(rows, tokenizer.pad_token_id)
+    teacher = load_model("tiny", "float32", "cpu").eval()
+    share = confidence(Policy(teacher), [batch])
+    windows = calibration(tokenizer, "chat#4", 2, 64, 0)
+    round_model(model, QAT(algorithm="bitdistiller"), windows)
+    learned = batch["completion_mask"][:, 1:].bool()
+    with torch.no_grad():
+        ids, real = batch["input_ids"], batch["attention_mask"]
+        one, other = (
+            m(input_ids=ids, attention_mask=real).logits[:, :-1] for m in (model, teacher)
+        )
+    student, whole = one[learned], other[learned]
+    wanted = share * dense_kl(student, whole) + (1 - share) * dense_kl(student, whole, reverse=True)
+    assert 0.2 < share < 0.95
+    assert run.lines()[0]["loss"] == pytest.approx(wanted.mean().item(), rel=1e-3)
+
+
 # Whole models -----------------------------------------------------------------------------------
 
 
@@ -311,8 +340,8 @@ def test_every_algorithm_conforms(base, prop, tmp_path):
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_a_run_holds_codes_that_are_its_weights(runs, name):
-    run = runs[name]
+def test_a_run_holds_codes_that_are_its_weights(made, name):
+    run = made[name]
     model = load_model(run.path / "model", "float32", "cpu")
     with safe_open(run.path / "codes.safetensors", "pt") as file:
         facts = json.loads(file.metadata()["matrices"])
@@ -334,8 +363,8 @@ def test_a_run_holds_codes_that_are_its_weights(runs, name):
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_the_summary_counts_bits(runs, name):
-    before, after = runs[name].summary["before"], runs[name].summary["after"]
+def test_the_summary_counts_bits(made, name):
+    before, after = made[name].summary["before"], made[name].summary["after"]
     assert before["bits_per_weight"] == 32
     least = {"qlora": 7, "qa_lora": 5.5}.get(name, 5)  # embeddings keep their 32 bits
     assert least < after["bits_per_weight"] < least + 1
@@ -370,9 +399,9 @@ def test_a_run_goes_on_from_one_with_an_adapter(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ste", "lsq", "dl_qat", "bitdistiller"])
-def test_grids_are_exported(runs, name, tmp_path):
+def test_grids_are_exported(made, name, tmp_path):
     pytest.importorskip("compressed_tensors")
-    run = runs[name]
+    run = made[name]
     place = export(run.id, "compressed-tensors", tmp_path / "packed")
     config = json.loads((place / "config.json").read_text())["quantization_config"]
     assert config["format"] == "pack-quantized"
@@ -388,8 +417,8 @@ def test_grids_are_exported(runs, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["qa_lora", "qlora"])
-def test_grids_with_other_zeros_are_refused(runs, name, tmp_path):
-    text = says(export, runs[name].id, "compressed-tensors", tmp_path / "x")
+def test_grids_with_other_zeros_are_refused(made, name, tmp_path):
+    text = says(export, made[name].id, "compressed-tensors", tmp_path / "x")
     assert name in text
 
 

@@ -24,7 +24,7 @@ import torch
 
 from ..core.knobs import WrongInput
 from ..core.settings import Settings
-from ..core.machine import peak_memory, process_rank_and_count, seed_all
+from ..core.machine import peak_memory, pick_device, process_rank_and_count, seed_all
 from ..core.metrics import without_counts
 from ..core.run import Progress, Run, Stopped
 from .budget import step_hooks, with_total_step
@@ -111,7 +111,10 @@ def make_accelerator(settings: Settings):
         check_tracker(tracker)
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     # a notebook runs several methods, with different precisions, in one process
-    AcceleratorState._reset_state()
+    alone, device = process_rank_and_count()[1] == 1, pick_device(settings.device)
+    AcceleratorState._reset_state(reset_partial_state=alone)  # which remembers a device
+    if alone and device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # accelerate trains on the current one
     mixed = {"bfloat16": "bf16", "float16": "fp16"}.get(settings.dtype, "no")
     made = Accelerator(
         cpu=settings.device == "cpu" or not torch.cuda.is_available(),
@@ -267,7 +270,8 @@ class Updater:
             self.add_gradient(step, batch, total, n == len(batches), meter)
             tokens += tokens_in(batch)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip or math.inf)
-        if not torch.isfinite(norm):
+        scaler = self.accelerator.scaler  # in float16 it leaves out a step that overflows
+        if not torch.isfinite(norm) and (scaler is None or scaler.get_scale() <= 1):
             not_finite(self.run, step, batches[-1])
         self.optimizer.step()
         for hook in self.hooks:
