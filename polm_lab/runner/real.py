@@ -478,12 +478,11 @@ class RealRuns(RealFolder):
 
     def kept(self, planned: dict, seed: int) -> bool:
         "Return whether the results of a run with these knobs are kept, in whatever dtype."
-        own = planned["knobs"] | dict(dtype="")
-        asked = (planned["method"], planned["setting"], str(seed), own)
+        asked = (planned["method"], planned["setting"], str(seed))
         for row in read_real(self.results):
             setting = row["setting"].partition(": ")[0]  # a run may compare several models
-            knobs = json.loads(row["knobs"]) | dict(dtype="")
-            if (row["method"], setting, row["seed"], knobs) == asked:
+            same = json.loads(row["knobs"]) | dict(dtype="") == planned["knobs"] | dict(dtype="")
+            if same and (row["method"], setting, row["seed"]) == asked:
                 return True
         return False
 
