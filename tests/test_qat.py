@@ -18,7 +18,7 @@ from polm_lab.core.run import all_runs
 from polm_lab.data.batches import collate
 from polm_lab.data.encode import encode_rows
 from polm_lab.data.load import load_data
-from polm_lab.efficiency.compression.numbers import fit_grid
+from polm_lab.efficiency.compression.numbers import fit_grid, spread
 from polm_lab.efficiency.compression.rounding import gptq, nearest
 from polm_lab.efficiency.qat import (
     ALGORITHMS,
@@ -176,7 +176,7 @@ def test_cut_ends_are_the_best_of_all_pairs():
     W, X = seeded(4, 16), seeded(16, 100, seed=1)
     W[:, 3] += 4
     H = X @ X.T
-    low, high = cut_ends(W, H, 2, 8, False)
+    low, high = (spread(end, 8, 16) for end in cut_ends(W, H, 2, 8, False))
     cut = nearest(W.clamp(low, high), 2, 8).weight()
     loss = lambda made, part: ((made - W)[:, part] @ X[part]).square().sum(1)
     for part in (slice(0, 8), slice(8, 16)):
@@ -400,9 +400,8 @@ def test_a_run_goes_on_from_one_with_an_adapter(tmp_path):
 
 @pytest.mark.parametrize("name", ["ste", "lsq", "dl_qat", "bitdistiller"])
 def test_grids_are_exported(made, name, tmp_path):
-    pytest.importorskip("compressed_tensors")
     run = made[name]
-    place = export(run.id, "compressed-tensors", tmp_path / "packed")
+    place = export(str(run.path), "compressed-tensors", tmp_path / "packed")
     config = json.loads((place / "config.json").read_text())["quantization_config"]
     assert config["format"] == "pack-quantized"
     from transformers import CompressedTensorsConfig
@@ -418,7 +417,7 @@ def test_grids_are_exported(made, name, tmp_path):
 
 @pytest.mark.parametrize("name", ["qa_lora", "qlora"])
 def test_grids_with_other_zeros_are_refused(made, name, tmp_path):
-    text = says(export, made[name].id, "compressed-tensors", tmp_path / "x")
+    text = says(export, str(made[name].path), "compressed-tensors", tmp_path / "x")
     assert name in text
 
 

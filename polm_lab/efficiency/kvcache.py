@@ -313,7 +313,7 @@ class QAQ(KIVI):
 
 # %% ../../nbs/efficiency/kvcache.ipynb #72eea5119410473aa328ad9291626812
 @torch.no_grad()
-def find_ranges(model, windows: Tensor, bits: int = 0) -> list[dict]:
+def find_ranges(model, windows: Tensor) -> list[dict]:
     "Return for each layer the middle and half the range of each channel of `keys` and `values`."
     cache = DynamicCache(config=model.config)
     model(windows.to(model.device), past_key_values=cache, use_cache=True)
@@ -445,7 +445,10 @@ CACHES: dict[str, type] = {
 }
 
 
-FACTS = {"kvquant": find_tables, "wkvquant": find_ranges}  # what is found on a calibration text
+FACTS = {  # what is found on a calibration text
+    "kvquant": find_tables,
+    "wkvquant": lambda model, windows, bits: find_ranges(model, windows),
+}
 
 
 def kv_of(model, s: KVCache, windows: Tensor | None = None) -> Callable[[int, int], KeptLayerCache]:

@@ -24,6 +24,7 @@ from ..models import logprobs
 from ..core.settings import make_settings, knobs
 from ..core.method import Method, find
 from ..core.metrics import metric
+from ..models.factors import Factored
 from ..models.load import load_model
 from ..core.run import Run, Stopped
 
@@ -72,6 +73,9 @@ def saved_update(run: Run) -> torch.Tensor:
     settings = run.settings
     start = load_model(settings["model"], "float32", "cpu", seed=settings["seed"], head=head)
     before, after = start.state_dict(), made.state_dict()
+    for name, part in made.named_modules():
+        if isinstance(part, Factored):  # a run may end with factors
+            after[f"{name}.weight"] = part.product().detach()
     shared = [name for name in before if name in after]
     return torch.cat([(after[name].double() - before[name].double()).flatten() for name in shared])
 
