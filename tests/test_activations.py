@@ -12,6 +12,7 @@ from polm_lab.data.encode import encode
 from polm_lab.data.load import load_data
 from polm_lab.efficiency.activations import (
     Activations,
+    LearnedForm,
     Seen,
     clipped_steps,
     float_weight,
@@ -374,14 +375,39 @@ def test_a_learned_turn_is_orthogonal_and_has_a_smaller_loss():
 def test_learning_by_block_loses_less():
     base = load_model("tiny", dtype="float32", device="cpu").eval()
     windows = calibration(load_tokenizer("tiny"), "chat", 8, 64)
-    for algorithm in ("omniquant", "zeroquant"):
+    for algorithm in ("omniquant", "mobilequant", "zeroquant"):
         errors = {}
         for steps in (0, 20):
             model = copy.deepcopy(base)
             s = Activations(algorithm=algorithm, weight_bits=3, activation_bits=4, tune_steps=steps)
             facts = next(round_model(model, windows, s, {}, measure=True))
             errors[steps] = facts["output_error"]
-        assert errors[20] < (0.97 if algorithm == "omniquant" else 0.8) * errors[0]
+        assert errors[20] < (0.8 if algorithm == "zeroquant" else 0.97) * errors[0]
+
+
+def test_mobilequant_knows_its_range_before_it_sees_inputs():
+    x, W = inputs()
+    learned = LearnedForm(seen_of(x, W), settings("mobilequant", 6))
+    form, shares = learned.found()
+    assert form.shift is None
+    assert len(form.rounded(form.there(x)).unique()) <= 2**6  # one grid for all tokens and channels
+    alone = torch.cat([form(token[None]) for token in x[:20]])
+    assert torch.equal(alone, form(x[:20]))  # no token changes the step of another
+    assert form.there(form(100 * x)).max() <= form.high.max() * 1.05  # what is beyond is cut
+    assert torch.allclose(shares["w"], torch.full((32, 1), 4.0).sigmoid())
+    learned.form()(x).square().sum().backward()
+    assert learned.share.grad.abs().min() > 0
+    assert learned.size.grad.abs().sum() > 0
+
+
+def test_what_omniquant_learns_begins_as_smoothquant_around_the_middle():
+    x, W = inputs()
+    form, _ = LearnedForm(seen_of(x, W), settings("omniquant", 6)).found()
+    middle = (x.amax(0) + x.amin(0)) / 2
+    gain = smooth_gain((x.amax(0) - x.amin(0)) / 2, [W], 0.5)
+    assert torch.allclose(form.shift, middle)
+    assert torch.allclose(form.gain, gain, rtol=1e-5)
+    assert form.low is None
 
 
 def test_planted_outliers_leave_the_logits_and_make_channels_large():

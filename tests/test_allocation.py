@@ -1,20 +1,22 @@
 """The more sensitive a block, the fewer of its weights go, with the values written out.
 
-OWL goes by outliers, SAMSP by the Hessian.
+OWL goes by outliers, SAMSP by the trace of the loss's second derivatives.
 """
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import polm_lab as lab
 from polm_lab.training.layerwise import Inputs, calibration
-from polm_lab.models.layers import blocks_of
+from polm_lab.models.layers import blocks_of, linear_layers
 from polm_lab.models.load import load_model
 from polm_lab.models.tokenizers import load_tokenizer
 from polm_lab.core.knobs import OFF, WrongInput
 from polm_lab.core.settings import make_settings, part_knobs, value_named
-from polm_lab.efficiency.prune import Prune, allocate, block_sensitivity
+from polm_lab.efficiency.prune import Prune, allocate, block_sensitivity, hessian_traces
 from polm_lab.efficiency.prune import parse_allocation, sparsities
 from polm_lab.runner import launch, sweep
 from polm_lab.workbench.controls import Form
@@ -107,6 +109,32 @@ def test_saliency_is_half_the_curvature_times_the_square():
     weight = torch.tensor([[1.0, -1.0], [2.0, 3.0]])
     expected = 0.5 * (5 * 1 + 2 * 1 + 5 * 4 + 2 * 9) / 4
     assert block_sensitivity(None, group([weight], x), "hessian") == pytest.approx(expected)
+
+
+def test_traces_are_those_of_the_second_derivatives():
+    "Each eᵢᵀHeᵢ of a very small model, next to the mean over many random signs."
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=12, hidden_size=4, intermediate_size=4, num_hidden_layers=2)
+    config = LlamaConfig(num_attention_heads=1, num_key_value_heads=1, **sizes)
+    model = LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(8)  # curved enough to be seen
+    windows = torch.randint(12, (1, 8))
+    exact = []
+    for block in blocks_of(model):
+        weights = [layer.weight for layer in linear_layers(block).values()]
+        with sdpa_kernel(SDPBackend.MATH):
+            loss = model(windows, labels=windows, use_cache=False).loss
+        slopes = torch.autograd.grad(loss, weights, create_graph=True)
+        slopes = torch.cat([slope.flatten() for slope in slopes])
+        total = 0.0
+        for i in range(len(slopes)):
+            row = torch.autograd.grad(slopes[i], weights, retain_graph=True)
+            total += torch.cat([part.flatten() for part in row])[i].item()
+        exact.append(total / len(slopes))
+    found = hessian_traces(model, windows.repeat(400, 1), 1)
+    assert found == pytest.approx(exact, rel=0.2)
+    assert abs(exact[0] / exact[1] - 1) > 0.3  # the two differ by more than that
 
 
 def plain_sensitivity(model, windows, kind) -> list[float]:

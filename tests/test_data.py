@@ -1003,3 +1003,40 @@ def test_a_hundred_thousand_rows(tmp_path):
     assert len(rows) == 100_000 - 256
     assert Counter(map(len, rows)) == {2: len(rows)}
     assert rows[-1].where == f"{path}:100000"
+
+
+def test_what_was_encoded_is_remembered_and_nothing_else_is(monkeypatch):
+    from polm_lab.data import encode as module
+
+    monkeypatch.setattr(module, "ENCODED", {})
+    row = load_data("chat", "preference")[0]
+    calls = []
+    plain = module._encoded
+    monkeypatch.setattr(module, "_encoded", lambda *a: calls.append(a) or plain(*a))
+    tokenizer = load_tokenizer("tiny")
+    first = encode(tokenizer, row, "preference", 128)
+    first["chosen"]["input_ids"].append(0)  # what a caller does with it changes nothing
+    assert encode(load_tokenizer("tiny"), dict(row), "preference", 128) != first
+    assert len(calls) == 1
+    other = load_tokenizer("tiny")
+    other.chat_template = other.chat_template.replace("\n", "\n\n") + " "
+    changed = [
+        (tokenizer, row, "preference", 127, True),
+        (tokenizer, row, "preference", 128, False),
+        (tokenizer, row | {"chosen": row["rejected"]}, "preference", 128, True),
+        (other, row, "preference", 128, True),
+    ]
+    longer = load_tokenizer("tiny")
+    longer.add_tokens(["wordthatnobodyuses"])
+    changed.append((longer, row, "preference", 128, True))
+    for number, one in enumerate(changed, 2):
+        encode(*one)
+        assert len(calls) == number
+    with pytest.raises(WrongInput):
+        encode(tokenizer, row, "preference", 2)
+    with pytest.raises(WrongInput):
+        encode(tokenizer, row, "preference", 2)
+    monkeypatch.setattr(module, "MOST_ENCODED", 3)
+    for length in range(100, 110):
+        encode(tokenizer, row, "preference", length)
+    assert len(module.ENCODED) == 3

@@ -18,13 +18,13 @@ from polm_lab.core.run import Run, all_runs
 
 KILLS = int(os.environ.get("POLM_KILLS", 3))
 SETTINGS = {
-    "sft": dict(steps=40, data="sums", batch_size=8, neftune_alpha=5),
-    "dpo": dict(steps=40, data="sums", batch_size=8),
-    "reward": dict(steps=60, data="sums", batch_size=8),
-    "grpo": dict(steps=40, data="sums", batch_size=16, num_generations=4, max_new_tokens=8),
+    "sft": dict(steps=40, data="sums#512", batch_size=8, neftune_alpha=5),
+    "dpo": dict(steps=40, data="sums#512", batch_size=8),
+    "reward": dict(steps=60, data="sums#512", batch_size=8),
+    "grpo": dict(steps=40, data="sums#512", batch_size=16, num_generations=4, max_new_tokens=8),
     "ppo": dict(
         steps=40,
-        data="sums",
+        data="sums#512",
         rewards="correct",
         batch_size=16,
         max_new_tokens=8,
@@ -34,7 +34,7 @@ SETTINGS = {
 
 # a method that is added is killed too
 SETTINGS |= {
-    name: dict(steps=40, data="sums", batch_size=16) | m.small
+    name: dict(steps=40, data="sums#512", batch_size=16) | m.small
     for name, m in methods().items()
     if m.trains and name not in SETTINGS
 }

@@ -33,7 +33,14 @@ from polm_lab.efficiency.compression.sparse import (
     wanda_score,
 )
 from polm_lab.efficiency.slim import cut_widths, slice_model
-from polm_lab.efficiency.compression.structured_surgery import rebuild
+from polm_lab.efficiency.compression.numbers import fit_grid
+from polm_lab.efficiency.compression.structured_surgery import (
+    SALIENCIES,
+    gradients,
+    layers_of,
+    rebuild,
+    taylor,
+)
 from polm_lab.efficiency.compression.rotation import fold_norms, principal, rotate
 from polm_lab.efficiency.compression.rotation import stream_covariances
 
@@ -205,6 +212,98 @@ def test_swaps_are_those_of_the_paper_one_row_at_a_time():
             gone, made = after, made + 1
         assert torch.equal(gone, expected)
     assert made > 5
+
+
+@pytest.mark.parametrize("of", [None, 4])
+def test_published_swaps_one_row_at_a_time(of):
+    """A row swaps while its mean output is off by more than 0.1, and each weight moves once.
+
+    Among neighbours, one may go whatever its sign, while the sign of the error stays.
+    """
+    g = torch.Generator().manual_seed(5)
+    W, X = (
+        torch.randn(16, 24, generator=g),
+        torch.randn(600, 24, generator=g) * (0.2 + torch.rand(24, generator=g))
+        + torch.randn(24, generator=g),
+    )
+    mean, var, norm = X.mean(0), X.var(0), X.norm(dim=0)
+    start = smallest(wanda_score(W, norm), 0.5, of and (2, of))
+    done, made = swap(W, start, mean, var, norm, 50, of, above=0.1), 0
+    for w, gone, expected in zip(W, start.clone(), done):
+        shift, moved, first = w * mean, set(), (w * mean)[gone].sum().sign()
+        while abs(error := shift[gone].sum().item()) > 0.1:
+            grow = [j for j in range(24) if gone[j] and j not in moved and error * shift[j] > 0]
+            if not grow:
+                break
+            back = max(grow, key=lambda j: (abs(shift[j]) / var[j]).item())
+            cut = [j for j in range(24) if not gone[j] and j not in moved]
+            cut = [j for j in cut if (j // of == back // of if of else error * shift[j] < 0)]
+            if not cut:
+                break
+            out = min(cut, key=lambda j: (w[j].abs() * norm[j]).item())
+            if of and (error - shift[back] + shift[out]).sign() != first:
+                break
+            gone[back], gone[out] = False, True
+            moved |= {back, out}
+            made += 1
+        assert torch.equal(gone, expected)
+    assert made > 5
+
+
+def test_what_stays_is_rounded_in_the_same_pass():
+    g = torch.Generator().manual_seed(1)
+    W = torch.randn(12, 32, generator=g)
+    alone = sparsegpt(W, torch.eye(32), 0.5, block=32, bits=3)  # nothing can compensate
+    gone, grid = smallest(W.abs(), 0.5, within="layer"), fit_grid(W, 3)
+    assert torch.equal(alone, grid.decode(grid.encode(W)).masked_fill(gone, 0.0))
+
+    X = torch.randn(32, 32, generator=g) @ torch.randn(32, 2048, generator=g)
+    H = X @ X.T
+    for bits in (2, 3):
+        together, after = sparsegpt(W, H, 0.5, bits=bits), sparsegpt(W, H, 0.5)
+        grid = fit_grid(W, bits)
+        assert torch.allclose(together, grid.decode(grid.encode(together)), atol=1e-6)
+        assert (together == 0).sum() >= 12 * 16
+        after = grid.decode(grid.encode(after)).masked_fill(after == 0, 0.0)
+        lost = [((W - one) @ X).square().sum() for one in (together, after)]
+        assert lost[0] < 0.95 * lost[1]
+
+
+def test_a_run_with_bits_says_how_many_are_left():
+    run = lab.run("prune", bits=4, **SMALL)
+    before, after = run.summary["before"], run.summary["after"]
+    assert before["bits_per_weight"] == 32
+    assert 1 + 4 / 2 < after["bits_per_weight"] < 1 + 4 / 2 + 20 / 100
+
+
+@pytest.mark.parametrize("saliency", SALIENCIES)
+def test_importance_by_first_and_second_order(base, windows, saliency):
+    "Over w and g of each window: |w ḡ|, w² mean(g²), |w ḡ − ½ w² mean(g²)|, |Σ w ḡ|."
+    model, block = copy.deepcopy(base), 1
+    gradients(model, windows, 8, squares=saliency in ("second", "mixed"))
+    neurons, heads = taylor(blocks_of(model)[block], 32, saliency)
+    plain, grads = copy.deepcopy(base), []
+    layers = layers_of(blocks_of(plain)[block])
+    for window in windows:
+        plain.zero_grad()
+        plain(window[None], labels=window[None]).loss.backward()
+        grads.append({name: layer.weight.grad.clone() for name, layer in layers.items()})
+
+    def units(name, dim):
+        w = layers[name].weight.detach()
+        g = torch.stack([one[name] for one in grads])
+        terms = w * g.mean(0)
+        if saliency == "second":
+            terms = w**2 * (g**2).mean(0)
+        if saliency == "mixed":
+            terms = w * g.mean(0) - 0.5 * w**2 * (g**2).mean(0)
+        return terms.sum(dim).abs() if saliency == "vector" else terms.abs().sum(dim)
+
+    wanted = units("gate_proj", 1) + units("up_proj", 1) + units("down_proj", 0)
+    assert torch.allclose(neurons, wanted, rtol=1e-3, atol=1e-9)
+    wanted = sum(units(name, 1).view(5, -1).sum(1) for name in ("q_proj", "k_proj", "v_proj"))
+    wanted = wanted + units("o_proj", 0).view(5, -1).sum(1)
+    assert torch.allclose(heads, wanted, rtol=1e-3, atol=1e-9)
 
 
 def test_swaps_stay_in_attention_by_default(base, windows):
@@ -411,6 +510,8 @@ WRONG = [
     ("prune", dict(allocation="0.5,0.5"), "allocation"),
     ("prune", dict(allocation="owl"), "allocation"),
     ("prune", dict(algorithm="sparsegpt", swaps=3), "swaps"),
+    ("prune", dict(algorithm="wanda", bits=3), "bits"),
+    ("slim", dict(algorithm="taylor", saliency="third"), "saliency"),
     ("prune", dict(calibration_samples=10**6), "tokens of calibration text"),
     ("slim", dict(ratio=1.5), "ratio"),
     ("slim", dict(algorithm="depth", ratio=0.05), "none of 5 blocks"),

@@ -68,6 +68,7 @@ def test_the_parts_are_declared_with_type_range_and_meaning():
         "uniform",
         "outliers",
         "hessian",
+        "trace",
         "own",
     )
     for name, m in methods().items():

@@ -21,6 +21,7 @@ from ..core.method import method
 from ..core.run import Run
 from polm_lab.efficiency.compression.structured_surgery import (
     OTHER,
+    SALIENCIES,
     add_bias,
     check_depth,
     check_widths,
@@ -61,6 +62,12 @@ class Slim(Calibrated):
         low=0,
         high=0.9,
         source="Ma et al. 2023, table 1",
+    )
+    saliency: str = knob(
+        "first",
+        "order of taylor's estimate: first, second, both (mixed), or the first of whole rows (vector)",
+        choices=SALIENCIES,
+        source="Ma et al. 2023, table 1: first, second, vector",
     )
     target: str = knob("both", "what taylor and flap cut", choices=("both", "neurons", "heads"))
     compensate: bool = knob(
@@ -126,14 +133,14 @@ def blocks_gone(count: int, ratio: float) -> int:
 
 # %% ../../nbs/efficiency/slim.ipynb #24915dc1
 def importance_of(
-    block: nn.Module, inputs: BlockInputs, algorithm: str, width: int
+    block: nn.Module, inputs: BlockInputs, algorithm: str, width: int, saliency: str = "first"
 ) -> tuple[dict[str, Tensor], dict[str, Inputs]]:
     """Return the importance of a block's neurons (`down_proj`) and heads (`o_proj`).
 
     With flap, the inputs of these layers are returned as well.
     """
     if algorithm == "taylor":
-        return dict(zip(("down_proj", "o_proj"), taylor(block, width))), {}
+        return dict(zip(("down_proj", "o_proj"), taylor(block, width, saliency))), {}
     layers, read = layers_of(block), {}
     for group in inputs.read():
         read |= {name.split(".")[-1]: group for name in group.layers}
@@ -155,6 +162,7 @@ def cut_widths(
     target: str = "both",
     compensate: bool = True,
     rows: int = 8,
+    saliency: str = "first",
 ):
     """Cut neurons and heads of all blocks in place (`algorithm`: taylor or flap).
 
@@ -164,12 +172,12 @@ def cut_widths(
     biases = new_biases(model, algorithm, ratio, target, compensate)
     if algorithm == "taylor":
         with torch.enable_grad():
-            gradients(model, windows, rows)
+            gradients(model, windows, rows, squares=saliency in ("second", "mixed"))
 
     def visit(block, inputs):
         layers, (importance, read) = (
             layers_of(block),
-            importance_of(block, inputs, algorithm, width),
+            importance_of(block, inputs, algorithm, width, saliency),
         )
         kept = {
             name: importance[name].topk(count).indices.sort().values
@@ -244,6 +252,7 @@ def slimmed_blocks(model, windows: Tensor, settings: Slim, run: Run) -> Iterator
         settings.target,
         settings.compensate,
         settings.calibration_batch_size,
+        settings.saliency,
     ):
         if index >= 0:
             yield dict(output_error=found)

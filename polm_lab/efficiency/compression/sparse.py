@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...core.knobs import WrongInput
 from ...models.layers import zeros
+from .numbers import fit_grid
 from ...training.evaluate import cost
 
 # %% ../../../nbs/efficiency/compression/sparse.ipynb #b52437a5
@@ -101,13 +102,16 @@ def sparsegpt(
     damping: float = 0.01,
     parts: list[int] | None = None,
     strip: int = 32,
+    bits: int = 0,
 ) -> Tensor:
     """Return weights with the share `sparsity` 0, the others refitted to the same outputs.
 
     `weight` is [out, in], `hessian` is H = XXᵀ [in, in].
     `block`: columns that share a choice of mask; 0 is a quarter of all, at most 128.
     `parts`: numbers of rows of the matrices that `weight` stacks, each with a mask of its own.
-    Frantar and Alistarh 2023, algorithm 1.
+    `bits`: weights that stay are rounded in the same pass, each row on the grid of its weights as
+    they were; 0: not.
+    Frantar and Alistarh 2023, algorithm 1; §3.5 for `bits`.
     """
     keep, of = pattern or (0, 1)
     block = block or max(of, min(128, weight.shape[1] // 4) // of * of)
@@ -121,6 +125,7 @@ def sparsegpt(
         memory_format=torch.contiguous_format
     )  # a column of the layer is a row here, which is what the loop reads
     W[hessian.diagonal() == 0] = 0.0
+    grid = fit_grid(W.T, bits) if bits else None
     parts, strip = parts or [W.shape[1]], max(of, strip // of * of)
     for start in range(0, len(W), block):
         B, u = W[start : start + block], U[start : start + block, start : start + block]
@@ -144,10 +149,13 @@ def sparsegpt(
                     gone[i : i + of] = smallest(
                         (B[i : i + of] / scale[i : i + of]).abs().T.contiguous(), 0.0, pattern
                     ).T
-                torch.mul(B[i], gone[i], out=errors[i]).div_(u[i, i])
+                kept = B[i].masked_fill(gone[i], 0.0)
+                if grid:
+                    kept = grid.decode(grid.encode(kept[:, None]))[:, 0]
+                torch.sub(B[i], kept, out=errors[i]).div_(u[i, i])
+                B[i] = kept
                 B[i + 1 : last].addr_(u[i, i + 1 : last], errors[i], alpha=-1)
             B[last:].addmm_(u[first:last, last:].T, errors[first:last], alpha=-1)
-        B.masked_fill_(gone, 0.0)
         W[start + block :].addmm_(U[start : start + block, start + block :].T, errors, alpha=-1)
     return W.T
 
@@ -160,13 +168,16 @@ def swap(
     norm: Tensor,
     rounds: int,
     of: int | None = None,
+    above: float = 0.0,
 ) -> Tensor:
     """Return the mask `gone` [out, in] after at most `rounds` swaps a row.
 
     Each swap brings the row's mean output closer to that of the dense row.
     `mean`, `variance`, `norm` [in] are of the inputs.
     `of`: a swap stays within a group of so many neighbours (the M of N:M).
-    Zhang et al. 2023, eq. 2–5.
+    `above`: as published, a row swaps while its mean output is off by more than this, each weight
+    at most once; 0: while the expected square of its error falls.
+    Zhang et al. 2023, eq. 2–5 and code (`above`: 0.1).
     """
     gone, shift, noise, score = (
         gone.clone(),
@@ -178,23 +189,31 @@ def swap(
         torch.arange(weight.shape[1], device=weight.device),
         torch.arange(len(weight), device=weight.device),
     )
+    moved, first, going = torch.zeros_like(gone), None, torch.ones_like(gone[:, 0])
     for _ in range(rounds):
         error = (shift * gone).sum(1, keepdim=True)
+        first = error.sign() if first is None else first
         back = (
             (error.sign() * shift / variance.clamp_min(1e-12))
-            .masked_fill(~gone, -torch.inf)
+            .masked_fill(~gone | moved, -torch.inf)
             .argmax(1)
         )
-        helps = ~gone & (error.sign() * shift < 0)
+        helps = ~gone & ~moved
         if of:
             helps &= (place // of) == (back // of)[:, None]
+        if not (of and above):  # as published, neighbours may go whatever their sign
+            helps &= error.sign() * shift < 0
         out = score.masked_fill(~helps, torch.inf).argmin(1)
         after = error[:, 0] - shift[at, back] + shift[at, out]
-        better = (
-            helps[at, out]
-            & gone[at, back]
-            & (after.square() + noise[at, out] < error[:, 0].square() + noise[at, back])
-        )
+        better = helps[at, out] & gone[at, back] & ~moved[at, back]
+        if above:
+            better &= going & (error[:, 0].abs() > above) & (error[:, 0] * shift[at, back] > 0)
+            if of:
+                better &= after.sign() == first[:, 0]
+            going = better
+            moved[at[better], back[better]] = moved[at[better], out[better]] = True
+        else:
+            better &= after.square() + noise[at, out] < error[:, 0].square() + noise[at, back]
         if not better.any():
             break
         gone[at[better], back[better]], gone[at[better], out[better]] = False, True
