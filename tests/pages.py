@@ -27,7 +27,7 @@ def looking() -> list[str]:
     for path in sorted(place.glob("test_*.py")):
         if re.search(LOOKS, path.read_text(encoding="utf-8")) and path.name != "test_kill.py":
             files.append(str(path))
-    return [*files, f"{place / KILLED}[critic]", f"{place / KILLED}[critic-coderl]"]
+    return [*files, f"{place / KILLED}[critic-coderl]"]
 
 
 def left_out() -> tuple[str, str]:
