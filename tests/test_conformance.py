@@ -19,18 +19,35 @@ from polm_lab.core.method import find, methods
 TRAINED = [name for name, m in methods().items() if m.trains]
 
 
-@pytest.fixture(scope="module", params=TRAINED)
-def base(request, tmp_path_factory):
-    "A short run of a method, to which the others are compared."
-    found = find(request.param)
-    return found, check.short_run(found, tmp_path_factory.mktemp("base"))
+ALONE = [prop for prop in check.PROPERTIES if prop is not check.two_processes_are_one]
 
 
-@pytest.mark.parametrize("prop", check.PROPERTIES, ids=lambda p: p.__name__)
-def test_every_training_method_has_the_property(base, prop, tmp_path):
-    method, run = base
-    figure, holds = prop(method, tmp_path, run)
-    assert holds, f"{method.name}: {prop.__name__} = {figure:.3g}"
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    "Short runs of all methods, to which the others are compared, each made once."
+    return functools.cache(
+        lambda name: check.short_run(find(name), tmp_path_factory.mktemp("base"))
+    )
+
+
+@pytest.mark.parametrize("prop", ALONE, ids=lambda p: p.__name__)
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_training_method_has_the_property(bases, name, prop, tmp_path):
+    figure, holds = prop(find(name), tmp_path, bases(name))
+    assert holds, f"{name}: {prop.__name__} = {figure:.3g}"
+
+
+@pytest.fixture(scope="module")
+def pairs(bases, tmp_path_factory):
+    "The same runs by two processes, which are started once for all of them."
+    made = check.in_two_processes([bases(name) for name in TRAINED], tmp_path_factory.mktemp("two"))
+    return dict(zip(TRAINED, made))
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_two_processes_are_one(bases, pairs, name):
+    gap = check.distance(pairs[name], bases(name))
+    assert gap < check.CLOSE, f"{name}: {gap:.3g}"
 
 
 # A method that trains six things. Its default is above. The others learn by the same loop from

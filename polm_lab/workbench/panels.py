@@ -123,7 +123,7 @@ GROUPS = {
     "Retrieval": ("recall", "mrr", "faithfulness", "stage_ms"),
     "Compression": ("sparsity", "output_error", "weight_error"),
     "Text": ("length", "truncated"),
-    "Machine": ("tokens_per_second", "memory_mib", "latency_ms", "size_mib"),
+    "Machine": ("tokens_per_second", "memory_mib", "latency_ms", "size_mib", "bits_per_weight"),
 }
 
 
