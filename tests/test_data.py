@@ -1008,7 +1008,7 @@ def test_a_hundred_thousand_rows(tmp_path):
 def test_what_was_encoded_is_remembered_and_nothing_else_is(monkeypatch):
     from polm_lab.data import encode as module
 
-    monkeypatch.setattr(module, "ENCODED", {})
+    monkeypatch.setattr(module, "ENCODED", module.Encoded(2**20))
     row = load_data("chat", "preference")[0]
     calls = []
     plain = module._encoded
@@ -1029,6 +1029,9 @@ def test_what_was_encoded_is_remembered_and_nothing_else_is(monkeypatch):
     longer = load_tokenizer("tiny")
     longer.add_tokens(["wordthatnobodyuses"])
     changed.append((longer, row, "preference", 128, True))
+    ended = load_tokenizer("tiny")
+    ended.eos_token = ended.convert_ids_to_tokens(5)
+    changed.append((ended, row, "preference", 128, True))
     for number, one in enumerate(changed, 2):
         encode(*one)
         assert len(calls) == number
@@ -1036,7 +1039,15 @@ def test_what_was_encoded_is_remembered_and_nothing_else_is(monkeypatch):
         encode(tokenizer, row, "preference", 2)
     with pytest.raises(WrongInput):
         encode(tokenizer, row, "preference", 2)
-    monkeypatch.setattr(module, "MOST_ENCODED", 3)
-    for length in range(100, 110):
+    small = module.Encoded(5000)
+    monkeypatch.setattr(module, "ENCODED", small)
+    for length in range(100, 120):
         encode(tokenizer, row, "preference", length)
-    assert len(module.ENCODED) == 3
+        assert small.size == sum(map(len, small.rows.values())) <= 5000
+    assert 1 <= len(small.rows) < 20
+    dated = load_tokenizer("tiny")
+    dated.chat_template += "{# strftime_now #}"
+    before = len(calls)
+    for _ in range(2):
+        encode(dated, row, "preference", 128)
+    assert len(calls) == before + 2

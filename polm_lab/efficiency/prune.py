@@ -24,6 +24,7 @@ from ..core.method import method
 from ..core.run import Run
 from ..core.knobs import OFF, Options
 from ..core.settings import part_knobs
+from .quantize import bits_of
 from .compression.sparse import parse_pattern, size_and_zeros, smallest
 from .compression.sparse import sparsegpt, swap, wanda_score
 
@@ -377,15 +378,18 @@ def prune_model(
 
 
 def bits_left(model, bits: int) -> float:
-    """Return the bits of a weight of the blocks' linear layers, packed.
+    """Return the bits of a weight of the whole model, if its blocks' linear layers were packed.
 
-    That is a mask, `bits` for each weight that is not 0, and a grid for each row; 0: as it is.
+    A packed layer has a mask, `bits` for each weight that is not 0, and a grid for each row.
+    With 0 bits it is as it is.
     """
-    weights = [layer.weight for layer in linear_layers(blocks_of(model)).values()]
-    if not bits:
-        return 8.0 * weights[0].element_size()
-    stored = sum(w.numel() + bits * w.count_nonzero().item() for w in weights)
-    return (stored + (16 + bits) * sum(map(len, weights))) / sum(w.numel() for w in weights)
+    inside = {id(layer) for layer in linear_layers(blocks_of(model)).values()}
+    stored = {}
+    for name, layer in linear_layers(model).items():
+        if bits and id(layer) in inside:
+            left = bits * layer.weight.count_nonzero().item()
+            stored[name] = layer.weight.numel() + left + (16 + bits) * len(layer.weight)
+    return bits_of(model, stored) / sum(p.numel() for p in model.parameters())
 
 
 @method(
