@@ -1,6 +1,7 @@
 "Helpers that tests share."
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -87,6 +88,19 @@ def start():
     from polm_lab.models.load import load_model
 
     return load_model("tiny", dtype="float32", device="cpu")
+
+
+def proof(copy: Path, names) -> dict[str, dict[str, bool]]:
+    "What holds for methods of a copy of the project, by `conforming.py` in one process."
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests/conforming.py", *names],
+        cwd=copy,
+        env={**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
+    return json.loads(done.stdout.strip().split("\n")[-1])
 
 
 def shaken(model, seed=0):

@@ -35,13 +35,26 @@ def last_json(done):
     return json.loads(done.stdout.strip().split("\n")[-1])
 
 
-def test_run_goes_through_papermill_and_leaves_the_notebook(polm, runs):
-    done = polm("run", "sft", *SHORT, "--json")
+@pytest.fixture(scope="module")
+def through(tmp_path_factory):
+    "A run through its notebook: what it reported, and its folder of runs."
+    folder = tmp_path_factory.mktemp("through")
+    done = subprocess.run(
+        [POLM, "run", "sft", *map(str, SHORT), "--json"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "POLM_RUNS": str(folder)},
+    )
     assert done.returncode == 0, done.stderr
-    report = last_json(done)
+    return last_json(done), folder
+
+
+def test_run_goes_through_papermill_and_leaves_the_notebook(through):
+    report, folder = through
     assert report["status"] == "finished"
     assert set(report["summary"]) == {"before", "after"}
-    run = lab.open_run(report["run"])
+    run = lab.open_run(report["run"], folder)
     notebook = json.loads((run.path / "notebook.ipynb").read_text())
     injected = [
         c for c in notebook["cells"] if "injected-parameters" in c["metadata"].get("tags", [])
@@ -51,19 +64,17 @@ def test_run_goes_through_papermill_and_leaves_the_notebook(polm, runs):
     assert len(run.lines()) == 3
     assert run.settings["steps"] == 3
     assert (run.path / "model" / "model.safetensors").exists()
-    assert len(all_runs(runs)) == 1, "the notebook uses the run that was prepared for it"
+    assert len(all_runs(folder)) == 1, "the notebook uses the run that was prepared for it"
 
 
-def test_bare_equals_the_notebook(polm):
-    bare, through = (
-        lab.open_run(last_json(polm("run", "sft", *SHORT, "--json", *more))["run"])
-        for more in (["--bare"], [])
-    )
+def test_bare_equals_the_notebook(polm, through):
+    bare = lab.open_run(last_json(polm("run", "sft", *SHORT, "--json", "--bare"))["run"])
+    run = lab.open_run(through[0]["run"], through[1])
     assert (bare.path / "model/model.safetensors").read_bytes() == (
-        through.path / "model/model.safetensors"
+        run.path / "model/model.safetensors"
     ).read_bytes()
     assert not (bare.path / "notebook.ipynb").exists()
-    assert bare.summary == through.summary
+    assert bare.summary == run.summary
 
 
 def test_knobs_from_a_file_are_overridden_by_options(polm, tmp_path):

@@ -37,25 +37,12 @@ def test_every_training_method_has_the_property(bases, name, prop, tmp_path):
     assert holds, f"{name}: {prop.__name__} = {figure:.3g}"
 
 
-@pytest.fixture(scope="module")
-def pairs(bases, tmp_path_factory):
-    "The same runs by two processes, which are started once for all of them."
-    made = check.in_two_processes([bases(name) for name in TRAINED], tmp_path_factory.mktemp("two"))
-    return dict(zip(TRAINED, made))
-
-
-@pytest.mark.parametrize("name", TRAINED)
-def test_two_processes_are_one(bases, pairs, name):
-    gap = check.distance(pairs[name], bases(name))
-    assert gap < check.CLOSE, f"{name}: {gap:.3g}"
-
-
 # A method that trains six things. Its default is above. The others learn by the same loop from
 # other rows, or, like CodeRL, by that of PPO.
 BITS = (check.same_seed, check.resumed_is_uninterrupted, check.record_complete)
 VARIANTS = [
     (learn, prop) for learn in ("selfee", "critique", "refiner", "editor") for prop in BITS
-] + [("coderl", prop) for prop in check.PROPERTIES]
+] + [("coderl", prop) for prop in ALONE]
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +65,20 @@ def test_whatever_critic_trains_has_the_property(variants, learn, prop, tmp_path
     method, run = variants(learn)
     figure, holds = prop(method, tmp_path, run)
     assert holds, f"critic, learn={learn}: {prop.__name__} = {figure:.3g}"
+
+
+@pytest.fixture(scope="module")
+def pairs(bases, variants, tmp_path_factory):
+    "Short runs, and the same by two processes, which are started once for all of them."
+    runs = {name: bases(name) for name in TRAINED} | {"critic-coderl": variants("coderl")[1]}
+    made = check.in_two_processes(list(runs.values()), tmp_path_factory.mktemp("two"))
+    return {name: pair for name, *pair in zip(runs, runs.values(), made)}
+
+
+@pytest.mark.parametrize("name", [*TRAINED, "critic-coderl"])
+def test_two_processes_are_one(pairs, name):
+    gap = check.distance(*pairs[name])
+    assert gap < check.CLOSE, f"{name}: {gap:.3g}"
 
 
 # Each property is broken on purpose in the way that peers had it broken; the suite must see it.

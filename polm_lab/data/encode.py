@@ -298,7 +298,7 @@ def _key(tokenizer, row: dict, *how) -> bytes | None:
         return None
     return hashlib.blake2b(text.encode(), digest_size=16, key=_digest(tokenizer)).digest()
 
-
+# %% ../../nbs/data/encode.ipynb #c3105421
 def encode(tokenizer, row: dict, kind: str, max_length: int, completion_only: bool = True) -> dict:
     """Encode a row as token ids with a mask of the tokens that are learned.
 
