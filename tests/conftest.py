@@ -1,6 +1,7 @@
 "Helpers that tests share."
 
 import copy
+import functools
 import json
 import os
 import subprocess
@@ -157,3 +158,11 @@ def polm(runs):
         )
 
     return call
+
+
+@pytest.fixture
+def forked(runs, tmp_path):
+    "The same as `polm`, where it trains: begun as a copy of a process that has imported all."
+    from processes import call
+
+    return functools.partial(call, folder=tmp_path)

@@ -117,7 +117,7 @@ def asked(n, split="train", seed=1):
     ]
 
 
-def test_a_critic_learns_from_a_file_on_the_command_line(polm, tmp_path):
+def test_a_critic_learns_from_a_file_on_the_command_line(forked, tmp_path):
     """Questions and answers as JSON lines, and the embedded model with the prompts of sums.
 
     Its critiques become better, and so do the answers.
@@ -126,7 +126,7 @@ def test_a_critic_learns_from_a_file_on_the_command_line(polm, tmp_path):
         jsonl(tmp_path / "mine.jsonl", asked(160)),
         jsonl(tmp_path / "held.jsonl", asked(48, "test")),
     )
-    done = polm(
+    done = forked(
         "run",
         "critic",
         "--bare",
@@ -154,7 +154,7 @@ def test_a_critic_learns_from_a_file_on_the_command_line(polm, tmp_path):
     assert after["accuracy/draft"] == before["accuracy/draft"]
 
 
-def test_a_corrector_learns_english_from_a_file(polm, tmp_path):
+def test_a_corrector_learns_english_from_a_file(forked, tmp_path):
     "The embedded model has never read English prompts: it learns the format with the correction."
     data, held_out = (
         jsonl(tmp_path / "mine.jsonl", asked(200)),
@@ -176,7 +176,7 @@ def test_a_corrector_learns_english_from_a_file(polm, tmp_path):
         max_length=400,
         **CPU,
     )
-    done = polm("run", "critic", "--bare", "--json", *words(values), OMP_NUM_THREADS="1")
+    done = forked("run", "critic", "--bare", "--json", *words(values), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])["summary"]
     assert summary["after"]["accuracy"] > summary["before"]["accuracy"] + 0.15

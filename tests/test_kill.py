@@ -4,15 +4,13 @@ The suite kills two times what learns by a loop of its own. With POLM_KILLS ever
 trains is killed as often as it says (the figures in LOG.md are from 20).
 """
 
-import multiprocessing
 import os
 import random
 import signal
-import sys
 import time
-from pathlib import Path
 
 import pytest
+from processes import start
 
 from polm_lab.core.knobs import WrongInput
 from polm_lab.core.method import methods
@@ -64,35 +62,6 @@ def words(settings):
     ]
 
 
-# Processes begin as copies of one that has imported all methods: an import takes 8 s.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload([m.function.__module__ for m in methods().values()])
-
-
-def command(words: list[str], environment: dict, messages: str):
-    "Be the command line, whose errors go to the file `messages`."
-    import torch
-
-    from polm_lab.cli import main
-
-    os.environ.clear()
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    with open(messages, "w") as file, open(os.devnull, "w") as nothing:
-        os.dup2(file.fileno(), 2)
-        os.dup2(nothing.fileno(), 1)
-        sys.argv = ["polm", *words]
-        main()
-
-
-def start(place: Path, *words):
-    "Start the command line in a process of its own; its errors go to the file `place`."
-    given = ([str(word) for word in words], dict(os.environ), str(place))
-    process = PROCESSES.Process(target=command, args=given)
-    process.start()
-    return process
-
-
 def model_bytes(run):
     return b"".join(p.read_bytes() for p in sorted((run.path / "model").glob("*.safetensors")))
 
@@ -100,7 +69,7 @@ def model_bytes(run):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_killed_and_resumed_equals_uninterrupted(name, runs, tmp_path):
     errors, run_it = tmp_path / "errors.txt", ("run", name.partition("-")[0], "--bare", "--out")
-    whole = start(errors, *run_it, tmp_path / "whole", *words(SETTINGS[name]))
+    whole = start(*run_it, tmp_path / "whole", *words(SETTINGS[name]), errors=errors)
     whole.join(timeout=600)
     if whole.exitcode == 2:  # without a sandbox the suite leaves it out
         raise WrongInput(errors.read_text())
@@ -110,7 +79,7 @@ def test_killed_and_resumed_equals_uninterrupted(name, runs, tmp_path):
     training = reference.lines()[-1]["seconds"] + 1.0
 
     rng, kills = random.Random(7), 0
-    process = start(errors, *run_it, runs, *words(SETTINGS[name]))
+    process = start(*run_it, runs, *words(SETTINGS[name]), errors=errors)
     while True:
         until = time.monotonic() + 120
         while not (found := all_runs(runs)) or (
@@ -128,7 +97,7 @@ def test_killed_and_resumed_equals_uninterrupted(name, runs, tmp_path):
         if run.status == "finished":
             break
         assert run.status == "dead", (run.status, errors.read_text())
-        process = start(errors, "resume", run.path)
+        process = start("resume", run.path, errors=errors)
 
     print(f"{name}: {kills} kills")
     assert kills >= min(KILLS, 2), "the run ended before it was killed: make it longer"

@@ -295,6 +295,10 @@ def test_settling_changes_no_output(name):
         assert not any(parametrize.is_parametrized(m) for m in model.modules())
         assert torch.allclose(model(ids).logits, before, atol=2e-4)
     assert len(found) == 35
+    for place, codes in found.items():
+        layer = model.get_submodule(place)
+        kept = getattr(layer, "rest", layer).weight  # qlora has thin matrices next to its codes
+        assert torch.allclose(codes.weight(), kept, atol=1e-5)
 
 
 def test_other_architectures_keep_their_biases():

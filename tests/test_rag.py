@@ -522,7 +522,7 @@ def test_endpoints_that_fail_end_in_one_line(server):
     assert not ask().faithful
 
 
-def test_a_library_of_ones_own_from_the_command_line(polm, runs, tmp_path):
+def test_a_library_of_ones_own_from_the_command_line(forked, runs, tmp_path):
     books = tmp_path / "books"
     books.mkdir()
     for n, (name, thing) in enumerate(
@@ -557,20 +557,20 @@ def test_a_library_of_ones_own_from_the_command_line(polm, runs, tmp_path):
         "index",
         tmp_path / "kept",
     ]
-    done = polm(*words)
+    done = forked(*words)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])["summary"]
     assert summary["after"]["recall/1"] == 1.0
     assert "recall/5" in summary["after"], "more are looked for than are read"
     assert summary["after"]["accuracy"] > summary["before"]["accuracy"]
-    assert polm(*words).returncode == 0, "the index that was kept is used again"
+    assert forked(*words).returncode == 0, "the index that was kept is used again"
     (books / "0.md").write_text("Adran0 plays the bagpipe.")
-    changed = polm(*words)
+    changed = forked(*words)
     assert changed.returncode == 2
     assert "same documents" in changed.stderr
     assert "Traceback" not in changed.stderr
     (books / "1.md").write_bytes(b"\0\1\2")
-    broken = polm(*words)
+    broken = forked(*words)
     assert broken.returncode == 2
     assert "1.md" in broken.stderr
     assert "binary" in broken.stderr

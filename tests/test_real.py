@@ -9,13 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import start
 
 from polm_lab.core.knobs import WrongInput
 from polm_lab.core.method import find, methods
 from polm_lab.core.run import Run
+from polm_lab.runner import launch
 from polm_lab.runner.launch import notebooks_folder
 from polm_lab.runner.real import (
     REAL_COLUMNS,
@@ -43,6 +46,17 @@ def small_plan(**settings: dict) -> dict:
         seeds = knobs.pop("seeds", [0])
         runs.append(dict(method="sft", setting=name, seeds=seeds, knobs=SMALL | knobs))
     return dict(defaults={}, data=dict(arithmetic=dict(made="arithmetic", held=8)), runs=runs)
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    "Processes of runs begin as copies of one that has imported all."
+
+    def begin(*words, log, env=None, keep=()):
+        process = start(*words, out=log, errors=log, **(env or {}))
+        return SimpleNamespace(wait=process.join)
+
+    monkeypatch.setattr(launch, "polm_process", begin)
 
 
 def small_runs(folder: Path, **settings: dict) -> RealRuns:
@@ -102,7 +116,7 @@ def test_data_are_prepared_always_alike(tmp_path, monkeypatch):
         prepare("rows", facts, tmp_path / "d")
 
 
-def test_a_changed_plan_replaces_its_rows(tmp_path):
+def test_a_changed_plan_replaces_its_rows(forked, tmp_path):
     said = []
     assert small_runs(tmp_path, one=dict(steps=1)).all(say=said.append) == 0
     before = read_real(tmp_path / "RESULTS.csv")
@@ -115,7 +129,7 @@ def test_a_changed_plan_replaces_its_rows(tmp_path):
     assert {json.loads(row["knobs"])["steps"] for row in after} == {2}
 
 
-def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
+def test_a_run_that_fails_does_not_stop_the_others(forked, tmp_path):
     said = []
     runs = small_runs(tmp_path, bad=dict(model="run:sft/nothing"), good=dict(steps=1))
     assert runs.all(say=said.append) == 1
@@ -123,7 +137,7 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path):
     assert {row["setting"] for row in read_real(tmp_path / "RESULTS.csv")} == {"good"}
 
 
-def test_a_run_that_another_begins_with_is_made_again(tmp_path):
+def test_a_run_that_another_begins_with_is_made_again(forked, tmp_path):
     "Results are kept without the folders of their runs; what still needs one makes it."
     said = []
     first, later = dict(steps=1), dict(steps=1, model="run:sft/first")
@@ -137,7 +151,7 @@ def test_a_run_that_another_begins_with_is_made_again(tmp_path):
     assert len(said) == 3
 
 
-def test_no_metric_has_a_path_in_its_name(tmp_path):
+def test_no_metric_has_a_path_in_its_name(forked, tmp_path):
     plan = small_plan(a=dict(steps=1), b=dict(steps=2))
     knobs = dict(models="run:sft/a,run:sft/b", tasks="held:arithmetic", eval_rows=4)
     plan["runs"].append(dict(method="merge", setting="both", seeds=[0], knobs=knobs))
@@ -163,7 +177,7 @@ sys.exit(small_runs(Path({folder!r}), one=dict(steps=30, save_every=5)).all())
 """
 
 
-def test_killed_in_the_middle_it_continues(tmp_path):
+def test_killed_in_the_middle_it_continues(forked, tmp_path):
     "Both the command and the process of the run are killed; the next call resumes."
     settings = dict(steps=30, save_every=5)
     whole = tmp_path / "whole"
@@ -237,7 +251,7 @@ def test_the_page_of_a_method_ends_with_its_results(method):
         assert html.escape(setting) in shown
 
 
-def test_a_kept_result_counts_in_whatever_dtype(tmp_path):
+def test_a_kept_result_counts_in_whatever_dtype(forked, tmp_path):
     runs = small_runs(tmp_path, a=dict(steps=1, dtype="float32"))
     runs.all(say=lambda line: None)
     (other,) = small_runs(tmp_path, a=dict(steps=1, dtype="bfloat16")).plan["runs"]

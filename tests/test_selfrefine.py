@@ -574,8 +574,8 @@ def test_another_local_model_is_asked_in_english(name, tmp_path):
     assert len(asked) > 4
 
 
-def test_on_the_command_line(polm):
-    done = polm(
+def test_on_the_command_line(forked):
+    done = forked(
         "run",
         "selfrefine",
         "--bare",
@@ -592,7 +592,7 @@ def test_on_the_command_line(polm):
     )
     assert done.returncode == 0
     assert json.loads(done.stdout.splitlines()[-1])["summary"]["after"]["accuracy"] >= 0.75
-    wrong = polm("run", "selfrefine", "--bare", "-p", "algorithm", "critik")
+    wrong = forked("run", "selfrefine", "--bare", "-p", "algorithm", "critik")
     assert wrong.returncode == 2
     assert len(wrong.stderr.strip().splitlines()) == 1
     assert "did you mean 'critic'" in wrong.stderr

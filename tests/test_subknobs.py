@@ -755,7 +755,7 @@ def test_a_slider_of_a_part_that_is_off_may_be_rounded_by_the_browser():
 # The command line ---------------------------------------------------------------------------------
 
 
-def test_a_part_on_the_command_line(polm, runs):
+def test_a_part_on_the_command_line(forked, runs):
     asked = [
         "-p",
         "details.clip_value",
@@ -768,7 +768,7 @@ def test_a_part_on_the_command_line(polm, runs):
         "off",
     ]
     short = [word for name, value in SHORT.items() for word in ("-p", name, str(value))]
-    done = polm("run", "ppo", "--bare", *asked, *short, "--json")
+    done = forked("run", "ppo", "--bare", *asked, *short, "--json")
     assert done.returncode == 0, done.stderr
     record = json.loads(
         (runs / json.loads(done.stdout.splitlines()[-1])["run"] / "run.json").read_text()
@@ -779,19 +779,19 @@ def test_a_part_on_the_command_line(polm, runs):
     )
     assert record["settings"]["rewards"] == "correct,format:0.2"
     assert not any("." in name for name in record["settings"])
-    done = polm("run", "ppo", "-p", "details.clip_valeu", "3")
+    done = forked("run", "ppo", "-p", "details.clip_valeu", "3")
     assert done.returncode == 2
     assert "did you mean 'clip_value'" in done.stderr
-    done = polm("run", "ppo", "--details.clip_value", "3")
+    done = forked("run", "ppo", "--details.clip_value", "3")
     assert done.returncode == 2
     assert "write -p details.clip_value 3" in done.stderr
 
 
-def test_a_judge_on_the_command_line(polm, runs):
+def test_a_judge_on_the_command_line(forked, runs):
     quick = dict(data="sums", prompts=24, max_new_tokens=8, steps=1, batch_size=4, eval_rows=4)
     words = [word for name, value in quick.items() for word in ("-p", name, str(value))]
     asked = ["-p", "judge.kind", "rule", "-p", "judge.format", "0.5"]
-    done = polm("run", "rlaif", "--bare", *asked, *words, "--json")
+    done = forked("run", "rlaif", "--bare", *asked, *words, "--json")
     assert done.returncode == 0, done.stderr
     record = json.loads(
         (runs / json.loads(done.stdout.splitlines()[-1])["run"] / "run.json").read_text()

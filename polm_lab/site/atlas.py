@@ -354,7 +354,7 @@ def systems() -> list[dict]:
                 by=place.by if place else fact["library"],
                 notebook=place.notebook if place else "",
                 tests=held.get(page, ""),
-                why=WHY[fact["runnable"]] if state == "catalogued" else "",
+                why=fact["gap"] or WHY[fact["runnable"]] if state == "catalogued" else "",
             )
         )
     return rows
