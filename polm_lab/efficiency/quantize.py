@@ -288,7 +288,7 @@ def quantize_block(
             first, squares = (part.get(name) for part in gradients)
             matrix = Matrix(name, layer.weight.float().cpu(), group, gain, first, squares)
             found[name] = rounded(matrix, settings, bits)
-            layer.weight.data = found[name].weight().to(layer.weight)
+            layer.weight.copy_(found[name].weight())
     return found
 
 

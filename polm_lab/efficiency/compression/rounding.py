@@ -132,11 +132,11 @@ def obq(
     group_size: int = 0,
     symmetric: bool = False,
     damping: float = 0.01,
-    rows: int = 16,
 ) -> Quantized:
     """Round greedily, in each row the weight that costs least; the others compensate.
 
-    `weight` is [out, in], `hessian` is H = XXᵀ [in, in]; `rows` are dealt with at once.
+    `weight` is [out, in], `hessian` is H = XXᵀ [in, in]. Each row has an inverse of its own; as many
+    rows are dealt with at once as 64 MB hold.
     Raises: `WrongInput` for a layer with too many inputs.
     Source: Frantar and Alistarh 2022, eq. 7–8 and §5.
     """
@@ -146,36 +146,50 @@ def obq(
     factor = inverse_factor(hessian, damping)
     inverse, (scale, zero) = factor.T @ factor, grid.spread(columns)
     codes = torch.empty(weight.shape, dtype=torch.uint8)
+    rows = max(1, 2**24 // columns**2)
     for start in range(0, len(weight), rows):
         span = slice(start, start + rows)
         codes[span] = _obq_rows(weight[span].float(), inverse, scale[span], zero[span], 2**bits - 1)
     return Quantized(codes, grid)
 
 
-def _obq_rows(w: Tensor, inverse: Tensor, scale: Tensor, zero: Tensor, most: int) -> Tensor:
-    "Return the codes of rows `w` [rows, in]; columns that are done are left out now and then."
+def _obq_rows(
+    w: Tensor, inverse: Tensor, scale: Tensor, zero: Tensor, most: int, lazy: int = 32
+) -> Tensor:
+    """Return the codes of rows `w` [rows, in].
+
+    The inverse of what is left is `inverse` minus V'V. The rows of V, one for each weight that is
+    done, are taken off every `lazy` steps. Where half of the columns are done, they are left out.
+    """
     n, columns = w.shape
     inverse, at = inverse.expand(n, -1, -1).clone(), torch.arange(n)
     codes = torch.empty(n, columns, dtype=torch.uint8)
     places = torch.arange(columns).expand(n, -1)
     done = torch.zeros(n, columns, dtype=torch.bool)
     for step in range(columns):
-        if step % 32 == 0 and step:
-            places, scale, zero, w = (part[~done].view(n, -1) for part in (places, scale, zero, w))
-            left = done.int().argsort(dim=1, stable=True)[:, : w.shape[1]]
-            inverse = inverse[at[:, None, None], left[:, :, None], left[:, None, :]]
-            done = torch.zeros_like(w, dtype=torch.bool)
+        k = step % lazy
+        if k == 0:
+            if step:
+                inverse.baddbmm_(V.transpose(1, 2), V, alpha=-1)
+            if 2 * (columns - step) <= w.shape[1]:
+                left = done.int().argsort(dim=1, stable=True)[:, : columns - step]
+                parts = (places, scale, zero, w)
+                places, scale, zero, w = (part[~done].view(n, -1) for part in parts)
+                inverse = inverse[at[:, None, None], left[:, :, None], left[:, None, :]]
+                done = torch.zeros_like(w, dtype=torch.bool)
+            V, diagonal = w.new_zeros(n, lazy, w.shape[1]), inverse.diagonal(dim1=1, dim2=2).clone()
         code = (w / scale + zero).round().clamp(0, most)
         error = w - scale * (code - zero)
-        cost = error.square() / inverse.diagonal(dim1=1, dim2=2)
+        cost = error.square() / diagonal
         cost[error.abs() > scale * (0.5 + 1e-6)] = -1.0  # beyond the grid: at once
         j = cost.masked_fill(done, torch.inf).argmin(1)
         codes[at, places[at, j]], done[at, j] = code[at, j].to(torch.uint8), True
-        row = inverse[at, j]  # [rows, in]
+        row = inverse[at, j] - (V[at, :k, j][:, None] @ V[:, :k])[:, 0]  # [rows, in]
         pivot = row[at, j]
         w = w - (error[at, j] / pivot)[:, None] * row
-        inverse.baddbmm_(row[:, :, None], row[:, None, :] / pivot[:, None, None], alpha=-1)
-        inverse[at, j, j] = 1.0  # out of play
+        V[:, k] = row / pivot.sqrt()[:, None]
+        diagonal -= V[:, k].square()
+        diagonal[at, j] = 1.0  # out of play
     return codes
 
 # %% ../../../nbs/efficiency/compression/rounding.ipynb #7add744b
@@ -230,7 +244,7 @@ def gptq(
     dead = hessian.diagonal() == 0
     plain = weight.float().masked_fill(dead, 0.0)
     grid = grid or fit_grid(plain, bits, group_size, symmetric)
-    U = inverse_factor(hessian[order][:, order], damping)
+    U = inverse_factor(hessian[order[:, None], order], damping)
     W = plain.T[order].contiguous()
     # a column of the layer is a row here, in codes and grids too: rows are read at once
     codes, most = torch.zeros(W.shape, dtype=torch.uint8), 2**bits - 1

@@ -77,20 +77,22 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
 
     Raises: `WrongInput` if the damped H is not positive definite.
     """
-    hessian = hessian.float().clone()
-    diagonal = hessian.diagonal()
+    diagonal = hessian.diagonal().float().clone()
     diagonal[diagonal == 0] = 1.0  # inputs that are always 0: their weights go
     diagonal += damping * diagonal.mean()
-    factor, wrong = torch.linalg.cholesky_ex(
-        hessian.flip(0, 1)
-    )  # H = RRᵀ with R upper triangular, from the flipped matrix; U = R⁻¹
+    turned = hessian.float().flip(0, 1)  # a copy
+    turned.diagonal().copy_(diagonal.flip(0))
+    # H = RRᵀ with R upper triangular, from the flipped matrix; U = R⁻¹
+    factor, wrong = torch.linalg.cholesky_ex(turned)
     if wrong.item():
         raise WrongInput(
             f"damping = {damping:g}: H is not positive definite in 32 bits; "
             "raise damping (0.1) or samples"
         )
-    eye = torch.eye(len(hessian), device=hessian.device)
-    return torch.linalg.solve_triangular(factor, eye, upper=False).flip(0, 1).contiguous()
+    eye = torch.eye(len(turned), out=turned)  # in the memory of H, which is large
+    inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
+    del factor, eye, turned
+    return inverse.flip(0, 1).contiguous()
 
 
 def sparsegpt(
