@@ -93,6 +93,7 @@ def host(tmp_path_factory, there):
             yield dict(
                 folder=folder,
                 canary=canary,
+                before={process.pid for process in psutil.Process().children(recursive=True)},
                 lines="".join(f"{name} = {value!r}\n" for name, value in facts.items()) + PRELUDE,
             )
         finally:
@@ -599,7 +600,7 @@ def unharmed(host):
     assert {p.name for p in host["folder"].iterdir()} <= {"secret.txt", "socket"}, (
         "files of the host were changed"
     )
-    family = {p.pid for p in psutil.Process().children(recursive=True)} - {host["canary"].pid}
+    family = {p.pid for p in psutil.Process().children(recursive=True)} - host["before"]
     left = [
         p.info
         for p in psutil.process_iter(["name", "status"])
