@@ -321,6 +321,65 @@ def test_importance_by_both_orders_where_both_are_large(base):
     assert torch.allclose(neurons, wanted + terms["down_proj"].sum(0), rtol=1e-5)
 
 
+def test_damage_is_compared_over_all_blocks(base, windows):
+    "Those with the smallest w² E[g²] go, a third of all; blocks lose unlike shares."
+    model, worth = copy.deepcopy(base), {}
+    layers = linear_layers(blocks_of(model))
+    grads = {name: [] for name in layers}
+    for window in windows:
+        model.zero_grad()
+        model(window[None], labels=window[None]).loss.backward()
+        for name, layer in layers.items():
+            grads[name].append(layer.weight.grad.square())
+    for name, layer in layers.items():
+        worth[name] = layer.weight.detach().square() * torch.stack(grads[name]).mean(0)
+    every = torch.cat([one.flatten() for one in worth.values()])
+    cut = every.kthvalue(len(every) // 3).values
+    pruned = copy.deepcopy(base)
+    facts = list(prune_model(pruned, windows, [1 / 3] * 5, "obd"))
+    same = total = 0
+    for name, layer in linear_layers(blocks_of(pruned)).items():
+        same += ((layer.weight == 0) == (worth[name] <= cut)).sum().item()
+        total += layer.weight.numel()
+        assert not hasattr(layer.weight, "squares")
+    assert same > 0.999 * total
+    assert zeros(pruned) == pytest.approx(1 / 3, abs=1e-4)
+    assert max(one["sparsity"] for one in facts) > 1.2 * min(one["sparsity"] for one in facts)
+
+
+def test_magnitude_over_all_blocks_and_within_each(base, windows):
+    weights = [layer.weight for layer in linear_layers(blocks_of(base)).values()]
+    cut = torch.cat([weight.abs().flatten() for weight in weights]).kthvalue(1000).values
+    count = sum(weight.numel() for weight in weights)
+    model = copy.deepcopy(base)
+    list(prune_model(model, windows, [1000 / count] * 5, "magnitude", within="model"))
+    left = torch.cat([l.weight.flatten() for l in linear_layers(blocks_of(model)).values()])
+    assert (left == 0).sum() == 1000
+    assert left[left != 0].abs().min() > cut
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(algorithm="obd", swaps=3), "swaps = 3"),
+        (dict(algorithm="wanda", within="model"), "within = 'model'"),
+        (dict(algorithm="magnitude", within="model", swaps=3), "within = 'model'"),
+        (dict(algorithm="obd", allocation="outliers"), "allocation = 'outliers'"),
+        (dict(algorithm="obd", bits=4), "bits = 4"),
+    ],
+)
+def test_what_does_not_go_with_damage_is_refused(changes, words):
+    with pytest.raises(WrongInput, match=words):
+        lab.run("prune", **SMALL | changes)
+
+
+def test_damage_under_a_pattern_and_within_layers(base, windows):
+    for pattern, within in (((2, 4), "auto"), (None, "layer")):
+        model = copy.deepcopy(base)
+        facts = list(prune_model(model, windows, [0.5] * 5, "obd", pattern, within=within))
+        assert all(one["sparsity"] == pytest.approx(0.5, abs=1e-3) for one in facts)
+
+
 def test_swaps_stay_in_attention_by_default(base, windows):
     changed = {}
     for where in ("attention", "all"):
