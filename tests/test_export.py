@@ -300,7 +300,7 @@ def test_what_cannot_be_written_is_refused(saved, tmp_path):
     assert "is there already" in says(export, good.id, "compressed-tensors", tmp_path / "there")
     assert "q8_0" in says(export_gguf, "tiny", tmp_path / "x.gguf", "q8_00")
     thin = lab.run("lowrank", algorithm="svd", **SHORT)
-    assert "low rank" in says(export_gguf, thin.id, tmp_path / "x.gguf")
+    assert "low_rank" in says(export_gguf, thin.id, tmp_path / "x.gguf")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["runs", "there"]
 
 

@@ -26,7 +26,7 @@ def _read_model(folder: Path, dtype, head: str = "lm"):
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from polm_lab.models.factors import with_factors
+    from polm_lab.models.factors import class_with_own_layers, own_entries
 
     config = read_config(folder)
     scores = str((config.get("architectures") or [""])[0]).endswith(SCORER)
@@ -52,8 +52,8 @@ def _read_model(folder: Path, dtype, head: str = "lm"):
                 folder, trust_remote_code=False, local_files_only=True
             )
             kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-            if config.get("low_rank"):  # some layers are products of thin ones
-                kind = with_factors(config)
+            if own_entries(config):
+                kind = class_with_own_layers(config)
             model, info = kind.from_pretrained(
                 folder,
                 config=settings,

@@ -229,7 +229,7 @@ def _skeleton_of(folder: Path, changed: float):
     import torch
     import transformers
 
-    from polm_lab.models.factors import factor_layers
+    from polm_lab.models.factors import add_own_layers
 
     kind = str((read_config(folder).get("architectures") or [""])[0])
     auto = (
@@ -242,7 +242,7 @@ def _skeleton_of(folder: Path, changed: float):
             folder, trust_remote_code=False, local_files_only=True
         )
         model = auto.from_config(config, trust_remote_code=False)
-        factor_layers(model)
+        add_own_layers(model)
         return model
 
 

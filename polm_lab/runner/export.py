@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUANTIZED', 'PACKABLE', 'ARCHITECTURES', 'GGUF_TYPES', 'PRES', 'FORMATS', 'pack_words', 'read_codes', 'spread_gains',
-           'packed_tensors', 'in_bytes', 'scheme', 'export_packed', 'free_place', 'pre_tokenizer_name', 'add_tokenizer',
-           'add_sizes', 'permuted', 'export_gguf', 'export']
+           'packed_tensors', 'in_bytes', 'scheme', 'need_plain_layers', 'export_packed', 'free_place',
+           'pre_tokenizer_name', 'add_tokenizer', 'add_sizes', 'permuted', 'export_gguf', 'export']
 
 # %% ../../nbs/runner/export.ipynb #72fd3241
 import json
@@ -16,6 +16,7 @@ from typing import Callable
 from ..core.knobs import WrongInput, nearest
 from ..core.machine import first_line
 from ..core.run import Run
+from ..models.factors import own_entries
 from ..models.gguf import built, need_space
 from ..models.layers import linear_layers
 from ..models.load import load_model
@@ -148,6 +149,15 @@ def scheme(one: dict) -> dict:
     )
 
 # %% ../../nbs/runner/export.ipynb #84062139
+def need_plain_layers(config, spec):
+    "Raise `WrongInput` for a model with layers that only our loader knows."
+    if own := own_entries(config):
+        raise WrongInput(
+            f"model {spec}: its configuration has {', '.join(own)}, which only this package reads; "
+            "expected layers as transformers has them; use the model's safetensors"
+        )
+
+
 def export_packed(run: Run, folder: Path, say: Callable[[str], None] = print) -> Path:
     """Write the model of a run that has codes as a folder of compressed-tensors.
 
@@ -161,6 +171,7 @@ def export_packed(run: Run, folder: Path, say: Callable[[str], None] = print) ->
     found = read_codes(run)
     model = load_model(str(run.path), "float32", "cpu").eval()
     dtype = model.file_dtypes[""]
+    need_plain_layers(model.config, run.id)
     for one in found.values():
         one["symmetric"] = bool(run.settings["symmetric"])
     lost = set(spread_gains(model, found))
@@ -359,11 +370,11 @@ def export_gguf(
     file = free_place(file)
     model, tokenizer = load_model(spec, "float32", "cpu"), load_tokenizer(spec)
     config = model.config
-    if config.model_type not in ARCHITECTURES or getattr(config, "low_rank", None):
+    need_plain_layers(config, spec)
+    if config.model_type not in ARCHITECTURES:
         raise WrongInput(
-            f"model {spec}: of type {config.model_type}"
-            f"{', with layers of low rank' if getattr(config, 'low_rank', None) else ''}; expected "
-            f"{', '.join(ARCHITECTURES)} with whole layers; use the model's safetensors"
+            f"model {spec}: of type {config.model_type}; expected {', '.join(ARCHITECTURES)}; "
+            "use the model's safetensors"
         )
     if hasattr(model, "peft_config"):
         from polm_lab.models.attach import merge_adapter

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...core.knobs import WrongInput
 from .structured_surgery import OTHER, check_same, probe, rebuild
 from ...models.attach import untie
+from ...models.factors import add_turns
 from ...models.layers import blocks_of
 
 # %% ../../../nbs/efficiency/compression/rotation.ipynb #5c1e7a94
@@ -156,34 +157,47 @@ EPSILONS = ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon") 
 
 
 @torch.no_grad()
-def rotate(model, Q: Tensor):
+def rotate(model, Q: Tensor | list[Tensor]):
     """Return a model whose residual stream is that of `model` (norms folded) times Q [width, kept].
 
     With a square orthogonal Q its output is the same (Ashkboos et al. 2024, theorem 1).
+    A list has a Q for each norm; residual connections then turn the stream from one to the next.
+    Raises: `WrongInput` for a list where not every sum of the stream is followed by a norm.
     """
-    model, (width, kept) = copy.deepcopy(model), Q.shape
+    model = copy.deepcopy(model)
     (norms, writers), scale = read_stream(model), embedding_scale(model)
+    every = Q if isinstance(Q, list) else [Q] * len(norms)
+    after = every[1:] if isinstance(Q, list) else [Q] * len(writers)
+    if len(after) != len(writers):
+        raise WrongInput(
+            f"model: {len(writers)} layers of a {model.config.model_type} model add to the stream, "
+            f"and {len(norms)} norms read it; expected a norm behind each sum; "
+            "use rotations = one, or another model"
+        )
+    width, kept = every[0].shape
     config, grow = model.config, width / kept
 
-    def turn(weight):
+    def turn(weight, Q):
         turned = weight.float() @ Q.to(weight.device)
         return nn.Parameter(turned.to(weight.dtype).contiguous())
 
-    model.get_input_embeddings().weight = turn(model.get_input_embeddings().weight)
-    for norm, layers in norms:
+    model.get_input_embeddings().weight = turn(model.get_input_embeddings().weight, every[0])
+    for (norm, layers), own in zip(norms, every):
         gain = grow**0.5 - 1 + norm.weight[0].item()
         norm.weight = nn.Parameter(norm.weight.new_full((kept,), gain))
         for layer in layers:
-            layer.weight = turn(layer.weight)
-    for layer in writers:
-        layer.weight = nn.Parameter(turn(layer.weight.T).T.contiguous())
+            layer.weight = turn(layer.weight, own)
+    for layer, own in zip(writers, after):
+        layer.weight = nn.Parameter(turn(layer.weight.T, own).T.contiguous())
         if layer.bias is not None:
-            layer.bias = turn(layer.bias)
+            layer.bias = turn(layer.bias, own)
     head = getattr(config, "head_dim", None) or width // config.num_attention_heads
     epsilons = {name: getattr(config, name) * grow for name in EPSILONS if hasattr(config, name)}
     small = rebuild(model, hidden_size=kept, head_dim=head, **epsilons)
     # Gemma multiplies embeddings by √width, which is another number now
     small.get_input_embeddings().weight.mul_(scale / embedding_scale(small))
+    if isinstance(Q, list):
+        add_turns(small, [before.T @ own for before, own in zip(every, after)])
     return small
 
 # %% ../../../nbs/efficiency/compression/rotation.ipynb #4a726089
@@ -217,28 +231,33 @@ def principal(covariance: Tensor) -> Tensor:
 
 # %% ../../../nbs/efficiency/compression/rotation.ipynb #4591446c
 @torch.no_grad()
-def check_slicing(model, kept: int):
+def check_slicing(model, kept: int, each: bool = False):
     """Raise `WrongInput` unless, in 32 bits, rotating and slicing do what they should to a model.
 
-    A random rotation has to leave the logits as they are, and so does cutting the stream to `kept`
-    dimensions when it is 0 in the others.
+    A random rotation, or one for `each` norm, has to leave the logits as they are, and so does
+    cutting the stream to `kept` dimensions when it is 0 in the others.
     """
     whole = copy.deepcopy(model).float()
     expected = probe(whole)
-    fold_norms(whole)
+    norms, generator = fold_norms(whole), torch.Generator().manual_seed(0)
     width = whole.config.hidden_size
-    Q = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(0))).Q
-    turned, kind = rotate(whole, Q), model.config.model_type
+
+    def drawn():
+        return torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
+
+    kind = model.config.model_type
+    turned = rotate(whole, [drawn() for _ in norms] if each else drawn())
     what = f"turning the residual stream of a {kind} model, "
     what += "with its norms' gains moved into the next layers,"
     check_same(probe(turned), expected, what, OTHER)
     if kept < width:
-        turned.get_input_embeddings().weight[:, kept:] = 0
-        for layer in read_stream(turned)[1]:
+        whole.get_input_embeddings().weight[:, kept:] = 0
+        for layer in read_stream(whole)[1]:
             layer.weight[kept:] = 0
             if layer.bias is not None:
                 layer.bias[kept:] = 0
-        small = rotate(turned, torch.eye(width)[:, :kept])
+        axes = torch.eye(width)[:, :kept]
+        small = rotate(whole, [axes] * len(norms) if each else axes)
         what = f"cutting {width - kept} dimensions that are 0 off "
         what += f"the residual stream of a {kind} model"
-        check_same(probe(small), probe(turned), what, OTHER)
+        check_same(probe(small), probe(whole), what, OTHER)

@@ -229,14 +229,21 @@ def cut_sizes(model, neurons: int, heads: int, width: int, biases: list[str]) ->
 # %% ../../../nbs/efficiency/compression/structured_surgery.ipynb #54dcfd97
 @torch.no_grad()
 def check_widths(
-    model, algorithm: str, ratio: float, target: str = "both", compensate: bool = True
+    model,
+    algorithm: str,
+    ratio: float,
+    target: str = "both",
+    compensate: bool = True,
+    within: str = "block",
 ):
     """Raise `WrongInput` unless, in 32 bits, neurons and heads that give 0 can be cut.
 
-    They are drawn at random, and the logits have to stay.
+    They are drawn at random, with `within` = model in other numbers for each block, and the logits
+    have to stay.
     """
-    neurons, heads, width = widths(model, ratio, target)
-    biases = new_biases(model, algorithm, ratio, target, compensate)
+    uneven = within == "model"
+    neurons, heads, width = widths(model, 0 if uneven else ratio, target)
+    biases = compensate if uneven else new_biases(model, algorithm, ratio, target, compensate)
     whole, generator = copy.deepcopy(model).float(), torch.Generator().manual_seed(0)
     small = copy.deepcopy(whole)
     for dense, block in zip(blocks_of(whole), blocks_of(small)):
@@ -244,6 +251,8 @@ def check_widths(
         for name, count, unit in (("down_proj", neurons, 1), ("o_proj", heads, 0)):
             layer, thin = layers_of(dense)[name], layers_of(block)[name]
             groups = layer.in_features if unit else layers_of(dense)["k_proj"].out_features // width
+            if uneven:
+                count = torch.randint(1, groups + 1, (), generator=generator)
             drawn = torch.randperm(groups, generator=generator)[:count]
             kept[name] = drawn.sort().values.to(model.device)
             gone = torch.ones(groups, dtype=torch.bool, device=model.device)
@@ -254,7 +263,8 @@ def check_widths(
                 for one in (layer, thin):
                     one.bias = nn.Parameter(more if one.bias is None else one.bias + more)
         cut(block, kept["down_proj"], kept["o_proj"], width)
-    small = rebuild(small, **cut_sizes(model, neurons, heads, width, biases))
+    if not uneven:
+        small = rebuild(small, **cut_sizes(model, neurons, heads, width, biases))
     what = f"cutting neurons and heads that give 0 out of a {model.config.model_type} model"
     check_same(probe(small), probe(whole), what, OTHER)
 
