@@ -8,7 +8,11 @@ __all__ = []
 
 # %% ../nbs/api.ipynb #19ebb7d9
 import importlib
+import os
 from types import ModuleType
+
+# read by the threads of torch when it is loaded, here and in every process that a run starts
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 _HOME = {
     "run": "runner.launch",

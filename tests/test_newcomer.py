@@ -8,6 +8,7 @@ import gzip
 import json
 import os
 import subprocess
+import sys
 
 import pyarrow
 import pyarrow.parquet
@@ -355,3 +356,16 @@ def test_a_text_without_a_number():
 )
 def test_answers_are_compared_as_numbers(answer, text, right):
     assert matches({"answer": answer}, text) == right
+
+
+# A busy machine
+
+
+@pytest.mark.parametrize("own", [None, "7"])
+def test_threads_that_wait_go_to_sleep_soon_unless_the_user_says_otherwise(own):
+    "The import sets it before torch is loaded, for this process and for those that it starts."
+    env = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
+    env |= {"GOMP_SPINCOUNT": own} if own else {}
+    code = "import sys, os, polm_lab; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+    seen = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert seen.stdout.split() == [own or "1000", "False"], seen.stderr
