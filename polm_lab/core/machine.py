@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'LAUNCHES', 'use_utf8', 'quiet_libraries', 'first_line', 'data_folder', 'cache_folder', 'pick_device',
-           'pick_dtype', 'has_bfloat16', 'torch_dtype', 'seed_of', 'seed_all', 'peak_memory', 'process_rank_and_count',
-           'check_launch', 'my_share']
+           'pick_dtype', 'has_bfloat16', 'torch_dtype', 'seed_of', 'seed_all', 'peak_memory', 'free_memory',
+           'process_rank_and_count', 'check_launch', 'my_share']
 
 # %% ../../nbs/core/machine.ipynb #20f8ed89
 import codecs
@@ -177,6 +177,16 @@ def peak_memory(device="cpu") -> float:
         return round(int(found[1]) / 2**10, 1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+def free_memory():
+    "Give memory that this process has free back to the system, where its C library can."
+    import ctypes
+
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):  # of glibc alone
+        pass
 
 
 def process_rank_and_count() -> tuple[int, int]:

@@ -36,7 +36,7 @@ from polm_lab.efficiency.compression.numbers import (
     spread,
 )
 from .compression.rounding import Quantized, best_of, gptq, group_losses, nearest
-from .quantize import bits_of, input_groups, write_codes
+from .quantize import Codes, bits_of, input_groups
 from ..finetuning.sft import sft_loss
 from ..models.attach import merge_adapter
 from ..models.factors import set_factors
@@ -445,5 +445,7 @@ def qat(settings: QAT, run: Run) -> None:
 
     fit(run, settings, policy, updates, loss, evaluate, finish=lambda model: settle(model, found))
     if run.writes:
-        write_codes(run, found)
+        codes = Codes()
+        codes.take(found)
+        codes.write(run)
         save_model(policy.model, tokenizer, run.path / "model")

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['ALGORITHMS', 'READS_INPUTS', 'READS_GRADIENTS', 'Quantize', 'Matrix', 'is_query_or_key', 'weight_gradients',
-           'read_mixed', 'share_out', 'sensitivity', 'block_device', 'pack_bits', 'unpack_bits', 'tensors_of',
-           'quantize_block', 'input_groups', 'bits_of', 'quantize_model', 'quantize', 'write_codes']
+           'read_mixed', 'share_out', 'sensitivity', 'block_device', 'pack_bits', 'unpack_bits', 'tensors_of', 'Codes',
+           'quantize_block', 'input_groups', 'bits_of', 'quantize_model', 'quantize']
 
 # %% ../../nbs/efficiency/quantize.ipynb #0b211e2e
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Callable, Iterator
 
 import torch
@@ -21,9 +23,11 @@ from ..core.run import Run
 from .compression.codebooks import daq, easyquant, gwq, hqq, lut, squeezellm
 from .compression.rounding import Quantized, awq, awq_gain, gptq, nearest
 from .compression.rounding import check_inputs, obq, owq, quip, spqr
+from ..models.attach import saved_bits
 from ..models.layers import blocks_of, linear_layers
 from ..training.evaluate import cost
-from ..training.layerwise import BlockInputs, Calibrated, Inputs, carry_out, visit_blocks
+from ..training.layerwise import SHELF, BlockInputs, Calibrated, Inputs, carry_out
+from ..training.layerwise import on_disk, visit_blocks
 
 # %% ../../nbs/efficiency/quantize.ipynb #54f75068
 @dataclass(kw_only=True)
@@ -265,6 +269,34 @@ def tensors_of(name: str, found: Quantized) -> dict[str, Tensor]:
         parts["gain"] = found.gain.clone()  # layers share it, files do not
     return {f"{name}.{part}": tensor.contiguous() for part, tensor in parts.items()}
 
+
+class Codes:
+    """The quantized matrices of a run, as they are stored.
+
+    `bits` has the bits of each by name. With a `folder` they wait there, and not in memory.
+    """
+
+    def __init__(self, folder: Path | None = None):
+        self.folder, self.tensors, self.facts, self.bits = folder, {}, {}, {}
+
+    def take(self, found: dict[str, Quantized]):
+        "Pack the matrices in `found`, which is empty then."
+        for name, one in found.items():
+            form, shape, tensors = one.form, list(one.codes.shape), tensors_of(name, one)
+            if self.folder:
+                tensors = on_disk(tensors, self.folder / f"{name}.codes.safetensors")
+            self.tensors |= tensors
+            self.facts[name] = dict(bits=form.bits, group_size=form.group_size, shape=shape)
+            self.bits[name] = one.stored_bits()
+        found.clear()
+
+    def write(self, run: Run):
+        "Write `codes.safetensors`, with the settings that read it."
+        from safetensors.torch import save_file
+
+        facts = {"matrices": json.dumps(self.facts)}
+        save_file(self.tensors, run.path / "codes.safetensors", facts)
+
 # %% ../../nbs/efficiency/quantize.ipynb #365836d5
 @torch.no_grad()
 def quantize_block(
@@ -323,12 +355,10 @@ def input_groups(
 
 # %% ../../nbs/efficiency/quantize.ipynb #f9b1d10c
 def bits_of(model, stored: dict[str, int]) -> float:
-    "Return the bits of a model, those of the weights in `stored` as they are there."
-    total, seen = 0, set()
-    for name, parameter in model.named_parameters():
-        if parameter.data_ptr() not in seen:
-            seen.add(parameter.data_ptr())
-            own = parameter.numel() * parameter.element_size() * 8
+    "Return the bits of a model as it is saved, those of the weights in `stored` as they are there."
+    weights, total = {name for name, _ in model.named_parameters()}, 0
+    for name, own in saved_bits(model).items():
+        if name in weights:
             total += stored.get(name.removesuffix(".weight"), own)
     return total
 
@@ -373,12 +403,15 @@ def quantize(settings: Quantize, run: Run) -> None:
     "Round the weights of a model to few bits, and keep the codes next to the model."
     if settings.mixed:
         read_mixed(settings.mixed, settings.bits)
-    found: dict[str, Quantized] = {}
+    codes = Codes(run.path / SHELF if run.writes else None)
 
     def steps(model, windows):
-        yield from quantize_model(model, windows, settings, found, measure=True)
+        found: dict[str, Quantized] = {}
+        for facts in quantize_model(model, windows, settings, found, measure=True):
+            codes.take(found)
+            yield facts
         if run.writes:
-            write_codes(run, found)
+            codes.write(run)
 
     def plan(model, windows):  # what does not fit is refused before anything is evaluated
         for layer in linear_layers(blocks_of(model)).values():
@@ -387,22 +420,8 @@ def quantize(settings: Quantize, run: Run) -> None:
         return steps(model, windows)
 
     def measures(model):
-        bits = bits_of(model, {name: one.stored_bits() for name, one in found.items()})
+        bits = bits_of(model, codes.bits)
         weights = sum(p.numel() for p in model.parameters())
         return cost(model) | {"size_mib": bits / 2**23, "bits_per_weight": bits / weights}
 
     carry_out(run, settings, plan, measures)
-
-
-def write_codes(run: Run, found: dict[str, Quantized]) -> None:
-    "Write the codes of a run to `codes.safetensors`, with the settings that read them."
-    import json
-
-    from safetensors.torch import save_file
-
-    tensors, facts = {}, {}
-    for name, one in found.items():
-        tensors |= tensors_of(name, one)
-        form = one.form
-        facts[name] = dict(bits=form.bits, group_size=form.group_size, shape=list(one.codes.shape))
-    save_file(tensors, run.path / "codes.safetensors", {"matrices": json.dumps(facts)})
