@@ -147,6 +147,9 @@ def _report(run: Run, as_json: bool):
         return
     click.echo(f"{run.id}: {run.status}" + (f" ({record['reason']})" if record["reason"] else ""))
     for part, found in record.get("left_out", {}).items():
+        if isinstance(found, str):  # a part of the work, and why
+            click.echo(f"left out:  {part}: {found}")
+            continue
         click.echo(
             f"left out:  {found['equal']} of {found['pairs']} pairs ({part}), whose answers are "
             "equal within max_length"

@@ -261,7 +261,7 @@ def test_logits_that_differ_by_more_than_rounding_are_no_longer_the_same():
 
 
 def test_an_unforeseen_family_ends_in_one_line(monkeypatch):
-    def fails(model, kept):
+    def fails(model, kept, each):
         raise AttributeError("'X' object has no attribute 'norm'\nand more")
 
     monkeypatch.setattr(slim, "check_slicing", fails)

@@ -105,3 +105,21 @@ def test_all_names_every_adapter_of_the_library():
 def test_the_front_is_what_nothing_beats():
     assert pareto([1, 1, 2], [1, 2, 2]) == [1]
     assert pareto([], []) == []
+
+
+def test_each_adapter_has_a_row_of_results_and_what_is_left_out_its_reason(tmp_path, capsys):
+    "The record keeps what was compared, and the command line says why an adapter is not there."
+    from polm_lab.cli import _report
+    from polm_lab.runner.seeds import result_rows
+
+    run = lab.run("peft", adapters="ia3; lora", steps=1, batch_size=2, eval_rows=2, out=tmp_path)
+    rows = [row for row in result_rows("chat", run) if row["metric"] == "perplexity"]
+    assert [row["setting"] for row in rows] == ["chat: as it is", "chat: ia3", "chat: lora"]
+    table = {row["adapter"]: row["perplexity"] for row in run.record["table"]}
+    assert [float(row["after"]) for row in rows[1:]] == pytest.approx(
+        list(table.values()), rel=1e-4
+    )
+    assert float(rows[0]["after"]) == pytest.approx(run.summary["before"]["perplexity"], rel=1e-4)
+    run.update(left_out={"adamss": "it needs a library that is not here"})
+    _report(run, as_json=False)
+    assert "left out:  adamss: it needs a library that is not here" in capsys.readouterr().out

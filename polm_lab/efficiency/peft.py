@@ -231,7 +231,10 @@ def peft(settings: PEFT, run: Run) -> None:
         if "before" not in run.summary:
             run.frame("before", child.summary["before"])
         run.log(number, **gained)
-    run.update(table=table, left_out=left_out)
+    first = run.summary["before"]
+    compared = {"as it is": {name: first[name] for name in gained if name in first}}
+    compared |= {row["adapter"]: {name: row[name] for name in gained} for row in table}
+    run.update(table=table, left_out=left_out, compared=compared)
     best = min(table, key=lambda row: row["perplexity"])
     seen = child.summary["after"]  # all parts are evaluated on the same rows
     counts = {name: seen.get(f"rows/{name}", seen["rows"]) for name in gained}

@@ -62,10 +62,11 @@ def results_file(method: str) -> Path:
 def result_rows(setting: str, run) -> list[dict]:
     """Return setting, metric, before and after of a run as rows; counts of rows are left out.
 
-    A run that compares several models (its record has `states`) has a setting for each of them.
+    A run that compares several models (its record has `states`, or `compared` if they are many) has
+    a setting for each of them.
     """
     ends = {setting: (run.summary.get("before", {}), run.summary.get("after", {}))}
-    states = run.record.get("states", {})
+    states = run.record.get("states") or run.record.get("compared")
     if states:
         ends = {f"{setting}: {name}": ({}, found) for name, found in states.items()}
     rows = []
