@@ -146,14 +146,10 @@ def _report(run: Run, as_json: bool):
         click.echo(json.dumps(facts))
         return
     click.echo(f"{run.id}: {run.status}" + (f" ({record['reason']})" if record["reason"] else ""))
+    pairs = "{equal} of {pairs} pairs ({part}), whose answers are equal within max_length"
     for part, found in record.get("left_out", {}).items():
-        if isinstance(found, str):  # a part of the work, and why
-            click.echo(f"left out:  {part}: {found}")
-            continue
-        click.echo(
-            f"left out:  {found['equal']} of {found['pairs']} pairs ({part}), whose answers are "
-            "equal within max_length"
-        )
+        why = f"{part}: {found}" if isinstance(found, str) else pairs.format(part=part, **found)
+        click.echo(f"left out:  {why}")
     # a recipe has one state of the model after each of its stages
     states = record.get("states") or record["summary"]
     if states:

@@ -231,14 +231,18 @@ def test_the_interval_is_wilsons():
         assert abs(found[1] - high) < 1e-3
 
 
-LONGER = {"peft"}  # 42 adapters one after the other: 101 minutes of one core without bfloat16
+LONGER = {  # on one core without bfloat16, next to other work
+    "peft, instructions",  # 42 adapters one after the other: 101 minutes
+    "quantize, squeezellm, 3 bits",  # 28 minutes
+}
 
 
 def test_the_kept_results_are_sound():
     for row in read_real():
+        name = f"{row['method']}, {row['setting'].partition(': ')[0]}"
         assert row["method"] in methods()
         assert float(row["after"]) == float(row["after"])
-        assert float(row["seconds"]) <= 20 * 60 or row["method"] in LONGER
+        assert float(row["seconds"]) <= 20 * 60 or name in LONGER
         assert 0 < float(row["peak_mib"]) <= 12 * 1024
         if row["low"]:
             assert float(row["low"]) <= float(row["after"]) <= float(row["high"])
