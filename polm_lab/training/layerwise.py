@@ -326,13 +326,15 @@ def shelves(run: Run, model):
             own(number + 1)
             free_memory()
 
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-    folder.mkdir()
+    if run.writes:
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+        folder.mkdir()
     own(0)
     try:
         yield shelve
     finally:
-        shutil.rmtree(folder)
+        if run.writes:
+            shutil.rmtree(folder)
 
 
 def log_blocks(run: Run, steps: Iterator[dict], done=lambda number: None):
