@@ -67,8 +67,8 @@ def test_run_goes_through_papermill_and_leaves_the_notebook(through):
     assert len(all_runs(folder)) == 1, "the notebook uses the run that was prepared for it"
 
 
-def test_bare_equals_the_notebook(polm, through):
-    bare = lab.open_run(last_json(polm("run", "sft", *SHORT, "--json", "--bare"))["run"])
+def test_bare_equals_the_notebook(forked, through):
+    bare = lab.open_run(last_json(forked("run", "sft", *SHORT, "--json", "--bare"))["run"])
     run = lab.open_run(through[0]["run"], through[1])
     assert (bare.path / "model/model.safetensors").read_bytes() == (
         run.path / "model/model.safetensors"
@@ -77,18 +77,18 @@ def test_bare_equals_the_notebook(polm, through):
     assert bare.summary == run.summary
 
 
-def test_knobs_from_a_file_are_overridden_by_options(polm, tmp_path):
+def test_knobs_from_a_file_are_overridden_by_options(forked, tmp_path):
     (tmp_path / "knobs.yaml").write_text(
         "steps: 2\nlearning_rate: 1e-4\ndata: sums\neval_rows: 4\n"
     )
     report = last_json(
-        polm("run", "sft", "--bare", "--json", "-f", tmp_path / "knobs.yaml", "-p", "steps", "1")
+        forked("run", "sft", "--bare", "--json", "-f", tmp_path / "knobs.yaml", "-p", "steps", "1")
     )
     settings = lab.open_run(report["run"]).settings
     assert (settings["steps"], settings["learning_rate"], settings["data"]) == (1, 1e-4, "sums")
 
 
-def test_stop_and_resume(polm, runs):
+def test_stop_and_resume(forked, runs):
     process = subprocess.Popen(
         [
             POLM,
@@ -114,7 +114,7 @@ def test_stop_and_resume(polm, runs):
         assert process.poll() is None
         time.sleep(0.1)
     run = all_runs(runs)[0]
-    stopped = polm("stop", run.id)
+    stopped = forked("stop", run.id)
     assert stopped.returncode == 0
     assert "stopped at step" in stopped.stdout
     assert process.wait(timeout=60) == 130
@@ -122,10 +122,10 @@ def test_stop_and_resume(polm, runs):
     assert run.status == "stopped"
     assert run.read()["step"] == at
     run.update(settings={**run.settings, "steps": at + 2})
-    assert polm("resume", run.id).returncode == 0
+    assert forked("resume", run.id).returncode == 0
     assert run.status == "finished"
     assert [row["step"] for row in run.lines()] == list(range(1, at + 3))
-    again = polm("resume", run.id)
+    again = forked("resume", run.id)
     assert again.returncode == 2
     assert "finished" in again.stderr
 
@@ -155,7 +155,7 @@ def test_launch_outlives_its_caller_and_can_be_waited_for():
     assert len(run.lines()) == 3
 
 
-def test_looking(polm):
+def test_looking(forked):
     a = lab.run("sft", steps=2, data="sums", eval_rows=4, batch_size=4)
     b = lab.run(
         "sft",
@@ -169,15 +169,15 @@ def test_looking(polm):
     assert b.record["parents"] == [a.id]
     assert list(lab.runs()["run"]) == [b.id, a.id]
     assert "learning_rate" in lab.compare(a, b).index
-    shown = polm("show", b.id)
+    shown = forked("show", b.id)
     assert shown.returncode == 0
     assert b.id in shown.stdout
     assert "perplexity" in shown.stdout
-    assert a.id in polm("runs").stdout
-    assert "learning_rate" in polm("compare", a.id, b.id).stdout
-    listed = polm("methods").stdout
+    assert a.id in forked("runs").stdout
+    assert "learning_rate" in forked("compare", a.id, b.id).stdout
+    listed = forked("methods").stdout
     assert all(name in listed for name in ("sft", "dpo", "grpo"))
-    assert json.loads(polm("show", b.id, "--json").stdout)["status"] == "finished"
+    assert json.loads(forked("show", b.id, "--json").stdout)["status"] == "finished"
 
 
 def test_doctor(polm):
@@ -187,10 +187,10 @@ def test_doctor(polm):
     assert "tiny" in done.stdout
 
 
-def test_another_folder_for_runs(polm, tmp_path):
-    done = polm("run", "sft", "--bare", "--json", "--out", tmp_path / "elsewhere", *SHORT)
+def test_another_folder_for_runs(forked, tmp_path):
+    done = forked("run", "sft", "--bare", "--json", "--out", tmp_path / "elsewhere", *SHORT)
     assert last_json(done)["path"].startswith(str(tmp_path / "elsewhere"))
-    assert polm("show", last_json(done)["run"], "--out", tmp_path / "elsewhere").returncode == 0
+    assert forked("show", last_json(done)["run"], "--out", tmp_path / "elsewhere").returncode == 0
 
 
 def test_two_processes_by_accelerate(tmp_path):

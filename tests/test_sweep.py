@@ -171,7 +171,7 @@ def ends(sweep):
 # Sweeps
 
 
-def test_a_grid_of_runs_through_papermill(polm, runs, tree, tmp_path, monkeypatch):
+def test_a_grid_of_runs_through_papermill(polm, forked, runs, tree, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a kernel takes modules of its folder first
     (tmp_path / "data").write_text("some")
     done = polm(
@@ -199,14 +199,14 @@ def test_a_grid_of_runs_through_papermill(polm, runs, tree, tmp_path, monkeypatc
     assert (found.path / "notebook.ipynb").exists()
     assert found.record["sweep"] == report["sweep"]
     assert found.record["via"] == "notebook"
-    shown = polm("show", report["sweep"])
+    shown = forked("show", report["sweep"])
     assert shown.returncode == 0
     assert found.id in shown.stdout
-    assert report["sweep"] in polm("sweeps").stdout
+    assert report["sweep"] in forked("sweeps").stdout
     table = lab.results(report["sweep"])
     assert list(table["rate"]) == [0.2, 0.1]
     assert list(table["step"]) == [5, 5]
-    again = polm("resume", report["sweep"])
+    again = forked("resume", report["sweep"])
     assert again.returncode == 2
     assert "finished" in again.stderr
     assert len(again.stderr.strip().split("\n")) == 1
