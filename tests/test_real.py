@@ -234,6 +234,7 @@ def test_the_interval_is_wilsons():
 LONGER = {  # on one core without bfloat16, next to other work
     "peft, instructions",  # 42 adapters one after the other: 101 minutes
     "quantize, squeezellm, 3 bits",  # 28 minutes
+    "overoptimization, chat",  # two proxies, and GRPO against each: 87 minutes
 }
 
 

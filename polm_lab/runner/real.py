@@ -586,7 +586,8 @@ def _in_short(rows: list[dict]) -> str:
     return ", ".join(shown)
 
 # %% ../../nbs/runner/real.ipynb #dfba964e
-HEADLINES = (*SHARES, "gold_score", "perplexity", "word_f1", "kl", "position_bias/model")
+HEADLINES = (*SHARES, "gold_score", "reward/gold 32", "reward/gold 256")
+HEADLINES += ("perplexity", "word_f1", "kl", "position_bias/model")
 
 
 def real_table(method: str = "", metrics: Iterable[str] = (), path: Path | None = None):

@@ -244,7 +244,8 @@ def gptq(
     dead = hessian.diagonal() == 0
     plain = weight.float().masked_fill(dead, 0.0)
     grid = grid or fit_grid(plain, bits, group_size, symmetric)
-    U = inverse_factor(hessian[order[:, None], order], damping)
+    sorted_here = act_order or kept is not None  # a copy of H, which is large
+    U = inverse_factor(hessian[order[:, None], order] if sorted_here else hessian, damping)
     W = plain.T[order].contiguous()
     # a column of the layer is a row here, in codes and grids too: rows are read at once
     codes, most = torch.zeros(W.shape, dtype=torch.uint8), 2**bits - 1
