@@ -55,7 +55,7 @@ bench: $(READY)  ## speed and memory, side by side with peers
 
 $(READY): settings.ini setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $(READY)
 
 .PHONY: help run test quick page hidden picture mutate outputs real lab docs bench
