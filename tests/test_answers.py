@@ -483,3 +483,25 @@ def test_a_page_with_a_loss_only_passes_the_suite(proven, name):
     found = proven[name]
     assert len(found) == 7, found
     assert all(found.values()), found
+
+
+def test_the_prompt_of_a_pair_is_read_once(start, tokenizer):
+    long = " ".join(f"{n} + {n + 1} = {2 * n + 1}." for n in range(12))
+    rows = [
+        dict(prompt=f"{k} {long}", chosen=f" {k}", rejected=f" {k + 7} or so") for k in range(6)
+    ]
+    examples = encode_answers(tokenizer, rows, 512)
+    policy, pad, read = Policy(shaken(start)), tokenizer.pad_token_id, []
+    policy.model.get_input_embeddings().register_forward_hook(
+        lambda module, args, out: read.append(args[0].numel())
+    )
+    table = logps_table(policy, examples, pad, 12)
+    whole = sum(len(side["input_ids"]) for example in examples for side in sides_of(example))
+    assert sum(read[1:]) < 0.7 * whole  # the first call looks at the head
+    (batch,) = answer_batches(examples, 6, pad)
+    assert "prefix" in batch
+    shared = batch_answers(policy, batch, lambda b: table[b["rows"]].unbind(1))
+    apart = batch_answers(policy, {**batch, "prefix": None}, lambda b: table[b["rows"]].unbind(1))
+    for one, other in zip(shared, apart):
+        torch.testing.assert_close(one.logp, other.logp, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(one.logp, one.ref_logp, atol=1e-4, rtol=1e-5)

@@ -387,8 +387,27 @@ def test_a_common_prefix_is_read_once(family):
         )
     for a, b in zip(*found):
         close(b, a, 1e-5)
+    other = Policy(build(family))
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(0.9)
+    apart, together = (
+        policy(ids, real, target, reference=other, prefix=given).kl for given in (None, prefix)
+    )
+    assert apart.sum() > 0.01
+    torch.testing.assert_close(together, apart, rtol=1e-3, atol=1e-5)
     policy.model.train().gradient_checkpointing_enable()
     assert not policy._can_share()  # nothing is kept to continue from
+
+
+def test_of_a_common_prefix_no_column_is_read_for_nothing():
+    policy, (ids, real, target, prefix), seen = Policy(build("llama")), groups(), []
+    policy.model.get_input_embeddings().register_forward_hook(
+        lambda module, args, out: seen.append(tuple(args[0].shape))
+    )
+    policy(ids, real, target, prefix=prefix)
+    # three prompts without their last tokens, then that token and all but the last of an answer
+    assert seen[-2:] == [(3, 8), (9, 6)]
 
 
 @pytest.mark.parametrize(

@@ -284,7 +284,7 @@ class PrefixReader(StateReader):
         )
         # the last common token stays with the rows: its state predicts their first own token
         shared = prefix[first, 1] - 1
-        longest, time = int(shared.max()), input_ids.shape[1] - int(shared.min())
+        longest, time = int(shared.max()), int((real.sum(1) - shared[owner]).max())
         if longest < 1:
             return self._rows(self._batch(input_ids, real, None), wanted)
         # padded on the left, so that all rows continue in the same column
@@ -330,7 +330,8 @@ class PrefixReader(StateReader):
         if position_ids is not None:
             return self._rows(self._batch(input_ids, real, position_ids), wanted)
         found, shared = [], prefix is not None and self._can_share()
-        parts = length_parts(real.sum(1).tolist())
+        lengths = real.sum(1)
+        parts = length_parts((lengths - prefix[:, 1] if shared else lengths).tolist())
         for part in parts:
             longest = max(int(real[part].sum(1).max()), 1)
             ids, some, targets = (x[part, :longest] for x in (input_ids, real, wanted))
@@ -507,15 +508,13 @@ class Policy(PrefixReader):
             input_ids, real, wanted = (x.gather(1, order) for x in (input_ids, real, wanted))
         wanted = _without_first(wanted, position_ids)
 
-        if reference is not None:
-            prefix = None  # policy and reference both read whole rows
         rows, readout = self._read_rows(input_ids, real, wanted, position_ids, prefix)
         values = None if value is None else _values_of(rows, readout, value)
         logp = spread = kl = None
         if logprobs:
             logp, spread = _logprobs_of(rows, readout, input_ids[wanted], temperature, entropy)
         if reference is not None:
-            ref_rows, ref = reference._constant_rows(input_ids, real, wanted, position_ids)
+            ref_rows, ref = reference._constant_rows(input_ids, real, wanted, position_ids, prefix)
             kl = _kl_of(rows, readout, ref_rows, ref, temperature, reverse)
         found = logp, spread, kl, values
         return TokenStats(*(_at_tokens(one, wanted, order, shape) for one in found))

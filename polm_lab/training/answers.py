@@ -18,7 +18,7 @@ from ..core.knobs import WrongInput
 from ..core.settings import Settings
 from ..core.machine import my_share, process_rank_and_count
 from ..core.run import Run
-from ..data.batches import Order, collate, microbatches
+from ..data.batches import Order, collate, microbatches, shared_prompts
 from ..data.encode import encode, encode_each
 from ..models.policy import Policy
 from .evaluate import learned_tokens, sequence_logps
@@ -181,7 +181,8 @@ def answer_batches(examples: list[dict], rows: int, pad_id: int) -> list[dict]:
     """Divide encoded rows into microbatches of at most `rows` rows with equally many `sides`.
 
     Tensors are [sides x rows, time], all first sides first. `rows` [rows] are the rows' numbers,
-    `weight` is how many there are. See `marks_of` for what they say about their answers.
+    `weight` is how many there are, and `prefix` the prompts that sides share, where reading those
+    once is worth it (`shared_prompts`). See `marks_of` for what they say about their answers.
     """
     groups, batches = {}, []
     for example in examples:
@@ -192,6 +193,8 @@ def answer_batches(examples: list[dict], rows: int, pad_id: int) -> list[dict]:
             sides = [side for column in columns for side in column]
             batch = dict(collate(sides, pad_id), weight=float(len(part)), sides=count)
             batch["rows"] = torch.tensor([example["row"] for example in part])
+            if (prefix := shared_prompts(sides)) is not None:
+                batch["prefix"] = prefix
             batches.append(batch | marks_of(part))
     return batches
 
@@ -212,7 +215,8 @@ def answer_updates(examples: list[dict], order: Order, settings: Settings, pad_i
 
 def side_logps(policy, batch: dict) -> tuple[Tensor, ...]:
     "Return the summed log-probabilities [rows] of each side of a batch, in nats."
-    stats = policy(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
+    names = ("input_ids", "attention_mask", "completion_mask", "prefix")
+    stats = policy(**{name: batch[name] for name in names if name in batch})
     return stats.logp.sum(1).chunk(batch["sides"])
 
 

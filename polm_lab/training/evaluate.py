@@ -21,7 +21,7 @@ from typing import Callable
 import torch
 
 from ..core.knobs import WrongInput
-from ..data.batches import collate
+from ..data.batches import collate, shared_prompts
 from ..data.encode import encode
 from ..data.load import parse_spec
 from ..data.tasks import TASKS
@@ -51,21 +51,25 @@ def sequence_logps(
 
     Rows of similar length go through the model together.
     """
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
+    lengths = [len(example["input_ids"]) for example in examples]
+    if (prefix := shared_prompts(examples)) is not None:  # the same prompts go together
+        lengths = [(n, group, total) for (group, n), total in zip(prefix.tolist(), lengths)]
+    order = sorted(range(len(examples)), key=lengths.__getitem__)
     out = torch.zeros(len(examples))
     with eval_no_grad(policy):
         for start in range(0, len(order), rows):
             part = order[start : start + rows]
             batch = _batch_on([examples[i] for i in part], pad_id, policy)
-            out[part] = policy(*batch).logp.sum(1).float().cpu()
+            out[part] = policy(**batch).logp.sum(1).float().cpu()
     return out
 
 
-def _batch_on(examples: list[dict], pad_id: int, policy: Policy) -> tuple[torch.Tensor, ...]:
-    "Collate rows for `policy`: ids, attention mask, completion mask [rows, time]."
+def _batch_on(examples: list[dict], pad_id: int, policy: Policy) -> dict[str, torch.Tensor]:
+    "Collate rows for `policy`: ids and masks [rows, time], and the prompts that rows share."
     device, batch = next(policy.parameters()).device, collate(examples, pad_id)
-    names = ("input_ids", "attention_mask", "completion_mask")
-    return tuple(batch[name].to(device) for name in names)
+    if (prefix := shared_prompts(examples)) is not None:
+        batch["prefix"] = prefix
+    return {name: values.to(device) for name, values in batch.items()}
 
 
 def learned_tokens(examples: list[dict]) -> int:
@@ -224,7 +228,7 @@ def mean_kl(
     with eval_no_grad(policy), eval_no_grad(reference):
         for start in range(0, len(examples), rows):
             batch = _batch_on(examples[start : start + rows], pad_id, policy)
-            total += policy(*batch, reference=reference).kl.double().sum().item()
+            total += policy(**batch, reference=reference).kl.double().sum().item()
     return total / max(1, learned_tokens(examples))
 
 
