@@ -47,6 +47,10 @@ SHORT = {
         prompts=2,
     ),
     "activations": LITTLE | dict(calibration_samples=2, eval_rows=2, max_length=32),
+    "distill": LITTLE
+    | dict(
+        teacher_steps=1, rows=8, steps=1, batch_size=4, eval_rows=2, max_new_tokens=8, save_every=0
+    ),
     "prune": LITTLE | dict(calibration_samples=2, eval_rows=2, max_length=32),
     "reader": LITTLE
     | dict(

@@ -109,7 +109,7 @@ def size_of(folder):
 
 
 def test_the_knob_is_with_the_methods_that_save_weights():
-    training = "sft reft dpo ppo reward rlaif rloo grpo critic reader retriever qat"
+    training = "sft reft dpo ppo reward rlaif rloo grpo critic reader retriever qat distill"
     others = "prune slim quantize lowrank activations merge fuse"
     assert sorted(SAVING) == sorted([*training.split(), *others.split()])
 

@@ -8,7 +8,7 @@ __all__ = ['TokenStats', 'states', 'read_head', 'length_parts', 'pick_rows', 'St
 # %% ../../nbs/models/policy.ipynb #2ac4729b
 import contextlib
 import inspect
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ..core.knobs import WrongInput
-from .logprobs import Readout, dense_kl, dense_logprobs, full_kl, selected_logprobs
+from .logprobs import Readout, dense_kl, dense_logprobs, divergence_in_parts, full_kl
+from .logprobs import selected_logprobs
 
 # %% ../../nbs/models/policy.ipynb #ceaaf586
 class TokenStats(NamedTuple):
@@ -471,6 +472,7 @@ class Policy(PrefixReader):
         entropy: bool = False,
         reference: "Policy | None" = None,
         reverse: float = 0.0,
+        divergence: Callable[[Tensor, Tensor], Tensor] | None = None,
         prefix: Tensor | None = None,
         value: nn.Module | None = None,
         logprobs: bool = True,
@@ -479,6 +481,8 @@ class Policy(PrefixReader):
 
         The KL is Σ p log(p/q) of this policy p and the reference q for `reverse` 0, and Σ q log(q/p)
         for 1. Between 0 and 1 it is the sum of both, weighed by 1 − `reverse` and `reverse`.
+        `divergence` replaces it: it maps the logits [n, vocab] of both to [n], and `temperature` is
+        its own affair.
 
         Targets are where `completion_mask` [rows, time] is 1; by default all real tokens. Padding
         may be on either side. `position_ids` are needed for packed rows only: they start again at
@@ -515,6 +519,9 @@ class Policy(PrefixReader):
             logp, spread = _logprobs_of(rows, readout, input_ids[wanted], temperature, entropy)
         if reference is not None:
             ref_rows, ref = reference._constant_rows(input_ids, real, wanted, position_ids, prefix)
-            kl = _kl_of(rows, readout, ref_rows, ref, temperature, reverse)
+            if divergence is None:
+                kl = _kl_of(rows, readout, ref_rows, ref, temperature, reverse)
+            else:
+                kl = divergence_in_parts(divergence, rows, readout, ref_rows, ref)
         found = logp, spread, kl, values
         return TokenStats(*(_at_tokens(one, wanted, order, shape) for one in found))
