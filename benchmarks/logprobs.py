@@ -30,6 +30,7 @@ CASES = {  # name: (kind of loss, who asks for gradients)
     "log-prob, no gradient": ("logp", ""),
     "log-prob and entropy": ("entropy", "hidden weight"),
     "KL to a reference": ("kl", "hidden weight"),
+    "JSD to a teacher": ("jsd", "hidden weight"),
 }
 
 
@@ -38,17 +39,23 @@ def one(args):
     import torch
     import torch.nn.functional as F
 
-    from polm_lab.models.logprobs import full_kl, selected_logprobs
+    from polm_lab.efficiency.distillation.divergences import comparison
+    from polm_lab.models.logprobs import Readout, divergence_in_parts, full_kl, selected_logprobs
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     kind, wants = CASES[args.case]
     hidden = torch.empty(args.rows, args.width).normal_().requires_grad_("hidden" in wants)
     weight = torch.empty(args.vocab, args.width).normal_(std=0.05).requires_grad_("weight" in wants)
-    ref = torch.empty(args.vocab, args.width).normal_(std=0.05) if kind == "kl" else None
+    ref = torch.empty(args.vocab, args.width).normal_(std=0.05) if kind in ("kl", "jsd") else None
+    jsd = comparison("jsd", 0.5, 1.0)
     targets, by = torch.randint(args.vocab, (args.rows,)), torch.randn(2, args.rows)
 
     def dense(hidden, weight, targets, by):
+        if kind == "jsd":
+            with torch.no_grad():
+                constant = F.linear(hidden, ref)
+            return jsd(F.linear(hidden, weight), constant) @ by[0]
         logp = F.log_softmax(F.linear(hidden, weight), -1)
         if kind == "kl":
             with torch.no_grad():
@@ -58,6 +65,9 @@ def one(args):
         return loss - (logp.exp() * logp).sum(-1) @ by[1] if kind == "entropy" else loss
 
     def ours(hidden, weight, targets, by):
+        if kind == "jsd":
+            parts = divergence_in_parts(jsd, hidden, Readout(weight), hidden, Readout(ref))
+            return parts @ by[0]
         if kind == "kl":
             return full_kl(hidden, weight, hidden, ref) @ by[0]
         logp, entropy = selected_logprobs(hidden, weight, targets, entropy=kind == "entropy")
@@ -190,7 +200,7 @@ def main():
         best, cpu = lowest(times, "seconds"), lowest(times, "cpu")
         memory = {name: child(args, one=name, case=case, measure="memory")["mib"] for name in times}
         speed = child(args, one="ours", case=case, measure="speed")
-        forward = product / speed["z"] * (2 if kind == "kl" else 1)
+        forward = product / speed["z"] * (2 if kind in ("kl", "jsd") else 1)
         backward = ("hidden" in wants) * product / speed["dh"] + (
             "weight" in wants
         ) * product / speed["dw"]

@@ -21,6 +21,7 @@ from polm_lab.models.logprobs import Readout, divergence_in_parts
 from polm_lab.models.policy import Policy
 from polm_lab.models.small import save_small
 from polm_lab.training import conformance as check
+from polm_lab.training.chain import check_settings
 from polm_lab.training.loop import Meter
 
 SIZES = dict(
@@ -276,6 +277,23 @@ def test_the_ends_of_beta_are_noted(tmp_path):
     for beta, way in ((0.0, "KL(teacher‖student)"), (1.0, "KL(student‖teacher)")):
         run = lab.run("distill", out=tmp_path, divergence="jsd", beta=beta, **SMALL | dict(steps=1))
         assert way in (run.path / "log.txt").read_text()
+
+
+def test_a_path_of_a_teacher_holds_from_every_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    _, settings = check_settings("distill", dict(teacher="a+b+tiny", student="a"))
+    assert settings.teacher == f"{tmp_path / 'a'}+{tmp_path / 'b'}+tiny"
+    assert settings.student == str(tmp_path / "a")
+
+
+def test_whole_texts_teach_too(tmp_path):
+    stories = tmp_path / "stories.jsonl"
+    stories.write_text('{"text": "Once there was a fox and it ran."}\n' * 8)
+    run = lab.run("distill", out=tmp_path, data=str(stories), **SMALL | dict(steps=12))
+    assert run.summary["after"]["perplexity"] < run.summary["before"]["perplexity"]
+    assert not run.lines("samples")
 
 
 def test_bad_input_is_one_line(tmp_path):

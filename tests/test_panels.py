@@ -12,6 +12,7 @@ import pytest
 from plotly.callbacks import Points
 
 from polm_lab.core.knobs import WrongInput
+from polm_lab.core.method import methods
 from polm_lab.core.metrics import METRICS
 from polm_lab.core.run import Run
 from polm_lab.workbench.compare import (
@@ -235,7 +236,10 @@ def test_panels_draw_runs_evaluations_and_meanings(make):
 
 
 def test_every_formula_and_reading_can_be_shown():
+    methods()  # each declares metrics of its own
+    assert "usual: from 0<br>" in explain("divergence").replace("unit: nats/token, ", "")
     for m in METRICS.values():
+        assert explain(m.name)
         assert not set("\\{}") & set(plain(m.formula)), m.formula
         assert m.meaning.split()[0] in explain(m.name)
     assert explain("nothing") == ""

@@ -310,7 +310,7 @@ def minillm_loss(kl: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Te
     later = later_mean((ref_logp - logp).detach(), mask)
     return (kl * mask).sum() - (later * logp * mask).sum()
 
-# %% ../../nbs/efficiency/distill.ipynb #1e9825e1f0cd123dc3729127994c83d4
+# %% ../../nbs/efficiency/distill.ipynb #42acef3bd1f6a7b5bb91def01f2e1f60
 def gap_closed(before: float, after: float, teacher: float) -> float:
     "Return how much of the way from `before` to `teacher` is done, of losses of perplexities."
     gap = math.log(before / teacher)
@@ -329,7 +329,7 @@ def answered(evaluation: Evaluation, teacher: Policy, rows: int = 8) -> list[dic
         policy, teacher, tokenizer, answers, lambda side: (side.ref_logp - side.logp) / side.tokens
     )
 
-
+# %% ../../nbs/efficiency/distill.ipynb #4b66079207d9f6e7e4384450f8a44bff
 @method(
     family="efficiency",
     title="Distillation",
@@ -349,7 +349,7 @@ def answered(evaluation: Evaluation, teacher: Policy, rows: int = 8) -> list[dic
         Metric(
             "gap_closed",
             "share of the way to the teacher's loss that is done",
-            r"\frac{\mathcal L_{before}-\mathcal L}{\mathcal L_{before}-\mathcal L_{teacher}}",
+            r"(\mathcal L_{before}-\mathcal L)/(\mathcal L_{before}-\mathcal L_{teacher})",
             "share",
             "1: as good as the teacher on held-out answers.",
             better="up",

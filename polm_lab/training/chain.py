@@ -24,11 +24,13 @@ def check_settings(name: str, values: dict) -> tuple[Method, RunSettings]:
     engine = getattr(settings, "engine", "lab")
     if engine not in found.engines:
         raise WrongInput(f"engine = {engine!r}: {name} runs on {', '.join(found.engines)}")
-    paths = {"model", "data", "eval_data", "chat_template"}
+    paths = {"model", "data", "eval_data", "chat_template", "student"}
     for own in paths & {k.name for k in knobs(settings)}:
         # with full paths a run can be resumed from another folder
         full = _full_data if own.endswith("data") else _full_path
         setattr(settings, own, full(getattr(settings, own)))
+    if hasattr(settings, "teacher"):
+        settings.teacher = "+".join(_full_path(part) for part in settings.teacher.split("+"))
     if hasattr(settings, "rewards"):
         settings.rewards = _full_rewards(settings.rewards)
     return found, settings

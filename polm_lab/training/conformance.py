@@ -82,7 +82,8 @@ def saved_update(run: Run) -> torch.Tensor:
     for name, part in made.named_modules():
         if isinstance(part, Factored):  # a run may end with factors
             after[f"{name}.weight"] = part.product().detach()
-    shared = [name for name in before if name in after]
+    # of a model that was cut first, weights of another size say nothing
+    shared = [name for name in before if name in after and before[name].shape == after[name].shape]
     return torch.cat([(after[name].double() - before[name].double()).flatten() for name in shared])
 
 

@@ -70,7 +70,9 @@ def explain(name: str) -> str:
         m = metric(name)
     except KeyError:
         return ""
-    usual = "" if (m.low, m.high) == (None, None) else f"usual: {m.low or 0:g} to {m.high:g}"
+    usual = "" if m.low is None else f"usual: from {m.low:g}"
+    if m.high is not None:
+        usual = f"usual: {m.low or 0:g} to {m.high:g}"
     facts = ", ".join(filter(None, [f"unit: {m.unit}" if m.unit else "", usual]))
     lines = [*textwrap.wrap(m.meaning, 70), facts, *textwrap.wrap(m.reading, 70)]
     return "<br>".join(filter(None, [*map(html.escape, lines), plain(m.formula)]))
