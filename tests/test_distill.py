@@ -291,8 +291,10 @@ def test_a_path_of_a_teacher_holds_from_every_folder(tmp_path, monkeypatch):
 def test_whole_texts_teach_too(tmp_path):
     stories = tmp_path / "stories.jsonl"
     stories.write_text('{"text": "Once there was a fox and it ran."}\n' * 8)
-    run = lab.run("distill", out=tmp_path, data=str(stories), **SMALL | dict(steps=12))
-    assert run.summary["after"]["perplexity"] < run.summary["before"]["perplexity"]
+    more = dict(steps=12, learning_rate=5e-4)
+    run = lab.run("distill", out=tmp_path, data=str(stories), **SMALL | more)
+    first, *_, last = (row["divergence"] for row in run.lines())
+    assert last < 0.9 * first
     assert not run.lines("samples")
 
 

@@ -357,7 +357,7 @@ def answered(evaluation: Evaluation, teacher: Policy, rows: int = 8) -> list[dic
         Metric(
             "ensemble_perplexity",
             "perplexity of the mean of the logits of all generations",
-            r"e^{\mathcal L}",
+            r"\exp\mathcal L",
             "",
             "Below that of the last generation: they err in different places.",
             better="down",
