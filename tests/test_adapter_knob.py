@@ -3,8 +3,11 @@
 Only the adapter moves, and the saved files load and are the tuned model.
 """
 
+import shutil
+
 import pytest
 import torch
+from conftest import shaken
 from safetensors.torch import load_file
 
 from polm_lab.training import conformance as check
@@ -21,14 +24,30 @@ ADAPTERS = ["lora:r=2,target_modules=q_proj,v_proj", "ia3"]
 SHORT = dict(steps=2, batch_size=4, eval_rows=2, save_every=0, learning_rate=1e-2)
 
 
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    "A function from a method to settings that make its run short, and its adapter possible."
+    teacher = tmp_path_factory.mktemp("teacher")
+
+    def settings(name: str) -> dict:
+        if name != "distill":
+            return SHORT
+        # half of a model has no adapter, and the whole one needs another teacher than itself
+        shutil.copytree(model_path("tiny"), teacher, dirs_exist_ok=True)
+        shaken(load_model("tiny", "float32", "cpu")).save_pretrained(teacher)
+        return SHORT | dict(student="same", teacher=str(teacher))
+
+    return settings
+
+
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=["lora", "ia3"])
 @pytest.mark.parametrize("name", TRAINED)
-def test_an_adapter_is_what_moves(name, adapter, tmp_path):
+def test_an_adapter_is_what_moves(name, adapter, tmp_path, short):
     method = find(name)
     run = check.short_run(
         method,
         tmp_path,
-        **SHORT | {k: v for k, v in method.small.items() if k in ("batch_size", "samples")},
+        **short(name) | {k: v for k, v in method.small.items() if k in ("batch_size", "samples")},
         adapter=adapter,
     )
     assert run.status == "finished"
@@ -63,10 +82,10 @@ def test_an_adapter_is_what_moves(name, adapter, tmp_path):
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_an_adapter_for_layers_that_do_not_exist_is_refused_before_anything_is_computed(
-    name, tmp_path
+    name, tmp_path, short
 ):
     with pytest.raises(WrongInput, match="llama has no layer 'c_attn'") as error:
-        check.short_run(find(name), tmp_path, **SHORT, adapter="lora:target_modules=c_attn")
+        check.short_run(find(name), tmp_path, **short(name), adapter="lora:target_modules=c_attn")
     assert "\n" not in str(error.value)
     assert not list(tmp_path.glob("*/model"))
 

@@ -123,7 +123,9 @@ def halved(settings: Distill, tokenizer):
     check_widths(model, "flap", 0.5, compensate=False)
     windows = some_windows(settings, tokenizer)
     *_, (_, sizes) = cut_widths(model, windows, "flap", 0.5, compensate=False)
-    return rebuild(model, **sizes).requires_grad_(True)
+    small = rebuild(model, **sizes).requires_grad_(True)
+    small.file_dtypes = model.file_dtypes  # it is saved in the type of the whole one
+    return small
 
 
 def make_student(settings: Distill) -> tuple[Policy, object]:
@@ -137,8 +139,8 @@ def make_student(settings: Distill) -> tuple[Policy, object]:
         if settings.student == "fresh":
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(settings.seed)
-                fresh = type(model)(model.config)
-            model = fresh.to(model.device, model.dtype)
+                fresh = type(model)(model.config).to(model.device, model.dtype)
+            fresh.file_dtypes, model = model.file_dtypes, fresh
         policy = Policy(model)
     switch_off_dropout(policy)
     return policy, tokenizer
