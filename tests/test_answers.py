@@ -21,7 +21,7 @@ from polm_lab.core.method import REGISTRY
 from polm_lab.core.run import Run
 from polm_lab.data.load import load_data
 from polm_lab.data.rows import Row
-from polm_lab.models.policy import Policy
+from polm_lab.models.policy import Policy, sharing_pays
 from polm_lab.training.answers import (
     Answers,
     answer_batches,
@@ -485,7 +485,11 @@ def test_a_page_with_a_loss_only_passes_the_suite(proven, name):
     assert all(found.values()), found
 
 
-def test_the_prompt_of_a_pair_is_read_once(start, tokenizer):
+def test_the_prompt_of_a_pair_is_read_once(start, tokenizer, monkeypatch):
+    # of a small model two calls cost more than they save
+    assert not sharing_pays(start, torch.tensor([[0, 500], [0, 500], [7, 9]]))
+    assert sharing_pays(torch.nn.Linear(8192, 16384), torch.tensor([[0, 500], [0, 500], [7, 9]]))
+    monkeypatch.setattr("polm_lab.models.policy.SHARING_PAYS", 1)
     long = " ".join(f"{n} + {n + 1} = {2 * n + 1}." for n in range(12))
     rows = [
         dict(prompt=f"{k} {long}", chosen=f" {k}", rejected=f" {k + 7} or so") for k in range(6)

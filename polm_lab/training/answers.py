@@ -20,7 +20,7 @@ from ..core.machine import my_share, process_rank_and_count
 from ..core.run import Run
 from ..data.batches import Order, collate, microbatches, shared_prompts
 from ..data.encode import encode, encode_each
-from ..models.policy import Policy
+from ..models.policy import Policy, sharing_pays
 from .evaluate import learned_tokens, sequence_logps
 from .loop import Meter
 
@@ -215,8 +215,11 @@ def answer_updates(examples: list[dict], order: Order, settings: Settings, pad_i
 
 def side_logps(policy, batch: dict) -> tuple[Tensor, ...]:
     "Return the summed log-probabilities [rows] of each side of a batch, in nats."
-    names = ("input_ids", "attention_mask", "completion_mask", "prefix")
-    stats = policy(**{name: batch[name] for name in names if name in batch})
+    prefix = batch.get("prefix")
+    if prefix is not None and not sharing_pays(policy, prefix):
+        prefix = None
+    names = ("input_ids", "attention_mask", "completion_mask")
+    stats = policy(*(batch[name] for name in names), prefix=prefix)
     return stats.logp.sum(1).chunk(batch["sides"])
 
 

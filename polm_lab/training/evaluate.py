@@ -26,7 +26,7 @@ from ..data.encode import encode
 from ..data.load import parse_spec
 from ..data.tasks import TASKS
 from ..models.attach import size_mib
-from ..models.policy import Policy
+from ..models.policy import Policy, sharing_pays
 from ..models.rollout import Rollout, rollout
 
 # %% ../../nbs/training/evaluate.ipynb #e9b7ccab
@@ -52,7 +52,8 @@ def sequence_logps(
     Rows of similar length go through the model together.
     """
     lengths = [len(example["input_ids"]) for example in examples]
-    if (prefix := shared_prompts(examples)) is not None:  # the same prompts go together
+    prefix = shared_prompts(examples)
+    if prefix is not None and sharing_pays(policy, prefix):  # the same prompts go together
         lengths = [(n, group, total) for (group, n), total in zip(prefix.tolist(), lengths)]
     order = sorted(range(len(examples)), key=lengths.__getitem__)
     out = torch.zeros(len(examples))
@@ -67,7 +68,8 @@ def sequence_logps(
 def _batch_on(examples: list[dict], pad_id: int, policy: Policy) -> dict[str, torch.Tensor]:
     "Collate rows for `policy`: ids and masks [rows, time], and the prompts that rows share."
     device, batch = next(policy.parameters()).device, collate(examples, pad_id)
-    if (prefix := shared_prompts(examples)) is not None:
+    prefix = shared_prompts(examples)
+    if prefix is not None and sharing_pays(policy, prefix):
         batch["prefix"] = prefix
     return {name: values.to(device) for name, values in batch.items()}
 
