@@ -75,6 +75,11 @@ def test_closed_forms():
     assert found["scaled_jsd"] == pytest.approx(4 * half.item(), rel=1e-5)
     assert found["skew"] == pytest.approx(0.5 * math.log(0.5 / 0.375), rel=1e-4)
     assert found["uld"] == pytest.approx(0.5, rel=1e-5)
+    assert DIVERGENCES["reverse_kl"](q, p).item() == pytest.approx(0.5 * math.log(2), rel=1e-5)
+    # head and rest of the teacher are off by a tenth each, wherever they are in the vocabulary
+    p, q = torch.tensor([[0.1, 0.6, 0.1, 0.2]]).log(), torch.tensor([[0.1, 0.5, 0.1, 0.3]]).log()
+    both = [DIVERGENCES[name](p, q).item() for name in ("forward_kl", "reverse_kl")]
+    assert DIVERGENCES["akl"](p, q, 0.5).item() == pytest.approx(sum(both) / 2, rel=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

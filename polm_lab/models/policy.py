@@ -244,7 +244,7 @@ class StateReader(nn.Module):
         time = wanted.shape[1]  # virtual tokens come before these
         return pick_rows(found[:, found.shape[1] - time : -1], wanted[:, 1:]), readout
 
-# %% ../../nbs/models/policy.ipynb #258d33e0
+# %% ../../nbs/models/policy.ipynb #bb3c0be9
 # multiply-adds that sharing has to save, below which the second call of the model costs more
 SHARING_PAYS = 2**35
 
@@ -260,7 +260,7 @@ def sharing_pays(model: nn.Module, prefix: Tensor) -> bool:
     saved = int(tokens.sum() - read.sum())
     return saved * sum(p.numel() for p in model.parameters()) >= SHARING_PAYS
 
-
+# %% ../../nbs/models/policy.ipynb #258d33e0
 class PrefixReader(StateReader):
     "Read long rows apart from short ones, and the common beginning of a group of rows once."
 
