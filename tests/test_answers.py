@@ -487,8 +487,12 @@ def test_a_page_with_a_loss_only_passes_the_suite(proven, name):
 
 def test_the_prompt_of_a_pair_is_read_once(start, tokenizer, monkeypatch):
     # of a small model two calls cost more than they save
-    assert not sharing_pays(start, torch.tensor([[0, 500], [0, 500], [7, 9]]))
-    assert sharing_pays(torch.nn.Linear(8192, 16384), torch.tensor([[0, 500], [0, 500], [7, 9]]))
+    prompts = torch.tensor([[0, 500], [0, 500], [7, 9]])  # 500 tokens are saved
+    sizes = {48: False, 80: True}  # millions of weights
+    for millions, pays in sizes.items():
+        model = torch.nn.Linear(millions * 1000, 1000, device="meta")
+        assert sharing_pays(model, prompts) is pays
+    assert not sharing_pays(start, prompts)
     monkeypatch.setattr("polm_lab.models.policy.SHARING_PAYS", 1)
     long = " ".join(f"{n} + {n + 1} = {2 * n + 1}." for n in range(12))
     rows = [
