@@ -80,6 +80,9 @@ def test_closed_forms():
     p, q = torch.tensor([[0.1, 0.6, 0.1, 0.2]]).log(), torch.tensor([[0.1, 0.5, 0.1, 0.3]]).log()
     both = [DIVERGENCES[name](p, q).item() for name in ("forward_kl", "reverse_kl")]
     assert DIVERGENCES["akl"](p, q, 0.5).item() == pytest.approx(sum(both) / 2, rel=1e-4)
+    q = torch.tensor([[0.15, 0.6, 0.05, 0.2]]).log()  # the head agrees
+    rest = DIVERGENCES["reverse_kl"](p, q).item()
+    assert DIVERGENCES["akl"](p, q, 0.5).item() == pytest.approx(rest, rel=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
