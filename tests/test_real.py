@@ -235,6 +235,7 @@ LONGER = {  # on one core without bfloat16, next to other work
     "peft, instructions",  # 42 adapters one after the other: 101 minutes
     "quantize, squeezellm, 3 bits",  # 28 minutes
     "overoptimization, chat",  # two proxies, and GRPO against each: 87 minutes
+    "distill, half of it, from labels alone",  # 21 minutes
     "rloo, arithmetic",  # its third seed: 33 minutes, the others 7 and 13 with AMX
     "ppo, arithmetic",  # its third seed: 68 minutes, the others 9 and 17 with AMX
 }
