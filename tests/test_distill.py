@@ -14,8 +14,8 @@ import polm_lab as lab
 from polm_lab.core.knobs import WrongInput
 from polm_lab.core.method import find
 from polm_lab.core.run import Run, open_run
-from polm_lab.efficiency.distill import Distill, Ensemble, Source, gap_closed, later_mean
-from polm_lab.efficiency.distill import make_student, minillm_loss
+from polm_lab.efficiency.distill import Distill, Ensemble, Source, check_teachers, gap_closed
+from polm_lab.efficiency.distill import later_mean, make_student, minillm_loss
 from polm_lab.efficiency.distillation.divergences import DIVERGENCES, comparison
 from polm_lab.models.logprobs import Readout, divergence_in_parts
 from polm_lab.models.policy import Policy
@@ -319,3 +319,47 @@ def test_bad_input_is_one_line(tmp_path):
     other = tmp_path / "other"
     save_small(other)
     assert "expected a model with the same tokenizer" in run(teacher=str(other))
+    # no teacher is tuned for a student that cannot learn from it
+    assert "expected a model with the same tokenizer" in run(teacher="", student=str(other))
+    assert not list(tmp_path.glob("*-sft-*"))
+    for settings in (dict(source="on_policy"), dict(algorithm="minillm")):
+        assert "have no labels" in run(label_weight=0.5, **settings)
+    assert "compare a model with itself" in run(divergence="skew", beta=1.0)
+    tokenizer = make_student(Distill(student="same"))[1]
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=2, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    assert "expected a dense decoder" in run(model=str(tmp_path / "gpt2"))
+
+
+def test_a_gpt2_teaches_another(tmp_path, tokenizer):
+    places = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        config = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=2, n_head=2)
+        places.append(str(tmp_path / f"gpt2-{seed}"))
+        shaken(GPT2LMHeadModel(config), seed).save_pretrained(places[-1])
+        tokenizer.save_pretrained(places[-1])
+    more = dict(model=places[0], teacher=places[1], student="same", source="mixed")
+    run = lab.run("distill", out=tmp_path, **SMALL | more)
+    assert run.status == "finished"
+    assert [row["tokens"] for row in run.lines("samples")]
+
+
+@pytest.mark.parametrize("student", ["half", "fresh"])
+def test_activations_of_a_cut_student_can_be_recomputed(student, tmp_path):
+    losses = []
+    for on in (False, True):
+        policy, _ = make_student(Distill(student=student, gradient_checkpointing=on))
+        assert policy.model.is_gradient_checkpointing is on
+        run = lab.run("distill", out=tmp_path, student=student, gradient_checkpointing=on, **SMALL)
+        losses.append([row["loss"] for row in run.lines()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_processes_do_not_make_the_same_teacher(monkeypatch):
+    monkeypatch.setattr("polm_lab.efficiency.distill.process_rank_and_count", lambda: (0, 2))
+    tokenizer = make_student(Distill(student="same"))[1]
+    assert check_teachers(Distill(teacher="tiny"), tokenizer) == ["tiny"]
+    for settings in (dict(), dict(teacher="tiny", algorithm="born_again")):
+        assert "take one process" in says(check_teachers, Distill(**settings), tokenizer)

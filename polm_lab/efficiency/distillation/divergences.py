@@ -49,12 +49,12 @@ def scaled_jsd(log_p: Tensor, log_q: Tensor, beta: float = 0.5) -> Tensor:
 
 
 def skew(log_p: Tensor, log_q: Tensor, beta: float = 0.1) -> Tensor:
-    "Compute KL(p || βp + (1 − β)q) [n], at most −log β. Ko et al. 2024, eq. 3."
+    "Compute KL(p || βp + (1 − β)q) [n], at most −log β. Ko et al. 2024, §3.1."
     return forward_kl(log_p, _mixed(log_p, log_q, beta) if beta else log_q)
 
 
 def skew_reverse(log_p: Tensor, log_q: Tensor, beta: float = 0.1) -> Tensor:
-    "Compute KL(q || βq + (1 − β)p) [n], at most −log β. Ko et al. 2024, eq. 4."
+    "Compute KL(q || βq + (1 − β)p) [n], at most −log β. Ko et al. 2024, §3.1."
     return skew(log_q, log_p, beta)
 
 # %% ../../../nbs/efficiency/distillation/divergences.ipynb #58adda879547e72e4b0c0d0ab7ec3ad5
@@ -68,7 +68,7 @@ def akl(log_p: Tensor, log_q: Tensor, beta: float = 0.5) -> Tensor:
 
     The head is the fewest of the teacher's likeliest tokens with a probability of `beta` together.
     Its gap weighs KL(p || q), that of the other tokens KL(q || p). The weights are constants.
-    Wu et al. 2024, §4.
+    Wu et al. 2024.
     """
     p, order = log_p.exp().sort(-1, descending=True)
     gaps = (p - log_q.detach().exp().gather(-1, order)).abs()
@@ -79,7 +79,7 @@ def akl(log_p: Tensor, log_q: Tensor, beta: float = 0.5) -> Tensor:
 
 
 def uld(log_p: Tensor, log_q: Tensor, beta: float = 0.5) -> Tensor:
-    "Compute Σ|p₍ₖ₎ − q₍ₖ₎| [n] of the sorted probabilities. Boizard et al. 2024, §3."
+    "Compute Σ|p₍ₖ₎ − q₍ₖ₎| [n] of the sorted probabilities. Boizard et al. 2024."
     return (log_p.exp().sort(-1).values - log_q.exp().sort(-1).values).abs().sum(-1)
 
 # %% ../../../nbs/efficiency/distillation/divergences.ipynb #a0c2c289ddc0b460be44c01b18ab0549
