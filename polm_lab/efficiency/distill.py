@@ -24,7 +24,7 @@ from ..core.run import Run, replace_file
 from ..core.settings import Settings, redefault
 from ..data.batches import Order
 from ..data.encode import encode, encode_rows
-from ..data.load import load_data, load_held_out, natural_kind
+from ..data.load import load_data, load_measured, natural_kind
 from .compression.structured_surgery import rebuild
 from .distillation.divergences import DIVERGENCES, comparison
 from .slim import Slim, check_cut, cut_widths
@@ -396,9 +396,7 @@ def distill(settings: Distill, run: Run) -> None:
     "Learn the next-token probabilities of a teacher."
     kind = natural_kind(settings.data)
     rows = load_data(settings.data, kind)
-    measured = settings.eval_data or settings.data
-    held_kind = natural_kind(measured)
-    held_out = load_held_out(settings.data, settings.eval_data, held_kind, settings.eval_rows)
+    measured, held_kind, held_out = load_measured(settings)
     policy, tokenizer = make_student(settings)
     pad = tokenizer.pad_token_id
     examples = encode_rows(tokenizer, rows[: settings.rows or None], kind, settings.max_length)

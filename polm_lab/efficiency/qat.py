@@ -23,7 +23,7 @@ from ..core.run import Run
 from ..core.settings import Settings, redefault
 from ..data.batches import Order
 from ..data.encode import encode_rows
-from ..data.load import load_data, load_held_out, natural_kind
+from ..data.load import load_data, load_measured, natural_kind
 from .compression.inputs import straight
 from polm_lab.efficiency.compression.numbers import (
     Grid,
@@ -391,10 +391,7 @@ def qat(settings: QAT, run: Run) -> None:
     check(settings)
     kind = natural_kind(settings.data)
     rows = load_data(settings.data, kind)
-    measured = settings.eval_data or settings.data
-    held_out = load_held_out(
-        settings.data, settings.eval_data, natural_kind(measured), settings.eval_rows
-    )
+    measured, held_kind, held_out = load_measured(settings)
     policy, tokenizer = load_policy(settings)
     policy.model = merge_adapter(policy.model)
     windows = None
@@ -406,7 +403,7 @@ def qat(settings: QAT, run: Run) -> None:
         policy,
         tokenizer,
         held_out,
-        natural_kind(measured),
+        held_kind,
         max_length=settings.max_length,
         data=measured,
         others=other_tasks(settings, tokenizer),

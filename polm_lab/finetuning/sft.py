@@ -15,7 +15,7 @@ from torch import Tensor
 from ..models.layers import hold_zeros
 from ..data.batches import Order
 from ..data.encode import encode, encode_rows
-from ..data.load import load_data, load_held_out, natural_kind
+from ..data.load import load_data, load_measured, natural_kind
 from ..training.engine import labelled_rows, train_with_trl
 from ..training.evaluate import Evaluation, other_tasks, sequence_logps
 from ..core.knobs import WrongInput, knob
@@ -148,8 +148,7 @@ def sft(settings: SFT, run: Run) -> None:
     "Learn to answer like the examples."
     kind = natural_kind(settings.data)
     rows = load_data(settings.data, kind)
-    held_kind = natural_kind(settings.eval_data or settings.data)
-    held_out = load_held_out(settings.data, settings.eval_data, held_kind, settings.eval_rows)
+    measured, held_kind, held_out = load_measured(settings)
     policy, tokenizer = load_policy(settings)
     if settings.keep_zeros:
         hold_zeros(policy.model)
@@ -160,7 +159,7 @@ def sft(settings: SFT, run: Run) -> None:
         held_out,
         held_kind,
         max_length=settings.max_length,
-        data=settings.eval_data or settings.data,
+        data=measured,
         others=other_tasks(settings, tokenizer),
         seed=settings.seed,
         before=run.summary.get("before"),

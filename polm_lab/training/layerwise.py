@@ -22,7 +22,7 @@ from ..core.settings import SavedSettings, redefault
 from ..core.run import Run, Stopped
 from ..data.batches import Order
 from ..data.encode import encode
-from ..data.load import load_data, load_held_out, natural_kind
+from ..data.load import load_data, load_measured, natural_kind
 from ..models.attach import merge_adapter, size_mib
 from ..models.layers import blocks_of, linear_layers
 from ..models.load import load_model
@@ -246,9 +246,7 @@ def set_summary(settings, tokenizer, measures):
 
     Data are read now, so that what is wrong with them is reported before anything is computed.
     """
-    measured = settings.eval_data or settings.data
-    kind = natural_kind(measured)
-    held_out = load_held_out(settings.data, settings.eval_data, kind, settings.eval_rows)
+    measured, kind, held_out = load_measured(settings)
     evaluation = Evaluation(
         None,
         tokenizer,
