@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['Distill', 'some_windows', 'halved', 'make_student', 'Ensemble', 'load_teacher', 'check_teachers', 'make_teachers',
-           'earlier_generations', 'Source', 'later_mean', 'minillm_loss', 'gap_closed', 'check_loss', 'answered',
-           'distill']
+           'earlier_generations', 'Source', 'later_mean', 'minillm_loss', 'gap_closed', 'answered', 'distill']
 
 # %% ../../nbs/efficiency/distill.ipynb #311ceb7b27b8994c0033c77f7f9575de
 import json
@@ -96,6 +95,26 @@ class Distill(Settings):
     batch_size: int = redefault("batch_size", 32)
     max_length: int = redefault("max_length", 128)
     learning_rate: float = redefault("learning_rate", 2e-3)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.label_weight and self.share_of_own == 1:
+            raise WrongInput(
+                f"label_weight = {self.label_weight:g}: the student's own answers have no labels; "
+                "expected 0; or source = mixed, and algorithm other than minillm"
+            )
+        if self.divergence.startswith("skew") and self.beta == 1:
+            raise WrongInput(
+                f"beta = 1: {self.divergence} would compare a model with itself; expected less "
+                "than 1, such as 0.1"
+            )
+
+    @property
+    def share_of_own(self) -> float:
+        "The share of steps on the student's own answers."
+        if self.algorithm == "minillm":
+            return 1.0
+        return dict(off_policy=0.0, on_policy=1.0).get(self.source, self.own_share)
 
 # %% ../../nbs/efficiency/distill.ipynb #e7c70e1c7b4ae0726e483abe735f42e7
 def some_windows(settings: Distill, tokenizer, count: int = 16) -> Tensor:
@@ -250,23 +269,15 @@ class Source:
         self.examples = examples
         self.path = run.path / f"replay-{process_rank_and_count()[0]}.json"
         self.prompts = [e["input_ids"][: e["completion_mask"].index(1)] for e in examples]
-        if self.own_share and natural_kind(settings.data) == "text":
+        if settings.share_of_own and natural_kind(settings.data) == "text":
             raise WrongInput(
                 f"source = {settings.source}: the rows of data = {settings.data} are whole texts; "
                 "expected prompts to answer; take source = off_policy, or data with prompts"
             )
 
-    @property
-    def own_share(self) -> float:
-        "The share of steps on the student's own answers."
-        if self.settings.algorithm == "minillm":
-            return 1.0
-        fixed = dict(off_policy=0.0, on_policy=1.0)
-        return fixed.get(self.settings.source, self.settings.own_share)
-
     def is_own(self, step: int) -> bool:
         "Return whether a step is on the student's own answers."
-        return random.Random(f"{self.settings.seed} {step}").random() < self.own_share
+        return random.Random(f"{self.settings.seed} {step}").random() < self.settings.share_of_own
 
     def answers(self, step: int, rows: list[tuple[int, int]], meter: Meter) -> list[dict]:
         "Let the student answer the prompts of (slot, row), and return encoded rows."
@@ -331,20 +342,6 @@ def gap_closed(before: float, after: float, teacher: float) -> float:
     return math.log(before / after) / gap if gap > 0 else math.nan
 
 
-def check_loss(settings: Distill, own_share: float) -> None:
-    "Raise `WrongInput` for settings of the loss that would do nothing, or that have no gradient."
-    if settings.label_weight and own_share == 1:
-        raise WrongInput(
-            f"label_weight = {settings.label_weight:g}: the student's own answers have no labels; "
-            "expected 0; or source = mixed, and algorithm other than minillm"
-        )
-    if settings.divergence.startswith("skew") and settings.beta == 1:
-        raise WrongInput(
-            f"beta = 1: {settings.divergence} would compare a model with itself; expected less "
-            "than 1, such as 0.1"
-        )
-
-
 def answered(evaluation: Evaluation, teacher: Policy, rows: int = 8) -> list[dict]:
     "Return rows for samples.jsonl: held-out answers of the student, with the teacher's log-probs."
     if not evaluation.prompts:
@@ -401,7 +398,6 @@ def distill(settings: Distill, run: Run) -> None:
     pad = tokenizer.pad_token_id
     examples = encode_rows(tokenizer, rows[: settings.rows or None], kind, settings.max_length)
     source = Source(settings, policy, tokenizer, examples, run)
-    check_loss(settings, source.own_share)
     names = check_teachers(settings, tokenizer) or make_teachers(settings, run)
     teacher = load_teacher(names, settings)
     generations = []
