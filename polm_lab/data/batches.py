@@ -39,6 +39,8 @@ def collate(examples: list[dict], pad_id: int, pack: int = 0) -> dict:
     Then `position_ids` restart at each example, and `attention_mask` is None.
     From these, transformers (with use_cache=False) makes a mask that keeps the examples apart.
     `check_packing` finds out whether a model honours that.
+    If an example has a `weight`, `token_weight` [rows, time] has it at each learned token, 1 for an
+    example without one, and 0 elsewhere.
     """
     import torch
 
@@ -69,9 +71,27 @@ def collate(examples: list[dict], pad_id: int, pack: int = 0) -> dict:
         ):
             rows[name].append(row)
     batch = {name: torch.tensor(row, dtype=torch.long) for name, row in rows.items()}
+    names = ["input_ids", "attention_mask", "completion_mask"]
+    if any("weight" in example for example in examples):
+        batch["token_weight"] = batch["completion_mask"] * _spread(examples, groups, time)
+        names.append("token_weight")
     if pack:
         return batch | {"attention_mask": None}
-    return {name: batch[name] for name in ("input_ids", "attention_mask", "completion_mask")}
+    return {name: batch[name] for name in names}
+
+
+def _spread(examples: list[dict], groups: list[list[int]], time: int):
+    "Return the weights of examples, by default 1, at each of their tokens: [rows, time]."
+    import torch
+
+    found = torch.zeros(len(groups), time)
+    for row, group in zip(found, groups):
+        start = 0
+        for i in group:
+            stop = start + len(examples[i]["input_ids"])
+            row[start:stop] = examples[i].get("weight", 1.0)
+            start = stop
+    return found
 
 # %% ../../nbs/data/batches.ipynb #04e2559b
 def shared_prompts(examples: list[dict], least: int = 256):

@@ -8,9 +8,11 @@ __all__ = ['DataSpec', 'parse_spec', 'held_out', 'with_columns', 'load_data', 'n
 
 # %% ../../nbs/data/load.ipynb #4429c180
 import difflib
+import pickle
 import random
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from ..core.knobs import WrongInput, nearest
@@ -309,13 +311,17 @@ def _task_rows(tasks, name: str, kind: str, split: str, limit: int | None) -> li
             tasks, name, kind, "test", limit
         )
     n = limit or (TRAIN_ROWS if split == "train" else TEST_ROWS)
-    rows = [
-        Row(r, f"{name} ({split}):row {i}")
-        for i, r in enumerate(tasks[name].rows(kind, n, 0, split), 1)
-    ]
-    for row in rows:
-        check_row(row, kind)
-    return rows
+    return pickle.loads(_written_rows(tasks[name], name, kind, split, n))
+
+
+@lru_cache(maxsize=32)
+def _written_rows(task, name: str, kind: str, split: str, n: int) -> bytes:
+    "Write `n` checked rows of a task once in a process; each caller unpickles rows of its own."
+    rows = []
+    for i, values in enumerate(task.rows(kind, n, 0, split), 1):
+        rows.append(Row(values, f"{name} ({split}):row {i}"))
+        check_row(rows[-1], kind)
+    return pickle.dumps(rows)
 
 
 def _near_files(path: Path, tasks) -> str:

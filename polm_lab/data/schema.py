@@ -266,7 +266,7 @@ def convert(row: Row, kind: str) -> list[Row]:
     if edits and kind in ("text", "completion") and not has("completion"):
         return convert(drop("target", completion=row["target"]), kind)
     if kind == "text":
-        keep = {k: row[k] for k in ("tools", "chat_template_kwargs") if has(k)}
+        keep = {k: row[k] for k in ("tools", "chat_template_kwargs", "weight") if has(k)}
         if has("messages") or has("text"):
             name = "messages" if has("messages") else "text"
             return [Row({name: row[name], **keep}, row.where)]

@@ -164,14 +164,18 @@ def token_batches(
 ) -> list[dict]:
     """Divide this process's rows of a step into microbatches.
 
-    Their `weight` is the number of learned tokens. Rows of similar length go together.
+    Their `weight` is the number of learned tokens, each counted by its `token_weight` where examples
+    have a weight. Rows of similar length go together.
     """
     from polm_lab.data.batches import collate, microbatches
 
     batches, rows = [], max(1, settings.batch_size // process_rank_and_count()[1])
     for part in microbatches(examples, rows):
         batch = collate(part, pad_id, pack=settings.max_length if packing else 0)
-        tokens = sum(sum(e["completion_mask"][1:]) for e in part)
+        if "token_weight" in batch:
+            tokens = batch["token_weight"].double().sum()
+        else:
+            tokens = sum(sum(e["completion_mask"][1:]) for e in part)
         batches.append(dict(batch, weight=float(tokens)))
     return batches
 
