@@ -268,8 +268,9 @@ def test_the_vectors_of_passages_are_renewed_each_so_many_steps(
     seen = []
 
     def steps(run, settings, pair, updates, loss, evaluate):
-        "Move the encoder's weights by hand between two steps, instead of training."
+        "Evaluate, and move the encoder's weights by hand after each step, instead of training."
         tokenizer = load_tokenizer("tiny")
+        evaluate()
         generator = torch.Generator().manual_seed(0)
         for step in range(5):
             (batch,), *_ = [*updates(step, Meter())]

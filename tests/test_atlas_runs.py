@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import polm_lab as lab
 from polm_lab.training.chain import subrun
 from polm_lab.core.method import methods
+from polm_lab.core.settings import knobs, make_settings
 from polm_lab.models.load import load_model
 from polm_lab.training.loop import load_policy
 from polm_lab.finetuning.sft import SFT
@@ -49,9 +50,18 @@ SHORT = {
     "activations": LITTLE | dict(calibration_samples=2, eval_rows=2, max_length=32),
     "distill": LITTLE
     | dict(
-        teacher_steps=1, rows=8, steps=1, batch_size=4, eval_rows=2, max_new_tokens=8, save_every=0
+        teacher="tiny",
+        teacher_steps=1,
+        rows=8,
+        steps=1,
+        batch_size=4,
+        eval_rows=2,
+        max_new_tokens=8,
+        save_every=0,
     ),
     "prune": LITTLE | dict(calibration_samples=2, eval_rows=2, max_length=32),
+    "select": LITTLE
+    | dict(data="sums#12", steps=1, batch_size=4, eval_rows=2, experience=4, max_length=64),
     "reader": LITTLE
     | dict(
         data="facts",
@@ -113,9 +123,13 @@ def test_a_run_calls_the_function_that_its_row_names(here, tmp_path, monkeypatch
             run, name, method, **more | dict(steps=1, batch_size=4, save_every=0, eval_rows=2)
         )
         monkeypatch.setattr("polm_lab.rewards.prepare.chain", short)
-    key = (place.method, *sorted(values.items()))
+    if values.get("algorithm") in ("ensemble", "born_again"):  # these train their teachers
+        values |= dict(teacher="")
+    given = SHORT[place.method] | values
+    settings = make_settings(KNOWN[place.method].settings, given)
+    key = (place.method, *((k.name, getattr(settings, k.name)) for k in knobs(settings)))
     if key not in RECORDED:
-        RECORDED[key] = called_in(lambda: lab.run(place.method, **SHORT[place.method] | values))
+        RECORDED[key] = called_in(lambda: lab.run(place.method, **given))
     assert (called or pointer) in RECORDED[key]
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from polm_lab.training import conformance as check
+from polm_lab.training import evaluate
 from polm_lab.models import logprobs, policy
 from polm_lab.core import machine as train_machine
 from polm_lab.training import loop as train_loop
@@ -151,8 +152,21 @@ def a_step_is_not_logged():
     )
 
 
+def an_evaluation_learns():
+    "Each evaluation moves the weights a little, by the same amount in each run."
+    plain = evaluate.Evaluation.__call__
+
+    def wrong(self):
+        for weights in self.policy.parameters():
+            weights.data.mul_(1.01)
+        return plain(self)
+
+    return mock.patch.object(evaluate.Evaluation, "__call__", wrong)
+
+
 MUTATIONS = [
     (check.same_seed, by_time, dict(neftune_alpha=20.0)),
+    (check.same_seed, an_evaluation_learns, {}),
     (check.batches_add_up, each_batch_by_its_own_count, {}),
     (check.padding_is_nothing, padding_is_learned, {}),
     (check.chunked_is_dense, kernel_drifts, {}),

@@ -17,7 +17,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from polm_lab.data.rows import KINDS, Row
+from polm_lab.data.rows import KINDS, TEST_ROWS, Row
 from polm_lab.data.batches import Order, check_packing, collate, microbatches, pack_rows
 from polm_lab.data.encode import encode, encode_rows
 from polm_lab.data.load import held_out, load_data
@@ -648,6 +648,21 @@ def test_tasks_are_data():
         for r in load_data("sums#50", "prompt", s)
     ]
     assert not set(asked[:50]) & set(asked[50:])
+
+
+def test_who_changes_rows_of_a_task_changes_only_their_own():
+    kept, changed = load_data("chat", "completion"), load_data("chat", "completion")
+    changed[0]["prompt"].append(dict(role="user", content="More?"))
+    changed[0]["completion"][0]["content"] = "?"
+    changed[1].where = "elsewhere"
+    del changed[2:]
+    assert load_data("chat", "completion") == kept
+    assert [row.where for row in load_data("chat", "completion")[:2]] == [
+        "chat (train):row 1",
+        "chat (train):row 2",
+    ]
+    assert len(load_data("chat", "completion", "test")) == TEST_ROWS
+    assert load_data("chat#3", "completion") == kept[:3]
 
 
 def test_hub_data_from_the_cache(tmp_path, monkeypatch):

@@ -341,13 +341,17 @@ def reader(settings: Reader, run: Run) -> None:
     if joint:
         search = load_search(settings, texts, learned, held_out)
         device = next(policy.parameters()).device
-        pair = Pair(policy, search.encoder, search.vectors(search.documents, device))
+        # with `refresh` they are encoded at the first step; until then one has their shape
+        first = search.documents[:1] if settings.refresh else search.documents
+        vectors = search.vectors(first, device).expand(len(passages), -1).clone()
+        pair = Pair(policy, search.encoder, vectors)
     hits = held_hits = None
     if not joint or settings.search != "dense":
         hits, held_hits = fixed_candidates(settings, passages, learned, held_out)
     switch_off_dropout(pair)
     order = Order(len(learned), settings.batch_size * settings.accumulate, settings.seed)
     others = rows_of_other_tasks(settings, tokenizer)
+    evaluated = []  # the passages' vectors of an evaluation, until the weights change
 
     def passage_vectors() -> Tensor:
         return search.vectors(search.documents, pair.vectors.device)
@@ -356,6 +360,7 @@ def reader(settings: Reader, run: Run) -> None:
         if joint:
             vectors = passage_vectors() if settings.refresh else pair.vectors
             best = search.nearest(search.held_out, vectors, k, held_hits)
+            evaluated[:] = [vectors]
         else:
             best = [zip(row, [1.0] * len(row)) for row in held_hits]
         found = [hits_of(passages, row) for row in best]
@@ -384,13 +389,14 @@ def reader(settings: Reader, run: Run) -> None:
 
     def updates(step: int, meter: Meter):
         if joint and settings.refresh and step % settings.refresh == 0:
-            pair.vectors.copy_(passage_vectors())
+            pair.vectors.copy_(evaluated[0] if evaluated else passage_vectors())
         own, batches = my_share(order.rows(step)), []
         numbers = passages_of(own)
         meter.add(f"recall/{k}", recall_of(numbers, passages, [learned[i] for i in own]))
         for start in range(0, len(own), size):
             part = slice(start, start + size)
             batches.append(microbatch(own[part], numbers[part]))
+        evaluated.clear()
         yield batches
 
     def loss(pair, batch, meter):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'ROWS', 'CLOSE', 'LAUNCH', 'REPEAT', 'FIELDS', 'LOGGED', 'PROPERTIES', 'short_run', 'continue_run',
-           'weights_file', 'saved_update', 'series', 'distance', 'same_seed', 'batches_add_up', 'replaced_everywhere',
-           'padding_is_nothing', 'chunked_is_dense', 'resumed_is_uninterrupted', 'in_two_processes',
+           'weights_file', 'saved_update', 'series', 'distance', 'replaced_everywhere', 'compared_run', 'same_seed',
+           'batches_add_up', 'padding_is_nothing', 'chunked_is_dense', 'resumed_is_uninterrupted', 'in_two_processes',
            'two_processes_are_one', 'missing_metrics', 'record_complete', 'conformance']
 
 # %% ../../nbs/training/conformance.ipynb #7ffde785
@@ -30,6 +30,7 @@ from ..core.metrics import metric
 from ..models.factors import Factored
 from ..models.load import load_model
 from ..core.run import Run, Stopped
+from . import loop
 
 # %% ../../nbs/training/conformance.ipynb #44b64f69
 SMALL = dict(
@@ -116,20 +117,6 @@ def distance(run: Run, other: Run) -> float:
 CLOSE = 2e-3
 
 
-def same_seed(method: Method, out, base: Run) -> tuple[float, bool]:
-    "Count the bytes that differ between two runs with one seed."
-    a, b = weights_file(base), weights_file(short_run(method, out))
-    differ = sum(x != y for x, y in zip(a, b)) + abs(len(a) - len(b))
-    return float(differ), differ == 0 and len(a) > 0
-
-
-def batches_add_up(method: Method, out, base: Run) -> tuple[float, bool]:
-    "Measure the distance between one batch and two half batches a step."
-    half = base.settings["batch_size"] // 2
-    gap = distance(short_run(method, out, batch_size=half, accumulate=2), base)
-    return gap, gap < CLOSE
-
-
 @contextmanager
 def replaced_everywhere(original, other):
     "Replace `original` by `other` in every module of the project, as a context."
@@ -147,6 +134,38 @@ def replaced_everywhere(original, other):
             patch.stop()
 
 
+def compared_run(method: Method, out, base: Run, **changes) -> Run:
+    """Make a short run whose steps and weights are compared with those of `base`.
+
+    It saves no checkpoint, and takes its last evaluation from `base`.
+    So a method passes only if these two change nothing of what it learns.
+    """
+    fit, after = loop.fit, base.summary["after"]
+
+    def without_last(run, settings, policy, updates, loss, evaluate=None, finish=None):
+        def known():
+            return dict(after) if run.record["step"] == settings.steps else evaluate()
+
+        fit(run, settings, policy, updates, loss, evaluate and known, finish)
+
+    with replaced_everywhere(fit, without_last):
+        return short_run(method, out, save_every=0, **changes)
+
+
+def same_seed(method: Method, out, base: Run) -> tuple[float, bool]:
+    "Count the bytes that differ between two runs with one seed."
+    a, b = weights_file(base), weights_file(compared_run(method, out, base))
+    differ = sum(x != y for x, y in zip(a, b)) + abs(len(a) - len(b))
+    return float(differ), differ == 0 and len(a) > 0
+
+
+def batches_add_up(method: Method, out, base: Run) -> tuple[float, bool]:
+    "Measure the distance between one batch and two half batches a step."
+    half = base.settings["batch_size"] // 2
+    gap = distance(compared_run(method, out, base, batch_size=half, accumulate=2), base)
+    return gap, gap < CLOSE
+
+
 def padding_is_nothing(method: Method, out, base: Run) -> tuple[float, bool]:
     "Measure the distance to a run whose batches have seven more columns of padding."
     collate = batches.collate
@@ -159,7 +178,7 @@ def padding_is_nothing(method: Method, out, base: Run) -> tuple[float, bool]:
         return {name: pad(v, (0, 7), value=fill.get(name, 0)) for name, v in batch.items()}
 
     with replaced_everywhere(collate, wider):
-        gap = distance(short_run(method, out), base)
+        gap = distance(compared_run(method, out, base), base)
     return gap, gap < CLOSE
 
 # %% ../../nbs/training/conformance.ipynb #1554917e
@@ -182,7 +201,7 @@ def chunked_is_dense(method: Method, out, base: Run) -> tuple[float, bool]:
         return logprobs.dense_logprobs(logits, targets, temperature, entropy)
 
     with replaced_everywhere(logprobs.selected_logprobs, dense):
-        gap = distance(short_run(method, out), base)
+        gap = distance(compared_run(method, out, base), base)
     return gap, gap < CLOSE
 
 
