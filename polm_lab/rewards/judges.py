@@ -22,7 +22,7 @@ from ..core.settings import share_parts
 from ..core.machine import seed_of
 from ..data.encode import encode
 from ..data.files import read_text
-from ..data.messages import as_completions, readable, request_of, under, user
+from ..data.messages import as_completions, assistant, readable, request_of, under, user
 from ..models.load import load_model
 from ..models.policy import Policy
 from ..models.rollout import rollout
@@ -171,11 +171,20 @@ def principle_of(constitution: list[tuple[str, str]], row: dict) -> tuple[str, s
     return constitution[seed_of(str(row["prompt"])) % len(constitution)]
 
 
-def question_about(template: str, constitution: list, row: dict, **replies: str) -> list[dict]:
-    "Write the messages of a question, `QUESTION` or `MARK`, about replies to a row's prompt."
-    principle = principle_of(constitution, row)[0]
+def question_about(
+    template: str, constitution: list, row: dict, graded: list[tuple] = (), **replies: str
+) -> list[dict]:
+    """Write the messages of a question, `QUESTION` or `MARK`, about replies to a row's prompt.
+
+    `graded` are examples (row, reply, number) for `MARK`: solved questions that come before it.
+    """
+    principle, turns = principle_of(constitution, row)[0], []
+    for example, reply, number in graded:
+        request = request_of(example["prompt"])
+        text = template.format(request=request, principle=principle, reply=reply)
+        turns += [user(text), assistant(str(number))]
     text = template.format(request=request_of(row["prompt"]), principle=principle, **replies)
-    return [user(text)]
+    return [*turns, user(text)]
 
 
 def mark_of(logps: list[float]) -> float:
@@ -219,9 +228,12 @@ class RuleJudge:
 
 # %% ../../nbs/rewards/judges.ipynb #7252c09c
 class ModelJudge:
-    "A local model that reads both replies, by the log-probabilities of the letters A and B."
+    """A local model that reads both replies, by the log-probabilities of the letters A and B.
 
-    two_orders, at_once = True, 1
+    `graded` are examples (row, reply, number from 1 to 10) that it sees before it marks a reply.
+    """
+
+    two_orders, at_once, graded = True, 1, ()
 
     def __init__(
         self,
@@ -243,7 +255,7 @@ class ModelJudge:
         examples = [encode(self.tokenizer, row, "completion", self.longest) for row in rows]
         return sequence_logps(self.policy, examples, self.tokenizer.pad_token_id).tolist()
 
-    def answers(self, texts, template: str, row: dict, **replies: str) -> list[float]:
+    def answers(self, texts, template: str, row: dict, **replies) -> list[float]:
         "Compute the log-probability, in nats, of each of `texts` as the answer to a question."
         asked = dict(prompt=self.asked(question_about(template, self.constitution, row, **replies)))
         completions = as_completions([asked] * len(texts), list(texts))
@@ -255,7 +267,7 @@ class ModelJudge:
 
     def mark(self, row: dict, reply: str) -> float:
         "Mark one reply in [-1, 1], by the probabilities of the answers 1 to 10."
-        return mark_of(self.answers(MARKS, MARK, row, reply=reply))
+        return mark_of(self.answers(MARKS, MARK, row, reply=reply, graded=self.graded))
 
     def asked(self, messages: list[dict]):
         "Return a conversation for a model with a chat template, text for one without."
@@ -382,9 +394,9 @@ def mark_in(choice: dict) -> tuple[float, bool]:
 
 # %% ../../nbs/rewards/judges.ipynb #646be0cf
 class EndpointJudge:
-    "A model behind an endpoint that names the better reply by a letter."
+    "A model behind an endpoint that names the better reply by a letter; see `ModelJudge`."
 
-    two_orders, at_once = True, Endpoint.at_once
+    two_orders, at_once, graded = True, Endpoint.at_once, ()
 
     def __init__(
         self,
@@ -422,7 +434,7 @@ class EndpointJudge:
 
     def mark(self, row: dict, reply: str) -> float:
         "Mark one reply in [-1, 1]; 0 where no number can be read."
-        asked = question_about(MARK, self.constitution, row, reply=reply)
+        asked = question_about(MARK, self.constitution, row, self.graded, reply=reply)
         found = self.answer(asked, mark_in, 20, "mark is 0", "the number alone counts")
         return 0.0 if found is None else found
 

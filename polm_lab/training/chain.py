@@ -24,10 +24,11 @@ def check_settings(name: str, values: dict) -> tuple[Method, RunSettings]:
     engine = getattr(settings, "engine", "lab")
     if engine not in found.engines:
         raise WrongInput(f"engine = {engine!r}: {name} runs on {', '.join(found.engines)}")
-    paths = {"model", "data", "eval_data", "chat_template", "student"}
-    for own in paths & {k.name for k in knobs(settings)}:
+    full_of = dict.fromkeys(("model", "chat_template", "student", "templates"), _full_path)
+    full_of |= dict.fromkeys(("data", "eval_data", "against", "examples"), _full_data)
+    for own in full_of.keys() & {k.name for k in knobs(settings)}:
         # with full paths a run can be resumed from another folder
-        full = _full_data if own.endswith("data") else _full_path
+        full = full_of[own]
         setattr(settings, own, full(getattr(settings, own)))
     if hasattr(settings, "teacher"):
         settings.teacher = "+".join(_full_path(part) for part in settings.teacher.split("+"))
@@ -50,12 +51,12 @@ def _full_rewards(rewards: str) -> str:
 
 
 def _full_data(value: str) -> str:
-    """Return a data spec with the full path of its file.
+    """Return a data spec, or several joined by ` + `, with the full paths of their files.
 
-    A built-in task, a Hub id, or a text that is no single spec is returned unchanged.
+    A built-in task, a Hub id, or a text that is no such spec is returned unchanged.
     """
     try:
-        return parse_spec(value).absolute()
+        return " + ".join(parse_spec(part.strip()).absolute() for part in value.split(" + "))
     except WrongInput:
         # the code that reads the data reports the error, and knows where several specs may be given
         return value

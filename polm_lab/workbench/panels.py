@@ -110,6 +110,9 @@ GROUPS = {
         "forgetting",
         "calibration_error",
         "length_bias",
+        "tuned_accuracy",
+        "tuned_gold_score",
+        "tuned_perplexity",
     ),
     "Learning": ("loss", "divergence", "grad_norm", "learning_rate"),
     "Policy": (
@@ -123,10 +126,10 @@ GROUPS = {
     "Critic": ("value_loss", "explained_variance"),
     "Refinement": ("correct_to_incorrect", "incorrect_to_correct", "tokens"),
     "Editing": ("efficacy", "paraphrase", "neighbourhood", "other_relation"),
-    "Making data": ("kept", "verdict"),
+    "Making data": ("kept", "found", "verdict"),
     "Retrieval": ("recall", "mrr", "faithfulness", "stage_ms"),
     "Compression": ("sparsity", "output_error", "weight_error"),
-    "Text": ("length", "truncated"),
+    "Text": ("length", "prompt_length", "diversity", "copies", "truncated"),
     "Machine": ("tokens_per_second", "memory_mib", "latency_ms", "size_mib", "bits_per_weight"),
 }
 
