@@ -81,7 +81,7 @@ def test_the_knobs_of_the_plan_are_accepted(run, tmp_path):
     _, settings = check_settings(run["method"], with_places(knobs, place))
     assert getattr(settings, "eval_rows", 200) <= 500
     alone = run["method"] in ("dpo", "reward", "grpo", "rloo", "ppo", "rlaif", "reft")
-    assert len(run["seeds"]) == (3 if alone else 1)
+    assert len(run["seeds"]) in ((3,) if alone else (1, 3))
 
 
 def test_a_run_comes_after_those_it_refers_to(tmp_path):
